@@ -1,0 +1,242 @@
+"""The U-Net that the decoder and the view synthesiser share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_RESIDUAL_SCALE = 0.5**0.5  # keeps a sum of two unit-variance branches at unit variance
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with at most 32 groups of at least four channels each (one group if none fits)."""
+    groups = next((g for g in range(min(32, channels // 4), 1, -1) if channels % g == 0), 1)
+    return nn.GroupNorm(groups, channels, eps=1e-5)
+
+
+def _zero(module: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+class FourierEmbedding(nn.Module):
+    """Scalars (B,) -> (B, channels): cosines and sines of fixed frequencies, then an MLP.
+
+    Frequencies are spaced geometrically from 1 to `max_frequency` radians per unit. Consistency
+    training wants few high frequencies: a target at a slightly lower noise level must not look
+    like a different input (Improved Consistency Training, arXiv 2310.14189, section 3.1).
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, channels: int, *, features: int = 64, max_frequency: float = 16.0) -> None:
+        super().__init__()
+        frequencies = torch.logspace(0.0, 1.0, features // 2, base=max_frequency)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(features, channels), nn.SiLU(), nn.Linear(channels, channels)
+        )
+
+    def forward(self, values: Tensor) -> Tensor:
+        phases = values.float()[:, None] * self.frequencies
+        # sqrt(2) gives every feature unit variance over a phase
+        return self.mlp(torch.cat([phases.cos(), phases.sin()], dim=1) * 2.0**0.5)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice, with a skip: (B, C_in, H, W) -> (B, C_out, H, W).
+
+    An embedding (B, E) scales and shifts the second norm (adaptive group norm, arXiv 2105.05233).
+    The second convolution starts at zero, so a fresh block passes its skip branch through.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, embedding_dim: int = 0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.affine = nn.Linear(embedding_dim, 2 * out_channels) if embedding_dim else None
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = (
+            nn.Conv2d(in_channels, out_channels, 1)
+            if in_channels != out_channels
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        if self.affine is not None and embedding is not None:
+            scale, shift = self.affine(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
+            h = torch.addcmul(shift, h, scale + 1)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return (self.skip(x) + h) * _RESIDUAL_SCALE
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over pixels with a skip: (B, C, H, W) -> same."""
+
+    def __init__(self, channels: int, *, head_channels: int = 64) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_channels)
+        if channels % self.heads:
+            raise ValueError(
+                f"channels: got {channels}, want a multiple of the {self.heads} attention heads"
+            )
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # channel-last: free where x is
+        q, k, v = qkv.reshape(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = y.transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)
+        return (x + self.out(y)) * _RESIDUAL_SCALE
+
+
+class UNet(nn.Module):
+    """U-Net over pixel-unshuffled images: (B, in_channels, H, W) -> (B, out_channels, H, W).
+
+    The stem folds `patch` x `patch` pixels into channels, the head unfolds them again. Each of
+    the `len(channel_multipliers)` levels holds `blocks_per_level` residual blocks on the way
+    down and again on the way up, with self-attention after each block of the levels named in
+    `attention_levels` (0 is the finest) and in the middle. Fully convolutional: any H, W
+    divisible by `divisor` = patch * 2^(levels - 1) will do; others raise ValueError.
+
+    `embedding_dim` > 0 makes forward() require an embedding (B, embedding_dim) that drives
+    every residual block's adaptive norm. `zero_output` starts the network at exactly zero.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        base_channels: int = 64,
+        channel_multipliers: Sequence[int] = (1, 2, 3, 4),
+        blocks_per_level: int = 2,
+        attention_levels: Sequence[int] = (),
+        patch: int = 1,
+        embedding_dim: int = 0,
+        dropout: float = 0.0,
+        zero_output: bool = True,
+    ) -> None:
+        super().__init__()
+        multipliers = tuple(channel_multipliers)
+        for name, value in {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "base_channels": base_channels,
+            "blocks_per_level": blocks_per_level,
+            "patch": patch,
+            "len(channel_multipliers)": len(multipliers),
+        }.items():
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, want at least 1")
+        if any(not 0 <= level < len(multipliers) for level in attention_levels):
+            raise ValueError(
+                f"attention_levels: got {tuple(attention_levels)}, "
+                f"want levels in [0, {len(multipliers) - 1}]"
+            )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.embedding_dim, self.patch = embedding_dim, patch
+        self.divisor = patch * 2 ** (len(multipliers) - 1)
+
+        def block(cin: int, cout: int) -> ResidualBlock:
+            return ResidualBlock(cin, cout, embedding_dim, dropout)
+
+        def attention(channels: int, level: int) -> nn.Module:
+            return SelfAttention(channels) if level in attention_levels else nn.Identity()
+
+        widths = [base_channels * m for m in multipliers]
+        self.stem = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
+        self.down_blocks, self.down_attention = nn.ModuleList(), nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        for level, width in enumerate(widths):
+            if level:
+                self.downsample.append(nn.Conv2d(widths[level - 1], width, 3, stride=2, padding=1))
+            self.down_blocks.append(
+                nn.ModuleList(block(width, width) for _ in range(blocks_per_level))
+            )
+            self.down_attention.append(
+                nn.ModuleList(attention(width, level) for _ in range(blocks_per_level))
+            )
+        last = widths[-1]
+        self.middle_in, self.middle_out = block(last, last), block(last, last)
+        self.middle_attention = SelfAttention(last) if attention_levels else nn.Identity()
+        self.up_blocks, self.up_attention = nn.ModuleList(), nn.ModuleList()
+        self.upsample = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            width = widths[level]
+            # both branches of the join carry `width` channels
+            self.up_blocks.append(
+                nn.ModuleList(
+                    block(2 * width if i == 0 else width, width) for i in range(blocks_per_level)
+                )
+            )
+            self.up_attention.append(
+                nn.ModuleList(attention(width, level) for _ in range(blocks_per_level))
+            )
+            if level:
+                # 1x1 before the nearest upsampling: a quarter of the cost of after it, same values
+                self.upsample.append(nn.Conv2d(width, widths[level - 1], 1))
+        self.norm_out = group_norm(widths[0])
+        head = nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1)
+        self.head = _zero(head) if zero_output else head
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        self._check(x, embedding)
+        h = self.stem(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
+        skips = []
+        for level, (blocks, attentions) in enumerate(
+            zip(self.down_blocks, self.down_attention, strict=True)
+        ):
+            if level:
+                h = self.downsample[level - 1](h)
+            h = _run(blocks, attentions, h, embedding)
+            skips.append(h)
+        h = self.middle_out(self.middle_attention(self.middle_in(h, embedding)), embedding)
+        for i, (blocks, attentions) in enumerate(
+            zip(self.up_blocks, self.up_attention, strict=True)
+        ):
+            h = _run(blocks, attentions, torch.cat([h, skips.pop()], dim=1), embedding)
+            if skips:
+                h = F.interpolate(self.upsample[i](h), scale_factor=2.0, mode="nearest")
+        h = self.head(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+
+    def _check(self, x: Tensor, embedding: Tensor | None) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, want (B, {self.in_channels}, H, W)")
+        if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
+            raise ValueError(
+                f"x: got {x.shape[2]} x {x.shape[3]} pixels, want both divisible by "
+                f"{self.divisor} (patch {self.patch} x 2^{len(self.downsample)} for the levels)"
+            )
+        if bool(self.embedding_dim) != (embedding is not None) or (
+            embedding is not None and tuple(embedding.shape) != (x.shape[0], self.embedding_dim)
+        ):
+            got = None if embedding is None else tuple(embedding.shape)
+            want = (x.shape[0], self.embedding_dim) if self.embedding_dim else None
+            raise ValueError(f"embedding: got {got}, want {want}")
+
+
+def _run(blocks: nn.Module, attentions: nn.Module, h: Tensor, embedding: Tensor | None) -> Tensor:
+    assert isinstance(blocks, nn.ModuleList) and isinstance(attentions, nn.ModuleList)
+    for block, attention in zip(blocks, attentions, strict=True):
+        h = attention(block(h, embedding))
+    return h
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

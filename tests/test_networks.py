@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fresnel.networks import FourierEmbedding, SelfAttention, UNet, count_parameters
+
+
+def small(**changes) -> UNet:
+    options = {
+        "base_channels": 8,
+        "channel_multipliers": (1, 2),
+        "blocks_per_level": 1,
+        "attention_levels": (1,),
+        "patch": 2,
+    }
+    return UNet(5, 3, **{**options, **changes})
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 12)])
+def test_shape_is_kept_at_any_allowed_resolution(size: tuple[int, int]) -> None:
+    assert small()(torch.randn(2, 5, *size)).shape == (2, 3, *size)
+
+
+def test_zero_output_starts_at_zero_and_still_learns() -> None:
+    net = small()
+    out = net(torch.randn(2, 5, 8, 8))
+    assert torch.equal(out, torch.zeros_like(out))
+    (out - 1).square().mean().backward()
+    assert net.head.weight.grad.abs().sum() > 0
+    assert small(zero_output=False)(torch.randn(2, 5, 8, 8)).abs().max() > 0
+
+
+def test_magnitudes_stay_sane_at_the_start() -> None:
+    net = small(
+        base_channels=32, channel_multipliers=(1, 2, 2), blocks_per_level=3, zero_output=False
+    )
+    std = net(torch.randn(4, 5, 16, 16)).std().item()
+    assert 0.1 < std < 3.0
+
+
+def test_wrong_inputs_name_the_argument() -> None:
+    with pytest.raises(ValueError, match=r"x: got 6 x 8 pixels, want both divisible by 4"):
+        small()(torch.zeros(1, 5, 6, 8))
+    with pytest.raises(ValueError, match=r"x: got shape \(1, 4, 8, 8\), want \(B, 5"):
+        small()(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"embedding: got None, want \(1, 7\)"):
+        small(embedding_dim=7)(torch.zeros(1, 5, 8, 8))
+    with pytest.raises(ValueError, match="attention_levels"):
+        small(attention_levels=(2,))
+    with pytest.raises(ValueError, match="patch: got 0"):
+        small(patch=0)
+
+
+def test_embedding_changes_the_output_and_gets_gradients() -> None:
+    net = small(embedding_dim=6, zero_output=False)
+    for module in net.modules():  # residual branches start at zero; open them
+        if isinstance(module, torch.nn.Conv2d) and module.weight.abs().sum() == 0:
+            torch.nn.init.normal_(module.weight, std=0.1)
+    x = torch.randn(2, 5, 8, 8)
+    embedding = torch.randn(2, 6, requires_grad=True)
+    out = net(x, embedding)
+    assert not torch.allclose(out, net(x, embedding + 1))
+    out.sum().backward()
+    assert embedding.grad is not None and embedding.grad.abs().max() > 0
+
+
+def test_channels_last_gives_the_same_values() -> None:
+    net = small(zero_output=False)
+    x = torch.randn(2, 5, 16, 16)
+    expected = net(x)
+    net = net.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        net(x.to(memory_format=torch.channels_last)), expected, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_attention_equals_the_textbook_formula() -> None:
+    layer = SelfAttention(8, head_channels=4)
+    torch.nn.init.normal_(layer.out.weight)
+    x = torch.randn(1, 8, 3, 2)
+    q, k, v = layer.qkv(layer.norm(x)).reshape(3, 2, 4, 6)  # which, head, channel, pixel
+    weights = torch.softmax(q.transpose(-1, -2) @ k / 4**0.5, dim=-1)
+    mixed = torch.einsum("hqk,hck->hcq", weights, v).reshape(1, 8, 3, 2)
+    torch.testing.assert_close(layer(x), (x + layer.out(mixed)) * 0.5**0.5)
+
+
+def test_fourier_embedding_has_unit_power_and_tells_values_apart() -> None:
+    layer = FourierEmbedding(16)
+    features: list[torch.Tensor] = []
+    layer.mlp[0].register_forward_pre_hook(lambda _, args: features.append(args[0]))
+    out = layer(torch.tensor([0.0, 0.5]))
+    torch.testing.assert_close(features[0].square().mean(1), torch.ones(2))
+    assert out.shape == (2, 16) and not torch.allclose(out[0], out[1])
+
+
+def test_count_parameters_counts_trainable_only() -> None:
+    net = small()
+    total = count_parameters(net)
+    net.stem.weight.requires_grad_(False)
+    assert count_parameters(net) == total - net.stem.weight.numel()
