@@ -1,0 +1,22 @@
+"""fresnel: one image to 3D Gaussians to validated novel views to a view-synthesis model.
+
+The public API, each name in the module that explains it:
+
+    Gaussians, Cameras            the 3D type and the cameras that look at it
+    render, Views                 fresnel.render: float64 reference, CPU, gsplat
+    Decoder, bootstrap            image -> Gaussians -> multi-view dataset
+    dataset, gate                 on-disk data, and the verdict on whether to train on it
+    CVS, fit, evaluate            one network call, one novel view; training; held-out figures
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fresnel.cameras import Cameras, look_at, orbit
+from fresnel.gaussians import Gaussians
+
+try:
+    __version__ = version("fresnel")
+except PackageNotFoundError:  # imported from a checkout that was not installed
+    __version__ = "0.1.0"
+
+__all__ = ["Cameras", "Gaussians", "__version__", "look_at", "orbit"]

@@ -1,0 +1,299 @@
+"""Batches of pinhole cameras, and the few pieces of geometry everything else agrees on.
+
+Conventions: OpenCV axes (x right, y down, z forward); ``viewmats`` map world to camera;
+``Ks`` are in pixels with pixel centres at +0.5; the world has Y up.  An azimuth of 0 degrees is a
+camera on the +Z side of the pivot, and azimuth grows towards +X.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+# OpenGL cameras look down -z with y up, OpenCV's down +z with y down: a half turn about x.
+_OPENGL_TO_OPENCV = (1.0, -1.0, -1.0)
+
+STANDARD_RADIUS = 2.2
+"""Distance from the pivot of our own orbits, in object lengths (longest side = 1)."""
+STANDARD_FOCAL = 1.2
+"""Focal length of our own orbits, in image widths: a sphere of radius 0.846 fits the frame."""
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """A batch of pinhole cameras that share one image size.
+
+    Args:
+        viewmats: world-to-camera matrices, shape (..., 4, 4).
+        Ks: intrinsics in pixels, shape (..., 3, 3).
+        width: image width in pixels.
+        height: image height in pixels.
+
+    Raises:
+        ValueError: if shapes disagree, a value is not finite, a rotation is not orthonormal, or
+            a focal length or size is not positive.
+    """
+
+    viewmats: Tensor
+    Ks: Tensor
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        v, k = self.viewmats, self.Ks
+        if v.shape[-2:] != (4, 4):
+            raise ValueError(f"viewmats: got shape {tuple(v.shape)}, want (..., 4, 4)")
+        if k.shape != (*v.shape[:-2], 3, 3):
+            raise ValueError(f"Ks: got shape {tuple(k.shape)}, want {(*v.shape[:-2], 3, 3)}")
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"image size: got {self.width} x {self.height}, want at least 1 x 1")
+
+    def validate(self) -> Cameras:
+        """Check the values too: finite, rotations orthonormal, focal lengths positive."""
+        if not (self.viewmats.isfinite().all() and self.Ks.isfinite().all()):
+            raise ValueError("cameras: viewmats or Ks hold NaN or infinity; check the pose files")
+        rotation = self.viewmats[..., :3, :3].double()
+        identity = torch.eye(3, dtype=torch.float64, device=rotation.device)
+        error = (rotation @ rotation.transpose(-1, -2) - identity).abs().amax(dim=(-1, -2))
+        if (error > 1e-3).any() or (torch.linalg.det(rotation) < 0).any():
+            raise ValueError(
+                f"viewmats: a rotation is not orthonormal and right-handed (off by up to "
+                f"{error.max().item():.3g}); want world-to-camera matrices without scale or mirror"
+            )
+        if (self.Ks[..., 0, 0] <= 0).any() or (self.Ks[..., 1, 1] <= 0).any():
+            raise ValueError("Ks: a focal length is not positive; want pixels > 0")
+        return self
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.viewmats.shape[:-2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.viewmats.device
+
+    @property
+    def centers(self) -> Tensor:
+        """Camera positions in the world, shape (..., 3)."""
+        rotation, translation = self.viewmats[..., :3, :3], self.viewmats[..., :3, 3:]
+        return -(rotation.transpose(-1, -2) @ translation)[..., 0]
+
+    @property
+    def forward(self) -> Tensor:
+        """Unit viewing directions in the world, shape (..., 3)."""
+        return self.viewmats[..., 2, :3]
+
+    def __len__(self) -> int:
+        if not self.batch_shape:
+            raise TypeError("a single camera has no length")
+        return self.batch_shape[0]
+
+    def __getitem__(self, index: Any) -> Cameras:
+        return replace(self, viewmats=self.viewmats[index], Ks=self.Ks[index])
+
+    def reshape(self, *batch: int) -> Cameras:
+        return replace(
+            self,
+            viewmats=self.viewmats.reshape(*batch, 4, 4),
+            Ks=self.Ks.reshape(*batch, 3, 3),
+        )
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Cameras:
+        return replace(
+            self,
+            viewmats=self.viewmats.to(device=device, dtype=dtype),
+            Ks=self.Ks.to(device=device, dtype=dtype),
+        )
+
+    def resized(self, width: int, height: int) -> Cameras:
+        """The same cameras for images scaled to ``width`` x ``height`` pixels."""
+        scale = self.Ks.new_tensor([width / self.width, height / self.height, 1.0])
+        return Cameras(self.viewmats, self.Ks * scale[:, None], width, height)
+
+    def transformed(self, new_from_world: Tensor) -> Cameras:
+        """The same cameras with the world re-expressed by a rigid transform, shape (..., 4, 4)."""
+        return replace(self, viewmats=self.viewmats @ torch.linalg.inv(new_from_world))
+
+    def rays(self) -> tuple[Tensor, Tensor]:
+        """Ray origins and unit directions in the world, each of shape (..., H, W, 3)."""
+        like = {"device": self.device, "dtype": self.viewmats.dtype}
+        y, x = torch.meshgrid(
+            torch.arange(self.height, **like) + 0.5,
+            torch.arange(self.width, **like) + 0.5,
+            indexing="ij",
+        )
+        pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1)
+        camera_from_pixel = torch.linalg.inv(self.Ks)
+        world_from_pixel = self.viewmats[..., :3, :3].transpose(-1, -2) @ camera_from_pixel
+        directions = torch.einsum("...ij,hwj->...hwi", world_from_pixel, pixels)
+        directions = normalize(directions, dim=-1)
+        return self.centers[..., None, None, :].expand_as(directions), directions
+
+    def pluecker(self, frame: Tensor | None = None) -> Tensor:
+        """Pluecker coordinates (d, o x d) of every pixel's ray, shape (..., H, W, 6).
+
+        Args:
+            frame: rigid world-to-frame matrices, shape (4, 4) or (..., 4, 4); the rays are
+                expressed there (None: in the world).
+        """
+        cameras = self if frame is None else self.transformed(frame)
+        origins, directions = cameras.rays()
+        return torch.cat([directions, torch.linalg.cross(origins, directions)], dim=-1)
+
+    def azimuth_deg(self, pivot: Tensor | Sequence[float]) -> Tensor:
+        """Azimuths of the camera positions about ``pivot``, in degrees in (-180, 180]."""
+        offset = self.centers - _vector(pivot, self.viewmats)
+        return torch.rad2deg(torch.atan2(offset[..., 0], offset[..., 2]))
+
+    def elevation_deg(self, pivot: Tensor | Sequence[float]) -> Tensor:
+        """Elevations of the camera positions above ``pivot``, in degrees."""
+        offset = self.centers - _vector(pivot, self.viewmats)
+        horizontal = torch.linalg.norm(offset[..., [0, 2]], dim=-1)
+        return torch.rad2deg(torch.atan2(offset[..., 1], horizontal))
+
+    def to_opengl(self) -> tuple[Tensor, Tensor]:
+        """World-to-camera rotation (..., 3, 3) and translation (..., 3) of OpenGL cameras."""
+        flip = self.viewmats.new_tensor(_OPENGL_TO_OPENCV)
+        return self.viewmats[..., :3, :3] * flip[:, None], self.viewmats[..., :3, 3] * flip
+
+    @staticmethod
+    def from_opengl(rotation: Tensor, translation: Tensor, Ks: Tensor, width: int, height: int):
+        """Cameras from OpenGL world-to-camera rotations (..., 3, 3) and translations (..., 3)."""
+        flip = rotation.new_tensor(_OPENGL_TO_OPENCV)
+        viewmats = rigid(rotation * flip[:, None], translation * flip)
+        return Cameras(viewmats, Ks, width, height)
+
+
+def _vector(value: Tensor | Sequence[float], like: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def rigid(rotation: Tensor, translation: Tensor) -> Tensor:
+    """4x4 matrices from rotations (..., 3, 3) and translations (..., 3)."""
+    top = torch.cat([rotation, translation[..., None]], dim=-1)
+    bottom = top.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*top.shape[:-2], 1, 4)
+    return torch.cat([top, bottom], dim=-2)
+
+
+def intrinsics(focal_px: float | Tensor, width: int, height: int) -> Tensor:
+    """Square-pixel pinhole intrinsics with the principal point at the centre, (..., 3, 3)."""
+    focal = torch.as_tensor(focal_px, dtype=torch.float32)
+    zero, one = torch.zeros_like(focal), torch.ones_like(focal)
+    rows = [focal, zero, one * width / 2, zero, focal, one * height / 2, zero, zero, one]
+    return torch.stack(rows, dim=-1).reshape(*focal.shape, 3, 3)
+
+
+def look_at(
+    eyes: Tensor,
+    target: Tensor | Sequence[float],
+    *,
+    focal_px: float,
+    width: int,
+    height: int,
+    up: Sequence[float] = (0.0, 1.0, 0.0),
+) -> Cameras:
+    """Cameras at ``eyes`` (..., 3) whose optical axes pass through ``target`` (3,) or (..., 3).
+
+    Raises:
+        ValueError: if an eye coincides with its target or looks along ``up``.
+    """
+    eyes = torch.as_tensor(eyes, dtype=torch.float32)
+    offset = _vector(target, eyes) - eyes
+    if (torch.linalg.norm(offset, dim=-1) < 1e-9).any():
+        raise ValueError("eyes: a camera stands on its target; want some distance between them")
+    z = normalize(offset, dim=-1)
+    x = torch.linalg.cross(z, _vector(up, eyes).expand_as(z))
+    if (torch.linalg.norm(x, dim=-1) < 1e-6).any():
+        raise ValueError("eyes: a camera looks along the up direction; give another `up`")
+    x = normalize(x, dim=-1)
+    rotation = torch.stack([x, torch.linalg.cross(z, x), z], dim=-2)
+    translation = -(rotation @ eyes[..., None])[..., 0]
+    Ks = intrinsics(focal_px, width, height).to(eyes).expand(*eyes.shape[:-1], 3, 3)
+    return Cameras(rigid(rotation, translation), Ks, width, height)
+
+
+def orbit(
+    azimuth_deg: Tensor | float,
+    elevation_deg: Tensor | float,
+    radius: Tensor | float,
+    *,
+    pivot: Tensor | Sequence[float],
+    focal_px: float,
+    width: int,
+    height: int,
+) -> Cameras:
+    """Cameras on a sphere around ``pivot``, all looking at it.
+
+    ``pivot`` has no default on purpose: the experiment this project grew from orbited a point
+    three units away from its object.
+
+    Args:
+        azimuth_deg: degrees, 0 on the +Z side, growing towards +X; a number or shape (...).
+        elevation_deg: degrees above the pivot, in (-90, 90); broadcasts with the azimuths.
+        radius: distance to the pivot, > 0; broadcasts.
+        pivot: the point to look at, (3,) or (..., 3).
+        focal_px: focal length in pixels.
+    """
+    azimuth, elevation, distance = torch.broadcast_tensors(
+        *(
+            torch.as_tensor(value, dtype=torch.float32)
+            for value in (azimuth_deg, elevation_deg, radius)
+        )
+    )
+    if (distance <= 0).any():
+        raise ValueError(f"radius: got {distance.min().item():g}, want > 0")
+    azimuth, elevation = azimuth * (math.pi / 180), elevation * (math.pi / 180)
+    direction = torch.stack(
+        [
+            torch.sin(azimuth) * torch.cos(elevation),
+            torch.sin(elevation),
+            torch.cos(azimuth) * torch.cos(elevation),
+        ],
+        dim=-1,
+    )
+    centre = _vector(pivot, direction)
+    eyes = centre + distance[..., None] * direction
+    return look_at(eyes, centre, focal_px=focal_px, width=width, height=height)
+
+
+def gravity_frame(cameras: Cameras, pivot: Tensor | Sequence[float]) -> Tensor:
+    """World-to-canonical rigid transforms, shape (..., 4, 4): what the networks call "here".
+
+    Origin at the pivot, Y stays up, and the yaw is such that the camera looks towards -Z, so a
+    camera on the orbit stands at azimuth 0.  Elevation and roll survive: they are what tells a
+    network how the input camera is tilted.  The yaw comes from the viewing direction, not from
+    the position, so a camera that stands on the pivot has a frame too.
+    """
+    forward = cameras.forward
+    heading = forward[..., [0, 2]]
+    # A camera that looks straight up or down has its heading in its image's up direction.
+    steep = torch.linalg.norm(heading, dim=-1, keepdim=True) < 1e-6
+    image_up = -cameras.viewmats[..., 1, :3]
+    heading = torch.where(steep, (image_up * -forward[..., 1:2].sign())[..., [0, 2]], heading)
+    heading = normalize(heading, dim=-1)
+    hx, hz = heading[..., 0], heading[..., 1]
+    zero, one = torch.zeros_like(hx), torch.ones_like(hx)
+    rows = [-hz, zero, hx, zero, one, zero, -hx, zero, -hz]
+    rotation = torch.stack(rows, dim=-1).reshape(*hx.shape, 3, 3)
+    centre = _vector(pivot, forward).expand_as(forward)
+    return rigid(rotation, -(rotation @ centre[..., None])[..., 0])
+
+
+def relative_azimuth_deg(
+    cameras: Cameras, input_cameras: Cameras, pivot: Tensor | Sequence[float]
+) -> Tensor:
+    """Azimuths of cameras (M, V) as seen from input cameras (M,), degrees in (-180, 180].
+
+    Args:
+        pivot: (3,) or (M, 3).
+    """
+    frame = gravity_frame(input_cameras, pivot)
+    return cameras.transformed(frame[:, None]).azimuth_deg((0.0, 0.0, 0.0))

@@ -1,0 +1,281 @@
+"""`Gaussians`: the one 3D type, and its way to and from splat files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+_SH_DEGREE_OF_COEFFICIENTS = {1: 0, 4: 1, 9: 2, 16: 3}
+_SH_C0 = 0.28209479177387814  # the constant band of the real spherical harmonics: 1 / (2 sqrt(pi))
+
+
+@dataclass(frozen=True)
+class Gaussians:
+    """A batch of scenes, each a set of N anisotropic 3D Gaussians, stored as they are used.
+
+    Args:
+        means: centres, shape (..., N, 3), in the units of the frame they live in.
+        quats: rotations as wxyz quaternions, shape (..., N, 4); they need not be normalised.
+        scales: standard deviations along the three axes, shape (..., N, 3), > 0, not logarithms.
+        opacities: shape (..., N), in [0, 1], not logits.
+        colors: sRGB in [0, 1], shape (..., N, 3), or spherical-harmonics coefficients of shape
+            (..., N, K, 3) with K = 1, 4, 9 or 16 (degree 0 to 3).
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+
+    means: Tensor
+    quats: Tensor
+    scales: Tensor
+    opacities: Tensor
+    colors: Tensor
+
+    def __post_init__(self) -> None:
+        shape = self.means.shape[:-1]
+        if self.means.ndim < 2 or self.means.shape[-1] != 3:
+            raise ValueError(f"means: got shape {tuple(self.means.shape)}, want (..., N, 3)")
+        for name, want in (
+            ("quats", (*shape, 4)),
+            ("scales", (*shape, 3)),
+            ("opacities", tuple(shape)),
+        ):
+            got = tuple(getattr(self, name).shape)
+            if got != want:
+                raise ValueError(f"{name}: got shape {got}, want {want} to match the means")
+        got, n = tuple(self.colors.shape), len(shape)
+        harmonic = len(got) == n + 2 and got[n] in _SH_DEGREE_OF_COEFFICIENTS
+        if got[:n] != shape or got[-1] != 3 or not (len(got) == n + 1 or harmonic):
+            raise ValueError(
+                f"colors: got shape {got}, want {(*shape, 3)} or (..., N, K, 3), K in 1, 4, 9, 16"
+            )
+
+    def validate(self) -> Gaussians:
+        """Check the values too, and return self.
+
+        Raises:
+            ValueError: for NaN or infinity, a scale <= 0, an opacity outside [0, 1], or a
+                quaternion of length zero; names how many and the first one.
+        """
+        lengths = torch.linalg.norm(self.quats, dim=-1)
+        for name, bad in (
+            ("means", ~self.means.isfinite()),
+            ("quats", ~(lengths.isfinite() & (lengths > 0))),
+            ("scales", ~(self.scales.isfinite() & (self.scales > 0))),
+            ("opacities", ~((self.opacities >= 0) & (self.opacities <= 1))),
+            ("colors", ~self.colors.isfinite()),
+        ):
+            if bad.any():
+                first = tuple(bad.nonzero()[0].tolist())
+                raise ValueError(
+                    f"Gaussians.{name}: {int(bad.sum())} of {bad.numel()} values are NaN, infinite "
+                    f"or out of range (first at index {first})"
+                )
+        return self
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.means.shape[:-2]
+
+    @property
+    def num(self) -> int:
+        """Gaussians in each scene."""
+        return self.means.shape[-2]
+
+    @property
+    def sh_degree(self) -> int | None:
+        """Degree of the spherical harmonics, or None for plain RGB."""
+        if self.colors.ndim == self.means.ndim:
+            return None
+        return _SH_DEGREE_OF_COEFFICIENTS[self.colors.shape[-2]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.means.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.means.dtype
+
+    def _map(self, function: Any) -> Gaussians:
+        return Gaussians(*(function(getattr(self, field.name)) for field in fields(self)))
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Gaussians:
+        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def detach(self) -> Gaussians:
+        return self._map(torch.Tensor.detach)
+
+    def __getitem__(self, index: Any) -> Gaussians:
+        """Pick scenes out of the batch."""
+        if not self.batch_shape:
+            raise TypeError("a single scene has no batch to index; use `select` for its Gaussians")
+        return self._map(lambda tensor: tensor[index])
+
+    def select(self, keep: Tensor) -> Gaussians:
+        """Pick Gaussians of a single scene by a mask or index tensor of shape (N,) or (K,)."""
+        if self.batch_shape:
+            raise ValueError("select: want a single scene; index the batch first")
+        return self._map(lambda tensor: tensor[keep])
+
+    def transform(self, matrix: Tensor) -> Gaussians:
+        """Move the Gaussians by similarity transforms, shape (4, 4) or (..., 4, 4).
+
+        The only way from one frame to another. A uniform scale multiplies the Gaussians' scales.
+        Colours of degree >= 1 depend on direction and are not rotated, so they are refused.
+
+        Raises:
+            ValueError: if the upper 3x3 part is not a rotation times a positive scale.
+        """
+        if self.sh_degree:
+            raise ValueError("transform: spherical harmonics of degree >= 1 cannot be moved")
+        matrix = matrix.to(self.means)
+        linear = matrix[..., :3, :3]
+        determinant = torch.linalg.det(linear.double())
+        if not (determinant > 0).all():
+            raise ValueError("matrix: want a rotation with a positive scale (it mirrors or is 0)")
+        scale = determinant.pow(1 / 3).to(self.means)
+        rotation = linear / scale[..., None, None]
+        identity = torch.eye(3, dtype=self.dtype, device=self.device)
+        if (rotation @ rotation.transpose(-1, -2) - identity).abs().max() > 1e-3:
+            raise ValueError("matrix: want a rotation times one scale; it shears or stretches")
+        means = self.means @ linear.transpose(-1, -2) + matrix[..., None, :3, 3]
+        turn = quaternion_from_rotation(rotation)[..., None, :]
+        return replace(
+            self,
+            means=means,
+            quats=quaternion_product(turn.expand_as(self.quats), self.quats),
+            scales=self.scales * scale[..., None, None],
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Gaussians]) -> Gaussians:
+        """One scene (or batch of scenes) that holds the Gaussians of all parts, along N."""
+        if not parts:
+            raise ValueError("concatenate: got no Gaussians, want at least one set")
+        n = len(parts[0].batch_shape)
+        names = [field.name for field in fields(Gaussians)]
+        return Gaussians(*(torch.cat([getattr(p, name) for p in parts], n) for name in names))
+
+    def save(self, path: str | Path) -> Path:
+        """Write one scene as ``.ply`` or ``.spz``, the formats that splat viewers open.
+
+        SPZ is lossy (24-bit positions, 8-bit colours and opacities).
+
+        Raises:
+            ValueError: for a batch of scenes, an unknown suffix, or invalid values.
+        """
+        import gsply
+
+        path = Path(path)
+        if self.batch_shape:
+            raise ValueError(f"save: got a batch {tuple(self.batch_shape)}, want one scene")
+        if path.suffix not in {".ply", ".spz"}:
+            raise ValueError(f"save: got suffix {path.suffix!r}, want .ply or .spz")
+        scene = self.detach().to("cpu", torch.float32).validate()
+        if scene.sh_degree is None:
+            dc, rest = (scene.colors - 0.5) / _SH_C0, scene.colors.new_zeros(scene.num, 0, 3)
+        else:
+            dc, rest = scene.colors[:, 0], scene.colors[:, 1:]
+        # A logit of exactly 0 or 1 is infinite: viewers want finite numbers.
+        opacities = torch.logit(scene.opacities.double(), eps=1e-7).float()
+        data = gsply.GSData(
+            means=scene.means.numpy().copy(),
+            scales=scene.scales.log().numpy(),
+            quats=normalize(scene.quats, dim=-1).numpy(),
+            opacities=opacities.numpy(),
+            sh0=dc.contiguous().numpy(),
+            shN=rest.contiguous().numpy(),
+            _format=gsply.create_ply_format(sh_degree=scene.sh_degree or 0),
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".spz":
+            gsply.write_spz(path, data)
+        else:
+            gsply.plywrite(path, data)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Gaussians:
+        """Read one scene from ``.ply`` or ``.spz``.
+
+        Degree-0 files become plain RGB colours, higher ones keep their harmonics.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a splat file.
+        """
+        import gsply
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; want a .ply or .spz splat file")
+        try:
+            data = gsply.read_spz(path) if path.suffix == ".spz" else gsply.plyread(path)
+            data = gsply.apply_pre_activations(data.copy())
+        except Exception as error:
+            raise ValueError(f"{path}: not a readable splat file ({error})") from error
+
+        def tensor(array: Any) -> Tensor:
+            return torch.from_numpy(np.array(array, dtype=np.float32))
+
+        dc = tensor(data.sh0)
+        rest = tensor(data.shN) if data.shN is not None and data.shN.size else None
+        colors = dc * _SH_C0 + 0.5 if rest is None else torch.cat([dc[:, None], rest], dim=1)
+        return cls(
+            means=tensor(data.means),
+            quats=tensor(data.quats),
+            scales=tensor(data.scales),
+            opacities=tensor(data.opacities).reshape(-1),
+            colors=colors,
+        )
+
+
+def quaternion_product(a: Tensor, b: Tensor) -> Tensor:
+    """Hamilton product of wxyz quaternions (..., 4): the rotation b, then the rotation a."""
+    aw, ax, ay, az = a.unbind(-1)
+    bw, bx, by, bz = b.unbind(-1)
+    return torch.stack(
+        [
+            aw * bw - ax * bx - ay * by - az * bz,
+            aw * bx + ax * bw + ay * bz - az * by,
+            aw * by - ax * bz + ay * bw + az * bx,
+            aw * bz + ax * by - ay * bx + az * bw,
+        ],
+        dim=-1,
+    )
+
+
+def quaternion_from_rotation(rotation: Tensor) -> Tensor:
+    """Unit wxyz quaternions (..., 4) of rotation matrices (..., 3, 3).
+
+    Each component's size comes from the diagonal; the three others are divided by the largest,
+    so no case divides by a small number (Shepperd 1978). Differentiable.
+    """
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (row.unbind(-1) for row in rotation.unbind(-2))
+    squares = torch.stack(
+        [1 + xx + yy + zz, 1 + xx - yy - zz, 1 - xx + yy - zz, 1 - xx - yy + zz], dim=-1
+    )
+    wx, wy, wz = zy - yz, xz - zx, yx - xy
+    xy, xz, yz = xy + yx, xz + zx, yz + zy
+    w2, x2, y2, z2 = squares.unbind(-1)
+    candidates = torch.stack(
+        [
+            torch.stack([w2, wx, wy, wz], -1),
+            torch.stack([wx, x2, xy, xz], -1),
+            torch.stack([wy, xy, y2, yz], -1),
+            torch.stack([wz, xz, yz, z2], -1),
+        ],
+        dim=-2,
+    )
+    best = squares.argmax(dim=-1)[..., None, None].expand(*squares.shape[:-1], 1, 4)
+    return normalize(candidates.gather(-2, best)[..., 0, :], dim=-1)

@@ -1,0 +1,142 @@
+import math
+
+import pytest
+import torch
+
+from fresnel.cameras import (
+    Cameras,
+    gravity_frame,
+    intrinsics,
+    look_at,
+    orbit,
+    relative_azimuth_deg,
+    rigid,
+)
+
+SIZE = {"focal_px": 77.0, "width": 64, "height": 48}
+
+
+def ring(n=8, pivot=(1.0, 2.0, 3.0), elevation=20.0):
+    return orbit(torch.arange(n) * 360.0 / n, elevation, 2.2, pivot=pivot, **SIZE)
+
+
+def test_orbit_stands_where_it_says_and_looks_at_the_pivot():
+    cameras = ring()
+    offset = cameras.centers - torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(offset.norm(dim=-1), torch.full((8,), 2.2))
+    torch.testing.assert_close(-offset / 2.2, cameras.forward, atol=1e-6, rtol=0)
+    assert offset[0, 2] > 0 and abs(offset[0, 0]) < 1e-6, "azimuth 0 is +Z"
+    assert offset[2, 0] > 0 and abs(offset[2, 2]) < 1e-6, "azimuth grows towards +X"
+    torch.testing.assert_close(cameras.elevation_deg((1, 2, 3)), torch.full((8,), 20.0))
+    cameras.validate()
+
+
+def test_image_axes_are_opencv():
+    camera = orbit(0.0, 0.0, 2.0, pivot=(0, 0, 0), **SIZE)
+    right_up_near = camera.viewmats @ torch.tensor([0.5, 0.25, 0.5, 1.0])
+    torch.testing.assert_close(right_up_near, torch.tensor([0.5, -0.25, 1.5, 1.0]))
+
+
+def test_rays_hit_the_pixels_they_come_from():
+    cameras = ring(3)
+    origins, directions = cameras.rays()
+    points = origins + 1.7 * directions
+    seen = torch.einsum("vij,vhwj->vhwi", cameras.viewmats[:, :3, :3], points)
+    seen = seen + cameras.viewmats[:, None, None, :3, 3]
+    pixels = torch.einsum("vij,vhwj->vhwi", cameras.Ks, seen)
+    pixels = pixels[..., :2] / pixels[..., 2:]
+    x, y = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(48) + 0.5, indexing="xy")
+    torch.testing.assert_close(
+        pixels, torch.stack([x, y], -1).expand(3, -1, -1, -1), atol=2e-4, rtol=0
+    )
+
+
+def test_pluecker_does_not_depend_on_the_point_along_the_ray():
+    cameras = ring(2)
+    frame = gravity_frame(cameras, (1, 2, 3))
+    d, m = cameras.pluecker(frame).split(3, dim=-1)
+    torch.testing.assert_close((d * m).sum(-1), torch.zeros(2, 48, 64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(d.norm(dim=-1), torch.ones(2, 48, 64))
+
+
+def test_gravity_frame_is_the_same_for_every_azimuth():
+    cameras = ring(8)
+    rays = cameras.pluecker(gravity_frame(cameras, (1, 2, 3)))
+    torch.testing.assert_close(rays, rays[:1].expand_as(rays), atol=2e-6, rtol=0)
+    other = ring(1, elevation=-10.0)
+    assert not torch.allclose(other.pluecker(gravity_frame(other, (1, 2, 3)))[0], rays[0], atol=0.1)
+
+
+def test_gravity_frame_of_a_camera_on_the_pivot_or_looking_down():
+    at_pivot = Cameras(torch.eye(4)[None], intrinsics(64.0, 64, 64)[None], 64, 64)
+    frame = gravity_frame(at_pivot, (0, 0, 0))
+    torch.testing.assert_close(
+        at_pivot.transformed(frame).forward, torch.tensor([[0.0, 0.0, -1.0]])
+    )
+    down = look_at(torch.tensor([[0.0, 2.0, 0.0]]), (0, 0, 0), up=(1.0, 0.0, 0.0), **SIZE)
+    frame = gravity_frame(down, (0, 0, 0))
+    assert frame.isfinite().all()
+    torch.testing.assert_close(torch.linalg.det(frame), torch.ones(1))
+
+
+def test_relative_azimuth():
+    inputs = orbit(torch.tensor([30.0, -100.0]), 10.0, 2.2, pivot=(0, 0, 0), **SIZE)
+    azimuth = torch.tensor([[30.0, 75.0, -60.0], [-100.0, 80.0, -190.0]])
+    views = orbit(azimuth, 35.0, 2.2, pivot=(0, 0, 0), **SIZE)
+    got = relative_azimuth_deg(views, inputs, (0, 0, 0))
+    want = torch.tensor([[0.0, 45.0, -90.0], [0.0, 180.0, -90.0]])
+    torch.testing.assert_close((got - want + 180) % 360 - 180, torch.zeros(2, 3), atol=1e-3, rtol=0)
+
+
+def test_opengl_round_trip_and_meaning():
+    cameras = ring()
+    rotation, translation = cameras.to_opengl()
+    back = Cameras.from_opengl(rotation, translation, cameras.Ks, 64, 48)
+    torch.testing.assert_close(back.viewmats, cameras.viewmats)
+    pivot = rotation @ torch.tensor([1.0, 2.0, 3.0]) + translation
+    torch.testing.assert_close(
+        pivot, torch.tensor([0.0, 0.0, -2.2]).expand(8, 3), atol=1e-5, rtol=0
+    )
+
+
+def test_resized_cameras_see_the_same_rays():
+    cameras = ring(1)
+    small = cameras.resized(32, 24)
+    corner = cameras.rays()[1][0, :2, :2].mean((0, 1))
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(corner, dim=0), small.rays()[1][0, 0, 0], atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("viewmats", "word"),
+    [
+        (torch.diag(torch.tensor([1.0, 1.0, -1.0, 1.0])), "right-handed"),
+        (torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])), "orthonormal"),
+        (torch.full((4, 4), math.nan), "NaN"),
+    ],
+)
+def test_bad_matrices_are_named(viewmats, word):
+    with pytest.raises(ValueError, match=word):
+        Cameras(viewmats, intrinsics(64.0, 64, 64), 64, 64).validate()
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="Ks"):
+        Cameras(torch.eye(4), torch.eye(4), 8, 8)
+    with pytest.raises(ValueError, match="target"):
+        look_at(torch.zeros(3), (0, 0, 0), **SIZE)
+    with pytest.raises(ValueError, match="up"):
+        look_at(torch.tensor([0.0, 1.0, 0.0]), (0, 0, 0), **SIZE)
+    with pytest.raises(ValueError, match="radius"):
+        orbit(0.0, 0.0, 0.0, pivot=(0, 0, 0), **SIZE)
+    with pytest.raises(TypeError, match="pivot"):
+        orbit(0.0, 0.0, 1.0, **SIZE)
+
+
+def test_rigid_and_indexing():
+    cameras = ring(8).reshape(2, 4)
+    assert cameras.batch_shape == (2, 4) and len(cameras) == 2
+    assert cameras[1].batch_shape == (4,) and cameras[1, 2].batch_shape == ()
+    moved = cameras.transformed(rigid(torch.eye(3), torch.tensor([1.0, 0.0, 0.0])))
+    torch.testing.assert_close(moved.centers, cameras.centers + torch.tensor([1.0, 0.0, 0.0]))

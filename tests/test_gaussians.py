@@ -1,0 +1,141 @@
+import math
+
+import pytest
+import torch
+
+from fresnel.gaussians import Gaussians, quaternion_from_rotation, quaternion_product
+
+
+def random_gaussians(n=50, batch=(), seed=0, sh=None):
+    g = torch.Generator().manual_seed(seed)
+    shape = (*batch, n)
+    colors = torch.rand(*shape, 3, generator=g)
+    if sh is not None:
+        colors = torch.randn(*shape, (sh + 1) ** 2, 3, generator=g) * 0.3
+    return Gaussians(
+        torch.randn(*shape, 3, generator=g),
+        torch.randn(*shape, 4, generator=g),
+        torch.rand(*shape, 3, generator=g) * 0.1 + 0.01,
+        torch.rand(*shape, generator=g),
+        colors,
+    )
+
+
+def rotation_of(q):
+    w, x, y, z = torch.nn.functional.normalize(q, dim=-1).unbind(-1)
+    rows = [
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    ]  # fmt: skip
+    return torch.stack(rows, -1).reshape(*q.shape[:-1], 3, 3)
+
+
+def covariance(gaussians):
+    m = rotation_of(gaussians.quats) * gaussians.scales[..., None, :]
+    return m @ m.transpose(-1, -2)
+
+
+def test_quaternions_round_trip_in_all_four_cases():
+    q = torch.randn(500, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q = torch.cat([q, torch.eye(4, dtype=torch.float64)])
+    r = rotation_of(q)
+    torch.testing.assert_close(rotation_of(quaternion_from_rotation(r)), r)
+    a, b = q[:100], q[100:200]
+    torch.testing.assert_close(
+        rotation_of(quaternion_product(a, b)), rotation_of(a) @ rotation_of(b)
+    )
+
+
+def test_transform_moves_means_and_covariances():
+    gaussians = random_gaussians(batch=(2,)).to(dtype=torch.float64)
+    turn = rotation_of(torch.tensor([[0.3, -0.2, 0.9, 0.1], [1.0, 2.0, 3.0, 4.0]]).double())
+    matrix = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
+    matrix[:, :3, :3] = 2.5 * turn
+    matrix[:, :3, 3] = torch.tensor([1.0, -2.0, 3.0])
+    moved = gaussians.transform(matrix)
+    want = torch.einsum("bij,bnj->bni", matrix[:, :3, :3], gaussians.means) + matrix[:, None, :3, 3]
+    torch.testing.assert_close(moved.means, want)
+    linear = matrix[:, None, :3, :3]
+    want = linear @ covariance(gaussians) @ linear.transpose(-1, -2)
+    torch.testing.assert_close(covariance(moved), want)
+    back = moved.transform(torch.linalg.inv(matrix))
+    torch.testing.assert_close(covariance(back), covariance(gaussians))
+
+
+@pytest.mark.parametrize("fault", ["mirror", "shear"])
+def test_transform_refuses_what_is_not_a_similarity(fault):
+    matrix = torch.eye(4)
+    matrix[0, 0 if fault == "mirror" else 1] = -1.0 if fault == "mirror" else 0.5
+    with pytest.raises(ValueError, match="matrix"):
+        random_gaussians().transform(matrix)
+
+
+def test_concatenate_and_index():
+    a, b = random_gaussians(5, (3,)), random_gaussians(7, (3,), seed=1)
+    both = Gaussians.concatenate([a, b])
+    assert both.num == 12 and both.batch_shape == (3,)
+    torch.testing.assert_close(both[1].means[5:], b.means[1])
+    with pytest.raises(TypeError):
+        both[0][0]
+
+
+@pytest.mark.parametrize("sh", [None, 1, 2, 3])
+def test_ply_round_trip(tmp_path, sh):
+    gaussians = random_gaussians(sh=sh)
+    loaded = Gaussians.load(gaussians.save(tmp_path / "scene.ply"))
+    assert loaded.sh_degree == sh
+    torch.testing.assert_close(loaded.means, gaussians.means)
+    torch.testing.assert_close(loaded.scales, gaussians.scales)
+    torch.testing.assert_close(loaded.opacities, gaussians.opacities, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loaded.colors, gaussians.colors, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(covariance(loaded), covariance(gaussians), atol=1e-6, rtol=1e-4)
+
+
+def test_ply_has_the_fields_that_viewers_read(tmp_path):
+    header = random_gaussians().save(tmp_path / "scene.ply").read_bytes().split(b"end_header")[0]
+    names = [line.split()[-1].decode() for line in header.splitlines() if b"property" in line]
+    wanted = "x y z f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3"
+    assert set(wanted.split()) <= set(names)
+
+
+def test_spz_round_trip_is_close(tmp_path):
+    gaussians = random_gaussians()
+    loaded = Gaussians.load(gaussians.save(tmp_path / "scene.spz"))
+    torch.testing.assert_close(loaded.means, gaussians.means, atol=2e-3, rtol=0)
+    torch.testing.assert_close(loaded.opacities, gaussians.opacities, atol=0.01, rtol=0)
+    torch.testing.assert_close(loaded.colors, gaussians.colors, atol=0.02, rtol=0)
+    torch.testing.assert_close(covariance(loaded), covariance(gaussians), atol=1e-3, rtol=0)
+
+
+def test_extreme_opacities_stay_finite_on_disk(tmp_path):
+    gaussians = random_gaussians()
+    gaussians.opacities[:2] = torch.tensor([0.0, 1.0])
+    loaded = Gaussians.load(gaussians.save(tmp_path / "scene.ply"))
+    assert loaded.opacities.isfinite().all() and loaded.opacities[1] > 0.99999
+
+
+@pytest.mark.parametrize("name", ["means", "quats", "scales", "opacities", "colors"])
+def test_nan_is_named(name):
+    gaussians = random_gaussians()
+    getattr(gaussians, name).view(-1)[3] = math.nan
+    with pytest.raises(ValueError, match=name):
+        gaussians.validate()
+
+
+def test_shapes_are_named():
+    g = random_gaussians()
+    with pytest.raises(ValueError, match="quats"):
+        Gaussians(g.means, g.means, g.scales, g.opacities, g.colors)
+    with pytest.raises(ValueError, match="colors"):
+        Gaussians(g.means, g.quats, g.scales, g.opacities, torch.zeros(50, 5, 3))
+
+
+def test_files_that_are_not_splats(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Gaussians.load(tmp_path / "missing.ply")
+    (tmp_path / "text.ply").write_text("hello")
+    with pytest.raises(ValueError, match="not a readable splat"):
+        Gaussians.load(tmp_path / "text.ply")
+    with pytest.raises(ValueError, match="suffix"):
+        random_gaussians().save(tmp_path / "scene.obj")
