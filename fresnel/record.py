@@ -1,0 +1,499 @@
+"""What a run was: parameters, provenance, stages, metrics, verdict and cost, in `results.json`.
+
+A notebook calls `start()` once, measures with `Recorder.stage()`, and ends with
+`Recorder.finish()`. The file is rewritten after every stage, so that a run that dies leaves what
+it had; its status then still says "running", and the runner turns that into "crashed".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+VERDICTS = ("PASS", "FAIL", "GO", "NO-GO", "REFUSED", "DONE")
+STATUSES = ("running", "finished", "crashed")
+RESULTS_NAME = "results.json"
+THUMBNAIL_NAME = "thumbnail.png"
+
+_PACKAGES = ("fresnel", "torch", "numpy", "gsplat", "numba", "trimesh", "embreex", "gsply", "pillow")
+_PACKAGES += ("torchmetrics", "matplotlib", "viser", "transformers", "papermill", "nbconvert")
+
+
+class RecordError(ValueError):
+    """A results.json that cannot be read, or a Recorder used in the wrong order."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One timed part of a run. Memory is the highest value seen while the stage was open.
+
+    peak_rss_bytes: resident memory of this process and its children (shared pages count in each).
+    peak_cuda_bytes: memory held by torch's CUDA allocator; None without CUDA.
+    """
+
+    name: str
+    duration_s: float
+    peak_rss_bytes: int
+    peak_cuda_bytes: int | None = None
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, exactly as `results.json` holds it. `status` is one of STATUSES; `verdict` one of
+    VERDICTS, or None as long as there is none (and for ever if the run crashed)."""
+
+    notebook: str
+    status: str
+    verdict: str | None = None
+    summary: str = ""
+    reasons: tuple[str, ...] = ()
+    error: str | None = None
+    name: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    artifacts: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    started_utc: str = ""
+    duration_s: float = 0.0
+    price_per_hour_usd: float = 0.0
+    cost_usd: float = 0.0
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise RecordError(f"status is {self.status!r}, must be one of {', '.join(STATUSES)}")
+        if self.verdict is not None and self.verdict not in VERDICTS:
+            raise RecordError(f"verdict is {self.verdict!r}, must be one of {', '.join(VERDICTS)}")
+
+    @property
+    def badge(self) -> str:
+        """The one word for a person: the verdict of a finished run, else the status."""
+        return self.verdict if self.status == "finished" and self.verdict else self.status.upper()
+
+    def replace(self, **changes: Any) -> RunRecord:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able dict. NaN and infinities become None, each with a line under "notes"."""
+        notes = list(self.notes)
+        plain = _plain(dataclasses.asdict(self), "", notes)
+        plain["notes"] = notes
+        return plain
+
+    def write(self, path: str | Path) -> Path:
+        """Write to `path`, or to `path`/results.json where it is a folder; never half a file."""
+        target = Path(path)
+        if target.is_dir():
+            target = target / RESULTS_NAME
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
+        write_atomic(target, text + "\n")
+        return target
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunRecord:
+        """Read a results.json (or the one in the folder `path`).
+
+        Raises RecordError that says what is wrong with it; unknown keys are left out."""
+        source = Path(path)
+        if source.is_dir():
+            source = source / RESULTS_NAME
+        try:
+            data = json.loads(source.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecordError(f"{source}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise RecordError(f"{source}: is not valid JSON ({error})") from error
+        return cls.from_dict(data, where=str(source))
+
+    @classmethod
+    def from_dict(cls, data: Any, *, where: str = "results") -> RunRecord:
+        if not isinstance(data, dict):
+            raise RecordError(f"{where}: must hold an object, got {type(data).__name__}")
+        for key in ("notebook", "status"):
+            if not isinstance(data.get(key), str):
+                raise RecordError(f"{where}: {key!r} is missing or is not text")
+        if int(data.get("schema_version") or 0) > SCHEMA_VERSION:
+            raise RecordError(
+                f"{where}: schema_version {data['schema_version']} is newer than this program's "
+                f"{SCHEMA_VERSION}; update fresnel to read it"
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        kept = {key: value for key, value in data.items() if key in known}
+        for key in ("params", "metrics", "provenance", "artifacts"):
+            if not isinstance(kept.get(key, {}), dict):
+                raise RecordError(f"{where}: {key!r} must be an object")
+        try:
+            stage_names = {f.name for f in dataclasses.fields(Stage)}
+            kept["stages"] = tuple(
+                Stage(**{key: value for key, value in stage.items() if key in stage_names})
+                for stage in kept.get("stages", ())
+            )
+            for key in ("duration_s", "price_per_hour_usd", "cost_usd"):
+                kept[key] = float(kept.get(key) or 0.0)
+            kept["reasons"] = tuple(str(reason) for reason in kept.get("reasons", ()))
+            kept["notes"] = tuple(str(note) for note in kept.get("notes", ()))
+            return cls(**kept)
+        except (TypeError, AttributeError) as error:
+            raise RecordError(f"{where}: has a value of the wrong type ({error})") from error
+
+
+class Recorder:
+    """Collects a RunRecord while a run goes on. Made by `start()`."""
+
+    def __init__(self, record: RunRecord, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self._record = record
+        self._clock = time.perf_counter()
+        self._stages: list[Stage] = []
+        self._open: list[_Peak] = []
+        self._save()
+
+    @property
+    def record(self) -> RunRecord:
+        """The record as it stands now."""
+        return self._record
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block and watch its memory. Stages may nest; each counts its own whole time."""
+        self._check_open()
+        peak = _Peak()
+        self._fold_cuda_peaks()
+        self._open.append(peak)
+        begun = time.perf_counter()
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            duration = time.perf_counter() - begun
+            self._fold_cuda_peaks()
+            self._open.remove(peak)
+            self._stages.append(Stage(name, duration, peak.close(), peak.cuda, failed))
+            self._save()
+
+    def metric(self, name: str, value: Any) -> None:
+        """Record one measured value: number, text, or a JSON-like structure of them."""
+        self.metrics({name: value})
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        self._check_open()
+        merged = self._record.metrics | {str(key): value for key, value in values.items()}
+        self._record = self._record.replace(metrics=merged)
+
+    def dataset(self, dataset: Any) -> None:
+        """Record which data the run used: `content_hash`, `path` and length of `dataset`."""
+        self._check_open()
+        entry = {
+            "content_hash": dataset.content_hash,
+            "path": _relative(Path(dataset.path), project_root()),
+            "objects": len(dataset),
+        }
+        provenance = dict(self._record.provenance)
+        others = [d for d in provenance.get("datasets", []) if d != entry]
+        provenance["datasets"] = [*others, entry]
+        self._record = self._record.replace(provenance=provenance)
+        self._save()
+
+    def thumbnail(self, image: Any, *, longest_px: int = 480) -> Path:
+        """Save `image` as the run's picture in the index.
+
+        image: (H, W, 3), (H, W, 4) or (H, W); uint8, or floats in [0, 1]."""
+        import numpy as np
+        from PIL import Image
+
+        array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+        if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+            raise ValueError(f"image: got shape {array.shape}, want (H, W), (H, W, 3) or (H, W, 4)")
+        if array.dtype != np.uint8:
+            array = (np.nan_to_num(array).clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+        picture = Image.fromarray(array)
+        picture.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+        path = self.output_dir / THUMBNAIL_NAME
+        picture.save(path, optimize=True)
+        self.artifact("thumbnail", path)
+        return path
+
+    def artifact(self, name: str, path: str | Path) -> None:
+        """Name a file that the run made. Paths below the output folder are kept relative to it."""
+        self._check_open()
+        kept = _relative(Path(path), self.output_dir)
+        self._record = self._record.replace(artifacts=self._record.artifacts | {name: kept})
+
+    def note(self, text: str) -> None:
+        """Add a line that a reader should see beside the results."""
+        self._check_open()
+        self._record = self._record.replace(notes=(*self._record.notes, text))
+
+    def finish(self, verdict: str, summary: str, reasons: Sequence[str] = ()) -> RunRecord:
+        """State the verdict (one of VERDICTS), a one-paragraph summary and the named reasons."""
+        self._check_open()
+        if verdict not in VERDICTS:
+            raise ValueError(f"verdict: got {verdict!r}, want one of {', '.join(VERDICTS)}")
+        self._record = self._record.replace(
+            status="finished",
+            verdict=verdict,
+            summary=summary,
+            reasons=tuple(str(reason) for reason in reasons),
+        )
+        self._save()
+        return self._record
+
+    def _check_open(self) -> None:
+        if self._record.status != "running":
+            raise RecordError(f"the record of {self._record.notebook!r} is already finished")
+
+    def _fold_cuda_peaks(self) -> None:
+        # torch keeps one process-wide peak: hand it to every open stage, then begin anew
+        cuda = _cuda()
+        if cuda is None:
+            return
+        peak = int(cuda.max_memory_allocated())
+        for watch in self._open:
+            watch.cuda = max(watch.cuda or 0, peak)
+        cuda.reset_peak_memory_stats()
+
+    def _save(self) -> None:
+        duration = time.perf_counter() - self._clock
+        self._record = self._record.replace(
+            stages=tuple(self._stages),
+            duration_s=duration,
+            cost_usd=self._record.price_per_hour_usd * duration / 3600.0,
+        )
+        self._record.write(self.output_dir / RESULTS_NAME)
+
+
+def start(
+    notebook: str,
+    params: Mapping[str, Any],
+    output_dir: str | Path = "",
+    *,
+    price_per_hour_usd: float = 0.0,
+    seed: int | None = None,
+) -> Recorder:
+    """Begin a run's record and write its first results.json.
+
+    notebook: its name, e.g. "01_validate_data". params: every parameter with its value.
+    output_dir: where results.json goes; "" makes reports/runs/<UTC time>-<notebook>.
+    price_per_hour_usd: what the machine costs; the record multiplies it by wall time.
+    seed: the run's seed; taken from params["seed"] where it is there.
+    """
+    if not price_per_hour_usd >= 0.0:
+        raise ValueError(f"price_per_hour_usd: got {price_per_hour_usd!r}, want a number >= 0")
+    name = Path(notebook).stem
+    if output_dir:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = new_run_dir(project_root() / "reports", name)
+    record = RunRecord(
+        notebook=name,
+        status="running",
+        name=name,
+        params=dict(params),
+        provenance=provenance(seed if seed is not None else params.get("seed")),
+        started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        price_per_hour_usd=float(price_per_hour_usd),
+    )
+    return Recorder(record, folder.resolve())
+
+
+def provenance(seed: int | None = None) -> dict[str, Any]:
+    """Commit, versions and hardware of this process, JSON-able. Anything unknown is None."""
+    cuda = _cuda()
+    return {
+        "git": git_state(),
+        "python": platform.python_version(),
+        "packages": _versions(_PACKAGES),
+        "os": platform.platform(),
+        "cpu": {"model": _cpu_model(), "count": _cpu_count()},
+        "gpu": cuda.get_device_name() if cuda is not None else None,
+        "seed": seed,
+        "datasets": [],
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """{"commit", "dirty", "changed"} of the checkout this code runs from; products in reports/
+    and runs/ do not make it dirty."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    lines = git("status", "--porcelain", "--", ".", ":(exclude)reports", ":(exclude)runs")
+    changed = None if lines is None else [line[3:] for line in lines.splitlines()]
+    return {
+        "commit": commit.strip() if commit else None,
+        "dirty": None if changed is None else bool(changed),
+        "changed": (changed or [])[:50],
+    }
+
+
+def project_root() -> Path:
+    """The checkout: the nearest folder above the working directory that holds this project's
+    pyproject.toml, else the working directory itself (an installed package run elsewhere)."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "fresnel").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    return here
+
+
+def new_run_dir(reports_dir: str | Path, name: str) -> Path:
+    """Make reports_dir/runs/<UTC time>-<name>, a folder of its own even for runs begun at once."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    slug = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+    for attempt in range(1, 1000):
+        suffix = "" if attempt == 1 else f"-{attempt}"
+        folder = Path(reports_dir) / "runs" / f"{stamp}-{slug}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise FileExistsError(f"{reports_dir}/runs: a thousand runs named {slug!r} in one second")
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write `text` so that `path` holds either its old content or all of the new one."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class _Peak:
+    """The highest resident memory seen between its making and `close()`, by a sampling thread."""
+
+    interval_s = 0.1
+
+    def __init__(self) -> None:
+        import psutil
+
+        self.cuda: int | None = None
+        self._process = psutil.Process()
+        self._rss = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._sample()
+        self._thread.start()
+
+    def close(self) -> int:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+        return self._rss
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            self._sample()
+
+    def _sample(self) -> None:
+        import psutil
+
+        total = self._process.memory_info().rss
+        for child in self._process.children(recursive=True):
+            try:
+                total += child.memory_info().rss
+            except psutil.Error:  # it ended in between
+                continue
+        self._rss = max(self._rss, total)
+
+
+def _cuda() -> Any:
+    """torch.cuda where it works, else None. Does not import torch: a run that never did has none
+    of its memory to measure."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_model() -> str | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or None
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1).strip() if match else platform.machine() or None
+
+
+def _cpu_count() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _relative(path: Path, root: Path) -> str:
+    resolved, base = path.resolve(), root.resolve()
+    return str(resolved.relative_to(base)) if resolved.is_relative_to(base) else str(path)
+
+
+def _plain(value: Any, where: str, notes: list[str]) -> Any:
+    """`value` as JSON's own types; what JSON cannot say (NaN, infinity) as None, with a note."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        note = f"{where} was {value}; stored as null"
+        if note not in notes:
+            notes.append(note)
+        return None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {
+            str(key): _plain(item, f"{where}.{key}" if where else str(key), notes)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item, f"{where}[{i}]", notes) for i, item in enumerate(value)]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, torch tensors
+        return _plain(value.tolist(), where, notes)
+    return str(value)
