@@ -1,36 +1,59 @@
 """Multi-view datasets on disk: read, write, hash.
 
 A dataset is a set of objects, each with one input image and V views of it from known cameras.
+`write` is atomic and binds what it wrote to a content hash; `open` reads that layout and the
+original experiment's; `MultiViewDataset.verify` tells whether a byte has changed since.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from fresnel import _layouts
+from fresnel._layouts import MANIFEST, Record
+from fresnel._records import (
+    ObjectViews,
+    ViewTensors,
+    read_object,
+    read_original,
+    view_folders,
+    write_object,
+)
 from fresnel.cameras import Cameras
 from fresnel.images import (
     DatasetError,
     InputImages,
-    _rows,
-    as_depth,
-    as_uint8,
-    check_cameras,
     load_image,
     load_images,
+    resize,
+    resize_depth,
 )
 
 __all__ = [
     "DatasetChanged",
     "DatasetError",
     "InputImages",
+    "MultiViewDataset",
     "ObjectViews",
     "ViewTensors",
     "load_image",
     "load_images",
+    "open",
+    "write",
 ]
 
 
@@ -39,105 +62,333 @@ class DatasetChanged(DatasetError):
 
 
 @dataclass(frozen=True)
-class ObjectViews:
-    """One record: an input image of an object and V views of it.
+class MultiViewDataset:
+    """A dataset on disk; objects are read when asked for.
 
-    Args:
-        name: unique within a dataset.
-        input_rgb: uint8 (H, W, 3) over black.
-        input_alpha: uint8 (H, W).
-        input_camera: Cameras of batch shape ().
-        rgb: uint8 (V, S, S, 3) over the dataset's background.
-        alpha: uint8 (V, S, S).
-        cameras: Cameras of batch shape (V,).
-        pivot: the world point the views turn about, float32 (3,).
-        depth: z-depth of the views, float32 (V, S, S), 0 where nothing is; or None.
-        input_depth: z-depth of the input, float32 (H, W); or None.
-        identity_rgb: what the generator renders from the input camera, uint8 (H, W, 3) over
-            black; or None.
-        identity_alpha: its alpha, uint8 (H, W).
-        attribution: creator and licence of what is shown.
-
-    Raises:
-        ValueError: if shapes or dtypes disagree.  numpy arrays are accepted and become tensors.
+    ``image_size`` is the side of its (square) views in pixels, ``background`` the sRGB colour
+    they were composited over.  ``content_hash`` stands for the whole dataset, for a `subset` too:
+    see `is_subset`.
     """
 
-    name: str
-    input_rgb: Tensor
-    input_alpha: Tensor
-    input_camera: Cameras
-    rgb: Tensor
-    alpha: Tensor
-    cameras: Cameras
-    pivot: Tensor
-    depth: Tensor | None = None
-    input_depth: Tensor | None = None
-    identity_rgb: Tensor | None = None
-    identity_alpha: Tensor | None = None
-    attribution: str = ""
-
-    def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        put("input_rgb", as_uint8(self.input_rgb, "input_rgb", (None, None, 3)))
-        shape = tuple(self.input_rgb.shape[:2])
-        put("input_alpha", as_uint8(self.input_alpha, "input_alpha", shape))
-        put("input_depth", as_depth(self.input_depth, "input_depth", shape))
-        check_cameras(self.input_camera, "input_camera", shape)
-        if (self.identity_rgb is None) != (self.identity_alpha is None):
-            raise ValueError("identity_rgb, identity_alpha: got one of them, want both or neither")
-        if self.identity_rgb is not None:
-            put("identity_rgb", as_uint8(self.identity_rgb, "identity_rgb", (*shape, 3)))
-            put("identity_alpha", as_uint8(self.identity_alpha, "identity_alpha", shape))
-        put("rgb", as_uint8(self.rgb, "rgb", (None, None, None, 3)))
-        views = tuple(self.rgb.shape[:3])
-        put("alpha", as_uint8(self.alpha, "alpha", views))
-        put("depth", as_depth(self.depth, "depth", views))
-        check_cameras(self.cameras, "cameras", views)
-        put("pivot", torch.as_tensor(self.pivot, dtype=torch.float32))
-        if self.pivot.shape != (3,) or not self.pivot.isfinite().all():
-            raise ValueError(f"pivot: got {self.pivot.tolist()}, want three finite numbers")
-
-
-@dataclass(frozen=True)
-class ViewTensors:
-    """A whole dataset in memory: M objects, V views each.
-
-    ``rgb`` uint8 (M, V, H, W, 3) over black, ``alpha`` uint8 (M, V, H, W), ``cameras`` of batch
-    shape (M, V), ``pivots`` (M, 3), ``depth`` float32 (M, V, H, W) or None.
-    """
-
+    path: Path
+    layout: str
     names: tuple[str, ...]
-    inputs: InputImages
-    rgb: Tensor
-    alpha: Tensor
-    cameras: Cameras
-    pivots: Tensor
-    depth: Tensor | None = None
+    background: tuple[float, float, float]
+    content_hash: str
+    meta: dict[str, Any]
+    image_size: int
+    views_per_object: int
+    is_subset: bool = False
+    records: tuple[Record, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: Any) -> ViewTensors:
-        """Fewer objects; ``index`` is a slice, or a sequence, array or tensor of indices."""
-        rows = _rows(index, len(self))
+    def __getitem__(self, index: int) -> ObjectViews:
+        read = read_original if self.layout == "original" else read_object
+        return read(self.path, self.records[index], self.image_size, self.views_per_object)
+
+    def subset(self, which: Sequence[int] | Sequence[str] | slice) -> MultiViewDataset:
+        """The same dataset with only some objects, by index or by name."""
+        if isinstance(which, slice):
+            rows = list(range(len(self)))[which]
+        else:
+            known = {name: row for row, name in enumerate(self.names)}
+            missing = [w for w in which if isinstance(w, str) and w not in known]
+            if missing:
+                raise DatasetError(f"{self.path}: has no object named {missing[0]!r}")
+            rows = [known[w] if isinstance(w, str) else range(len(self))[int(w)] for w in which]
+        if not rows:
+            raise DatasetError(f"{self.path}: the subset is empty; want at least one object")
         return replace(
             self,
-            names=tuple(self.names[i] for i in rows),
-            inputs=self.inputs[rows],
-            rgb=self.rgb[rows],
-            alpha=self.alpha[rows],
-            cameras=self.cameras[rows],
-            pivots=self.pivots[rows],
-            depth=None if self.depth is None else self.depth[rows],
+            names=tuple(self.names[row] for row in rows),
+            records=tuple(self.records[row] for row in rows),
+            is_subset=True,
         )
 
-    def to(self, device: torch.device | str) -> ViewTensors:
-        return replace(
-            self,
-            inputs=self.inputs.to(device),
-            rgb=self.rgb.to(device),
-            alpha=self.alpha.to(device),
-            cameras=self.cameras.to(device),
-            pivots=self.pivots.to(device),
-            depth=None if self.depth is None else self.depth.to(device),
+    def inputs(self) -> InputImages:
+        """The input images; scaled to ``image_size`` if they are not all of one size."""
+        return self._inputs(self._read_all())
+
+    def tensors(self, size: int | None = None, device: torch.device | str = "cpu") -> ViewTensors:
+        """Everything in memory, inputs and views scaled to ``size`` (None: as stored).
+
+        Views over another background are recomposited over black, from their alpha.
+        """
+        objects = self._read_all()
+        rgb = torch.stack([o.rgb for o in objects])
+        alpha = torch.stack([o.alpha for o in objects])
+        rgb = _over_black(rgb, alpha, self.background)
+        cameras = Cameras(
+            torch.stack([o.cameras.viewmats for o in objects]),
+            torch.stack([o.cameras.Ks for o in objects]),
+            self.image_size,
+            self.image_size,
         )
+        depths = [o.depth for o in objects if o.depth is not None]
+        depth = torch.stack(depths) if len(depths) == len(objects) else None
+        inputs = self._inputs(objects)
+        if size is not None:
+            inputs = inputs.resized(size)
+            if size != self.image_size:
+                depth = resize_depth(depth, alpha, size)
+                rgb, alpha = resize(rgb, size), resize(alpha[..., None], size)[..., 0]
+                cameras = cameras.resized(size, size)
+        pivots = torch.stack([o.pivot for o in objects])
+        return ViewTensors(self.names, inputs, rgb, alpha, cameras, pivots, depth).to(device)
+
+    def verify(self) -> None:
+        """Read every byte again.
+
+        Raises:
+            DatasetChanged: if a file of the whole dataset (not only of a subset) was edited,
+                added or removed since it was written (since `open`, for the original's layout).
+        """
+        if self.layout == "original":
+            records, manifest = _layouts.scan_original(self.path), None
+        else:
+            manifest, records = _layouts.parse_manifest(self.path)
+            folders = _layouts.image_folders(self.path)
+            extra = set(folders) - {record.folder for record in records}
+            if extra:
+                raise DatasetChanged(f"{self.path / min(extra)}: not in the manifest. Remove it")
+        with ThreadPoolExecutor() as pool:
+            on_disk = list(pool.map(lambda record: _hashed(self.path, record), records))
+        if self.layout != "original":
+            for record, disk in zip(records, on_disk, strict=True):
+                if record.files != disk.files:
+                    raise _changed(self.path / record.folder, record.files, disk.files)
+        if _layouts.content_hash(on_disk, manifest) != self.content_hash:
+            raise DatasetChanged(f"{self.path}: changed since it was opened. Open and gate it anew")
+
+    def _read_all(self) -> list[ObjectViews]:
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self.__getitem__, range(len(self))))
+
+    def _inputs(self, objects: list[ObjectViews]) -> InputImages:
+        singles = [
+            InputImages(
+                (o.name,),
+                o.input_rgb[None],
+                o.input_alpha[None],
+                o.input_camera.reshape(1),
+                None if o.input_depth is None else o.input_depth[None],
+            )
+            for o in objects
+        ]
+        shapes = {single.rgb.shape for single in singles}
+        if len(shapes) > 1 or len({*next(iter(shapes))[1:3]}) > 1:
+            singles = [single.resized(self.image_size) for single in singles]
+        size = singles[0].rgb.shape[1]
+        depths = [single.depth for single in singles if single.depth is not None]
+        return InputImages(
+            self.names,
+            torch.cat([single.rgb for single in singles]),
+            torch.cat([single.alpha for single in singles]),
+            Cameras(
+                torch.cat([single.cameras.viewmats for single in singles]),
+                torch.cat([single.cameras.Ks for single in singles]),
+                size,
+                size,
+            ),
+            torch.cat(depths) if len(depths) == len(singles) else None,
+            bool(self.meta.get("elevation_is_assumed", False)),
+        )
+
+
+def _over_black(rgb: Tensor, alpha: Tensor, background: Sequence[float]) -> Tensor:
+    if not any(background):
+        return rgb
+    behind = (1 - alpha[..., None].float() / 255) * torch.tensor(background) * 255
+    return (rgb.float() - behind + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def _changed(folder: Path, want: dict[str, str], got: dict[str, str]) -> DatasetChanged:
+    for file in sorted({*want, *got}):
+        if want.get(file) != got.get(file):
+            what = "was changed" if file in want and file in got else "was removed"
+            what = what if file in want else "was added"
+            break
+    return DatasetChanged(
+        f"{folder / file}: {what} after the dataset was written. Restore it, or write and gate "
+        "the dataset anew"
+    )
+
+
+def _hashed(root: Path, record: Record) -> Record:
+    files = {
+        file: _layouts.sha256(_layouts.inside(root, f"{record.folder}/{file}").read_bytes())
+        for file in _layouts.data_files(root, record.folder)
+    }
+    return replace(record, files=files)
+
+
+def open(path: str | Path) -> MultiViewDataset:
+    """Open a dataset folder: ours (it has a manifest), or the original experiment's.
+
+    The original's views have no alpha: it is estimated as "any channel > 0" and
+    ``meta["alpha_source"]`` says so.  Its input camera stands at the world origin and looks along
+    -Z; focal lengths equal the image size; the orbit's pivot is the world origin.
+
+    Raises:
+        DatasetError: if the folder holds neither, or its description is damaged.
+        DatasetChanged: if the manifest was edited.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise DatasetError(f"{path}: no such folder")
+    if (root / MANIFEST).exists():
+        manifest, records = _layouts.parse_manifest(root)
+        digest = _layouts.content_hash(records, manifest)
+        if digest != manifest.get("content_hash"):
+            raise DatasetChanged(
+                f"{root / MANIFEST}: was edited: its content_hash doesn't match its entries. "
+                "Restore it, or write the dataset anew"
+            )
+        background = tuple(float(value) for value in manifest["background"])
+        return MultiViewDataset(
+            path=root,
+            layout=str(manifest.get("layout", "fresnel")),
+            names=tuple(record.name for record in records),
+            background=(background[0], background[1], background[2]),
+            content_hash=digest,
+            meta=manifest["meta"],
+            image_size=manifest["image_size"],
+            views_per_object=manifest["views_per_object"],
+            records=records,
+        )
+    records = _layouts.scan_original(root)
+    if not records:
+        raise DatasetError(
+            f"{path}: not a dataset; want a {MANIFEST}, or folders image_0000, image_0001, ... "
+            "with input.png and view_000/rgb.png"
+        )
+    views = view_folders(records[0])
+    if not views:
+        raise DatasetError(f"{root / records[0].folder}: has no view_000. Restore or remove it")
+    first = _layouts.inside(root, f"{records[0].folder}/{views[0]}/rgb.png")
+    with ThreadPoolExecutor() as pool:
+        records = tuple(pool.map(lambda record: _hashed(root, record), records))
+    return MultiViewDataset(
+        path=root,
+        layout="original",
+        names=tuple(record.name for record in records),
+        background=(0.0, 0.0, 0.0),
+        content_hash=_layouts.content_hash(records, None),
+        meta={"alpha_source": "estimated", "elevation_is_assumed": True},
+        image_size=load_image(first)[0].shape[0],
+        views_per_object=len(views),
+        records=records,
+    )
+
+
+def write(
+    path: str | Path,
+    objects: Iterable[ObjectViews],
+    *,
+    background: Sequence[float] = (0.0, 0.0, 0.0),
+    meta: dict[str, Any],
+    overwrite: bool = False,
+    total: int | None = None,
+) -> MultiViewDataset:
+    """Write objects as they come, as one dataset folder that appears only when it is complete.
+
+    Encoding runs in background threads beside whatever yields the objects.  Everything goes to a
+    hidden folder next to ``path`` that is renamed at the end, and removed if anything fails.
+
+    Args:
+        background: sRGB colour in [0, 1] that the views were composited over.
+        meta: anything JSON can hold about how the data came to be; not part of the hash.
+        overwrite: replace an existing dataset (never a folder that isn't one).
+        total: how many objects will come, for the progress bar.
+
+    Raises:
+        DatasetError: if ``path`` is taken, no object came, objects differ in size or number of
+            views, two share a name, or the disk is full.
+    """
+    target = Path(path)
+    colour = tuple(float(value) for value in background)
+    if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
+        raise ValueError(f"background: got {background}, want three sRGB values in [0, 1]")
+    _check_target(target, overwrite)
+    meta = json.loads(json.dumps(meta))
+    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
+    records: list[Record] = []
+    shape: tuple[int, ...] | None = None
+    try:
+        partial.mkdir(parents=True)
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            pending: deque[Future[Record]] = deque()
+            try:
+                bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
+                for index, views in enumerate(bar):
+                    if views.rgb.shape[1] != views.rgb.shape[2]:
+                        raise DatasetError(f"{views.name}: views are not square")
+                    if shape is not None and tuple(views.rgb.shape) != shape:
+                        raise DatasetError(
+                            f"{views.name}: views of shape {tuple(views.rgb.shape)}, the objects "
+                            f"before have {shape}; want the same size and number throughout"
+                        )
+                    shape = tuple(views.rgb.shape)
+                    pending.append(pool.submit(write_object, partial, index, views))
+                    while len(pending) > 8:  # bounds memory when encoding is the slower side
+                        records.append(pending.popleft().result())
+                records += [future.result() for future in pending]
+            finally:
+                for future in pending:
+                    future.cancel()
+        if shape is None:
+            raise DatasetError(f"{target}: nothing to write: no object came")
+        names = [record.name for record in records]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DatasetError(f"{target}: two objects are named {twice!r}; want unique names")
+        manifest: dict[str, Any] = {
+            "schema_version": _layouts.SCHEMA_VERSION,
+            "layout": "fresnel",
+            "background": colour,
+            "image_size": shape[1],
+            "views_per_object": shape[0],
+            "meta": meta,
+        }
+        manifest["content_hash"] = _layouts.content_hash(records, manifest)
+        manifest["objects"] = [vars(record) for record in records]
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _rename(partial, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DatasetError(
+                f"{target}: the disk is full after {len(records)} objects. Nothing was kept; "
+                "free some space or write fewer or smaller views"
+            ) from error
+        raise DatasetError(f"{target}: can't be written ({error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return open(target)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if not target.exists():
+        return
+    if not (target / MANIFEST).is_file():
+        raise DatasetError(f"{target}: exists and is not a dataset of ours. Choose another path")
+    if not overwrite:
+        raise DatasetError(f"{target}: exists. Choose another path or pass overwrite=True")
+
+
+def _rename(partial: Path, target: Path) -> None:
+    """Put ``partial`` in the place of ``target``; an old dataset is moved away first."""
+    if target.exists():
+        old = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
+        target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(target)
