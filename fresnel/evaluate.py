@@ -144,15 +144,10 @@ def evaluate(
         stop = min(start + batch, len(data))
         if whole is None:
             part = data.subset(range(start, stop)).tensors(size=size, device=device)  # type: ignore[union-attr]
-            inputs, cameras, pivots = part.inputs, part.cameras, part.pivots
-            rgb, alpha, names = part.rgb, part.alpha, part.names
         else:
-            part, index = whole, slice(start, stop)
-            inputs, cameras, pivots = part.inputs[index], part.cameras[index], part.pivots[index]
-            rgb, alpha, names = part.rgb[index], part.alpha[index], part.names[index]
+            part = whole[start:stop]
         with torch.no_grad():
-            views = predictor(inputs, cameras)
-            rows += _compare(views, rgb, alpha, names, inputs, cameras, pivots, background)
+            rows += _compare(predictor(part.inputs, part.cameras), part, background)
     return rows
 
 
@@ -160,16 +155,8 @@ def _as_tensors(data: MultiViewDataset | ViewTensors) -> ViewTensors | None:
     return None if hasattr(data, "subset") else data  # type: ignore[return-value]
 
 
-def _compare(
-    views: Views,
-    rgb: Tensor,
-    alpha: Tensor,
-    names: Sequence[str],
-    inputs: InputImages,
-    cameras: Cameras,
-    pivots: Tensor,
-    background: Sequence[float],
-) -> list[dict[str, Any]]:
+def _compare(views: Views, part: ViewTensors, background: Sequence[float]) -> list[dict[str, Any]]:
+    rgb, alpha, names = part.rgb, part.alpha, part.names
     m, v, h, w = alpha.shape[:4]
     if tuple(views.rgb.shape) != (m, v, h, w, 3) or tuple(views.alpha.shape) != (m, v, h, w, 1):
         raise ValueError(
@@ -205,7 +192,12 @@ def _compare(
         "coverage_ratio": _divide(cover, cover_true),
     }
     lists = {key: value.double().cpu().tolist() for key, value in columns.items()}
-    azimuth = relative_azimuth_deg(cameras, inputs.cameras, pivots).reshape(-1).cpu().tolist()
+    azimuth = (
+        relative_azimuth_deg(part.cameras, part.inputs.cameras, part.pivots)
+        .reshape(-1)
+        .cpu()
+        .tolist()
+    )
     return [
         {
             "object": object_name(names[i // v]),

@@ -1,0 +1,376 @@
+"""The gate: is this multi-view data fit to train on, and if not, what is wrong with it?
+
+`validate` looks at ten examples first and at the whole set only if they pass.  Its `Verdict` names
+ranked causes in plain language; `issue_receipt` writes it down, bound to the dataset's content
+hash; `require_receipt` is what training calls before it starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fresnel.checks import GateConfig, Reason, judge, measure, profile, unreadable
+from fresnel.images import DatasetError
+
+__all__ = [
+    "GateConfig",
+    "GateRefusal",
+    "Reason",
+    "Receipt",
+    "Verdict",
+    "issue_receipt",
+    "read_receipt",
+    "require_receipt",
+    "validate",
+    "write_receipt",
+]
+
+KINDS = ("gate", "smoke-cvs", "smoke-decoder")
+_COMMANDS = {
+    "gate": "python -m fresnel validate {path}",
+    "smoke-cvs": "./run_all.sh notebooks/02_smoke_train.ipynb -p dataset {path} -p model cvs",
+    "smoke-decoder": "./run_all.sh notebooks/02_smoke_train.ipynb -p dataset {path} "
+    "-p model decoder",
+}
+
+
+class GateRefusal(RuntimeError):
+    """Training was refused: there is no receipt, it is of other data, or it records a failure."""
+
+
+class _Data(Protocol):
+    """What `validate` needs of a `MultiViewDataset`; lists of records in tests have it too."""
+
+    background: Any
+    content_hash: str
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found.
+
+    Args:
+        passed: True when no check failed.
+        reasons: the failures, most likely cause first; symptoms name their cause.
+        summary: one or two sentences for a person.
+        notes: checks that could not be made, and why.
+        measurements: one dict per view: object, view, azimuth_deg and elevation_deg about the
+            pivot relative to the input, coverage (mean alpha), coverage_ratio and luminance_ratio
+            (to the input's), luminance (linear light, of covered pixels), detail_ratio, border,
+            empty, constant.
+        objects: one dict per record: name, pivot_distance, stray, identity_psnr, ...
+        profile: one dict per 45 degree azimuth bin: azimuth_deg, views, coverage_ratio,
+            luminance_ratio, empty.
+        figures: the numbers that were compared with the thresholds, by name.
+        dataset_hash: of the data that was looked at.
+        examples_seen: records looked at, of `examples_total`.
+        duration_s: wall time of the validation.
+    """
+
+    passed: bool
+    reasons: tuple[Reason, ...]
+    summary: str
+    notes: tuple[str, ...] = ()
+    measurements: list[dict[str, Any]] = field(default_factory=list)
+    objects: list[dict[str, Any]] = field(default_factory=list)
+    profile: list[dict[str, Any]] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+    dataset_hash: str = ""
+    examples_seen: int = 0
+    examples_total: int = 0
+    duration_s: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy; NaN becomes None."""
+        return _plain(asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def validate(
+    dataset: _Data,
+    config: GateConfig | None = None,
+    *,
+    first: int = 10,
+    workers: int = 2,
+    progress: bool = True,
+) -> Verdict:
+    """Look at `first` evenly spaced records; if they pass, at all of them.
+
+    Records are read as a stream, so memory does not grow with the images. A record that can't be
+    read is a finding, not an exception.
+
+    Args:
+        dataset: a `MultiViewDataset`, or anything with len(), indexing to `ObjectViews`,
+            `background` and `content_hash`.
+        config: thresholds; None takes the calibrated defaults.
+        first: how many records to decide on before reading on, at least 1.
+        workers: reader threads.
+
+    Raises:
+        ValueError: for `first` or `workers` below 1.
+    """
+    if first < 1 or workers < 1:
+        raise ValueError(f"first, workers: got {first}, {workers}, want at least 1")
+    config = config or GateConfig()
+    started = time.monotonic()
+    total = len(dataset)
+    if total == 0:
+        reason = Reason("no_data", "the dataset has no records", "check the path", {})
+        return _verdict([], [], (reason,), {}, (), dataset, total, started)
+    sample = sorted(set(np.linspace(0, total - 1, min(first, total)).round().astype(int).tolist()))
+    rest = sorted(set(range(total)) - set(sample))
+    rows: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
+    for part, label in ((sample, "gate: first examples"), (rest, "gate: whole set")):
+        for record_rows, summary in _measured(dataset, part, workers, progress, label):
+            rows += record_rows
+            objects.append(summary)
+        reasons, figures, notes = judge(rows, objects, config)
+        if reasons or not rest:
+            break
+    return _verdict(rows, objects, reasons, figures, notes, dataset, total, started)
+
+
+def _measured(
+    dataset: _Data, indices: Sequence[int], workers: int, progress: bool, label: str
+) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    from tqdm.auto import tqdm
+
+    background = tuple(float(x) for x in dataset.background)
+    # Monocular depth in the original layout is relative, and its inputs' alpha is a guess.
+    trusted = getattr(dataset, "layout", "fresnel") == "fresnel"
+
+    def work(index: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        try:
+            return measure(dataset[index], background, trust_input=trusted)
+        except (DatasetError, ValueError, OSError) as error:
+            names = getattr(dataset, "names", None)
+            return unreadable(names[index] if names else str(index), error)
+
+    queue = iter(indices)
+    bar = tqdm(total=len(indices), desc=label, unit="object", delay=2, disable=not progress or None)
+    with ThreadPoolExecutor(workers) as pool, bar:
+        # A short window of submitted reads keeps the threads busy and the memory bounded.
+        window: list[Future[Any]] = [
+            pool.submit(work, i) for i in itertools.islice(queue, 2 * workers)
+        ]
+        while window:
+            done = window.pop(0).result()
+            window += [pool.submit(work, i) for i in itertools.islice(queue, 1)]
+            bar.update()
+            yield done
+
+
+def _verdict(
+    rows: list[dict[str, Any]],
+    objects: list[dict[str, Any]],
+    reasons: tuple[Reason, ...],
+    figures: dict[str, float],
+    notes: tuple[str, ...],
+    dataset: _Data,
+    total: int,
+    started: float,
+) -> Verdict:
+    seen = f"{len(objects)} of {total} records ({len(rows)} views)"
+    if reasons:
+        also = ", ".join(dict.fromkeys(reason.code for reason in reasons[1:]))
+        summary = f"FAIL after {seen}: {reasons[0].message}."
+        summary += f" Also: {also}." if also else ""
+    else:
+        summary = f"PASS: {seen}, no check failed."
+    return Verdict(
+        passed=not reasons,
+        reasons=reasons,
+        summary=summary,
+        notes=notes,
+        measurements=rows,
+        objects=objects,
+        profile=profile(rows),
+        figures=figures,
+        dataset_hash=dataset.content_hash,
+        examples_seen=len(objects),
+        examples_total=total,
+        duration_s=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A verdict on disk, bound to the data it was reached on.
+
+    Args:
+        kind: "gate", "smoke-cvs" or "smoke-decoder".
+        dataset_hash: `MultiViewDataset.content_hash` of the data.
+        passed: the verdict.
+        summary: the verdict's sentence.
+        reasons: "code: message" of every failure, ranked.
+        created_utc: ISO 8601.
+        fresnel_version: of the package that issued it.
+        overridden: True when a failure was waved through; stays on everything that follows.
+    """
+
+    kind: str
+    dataset_hash: str
+    passed: bool
+    summary: str
+    reasons: tuple[str, ...]
+    created_utc: str
+    fresnel_version: str
+    overridden: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return _plain(asdict(self))
+
+
+def issue_receipt(
+    dataset: Any, verdict: Verdict, *, kind: str = "gate", overridden: bool = False
+) -> Receipt:
+    """Write the verdict, pass or fail, to `dataset.path`/receipts/`kind`.json.
+
+    Raises:
+        ValueError: if the verdict is about other data.
+    """
+    if verdict.dataset_hash and verdict.dataset_hash != dataset.content_hash:
+        raise ValueError(
+            f"verdict: is about data {verdict.dataset_hash[:19]}, the dataset is "
+            f"{dataset.content_hash[:19]}; validate this dataset"
+        )
+    reasons = tuple(f"{reason.code}: {reason.message}" for reason in verdict.reasons)
+    return write_receipt(
+        dataset, kind, verdict.passed, verdict.summary, reasons, overridden=overridden
+    )
+
+
+def write_receipt(
+    dataset: Any,
+    kind: str,
+    passed: bool,
+    summary: str,
+    reasons: Sequence[str] = (),
+    *,
+    overridden: bool = False,
+) -> Receipt:
+    """Write a receipt of any kind, atomically; the smoke run's come through here directly."""
+    from fresnel import __version__
+
+    receipt = Receipt(
+        kind=kind,
+        dataset_hash=dataset.content_hash,
+        passed=bool(passed),
+        summary=summary,
+        reasons=tuple(reasons),
+        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        fresnel_version=__version__,
+        overridden=overridden,
+    )
+    path = _receipt_path(dataset, kind)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(receipt.to_dict(), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return receipt
+
+
+def read_receipt(dataset: Any, kind: str = "gate") -> Receipt | None:
+    """The receipt that lies in the dataset's folder, whatever it says; None if there is none.
+
+    Raises:
+        GateRefusal: if the file is there but is no receipt.
+    """
+    path = _receipt_path(dataset, kind)
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        receipt = Receipt(**{**content, "reasons": tuple(content["reasons"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise GateRefusal(
+            f"{path}: not a readable receipt ({error}); {_advice(dataset, kind)}"
+        ) from error
+    if receipt.kind != kind or not isinstance(receipt.passed, bool):
+        raise GateRefusal(f"{path}: not a {kind} receipt; {_advice(dataset, kind)}")
+    return receipt
+
+
+def require_receipt(
+    dataset: Any,
+    kind: str = "gate",
+    allow_failed: bool = False,
+    *,
+    receipt: Receipt | None = None,
+) -> Receipt:
+    """The passing receipt of exactly this data, or a refusal that says what to do.
+
+    The data's hash is recomputed from the files when the dataset can (`verify`).
+
+    Args:
+        kind: "gate", "smoke-cvs" or "smoke-decoder".
+        allow_failed: let a recorded failure through (negative controls); the receipt comes back
+            with `overridden` set. A missing receipt, or one of other data, is refused regardless:
+            validating takes seconds, and the control's failure has to be on record.
+        receipt: one in hand, instead of the one in the dataset's folder.
+
+    Raises:
+        GateRefusal: if there is none, it is of other data, or it failed and that is not allowed.
+    """
+    receipt = receipt or read_receipt(dataset, kind)
+    advice = _advice(dataset, kind)
+    if receipt is None:
+        raise GateRefusal(f"no {kind} receipt for {dataset.path}; {advice}")
+    if receipt.kind != kind:
+        raise GateRefusal(f"receipt: got one of kind {receipt.kind!r}, want {kind!r}; {advice}")
+    if hasattr(dataset, "verify"):
+        try:
+            dataset.verify()
+        except DatasetError as error:
+            raise GateRefusal(f"{error}; {advice}") from error
+    if receipt.dataset_hash != dataset.content_hash:
+        raise GateRefusal(
+            f"the {kind} receipt is of other data ({receipt.dataset_hash[:19]}, this is "
+            f"{dataset.content_hash[:19]}); {advice}"
+        )
+    if receipt.passed and not receipt.overridden:
+        return receipt
+    if allow_failed:
+        return replace(receipt, overridden=True)
+    state = "was overridden" if receipt.passed else "failed"
+    why = f": {receipt.reasons[0]}" if receipt.reasons else f": {receipt.summary}"
+    raise GateRefusal(
+        f"the {kind} check of {dataset.path} {state}{why}. Mend the data and {advice}, or pass "
+        "allow_failed_gate=True for a negative control"
+    )
+
+
+def _receipt_path(dataset: Any, kind: str) -> Path:
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, want one of {', '.join(KINDS)}")
+    return Path(dataset.path) / "receipts" / f"{kind}.json"
+
+
+def _advice(dataset: Any, kind: str) -> str:
+    return f"run: {_COMMANDS[kind].format(path=dataset.path)}"
