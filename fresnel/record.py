@@ -8,14 +8,10 @@ it had; its status then still says "running", and the runner turns that into "cr
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,14 +22,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fresnel.provenance import cuda, project_root, provenance
+
 SCHEMA_VERSION = 1
 VERDICTS = ("PASS", "FAIL", "GO", "NO-GO", "REFUSED", "DONE")
 STATUSES = ("running", "finished", "crashed")
 RESULTS_NAME = "results.json"
 THUMBNAIL_NAME = "thumbnail.png"
-
-_PACKAGES = ("fresnel", "torch", "numpy", "gsplat", "numba", "trimesh", "embreex", "gsply", "pillow")
-_PACKAGES += ("torchmetrics", "matplotlib", "viser", "transformers", "papermill", "nbconvert")
 
 
 class RecordError(ValueError):
@@ -67,6 +62,7 @@ class RunRecord:
     reasons: tuple[str, ...] = ()
     error: str | None = None
     name: str = ""
+    title: str = ""
     params: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -265,13 +261,13 @@ class Recorder:
 
     def _fold_cuda_peaks(self) -> None:
         # torch keeps one process-wide peak: hand it to every open stage, then begin anew
-        cuda = _cuda()
-        if cuda is None:
+        device = cuda()
+        if device is None:
             return
-        peak = int(cuda.max_memory_allocated())
+        peak = int(device.max_memory_allocated())
         for watch in self._open:
             watch.cuda = max(watch.cuda or 0, peak)
-        cuda.reset_peak_memory_stats()
+        device.reset_peak_memory_stats()
 
     def _save(self) -> None:
         duration = time.perf_counter() - self._clock
@@ -316,55 +312,6 @@ def start(
         price_per_hour_usd=float(price_per_hour_usd),
     )
     return Recorder(record, folder.resolve())
-
-
-def provenance(seed: int | None = None) -> dict[str, Any]:
-    """Commit, versions and hardware of this process, JSON-able. Anything unknown is None."""
-    cuda = _cuda()
-    return {
-        "git": git_state(),
-        "python": platform.python_version(),
-        "packages": _versions(_PACKAGES),
-        "os": platform.platform(),
-        "cpu": {"model": _cpu_model(), "count": _cpu_count()},
-        "gpu": cuda.get_device_name() if cuda is not None else None,
-        "seed": seed,
-        "datasets": [],
-    }
-
-
-def git_state() -> dict[str, Any]:
-    """{"commit", "dirty", "changed"} of the checkout this code runs from; products in reports/
-    and runs/ do not make it dirty."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    lines = git("status", "--porcelain", "--", ".", ":(exclude)reports", ":(exclude)runs")
-    changed = None if lines is None else [line[3:] for line in lines.splitlines()]
-    return {
-        "commit": commit.strip() if commit else None,
-        "dirty": None if changed is None else bool(changed),
-        "changed": (changed or [])[:50],
-    }
-
-
-def project_root() -> Path:
-    """The checkout: the nearest folder above the working directory that holds this project's
-    pyproject.toml, else the working directory itself (an installed package run elsewhere)."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "fresnel").is_dir() and (folder / "pyproject.toml").is_file():
-            return folder
-    return here
 
 
 def new_run_dir(reports_dir: str | Path, name: str) -> Path:
@@ -435,38 +382,6 @@ class _Peak:
             except psutil.Error:  # it ended in between
                 continue
         self._rss = max(self._rss, total)
-
-
-def _cuda() -> Any:
-    """torch.cuda where it works, else None. Does not import torch: a run that never did has none
-    of its memory to measure."""
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_available() else None
-
-
-def _versions(names: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _cpu_model() -> str | None:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or None
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match.group(1).strip() if match else platform.machine() or None
-
-
-def _cpu_count() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _relative(path: Path, root: Path) -> str:
