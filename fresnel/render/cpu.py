@@ -1,174 +1,237 @@
-"""The CPU rasteriser (Numba): tiled, front to back, with a hand-derived backward pass."""
+"""The CPU rasteriser: Numba kernels behind one autograd function.
+
+Tiles, front-to-back blending and the cut-offs are 3DGS's (arXiv 2308.04079) as gsplat 1.5.3 has
+them. See `_kernels` for what runs, and how its results stay the same for any number of threads.
+"""
 
 from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from fresnel.render import reference
+from fresnel.render import _kernels as kernels
 
-TILE = 16
+Array = np.ndarray[Any, Any]
 
 
 def rasterize(
-    means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor,
-    viewmats: Tensor, Ks: Tensor, width: int, height: int, background: Tensor | None,
-    *, near: float, far: float, eps2d: float, alpha_max: float, threads: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Render B scenes from C cameras each; shapes as in `fresnel.render.gpu.rasterize`."""
-    scenes = (means, quats, scales, opacities, colors)
-    if not all(bool(t.isfinite().all()) for t in scenes):
-        raise ValueError("gaussians: got NaN or infinite values, want finite ones")
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    background: Tensor | None,
+    *,
+    near: float,
+    far: float,
+    eps2d: float,
+    alpha_max: float,
+    threads: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Render B scenes from C cameras each; shapes as in `fresnel.render.gpu.rasterize`.
+
+    Raises:
+        ValueError: for NaN or infinite values.
+    """
+    scenes = [t.float().contiguous() for t in (means, quats, scales, opacities, colors)]
     B, C = viewmats.shape[:2]
-    images = []
-    for b in range(B):
-        m, q, s, o, k = (t[b].double() for t in scenes)
-        for c in range(C):
-            view, K = viewmats[b, c].double(), Ks[b, c].double()
-            with torch.no_grad():
-                z = m @ view[2, :3] + view[2, 3]
-                order = torch.argsort(z.float(), stable=True)
-                keep = (z >= near) & (z <= far) & (o >= reference.ALPHA_MIN)
-                order = order[keep[order]]
-            means2d, cov, z = reference.project(
-                m[order], q[order], s[order], view, K, width, height, eps2d
-            )
-            rgb = reference.radiance(m[order], k[order], view)
-            a, bb, d = cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]
-            det = a * d - bb * bb
-            det = torch.where(det > 0, det, torch.inf)
-            conic = torch.stack([d / det, -bb / det, a / det], -1)
-            reach = (2 * torch.log(o[order] * 255)).clamp_min(0).sqrt()
-            extent = torch.stack([reach * a.sqrt(), reach * d.sqrt()], -1).detach()
-            features = torch.cat([rgb, z[:, None]], -1)
-            images.append(
-                _Raster.apply(means2d, conic, o[order], features, extent, width, height, alpha_max)
-            )
-    if not images:
-        return tuple(means.new_zeros(B, C, height, width, n) for n in (3, 1, 1))  # type: ignore
-    image = torch.stack(images).unflatten(0, (B, C))
-    rgb, depth, alpha = image[..., :3], image[..., 3:4], image[..., 4:]
-    if background is not None:
-        rgb = rgb + (1 - alpha) * background[:, :, None, None]
-    return rgb, alpha, depth / torch.where(alpha > 0, alpha, 1)
+    if background is None:
+        background = torch.zeros(B, C, 3)
+    shape = _Shape(
+        images=B * C,
+        views=C,
+        gaussians=means.shape[1],
+        coefficients=0 if colors.ndim == 3 else colors.shape[-2],
+        width=width,
+        height=height,
+        near=float(near),
+        far=float(far),
+        eps2d=float(eps2d),
+        alpha_max=float(np.float32(alpha_max)),
+        threads=threads or numba.config.NUMBA_NUM_THREADS,
+    )
+    cameras = _camera_rows(viewmats, Ks, width, height)
+    rgb, alpha, depth = _Rasterize.apply(*scenes, background.float().contiguous(), cameras, shape)
+    return rgb.unflatten(0, (B, C)), alpha.unflatten(0, (B, C)), depth.unflatten(0, (B, C))
 
 
-class _Raster(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Shape:
+    images: int
+    views: int
+    gaussians: int
+    coefficients: int
+    width: int
+    height: int
+    near: float
+    far: float
+    eps2d: float
+    alpha_max: float
+    threads: int
+
+    @property
+    def tiles_x(self) -> int:
+        return -(-self.width // kernels.TILE)
+
+    @property
+    def tiles(self) -> int:
+        return self.tiles_x * -(-self.height // kernels.TILE)
+
+
+def _camera_rows(viewmats: Tensor, Ks: Tensor, width: int, height: int) -> Array:
+    """Cameras as rows of 24 doubles: the 3x4 pose, fx fy cx cy, slope limits, centre, padding."""
+    pose = viewmats.detach().double().numpy().reshape(-1, 4, 4)
+    K = Ks.detach().double().numpy().reshape(-1, 3, 3)
+    rows = np.zeros((len(pose), 24))
+    rows[:, :12] = pose[:, :3].reshape(-1, 12)
+    for at, (f, c, size) in enumerate(
+        ((K[:, 0, 0], K[:, 0, 2], width), (K[:, 1, 1], K[:, 1, 2], height))
+    ):
+        rows[:, 12 + at], rows[:, 14 + at] = f, c
+        # gsplat evaluates the projection's Jacobian no farther than 15 % outside the image.
+        rows[:, 16 + 2 * at] = -(c + 0.15 * size) / f
+        rows[:, 17 + 2 * at] = (size - c + 0.15 * size) / f
+    rows[:, 20:23] = -np.einsum("nji,nj->ni", pose[:, :3, :3], pose[:, :3, 3])
+    if not np.isfinite(rows).all():
+        raise ValueError("cameras: got NaN or infinite values, want finite ones")
+    return rows
+
+
+class _Rasterize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, means2d, conic, opacities, features, extent, width, height, alpha_max):  # type: ignore
-        arrays = [t.detach().numpy() for t in (means2d, conic, opacities, features)]
-        starts, ids = _bin(arrays[0], extent.numpy(), width, height)
-        image = np.zeros((height, width, 5), np.float32)
-        last = np.zeros((height, width), np.int32)
-        _forward(*arrays, starts, ids, alpha_max, image, last)
-        ctx.save_for_backward(means2d, conic, opacities, features, torch.from_numpy(image))
-        ctx.rest = (starts, ids, last, alpha_max)
-        return torch.from_numpy(image)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore
-        *inputs, image = ctx.saved_tensors
-        starts, ids, last, alpha_max = ctx.rest
-        grads = _backward(
-            *(t.detach().numpy() for t in inputs),
-            starts,
-            ids,
-            alpha_max,
-            image.numpy(),
-            last,
-            np.ascontiguousarray(grad.numpy()),
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, cameras, s = args
+        means, quats, scales, opacities, colors, background = (
+            t.detach().numpy().reshape(-1) for t in tensors
         )
-        return (*(torch.from_numpy(g) for g in grads), None, None, None, None)
+        I, N = s.images, s.gaussians
+        size = (s.tiles_x, s.tiles, s.width, s.height)
+        records = _aligned(8 * I * N)
+        records32 = records.view(np.float32)
+        boxes, firsts = np.empty(4 * I * N, np.int32), np.empty(I * N, np.int64)
+        visible = np.empty(I * N, np.int32)
+        chunks = -(-N // kernels.CHUNK)
+        counts, entries = np.empty(I * chunks, np.int64), np.empty(I * chunks, np.int64)
+        bad = np.zeros(1, np.int64)
+        with _compiling_notice():
+            _run(
+                kernels.project, min(s.threads, I * chunks),
+                means, quats, scales, opacities, colors, s.coefficients, cameras, s.views, N,
+                s.width, s.height, s.near, s.far, s.eps2d,
+                records, records32, boxes, firsts, visible, counts, entries, bad,
+            )  # fmt: skip
+            if bad[0]:
+                raise ValueError("gaussians: got NaN or infinite values, want finite ones")
+            total = int(entries.sum())
+            starts = np.zeros(I * s.tiles + 1, np.int64)
+            entry_ids, entry_slots = np.empty(total, np.int32), np.empty(total, np.int32)
+            _run(
+                kernels.sort_and_bin, min(s.threads, I),
+                I, N, s.tiles_x, s.tiles, records32, boxes, firsts, visible, counts, entries,
+                starts, entry_ids, entry_slots,
+            )  # fmt: skip
+            touched = np.empty(total, np.uint16)
+            rgb = np.empty((I, s.height, s.width, 3), np.float32)
+            alpha = np.empty((I, s.height, s.width, 1), np.float32)
+            depth = np.empty((I, s.height, s.width, 1), np.float32)
+            _run(
+                kernels.composite, s.threads,
+                I, *size, records, records32, starts, entry_ids, entry_slots,
+                np.float32(s.alpha_max), background,
+                rgb.reshape(-1), alpha.reshape(-1), depth.reshape(-1), touched,
+            )  # fmt: skip
+        images = (torch.from_numpy(rgb), torch.from_numpy(alpha), torch.from_numpy(depth))
+        ctx.save_for_backward(*tensors, *images)
+        ctx.rest = (
+            cameras, s, records, boxes, firsts, starts, entry_ids, entry_slots, touched,
+        )  # fmt: skip
+        return images
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, background, rgb, alpha, depth = ctx.saved_tensors
+        cameras, s, records, boxes, firsts, starts, entry_ids, entry_slots, touched = ctx.rest
+        I, N = s.images, s.gaussians
+        records32 = records.view(np.float32)
+        flat = [t.contiguous().numpy().reshape(-1) for t in slopes]
+        images = [t.numpy().reshape(-1) for t in (background, rgb, alpha, depth)]
+        sums = _aligned(8 * len(touched)).view(np.float32)
+        scenes = [t.detach().numpy().reshape(-1) for t in tensors]
+        grads = [np.zeros_like(t) for t in scenes]
+        chunks = -(-N // kernels.CHUNK)
+        scenes_total = I // max(s.views, 1)
+        with _compiling_notice():
+            _run(
+                kernels.composite_backward, s.threads,
+                I, s.tiles_x, s.tiles, s.width, s.height, records, records32, starts, entry_ids,
+                entry_slots, np.float32(s.alpha_max), *images, touched, *flat, sums,
+            )  # fmt: skip
+            _run(
+                kernels.project_backward, min(s.threads, scenes_total * chunks),
+                *scenes, s.coefficients, cameras, s.views, N, s.width, s.height, s.eps2d,
+                records, records32, boxes, firsts, touched, sums, scenes_total * chunks, *grads,
+            )  # fmt: skip
+        v_background = None
+        if ctx.needs_input_grad[5]:
+            v_background = ((1 - alpha) * slopes[0]).sum((1, 2)).reshape(background.shape)
+        v_scenes = (
+            torch.from_numpy(v).reshape(t.shape) for v, t in zip(grads, tensors, strict=True)
+        )
+        return (*v_scenes, v_background, None, None)
 
 
-@numba.njit(cache=True)
-def _bin(means2d, extent, width, height):
-    tx, ty = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE
-    counts = np.zeros(tx * ty + 1, np.int64)
-    n = len(means2d)
-    box = np.empty((n, 4), np.int64)
-    for g in range(n):
-        for axis in range(2):
-            limit = tx if axis == 0 else ty
-            lo = np.floor((means2d[g, axis] - extent[g, axis]) / TILE)
-            hi = np.ceil((means2d[g, axis] + extent[g, axis]) / TILE)
-            box[g, axis] = int(min(max(lo, 0), limit))
-            box[g, axis + 2] = int(min(max(hi, 0), limit))
-        for j in range(box[g, 1], box[g, 3]):
-            for i in range(box[g, 0], box[g, 2]):
-                counts[j * tx + i + 1] += 1
-    starts = np.cumsum(counts)
-    fill = starts.copy()
-    ids = np.empty(starts[-1], np.int64)
-    for g in range(n):
-        for j in range(box[g, 1], box[g, 3]):
-            for i in range(box[g, 0], box[g, 2]):
-                ids[fill[j * tx + i]] = g
-                fill[j * tx + i] += 1
-    return starts, ids
+def _aligned(doubles: int) -> Array:
+    """Uninitialised float64 memory that starts at a cache line."""
+    memory = np.empty(doubles + 8)
+    skip = -memory.ctypes.data // 8 % 8
+    return memory[skip : skip + doubles]
 
 
-@numba.njit(cache=True)
-def _forward(means2d, conic, opacities, features, starts, ids, alpha_max, image, last):
-    height, width = last.shape
-    tx = (width + TILE - 1) // TILE
-    for y in range(height):
-        for x in range(width):
-            tile = (y // TILE) * tx + x // TILE
-            T = 1.0
-            for k in range(starts[tile], starts[tile + 1]):
-                g = ids[k]
-                dx, dy = x + 0.5 - means2d[g, 0], y + 0.5 - means2d[g, 1]
-                a, b, c = conic[g]
-                sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
-                alpha = min(alpha_max, opacities[g] * np.exp(-sigma))
-                if alpha < 1 / 255:
-                    continue
-                if T * (1 - alpha) <= 1e-4:
-                    break
-                for f in range(4):
-                    image[y, x, f] += features[g, f] * alpha * T
-                T *= 1 - alpha
-                last[y, x] = k + 1
-            image[y, x, 4] = 1 - T
+def _run(kernel: Callable[..., None], threads: int, *args: Any) -> None:
+    """Run a kernel on this thread and `threads - 1` others until its tasks are done."""
+    counter = np.zeros(1, np.int64)
+    if threads <= 1:
+        kernel(counter, *args)
+        return
+    pool = _pool(os.getpid(), threads - 1)
+    helpers = [pool.submit(kernel, counter, *args) for _ in range(threads - 1)]
+    kernel(counter, *args)
+    for helper in helpers:
+        helper.result()
 
 
-@numba.njit(cache=True)
-def _backward(means2d, conic, opacities, features, starts, ids, alpha_max, image, last, grad):
-    height, width = last.shape
-    tx = (width + TILE - 1) // TILE
-    v_means, v_conic = np.zeros_like(means2d), np.zeros_like(conic)
-    v_opacities, v_features = np.zeros_like(opacities), np.zeros_like(features)
-    for y in range(height):
-        for x in range(width):
-            tile = (y // TILE) * tx + x // TILE
-            T_final = 1 - np.float64(image[y, x, 4])
-            T, behind = T_final, 0.0
-            for k in range(last[y, x] - 1, starts[tile] - 1, -1):
-                g = ids[k]
-                dx, dy = x + 0.5 - means2d[g, 0], y + 0.5 - means2d[g, 1]
-                a, b, c = conic[g]
-                sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
-                vis = np.exp(-sigma)
-                alpha = min(alpha_max, opacities[g] * vis)
-                if alpha < 1 / 255:
-                    continue
-                T /= 1 - alpha
-                v_alpha = grad[y, x, 4] * T_final / (1 - alpha)
-                shade = 0.0
-                for f in range(4):
-                    v_features[g, f] += alpha * T * grad[y, x, f]
-                    shade += features[g, f] * grad[y, x, f]
-                v_alpha += T * shade - behind / (1 - alpha)
-                behind += shade * alpha * T
-                if opacities[g] * vis <= alpha_max:
-                    v_opacities[g] += vis * v_alpha
-                    v_sigma = -alpha * v_alpha
-                    v_conic[g, 0] += 0.5 * v_sigma * dx * dx
-                    v_conic[g, 1] += v_sigma * dx * dy
-                    v_conic[g, 2] += 0.5 * v_sigma * dy * dy
-                    v_means[g, 0] -= v_sigma * (conic[g, 0] * dx + conic[g, 1] * dy)
-                    v_means[g, 1] -= v_sigma * (conic[g, 1] * dx + conic[g, 2] * dy)
-    return v_means, v_conic, v_opacities, v_features
+@functools.lru_cache(maxsize=4)
+def _pool(process: int, workers: int) -> ThreadPoolExecutor:
+    """Threads that live as long as the process (a forked child, with its own id, gets its own)."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="fresnel-render")
+
+
+class _compiling_notice:
+    """Say what takes so long when kernels are compiled rather than loaded from Numba's cache."""
+
+    def __enter__(self) -> None:
+        self.timer: threading.Timer | None = None
+        if not (kernels.composite.signatures and kernels.composite_backward.signatures):
+            text = "fresnel: compiling the CPU renderer, once per machine (about 20 s) ..."
+            self.timer = threading.Timer(2.0, print, (text,), {"file": sys.stderr, "flush": True})
+            self.timer.daemon = True
+            self.timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
