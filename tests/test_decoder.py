@@ -1,0 +1,434 @@
+"""The decoder before and during training, its checkpoints, and the task around it."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fresnel.cameras import Cameras, gravity_frame, orbit
+from fresnel.dataset import InputImages, ViewTensors
+from fresnel.decoder import (
+    Decoder,
+    DecoderConfig,
+    load_shipped,
+    pixel_parametrisation,
+    predictor,
+    prune,
+)
+from fresnel.decoder_task import DecoderTask, LossWeights, multiview_loss
+from fresnel.gaussians import Gaussians
+from fresnel.networks import count_parameters
+from fresnel.patches import (
+    DinoEncoder,
+    EncoderUnavailable,
+    normalised_depth,
+    original_parametrisation,
+    rotation_6d,
+)
+from fresnel.render import render
+
+TINY = DecoderConfig(
+    image_size=32, base_channels=8, channel_multipliers=(1, 2), attention_levels=(), patch=2
+)
+TINY_PATCH = DecoderConfig(kind="patch", image_size=32, patch_grid=5)
+
+
+def standard(azimuth, elevation, size):
+    return orbit(
+        azimuth,
+        elevation,
+        2.2,
+        pivot=(0.0, 0.0, 0.0),
+        focal_px=1.2 * size,
+        width=size,
+        height=size,
+    )
+
+
+def pictures(size: int, *, azimuth=(30.0, -100.0), depth: bool = False) -> InputImages:
+    """A coloured oval, the same in every image."""
+    count = len(azimuth)
+    y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    u, v = x / size - 0.5, y / size - 0.5
+    inside = ((u / 0.33) ** 2 + (v / 0.22) ** 2) < 1
+    rgb = torch.stack([0.2 + 0.7 * x / size, 0.9 - 0.6 * y / size, 0.5 + 0.4 * (u > 0)], dim=-1)
+    rgb = (rgb * inside[..., None] * 255).byte().expand(count, -1, -1, -1).contiguous()
+    alpha = (inside.byte() * 255).expand(count, -1, -1).contiguous()
+    hit = ((2.0 + u) * inside).expand(count, -1, -1).contiguous() if depth else None
+    names = tuple(f"picture{i}" for i in range(count))
+    cameras = standard(torch.tensor(azimuth), torch.linspace(5.0, 25.0, count), size)
+    return InputImages(names, rgb, alpha, cameras, hit)
+
+
+def blobs(size: int = 24, objects: int = 2, views: int = 4) -> ViewTensors:
+    """Ground truth from Gaussians: a few coloured blobs off the vertical axis."""
+    generator = torch.Generator().manual_seed(3)
+    count = 5
+    scene = Gaussians(
+        torch.rand(objects, count, 3, generator=generator) * 0.7 - 0.35,
+        torch.tensor([1.0, 0, 0, 0]).expand(objects, count, 4),
+        torch.full((objects, count, 3), 0.12),
+        torch.full((objects, count), 0.99),
+        torch.rand(objects, count, 3, generator=generator),
+    )
+    azimuth = torch.arange(views) * (360.0 / views) + 20.0
+    elevation = torch.linspace(-10.0, 30.0, views)
+    cameras = standard(azimuth, elevation, size)
+    cameras = Cameras(
+        cameras.viewmats.expand(objects, -1, -1, -1).contiguous(),
+        cameras.Ks.expand(objects, -1, -1, -1).contiguous(),
+        size,
+        size,
+    )
+    images = render(scene, cameras)
+    rgb = (images.rgb.clamp(0, 1) * 255).round().byte()
+    alpha = (images.alpha[..., 0].clamp(0, 1) * 255).round().byte()
+    depth = images.depth[..., 0]
+    names = tuple(f"blobs{i}" for i in range(objects))
+    inputs = InputImages(names, rgb[:, 0], alpha[:, 0], cameras[:, 0], depth[:, 0])
+    return ViewTensors(
+        names,
+        inputs,
+        rgb[:, 1:],
+        alpha[:, 1:],
+        cameras[:, 1:],
+        torch.zeros(objects, 3),
+        depth[:, 1:],
+    )
+
+
+@pytest.mark.parametrize("grid", ["full", "half"])
+@pytest.mark.parametrize("render_size", [64, 32])
+def test_untrained_pixel_decoder_reproduces_its_input(grid, render_size):
+    inputs = pictures(64)
+    decoder = Decoder(replace(TINY, image_size=64, gaussian_grid=grid)).eval()
+    with torch.no_grad():
+        gaussians = decoder.world(inputs).validate()
+    views = render(
+        gaussians, decoder.input_cameras(inputs).resized(render_size, render_size)[:, None]
+    )
+    truth = inputs.resized(render_size)
+    alpha, rgb = truth.alpha.float() / 255, truth.rgb.float() / 255
+    inner, empty = alpha > 0.99, torch.nn.functional.max_pool2d(alpha, 5, 1, 2) == 0
+    ours = views.alpha[:, 0, ..., 0]
+    assert ours[inner].mean() > 0.94 and ours[empty].mean() < 0.02
+    assert (views.rgb[:, 0] - rgb)[inner].abs().mean() < 0.05
+    # What remains is the silhouette's edge: the renderer's dilation moves it out by up to a pixel.
+    assert (ours - alpha).abs().mean() < 0.06
+    assert 0.95 < ours.mean() / alpha.mean() < 1.35
+
+
+def test_untrained_pixel_decoder_is_visible_from_every_side():
+    inputs = pictures(32, azimuth=(30.0,))
+    decoder = Decoder(TINY).eval()
+    azimuth = 30.0 + torch.arange(8) * 45.0
+    views = predictor(decoder)(inputs, standard(azimuth, torch.zeros(8), 32).reshape(1, 8))
+    assert (views.alpha.mean(dim=(0, 2, 3, 4)) > 0.02).all()
+
+
+def test_pixel_gaussians_stay_within_reach_and_in_order():
+    generator = torch.Generator().manual_seed(0)
+    layers, size = 3, 6
+    raw = 20 * torch.randn(2, layers * 15, size, size, generator=generator)
+    cameras = standard(torch.tensor([0.0, 90.0]), torch.tensor([0.0, 20.0]), size)
+    rgba = torch.rand(2, 4, size, size, generator=generator)
+    gaussians = pixel_parametrisation(raw, rgba, cameras).validate()
+    world = gaussians.transform(torch.linalg.inv(cameras.viewmats))
+    corner = 2.2 * 0.6 * 2**0.5  # half a frame's diagonal at the pivot
+    assert world.means.norm(dim=-1).max() < (0.9 + 0.3 * 3**0.5 + corner)
+    no_offset = raw.reshape(2, layers, 15, size, size).clone()
+    no_offset[:, :, 1:4] = 0
+    means = pixel_parametrisation(no_offset.flatten(1, 2), rgba, cameras).means
+    distance = means.norm(dim=-1).reshape(2, layers, -1)
+    assert (distance.diff(dim=1) >= -1e-6).all()
+    scales = gaussians.scales.reshape(2, layers, -1)
+    pixel = 2.2 / (1.2 * size)
+    assert scales.max() < 8 * pixel * 2 and scales.min() > pixel / 60
+
+
+def test_azimuth_of_the_input_camera_does_not_matter():
+    decoder = Decoder(TINY).eval()
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        one = pictures(32, azimuth=(0.0,))
+        turned = replace(one, cameras=standard(torch.tensor([77.0]), torch.tensor([5.0]), 32))
+        lifted = replace(one, cameras=standard(torch.tensor([0.0]), torch.tensor([25.0]), 32))
+        a, b, c = decoder(one), decoder(turned), decoder(lifted)
+    torch.testing.assert_close(a.means, b.means, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(a.opacities, b.opacities, atol=1e-4, rtol=1e-4)
+    assert (a.means - c.means).abs().max() > 1e-3  # the elevation does
+
+
+def test_default_checkpoint_fits_eight_megabytes(tmp_path):
+    decoder = Decoder()
+    assert 3.0e6 < count_parameters(decoder) < 3.95e6
+    assert decoder.save(tmp_path / "d.safetensors").stat().st_size < 8_000_000
+
+
+def test_save_and_load(tmp_path):
+    for config in (TINY, TINY_PATCH):
+        decoder = Decoder(config).eval()
+        decoder.provenance = {"steps": 7, "git": "abc"}
+        exact = Decoder.load(decoder.save(tmp_path / "f.safetensors", half=False))
+        assert exact.checksum() == decoder.checksum()
+        half = Decoder.load(decoder.save(tmp_path / "h.safetensors"))
+        assert half.config == config and half.provenance == decoder.provenance
+        inputs = pictures(32)
+        with torch.no_grad():
+            torch.testing.assert_close(half(inputs).means, decoder(inputs).means, atol=2e-2, rtol=0)
+    assert not list(tmp_path.glob(".*"))  # no partial files stay behind
+
+
+def test_bad_checkpoints_say_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such decoder checkpoint"):
+        Decoder.load(tmp_path / "none.safetensors")
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(Decoder(TINY).save(tmp_path / "ok.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a readable decoder checkpoint"):
+        Decoder.load(damaged)
+    from safetensors.torch import save_file
+
+    header = {"config": {"kind": "pixel", "flavour": 3}}
+    save_file({}, tmp_path / "odd.safetensors", metadata={"fresnel_decoder": json.dumps(header)})
+    with pytest.raises(ValueError, match="flavour"):
+        Decoder.load(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["pixel", "patch"])
+def test_load_shipped(kind):
+    try:
+        decoder = load_shipped(kind)
+    except FileNotFoundError as error:
+        assert f"decoder_{kind}.safetensors is missing" in str(error)
+        assert "03_full_train" in str(error)
+    else:
+        assert decoder.config.kind == kind and decoder.provenance
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "voxel"}, "kind"),
+        ({"gaussian_grid": "quarter"}, "gaussian_grid"),
+        ({"encoder": "vgg"}, "encoder"),
+        ({"gaussians_per_pixel": 1}, "at least 2"),
+        ({"image_size": 100}, "multiple of"),
+    ],
+)
+def test_bad_configs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(**change)
+
+
+def test_prune_keeps_the_picture_and_a_rectangular_batch():
+    data = blobs()
+    scene = Gaussians(
+        torch.rand(2, 40, 3, generator=torch.Generator().manual_seed(1)) - 0.5,
+        torch.tensor([1.0, 0, 0, 0]).expand(2, 40, 4),
+        torch.full((2, 40, 3), 0.05),
+        torch.linspace(0, 0.9, 40).expand(2, 40).clone(),
+        torch.rand(2, 40, 3, generator=torch.Generator().manual_seed(2)),
+    )
+    scene.opacities[0, :30] = 0.001
+    pruned = prune(scene)
+    assert pruned.num == 39 and pruned.batch_shape == (2,)
+    before, after = render(scene, data.cameras), render(pruned, data.cameras)
+    torch.testing.assert_close(before.rgb, after.rgb, atol=1e-5, rtol=0)
+    assert prune(scene[0]).num == 10
+
+
+def test_original_parametrisation_is_the_published_one():
+    grid, k = 37, 4
+    raw = torch.zeros(1, grid, grid, k, 16)
+    depth = torch.rand(1, grid, grid, generator=torch.Generator().manual_seed(0))
+    gaussians = original_parametrisation(raw, depth).validate()
+    assert gaussians.num == 1369 * k
+    means = gaussians.means.reshape(grid, grid, k, 3)
+    assert torch.allclose(means[0, 0, 0, :2], torch.tensor([-1.0, -1.0]))  # OpenCV: y down
+    assert torch.allclose(means[-1, -1, 0, :2], torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(means[..., 2], (2 + 2 * depth[0])[..., None].expand(-1, -1, k))
+    softplus = torch.nn.functional.softplus(torch.tensor(1.0))
+    torch.testing.assert_close(gaussians.scales, (0.15 * softplus).expand_as(gaussians.scales))
+    extreme = original_parametrisation(raw + 50 * torch.randn_like(raw), depth)
+    z = extreme.means[..., 2]
+    assert z.min() >= 1.75 and z.max() <= 4.25
+
+
+def test_rotation_6d_is_a_rotation():
+    raw = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    matrices = rotation_6d(raw)
+    eye = torch.eye(3).expand(50, 3, 3)
+    torch.testing.assert_close(matrices @ matrices.transpose(-1, -2), eye, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.linalg.det(matrices), torch.ones(50), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotation_6d(torch.zeros(6)), torch.eye(3))
+
+
+def test_nearer_parts_get_nearer_gaussians():
+    depth = torch.tensor([[[2.0, 3.0], [0.0, 2.5]]])
+    alpha = torch.tensor([[[1.0, 1.0], [0.0, 1.0]]])
+    torch.testing.assert_close(
+        normalised_depth(depth, alpha), torch.tensor([[[0.0, 1.0], [1.0, 0.5]]])
+    )
+    assert normalised_depth(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)).eq(1).all()
+
+
+@pytest.mark.parametrize("depth", [True, False])
+def test_patch_decoder_uses_depth_or_predicts_it(depth):
+    inputs = pictures(32, depth=depth)
+    decoder = Decoder(TINY_PATCH).eval()
+    with torch.no_grad():
+        gaussians = decoder(inputs).validate()
+        _, aux = decoder.decode(*decoder.prepare(inputs))
+        world = decoder.world(inputs)
+    assert gaussians.num == 25 * 4 and ("depth_known" in aux) is depth
+    # In the world the centroid is as far from the camera as the pivot is.
+    offset = world.means - inputs.cameras.centers[:, None]
+    along = (offset * inputs.cameras.forward[:, None]).sum(-1)
+    mean = (along * world.opacities).sum(-1) / world.opacities.sum(-1)
+    torch.testing.assert_close(mean, torch.full((2,), 2.2), atol=1e-3, rtol=0)
+    views = render(world, decoder.input_cameras(inputs)[:, None])
+    camera = Cameras(
+        torch.eye(4).expand(2, 1, 4, 4), decoder.input_cameras(inputs).Ks[:, None], 32, 32
+    )
+    torch.testing.assert_close(views.rgb, render(gaussians, camera).rgb, atol=2e-3, rtol=0)
+
+
+def test_dino_encoder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=70, patch_size=14
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    decoder = Decoder(replace(TINY_PATCH, encoder="dinov2", encoder_weights=str(tmp_path / "dino")))
+    assert isinstance(decoder.network.encoder, DinoEncoder)
+    gaussians = decoder(pictures(32))
+    assert gaussians.num == 25 * 4
+    gaussians.means.sum().backward()
+    assert all(p.grad is None for p in decoder.network.encoder.parameters())  # frozen
+    path = decoder.save(tmp_path / "d.safetensors", half=False)
+    assert Decoder.load(path).checksum() == decoder.checksum()
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        assert not [key for key in file.keys() if "backbone" in key]  # noqa: SIM118
+
+
+def test_missing_dino_weights_are_explained(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(EncoderUnavailable, match="encoder='conv' needs no weights"):
+        DinoEncoder(str(tmp_path / "nothing here"))
+
+
+def test_multiview_loss_is_zero_for_the_truth_and_names_its_terms():
+    data = blobs()
+    rgba = torch.cat([data.rgb, data.alpha[..., None]], dim=-1).float() / 255
+    from fresnel.render import Views
+
+    same = Views(rgba[..., :3], rgba[..., 3:], data.depth[..., None])
+    background = torch.rand(2, 3, 1, 1, 3, generator=torch.Generator().manual_seed(0))
+    terms = multiview_loss(same, rgba, background, target_depth=data.depth)
+    assert set(terms) == {"rgb_l1", "rgb_mse", "alpha_l1", "ssim", "depth_l1", "loss"}
+    assert float(terms["loss"].detach()) < 1e-5
+    black = Views(torch.zeros_like(same.rgb), torch.ones_like(same.alpha), same.depth)
+    assert multiview_loss(black, rgba, background)["loss"] > 0.3
+    # An empty view isn't free even where the background happens to be the object's colour.
+    empty = Views(torch.zeros_like(same.rgb), torch.zeros_like(same.alpha), 0 * same.depth)
+    weights = LossWeights(rgb_l1=0, rgb_mse=0, ssim=0)
+    assert multiview_loss(empty, rgba, background, weights=weights)["loss"] > 0.01
+
+
+def test_batches_repeat_with_the_generator_and_mirroring_is_consistent():
+    data = blobs()
+    task = DecoderTask(data, TINY, batch_size=6, target_views=2)
+    one = task.batch(0, torch.Generator().manual_seed(5))
+    two = task.batch(0, torch.Generator().manual_seed(5))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert one["rgba"].shape == (6, 3, 24, 24, 4)
+    assert (one["rgba"][..., :3] <= one["rgba"][..., 3:] + 1e-6).all()  # premultiplied
+    # A mirrored batch is what mirrored cameras see of the mirrored world: distances along the
+    # rays are unchanged, so the depth at mirrored pixels unprojects to mirrored points.
+    task.augment = False
+    plain = task.batch(0, torch.Generator().manual_seed(5))
+    size = 24
+    for b in range(6):
+        same = torch.equal(plain["viewmats"][b], one["viewmats"][b])
+        cameras = [Cameras(x["viewmats"][b], x["Ks"][b], size, size) for x in (plain, one)]
+        points = [
+            c.rays()[0] + c.rays()[1] * x["depth"][b][..., None]
+            for c, x in zip(cameras, (plain, one), strict=True)
+        ]
+        expected = points[0]
+        if not same:
+            expected = expected.flip(2) * torch.tensor([-1.0, 1.0, 1.0])
+        torch.testing.assert_close(points[1], expected, atol=1e-4, rtol=1e-4)
+        canonical = gravity_frame(cameras[1][0], (0.0, 0.0, 0.0))
+        assert torch.linalg.det(canonical[:3, :3]) > 0.99
+
+
+def test_any_view_may_be_the_input_only_if_allowed():
+    data = blobs()
+    fixed = DecoderTask(data, TINY, batch_size=8, any_input=False, augment=False)
+    batch = fixed.batch(0, torch.Generator().manual_seed(1))
+    assert all(
+        any(torch.equal(m, own) for own in data.inputs.cameras.viewmats)
+        for m in batch["viewmats"][:, 0]
+    )
+    free = DecoderTask(data, TINY, batch_size=32, augment=False)
+    picked = free.batch(0, torch.Generator().manual_seed(1))["viewmats"][:, 0]
+    assert len(torch.unique(picked.flatten(1), dim=0)) > 2
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_PATCH])
+def test_a_few_steps_lower_the_loss(config):
+    torch.manual_seed(0)
+    data = blobs()
+    task = DecoderTask(data, config, batch_size=2, target_views=2, augment=False)
+    optimiser = torch.optim.Adam(task.model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    before = task.validation(task.model)
+    for step in range(25):
+        terms = task.loss(task.batch(step, generator), generator=generator)
+        optimiser.zero_grad()
+        terms["loss"].backward()
+        optimiser.step()
+    after = task.validation(task.model)
+    assert after["loss"] < 0.8 * before["loss"]
+    assert np.isfinite(list(after.values())).all()
+    if config.kind == "pixel":
+        assert after["psnr_novel"] > before["psnr_novel"] + 1
+        assert after["psnr_novel"] > after["psnr_copy"]
+    else:
+        assert "psnr_novel" not in after  # the original looks at its input view alone
+        assert "predicted_depth" in terms
+    assert all(p.grad is None or p.grad.isfinite().all() for p in task.model.parameters())
+    picture = task.preview(task.model)
+    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+
+
+def test_pivots_away_from_the_origin_make_no_difference():
+    data = blobs()
+    shift = torch.tensor([5.0, -2.0, 1.0])
+    move = torch.eye(4)
+    move[:3, 3] = -shift  # the same cameras in a world that is shifted by `shift`
+    moved = replace(
+        data,
+        inputs=replace(
+            data.inputs,
+            cameras=replace(data.inputs.cameras, viewmats=data.inputs.cameras.viewmats @ move),
+        ),
+        cameras=replace(data.cameras, viewmats=data.cameras.viewmats @ move),
+        pivots=shift.expand(2, 3),
+    )
+    batches = [
+        DecoderTask(d, TINY, batch_size=2).batch(0, torch.Generator().manual_seed(0))
+        for d in (data, moved)
+    ]
+    torch.testing.assert_close(batches[0]["viewmats"], batches[1]["viewmats"], atol=1e-5, rtol=0)
+
+
+def test_task_refuses_what_it_cannot_train_on():
+    with pytest.raises(ValueError, match="batch_size"):
+        DecoderTask(blobs(), TINY, batch_size=0)
