@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fresnel.checks import GateConfig, Reason, judge, measure, profile, unreadable
+from fresnel._measure import measure, unreadable
+from fresnel.checks import GateConfig, Reason, judge, profile
 from fresnel.images import DatasetError
 
 __all__ = [
@@ -176,9 +177,8 @@ def _measured(
     bar = tqdm(total=len(indices), desc=label, unit="object", delay=2, disable=not progress or None)
     with ThreadPoolExecutor(workers) as pool, bar:
         # A short window of submitted reads keeps the threads busy and the memory bounded.
-        window: list[Future[Any]] = [
-            pool.submit(work, i) for i in itertools.islice(queue, 2 * workers)
-        ]
+        head = itertools.islice(queue, 2 * workers)
+        window: list[Future[Any]] = [pool.submit(work, i) for i in head]
         while window:
             done = window.pop(0).result()
             window += [pool.submit(work, i) for i in itertools.islice(queue, 1)]
@@ -253,8 +253,10 @@ def issue_receipt(
     """Write the verdict, pass or fail, to `dataset.path`/receipts/`kind`.json.
 
     Raises:
-        ValueError: if the verdict is about other data.
+        ValueError: if the verdict is about other data, or about a part of it.
     """
+    if getattr(dataset, "is_subset", False):
+        raise ValueError("dataset: is a subset; validate and certify the whole set")
     if verdict.dataset_hash and verdict.dataset_hash != dataset.content_hash:
         raise ValueError(
             f"verdict: is about data {verdict.dataset_hash[:19]}, the dataset is "
