@@ -1,0 +1,240 @@
+"""Triangles with colours, and how they look under three fixed lights.
+
+Colours are linear-light here.  A surface is Lambertian and two-sided: its normal is turned towards
+the viewer.  Base colour = base colour factor x vertex colour x base colour texture (bilinear,
+wrap repeat, sRGB); transparency, metalness and roughness are ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import trimesh
+
+Floats = NDArray[np.float32]
+
+# Directions towards the lights in the world (Y up) and their strength; chosen so that white is
+# not clipped where it is brightest (0.99) and stays visible from every side (0.32).
+AMBIENT = 0.32
+LIGHTS = (
+    ((0.55, 0.70, 0.60), 0.58),  # key
+    ((-0.75, 0.20, 0.55), 0.30),  # fill
+    ((-0.10, 0.45, -0.90), 0.38),  # rim
+)
+# Where a file has no normals, faces that meet at less than this angle are shaded as one surface.
+CREASE_DEG = 35.0
+LINEAR_COLORS = "fresnel_linear_vertex_colors"
+"""Scene metadata key: vertex colours are linear (glTF), not sRGB."""
+
+
+@dataclass(frozen=True)
+class Surface:
+    """F triangles: corners, unit normals, linear base colours, texture coordinates.
+
+    ``corners``, ``normals``, ``colors`` (F, 3, 3) and ``uvs`` (F, 3, 2) by corner; ``texture``
+    (F,) indexes ``textures``, linear (h, w, 3) images, or is -1.
+    """
+
+    corners: Floats
+    normals: Floats
+    colors: Floats
+    uvs: Floats
+    texture: NDArray[np.int64]
+    textures: tuple[Floats, ...]
+
+    def normalised(self) -> Surface:
+        """Centred on its bounding box, longest side 1."""
+        low, high = self.corners.min(axis=(0, 1)), self.corners.max(axis=(0, 1))
+        side = float((high - low).max())
+        if side <= 0:
+            raise ValueError("mesh: all its vertices coincide; want a solid of some size")
+        return replace(self, corners=(self.corners - (low + high) / 2) / side)
+
+
+def srgb_to_linear(value: NDArray[Any]) -> Floats:
+    value = np.asarray(value, np.float32)
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4).astype("f4")
+
+
+def linear_to_srgb(value: Floats) -> Floats:
+    """Clipped to [0, 1]."""
+    value = value.clip(0.0, 1.0)
+    curve = 1.055 * np.power(value, np.float32(1 / 2.4)) - 0.055
+    return np.where(value <= 0.0031308, value * 12.92, curve).astype(np.float32)
+
+
+def surface(scene: trimesh.Scene | trimesh.Trimesh) -> Surface:
+    """All triangles of a scene, its graph's transforms applied.
+
+    Raises:
+        ValueError: if there is no triangle, or a vertex is not finite.
+    """
+    import trimesh
+
+    if isinstance(scene, trimesh.Trimesh):
+        scene = trimesh.Scene(scene)
+    linear = bool(scene.metadata.get(LINEAR_COLORS, False))
+    parts: list[Surface] = []
+    for node in sorted(scene.graph.nodes_geometry):
+        matrix, name = scene.graph[node]
+        mesh = scene.geometry[name]
+        if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):
+            parts.append(_part(mesh, np.asarray(matrix, np.float64), linear))
+    if not parts:
+        raise ValueError("mesh: holds no triangle; want at least one mesh with faces")
+    textures: list[Floats] = []
+    indices = []
+    for part in parts:
+        indices.append(np.where(part.texture >= 0, part.texture + len(textures), -1))
+        textures += part.textures
+    return Surface(
+        np.concatenate([part.corners for part in parts]),
+        np.concatenate([part.normals for part in parts]),
+        np.concatenate([part.colors for part in parts]),
+        np.concatenate([part.uvs for part in parts]),
+        np.concatenate(indices),
+        tuple(textures),
+    )
+
+
+def _part(mesh: trimesh.Trimesh, matrix: NDArray[np.float64], linear: bool) -> Surface:
+    vertices = np.asarray(mesh.vertices, np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+    if not np.isfinite(vertices).all():
+        raise ValueError("mesh: a vertex is NaN or infinite; repair the file")
+    faces = np.asarray(mesh.faces)
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise ValueError("mesh: a face names a vertex that doesn't exist; repair the file")
+    corners = vertices[faces]
+    if "vertex_normals" in mesh._cache:  # given by the file, not computed from the faces
+        given = np.asarray(mesh.vertex_normals) @ np.linalg.pinv(matrix[:3, :3])
+        normals = given[faces]
+    else:
+        normals = _smooth_normals(corners)
+    length = np.linalg.norm(normals, axis=-1, keepdims=True)
+    normals = np.where(length > 1e-12, normals / np.maximum(length, 1e-12), (0.0, 1.0, 0.0))
+    colors, uvs, texture = _appearance(mesh, faces, linear)
+    return Surface(
+        corners.astype(np.float32),
+        normals.astype(np.float32),
+        colors,
+        uvs,
+        np.full(len(faces), -1 if texture is None else 0),
+        () if texture is None else (texture,),
+    )
+
+
+def _smooth_normals(corners: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Corner normals: the area-weighted mean over the faces at that point within the crease."""
+    area_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    unit = area_normals / np.maximum(np.linalg.norm(area_normals, axis=1, keepdims=True), 1e-30)
+    points = corners.reshape(-1, 3)
+    scale = np.ptp(points, axis=0).max() or 1.0
+    keys = np.round((points - points.min(axis=0)) / scale * (1 << 20)).astype(np.int64)
+    _, point = np.unique(keys @ np.array([1, 1 << 21, 1 << 42]), return_inverse=True)
+    order = np.argsort(point, kind="stable")
+    face = order // 3
+    first = np.searchsorted(point[order], point[order])
+    count = np.bincount(point)[point[order]]
+    total = np.zeros((len(order), 3))
+    # Corner i meets the k-th corner of its point; fans of more than 64 faces are rare and the
+    # faces beyond add nothing visible.
+    for k in range(min(int(count.max()), 64)):
+        rows = np.nonzero(count > k)[0]
+        other = face[first[rows] + k]
+        close = (unit[face[rows]] * unit[other]).sum(axis=1) > math.cos(math.radians(CREASE_DEG))
+        total[rows] += area_normals[other] * close[:, None]
+    total += 1e-6 * area_normals[face]
+    normals = np.empty_like(total)
+    normals[order] = total
+    return normals.reshape(-1, 3, 3)
+
+
+def _appearance(
+    mesh: trimesh.Trimesh, faces: NDArray[np.int64], linear: bool
+) -> tuple[Floats, Floats, Floats | None]:
+    """Corner colours (F, 3, 3), corner uvs (F, 3, 2), texture (h, w, 3) or None; all linear."""
+    visual: Any = mesh.visual
+    colors = np.ones((len(faces), 3, 3), np.float32)
+    uvs = np.zeros((len(faces), 3, 2), np.float32)
+    material = getattr(visual, "material", None)
+    if material is None:
+        kind = getattr(visual, "kind", None)
+        if kind == "face":
+            colors *= _linear(visual.face_colors, linear)[:, None]
+        elif kind == "vertex":
+            colors *= _linear(visual.vertex_colors, linear)[faces]
+        return colors, uvs, None
+    extra = getattr(visual, "vertex_attributes", {}).get("color")
+    if extra is not None and len(extra) == len(mesh.vertices):
+        colors *= _linear(extra, linear)[faces]
+    if hasattr(material, "baseColorTexture"):  # glTF: factors are linear, textures sRGB
+        image, factor = material.baseColorTexture, material.baseColorFactor
+        if factor is not None:
+            colors *= _linear(factor, True)
+    else:  # OBJ: a texture takes the place of the diffuse colour, which is sRGB
+        image = getattr(material, "image", None)
+        if image is None:
+            colors *= _linear(getattr(material, "main_color", (255, 255, 255)), False)
+    uv = getattr(visual, "uv", None)
+    if image is None or uv is None or len(uv) != len(mesh.vertices):
+        return colors, uvs, None
+    uvs = np.nan_to_num(np.asarray(uv, np.float32)[faces][..., :2], posinf=0.0, neginf=0.0)
+    texture = srgb_to_linear(np.arange(256) / 255)[np.asarray(image.convert("RGB"))]
+    return colors, uvs, texture
+
+
+def _linear(values: Any, already: bool) -> Floats:
+    """Colours of any integer or float type as linear float32 (..., 3)."""
+    array = np.asarray(values)
+    top = np.iinfo(array.dtype).max if array.dtype.kind in "ui" else 1.0
+    top = 255.0 if array.dtype.kind == "i" else top
+    unit = (array[..., :3] / top).astype(np.float32).clip(0.0, 1.0)
+    return unit if already else srgb_to_linear(unit)
+
+
+def shade(
+    surface: Surface,
+    face: NDArray[np.int64],
+    u: Floats,
+    v: Floats,
+    towards_viewer: Floats,
+) -> Floats:
+    """sRGB colours (n, 3) of n points: face index, barycentrics u, v, direction to the viewer."""
+    weights = np.stack([1 - u - v, u, v], axis=1)[:, :, None]
+    normal = (surface.normals[face] * weights).sum(axis=1)
+    facing = (normal * towards_viewer).sum(axis=1, keepdims=True)
+    normal *= np.where(facing < 0, -1, 1) / np.maximum(
+        np.linalg.norm(normal, axis=1, keepdims=True), 1e-12
+    )
+    light = np.full((len(face), 1), AMBIENT, np.float32)
+    for direction, strength in LIGHTS:
+        unit = np.asarray(direction, np.float32) / np.float32(math.hypot(*direction))
+        light += np.float32(strength) * np.maximum(normal @ unit[:, None], 0)
+    color = (surface.colors[face] * weights).sum(axis=1)
+    texture = surface.texture[face]
+    for index, image in enumerate(surface.textures):
+        rows = np.nonzero(texture == index)[0]
+        if len(rows):
+            uv = (surface.uvs[face[rows]] * weights[rows]).sum(axis=1)
+            color[rows] *= _bilinear(image, uv)
+    return linear_to_srgb(color * light)
+
+
+def _bilinear(image: Floats, uv: Floats) -> Floats:
+    """Texture lookup, repeating; uv's origin is the image's lower left."""
+    height, width = image.shape[:2]
+    x = (uv[:, 0] % 1) * width - np.float32(0.5)
+    y = ((1 - uv[:, 1]) % 1) * height - np.float32(0.5)
+    x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
+    fx, fy = (x - x0)[:, None].astype(np.float32), (y - y0)[:, None].astype(np.float32)
+    left, right = x0 % width, (x0 + 1) % width
+    above, below = y0 % height, (y0 + 1) % height
+    top = image[above, left] * (1 - fx) + image[above, right] * fx
+    bottom = image[below, left] * (1 - fx) + image[below, right] * fx
+    return top * (1 - fy) + bottom * fy
