@@ -43,7 +43,7 @@ class FourierEmbedding(nn.Module):
         )
 
     def forward(self, values: Tensor) -> Tensor:
-        phases = values.float()[:, None] * self.frequencies
+        phases = values[:, None] * self.frequencies
         # sqrt(2) gives every feature unit variance over a phase
         return self.mlp(torch.cat([phases.cos(), phases.sin()], dim=1) * 2.0**0.5)
 

@@ -1,0 +1,358 @@
+"""How a CVS is trained: noise levels, losses, and the task that `train.fit` runs.
+
+Easy Consistency Tuning (ECT), arXiv 2406.14548; what differs is said where it does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fresnel.cvs import CVS, CVSConfig, condition_tensors, randn, rgba, sample
+from fresnel.dataset import ViewTensors
+
+
+def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair as seen in a mirror at the canonical frame's x = 0 plane: left and right swap.
+
+    A reflection X takes a ray (d, o x d) to (X d, (X o) x (X d)) = (X d, -X (o x d)), and the
+    image column u to W - 1 - u; cameras must have a centred principal point and no roll.
+    """
+    signs = cond.new_tensor([1.0] * 4 + [-1.0, 1.0, 1.0, 1.0, -1.0, -1.0] * 2)
+    return cond.flip(-1) * signs[:, None, None], target.flip(-1)
+
+
+def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None) -> Tensor:
+    """Loss weights (B, 1, H, W) of target views (B, 4, H, W) in [-1, 1].
+
+    "alpha_aware": foreground and background get the stated shares of the weight, mean 1; a
+    target with less foreground than an eighth of its share gets eightfold weight there, no more.
+    "depth_laplacian": the original experiment's mask, sigmoid(-100 (|Laplacian(depth)| - 0.01))
+    with depth (B, H, W): empty background gets 0.73, the highest weight there is, and edges 0.
+    """
+    alpha = (target[:, 3:] + 1) / 2
+    if config.loss_weight == "none":
+        return torch.ones_like(alpha)
+    if config.loss_weight == "depth_laplacian":
+        if depth is None:
+            raise ValueError("depth: got None, want depth maps for loss_weight 'depth_laplacian'")
+        kernel = depth.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
+        padded = F.pad(depth[:, None], (1, 1, 1, 1), mode="replicate")
+        return torch.sigmoid(-100 * (F.conv2d(padded, kernel[None, None]).abs() - 0.01))
+    share = config.foreground_share
+    covered = alpha.mean(dim=(1, 2, 3), keepdim=True)
+    foreground = share / covered.clamp_min(share / 8)
+    background = (1 - share) / (1 - covered).clamp_min((1 - share) / 8)
+    weights = alpha * foreground + (1 - alpha) * background
+    return weights / weights.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def ect_stage(progress: float, config: CVSConfig) -> int:
+    """The curriculum's stage at `progress` in [0, 1] of the run: 0 .. ect_stages - 1."""
+    if progress < config.denoising_share or config.ect_stages == 1:
+        return 0
+    later = (progress - config.denoising_share) / max(1 - config.denoising_share, 1e-12)
+    return 1 + min(int(later * (config.ect_stages - 1)), config.ect_stages - 2)
+
+
+def ect_earlier(sigma: Tensor, stage: int, config: CVSConfig) -> Tensor:
+    """The lower noise level r of ECT: r / t = 1 - n(t) / q^stage, n(t) = 1 + k sigmoid(-b t).
+
+    r is clamped at sigma_min. In stage 0 every r is sigma_min, which is plain denoising; each
+    stage halves (q = 2) the gap, towards the full consistency condition r -> t.
+    """
+    n = 1 + config.ect_k * torch.sigmoid(-config.ect_b * sigma)
+    return (sigma * (1 - n / config.ect_q**stage)).clamp_min(config.sigma_min)
+
+
+def consistency_loss(
+    model: CVS,
+    target: Tensor,
+    cond: Tensor,
+    weights: Tensor,
+    *,
+    progress: float,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """ECT loss of D(x_t, t) against a stop-gradient D(x_r, r) with the same noise and dropout.
+
+    Pseudo-Huber on the weighted root-mean-square error of each sample, sqrt(e^2 + c^2) - c, times
+    1 / c_out(t), which gives every noise level an error of order one.
+
+    Differences from ECT, which starts from a diffusion model, and why: its time weight
+    1 / (t - r) vanishes at large t and grows with every stage; training from scratch needs
+    sigma_max, where the one step starts, to count. So `sigma_max_fraction` of the samples are
+    there, and with `sigma_max_anchor` their reference is the clean view in every stage: the
+    chain of references from sigma_max down to the data is too long for a short run to carry
+    anything along, and without the anchor the one step drifts off as soon as stage 1 begins.
+
+    Returns:
+        "loss"; "x0_rms", the error against the clean target over all noise levels; and
+        "one_step_rms", the same at sigma_max only (0 if no sample was there).
+    """
+    config, b = model.config, target.shape[0]
+    t = (randn(target[:, 0, 0, 0], generator) * config.p_std + config.p_mean).exp()
+    at_max = _uniform(generator, target.device, b) < config.sigma_max_fraction
+    # c_out vanishes at sigma_min
+    t = t.clamp(2 * config.sigma_min, config.sigma_max)
+    t = torch.where(at_max, config.sigma_max, t)
+    stage = ect_stage(progress, config)
+    r = ect_earlier(t, stage, config)
+    if config.sigma_max_anchor:
+        r = torch.where(at_max, config.sigma_min, r)
+    noise = randn(target, generator)
+    x_t, x_r = (target + level.reshape(-1, 1, 1, 1) * noise for level in (t, r))
+    seed = _seed(generator) if config.dropout else None
+    denoised = _seeded(model, seed, x_t, t, cond)
+    with torch.no_grad():
+        # D(x, sigma_min) = x, so stage 0 needs no second pass, and a CPU only some of its rows
+        reference = x_r
+        if stage and (x_r.is_cuda or seed is not None):
+            reference = _seeded(model, seed, x_r, r, cond)
+        elif stage:
+            rows = r > config.sigma_min
+            reference = x_r.clone()
+            if rows.any():
+                reference[rows] = model(x_r[rows], r[rows], cond[rows]).to(x_r.dtype)
+    error = (weights * (denoised - reference).square()).mean(dim=(1, 2, 3))
+    huber = (error + config.huber_c**2).sqrt() - config.huber_c
+    rms = (denoised.detach() - target).square().mean(dim=(1, 2, 3)).sqrt()
+    return {
+        "loss": (huber / model.scalings(t)[1]).mean(),
+        "x0_rms": rms.mean(),
+        "one_step_rms": (rms * at_max).sum() / at_max.sum().clamp_min(1),
+    }
+
+
+def _uniform(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device).to(device)
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+
+
+def _seeded(model: CVS, seed: int | None, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+    """One pass whose dropout masks follow from `seed` (None: the model has no dropout)."""
+    if seed is None:
+        return model(x, sigma, cond)
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        torch.manual_seed(seed)
+        return model(x, sigma, cond)
+
+
+def original_loss(
+    model: CVS,
+    ema: nn.Module,
+    target: Tensor,
+    cond: Tensor,
+    weights: Tensor,
+    *,
+    progress: float,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """The original experiment's loss: weighted L1 + w |D(x_t) - EMA D(x_t')| at the next level.
+
+    Noise levels follow the cosine schedule, sigma = tan(pi u / 2), with 1,000 levels of u; w is
+    0.1, 0.3, 1.0 over the thirds of training. Its perceptual term (half weight) is left out: it
+    needs a pretrained network's weights.
+    """
+    config, b = model.config, target.shape[0]
+    u = _uniform(generator, target.device, b)
+    t, lower = (
+        torch.tan((u - step).clamp_min(0) * (math.pi / 2)).clamp(config.sigma_min, config.sigma_max)
+        for step in (0.0, 1e-3)
+    )
+    noise = randn(target, generator)
+    denoised = model(target + t.reshape(-1, 1, 1, 1) * noise, t, cond)
+    with torch.no_grad():
+        neighbour = ema(target + lower.reshape(-1, 1, 1, 1) * noise, lower, cond)
+    l1 = (weights * (denoised - target).abs()).mean()
+    consistency = (denoised - neighbour).abs().mean()
+    w = (0.1, 0.3, 1.0)[min(int(3 * progress), 2)]
+    return {"loss": l1 + w * consistency, "l1": l1, "consistency": consistency}
+
+
+class CVSTask:
+    """What `train.fit` needs to train a CVS on a multi-view set.
+
+    Args:
+        model: the network to train.
+        views: the training set at the model's image size.
+        batch_size: (record, view) pairs a step.
+        validation: held-out views for the validation loss and pictures (None: the training set).
+        any_input: half of the pairs take another view of the object as input. Only for sets of
+            ground truth: a bootstrap's views are no better than the decoder that made them.
+        mirror: mirror half of the pairs. Cameras must have a centred principal point.
+        colour_jitter: each channel of a pair is scaled by exp(uniform(-j, j)), clipped at alpha.
+        validation_pairs, preview_pairs: how many pairs those look at, spread over the set.
+        device: where model and data live.
+    """
+
+    name = "cvs"
+
+    def __init__(
+        self,
+        model: CVS,
+        views: ViewTensors,
+        *,
+        batch_size: int = 16,
+        validation: ViewTensors | None = None,
+        any_input: bool = False,
+        mirror: bool = False,
+        colour_jitter: float = 0.0,
+        validation_pairs: int = 32,
+        preview_pairs: int = 4,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        size = model.config.image_size
+        for which, tensors in {"views": views, "validation": validation or views}.items():
+            sizes = {tuple(tensors.rgb.shape[2:4]), tuple(tensors.inputs.rgb.shape[1:3])}
+            if sizes != {(size, size)}:
+                raise ValueError(
+                    f"{which}: got images of {sorted(sizes)} px, want the model's image_size "
+                    f"{size}; use dataset.tensors(size={size})"
+                )
+        if model.config.loss_weight == "depth_laplacian" and views.depth is None:
+            raise ValueError("views: have no depth, which loss_weight 'depth_laplacian' needs")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, want at least 1")
+        self.model, self.views, self.batch_size = model.to(device), views.to(device), batch_size
+        self.held_out = self.views if validation is None else validation.to(device)
+        self.any_input, self.mirror, self.colour_jitter = any_input, mirror, colour_jitter
+        self.validation_pairs, self.preview_pairs = validation_pairs, preview_pairs
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that makes this task what it is, for checkpoints."""
+        return {
+            "model": asdict(self.model.config),
+            "batch_size": self.batch_size,
+            "any_input": self.any_input,
+            "mirror": self.mirror,
+            "colour_jitter": self.colour_jitter,
+        }
+
+    def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]:
+        """Random pairs: "cond", "target", "weights" and the "record", "view" they came from."""
+        views, b = self.views, self.batch_size
+        m, v = views.rgb.shape[:2]
+        device = views.rgb.device
+
+        def uniform(*shape: int) -> Tensor:
+            return _uniform(generator, device, *shape)
+
+        def draw(high: int) -> Tensor:
+            return (uniform(b) * high).long().clamp_max(high - 1)
+
+        record, view = draw(m), draw(v)
+        source = torch.where(uniform(b) < 0.5, draw(v), -1) if self.any_input else None
+        pair = _pairs(views, record, view, source)
+        cond, target = pair["cond"], pair["target"]
+        if self.colour_jitter:
+            gain = torch.exp((2 * uniform(b, 3, 1, 1) - 1) * self.colour_jitter)
+            cond = torch.cat([_tint(cond[:, :4], gain), cond[:, 4:]], dim=1)
+            target = _tint(target, gain)
+        weights = pixel_weights(self.model.config, target, pair["depth"])
+        if self.mirror:
+            flipped = (uniform(b) < 0.5)[:, None, None, None]
+            mirrored = mirror(cond, target)
+            cond = torch.where(flipped, mirrored[0], cond)
+            target = torch.where(flipped, mirrored[1], target)
+            weights = torch.where(flipped, weights.flip(-1), weights)
+        return {"cond": cond, "target": target, "weights": weights, "record": record, "view": view}
+
+    def loss(
+        self,
+        batch: dict[str, Any],
+        *,
+        progress: float,
+        generator: torch.Generator,
+        ema: nn.Module,
+    ) -> dict[str, Tensor]:
+        tensors = (batch["target"], batch["cond"], batch["weights"])
+        options: dict[str, Any] = {"progress": progress, "generator": generator}
+        if self.model.config.parameterisation == "original":
+            return original_loss(self.model, ema, *tensors, **options)
+        return consistency_loss(self.model, *tensors, **options)
+
+    @torch.no_grad()
+    def validation(self, model: nn.Module) -> dict[str, float]:
+        """One-step generation of held-out views with fixed noise.
+
+        "loss": weighted root-mean-square error in [-1, 1]; "psnr" of the RGB over black in dB;
+        "coverage_ratio": generated over true foreground.
+        """
+        assert isinstance(model, CVS)
+        errors, squares, covered, truth, count = 0.0, 0.0, 0.0, 0.0, 0
+        generator = torch.Generator(self.held_out.rgb.device).manual_seed(0)
+        for pair in self._spread(self.validation_pairs):
+            out, target = sample(model, pair["cond"], generator=generator), pair["target"]
+            square = (out - target).square()
+            weights = pixel_weights(model.config, target, pair["depth"])
+            errors += (weights * square).mean(dim=(1, 2, 3)).sqrt().sum().item()
+            squares += (square[:, :3].mean(dim=(1, 2, 3)) / 4).sum().item()
+            covered += (out[:, 3] + 1).sum().item()
+            truth += (target[:, 3] + 1).sum().item()
+            count += len(target)
+        return {
+            "loss": errors / count,
+            "psnr": -10 * math.log10(max(squares / count, 1e-10)),
+            "coverage_ratio": covered / max(truth, 1e-10),
+        }
+
+    @torch.no_grad()
+    def preview(self, model: nn.Module, generator: torch.Generator) -> np.ndarray:
+        """One row a pair: input, target, one step, two steps; over black, uint8 (H, W, 3)."""
+        assert isinstance(model, CVS)
+        rows = []
+        for pair in self._spread(self.preview_pairs):
+            made = [sample(model, pair["cond"], steps=n, generator=generator) for n in (1, 2)]
+            images = torch.cat([pair["cond"][:, :4], pair["target"], *made], dim=-1)[:, :3]
+            rows.append(images.permute(0, 2, 3, 1).flatten(0, 1))
+        grid = (torch.cat(rows).float() + 1) * 127.5
+        return grid.round().clamp(0, 255).byte().cpu().numpy()
+
+    def _spread(self, pairs: int) -> Iterator[dict[str, Any]]:
+        """Chunks of `pairs` pairs, evenly spread over the held-out records and views."""
+        m, v = self.held_out.rgb.shape[:2]
+        flat = torch.linspace(0, m * v - 1, min(pairs, m * v)).round().long()
+        for chunk in flat.to(self.held_out.rgb.device).split(max(self.batch_size, 8)):
+            yield _pairs(self.held_out, chunk // v, chunk % v)
+
+
+def _tint(image: Tensor, gain: Tensor) -> Tensor:
+    colour = torch.minimum((image[:, :3] + 1) * gain, image[:, 3:] + 1) - 1
+    return torch.cat([colour, image[:, 3:]], dim=1)
+
+
+def _pairs(
+    views: ViewTensors, record: Tensor, view: Tensor, source: Tensor | None = None
+) -> dict[str, Any]:
+    """Condition and target of the pairs (record, view); input `source` (-1: the record's own)."""
+    rgb, alpha = views.inputs.rgb[record], views.inputs.alpha[record]
+    cameras = views.inputs.cameras[record]
+    if source is not None:
+        other = source >= 0
+        choice = source.clamp_min(0)
+        rgb = torch.where(other[:, None, None, None], views.rgb[record, choice], rgb)
+        alpha = torch.where(other[:, None, None], views.alpha[record, choice], alpha)
+        there = views.cameras[record, choice]
+        cameras = replace(
+            cameras,
+            viewmats=torch.where(other[:, None, None], there.viewmats, cameras.viewmats),
+            Ks=torch.where(other[:, None, None], there.Ks, cameras.Ks),
+        )
+    targets = views.cameras[record, view].reshape(len(record), 1)
+    return {
+        "cond": condition_tensors(rgba(rgb, alpha), cameras, targets, views.pivots[record]),
+        "target": rgba(views.rgb[record, view], views.alpha[record, view]),
+        "depth": None if views.depth is None else views.depth[record, view],
+    }

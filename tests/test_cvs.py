@@ -1,0 +1,423 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fresnel.cameras import Cameras, orbit
+from fresnel.cvs import CVS, CVSConfig, condition, predictor, rgba, sample, sampling_sigmas
+from fresnel.cvs_task import (
+    CVSTask,
+    consistency_loss,
+    ect_earlier,
+    ect_stage,
+    mirror,
+    original_loss,
+    pixel_weights,
+)
+from fresnel.dataset import InputImages, ViewTensors
+from fresnel.networks import count_parameters
+
+SIZE = 16
+
+
+def cameras(azimuth_deg: Tensor | list, elevation_deg: float = 10.0) -> Cameras:
+    return orbit(
+        torch.as_tensor(azimuth_deg, dtype=torch.float32),
+        elevation_deg,
+        2.2,
+        pivot=(0.0, 0.0, 0.0),
+        focal_px=1.2 * SIZE,
+        width=SIZE,
+        height=SIZE,
+    )
+
+
+def disc(centre_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Shaded discs at columns (...,): uint8 rgb over black (..., H, W, 3), alpha (..., H, W)."""
+    grid = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
+    dx = grid - centre_x[..., None, None]
+    alpha = ((dx**2 + grid[:, None] ** 2) < 0.3).float().expand(*centre_x.shape, SIZE, SIZE)
+    rgb = alpha[..., None] * torch.stack([0.6 + 0 * dx, 0.5 + 0.4 * dx, 0.7 - 0.3 * dx], -1)
+    return (rgb.clamp(0, 1) * 255).byte(), (alpha * 255).byte()
+
+
+def views(objects: int = 2, per_object: int = 4, depth: bool = False) -> ViewTensors:
+    azimuths = torch.arange(per_object) * 360.0 / per_object
+    centre = 0.4 * torch.sin(torch.deg2rad(azimuths)) * torch.ones(objects, 1)
+    rgb, alpha = disc(centre)
+    input_rgb, input_alpha = disc(torch.zeros(objects))
+    names = tuple(f"object_{i}" for i in range(objects))
+    return ViewTensors(
+        names=names,
+        inputs=InputImages(names, input_rgb, input_alpha, cameras(torch.zeros(objects))),
+        rgb=rgb,
+        alpha=alpha,
+        cameras=cameras(azimuths.expand(objects, -1)),
+        pivots=torch.zeros(objects, 3),
+        depth=alpha.float() / 255 * 2 if depth else None,
+    )
+
+
+def model(**changes) -> CVS:
+    torch.manual_seed(0)
+    net = CVS(CVSConfig.preset("tiny", **changes))
+    torch.nn.init.normal_(net.unet.head.weight, std=0.1)  # the head starts at zero
+    return net
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_of(net: CVS, **options) -> dict:
+    return CVSTask(net, views(), batch_size=4, **options).batch(0, generator())
+
+
+# --- preconditioning ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_boundary_condition_holds_bit_for_bit(dtype: torch.dtype) -> None:
+    net = model()
+    x = torch.randn(3, 4, SIZE, SIZE, generator=generator(), dtype=dtype)
+    sigma = torch.full((3,), net.config.sigma_min, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        out = net.to(dtype)(x, sigma, torch.zeros(3, 16, 16, 16, dtype=dtype))
+    assert torch.equal(out, x)
+    assert net.scalings(sigma)[0].eq(1).all() and net.scalings(sigma)[1].eq(0).all()
+
+
+def test_scalings_follow_the_paper() -> None:
+    net, sigma = model(), 0.7
+    skip, out = net.scalings(torch.tensor(sigma, dtype=torch.float64))
+    assert skip.item() == pytest.approx(0.25 / (0.698**2 + 0.25))
+    assert out.item() == pytest.approx(0.5 * 0.698 / math.sqrt(0.49 + 0.25))
+
+
+def test_original_parameterisation_has_no_boundary_condition() -> None:
+    net = model(parameterisation="original")
+    x = torch.randn(1, 4, SIZE, SIZE, generator=generator())
+    assert not torch.allclose(net(x, torch.tensor([0.002]), torch.zeros(1, 16, 16, 16)), x)
+
+
+# --- ECT ------------------------------------------------------------------------------------
+
+
+def test_ect_ratio_follows_the_schedule() -> None:
+    config = CVSConfig()
+    t = torch.tensor([0.004, 0.3, 2.0, 80.0], dtype=torch.float64)
+    assert ect_earlier(t, 0, config).eq(config.sigma_min).all()  # stage 0: plain denoising
+    for stage in range(1, 12):
+        n = 1 + 8 / (1 + t.exp())
+        expected = (t * (1 - n / 2**stage)).clamp(min=config.sigma_min)
+        torch.testing.assert_close(ect_earlier(t, stage, config), expected)
+        assert (ect_earlier(t, stage, config) < t).all()
+    assert ect_earlier(t, 10, config)[-1] / 80 == pytest.approx(1 - 1 / 1024)
+
+
+def test_ect_stages_share_the_run_as_stated() -> None:
+    config = CVSConfig(ect_stages=4, denoising_share=0.25)
+    assert [ect_stage(p, config) for p in (0, 0.24, 0.25, 0.5, 0.99, 1.0)] == [0, 0, 1, 2, 3, 3]
+    assert (
+        ect_stage(1.0, CVSConfig(ect_stages=1))
+        == ect_stage(0.99, CVSConfig(denoising_share=1.0))
+        == 0
+    )
+
+
+def test_stage_zero_loss_is_weighted_denoising_and_needs_one_pass() -> None:
+    net = model(sigma_max_fraction=1.0)
+    batch = batch_of(net)
+    target, cond, weights = batch["target"], batch["cond"], batch["weights"]
+    passes: list[Tensor] = []
+    net.register_forward_hook(lambda _module, _args, out: passes.append(out.detach()))
+    got = consistency_loss(net, target, cond, weights, progress=0.0, generator=generator(1))
+    assert len(passes) == 1
+    # The same draws by hand: levels (unused: every sample is at sigma_max), who is, the noise.
+    g = generator(1)
+    torch.randn(4, generator=g), torch.rand(4, generator=g)
+    clean = target + 0.002 * torch.randn(target.shape, generator=g)
+    rms = (weights * (passes[0] - clean).square()).mean(dim=(1, 2, 3))
+    sigma = torch.tensor(80.0)
+    expected = (((rms + 0.01**2).sqrt() - 0.01) / net.scalings(sigma)[1]).mean()
+    torch.testing.assert_close(got["loss"].detach(), expected)
+    torch.testing.assert_close(got["one_step_rms"], got["x0_rms"])
+
+
+def test_later_stages_compare_two_passes_without_gradient_through_the_second() -> None:
+    net = model(sigma_max_fraction=0.0, p_mean=0.0)
+    batch = batch_of(net)
+    grads: list[bool] = []
+    net.register_forward_hook(lambda _module, _args, out: grads.append(out.requires_grad))
+    consistency_loss(
+        net, batch["target"], batch["cond"], batch["weights"], progress=1.0, generator=generator()
+    )["loss"].backward()
+    assert grads == [True, False]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_anchored_samples_are_compared_with_the_clean_view_in_every_stage() -> None:
+    net = model(sigma_max_fraction=1.0)
+    batch = batch_of(net)
+    losses = [
+        consistency_loss(
+            net, batch["target"], batch["cond"], batch["weights"], progress=p, generator=generator()
+        )["loss"]
+        for p in (0.0, 1.0)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_both_passes_share_the_dropout_mask() -> None:
+    net = model(dropout=0.5)
+    batch = batch_of(net)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight.abs().sum() == 0:
+            torch.nn.init.normal_(module.weight, std=0.1)
+    masks: list[Tensor] = []
+    drop = net.unet.middle_in.dropout
+    drop.register_forward_hook(lambda _module, args, out: masks.append((out == 0) & (args[0] != 0)))
+    state = torch.get_rng_state()
+    consistency_loss(
+        net, batch["target"], batch["cond"], batch["weights"], progress=1.0, generator=generator()
+    )
+    assert masks[0].any() and torch.equal(masks[0], masks[1])
+    assert torch.equal(torch.get_rng_state(), state)  # the global state is left alone
+
+
+def test_original_loss_weighs_consistency_by_thirds() -> None:
+    net = model(parameterisation="original")
+    batch = batch_of(net)
+    for progress, w in ((0.0, 0.1), (0.5, 0.3), (1.0, 1.0)):
+        terms = original_loss(
+            net,
+            model(parameterisation="original"),
+            batch["target"],
+            batch["cond"],
+            batch["weights"],
+            progress=progress,
+            generator=generator(),
+        )
+        torch.testing.assert_close(terms["loss"], terms["l1"] + w * terms["consistency"])
+
+
+# --- loss weights ---------------------------------------------------------------------------
+
+
+def test_alpha_aware_weights_give_the_foreground_its_share() -> None:
+    target = rgba(*disc(torch.tensor([0.0, 0.3])))
+    config = CVSConfig(foreground_share=0.6)
+    weights = pixel_weights(config, target)
+    alpha = (target[:, 3:] + 1) / 2
+    torch.testing.assert_close(weights.mean(dim=(1, 2, 3)), torch.ones(2))
+    share = (weights * alpha).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
+    torch.testing.assert_close(share, torch.full((2,), 0.6))
+    black = torch.full((1, 4, SIZE, SIZE), -1.0)
+    even = torch.ones(1, 1, SIZE, SIZE)  # nothing there: every pixel counts the same
+    torch.testing.assert_close(pixel_weights(config, black), even)
+
+
+def test_depth_laplacian_mask_is_highest_on_the_empty_background() -> None:
+    depth = torch.zeros(1, SIZE, SIZE)
+    depth[:, 4:8, 4:8] = 2.0
+    weights = pixel_weights(
+        CVSConfig(loss_weight="depth_laplacian"), torch.zeros(1, 4, SIZE, SIZE), depth
+    )
+    assert weights[0, 0, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-1)))  # 0.73
+    assert weights[0, 0, 4, 4].item() < 1e-6 and weights.max() == weights[0, 0, 0, 0]
+    with pytest.raises(ValueError, match="no depth"):
+        CVSTask(model(loss_weight="depth_laplacian"), views())
+    CVSTask(model(loss_weight="depth_laplacian"), views(depth=True)).batch(0, generator())
+
+
+# --- conditioning ---------------------------------------------------------------------------
+
+
+def test_condition_holds_the_image_and_both_cameras_rays() -> None:
+    data = views(per_object=3)
+    cond = condition(data.inputs, data.cameras, data.pivots)
+    assert cond.shape == (2 * 3, 16, SIZE, SIZE)
+    torch.testing.assert_close(cond[4, :4], rgba(data.inputs.rgb, data.inputs.alpha)[1])
+    torch.testing.assert_close(cond[0, 4:10], cond[0, 10:])  # view 0 is the input camera
+    # Rays of a camera at the pivot's height have their moment perpendicular to their direction.
+    d, m = cond[:, 10:13], cond[:, 13:16]
+    torch.testing.assert_close((d * m).sum(1), torch.zeros_like(d[:, 0]), atol=1e-5, rtol=0)
+
+
+def test_condition_does_not_see_where_the_world_is_nor_its_yaw() -> None:
+    data = views()
+    angle = torch.tensor(0.7)
+    motion = torch.eye(4)
+    motion[0, 0] = motion[2, 2] = angle.cos()
+    motion[0, 2], motion[2, 0] = angle.sin(), -angle.sin()
+    motion[:3, 3] = torch.tensor([3.0, -1.0, 2.0])
+    inputs = dataclasses.replace(data.inputs, cameras=data.inputs.cameras.transformed(motion))
+    pivots = data.pivots + motion[:3, 3]
+    moved = condition(inputs, data.cameras.transformed(motion), pivots)
+    expected = condition(data.inputs, data.cameras, data.pivots)
+    torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_mirrored_condition_is_the_condition_of_the_mirrored_camera() -> None:
+    data = views(objects=1)
+    there = cameras([[25.0, -80.0]], elevation_deg=30.0)
+    mirrored = cameras([[-25.0, 80.0]], elevation_deg=30.0)
+    image = torch.flip(data.inputs.rgb, [2])  # the disc's shading is not symmetric
+    inputs = dataclasses.replace(data.inputs, rgb=image, alpha=data.inputs.alpha.flip(2))
+    expected = condition(inputs, mirrored, data.pivots)
+    cond = condition(data.inputs, there, data.pivots)
+    got, target = mirror(cond, cond[:, :4])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(target, expected[:, :4])
+
+
+def test_sizes_that_disagree_are_refused() -> None:
+    data = views()
+    with pytest.raises(ValueError, match="want the input image's 16 x 16"):
+        condition(data.inputs, data.cameras.resized(8, 8), data.pivots)
+    with pytest.raises(ValueError, match=r"want \(2, views\)"):
+        condition(data.inputs, data.cameras[:1], data.pivots)
+    with pytest.raises(ValueError, match="image_size 32"):
+        CVSTask(model(image_size=32), data)
+
+
+# --- the task -------------------------------------------------------------------------------
+
+
+def test_batches_follow_from_the_generator_and_augmentation_keeps_pairs_together() -> None:
+    net = model()
+    task = CVSTask(net, views(), batch_size=6, any_input=True, mirror=True, colour_jitter=0.3)
+    first, again = task.batch(3, generator(5)), task.batch(3, generator(5))
+    other = task.batch(3, generator(6))
+    for key in ("cond", "target", "weights"):
+        assert torch.equal(first[key], again[key]) and not torch.equal(first[key], other[key])
+        assert first[key].isfinite().all()
+    premultiplied = (first["target"][:, :3] <= first["target"][:, 3:] + 1e-6).all()
+    assert premultiplied and first["target"].abs().max() <= 1
+
+
+def test_any_input_takes_views_of_the_same_object() -> None:
+    data = views(objects=1)
+    conds = CVSTask(model(), data, batch_size=64, any_input=True).batch(0, generator())["cond"]
+    known = torch.cat([rgba(data.inputs.rgb, data.inputs.alpha), rgba(data.rgb, data.alpha)[0]])
+    distance = (conds[:, None, :4] - known).abs().amax(dim=(2, 3, 4))
+    assert (distance.min(dim=1).values == 0).all()
+    assert len(set(distance.argmin(dim=1).tolist())) > 2
+
+
+def test_overfitting_one_batch_learns_the_views_in_one_step() -> None:
+    torch.manual_seed(0)
+    net = CVS(CVSConfig.preset("tiny", base_channels=16))
+    task = CVSTask(net, views(objects=1), batch_size=4)
+    before = task.validation(net)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    losses = []
+    for step in range(120):
+        g = generator(step)
+        terms = task.loss(task.batch(step, g), progress=step / 120, generator=g, ema=net)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        losses.append(terms["one_step_rms"].item())
+    after = task.validation(net)
+    assert after["psnr"] > before["psnr"] + 5 and after["psnr"] > 16
+    assert after["loss"] < 0.5 * before["loss"]
+    assert 0.7 < after["coverage_ratio"] < 1.3
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+
+
+def test_preview_is_a_grid_of_four_columns() -> None:
+    net = model()
+    grid = CVSTask(net, views(), preview_pairs=3).preview(net, generator())
+    assert grid.shape == (3 * SIZE, 4 * SIZE, 3) and str(grid.dtype) == "uint8"
+
+
+# --- sampling, prediction, files ------------------------------------------------------------
+
+
+def test_sampling_schedule() -> None:
+    config = CVSConfig()
+    assert sampling_sigmas(1, config) == pytest.approx((80.0,))
+    assert sampling_sigmas(2, config) == pytest.approx((80.0, 2.51), rel=0.01)
+    levels = sampling_sigmas(4, config)
+    assert list(levels) == sorted(levels, reverse=True) and min(levels) > config.sigma_min
+    with pytest.raises(ValueError, match="steps: got 0"):
+        sampling_sigmas(0, config)
+
+
+def test_samples_follow_from_the_generator() -> None:
+    net = model()
+    cond = batch_of(net)["cond"]
+    one = sample(net, cond, steps=2, generator=generator(1))
+    assert torch.equal(one, sample(net, cond, steps=2, generator=generator(1)))
+    assert not torch.equal(one, sample(net, cond, steps=2, generator=generator(2)))
+    assert one.abs().max() <= 1
+
+
+def test_predictor_gives_views_that_do_not_depend_on_the_batch() -> None:
+    net, data = model(), views(objects=3)
+    predict = predictor(net, steps=2, seed=4)
+    all_views = predict(data.inputs, data.cameras)
+    assert all_views.rgb.shape == (3, 4, SIZE, SIZE, 3)
+    assert all_views.alpha.shape == all_views.depth.shape == (3, 4, SIZE, SIZE, 1)
+    assert all_views.depth.eq(0).all()
+    assert all_views.rgb.min() >= 0 and all_views.rgb.max() <= 1
+    alone = predict(data.inputs[1:2], data.cameras[1:2])
+    torch.testing.assert_close(alone.rgb[0], all_views.rgb[1], atol=1e-5, rtol=1e-5)
+    chunked = predictor(net, steps=2, seed=4, max_batch=4)(data.inputs, data.cameras)
+    torch.testing.assert_close(chunked.rgb, all_views.rgb, atol=1e-5, rtol=1e-5)
+
+
+def test_predictor_resizes_and_maps_cameras() -> None:
+    net, data = model(), views()
+    big = data.cameras.resized(24, 24)
+    assert predictor(net)(data.inputs, big).rgb.shape == (2, 4, 24, 24, 3)
+    shifted = predictor(net, camera_map=lambda i, c: (i.cameras, c[:, [1, 2, 3, 0]], data.pivots))
+    expected = predictor(net)(data.inputs, data.cameras[:, [1, 2, 3, 0]])
+    torch.testing.assert_close(shifted(data.inputs, data.cameras).rgb, expected.rgb)
+
+
+def test_save_and_load_return_the_same_model(tmp_path: Path) -> None:
+    net = model()
+    net.save(tmp_path / "full.safetensors", run={"steps": 3})
+    net.save(tmp_path / "half.safetensors", half=True)
+    loaded = CVS.load(tmp_path / "full.safetensors")
+    assert loaded.config == net.config and not loaded.training
+    for name, value in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    half = CVS.load(tmp_path / "half.safetensors")
+    cond = batch_of(net)["cond"]
+    args = (cond[:, :4], torch.ones(4), cond)
+    torch.testing.assert_close(half(*args), net(*args), atol=5e-3, rtol=5e-3)
+    sizes = [(tmp_path / f"{n}.safetensors").stat().st_size for n in ("half", "full")]
+    assert sizes[0] < 0.75 * sizes[1]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_config_survives_json_and_refuses_nonsense() -> None:
+    config = CVSConfig.preset("base", dropout=0.1)
+    assert CVSConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    for bad, message in (
+        ({"loss_weight": "depth"}, "loss_weight: got 'depth'"),
+        ({"sigma_min": 90.0}, "want 0 < sigma_min < sigma_max"),
+        ({"foreground_share": 1.5}, "foreground_share: got 1.5"),
+        ({"ect_stages": 0}, "ect_stages"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CVSConfig(**bad)
+    with pytest.raises(ValueError, match="preset: got 'huge'"):
+        CVSConfig.preset("huge")
+    with pytest.raises(ValueError, match="no field colour"):
+        CVSConfig.preset("tiny", colour=1)
+
+
+def test_base_preset_has_about_23_million_parameters() -> None:
+    with torch.device("meta"):
+        parameters = count_parameters(CVS(CVSConfig.preset("base")))
+    assert 20e6 < parameters < 26e6
