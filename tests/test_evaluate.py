@@ -1,0 +1,251 @@
+"""Metrics against closed forms and against torchmetrics called directly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from boxes import views_of
+
+from fresnel import evaluate as ev
+from fresnel.cameras import Cameras
+from fresnel.dataset import InputImages, ViewTensors
+from fresnel.render import Views
+
+
+def tensors(count: int = 3, views: int = 4, size: int = 16) -> ViewTensors:
+    records = [views_of(i, size=size, views=views) for i in range(count)]
+    inputs = InputImages(
+        tuple(f"box{i}__0" for i in range(count)),
+        torch.stack([r.input_rgb for r in records]),
+        torch.stack([r.input_alpha for r in records]),
+        Cameras(
+            torch.stack([r.input_camera.viewmats for r in records]),
+            torch.stack([r.input_camera.Ks for r in records]),
+            size,
+            size,
+        ),
+        None,
+        False,
+    )
+    cameras = Cameras(
+        torch.stack([r.cameras.viewmats for r in records]),
+        torch.stack([r.cameras.Ks for r in records]),
+        size,
+        size,
+    )
+    rgb, alpha = torch.stack([r.rgb for r in records]), torch.stack([r.alpha for r in records])
+    return ViewTensors(inputs.names, inputs, rgb, alpha, cameras, torch.zeros(count, 3))
+
+
+def oracle(data: ViewTensors, gain: float = 1.0) -> ev.Predictor:
+    """Predicts the truth, its sRGB values times a gain."""
+
+    def predict(inputs: InputImages, cameras: Cameras) -> Views:
+        rows = [data.names.index(name) for name in inputs.names]
+        rgb = data.rgb[rows].float() / 255 * gain
+        alpha = data.alpha[rows].float()[..., None] / 255
+        return Views(rgb, alpha, torch.zeros_like(alpha))
+
+    return predict
+
+
+def test_srgb_curve_and_luminance_have_their_known_values():
+    encoded = torch.tensor([0.0, 0.04045, 0.5, 1.0], dtype=torch.float64)
+    want = torch.tensor([0.0, 0.0031308, 0.2140411, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(ev.srgb_to_linear(encoded), want, atol=1e-6, rtol=0)
+    primaries = torch.eye(3)
+    torch.testing.assert_close(ev.luminance(primaries), torch.tensor([0.2126, 0.7152, 0.0722]))
+    assert ev.luminance(torch.ones(2, 5, 3)).shape == (2, 5)
+    with pytest.raises(ValueError, match=r"rgb.*\(\.\.\., 3\)"):
+        ev.luminance(torch.ones(3, 4))
+
+
+def test_psnr_matches_its_closed_form_and_torchmetrics():
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    target = torch.rand(2, 8, 8, 3, generator=torch.Generator().manual_seed(0)) * 0.8
+    assert ev.psnr(target + 0.1, target).tolist() == pytest.approx([20.0, 20.0], abs=1e-3)
+    assert ev.psnr(target, target).tolist() == [ev.MAX_PSNR] * 2
+    noisy = target.flip(0)
+    want = [float(peak_signal_noise_ratio(noisy[i], target[i], data_range=1.0)) for i in (0, 1)]
+    assert ev.psnr(noisy, target).tolist() == pytest.approx(want, abs=1e-4)
+
+
+def test_masked_psnr_sees_only_the_mask():
+    target, mask = torch.zeros(2, 8, 8, 3), torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[0, :2] = True
+    output = target.clone()
+    output[:, :2] = 0.1
+    output[:, 4:] = 1.0
+    first, second = ev.psnr(output, target, mask).tolist()
+    assert first == pytest.approx(20.0, abs=1e-4)
+    assert math.isnan(second)
+
+
+def test_ssim_is_torchmetrics_ssim():
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.rand(2, 3, 16, 16, 3, generator=generator)
+    want = structural_similarity_index_measure(
+        a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2), data_range=1.0, reduction="none"
+    )
+    torch.testing.assert_close(ev.ssim(a, b), want)
+    everywhere = torch.ones(3, 16, 16, dtype=torch.bool)
+    torch.testing.assert_close(ev.ssim(a, b, everywhere), want, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="6 x 6"):
+        ev.ssim(a[:, :4, :4], b[:, :4, :4])
+
+
+@pytest.mark.parametrize(
+    ("azimuth", "name"),
+    [
+        (0.0, "0-30"),
+        (-30.0001, "0-30"),
+        (30.01, "30-60"),
+        (60, "30-60"),
+        (-90, "60-90"),
+        (90.5, "90-180"),
+        (180, "90-180"),
+        (359.0, "0-30"),
+        (-180.0001, "90-180"),
+    ],
+)
+def test_azimuth_bins(azimuth: float, name: str):
+    assert ev.azimuth_bin(azimuth) == name
+
+
+def test_a_perfect_prediction_is_perfect_on_any_background():
+    data = tensors()
+    for background in ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)):
+        rows = ev.evaluate(oracle(data), data, batch=2, background=background, progress=False)
+        assert len(rows) == 12
+        assert all(row["psnr"] > 90 and row["ssim"] > 0.999 for row in rows)
+        assert all(row["luminance_ratio"] == pytest.approx(1) for row in rows)
+        assert all(row["coverage_ratio"] == pytest.approx(1) for row in rows)
+    assert [row["record"] for row in rows[::4]] == list(data.names)
+    assert rows[0]["object"] == "box0"
+    azimuths = [row["azimuth_deg"] for row in rows[:4]]
+    assert azimuths == pytest.approx([0, 90, 180, -90], abs=1e-3) or azimuths[2] < 0
+
+
+def test_luminance_ratio_is_of_linear_light():
+    data = tensors(1)
+    data = ViewTensors(
+        data.names,
+        data.inputs,
+        torch.full_like(data.rgb, 200),
+        torch.full_like(data.alpha, 255),
+        data.cameras,
+        data.pivots,
+    )
+    rows = ev.evaluate(oracle(data, gain=0.5), data, progress=False)
+    light = ev.srgb_to_linear(torch.tensor([100 / 255, 200 / 255]))
+    assert rows[0]["luminance_ratio"] == pytest.approx(float(light[0] / light[1]), rel=1e-5)
+    assert rows[0]["coverage_ratio"] == pytest.approx(1.0)
+
+
+def test_white_background_shows_what_black_hides():
+    """A black picture of a dark object scores well over black, badly over white."""
+    data = tensors()
+    black = ev.baselines(data)["black_image"]
+    over_black = ev.summarise(ev.evaluate(black, data, progress=False))[-1]
+    over_white = ev.summarise(ev.evaluate(black, data, background=(1, 1, 1), progress=False))[-1]
+    assert over_black["luminance_ratio"] == over_white["luminance_ratio"] == 0
+    assert over_black["coverage_ratio"] == 0
+    assert over_black["psnr_foreground"] != over_white["psnr_foreground"]
+
+
+def test_baselines_are_what_they_say():
+    data = tensors()
+    inputs, cameras = data.inputs, data.cameras
+    predictors = ev.baselines(data)
+    copy = predictors["copy_input"](inputs, cameras)
+    torch.testing.assert_close(copy.rgb[:, 2], inputs.rgb.float() / 255)
+    mean = predictors["mean_image"](inputs, cameras)
+    torch.testing.assert_close(mean.rgb[1, 3], data.rgb.float().mean(dim=(0, 1)) / 255)
+    torch.testing.assert_close(mean.alpha[0, 0, ..., 0], data.alpha.float().mean(dim=(0, 1)) / 255)
+    assert predictors["black_image"](inputs, cameras).rgb.abs().max() == 0
+    other = predictors["copy_input"](inputs, cameras.resized(8, 8))
+    assert other.rgb.shape == (3, 4, 8, 8, 3)
+
+
+def test_a_predictor_with_a_wrong_shape_or_nan_is_named():
+    data = tensors(1)
+
+    def wrong(inputs: InputImages, cameras: Cameras) -> Views:
+        return Views(*(torch.zeros(1, 4, 8, 8, c) for c in (3, 1, 1)))
+
+    def nan(inputs: InputImages, cameras: Cameras) -> Views:
+        return Views(*(torch.full((1, 4, 16, 16, c), torch.nan) for c in (3, 1, 1)))
+
+    with pytest.raises(ValueError, match="predictor: got rgb"):
+        ev.evaluate(wrong, data, progress=False)
+    with pytest.raises(ValueError, match="NaN"):
+        ev.evaluate(nan, data, progress=False)
+    with pytest.raises(ValueError, match="batch"):
+        ev.evaluate(nan, data, batch=0)
+
+
+def row(name: str, bin_: str = "0-30", **values: float) -> dict:
+    base = dict.fromkeys((*ev.MEANS, *ev.RATIOS, "luminance", "coverage"), 0.0)
+    base |= {"luminance_target": 1.0, "coverage_target": 1.0}
+    return {"object": ev.object_name(name), "record": name, "bin": bin_, **base, **values}
+
+
+def test_ratios_are_ratios_of_sums_per_object():
+    rows = [
+        row("a__0", luminance=1.0, luminance_target=10.0),
+        row("a__1", luminance=2.0, luminance_target=0.5),
+        row("b__0", luminance=1.0, luminance_target=1.0),
+    ]
+    summary = ev.summarise(rows)[0]
+    assert summary["objects"] == 2 and summary["views"] == 3
+    assert summary["luminance_ratio"] == pytest.approx((3 / 10.5 + 1) / 2)
+
+
+def test_views_of_one_object_are_one_piece_of_evidence():
+    """Ten copies of every view must not narrow the interval."""
+    rows = [row(f"object{i}__0", psnr=20.0 + i) for i in range(8)]
+    many = [dict(r, record=f"{r['object']}__{k}") for r in rows for k in range(10)]
+    few, lots = ev.summarise(rows)[-1], ev.summarise(many)[-1]
+    assert few["psnr"] == lots["psnr"] == pytest.approx(23.5)
+    assert few["psnr_low"] == lots["psnr_low"]
+    # The standard error of the mean of 0..7 is 2.29 / sqrt(8) = 0.81.
+    assert few["psnr_high"] - few["psnr_low"] == pytest.approx(2 * 1.96 * 0.81, rel=0.15)
+
+
+def test_summary_bins_nan_and_single_objects():
+    rows = [row("a", psnr=10.0), row("a", "90-180", psnr=20.0, psnr_foreground=math.nan)]
+    summary = {entry["bin"]: entry for entry in ev.summarise(rows)}
+    assert list(summary) == ["0-30", "90-180", "all"]
+    assert summary["all"]["psnr"] == 15.0
+    assert math.isnan(summary["90-180"]["psnr_foreground"])
+    assert math.isnan(summary["all"]["psnr_low"])
+    assert ev.summarise([]) == []
+    with pytest.raises(ValueError, match="confidence"):
+        ev.summarise(rows, confidence=1.0)
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [("chair__0", "chair"), ("a__b__12", "a__b"), ("a__b", "a__b"), ("plain", "plain")],
+)
+def test_object_names(record: str, name: str):
+    assert ev.object_name(record) == name
+
+
+def test_tables_escape_and_align():
+    summary = ev.summarise([row("a", psnr=1.0), row("b", psnr=3.0)])
+    text = ev.table({"copy | <input>": summary}, metrics=("psnr",))
+    lines = text.splitlines()
+    assert lines[0] == "| model | azimuth (deg) | objects | psnr |"
+    assert "copy \\| <input>" in lines[2] and "2.00 [1.00, 3.00]" in lines[2]
+    html = ev.table({"copy | <input>": summary}, metrics=("psnr",), style="html")
+    assert "&lt;input&gt;" in html and html.count("<tr>") == 3
+    assert "model" not in ev.table(summary)
+    with pytest.raises(ValueError, match="style"):
+        ev.table(summary, style="latex")
+    assert ev.format_rows([]) == ""
