@@ -1,0 +1,275 @@
+"""Images -> Gaussians -> novel views -> a dataset on disk: the experiment's central bet.
+
+`ORIGINAL` is the geometry of the experiment this project grew from, kept as the negative control:
+its cameras orbit the point where the input camera stands, about three units away from the object.
+`CORRECTED` orbits the object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fresnel import dataset
+from fresnel.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
+from fresnel.dataset import InputImages, MultiViewDataset, ObjectViews
+from fresnel.decoder import Decoder, prune
+from fresnel.gaussians import Gaussians
+from fresnel.render import Views, render
+
+_ORIGIN = (0.0, 0.0, 0.0)
+_ORIGINAL_RADIUS = 2.0
+_NEAR = 0.2
+"""Near plane, 3DGS's own.  One of the original's eight cameras all but touches its Gaussians, and a
+splat that grazes a camera is linearised into a smear over the whole picture."""
+
+
+@dataclass(frozen=True)
+class BootstrapConfig:
+    """How to turn an image into novel views of it.
+
+    Args:
+        name: for reports.
+        pivot: what the cameras orbit: "object" (its centre) or "world_origin", the original's
+            world in which the input camera itself stands at the origin.  There is no default.
+        decoder_kind: the decoder this configuration is meant for, "pixel" or "patch".
+        views_per_image: views, evenly spread in azimuth.
+        image_size: side of the square views, and of the input as it is stored, in pixels.
+        elevation_range_deg: elevations are uniform in it.
+        radius: distance from the pivot to the cameras.
+        focal: focal length in image widths.
+        background: sRGB in [0, 1].
+        seed: of the elevations; each image mixes in its name, so a subset gets the same views.
+    """
+
+    name: str
+    pivot: Literal["object", "world_origin"]
+    decoder_kind: Literal["pixel", "patch"] = "pixel"
+    views_per_image: int = 8
+    image_size: int = 64
+    elevation_range_deg: tuple[float, float] = (-30.0, 45.0)
+    radius: float = STANDARD_RADIUS
+    focal: float = STANDARD_FOCAL
+    background: tuple[float, float, float] = _ORIGIN
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pivot not in ("object", "world_origin"):
+            raise ValueError(
+                f"pivot: got {self.pivot!r}, want 'object' or 'world_origin'; cameras that orbit "
+                f"an unstated point are how the original experiment photographed nothing"
+            )
+        if self.decoder_kind not in ("pixel", "patch"):
+            raise ValueError(f"decoder_kind: got {self.decoder_kind!r}, want 'pixel' or 'patch'")
+        if self.views_per_image < 1 or self.image_size < 1:
+            raise ValueError(
+                f"views_per_image {self.views_per_image}, image_size {self.image_size}: want >= 1"
+            )
+        low, high = self.elevation_range_deg
+        if not -90 < low <= high < 90:
+            raise ValueError(
+                f"elevation_range_deg: got {self.elevation_range_deg}, want -90 < low <= high < 90"
+            )
+        if not (self.radius > 0 and self.focal > 0):
+            raise ValueError(f"radius {self.radius}, focal {self.focal}: want numbers > 0")
+
+
+ORIGINAL = BootstrapConfig(
+    name="original",
+    pivot="world_origin",
+    decoder_kind="patch",
+    radius=_ORIGINAL_RADIUS,
+    focal=1.0,
+)
+"""The original's geometry: every camera looks at the point where the input camera stands."""
+
+CORRECTED = BootstrapConfig(name="corrected", pivot="object", decoder_kind="pixel")
+"""The standard orbit about the object's centre, azimuths relative to the input camera."""
+
+
+def original_cameras(
+    azimuth_deg: Tensor | float,
+    elevation_deg: Tensor | float,
+    image_size: int,
+    *,
+    radius: float = _ORIGINAL_RADIUS,
+    focal: float = 1.0,
+) -> Cameras:
+    """The original's cameras: at radius * (cos az cos el, sin el, sin az cos el), looking at 0.
+
+    Its azimuth starts on +X and grows towards +Z; ours starts on +Z and grows towards +X.
+    """
+    return orbit(
+        90.0 - torch.as_tensor(azimuth_deg, dtype=torch.float32),
+        elevation_deg,
+        radius,
+        pivot=_ORIGIN,
+        focal_px=focal * image_size,
+        width=image_size,
+        height=image_size,
+    )
+
+
+def original_input_viewmat() -> Tensor:
+    """World-to-camera matrix (4, 4) of the original's input camera: OpenGL's, at the origin."""
+    return torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
+
+
+def elevations_deg(config: BootstrapConfig, name: str) -> Tensor:
+    """The elevations (V,) of the views of the image called `name`."""
+    digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    low, high = config.elevation_range_deg
+    return low + (high - low) * torch.rand(config.views_per_image, generator=generator)
+
+
+def novel_cameras(inputs: InputImages, config: BootstrapConfig) -> Cameras:
+    """The cameras (M, V) from which `bootstrap` renders these inputs."""
+    azimuth = torch.arange(config.views_per_image) * (360.0 / config.views_per_image)
+    elevation = torch.stack([elevations_deg(config, name) for name in inputs.names])
+    size = config.image_size
+    if config.pivot == "world_origin":
+        return original_cameras(azimuth, elevation, size, radius=config.radius, focal=config.focal)
+    return orbit(
+        inputs.cameras.azimuth_deg(_ORIGIN).cpu()[:, None] + azimuth,
+        elevation,
+        config.radius,
+        pivot=_ORIGIN,
+        focal_px=config.focal * size,
+        width=size,
+        height=size,
+    )
+
+
+def place(
+    inputs: InputImages, decoder: Decoder, config: BootstrapConfig
+) -> tuple[Gaussians, Cameras]:
+    """Decode the inputs into the configuration's world.
+
+    Returns:
+        Gaussians (M, N), and the input cameras (M,) of that world: what the Gaussians must look
+        like from there is the input image.
+    """
+    cameras = decoder.input_cameras(inputs)
+    if config.pivot == "object":
+        return decoder.world(inputs), cameras
+    viewmat = original_input_viewmat().to(cameras.viewmats)
+    cameras = Cameras(
+        viewmat.expand_as(cameras.viewmats), cameras.Ks, cameras.width, cameras.height
+    )
+    return decoder(inputs).transform(torch.linalg.inv(viewmat)), cameras
+
+
+def bootstrap(
+    inputs: InputImages,
+    decoder: Decoder,
+    config: BootstrapConfig,
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    overwrite: bool = False,
+    batch_size: int = 8,
+    source: dict[str, Any] | None = None,
+) -> MultiViewDataset:
+    """Make a multi-view dataset out of single images.
+
+    Rendering one batch overlaps with encoding the ones before; memory is bounded by the batch.
+
+    Args:
+        inputs: M images, the object's pivot at the world origin of their cameras.
+        decoder: of the kind the configuration names.
+        path: folder to write.
+        overwrite: replace a dataset that is there already.
+        source: JSON-able facts about where the inputs come from; kept in the dataset's meta.
+
+    Raises:
+        ValueError: if the decoder is of another kind, or there are no inputs.
+    """
+    if len(inputs) == 0:
+        raise ValueError("inputs: got no images, want at least one")
+    if decoder.config.kind != config.decoder_kind:
+        raise ValueError(
+            f"decoder: got kind {decoder.config.kind!r}, configuration {config.name!r} wants "
+            f"{config.decoder_kind!r}; use dataclasses.replace(config, decoder_kind=...) to mix"
+        )
+    decoder = decoder.to(device).eval()
+    meta = {
+        "generator": "bootstrap",
+        "config": asdict(config),
+        "decoder": {
+            "checksum": decoder.checksum(),
+            "config": asdict(decoder.config),
+            "provenance": decoder.provenance,
+        },
+        "elevation_is_assumed": inputs.elevation_is_assumed,
+        "source": source or {},
+    }
+    return dataset.write(
+        path,
+        _records(inputs, decoder, config, device, batch_size),
+        background=config.background,
+        meta=meta,
+        overwrite=overwrite,
+        total=len(inputs),
+    )
+
+
+def _records(
+    inputs: InputImages,
+    decoder: Decoder,
+    config: BootstrapConfig,
+    device: torch.device | str,
+    batch_size: int,
+) -> Iterator[ObjectViews]:
+    for start in range(0, len(inputs), batch_size):
+        batch = inputs[start : start + batch_size]
+        with torch.no_grad():
+            yield from _decoded(batch, decoder, config, device)
+
+
+def _decoded(
+    inputs: InputImages, decoder: Decoder, config: BootstrapConfig, device: torch.device | str
+) -> list[ObjectViews]:
+    gaussians, input_cameras = place(inputs.to(device), decoder, config)
+    gaussians = prune(gaussians)
+    size = config.image_size
+    input_cameras = input_cameras.resized(size, size)
+    cameras = novel_cameras(inputs, config)
+    views = render(gaussians, cameras.to(device), near=_NEAR)
+    identity = render(gaussians, input_cameras[:, None], near=_NEAR)
+    rgb, alpha, depth = _stored(views, config.background)
+    identity_rgb, identity_alpha, _ = _stored(identity, _ORIGIN)
+    stored, input_cameras = inputs.to("cpu").resized(size), input_cameras.to("cpu")
+    return [
+        ObjectViews(
+            name=name,
+            input_rgb=stored.rgb[i],
+            input_alpha=stored.alpha[i],
+            input_camera=input_cameras[i],
+            input_depth=None if stored.depth is None else stored.depth[i],
+            identity_rgb=identity_rgb[i, 0],
+            identity_alpha=identity_alpha[i, 0],
+            rgb=rgb[i],
+            alpha=alpha[i],
+            depth=depth[i],
+            cameras=cameras[i],
+            pivot=torch.zeros(3),
+        )
+        for i, name in enumerate(inputs.names)
+    ]
+
+
+def _stored(views: Views, background: tuple[float, float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Views over black -> uint8 rgb over the background, uint8 alpha, float32 depth, on the CPU."""
+    rgb = views.rgb + (1 - views.alpha) * views.rgb.new_tensor(background)
+    to_uint8 = lambda values: (values.clamp(0, 1) * 255).round().to(torch.uint8).cpu()  # noqa: E731
+    alpha = to_uint8(views.alpha[..., 0])
+    # Depth is meaningless where 8 bits say that nothing is there.
+    depth = views.depth[..., 0].cpu() * (alpha > 0)
+    return to_uint8(rgb), alpha, depth
