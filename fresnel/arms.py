@@ -1,0 +1,226 @@
+"""The arms of the experiment: what is trained, and what it is compared with.
+
+One place builds every network's task and every `Predictor`, so that two arms differ in what their
+parameters say and in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fresnel import decoder, evaluate
+from fresnel.bootstrap import ORIGINAL, original_input_viewmat, place
+from fresnel.cameras import Cameras, intrinsics, orbit, relative_azimuth_deg
+from fresnel.dataset import InputImages, ViewTensors
+from fresnel.record import RunRecord
+from fresnel.render import Views, render
+from fresnel.train import Task, TrainResult
+
+_DECODER_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"image_size": 32, "base_channels": 16},
+    "small": {"image_size": 64, "base_channels": 24},
+    "base": {},
+}
+
+
+def make_task(
+    model: str,
+    size: str,
+    data: ViewTensors,
+    *,
+    batch_size: int,
+    seed: int,
+    device: str,
+    held_out: ViewTensors | None = None,
+    loss_mask: str = "alpha_aware",
+    parameterisation: str = "consistency",
+    ground_truth: bool = False,
+) -> Any:
+    """The task `train.fit` runs: a fresh network, seeded, and its data on the device.
+
+    Args:
+        model: "cvs", "decoder" (multi-view supervision) or "decoder-frontal" (the original's
+            patch decoder, supervised by the input view alone).
+        size: the CVS's preset, or the decoder's base channels.
+        ground_truth: any view may serve as the input, not only the record's own.
+    """
+    torch.manual_seed(seed)
+    if model == "cvs":
+        from fresnel.cvs import CVS, CVSConfig
+        from fresnel.cvs_task import CVSTask
+
+        config = CVSConfig.preset(
+            size,
+            image_size=data.rgb.shape[2],
+            loss_weight=loss_mask,
+            parameterisation=parameterisation,
+        )
+        return CVSTask(
+            CVS(config), data, batch_size=batch_size, validation=held_out, any_input=ground_truth,
+            device=device,
+        )  # fmt: skip
+    from fresnel.decoder import Decoder, DecoderConfig
+    from fresnel.decoder_task import DecoderTask
+
+    if model not in {"decoder", "decoder-frontal"}:
+        raise ValueError(f"model: got {model!r}, want 'cvs', 'decoder' or 'decoder-frontal'")
+    kind: Any = "patch" if model == "decoder-frontal" else "pixel"
+    decoder = Decoder(DecoderConfig(kind=kind, **_DECODER_SIZES[size]))
+    return DecoderTask(decoder, data, batch_size=batch_size, held_out=held_out, device=device)
+
+
+class OneBatch:
+    """A task that sees the same batch at every step: what a network must be able to overfit."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self._task = task
+        generator = torch.Generator(next(task.model.parameters()).device).manual_seed(seed)
+        self._batch = task.batch(0, generator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def batch(self, step: int, generator: torch.Generator) -> Any:
+        return self._batch
+
+
+def original_camera_map(
+    inputs: InputImages, cameras: Cameras
+) -> tuple[Cameras, Cameras, torch.Tensor]:
+    """Ask a model trained on the original's data for the same views in the original's terms.
+
+    There the input camera stands at the world's origin and a view "at azimuth a" is one from
+    radius 2 around that origin. Azimuth and elevation about the object are kept.
+
+    Returns:
+        Input cameras (M,), target cameras (M, V) and pivots (M, 3) for `cvs.predictor`.
+    """
+    origin = torch.zeros(3, device=cameras.device)
+    azimuth = relative_azimuth_deg(cameras, inputs.cameras, origin)
+    size = cameras.width
+    targets = orbit(
+        azimuth, cameras.elevation_deg(origin), ORIGINAL.radius,
+        pivot=origin, focal_px=ORIGINAL.focal * size, width=size, height=size,
+    )  # fmt: skip
+    m, width = len(inputs), inputs.cameras.width
+    source = Cameras(
+        original_input_viewmat().to(cameras.device).expand(m, 4, 4),
+        intrinsics(ORIGINAL.focal * width, width, width).to(cameras.device).expand(m, 3, 3),
+        width,
+        width,
+    )
+    return source, targets, origin.expand(m, 3)
+
+
+def predictor(
+    model: str, network: Any, *, steps: int = 1, original: bool = False, seed: int = 0
+) -> evaluate.Predictor:
+    """Novel views by a trained network.
+
+    Args:
+        model: as for `make_task`.
+        steps: network calls per view, for a CVS.
+        original: the network was trained in the original's geometry: ask in its terms.
+    """
+    if model == "cvs":
+        from fresnel import cvs
+
+        return cvs.predictor(network, steps, seed, original_camera_map if original else None)
+    return original_decoder(network) if model == "decoder-frontal" else decoder.predictor(network)
+
+
+def original_decoder(network: decoder.Decoder) -> evaluate.Predictor:
+    """The patch decoder's own renders from the original's cameras, for the same azimuths."""
+
+    @torch.no_grad()
+    def predict(inputs: InputImages, cameras: Cameras) -> Views:
+        gaussians, _ = place(inputs, network, ORIGINAL)
+        _, targets, _ = original_camera_map(inputs, cameras)
+        return render(gaussians, targets)
+
+    return predict
+
+
+def rivals(
+    views: ViewTensors, *, model: str, original: bool, device: str
+) -> dict[str, evaluate.Predictor]:
+    """What a model is compared with: trivial baselines, and for a CVS the decoder's own render."""
+    others = dict(evaluate.baselines(views))
+    if model == "cvs":
+        shipped = decoder.load_shipped("patch" if original else "pixel").to(device)
+        own = original_decoder(shipped) if original else decoder.predictor(shipped)
+        others["decoder render"] = own
+    return others
+
+
+def steps_per_epoch(views: ViewTensors, batch_size: int) -> int:
+    """Steps that draw as many (record, view) pairs as the set has."""
+    return max(1, views.rgb.shape[0] * views.rgb.shape[1] // batch_size)
+
+
+def loss_fall(history: Sequence[Mapping[str, Any]]) -> float:
+    """First over last loss, each the mean of a tenth of the logged steps."""
+    losses = [row["loss"] for row in history if row.get("loss") is not None]
+    tenth = max(1, len(losses) // 10)
+    last = sum(losses[-tenth:]) / tenth
+    return sum(losses[:tenth]) / tenth / last if last else float("inf")
+
+
+def loss_terms(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The loss and its named terms, as the log has them."""
+    known = set(history[-1]) - _NO_LOSS if history else set()
+    return ["loss", *sorted(name for name in known - {"loss"} if not name.startswith("val"))]
+
+
+_NO_LOSS = {"step", "lr", "grad_norm", "samples_per_s", "time", "progress", "elapsed_s"}
+
+
+def validation_curves(
+    history: Sequence[Mapping[str, Any]],
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Held-out measurements over steps: name -> (steps, values)."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for row in history:
+        for name, value in row.items():
+            if name.startswith("val_") and name != "val_loss" and value is not None:
+                steps, values = curves.setdefault(name.removeprefix("val_"), ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return curves
+
+
+def training_metrics(result: TrainResult, held_out: Mapping[str, Any]) -> dict[str, Any]:
+    """A training run's key figures for results.json."""
+    return {
+        "luminance_ratio": held_out["luminance_ratio"],
+        "coverage_ratio": held_out["coverage_ratio"],
+        "psnr": held_out["psnr"],
+        "ssim": held_out["ssim"],
+        "loss_fall": loss_fall(result.history),
+        "loss_history": [[row["step"], row["loss"]] for row in result.history if "loss" in row],
+        "steps": result.steps,
+        "samples_per_s": result.samples_per_s,
+        "peak_memory_bytes": result.peak_memory,
+        "gate_overridden": result.stamped,
+    }
+
+
+def export(network: Any, path: str | Path, record: RunRecord) -> Path:
+    """Write a trained network in half precision, with the run that made it in its metadata."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    provenance = {
+        "notebook": record.notebook,
+        "params": record.params,
+        "provenance": record.provenance,
+        "started_utc": record.started_utc,
+    }
+    if isinstance(network, decoder.Decoder):
+        network.provenance = provenance
+        return network.save(path, half=True)
+    network.save(path, half=True, **provenance)
+    return path

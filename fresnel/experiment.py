@@ -1,0 +1,383 @@
+"""What the notebooks share: where images come from, what a smoke test must show, what runs cost.
+
+Each function is one step of the experiment's protocol, so that four notebooks and the command
+line cannot drift apart on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fresnel import dataset as ds
+from fresnel import gate
+from fresnel.bootstrap import CORRECTED, ORIGINAL, BootstrapConfig, bootstrap
+from fresnel.dataset import InputImages, MultiViewDataset, ViewTensors
+from fresnel.provenance import project_root
+from fresnel.record import Recorder
+
+
+class Refused(RuntimeError):
+    """A run that stopped because its protocol said so; the report says why, without a trace."""
+
+    def _render_traceback_(self) -> list[str]:  # what IPython shows in place of the trace
+        return [f"Refused: {self}"]
+
+
+def parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters cell's values, from a notebook's `globals()` right after it."""
+    return {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_") and isinstance(value, (bool, int, float, str))
+    }
+
+
+def data_dir() -> Path:
+    """Where datasets go: runs/data in the project, wherever the notebook was started from."""
+    return project_root() / "runs" / "data"
+
+
+def train_dir(name: str, data: MultiViewDataset, config: Mapping[str, Any]) -> Path:
+    """Where the checkpoints of one model on one dataset with one configuration go."""
+    stem = f"{name}-{data.content_hash.removeprefix('sha256:')[:8]}-{fingerprint(config)}"
+    return project_root() / "runs" / "train" / stem
+
+
+def pick_device(device: str = "auto") -> str:
+    """Resolve "auto" to "cuda" where torch sees a GPU, else "cpu".
+
+    Raises:
+        ValueError: if CUDA is asked for and there is none, or the name is unknown.
+    """
+    if device not in {"auto", "cpu", "cuda"}:
+        raise ValueError(f"device: got {device!r}, want 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: 'cuda' was asked for, but torch sees no GPU; use 'auto' or 'cpu'")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def fingerprint(config: Any) -> str:
+    """Eight hex digits that name a configuration (a dataclass or a JSON-able mapping)."""
+    data = config if isinstance(config, Mapping) else asdict(config)
+    text = json.dumps(data, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def ground_truth(
+    source: str,
+    split: str,
+    *,
+    image_size: int,
+    inputs_per_object: int = 1,
+    views: int = 8,
+    azimuths: str = "even",
+    objects: int = 0,
+    seed: int = 0,
+    samples: int = 4,
+    cache: Path | None = None,
+) -> MultiViewDataset:
+    """Multi-view ground truth of 3D objects: rendered once, found again by its configuration.
+
+    Args:
+        source: "embedded" (the 24 objects that ship), a .zip of glTF objects with a manifest, or
+            a folder that already is a multi-view dataset (then the other arguments are ignored).
+        split: "train" or "held_out" for the embedded objects; "train", "val" or "test" of a zip
+            ("held_out" means "test" there).
+        inputs_per_object: input poses, and so records, per object.
+        objects: use only the first so many objects (0: all).
+    """
+    from fresnel import meshes
+
+    if source == "embedded":
+        assets = meshes.embedded_assets(split)
+    elif str(source).endswith(".zip"):
+        assets = meshes.zip_assets(source, "test" if split == "held_out" else split)
+    else:
+        return ds.open(source)
+    assets = assets[: objects or None]
+    config = {
+        "source": Path(source).name,
+        "split": split,
+        "objects": [asset.name for asset in assets],
+        "image_size": image_size,
+        "inputs_per_object": inputs_per_object,
+        "views": views,
+        "azimuths": azimuths,
+        "seed": seed,
+        "samples": samples,
+    }
+    path = (
+        cache or data_dir()
+    ) / f"truth-{Path(source).stem}-{split}-{image_size}px-{fingerprint(config)}"
+    if (path / "manifest.json").exists():
+        return ds.open(path)
+    return meshes.render_set(
+        assets,
+        path,
+        views=views,
+        image_size=image_size,
+        inputs_per_object=inputs_per_object,
+        seed=seed,
+        samples=samples,
+        azimuths=azimuths,
+        split=split,
+    )
+
+
+def input_images(
+    source: str,
+    *,
+    images: int,
+    image_size: int,
+    seed: int = 0,
+    elevation_deg: float = 15.0,
+    cache: Path | None = None,
+) -> tuple[InputImages, str]:
+    """Single images for the bootstrap, and a sentence on where they come from.
+
+    Args:
+        source: "embedded" or a .zip of glTF objects (input views are rendered from the training
+            objects, their cameras known), or a folder of image files (cameras assumed: see
+            `dataset.load_images`).
+        images: how many; objects are seen from as many input poses as it takes.
+        elevation_deg: assumed elevation of photographs.
+    """
+    if source == "embedded" or str(source).endswith(".zip"):
+        from fresnel import meshes
+
+        assets = (
+            meshes.embedded_assets("train")
+            if source == "embedded"
+            else meshes.zip_assets(source, "train")
+        )
+        poses = math.ceil(images / len(assets))
+        truth = ground_truth(
+            source,
+            "train",
+            image_size=image_size,
+            inputs_per_object=poses,
+            objects=min(images, len(assets)),
+            seed=seed,
+            cache=cache,
+        )
+        # Every object once before any twice: a prefix of the inputs is a varied sample.
+        order = sorted(range(len(truth)), key=lambda i: (int(truth.names[i].rsplit("__", 1)[1]), i))
+        return (
+            truth.inputs()[order[:images]],
+            f"{images} rendered input views of {min(images, len(assets))} training objects "
+            f"({'embedded, CC0' if source == 'embedded' else Path(source).name})",
+        )
+    inputs = ds.load_images(source, image_size, elevation_deg=elevation_deg)
+    if len(inputs) > images:
+        inputs = inputs[:images]
+    return inputs, f"{len(inputs)} images from {Path(source).name}, elevation assumed"
+
+
+def bootstrap_config(
+    preset: str, views_per_image: int, image_size: int, seed: int
+) -> BootstrapConfig | None:
+    """The named geometry at this size; None for preset "none" (the data exist already)."""
+    if preset == "none":
+        return None
+    presets = {"original": ORIGINAL, "corrected": CORRECTED}
+    if preset not in presets:
+        raise ValueError(f"preset: got {preset!r}, want 'original', 'corrected' or 'none'")
+    return replace(
+        presets[preset], views_per_image=views_per_image, image_size=image_size, seed=seed
+    )
+
+
+def dataset_folder(config: BootstrapConfig, source: str, images: int) -> Path:
+    """Default folder of a bootstrap: named by what it is, so that a second run finds it."""
+    stem = Path(source).stem
+    key = fingerprint({**asdict(config), "source": source, "images": images})
+    return data_dir() / f"{config.name}-{stem}-{images}x{config.image_size}px-{key}"
+
+
+def demo_dataset(model: str = "cvs", *, image_size: int = 32) -> MultiViewDataset:
+    """The smallest corrected bootstrap (for "decoder": ground truth), made and gated if need be.
+
+    What notebooks 02 and 03 train on when they are opened and run with their defaults.
+    """
+    from fresnel.decoder import load_shipped
+
+    if model == "decoder":
+        data = ground_truth("embedded", "train", image_size=image_size)
+    else:
+        config = replace(CORRECTED, image_size=image_size)
+        path = dataset_folder(config, "embedded", 16)
+        if not (path / "manifest.json").exists():
+            inputs, _ = input_images("embedded", images=16, image_size=2 * image_size)
+            bootstrap(inputs, load_shipped("pixel"), config, path)
+        data = ds.open(path)
+    if gate.read_receipt(data) is None:
+        gate.issue_receipt(data, gate.validate(data))
+    return data
+
+
+def require(
+    run: Recorder, data: MultiViewDataset, kinds: Sequence[str], *, allow_failed: bool
+) -> gate.Receipt:
+    """The gate's receipt, if every kind of receipt allows training; else ends the run as REFUSED.
+
+    Raises:
+        Refused: says which check is missing or failed and what to run.
+    """
+    try:
+        receipts = [gate.require_receipt(data, kind, allow_failed) for kind in kinds]
+    except gate.GateRefusal as refusal:
+        run.finish("REFUSED", str(refusal), [str(refusal)])
+        raise Refused(str(refusal)) from None
+    return receipts[0]
+
+
+def light_of_targets(data: ViewTensors) -> dict[str, float]:
+    """Light and area of a set's views over those of its inputs: sums over all pixels.
+
+    Returns:
+        ``target_luminance`` and ``target_coverage``; 1 where views are as bright and as large.
+    """
+    from fresnel.evaluate import luminance
+
+    inputs, views = data.inputs, data.rgb.shape[1]
+    light = [luminance(rgb.float() / 255).sum().item() for rgb in data.rgb]
+    light_in = luminance(inputs.rgb.float() / 255).sum().item()
+    cover = data.alpha.float().sum().item()
+    cover_in = inputs.alpha.float().sum().item()
+    pixels = inputs.alpha[0].numel() / data.alpha[0, 0].numel()
+    return {
+        "target_luminance": sum(light) / views / max(light_in, 1e-9) * pixels,
+        "target_coverage": cover / views / max(cover_in, 1e-9) * pixels,
+    }
+
+
+@dataclass(frozen=True)
+class SmokeThresholds:
+    """What a smoke test's outputs must show before a full run is worth its price.
+
+    Ratios are of sums over all pixels, outputs against targets, in linear light.  The bands are
+    those this project accepts on held-out objects, so a smoke test asks for no more than the full
+    run does.  ``target_coverage`` and ``target_luminance`` compare the targets with the inputs:
+    a model can match black targets perfectly and be worthless.
+    """
+
+    luminance: tuple[float, float] = (0.8, 1.25)
+    coverage: tuple[float, float] = (0.75, 1.33)
+    loss_fall: float = 1.5
+    target_coverage: float = 0.4
+    target_luminance: float = 0.4
+
+
+def smoke_verdict(
+    measured: Mapping[str, float], thresholds: SmokeThresholds = SmokeThresholds()
+) -> tuple[bool, list[str]]:
+    """Go or no-go, and the reasons, from what the smoke test measured.
+
+    Args:
+        measured: ``loss_fall`` (first over last loss), ``luminance_ratio`` and ``coverage_ratio``
+            (outputs over targets), ``target_luminance`` and ``target_coverage`` (targets over
+            inputs). NaN counts as a failure.
+    """
+    reasons = []
+    value = measured["target_coverage"]
+    if not value >= thresholds.target_coverage:
+        reasons.append(
+            f"the targets are empty: they cover {value:.2f} of what the inputs cover "
+            f"(want at least {thresholds.target_coverage:g})"
+        )
+    value = measured["target_luminance"]
+    if not value >= thresholds.target_luminance:
+        reasons.append(
+            f"the targets hold {value:.2f} of the inputs' light "
+            f"(want at least {thresholds.target_luminance:g})"
+        )
+    value = measured["loss_fall"]
+    if not value >= thresholds.loss_fall:
+        reasons.append(f"the loss fell only {value:.2f}-fold (want {thresholds.loss_fall:g})")
+    for name in ("luminance", "coverage"):
+        value = measured[f"{name}_ratio"]
+        low, high = getattr(thresholds, name)
+        if not low <= value <= high:
+            reasons.append(
+                f"the outputs' {name} is {value:.2f} of the targets' (want {low:g} to {high:g})"
+            )
+    return not reasons, reasons
+
+
+def forecast(
+    samples_per_s: float,
+    *,
+    steps: int,
+    batch_size: int,
+    overhead_s: float,
+    price_per_hour_usd: float,
+) -> dict[str, float]:
+    """Time and cost of a full run, from the smoke test's measured throughput.
+
+    Args:
+        overhead_s: measured time outside the steps (start, validation, evaluation).
+    """
+    duration_s = steps * batch_size / samples_per_s + overhead_s
+    return {
+        "steps": steps,
+        "samples": steps * batch_size,
+        "samples_per_s": samples_per_s,
+        "duration_s": duration_s,
+        "cost_usd": duration_s / 3600 * price_per_hour_usd,
+    }
+
+
+def find_runs(reports: str | Path, names: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+    """The newest finished run of each name below a reports folder (None where there is none)."""
+    found: dict[str, dict[str, Any] | None] = dict.fromkeys(names)
+    for path in Path(reports).glob("**/results.json"):
+        try:
+            record = json.loads(path.read_text())
+            name, started = record["name"], record["started_utc"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # the index lists damaged records; the analysis has no use for them
+        if name in found and record.get("status") == "finished":
+            best = found[name]
+            if best is None or started > best["started_utc"]:
+                found[name] = {**record, "folder": str(path.parent)}
+    return found
+
+
+def usefulness(trained: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Loss histories and held-out luminance by azimuth bin of training runs, for one figure."""
+    series = {}
+    for role, run in trained.items():
+        metrics = run["metrics"]
+        bins = [entry for entry in metrics["summaries"]["cvs"] if entry["bin"] != "all"]
+        steps, loss = zip(*metrics["loss_history"], strict=True)
+        series[role] = {
+            "steps": steps,
+            "loss": loss,
+            "bins": [entry["bin"] for entry in bins],
+            "luminance_ratio": [entry["luminance_ratio"] for entry in bins],
+        }
+    return series
+
+
+def crop_rows(sheet: Any, rows: int, *, row_px: int = 134) -> np.ndarray:
+    """The upper rows of a contact sheet that was saved as a picture, as an RGB array."""
+    array = np.asarray(sheet.convert("RGB"))
+    return array[: 24 + rows * row_px]
+
+
+def restore_nan(value: Any) -> Any:
+    """What JSON could not say (null) back to NaN, through dicts and lists."""
+    if isinstance(value, dict):
+        return {key: restore_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [restore_nan(item) for item in value]
+    return float("nan") if value is None else value
