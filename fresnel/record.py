@@ -174,6 +174,7 @@ class Recorder:
         """Time the block and watch its memory. Stages may nest; each counts its own whole time."""
         self._check_open()
         peak = _Peak()
+        slot = len(self._stages)  # in order of beginning: the outer stage before its inner ones
         self._fold_cuda_peaks()
         self._open.append(peak)
         begun = time.perf_counter()
@@ -185,7 +186,7 @@ class Recorder:
             duration = time.perf_counter() - begun
             self._fold_cuda_peaks()
             self._open.remove(peak)
-            self._stages.append(Stage(name, duration, peak.close(), peak.cuda, failed))
+            self._stages.insert(slot, Stage(name, duration, peak.close(), peak.cuda, failed))
             self._save()
 
     def metric(self, name: str, value: Any) -> None:

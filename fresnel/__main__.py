@@ -1,0 +1,174 @@
+"""The command line: `python -m fresnel run | validate | index | html`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 well, 1 the command's own bad news (a crash, a
+    FAIL), 2 wrong use, 130 stopped by the user."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _end)  # so that a report is still written
+    try:
+        return int(arguments.command(arguments))
+    except (ValueError, OSError) as error:  # bad input, said in one line
+        print(f"fresnel: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fresnel: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fresnel", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run one notebook, or a profile of them, into reports",
+        description="Run one notebook (NOTEBOOK -p name value ...), or all of a profile.",
+    )
+    run.add_argument("notebook", nargs="?", help="the notebook to run")
+    run.add_argument(
+        "-p",
+        "--param",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a parameter of the notebook (repeat for more)",
+    )
+    run.add_argument("-f", "--params-file", help="YAML file of parameters; -p overrides it")
+    run.add_argument("--name", default="", help="the run's name (default: the notebook's)")
+    run.add_argument("--timeout", type=int, metavar="SECONDS", help="most that one cell may take")
+    run.add_argument(
+        "--profile", nargs="?", const="auto", choices=["auto", "cpu", "gpu"], help="default: auto"
+    )
+    run.add_argument("--only", action="append", default=[], metavar="STEP", help="of the profile")
+    run.add_argument("--list", action="store_true", help="show the profile's steps, run none")
+    run.add_argument("--reports", type=Path, help="where reports go (default: reports/)")
+    run.set_defaults(command=_run)
+
+    validate = commands.add_parser(
+        "validate", help="gate a dataset: exit 0 if it passes, 1 if it fails, 2 if it is none"
+    )
+    validate.add_argument("dataset", help="the dataset's folder, ours or the original's layout")
+    validate.add_argument("--first", type=int, default=10, help="examples to look at first")
+    validate.add_argument("--receipt", action="store_true", help="write the verdict's receipt")
+    validate.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    validate.set_defaults(command=_validate)
+
+    index = commands.add_parser("index", help="rebuild reports/index.html")
+    index.add_argument("--reports", type=Path, help="default: reports/")
+    index.set_defaults(command=_index)
+
+    html = commands.add_parser("html", help="make the report of an executed notebook again")
+    html.add_argument("executed", nargs="+", help="executed.ipynb, results.json beside it")
+    html.set_defaults(command=_html)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from fresnel import report
+
+    if arguments.notebook:
+        if arguments.profile or arguments.only or arguments.list:
+            raise ValueError("give a notebook, or --profile with --only/--list, not both")
+        done = report.run(
+            arguments.notebook,
+            _parameters(arguments),
+            arguments.name,
+            arguments.reports,
+            cell_timeout_s=arguments.timeout,
+        )
+        report.index(report.reports_folder(arguments.reports))
+        print(report.describe(done))
+        return int(done.crashed)
+    if arguments.param or arguments.params_file or arguments.name or arguments.timeout:
+        raise ValueError("-p, -f, --name and --timeout belong to one notebook: name it")
+    profile = arguments.profile or "auto"
+    if profile == "auto":
+        profile = _detect()
+    steps = report.load_profile(
+        report.project_root() / "notebooks" / "params" / f"profile_{profile}.yaml"
+    )
+    if arguments.list:
+        for step in steps:
+            print(f"{step.name}\t{step.notebook.name}")
+        return 0
+    print(f"profile {profile}, {len(arguments.only or steps)} reports", flush=True)
+    problems = report.run_profile(steps, arguments.reports, only=arguments.only)
+    print(f"\nindex: {report.reports_folder(arguments.reports) / report.INDEX_NAME}")
+    for problem in problems:
+        print(f"fresnel: {problem}", file=sys.stderr)
+    return int(bool(problems))
+
+
+def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fresnel.parameters import ParameterError, find_parameter, read_parameters
+    from fresnel.report import read_yaml
+
+    known = read_parameters(arguments.notebook)
+    params: dict[str, Any] = {}
+    if arguments.params_file:
+        content = read_yaml(Path(arguments.params_file)) or {}
+        if not isinstance(content, dict):
+            raise ParameterError(f"{arguments.params_file}: must hold name: value lines")
+        params.update(content)
+    for name, text in arguments.param:
+        params[name] = find_parameter(known, name).parse(text)
+    return params
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from fresnel import dataset, gate
+
+    data = dataset.open(arguments.dataset)
+    verdict = gate.validate(data, first=arguments.first)
+    if arguments.receipt:
+        gate.issue_receipt(data, verdict)
+    if arguments.json:
+        print(json.dumps(verdict.to_dict(), indent=2, default=str))
+    else:
+        print("PASS" if verdict.passed else "FAIL")
+        print(verdict.summary)
+        for reason in verdict.reasons:
+            print(f"  - {reason.message}. {reason.hint}")
+    return int(not verdict.passed)
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from fresnel import pages
+    from fresnel.provenance import project_root
+
+    print(pages.index(arguments.reports or project_root() / "reports"))
+    return 0
+
+
+def _html(arguments: argparse.Namespace) -> int:
+    from fresnel import pages
+
+    for executed in arguments.executed:
+        print(pages.to_html(executed, Path(executed).parent / "report.html"))
+    return 0
+
+
+def _detect() -> str:
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _end(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
