@@ -24,7 +24,8 @@ class Asset:
 
     ``source`` is a mesh file, or a zip file with ``member`` naming the GLB inside.
     ``srgb_factors``: the GLB's base colour factors are sRGB (against the standard) and are
-    converted by `load`.
+    converted by `load`.  ``origin`` names the model in the collection it was taken from, so that
+    one object can be known again in two sets.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Asset:
     category: str = ""
     member: str = ""
     srgb_factors: bool = False
+    origin: str = ""
 
     def load(self) -> Path | bytes:
         """What `meshes.load` takes: the file's path, or the bytes of a GLB.
@@ -88,6 +90,7 @@ def embedded_assets(split: Literal["train", "held_out"] | None = None) -> list[A
             licence=entry["licence"],
             attribution=f"{entry['title']} by {entry['creator']} ({entry['licence']})",
             category=entry["category"],
+            origin=entry["source"].partition(": ")[2],
         )
         for entry in entries
         if split in (None, entry["split"])
@@ -115,6 +118,7 @@ def zip_assets(path: str | Path, split: str | None = None) -> list[Asset]:
                 category=entry["category"],
                 member=entry["file"],
                 srgb_factors=True,
+                origin=entry["source"],
             )
             for entry in entries
             if split in (None, entry["split"])

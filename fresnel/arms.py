@@ -20,10 +20,17 @@ from fresnel.record import RunRecord
 from fresnel.render import Views, render
 from fresnel.train import Task, TrainResult
 
-_DECODER_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"image_size": 32, "base_channels": 16},
-    "small": {"image_size": 64, "base_channels": 24},
-    "base": {},
+_DECODER_SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "decoder": {
+        "tiny": {"image_size": 32, "base_channels": 16},
+        "small": {"image_size": 64, "base_channels": 24},
+        "base": {},
+    },
+    "decoder-frontal": {
+        "tiny": {"kind": "patch", "patch_grid": 12, "image_size": 48},
+        "small": {"kind": "patch", "image_size": 148},
+        "base": {"kind": "patch", "image_size": 148, "gaussians_per_patch": 8},
+    },
 }
 
 
@@ -66,11 +73,17 @@ def make_task(
     from fresnel.decoder import Decoder, DecoderConfig
     from fresnel.decoder_task import DecoderTask
 
-    if model not in {"decoder", "decoder-frontal"}:
+    if model not in _DECODER_SIZES:
         raise ValueError(f"model: got {model!r}, want 'cvs', 'decoder' or 'decoder-frontal'")
-    kind: Any = "patch" if model == "decoder-frontal" else "pixel"
-    decoder = Decoder(DecoderConfig(kind=kind, **_DECODER_SIZES[size]))
-    return DecoderTask(decoder, data, batch_size=batch_size, held_out=held_out, device=device)
+    network = Decoder(DecoderConfig(**_DECODER_SIZES[model][size]))
+    return DecoderTask(
+        data,
+        model=network,
+        validation=held_out,
+        batch_size=batch_size,
+        any_input=ground_truth,
+        device=device,
+    )
 
 
 class OneBatch:
@@ -180,14 +193,14 @@ _NO_LOSS = {"step", "lr", "grad_norm", "samples_per_s", "time", "progress", "ela
 
 
 def validation_curves(
-    history: Sequence[Mapping[str, Any]],
+    validations: Sequence[Mapping[str, Any]],
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Held-out measurements over steps: name -> (steps, values)."""
+    """Held-out ratios over steps: name -> (steps, values)."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    for row in history:
+    for row in validations:
         for name, value in row.items():
-            if name.startswith("val_") and name != "val_loss" and value is not None:
-                steps, values = curves.setdefault(name.removeprefix("val_"), ([], []))
+            if "ratio" in name:
+                steps, values = curves.setdefault(name.replace("_", " "), ([], []))
                 steps.append(row["step"])
                 values.append(value)
     return curves
@@ -204,8 +217,9 @@ def training_metrics(result: TrainResult, held_out: Mapping[str, Any]) -> dict[s
         "loss_history": [[row["step"], row["loss"]] for row in result.history if "loss" in row],
         "steps": result.steps,
         "samples_per_s": result.samples_per_s,
-        "peak_memory_bytes": result.peak_memory,
-        "gate_overridden": result.stamped,
+        "train_duration_s": result.duration_s,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "gate_overridden": result.gate_overridden,
     }
 
 
