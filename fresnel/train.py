@@ -1,0 +1,575 @@
+"""fit(): the one training loop, for decoder and CVS.
+
+Every random draw of a step follows from (seed, step), so a run that was stopped and resumed is
+bit for bit the run that was not (on one machine, with deterministic kernels).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fresnel import checkpoints, gate
+
+
+class Task(Protocol):
+    """What is trained and on what. `config` (a dict or dataclass), where there is one, goes into
+    the checkpoints and must be the same on a resume. Model and data live on one device."""
+
+    model: Any
+    batch_size: int
+
+    def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]: ...
+
+    def loss(
+        self, batch: Any, *, progress: float, generator: torch.Generator, ema: Any
+    ) -> dict[str, Tensor]:
+        """Named scalar terms; "loss" is the one to minimise. `progress` runs from 0 to 1."""
+        ...
+
+    def validation(self, model: Any) -> dict[str, float]:
+        """Held-out figures; "loss" decides which checkpoint is the best."""
+        ...
+
+    def preview(self, model: Any, generator: torch.Generator) -> np.ndarray:
+        """A picture to look at, uint8 (H, W, 3)."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; what to train is the task's. An interval of 0 means never."""
+
+    steps: int = 1000
+    lr: float = 1e-3
+    warmup_steps: int = 50  # linear from 0
+    cooldown_share: float = 0.2  # last share of the run, linear to 0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    grad_clip: float = 1.0  # norm of all gradients
+    ema_std: float = 0.05  # width of the averaging window, as a share of the run so far
+    seed: int = 0
+    precision: str = "fp32"  # "fp32" | "bf16" (autocast; weights stay float32)
+    compile: bool = False
+    deterministic: bool | None = None  # None: on CPU only
+    log_every: int = 20
+    validate_every: int = 200
+    snapshot_every: int = 200  # steps between writings of `latest`
+    keep_every: int = 0  # steps between snapshots that are kept as step_XXXXXX
+    preview_steps: tuple[int, ...] = (0,)  # besides the last
+
+    def __post_init__(self) -> None:
+        for name, low in {"steps": 1, "log_every": 1, "validate_every": 0, "keep_every": 0}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want at least {low}")
+        for name in ("lr", "grad_clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name}: got {getattr(self, name)}, want a finite value > 0")
+        if not 0 < self.ema_std < 0.28:  # beyond, no positive exponent has this width
+            raise ValueError(f"ema_std: got {self.ema_std}, want a value in (0, 0.28)")
+        if not 0 <= self.cooldown_share <= 1:
+            raise ValueError(f"cooldown_share: got {self.cooldown_share}, want one in [0, 1]")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision: got {self.precision!r}, want 'fp32' or 'bf16'")
+        # lists come from JSON and YAML
+        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "preview_steps", tuple(self.preview_steps))
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of `fit`.
+
+    `history`: one row per log interval ("step", the loss terms' means, "grad_norm", "lr",
+    "samples_per_s"); `validations`: "step" and the task's figures. `samples_per_s` and
+    `duration_s` are of this call's training steps alone; `peak_memory_bytes` is of the CUDA
+    allocator, or of the process on a CPU. `gate_overridden`: trained on refused data, on purpose.
+    """
+
+    model: Any
+    ema_model: Any
+    history: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    steps: int
+    samples_per_s: float
+    duration_s: float
+    peak_memory_bytes: int
+    gate_overridden: bool
+    best_step: int
+    best_loss: float
+    run_dir: Path
+    previews: list[Path] = field(default_factory=list)
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient is NaN or infinite; `path` holds the batch that caused it."""
+
+    def __init__(self, message: str, step: int, path: Path) -> None:
+        super().__init__(message)
+        self.step, self.path = step, path
+
+
+class OutOfMemory(RuntimeError):
+    """The model and batch don't fit; the message says what to lower."""
+
+
+class ResumeRefused(ValueError):
+    """The run in this folder was started with another configuration or other data."""
+
+
+def fit(
+    task: Task,
+    dataset: Any,
+    *,
+    config: TrainConfig,
+    run_dir: str | Path,
+    receipt: gate.Receipt | None = None,
+    device: torch.device | str | None = None,
+    resume: bool = True,
+    allow_failed_gate: bool = False,
+    stop_at_step: int | None = None,
+    progress_bar: bool = True,
+) -> TrainResult:
+    """Train `task` on data that the gate let through; go on where an earlier call stopped.
+
+    Writes run_dir/log.jsonl, run_dir/checkpoints/{latest,previous,best,step_XXXXXX} and
+    run_dir/previews/. May be killed at any moment: the next call resumes from `latest`.
+
+    Args:
+        dataset: the data behind the task; its hash is recomputed and compared with the receipt.
+        receipt: the gate's; None: the one in the dataset's folder.
+        device: where the task already is (None: don't check).
+        resume: False starts over and removes what an earlier run left in `run_dir`.
+        allow_failed_gate: negative controls: train in spite of a recorded failure. Checkpoints,
+            log and result then carry gate_overridden = true.
+        stop_at_step: stop (resumably) there instead of at config.steps.
+
+    Raises:
+        gate.GateRefusal, ResumeRefused, NonFiniteLoss, OutOfMemory, checkpoints.DiskFull;
+        KeyboardInterrupt after a checkpoint was saved.
+    """
+    receipt = gate.require_receipt(dataset, "gate", allow_failed=allow_failed_gate, receipt=receipt)
+    run = _Run(task, config, Path(run_dir), str(dataset.content_hash), bool(receipt.overridden))
+    if device is not None and torch.device(device).type != run.device.type:
+        raise ValueError(f"device: got {device}, the task's model is on {run.device}")
+    run.resume() if resume else run.clear()
+    end = config.steps if stop_at_step is None else min(stop_at_step, config.steps)
+    resumed_at = run.step if run.resumed else None
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_deterministic(config, run.device))
+        cuda = [run.device] if run.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(cuda))
+        interrupted = stack.enter_context(_interrupt_flag())
+        bar = stack.enter_context(_bar(config.steps, run.step, progress_bar))
+        run.start_log()
+        while True:
+            done = run.step >= end
+            if run.step != resumed_at:  # else all of this was done before the checkpoint
+                stopping = done or interrupted.is_set()
+                snapshot = _due(run.step, config.snapshot_every) or stopping
+                if _due(run.step, config.log_every) or snapshot:
+                    run.status(bar)
+                if _due(run.step, config.validate_every) or run.step == config.steps:
+                    snapshot |= run.validate()
+                if run.step in (*config.preview_steps, config.steps):
+                    run.preview()
+                if snapshot or _due(run.step, config.keep_every):
+                    run.snapshot()
+            if done:
+                break
+            if interrupted.is_set():
+                raise KeyboardInterrupt(
+                    f"stopped at step {run.step} of {config.steps}; a checkpoint is in "
+                    f"{run.folder / 'checkpoints'}: call fit() again with the same arguments "
+                    "to resume"
+                )
+            run.train_step()
+            bar.update()
+    return run.result()
+
+
+def load_weights(path: str | Path, model: nn.Module, which: str = "ema") -> dict[str, Any]:
+    """Load a checkpoint's "ema" or "model" weights into `model`; returns the run's metadata."""
+    return checkpoints.load_weights(path, model, which)
+
+
+class _Run:
+    """The state of one `fit` and the pieces of its loop."""
+
+    def __init__(
+        self, task: Task, config: TrainConfig, folder: Path, dataset_hash: str, overridden: bool
+    ) -> None:
+        self.task, self.config, self.folder = task, config, folder
+        self.model: nn.Module = task.model
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.device = next(self.model.parameters()).device
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        if config.compile:
+            self.model.compile()
+        self.overridden = overridden
+        self.identity = json.loads(
+            json.dumps(
+                {
+                    "train": asdict(config),
+                    "task": _describe(task),
+                    "dataset_hash": dataset_hash,
+                    "gate_overridden": overridden,
+                }
+            )
+        )
+        self.step, self.resumed = 0, False
+        self.best_loss, self.best_step = math.inf, -1
+        self.rows: list[dict[str, Any]] = []
+        self.terms: dict[str, Any] = {}
+        self.terms_count = 0
+        self.trained_samples, self.trained_s = 0, 0.0
+        self.interval_s = 0.0
+        self.clock_began: float | None = None
+        self.first_bad = torch.full((), -1, device=self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    # --- start --------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Remove what an earlier run left here."""
+        paths = [self.folder / "log.jsonl", *(self.folder / "previews").glob("step_*.png")]
+        for path in [*paths, *(self.folder / "checkpoints").glob(f"*{checkpoints.SUFFIX}")]:
+            path.unlink(missing_ok=True)
+
+    def resume(self) -> None:
+        found = checkpoints.read_latest(self.folder / "checkpoints")
+        if found is None:
+            return
+        tensors, metadata = found
+        different = _differing(metadata["identity"], self.identity)
+        if different:
+            raise ResumeRefused(
+                f"{self.folder} holds a run with another configuration; differing: "
+                f"{'; '.join(different)}. Use another run_dir, or resume=False to start over"
+            )
+        checkpoints.unpack(tensors, self.model, self.ema, self.optimizer)
+        self.step, self.resumed = metadata["step"], True
+        self.best_loss = math.inf if metadata["best_loss"] is None else metadata["best_loss"]
+        self.best_step = metadata["best_step"]
+
+    def start_log(self) -> None:
+        """Keep the log's rows up to the step we start from; later ones will be written again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self.folder / "log.jsonl"
+        if self.resumed and log.exists():
+            for line in log.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a kill may cut the last line
+                    row = json.loads(line)
+                    if row["step"] <= self.step:
+                        self.rows.append(row)
+        temporary = log.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        os.replace(temporary, log)
+        self.log("start", resumed=self.resumed, **self.identity)
+
+    # --- one step -----------------------------------------------------------------------------
+
+    def train_step(self) -> None:
+        config, step = self.config, self.step
+        if self.clock_began is None:
+            self.clock_began = time.perf_counter()
+        seed = step_seed(config.seed, step)
+        torch.manual_seed(seed)  # layers that take no generator, such as dropout
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        self.model.train()
+        try:
+            batch = self.task.batch(step, generator)
+            with self.autocast():
+                terms = self.task.loss(
+                    batch, progress=step / config.steps, generator=generator, ema=self.ema
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+            for name, value in {**terms, "grad_norm": norm}.items():
+                self.terms[name] = self.terms.get(name, 0.0) + value.detach().double()
+            self.terms_count += 1
+            bad = ~(terms["loss"].detach().isfinite() & norm.isfinite())
+            self.first_bad = torch.where((self.first_bad < 0) & bad, step, self.first_bad)
+            if self.device.type == "cpu":  # on a GPU this would wait for the queue
+                self.check_finite()
+            self.optimizer.step()
+            self.update_ema(step + 1)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"out of memory at step {step} with batch_size {self.task.batch_size} on "
+                f"{self.device}: lower batch_size (then image_size or base_channels), and start "
+                "in another run_dir, as a run keeps its configuration"
+            ) from error
+        self.step += 1
+
+    def lr(self, step: int) -> float:
+        config = self.config
+        warm = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
+        cooldown = config.cooldown_share * config.steps
+        cool = (config.steps - step) / cooldown if cooldown else 1.0
+        return config.lr * min(1.0, warm, cool)
+
+    @torch.no_grad()
+    def update_ema(self, updates: int) -> None:
+        """Average with a power-function profile, whose window is a fixed share of the run so far:
+        the initial weights are forgotten from the first step on (EDM2, arXiv 2312.02696, eq. 121).
+        """
+        beta = (1 - 1 / updates) ** (ema_exponent(self.config.ema_std) + 1)
+        ours: list[Tensor] = list(self.ema.parameters())
+        theirs: list[Tensor] = list(self.model.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - beta)
+        for mine, its in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            mine.copy_(its)
+
+    def check_finite(self) -> None:
+        """Stop if a step's loss or gradient was not finite, saving the first such batch.
+
+        The batch is made again: it follows from (seed, step). Called before every checkpoint.
+        """
+        step = int(self.first_bad)
+        if step < 0:
+            return
+        from safetensors.torch import save_file
+
+        generator = torch.Generator(self.device).manual_seed(step_seed(self.config.seed, step))
+        batch = self.task.batch(step, generator)
+        path = self.folder / f"nonfinite_step_{step:06d}.safetensors"
+        tensors = {k: v.detach().cpu().clone() for k, v in batch.items() if isinstance(v, Tensor)}
+        names = [name for name, total in self.terms.items() if not math.isfinite(float(total))]
+        save_file(tensors, path, {"fresnel": json.dumps({"step": step, "terms": names})})
+        raise NonFiniteLoss(
+            f"step {step}: not finite: {', '.join(names)}. The batch is in {path}; look at it, "
+            "or lower lr. The last checkpoint is from before this step",
+            step,
+            path,
+        )
+
+    # --- between steps ------------------------------------------------------------------------
+
+    def status(self, bar: Any) -> None:
+        if not self.terms_count:
+            return
+        self.check_finite()
+        row = {name: float(total) / self.terms_count for name, total in self.terms.items()}
+        self.pause_clock()
+        seconds, samples = self.interval_s, self.terms_count * self.task.batch_size
+        self.trained_s += seconds
+        self.trained_samples += samples
+        self.terms, self.terms_count, self.interval_s = {}, 0, 0.0
+        self.log("train", **row, lr=self.lr(self.step - 1), samples_per_s=samples / seconds)
+        bar.set_postfix(loss=f"{row['loss']:.4g}", samples_s=f"{samples / seconds:.1f}")
+
+    def validate(self) -> bool:
+        """Log the task's validation; True if it is the best so far."""
+        self.pause_clock()
+        with torch.no_grad(), self.autocast():
+            values = self.task.validation(self.ema.eval())
+        self.log("validation", **values)
+        if not values["loss"] < self.best_loss:
+            return False
+        self.best_loss, self.best_step = values["loss"], self.step
+        return True
+
+    def preview(self) -> None:
+        from PIL import Image
+
+        self.pause_clock()
+        generator = torch.Generator(self.device).manual_seed(step_seed(self.config.seed, -1))
+        with torch.no_grad(), self.autocast():
+            picture = self.task.preview(self.ema.eval(), generator)
+        path = self.folder / "previews" / f"step_{self.step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        Image.fromarray(picture).save(temporary, format="PNG")
+        os.replace(temporary, path)
+
+    def snapshot(self) -> None:
+        self.pause_clock()
+        self.check_finite()
+        metadata = {
+            "step": self.step,
+            "identity": self.identity,
+            "gate_overridden": self.overridden,
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            "best_step": self.best_step,
+        }
+        tensors = checkpoints.pack(self.model, self.ema, self.optimizer)
+        latest = checkpoints.save(self.folder / "checkpoints", tensors, metadata)
+        if self.best_step == self.step:
+            checkpoints.keep(latest, "best")
+        if _due(self.step, self.config.keep_every) and self.step:
+            checkpoints.keep(latest, f"step_{self.step:06d}")
+
+    def pause_clock(self) -> None:
+        """Leave the time until the next step out of the training rate."""
+        if self.clock_began is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.interval_s += time.perf_counter() - self.clock_began
+            self.clock_began = None
+
+    def autocast(self) -> Any:
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def log(self, event: str, **values: Any) -> None:
+        row = {"event": event, "step": self.step, **values}
+        if self.overridden:
+            row["gate_overridden"] = True
+        self.rows.append(row)
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def result(self) -> TrainResult:
+        def of(event: str) -> list[dict[str, Any]]:
+            return [row for row in self.rows if row["event"] == event]
+
+        return TrainResult(
+            model=self.model,
+            ema_model=self.ema,
+            history=of("train"),
+            validations=of("validation"),
+            steps=self.step,
+            samples_per_s=self.trained_samples / self.trained_s if self.trained_s else 0.0,
+            duration_s=self.trained_s,
+            peak_memory_bytes=_peak_memory(self.device),
+            gate_overridden=self.overridden,
+            best_step=self.best_step,
+            best_loss=self.best_loss,
+            run_dir=self.folder,
+            previews=sorted((self.folder / "previews").glob("step_*.png")),
+        )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A 63-bit seed that depends on both numbers and on nothing else."""
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def ema_exponent(std: float) -> float:
+    """The power-function exponent gamma whose averaging window has relative width `std`.
+
+    The positive root of gamma^3 + 7 gamma^2 + (16 - std^-2) gamma + 12 - std^-2 (EDM2,
+    arXiv 2312.02696, equation 127): 0.05 gives 16.97, 0.1 gives 6.94.
+    """
+    inverse = std**-2
+    roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
+    return float(roots.real.max())
+
+
+def _describe(task: Task) -> dict[str, Any]:
+    config = getattr(task, "config", None) or getattr(task.model, "config", None)
+    described = asdict(config) if is_dataclass(config) else dict(config or {})  # type: ignore[arg-type]
+    name = getattr(task, "name", type(task).__name__)
+    return {"name": name, "batch_size": task.batch_size, **described}
+
+
+def _differing(theirs: Any, ours: Any, path: str = "") -> list[str]:
+    """Paths at which two JSON values differ, with both values."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        return [
+            line
+            for key in sorted(theirs.keys() | ours.keys())
+            for line in _differing(
+                theirs.get(key), ours.get(key), f"{path}.{key}" if path else str(key)
+            )
+        ]
+    return [] if theirs == ours else [f"{path} was {theirs!r}, now {ours!r}"]
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # no such module on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _bar(total: int, initial: int, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, initial=initial, disable=not shown, desc="train", unit="step")
+
+
+@contextlib.contextmanager
+def _interrupt_flag() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a flag that the loop reads between steps; a second one acts."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag  # handlers can only be set in the main thread
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handler(number: int, frame: Any) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _deterministic(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    memory: Any = torch.utils.deterministic
+    wanted = config.deterministic
+    wanted = device.type == "cpu" if wanted is None else wanted
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill_before = memory.fill_uninitialized_memory
+    try:
+        if wanted:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            # costs a write of every new tensor, and nothing here reads uninitialised memory
+            memory.fill_uninitialized_memory = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_before)
+        memory.fill_uninitialized_memory = fill_before
