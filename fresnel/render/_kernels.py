@@ -20,11 +20,14 @@ import numpy as np
 
 from fresnel.render._simd import (
     absolute, ceiling, claim, exp2, floor, fma, fnma, horizontal_sums, inline, kernel, lanes, load,
-    load_1, load_3, load_4, lowest_bit, maximum, minimum, root, select, split_exponent, store,
+    load_1,
+    load_3, load_4, lowest_bit, maximum, minimum, prefetch, root, select, splat, split_exponent, store,
 )  # fmt: skip
 
 TILE = 16  # pixels; a tile is 4 x 4 blocks of 4 x 4 pixels, and a block is one vector
 CHUNK = 4096  # Gaussians projected as one task
+BATCH = 64  # entries of a tile looked at together
+AHEAD = 8  # entries between the one at work and the one being fetched from memory
 CUT = np.float32(math.log2(1 / 255))  # contributions below one 8-bit step are skipped
 STOP = np.float32(1e-4)  # a pixel is finished before its transmittance would fall to this
 _KAPPA = math.sqrt(0.5 / math.log(2.0))
@@ -36,6 +39,14 @@ _F0, _F1 = np.float32(0), np.float32(1)
 _LANE_X = np.array([i % 4 for i in range(16)], np.float32)
 _LANE_Y = np.array([i // 4 for i in range(16)], np.float32)
 _MIDDLE_X, _MIDDLE_Y = 4 * _LANE_X + np.float32(1.5), 4 * _LANE_Y + np.float32(1.5)
+
+
+@inline
+def aligned(floats):
+    """Uninitialised float32 memory that starts at a cache line: vectors never straddle two."""
+    memory = np.empty(floats + 16, np.float32)
+    skip = (-memory.ctypes.data // 4) % 16
+    return memory[skip : skip + floats]
 
 
 @inline
@@ -369,37 +380,38 @@ def sort_and_bin(
 
 
 @inline
-def approach(records, records32, r, x0, y0):
-    """What a tile at pixel centre (x0, y0) needs of a record: u and v there, their slopes."""
-    dx, dy = x0 - records[8 * r], y0 - records[8 * r + 1]
+def place(records, r, left, top, middle_x, middle_y):
+    """A record as a tile sees it: u and v in the middles of its blocks, their slopes, a slack.
+
+    The slack is how far float32 may be off at the far ends of long needles.
+    """
+    dx, dy = left + 0.5 - records[8 * r], top + 0.5 - records[8 * r + 1]
     l11, l12, l22 = records[8 * r + 2], records[8 * r + 3], records[8 * r + 4]
     across, down = l11 * dx, l12 * dy
-    u, v = np.float32(across + down), np.float32(l22 * dy)
-    # How far float32 may be off in what follows, for the far ends of long needles.
-    slack = np.float32(1e-6) * np.float32(abs(across) + abs(down))
-    return u, v, np.float32(l11), np.float32(l12), np.float32(l22), slack
+    a, b, c = np.float32(l11), np.float32(l12), np.float32(l22)
+    u = fma(middle_x, a, fma(middle_y, b, np.float32(across + down)))
+    v = fma(middle_y, c, np.float32(l22 * dy))
+    return u, v, a, b, c, np.float32(1e-6) * np.float32(abs(across) + abs(down))
 
 
 @inline
-def blocks_within(u, v, a, b, c, slack, limit, middle_x, middle_y):
+def blocks_within(u, v, a, b, c, slack, limit):
     """Which of a tile's 16 blocks hold a point with u^2 + v^2 <= limit: one bit each, exact.
 
     Within a block of half width h the least |u| for a given y is max(0, |u(middle)| - h a). The
     minimum of the convex (that)^2 + v^2 over y is where the nearest vertical edge's own minimum
-    is, clamped to the block (StopThePop, arXiv 2402.00525, section B).
+    is, clamped to the block (StopThePop, arXiv 2402.00525, appendix B).
     """
     half = np.float32(1.5) * a + slack + np.float32(1e-3)
-    at_u = fma(middle_x, a, fma(middle_y, b, u))  # u and v in the blocks' middles
-    at_v = fma(middle_y, c, v)
-    # Along y: v = at_v + c t and u = at_u + b t with |t| <= 1.5. Where v = 0, t = -at_v / c.
+    # Along y: u + b t and v + c t with |t| <= 1.5; v is 0 at t = -v / c.
     inverse = _F1 / c
-    at_axis = at_u - at_v * (b * inverse)
-    edge = maximum(absolute(at_axis) - half, _F0)
-    edge = select(at_axis < _F0, -edge, edge)
-    best = (at_v * inverse) + edge * (b / (b * b + c * c))
+    axis = fnma(v, b * inverse, u)
+    edge = maximum(absolute(axis) - half, _F0)
+    edge = select(axis < _F0, -edge, edge)
+    best = fma(edge, b / (b * b + c * c), v * inverse)
     t = minimum(maximum(-best, np.float32(-1.5)), np.float32(1.5))
-    near_u = maximum(absolute(fma(t, b, at_u)) - half, _F0)
-    near_v = fma(t, c, at_v)
+    near_u = maximum(absolute(fma(t, b, u)) - half, _F0)
+    near_v = fma(t, c, v)
     return lanes(fma(near_u, near_u, near_v * near_v) <= limit + np.float32(1e-3))
 
 
@@ -410,11 +422,15 @@ def composite(
 ):  # fmt: skip
     """Blend every tile's Gaussians front to back. One task is one tile of one image.
 
-    Notes in `touched[slot]` which blocks an entry reached, for the backward pass.
+    Notes in `touched[slot]` which blocks an entry reached, for the backward pass. The entries are
+    taken in batches, first to find which blocks each may reach, then to blend: a processor that
+    already knows how often the inner loop runs does not guess wrong.
     """
-    lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
+    lane_x, lane_y = load(_LANE_X, 0) - np.float32(1.5), load(_LANE_Y, 0) - np.float32(1.5)
     middle_x, middle_y = load(_MIDDLE_X, 0), load(_MIDDLE_Y, 0)
-    state = np.empty(6 * 256, np.float32)  # transmittance, weight, r, g, b, depth of each block
+    state = aligned(6 * 256)  # transmittance, weight, r, g, b, depth of each block
+    places, slopes = aligned(BATCH * 32), np.empty(BATCH * 3, np.float32)
+    reach = np.empty(BATCH, np.int64)
     while True:
         task = claim(counter)
         if task >= images * tiles:
@@ -422,80 +438,94 @@ def composite(
         image, tile = task // tiles, task % tiles
         left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
         alive = open_tile(state, left, top, width, height)
-        for e in range(starts[task], starts[task + 1]):
-            r = entry_ids[e]
-            u0, v0, a, b, c, slack = approach(records, records32, r, left + 0.5, top + 0.5)
-            log2_opacity = records32[16 * r + 10]
-            limit = log2_opacity - CUT
-            blocks = alive & blocks_within(u0, v0, a, b, c, slack, limit, middle_x, middle_y)
-            if blocks == 0:
-                touched[entry_slots[e]] = 0
-                continue
-            first_u = fma(lane_x, a, fma(lane_y, b, u0))
-            first_v = fma(lane_y, c, v0)
-            red, green, blue = (
-                records32[16 * r + 11],
-                records32[16 * r + 12],
-                records32[16 * r + 13],
-            )
-            z = records32[16 * r + 14]
-            reached = 0
-            while blocks:
-                j = lowest_bit(blocks)
-                blocks &= blocks - 1
-                step_x, step_y = np.float32(4 * (j & 3)), np.float32(j & 12)
-                u = first_u + (step_x * a + step_y * b)
-                v = first_v + step_y * c
-                power = fnma(v, v, fnma(u, u, log2_opacity))
-                opaque = minimum(exp2(power), alpha_max)
-                transmittance = load(state, 16 * j)
-                weight = opaque * transmittance
-                after = transmittance - weight
-                seen = (power >= CUT) & (transmittance > _F0)
-                live = seen & (after > STOP)
-                reached |= np.int64(lanes(seen) != 0) << j
-                # A finished pixel keeps its transmittance with the sign turned.
-                after = select(live, after, select(seen, -transmittance, transmittance))
-                weight = select(live, weight, _F0)
-                store(state, 16 * j, after)
-                store(state, 256 + 16 * j, load(state, 256 + 16 * j) + weight)
-                store(state, 512 + 16 * j, fma(weight, red, load(state, 512 + 16 * j)))
-                store(state, 768 + 16 * j, fma(weight, green, load(state, 768 + 16 * j)))
-                store(state, 1024 + 16 * j, fma(weight, blue, load(state, 1024 + 16 * j)))
-                store(state, 1280 + 16 * j, fma(weight, z, load(state, 1280 + 16 * j)))
-                if lanes(after > _F0) == 0:
-                    alive &= ~(1 << j)
-            touched[entry_slots[e]] = reached
-            if alive == 0:
-                for rest in range(e + 1, starts[task + 1]):
-                    touched[entry_slots[rest]] = 0
-                break
-        for y in range(top, min(top + TILE, height)):
-            for x in range(left, min(left + TILE, width)):
-                i = 64 * ((y - top) // 4) + 16 * ((x - left) // 4) + 4 * (y % 4) + x % 4
-                pixel = (image * height + y) * width + x
-                weight = state[256 + i]
-                remaining = _F1 - weight
-                alpha[pixel] = weight
-                depth[pixel] = state[1280 + i] / weight if weight > _F0 else _F0
-                for channel in range(3):
-                    rgb[3 * pixel + channel] = (
-                        state[512 + 256 * channel + i] + remaining * background[3 * image + channel]
-                    )
+        start, end = starts[task], starts[task + 1]
+        while start < end and alive:
+            size = min(BATCH, end - start)
+            for i in range(size):
+                prefetch(records, 8 * entry_ids[start + i + AHEAD])
+                r = entry_ids[start + i]
+                u, v, a, b, c, slack = place(records, r, left, top, middle_x, middle_y)
+                limit = records32[16 * r + 10] - CUT
+                reach[i] = blocks_within(u, v, a, b, c, slack, limit)
+                store(places, 32 * i, u)
+                store(places, 32 * i + 16, v)
+                slopes[3 * i], slopes[3 * i + 1], slopes[3 * i + 2] = a, b, c
+            for i in range(size):
+                blocks = reach[i] & alive
+                if blocks == 0:
+                    continue
+                r = entry_ids[start + i]
+                a, b, c = slopes[3 * i], slopes[3 * i + 1], slopes[3 * i + 2]
+                u0, v0 = fma(lane_x, a, lane_y * b), lane_y * c
+                log2_opacity = splat(records32[16 * r + 10])
+                red, green = splat(records32[16 * r + 11]), splat(records32[16 * r + 12])
+                blue, z = splat(records32[16 * r + 13]), splat(records32[16 * r + 14])
+                reached = 0
+                while blocks:
+                    j = lowest_bit(blocks)
+                    blocks &= blocks - 1
+                    u, v = u0 + places[32 * i + j], v0 + places[32 * i + 16 + j]
+                    power = fnma(v, v, fnma(u, u, log2_opacity))
+                    opaque = minimum(exp2(power), alpha_max)
+                    transmittance = load(state, 96 * j)
+                    weight = opaque * transmittance
+                    after = transmittance - weight
+                    seen = (power >= CUT) & (transmittance > _F0)
+                    live = seen & (after > STOP)
+                    reached |= np.int64(lanes(seen) != 0) << j
+                    # A finished pixel keeps its transmittance with the sign turned.
+                    after = select(live, after, select(seen, -transmittance, transmittance))
+                    weight = select(live, weight, _F0)
+                    store(state, 96 * j, after)
+                    store(state, 96 * j + 16, load(state, 96 * j + 16) + weight)
+                    store(state, 96 * j + 32, fma(weight, red, load(state, 96 * j + 32)))
+                    store(state, 96 * j + 48, fma(weight, green, load(state, 96 * j + 48)))
+                    store(state, 96 * j + 64, fma(weight, blue, load(state, 96 * j + 64)))
+                    store(state, 96 * j + 80, fma(weight, z, load(state, 96 * j + 80)))
+                    if lanes(after > _F0) == 0:
+                        alive &= ~(1 << j)
+                touched[entry_slots[start + i]] = reached
+            start += size
+        close_tile(state, left, top, width, height, image, background, rgb, alpha, depth)
 
 
 @inline
 def open_tile(state, left, top, width, height):
     """Clear a tile's state; pixels outside the image start finished. Returns the live blocks."""
+    lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
     alive = 0
-    for i in range(256):
-        x, y = left + 4 * ((i // 16) % 4) + i % 4, top + 4 * (i // 64) + (i % 16) // 4
-        inside = x < width and y < height
-        state[i] = _F1 if inside else -_F1
-        alive |= np.int64(inside) << (i // 16)
-    for i in range(256, 6 * 256):
-        state[i] = _F0
+    for j in range(16):
+        x, y = np.float32(left + 4 * (j & 3)), np.float32(top + (j & 12))
+        inside = (lane_x + x < np.float32(width)) & (lane_y + y < np.float32(height))
+        alive |= np.int64(lanes(inside) != 0) << j
+        store(state, 96 * j, select(inside, splat(_F1), -_F1))
+        for field in range(1, 6):
+            store(state, 96 * j + 16 * field, splat(_F0))
     return alive
+
+
+@inline
+def close_tile(state, left, top, width, height, image, background, rgb, alpha, depth):
+    """Put a finished tile on its background and write its pixels."""
+    for j in range(16):
+        x, y = left + 4 * (j & 3), top + (j & 12)
+        weight = load(state, 96 * j + 16)
+        remaining = _F1 - weight
+        for channel in range(3):
+            at = 96 * j + 32 + 16 * channel
+            store(state, at, fma(remaining, background[3 * image + channel], load(state, at)))
+        expected = load(state, 96 * j + 80) / select(weight > _F0, weight, _F1)
+        store(state, 96 * j + 80, expected)
+        columns = min(4, width - x)
+        for row in range(min(4, height - y)):
+            pixel = (image * height + y + row) * width + x
+            for column in range(columns):
+                i = 96 * j + 4 * row + column
+                alpha[pixel + column] = state[i + 16]
+                depth[pixel + column] = state[i + 80]
+                rgb[3 * (pixel + column)] = state[i + 32]
+                rgb[3 * (pixel + column) + 1] = state[i + 48]
+                rgb[3 * (pixel + column) + 2] = state[i + 64]
 
 
 @kernel
@@ -515,9 +545,11 @@ def composite_backward(
     Writes to `sums[slot]`, with g = alpha_i dLoss/dalpha_i summed over the tile's pixels:
     g, g u, g v, g u u, g u v, g v v, and the gradients of r, g, b and z.
     """
-    lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
-    state = np.empty(7 * 256, np.float32)  # transmittance, remainder, slopes: r, g, b, z, constant
-    zero = load(_LANE_X, 0) * _F0
+    lane_x, lane_y = load(_LANE_X, 0) - np.float32(1.5), load(_LANE_Y, 0) - np.float32(1.5)
+    middle_x, middle_y = load(_MIDDLE_X, 0), load(_MIDDLE_Y, 0)
+    state = aligned(7 * 256)  # transmittance, remainder, slopes: r, g, b, z, constant
+    places = aligned(32)
+    zero = splat(_F0)
     clamp = np.float32(math.log2(alpha_max))
     while True:
         task = claim(counter)
@@ -527,69 +559,46 @@ def composite_backward(
         left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
         if starts[task] == starts[task + 1]:
             continue
-        for i in range(256):
-            x, y = left + 4 * ((i // 16) % 4) + i % 4, top + 4 * (i // 64) + (i % 16) // 4
-            for field in range(7):
-                state[256 * field + i] = -_F1 if field == 0 else _F0
-            if x >= width or y >= height:
-                continue
-            pixel = (image * height + y) * width + x
-            state[i] = _F1
-            weight = alpha[pixel]
-            constant, remainder = v_alpha[pixel], weight * v_alpha[pixel]
-            for channel in range(3):
-                slope, behind = v_rgb[3 * pixel + channel], background[3 * image + channel]
-                state[512 + 256 * channel + i] = slope
-                constant -= slope * behind
-                remainder += slope * (rgb[3 * pixel + channel] - behind)
-            if weight > _F0:
-                state[1280 + i] = v_depth[pixel] / weight
-                constant -= v_depth[pixel] / weight * depth[pixel]
-            state[256 + i] = remainder
-            state[1536 + i] = constant
+        open_gradients(
+            state, left, top, width, height, image, background, rgb, alpha, depth,
+            v_rgb, v_alpha, v_depth,
+        )  # fmt: skip
         for e in range(starts[task], starts[task + 1]):
+            prefetch(records, 8 * entry_ids[e + AHEAD])
             slot = entry_slots[e]
             blocks = np.int64(touched[slot])
             if blocks == 0:
                 continue
             r = entry_ids[e]
-            u0, v0, a, b, c, _ = approach(records, records32, r, left + 0.5, top + 0.5)
-            log2_opacity = records32[16 * r + 10]
-            first_u = fma(lane_x, a, fma(lane_y, b, u0))
-            first_v = fma(lane_y, c, v0)
-            red, green, blue = (
-                records32[16 * r + 11],
-                records32[16 * r + 12],
-                records32[16 * r + 13],
-            )
-            z = records32[16 * r + 14]
+            u, v, a, b, c, _ = place(records, r, left, top, middle_x, middle_y)
+            store(places, 0, u)
+            store(places, 16, v)
+            u0, v0 = fma(lane_x, a, lane_y * b), lane_y * c
+            log2_opacity = splat(records32[16 * r + 10])
+            red, green = splat(records32[16 * r + 11]), splat(records32[16 * r + 12])
+            blue, z = splat(records32[16 * r + 13]), splat(records32[16 * r + 14])
             s, su, sv, suu, suv, svv = zero, zero, zero, zero, zero, zero
             s_red, s_green, s_blue, s_z = zero, zero, zero, zero
             while blocks:
                 j = lowest_bit(blocks)
                 blocks &= blocks - 1
-                step_x, step_y = np.float32(4 * (j & 3)), np.float32(j & 12)
-                u = first_u + (step_x * a + step_y * b)
-                v = first_v + step_y * c
+                u, v = u0 + places[j], v0 + places[16 + j]
                 power = fnma(v, v, fnma(u, u, log2_opacity))
                 opaque = minimum(exp2(power), alpha_max)
-                transmittance = load(state, 16 * j)
+                transmittance = load(state, 112 * j)
                 weight = opaque * transmittance
                 after = transmittance - weight
                 seen = (power >= CUT) & (transmittance > _F0)
                 live = seen & (after > STOP)
-                store(
-                    state,
-                    16 * j,
-                    select(live, after, select(seen, -transmittance, transmittance)),
-                )
+                after = select(live, after, select(seen, -transmittance, transmittance))
+                store(state, 112 * j, after)
                 weight = select(live, weight, _F0)
-                v_red, v_green = load(state, 512 + 16 * j), load(state, 768 + 16 * j)
-                v_blue, v_z = load(state, 1024 + 16 * j), load(state, 1280 + 16 * j)
-                shade = fma(v_z, z, load(state, 1536 + 16 * j))
+                v_red, v_green = load(state, 112 * j + 32), load(state, 112 * j + 48)
+                v_blue, v_z = load(state, 112 * j + 64), load(state, 112 * j + 80)
+                shade = fma(v_z, z, load(state, 112 * j + 96))
                 shade = fma(v_red, red, fma(v_green, green, fma(v_blue, blue, shade)))
-                remainder = fnma(weight, shade, load(state, 256 + 16 * j))
-                store(state, 256 + 16 * j, remainder)
+                remainder = fnma(weight, shade, load(state, 112 * j + 16))
+                store(state, 112 * j + 16, remainder)
                 slope = fma(transmittance, shade, -remainder / (_F1 - opaque))
                 g = select(live & (power <= clamp), opaque * slope, _F0)
                 gu, gv = g * u, g * v
@@ -602,6 +611,35 @@ def composite_backward(
                 16 * slot,
                 horizontal_sums((s, su, sv, suu, suv, svv, s_red, s_green, s_blue, s_z)),
             )
+
+
+@inline
+def open_gradients(
+    state, left, top, width, height, image, background, rgb, alpha, depth, v_rgb, v_alpha, v_depth
+):
+    """Set up a tile's state for the backward pass from the images and their gradients."""
+    for j in range(16):
+        at, x, y = 112 * j, left + 4 * (j & 3), top + (j & 12)
+        for field in range(7):
+            store(state, at + 16 * field, splat(-_F1 if field == 0 else _F0))
+        columns = min(4, width - x)
+        for row in range(min(4, height - y)):
+            for column in range(columns):
+                i = at + 4 * row + column
+                pixel = (image * height + y + row) * width + x + column
+                state[i] = _F1
+                slope = v_alpha[pixel]
+                remainder = _F0
+                for channel in range(3):
+                    v, behind = v_rgb[3 * pixel + channel], background[3 * image + channel]
+                    state[i + 32 + 16 * channel] = v
+                    slope -= v * behind
+                    remainder += v * (rgb[3 * pixel + channel] - behind)
+                weight = alpha[pixel]
+                v_z = v_depth[pixel] / max(weight, np.float32(1e-30))
+                state[i + 16] = remainder + weight * v_alpha[pixel]
+                state[i + 80] = v_z
+                state[i + 96] = slope - v_z * depth[pixel]
 
 
 @kernel

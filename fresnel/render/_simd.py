@@ -131,12 +131,30 @@ def _function(name: str, arity: int):
 
 
 fma = _function("fma", 3)  # a * b + c, rounded once
-minimum = _function("minnum", 2)
-maximum = _function("maxnum", 2)
 absolute = _function("fabs", 1)
 root = _function("sqrt", 1)
 ceiling = _function("ceil", 1)
 floor = _function("floor", 1)
+
+
+def _extremum(comparison: str):
+    """`a if a < b else b` (or >): the hardware's own minimum, without minnum's care for NaN."""
+
+    def typed(typingctx, a, b):
+        vector = _vector_of((a, b))
+        want = [x if isinstance(x, Vector) else vector.element for x in (a, b)]
+
+        def codegen(context, builder, sig, values):
+            kind = context.get_value_type(vector)
+            x, y = (_splat(builder, v, kind) for v in values)
+            return builder.select(builder.fcmp_ordered(comparison, x, y), x, y)
+
+        return vector(*want), codegen
+
+    return intrinsic(typed)
+
+
+minimum, maximum = _extremum("<"), _extremum(">")
 
 
 @intrinsic
@@ -196,6 +214,16 @@ def _pointer(context, builder, array_type, array, index, kind):
 
 
 @intrinsic
+def splat(typingctx, value):
+    """16 times the same float."""
+
+    def codegen(context, builder, sig, values):
+        return _splat(builder, values[0], context.get_value_type(F16))
+
+    return F16(types.float32), codegen
+
+
+@intrinsic
 def load(typingctx, array, index):
     """16 floats (or 8 doubles) of a flat array, from element `index` on."""
     vector = F16 if array.dtype == types.float32 else D8
@@ -219,6 +247,21 @@ def store(typingctx, array, index, vector):
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), codegen
+
+
+@intrinsic
+def prefetch(typingctx, array, index):
+    """Ask for the cache line that holds element `index`; harmless for any index."""
+
+    def codegen(context, builder, sig, values):
+        data = context.make_array(array)(context, builder, values[0]).data
+        pointer = builder.bitcast(builder.gep(data, [values[1]]), ir.PointerType(ir.IntType(8)))
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, *(ir.Constant(I32, k) for k in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
 
 
 def _columns(stride: int):

@@ -139,13 +139,14 @@ class _Rasterize(torch.autograd.Function):
                 raise ValueError("gaussians: got NaN or infinite values, want finite ones")
             total = int(entries.sum())
             starts = np.zeros(I * s.tiles + 1, np.int64)
-            entry_ids, entry_slots = np.empty(total, np.int32), np.empty(total, np.int32)
+            entry_ids = np.zeros(total + kernels.AHEAD, np.int32)
+            entry_slots = np.empty(total, np.int32)
             _run(
                 kernels.sort_and_bin, min(s.threads, I),
                 I, N, s.tiles_x, s.tiles, records32, boxes, firsts, visible, counts, entries,
                 starts, entry_ids, entry_slots,
             )  # fmt: skip
-            touched = np.empty(total, np.uint16)
+            touched = np.zeros(total, np.uint16)
             rgb = np.empty((I, s.height, s.width, 3), np.float32)
             alpha = np.empty((I, s.height, s.width, 1), np.float32)
             depth = np.empty((I, s.height, s.width, 1), np.float32)
