@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fresnel.evaluate import Predictor
 
 _REACH = 0.9
-"""Gaussians stay within this distance of the pivot, along the ray: a unit box fits (0.866)."""
+"""Depths stay within this of the pivot's, before the offset: a unit box fits (0.866)."""
 _SEEN_DEPTH = -0.15  # before training, the visible surface, relative to the pivot
 _BEHIND_SHARE = 0.25  # ... and the next layer, as a share of the way from there to the far side
 _PIXEL_SIGMA = 0.55  # initial standard deviation in pixels: neighbours overlap without a gap
@@ -168,15 +168,22 @@ class Decoder(nn.Module):
         """`forward` on what `prepare` returns, with the terms that training regularises."""
         if isinstance(self.network, PatchNetwork):
             return self.network(rgba, depth)
-        frame = gravity_frame(cameras, (0.0, 0.0, 0.0))
-        rays = cameras.pluecker(frame).permute(0, 3, 1, 2)
+        with torch.autocast(rgba.device.type, enabled=False):  # geometry needs float32
+            frame = gravity_frame(cameras, (0.0, 0.0, 0.0))
+            rays = cameras.pluecker(frame).permute(0, 3, 1, 2)
         x = torch.cat([rgba * 2 - 1, rays], dim=1)
         if self.config.gaussian_grid == "half":
             x, rgba = F.pixel_unshuffle(x, 2), F.avg_pool2d(rgba, 2)
             cameras = cameras.resized(rgba.shape[-1], rgba.shape[-2])
+        if x.is_cuda:  # the layout that tensor cores take as it is
+            x = x.contiguous(memory_format=torch.channels_last)
         raw = self.network(x).float()
-        with torch.autocast(rgba.device.type, enabled=False):  # geometry needs float32
+        with torch.autocast(rgba.device.type, enabled=False):
             return pixel_parametrisation(raw, rgba, cameras), {}
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the network; the geometry around it is cheap and stays as it is."""
+        self.network.compile(*args, **kwargs)
 
     def world(self, inputs: InputImages) -> Gaussians:
         """Gaussians (M, N) in the world, the object's pivot at the origin.
@@ -275,9 +282,9 @@ def pixel_parametrisation(raw: Tensor, rgba: Tensor, cameras: Cameras) -> Gaussi
     """Network outputs -> Gaussians in the input camera's frame, sensible at raw = 0.
 
     At zero the first layer is a fronto-parallel copy of the image, one Gaussian a pixel, opaque
-    where the image is; the layers behind it are fainter copies deeper inside the object.  Depth
-    runs along the ray and stays within reach of the pivot; each layer lies behind the one
-    before.  A small offset leaves the ray.  Colours start at the image's (in logit space).
+    where the image is; the layers behind it are fainter copies deeper inside the object.  Points
+    slide along their rays within reach of the pivot; each layer lies behind the one before.
+    A small offset leaves the ray.  Colours start at the image's (in logit space).
 
     Args:
         raw: shape (M, L * 15, H, W), L layers.
@@ -291,22 +298,21 @@ def pixel_parametrisation(raw: Tensor, rgba: Tensor, cameras: Cameras) -> Gaussi
     raw = raw.reshape(m, -1, _CHANNELS, h, w).permute(0, 1, 3, 4, 2)  # (M, L, H, W, 15)
     depth, offset, scale, quat, opacity, colour = raw.split([1, 3, 3, 4, 1, 3], dim=-1)
     in_camera = Cameras(torch.eye(4).to(raw).expand(m, 4, 4), cameras.Ks, w, h)
-    directions = in_camera.rays()[1]
-    pivot = cameras.viewmats[:, :3, 3]
-    nearest = (directions * pivot[:, None, None]).sum(-1, keepdim=True)  # closest to the pivot
+    directions = in_camera.rays()[1][:, None]
+    pivot_depth = cameras.viewmats[:, 2, 3, None, None, None, None]
 
     surfaces = [_REACH * torch.tanh(depth[:, 0] + math.atanh(_SEEN_DEPTH / _REACH))]
     for layer in depth.unbind(1)[1:]:
         share = torch.sigmoid(layer + math.log(_BEHIND_SHARE / (1 - _BEHIND_SHARE)))
         surfaces.append(surfaces[-1] + (_REACH - surfaces[-1]) * share)
     # A camera inside the object's reach must not put Gaussians behind itself.
-    along = (nearest[:, None] + torch.stack(surfaces, dim=1)).clamp_min(0.05)
-    on_ray = directions[:, None] * along
+    z = (pivot_depth + torch.stack(surfaces, dim=1)).clamp_min(0.05)
+    on_ray = directions / directions[..., 2:] * z
 
     seen = torch.arange(raw.shape[1], device=raw.device)[:, None, None, None] == 0
     means = on_ray + torch.where(seen, _SEEN_OFFSET, _BEHIND_OFFSET) * torch.tanh(offset)
     focal = cameras.Ks[:, 0, 0].reshape(m, 1, 1, 1, 1)
-    footprint = _PIXEL_SIGMA * on_ray[..., 2:] / focal
+    footprint = _PIXEL_SIGMA * z / focal
     scales = footprint * torch.exp(_LOG_SCALE_RANGE * torch.tanh(scale / _LOG_SCALE_RANGE))
 
     alpha, base = rgba[:, 3:, :, :, None], _extended_colour(rgba)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -135,6 +135,15 @@ class DecoderTask:
         self._train = _Pool(views, self.device)
         self._held_out = _Pool(validation, self.device) if validation else self._train
         self.target_views = min(target_views, self._train.views - 1)
+        # What a resumed run must agree on.
+        self.config = {
+            **asdict(self.model.config),
+            "target_views": self.target_views,
+            "any_input": any_input,
+            "frontal_only": self.frontal_only,
+            "augment": augment,
+            "weights": asdict(self.weights),
+        }
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random objects, input views and target views; the same for the same generator state."""
@@ -203,8 +212,9 @@ class DecoderTask:
                 depth = resize(depth[:, None], network_size)[:, 0]
         resized = inputs.resized(network_size, network_size)
         gaussians, aux = model.decode(rgba, resized, depth)
-        from_input = torch.linalg.inv(inputs.viewmats)[:, None]
-        return gaussians, aux, Cameras(batch["viewmats"] @ from_input, Ks, size, size)
+        with torch.autocast(self.device.type, enabled=False):
+            viewmats = batch["viewmats"] @ torch.linalg.inv(inputs.viewmats)[:, None]
+        return gaussians, aux, Cameras(viewmats, Ks, size, size)
 
     def _augmented(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Mirror half of the objects left-right; permute and scale the colours of half."""

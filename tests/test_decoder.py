@@ -138,6 +138,9 @@ def test_pixel_gaussians_stay_within_reach_and_in_order():
     world = gaussians.transform(torch.linalg.inv(cameras.viewmats))
     corner = 2.2 * 0.6 * 2**0.5  # half a frame's diagonal at the pivot
     assert world.means.norm(dim=-1).max() < (0.9 + 0.3 * 3**0.5 + corner)
+    flat = pixel_parametrisation(torch.zeros_like(raw), rgba, cameras)
+    first = flat.means.reshape(2, layers, -1, 3)[:, 0, :, 2]
+    assert first.std(dim=1).max() < 1e-4  # before training the first layer faces the camera
     no_offset = raw.reshape(2, layers, 15, size, size).clone()
     no_offset[:, :, 1:4] = 0
     means = pixel_parametrisation(no_offset.flatten(1, 2), rgba, cameras).means
@@ -368,6 +371,18 @@ def test_batches_repeat_with_the_generator_and_mirroring_is_consistent():
         assert torch.linalg.det(canonical[:3, :3]) > 0.99
 
 
+def test_autocast_leaves_cameras_exact():
+    """In bfloat16 a camera matrix is off by a pixel or more."""
+    data = blobs()
+    task = DecoderTask(data, TINY, batch_size=2, augment=False)
+    batch = task.batch(0, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = task.loss(batch, generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = task.loss(batch, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mixed["loss"], exact["loss"], atol=1e-5, rtol=1e-4)
+
+
 def test_any_view_may_be_the_input_only_if_allowed():
     data = blobs()
     fixed = DecoderTask(data, TINY, batch_size=8, any_input=False, augment=False)
@@ -379,6 +394,18 @@ def test_any_view_may_be_the_input_only_if_allowed():
     free = DecoderTask(data, TINY, batch_size=32, augment=False)
     picked = free.batch(0, torch.Generator().manual_seed(1))["viewmats"][:, 0]
     assert len(torch.unique(picked.flatten(1), dim=0)) > 2
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_PATCH])
+def test_geometry_stays_in_float32_under_autocast(config):
+    inputs = pictures(32, depth=True)
+    decoder = Decoder(config).eval()
+    with torch.no_grad():
+        exact = decoder(inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = decoder(inputs).validate()
+    assert mixed.means.dtype == mixed.colors.dtype == torch.float32
+    torch.testing.assert_close(mixed.means, exact.means, atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_PATCH])
