@@ -289,7 +289,7 @@ def _grow(mask: np.ndarray, by: int) -> np.ndarray:
     for axis in (0, 1):
         padded = np.pad(mask, [(by, by) if a == axis else (0, 0) for a in (0, 1)])
         window = np.lib.stride_tricks.sliding_window_view(padded, 2 * by + 1, axis=axis)
-        mask = window.any(axis=-1)
+        mask = np.asarray(window.any(axis=-1))
     return mask
 
 
@@ -298,12 +298,14 @@ def _frozen(
 ) -> float:
     """Share of the views that repeat another view's picture although the pose differs.
 
-    Only pictures equal to within noise (mean difference below 0.25 of 255) count, and only if a
-    solid of revolution can't explain them: the elevations differ, or depth contradicts the poses.
+    Only pictures equal to within noise (mean difference over what is covered below 0.25 of 255)
+    count, and only if a solid of revolution can't explain them: the elevations differ, or depth
+    contradicts the poses.
     """
     small = np.concatenate([rgb, alpha[..., None]], axis=-1).reshape(len(rgb), -1).astype(np.int16)
     repeated = np.zeros(len(rgb), dtype=bool)
-    shown = np.flatnonzero((coverage > 0.002) & (np.ptp(small, axis=1) > 8))
+    contrast = np.ptp(rgb.reshape(len(rgb), -1), axis=1)
+    shown = np.flatnonzero((coverage > 0.002) & (contrast > 8))
     for a, i in enumerate(shown):
         for j in shown[a + 1 :]:
             turn = abs((angles[i, 0] - angles[j, 0] + 180) % 360 - 180)
@@ -313,7 +315,8 @@ def _frozen(
             # A glance at some pixels first: almost every pair differs there.
             if np.abs(small[i, ::61] - small[j, ::61]).mean() > 2:
                 continue
-            if np.abs(small[i] - small[j]).mean() < 0.25:
+            covered = 4 * max(int((alpha[i] >= 64).sum()), int((alpha[j] >= 64).sum()))
+            if np.abs(small[i] - small[j]).sum() < 0.25 * covered:
                 repeated[[i, j]] = True
     return float(repeated.mean())
 

@@ -22,14 +22,14 @@ class GateConfig:
     empty_coverage: float = 0.001
     empty_ratio: float = 0.02
     max_empty: float = 0.1
-    min_coverage_ratio: float = 0.35
+    min_coverage_ratio: float = 0.5
     max_pivot_offset: float = 0.2
-    max_stray: float = 0.1
+    max_stray: float = 0.03
     max_frozen: float = 0.1
     max_constant: float = 0.02
-    min_side_coverage: float = 0.3
-    min_luminance_ratio: float = 0.4
-    max_luminance_ratio: float = 2.5
+    min_side_coverage: float = 0.4
+    min_luminance_ratio: float = 0.6
+    max_luminance_ratio: float = 1.6
     dark_view: float = 0.08
     max_dark: float = 0.1
     bright_view: float = 12.0
@@ -160,7 +160,8 @@ def check_pivot(seen: _Seen) -> Reason | None:
     """Cameras that look at another point than the object: the original experiment's mistake.
 
     Distance from the nearest point to all optical axes to the centroid of the content, over the
-    cameras' distance; median over records.  Also the declared pivot against the first point.
+    cameras' distance; median over records (ten healthy training objects: at most 0.11; the original
+    experiment: about 1.5).  Also the declared pivot against the first point.
     """
     limit = seen.config.max_pivot_offset
     relative, distance = seen.of_objects("pivot_relative"), seen.of_objects("pivot_distance")
@@ -209,15 +210,18 @@ def check_sides(seen: _Seen) -> Reason | None:
     """Coverage that collapses from the side: a flat cut-out (billboard) instead of an object.
 
     Coverage of the views within 22.5 degrees of +-90 over that within 22.5 of 0 and 180, per
-    record; median over records.  Not asked where front and back are empty themselves.
+    record; median over records.  Not asked where front and back are empty themselves.  Ten healthy
+    training objects stayed above 0.78, the ten flattest held-out ones had 0.66.
     """
-    bins, ratio, filled = seen.azimuth_bins(), seen.column("coverage_ratio"), seen.filled
+    bins, ratio, empty = seen.azimuth_bins(), seen.column("coverage_ratio"), seen.empty
+    if not _share(empty[np.isin(bins, (0, 180))]) <= seen.config.max_empty:
+        return None
     names = np.array([row["object"] for row in seen.rows])
     shares = []
     for name in dict.fromkeys(names.tolist()):
         own = (names == name) & np.isfinite(ratio)
         side, front = own & (np.abs(bins) == 90), own & np.isin(bins, (0, 180))
-        if side.any() and front.any() and filled[front].any():
+        if side.any() and front.any() and not empty[front].all():
             shares.append(ratio[side].mean() / ratio[front].mean())
     median = _median(np.array(shares))
     if not median < seen.config.min_side_coverage:
@@ -234,10 +238,11 @@ def check_sides(seen: _Seen) -> Reason | None:
 def check_poses_match(seen: _Seen) -> Reason | None:
     """Poses that don't belong to the pictures: shuffled, mirrored, shifted, wrong focal length.
 
-    Share of surface points (from depth) that fall beside the silhouette in other views; median
-    over records.  Needs depth.
+    Share of surface points (from depth) that fall beside the silhouette in other views; mean over
+    records, because most objects are too symmetric to show it.  Needs depth.  Ten healthy training
+    objects stay below 0.006; a single one reached 0.027.
     """
-    stray = _median(seen.of_objects("stray"))
+    stray = _share(seen.of_objects("stray"))
     if not stray > seen.config.max_stray:
         return None
     return Reason(
@@ -252,7 +257,9 @@ def check_poses_match(seen: _Seen) -> Reason | None:
 def check_empty(seen: _Seen) -> Reason | None:
     """Views that show nothing or too little, by coverage and not by brightness.
 
-    Share of empty views, and the median coverage over the input's.
+    Share of empty views, and the median coverage over the input's.  Of 1,192 healthy training views
+    none was empty (the thinnest had coverage 0.0095, and 0.11 of the input's), and the median over
+    ten objects stayed above 0.88.
     """
     config = seen.config
     share, coverage = _share(seen.empty), _median(seen.column("coverage_ratio"))
@@ -278,7 +285,9 @@ def check_exposure(seen: _Seen) -> Reason | None:
     """Views much darker or brighter than the input although they cover as much.
 
     Ratio of mean linear-light luminance of covered pixels to the input's, over views that are not
-    empty: its median, and the share of views that are (almost) black or white.
+    empty: its median, and the share of views that are (almost) black or white.  Ten healthy
+    training objects: median within 0.80 to 1.12, at most 5% of the views below 0.08 of the input's
+    (the unlit back of a mirror) and 4% above 12 times.
     """
     config, filled = seen.config, seen.filled
     ratio = seen.column("luminance_ratio")[filled]
@@ -326,7 +335,8 @@ def check_detail(seen: _Seen) -> Reason | None:
     """Blurred views: gradient energy per covered pixel over the input's.
 
     Median over views that are not empty.  Alpha's outline counts too, so single-coloured objects
-    are judged as well.
+    are judged as well.  Ten healthy training objects stayed above 0.91; renders of Gaussians may be
+    softer than their input, hence the distance.
     """
     detail = _median(seen.column("detail_ratio")[seen.filled])
     if not detail < seen.config.min_detail_ratio:
@@ -398,7 +408,7 @@ def _figures(seen: _Seen) -> dict[str, float]:
         "detail_ratio": _median(seen.column("detail_ratio")[filled]),
         "pivot_distance": _median(seen.of_objects("pivot_distance")),
         "pivot_relative": _median(seen.of_objects("pivot_relative")),
-        "stray": _median(seen.of_objects("stray")),
+        "stray": _share(seen.of_objects("stray")),
         "frozen_share": _share(seen.of_objects("frozen")),
         "constant_share": _share(seen.column("constant") > 0),
         "identity_psnr": _median(seen.of_objects("identity_psnr")),

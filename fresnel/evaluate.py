@@ -143,7 +143,7 @@ def evaluate(
     for start in tqdm(starts, desc="evaluate", disable=None if progress else True, delay=2):
         stop = min(start + batch, len(data))
         if whole is None:
-            part = data.subset(range(start, stop)).tensors(size=size, device=device)  # type: ignore[union-attr]
+            part = data.subset(range(start, stop)).tensors(size=size, device=device)
         else:
             part = whole[start:stop]
         with torch.no_grad():
@@ -289,10 +289,9 @@ def baselines(train: ViewTensors) -> dict[str, Predictor]:
         return _constant(picture, _to_float(inputs.alpha, cameras.device)[..., None], cameras)
 
     def mean_image(inputs: InputImages, cameras: Cameras) -> Views:
-        pair = (
-            x[None].expand(len(inputs.names), -1, -1, -1).to(cameras.device) for x in (rgb, alpha)
-        )
-        return _constant(*pair, cameras)
+        count, device = len(inputs.names), cameras.device
+        picture = rgb.to(device).expand(count, -1, -1, -1)
+        return _constant(picture, alpha.to(device).expand(count, -1, -1, -1), cameras)
 
     def black_image(inputs: InputImages, cameras: Cameras) -> Views:
         shape = (*cameras.batch_shape, cameras.height, cameras.width)

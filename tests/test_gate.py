@@ -1,0 +1,269 @@
+"""Verdicts on healthy and broken data, and the receipts bound to it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from boxes import Memory, views_of
+
+from fresnel import dataset, faults, gate
+from fresnel.cameras import orbit
+from fresnel.dataset import DatasetError, MultiViewDataset, ObjectViews
+
+
+def original(index: int, **kwargs) -> ObjectViews:
+    """The original experiment's mistake: the orbit's pivot is 3 units from the object."""
+    return views_of(index, centre=(0.0, 0.0, -3.0), radius=2.0, **kwargs)
+
+
+def codes(records: list, **kwargs) -> list[str]:
+    return [r.code for r in gate.validate(Memory(records), progress=False, **kwargs).reasons]
+
+
+def test_healthy_data_passes_and_says_what_it_saw():
+    verdict = gate.validate(Memory([views_of(i) for i in range(12)]), progress=False)
+    assert verdict.passed and verdict.reasons == ()
+    assert verdict.examples_seen == verdict.examples_total == 12
+    assert len(verdict.measurements) == 12 * 8 and len(verdict.objects) == 12
+    assert {row["azimuth_deg"] for row in verdict.profile} == {
+        -135.0, -90.0, -45.0, 0.0, 45.0, 90.0, 135.0, 180.0,
+    }  # fmt: skip
+    assert all(row["views"] == 12 for row in verdict.profile)
+    assert verdict.summary.startswith("PASS: 12 of 12 records (96 views)")
+    again = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
+    assert again["passed"] is True and len(again["measurements"]) == 96
+
+
+def test_the_original_geometry_is_refused_for_its_pivot_not_its_exposure():
+    verdict = gate.validate(Memory([original(i) for i in range(10)]), progress=False)
+    first, *others = verdict.reasons
+    assert first.code == "pivot_offset"
+    assert "orbit a point" in first.message and "units away" in first.message
+    assert first.values["distance"] == pytest.approx(3.0, abs=0.5)
+    emptiness = next(reason for reason in others if reason.code == "views_empty")
+    assert emptiness.symptom_of == "pivot_offset"
+    assert not {"views_dark", "views_bright"} & {reason.code for reason in verdict.reasons}
+
+
+def test_the_pivot_is_found_without_depth_too():
+    verdict = gate.validate(Memory([original(i, depth=False) for i in range(10)]), progress=False)
+    assert verdict.reasons[0].code == "pivot_offset"
+    assert any("no usable depth" in note for note in verdict.notes)
+
+
+def test_the_original_geometry_rendered_from_a_mesh():
+    trimesh = pytest.importorskip("trimesh")
+    from fresnel import meshes
+
+    mesh = trimesh.creation.box((0.3, 0.8, 0.3))
+    mesh.visual.vertex_colors = [200, 180, 160, 255]
+    records = []
+    for i in range(4):
+        source = views_of(i)
+        centre = torch.tensor([0.0, 0.0, 3.0])
+        optics = {"focal_px": 32.0, "width": 32, "height": 32}
+        azimuth, elevation = torch.arange(8) * 45.0, torch.linspace(-30, 45, 8)
+        around = orbit(azimuth, elevation, 2.0, pivot=centre, **optics)
+        views = meshes.render(trimesh.Scene([mesh]), around, samples=1)
+        front = orbit(0.0, 0.0, 3.0, pivot=(0, 0, 0), **optics)
+        image = meshes.render(trimesh.Scene([mesh]), front.reshape(1), samples=1)
+        byte = lambda x: (255 * torch.as_tensor(x) + 0.5).to(torch.uint8)  # noqa: E731
+        records.append(
+            replace(
+                source,
+                input_rgb=byte(image.rgb[0]),
+                input_alpha=byte(image.alpha[0, ..., 0]),
+                input_camera=front,
+                input_depth=None,
+                rgb=byte(views.rgb),
+                alpha=byte(views.alpha[..., 0]),
+                depth=torch.as_tensor(views.depth[..., 0]),
+                cameras=around,
+                pivot=centre,
+                identity_rgb=None,
+                identity_alpha=None,
+            )
+        )
+    verdict = gate.validate(Memory(records), progress=False)
+    assert verdict.reasons[0].code == "pivot_offset"
+    assert verdict.reasons[0].values["distance"] == pytest.approx(3.0, abs=0.4)
+    assert any("identity check skipped" in note for note in verdict.notes)
+
+
+GREY, DARK, WHITE = torch.full((3, 3), 0.5), torch.full((3, 3), 0.03), torch.ones(3, 3)
+
+
+@pytest.mark.parametrize("background", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "look",
+    [
+        {"extent": (0.8, 0.9, 0.06)},
+        {"extent": (0.05, 1.0, 0.05)},
+        {"colors": DARK},
+        {"colors": WHITE, "stripes": 0.0},
+        {"colors": GREY, "stripes": 0.0},
+        {"extent": (0.5, 0.5, 0.5)},
+    ],
+    ids=["flat", "pole", "dark", "white", "plain", "cube"],
+)
+def test_unusual_but_healthy_objects_pass(look: dict, background: float):
+    records = [views_of(i, background=background, **look) for i in range(10)]
+    verdict = gate.validate(Memory(records, (background,) * 3), progress=False)
+    assert verdict.passed, verdict.summary
+
+
+def test_a_symmetric_object_seen_from_one_height_is_not_frozen():
+    """A plain solid of revolution looks the same from everywhere."""
+    records = []
+    for i in range(4):
+        source = views_of(i)
+        optics = {"focal_px": 38.4, "width": 32, "height": 32}
+        cameras = orbit(torch.arange(8) * 45.0, 0.0, 2.2, pivot=(0, 0, 0), **optics)
+        origins, directions = cameras.rays()
+        along = -(origins * directions).sum(-1)
+        inside = 0.3**2 - (origins + along[..., None] * directions).square().sum(-1)
+        depth = (along - inside.clamp_min(0).sqrt()) * (inside > 0)
+        depth = depth * (directions * cameras.forward[:, None, None]).sum(-1)
+        alpha = (inside > 0).to(torch.uint8) * 255
+        rgb = (alpha * 0.5).to(torch.uint8)[..., None].expand(-1, -1, -1, 3).contiguous()
+        views = replace(source, rgb=rgb, alpha=alpha, depth=depth, cameras=cameras)
+        records.append(
+            replace(
+                views,
+                input_rgb=rgb[0],
+                input_alpha=alpha[0],
+                input_depth=depth[0],
+                input_camera=cameras[0],
+                identity_rgb=None,
+                identity_alpha=None,
+            )
+        )
+    assert codes(records) == []
+    # The same pictures from heights that differ can't be the same object.
+    tilted = orbit(
+        torch.arange(8) * 45.0, torch.linspace(-30, 45, 8), 2.2, pivot=(0, 0, 0), **optics
+    )
+    boxes = [replace(views_of(i), cameras=tilted) for i in range(4)]
+    frozen = list(faults.corrupt(boxes, "frozen_views", 1.0))
+    assert codes(frozen)[0] == "frozen_views"
+
+
+def test_emptiness_is_not_called_exposure_and_darkness_not_emptiness():
+    healthy = [views_of(i) for i in range(10)]
+    assert codes(list(faults.corrupt(healthy, "empty_views", 1.0)))[0] == "views_empty"
+    verdict = gate.validate(Memory(list(faults.corrupt(healthy, "darken", 0.9))), progress=False)
+    assert [reason.code for reason in verdict.reasons] == ["views_dark"]
+    assert "exposure, not emptiness" in verdict.summary
+    assert verdict.reasons[0].values["luminance_ratio"] == pytest.approx(0.1, abs=0.03)
+
+
+def test_ten_examples_decide_a_failure_and_the_rest_is_not_read():
+    data = Memory(list(faults.corrupt([views_of(i % 3) for i in range(31)], "darken", 0.9)))
+    verdict = gate.validate(data, progress=False)
+    assert verdict.examples_seen == 10 and verdict.examples_total == 31
+    assert {0, 30} <= set(data.read) and len(data.read) == 10
+
+
+def test_the_whole_set_is_read_when_the_first_ten_pass():
+    records = [views_of(i % 4) for i in range(24)]
+    bad = list(faults.corrupt(records, "nan_pose", 0.2))
+    data = Memory([bad[i] if i == 1 else record for i, record in enumerate(records)])
+    verdict = gate.validate(data, progress=False)
+    assert verdict.reasons[0].code == "pose_invalid" and verdict.examples_seen == 24
+
+
+def test_one_record_or_none():
+    assert gate.validate(Memory([views_of(0)]), progress=False).passed
+    verdict = gate.validate(Memory([]), progress=False)
+    assert not verdict.passed and verdict.reasons[0].code == "no_data"
+    with pytest.raises(ValueError, match="first, workers"):
+        gate.validate(Memory([views_of(0)]), first=0)
+
+
+def test_what_cannot_be_read_is_a_reason_not_a_crash():
+    records = [views_of(i) for i in range(4)]
+    verdict = gate.validate(Memory([*records, DatasetError("rgb.png: truncated")]), progress=False)
+    assert [reason.code for reason in verdict.reasons] == ["unreadable"]
+    assert "rgb.png: truncated" in verdict.summary
+    json.dumps(verdict.to_dict(), allow_nan=False)
+    everything = gate.validate(Memory([DatasetError("gone")] * 3), progress=False)
+    assert everything.reasons[0].code == "unreadable"
+
+
+def test_thresholds_can_be_set():
+    records = [views_of(i) for i in range(5)]
+    strict = gate.GateConfig(min_luminance_ratio=1.5)
+    assert codes(records, config=strict) == ["views_dark"]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> MultiViewDataset:
+    return dataset.write(tmp_path / "set", [views_of(i, size=24) for i in range(3)], meta={})
+
+
+def test_a_receipt_lets_exactly_its_data_through(written: MultiViewDataset):
+    with pytest.raises(gate.GateRefusal, match="python -m fresnel validate"):
+        gate.require_receipt(written)
+    verdict = gate.validate(written, progress=False)
+    issued = gate.issue_receipt(written, verdict)
+    assert issued.passed and issued.dataset_hash == written.content_hash
+    assert gate.read_receipt(written) == issued
+    assert gate.require_receipt(dataset.open(written.path)) == issued
+    with pytest.raises(gate.GateRefusal, match="smoke_train"):
+        gate.require_receipt(written, "smoke-cvs")
+
+
+def test_a_receipt_of_other_data_is_refused(written: MultiViewDataset, tmp_path: Path):
+    gate.issue_receipt(written, gate.validate(written, progress=False))
+    other = dataset.write(tmp_path / "other", [views_of(9, size=24)], meta={})
+    (other.path / "receipts").mkdir()
+    copy = (written.path / "receipts" / "gate.json").read_text()
+    (other.path / "receipts" / "gate.json").write_text(copy)
+    with pytest.raises(gate.GateRefusal, match="other data"):
+        gate.require_receipt(other, allow_failed=True)
+    with pytest.raises(ValueError, match="verdict: is about data"):
+        gate.issue_receipt(other, gate.validate(written, progress=False))
+
+
+def test_changed_files_void_the_receipt(written: MultiViewDataset):
+    gate.issue_receipt(written, gate.validate(written, progress=False))
+    picture = next(written.path.rglob("view_000/rgb.png"))
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    with pytest.raises(gate.GateRefusal, match=r"rgb\.png"):
+        gate.require_receipt(written)
+
+
+def test_a_failed_receipt_needs_an_override_that_stays_visible(written: MultiViewDataset):
+    dark = faults.apply(written, "darken", 0.9, written.path.parent / "dark")
+    receipt = gate.issue_receipt(dark, gate.validate(dark, progress=False))
+    assert not receipt.passed and receipt.reasons[0].startswith("views_dark: ")
+    with pytest.raises(gate.GateRefusal, match="views_dark"):
+        gate.require_receipt(dark)
+    through = gate.require_receipt(dark, allow_failed=True)
+    assert through.overridden and not through.passed
+    # A smoke verdict reached on waved-through data doesn't become a clean one.
+    gate.write_receipt(dark, "smoke-cvs", True, "go", overridden=through.overridden)
+    with pytest.raises(gate.GateRefusal, match="overridden"):
+        gate.require_receipt(dark, "smoke-cvs")
+    assert gate.require_receipt(dark, "smoke-cvs", allow_failed=True).overridden
+
+
+def test_receipts_in_hand_broken_receipts_and_subsets(written: MultiViewDataset):
+    verdict = gate.validate(written, progress=False)
+    receipt = gate.issue_receipt(written, verdict)
+    path = written.path / "receipts" / "gate.json"
+    for text in ("{", "[]", '{"kind": "gate"}', '{"reasons": 3}'):
+        path.write_text(text)
+        with pytest.raises(gate.GateRefusal, match="receipt"):
+            gate.require_receipt(written)
+    assert gate.require_receipt(written, receipt=receipt) == receipt
+    with pytest.raises(gate.GateRefusal, match="kind"):
+        gate.require_receipt(written, "smoke-cvs", receipt=receipt)
+    with pytest.raises(ValueError, match="kind"):
+        gate.read_receipt(written, "diploma")
+    with pytest.raises(ValueError, match="subset"):
+        gate.issue_receipt(written.subset([0]), verdict)
