@@ -187,7 +187,9 @@ def read_object(root: Path, record: Record, size: int, count: int) -> ObjectView
             rgb=torch.stack(rgb),
             alpha=torch.stack(alpha),
             cameras=_layouts.stack_cameras(cameras),
-            pivot=torch.tensor(input_pose.get("pivot", [0.0, 0.0, 0.0])),
+            pivot=torch.from_numpy(
+                _layouts.array(input_pose, "pivot", (3,), at("input_pose.json"))
+            ),
             depth=torch.stack(depth) if len(depth) == len(rgb) else None,
             input_depth=_layouts.read_depth(at("input_depth.png"), scale) if scale else None,
             identity_rgb=_layouts.read_png(at("identity.png"), "RGB")

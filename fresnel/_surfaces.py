@@ -147,7 +147,9 @@ def _smooth_normals(corners: NDArray[np.float64]) -> NDArray[np.float64]:
     for k in range(min(int(count.max()), 64)):
         rows = np.nonzero(count > k)[0]
         other = face[first[rows] + k]
-        close = (unit[face[rows]] * unit[other]).sum(axis=1) > math.cos(math.radians(CREASE_DEG))
+        close = np.einsum("ij,ij->i", unit[face[rows]], unit[other]) > math.cos(
+            math.radians(CREASE_DEG)
+        )
         total[rows] += area_normals[other] * close[:, None]
     total += 1e-6 * area_normals[face]
     normals = np.empty_like(total)
@@ -206,24 +208,28 @@ def shade(
     towards_viewer: Floats,
 ) -> Floats:
     """sRGB colours (n, 3) of n points: face index, barycentrics u, v, direction to the viewer."""
-    weights = np.stack([1 - u - v, u, v], axis=1)[:, :, None]
-    normal = (surface.normals[face] * weights).sum(axis=1)
-    facing = (normal * towards_viewer).sum(axis=1, keepdims=True)
-    normal *= np.where(facing < 0, -1, 1) / np.maximum(
-        np.linalg.norm(normal, axis=1, keepdims=True), 1e-12
-    )
+    normal = _interpolate(surface.normals[face], u, v)
+    facing = np.einsum("ij,ij->i", normal, towards_viewer)
+    length = np.sqrt(np.einsum("ij,ij->i", normal, normal))
+    normal *= (np.where(facing < 0, -1, 1) / np.maximum(length, 1e-12))[:, None]
     light = np.full((len(face), 1), AMBIENT, np.float32)
     for direction, strength in LIGHTS:
         unit = np.asarray(direction, np.float32) / np.float32(math.hypot(*direction))
         light += np.float32(strength) * np.maximum(normal @ unit[:, None], 0)
-    color = (surface.colors[face] * weights).sum(axis=1)
+    color = _interpolate(surface.colors[face], u, v)
     texture = surface.texture[face]
     for index, image in enumerate(surface.textures):
         rows = np.nonzero(texture == index)[0]
         if len(rows):
-            uv = (surface.uvs[face[rows]] * weights[rows]).sum(axis=1)
+            uv = _interpolate(surface.uvs[face[rows]], u[rows], v[rows])
             color[rows] *= _bilinear(image, uv)
     return linear_to_srgb(color * light)
+
+
+def _interpolate(corners: Floats, u: Floats, v: Floats) -> Floats:
+    """Values at barycentrics u, v of triangles whose corners have (n, 3, k) values."""
+    u, v = u[:, None], v[:, None]
+    return corners[:, 0] * (1 - u - v) + corners[:, 1] * u + corners[:, 2] * v
 
 
 def _bilinear(image: Floats, uv: Floats) -> Floats:

@@ -129,15 +129,15 @@ def _pixel_boxes(
     solid: Surface, viewmats: np.ndarray, Ks: np.ndarray, width: int, height: int
 ) -> list[tuple[int, int, int, int]]:
     """Per view the pixels (x0, x1, y0, y1) that the mesh can touch; rays elsewhere are spared."""
-    points = solid.corners.reshape(-1, 3)
+    points = np.ascontiguousarray(solid.corners.reshape(-1, 3).T)
     boxes = []
     for viewmat, K in zip(viewmats, Ks, strict=True):
-        seen = points @ viewmat[:3, :3].T + viewmat[:3, 3]
-        if seen[:, 2].min() < 1e-3:  # behind or at the camera: the projection bounds nothing
+        seen = viewmat[:3, :3].astype(np.float32) @ points + viewmat[:3, 3:].astype(np.float32)
+        if seen[2].min() < 1e-3:  # behind or at the camera: the projection bounds nothing
             boxes.append((0, width, 0, height))
             continue
-        pixels = (seen @ K.T)[:, :2] / seen[:, 2:]
-        low, high = np.floor(pixels.min(axis=0)), np.ceil(pixels.max(axis=0))
+        pixels = (K[:2].astype(np.float32) @ seen) / seen[2]
+        low, high = np.floor(pixels.min(axis=1) - 0.01), np.ceil(pixels.max(axis=1) + 0.01)
         x0, y0 = (int(value) for value in np.clip(low, 0, (width, height)))
         x1, y1 = (int(value) for value in np.clip(high, 0, (width, height)))
         boxes.append((x0, x1, y0, y1))
@@ -192,9 +192,11 @@ def _trace(
     result[rows, :3] = shade(solid, face, hits["u"][rows], hits["v"][rows], -directions[rows])
     result[rows, 3] = 1
     result[rows, 4] = hits["tfar"][rows]
-    result = result.reshape(len(pixels), samples, 5).mean(axis=1)
-    result[:, 4] /= np.maximum(result[:, 3], np.float32(0.5 / samples))
-    return result
+    mean = np.zeros((len(pixels), 5), np.float32)
+    for k in range(samples):
+        mean += result[k::samples] / np.float32(samples)
+    mean[:, 4] /= np.maximum(mean[:, 3], np.float32(0.5 / samples))
+    return mean
 
 
 # --- data from objects -------------------------------------------------------------------------
