@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -84,7 +85,7 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
     }
     resources = {"page": page, "metadata": {"path": str(source.parent)}}
     body, _ = exporter.from_notebook_node(notebook, resources=resources)
-    write_atomic(destination, body.replace("<!--toc-->", _contents(body), 1))
+    write_atomic(destination, _with_contents(body))
     return destination
 
 
@@ -233,13 +234,21 @@ def _parameter_rows(
     ]
 
 
-def _contents(body: str) -> str:
-    headings = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body, re.DOTALL)
-    links = "".join(
-        f'<li><a href="#{quote(html.unescape(key))}">{re.sub("<[^>]+>", "", text)}</a></li>'
-        for key, text in headings
-    )
-    return f"<ol>{links}</ol>"
+def _with_contents(body: str) -> str:
+    """`body` with an id on every section heading, and the list of them where the page wants it."""
+    links, used = [], set()
+
+    def mark(match: re.Match[str]) -> str:
+        text = re.sub("<[^>]+>", "", match.group(2))
+        stem = re.sub(r"[^\w]+", "-", html.unescape(text).lower()).strip("-") or "section"
+        tries = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        key = next(key for key in tries if key not in used)
+        used.add(key)
+        links.append(f'<li><a href="#{quote(key)}">{text}</a></li>')
+        return f'<h2 id="{key}">{match.group(2)}</h2>'
+
+    body = re.sub(r"<h2( [^>]*)?>(.*?)</h2>", mark, body, flags=re.DOTALL)
+    return body.replace("<!--toc-->", f"<ol>{''.join(links)}</ol>", 1)
 
 
 def _thumbnail(path: Path, longest_px: int = 352) -> str | None:

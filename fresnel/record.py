@@ -86,6 +86,10 @@ class RunRecord:
         """The one word for a person: the verdict of a finished run, else the status."""
         return self.verdict if self.status == "finished" and self.verdict else self.status.upper()
 
+    def _repr_markdown_(self) -> str:
+        lines = [f"**{self.badge}.** {self.error or self.summary}"]
+        return "\n".join([*lines, "", *(f"- {reason}" for reason in self.reasons)])
+
     def replace(self, **changes: Any) -> RunRecord:
         return dataclasses.replace(self, **changes)
 

@@ -359,16 +359,12 @@ def _settle(
     if error is None and record.status == "running":
         error = "The notebook ended without a verdict: its last cell must call finish()."
     if error is not None:
-        duration = time.perf_counter() - begun
-        record = record.replace(
-            status="crashed",
-            verdict=None,
-            error=error,
-            duration_s=duration,
-            cost_usd=record.price_per_hour_usd * duration / 3600.0,
-        )
-    elif not record.duration_s:
-        record = record.replace(duration_s=time.perf_counter() - begun)
+        record = record.replace(status="crashed", verdict=None, error=error)
+    # the notebook's clock misses the kernel's start and end, which the machine's owner pays too
+    duration = time.perf_counter() - begun
+    record = record.replace(
+        duration_s=duration, cost_usd=record.price_per_hour_usd * duration / 3600.0
+    )
     artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
     if "thumbnail" not in artifacts and _first_picture(executed, directory / THUMBNAIL_NAME):
         artifacts["thumbnail"] = THUMBNAIL_NAME

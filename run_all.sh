@@ -1,0 +1,187 @@
+#!/usr/bin/env bash
+# One command from a fresh clone to reports/index.html. ./run_all.sh --help tells the rest.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+here=$PWD
+venv=$root/.venv
+fail() { printf 'run_all.sh: %s\n' "$*" >&2; exit 2; }
+say() { printf '%s\n' "$*" >&2; }
+
+usage() {
+    cat <<'TEXT'
+Usage: ./run_all.sh [--profile auto|cpu|gpu] [--only STEP] [--list] [--reports DIR]
+                                  run the notebooks of a profile, build reports/index.html
+       ./run_all.sh NOTEBOOK.ipynb [-p NAME VALUE]... [-f PARAMS.yaml] [--name RUN]
+                                  run one notebook into a report
+       ./run_all.sh validate DATASET [--json]
+                                  gate a dataset; exit 0 passes, 1 fails
+       ./run_all.sh lab           open the notebooks in JupyterLab
+       ./run_all.sh test          ruff, mypy, nbstripout, pytest
+       ./run_all.sh setup         only make the environment
+       ./run_all.sh lock          make requirements.lock again, from a fresh environment
+       ./run_all.sh --help
+
+The environment is made on the first call, and again only when requirements.lock or
+pyproject.toml has changed: the active conda environment if there is one (make it with
+`conda env create -f environment.yml`), else .venv from requirements.lock.
+
+Variables:
+  FRESNEL_PYTHON   use this Python as it is and install nothing, e.g. FRESNEL_PYTHON=python3 on a
+                   machine whose Python has a working CUDA torch, or that has no network
+  FRESNEL_BASE     the Python 3.11+ to make .venv with (default: the first of python3.13 ... python3)
+
+Exit status: 0 all well; 1 a notebook crashed, or a verdict was not the expected one, or a test
+failed; 2 wrong use, or no environment; 130 stopped.
+TEXT
+}
+
+modern() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${FRESNEL_BASE:-python3 python3.11 python3.12 python3.13 python}; do
+        if command -v "$candidate" >/dev/null && modern "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "needs Python 3.11 or newer; found none${FRESNEL_BASE:+ in FRESNEL_BASE=$FRESNEL_BASE}"
+}
+
+make_venv() {  # make_venv FOLDER
+    local python
+    python=$(find_python)
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$python cannot make environments (no venv or ensurepip); on Debian or Ubuntu:" \
+            "apt-get install python3-venv"
+    "$python" -m venv --clear "$1" || fail "could not make the environment $1"
+}
+
+install_into() {  # install_into PYTHON STAMP
+    local python=$1 stamp=$2 wanted
+    wanted=$("$python" - "$root" <<'PY'
+import hashlib, pathlib, sys
+root = pathlib.Path(sys.argv[1])
+digest = hashlib.sha256(f"{sys.version_info[:2]} {root}".encode())
+for name in ("requirements.lock", "pyproject.toml"):
+    digest.update((root / name).read_bytes())
+print(digest.hexdigest())
+PY
+    )
+    [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
+    say "Setting up the environment (once; several minutes, about 2 GB with a CPU torch)."
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.lock" ||
+        fail "could not install requirements.lock; see above. No network? Set FRESNEL_PYTHON."
+    "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+        -e "$root" || fail "could not install the project itself; see above"
+    printf '%s\n' "$wanted" >"$stamp"
+}
+
+choose_python() {  # sets $python, and sets the environment up where that is ours to do
+    if [[ -n ${FRESNEL_PYTHON:-} ]]; then
+        python=$(command -v -- "$FRESNEL_PYTHON") || fail "FRESNEL_PYTHON=$FRESNEL_PYTHON: not found"
+        modern "$python" || fail "FRESNEL_PYTHON=$FRESNEL_PYTHON: is older than Python 3.11"
+        return
+    fi
+    if [[ -n ${CONDA_PREFIX:-} && -x $CONDA_PREFIX/bin/python ]] &&
+        modern "$CONDA_PREFIX/bin/python"; then
+        if [[ ${CONDA_DEFAULT_ENV:-} != base ]]; then
+            python=$CONDA_PREFIX/bin/python
+            install_into "$python" "$CONDA_PREFIX/.fresnel-stamp"
+            return
+        fi
+        say "conda's base environment is left alone; using .venv."
+    fi
+    python=$venv/bin/python
+    # two first calls at once must not set up the same folder together
+    exec 9>"$root/.venv.lock"
+    if command -v flock >/dev/null; then flock 9; fi
+    if ! { [[ -x $python ]] && modern "$python" && "$python" -m pip --version >/dev/null 2>&1; }; then
+        make_venv "$venv"
+    fi
+    install_into "$python" "$venv/.fresnel-stamp"
+    exec 9>&-
+}
+
+run_fresnel() {
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+    exec "$python" -m fresnel "$@"
+}
+
+run_tests() {
+    local status=0
+    cd "$root"
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-1}
+    step() { say "== $*"; "$@" || { status=1; say "run_all.sh: failed: $*"; }; }
+    local code=(fresnel tests notebooks)
+    if [[ -d benchmarks ]]; then code+=(benchmarks); fi
+    step "$python" -m ruff check "${code[@]}"
+    step "$python" -m ruff format --check "${code[@]}"
+    step "$python" -m mypy fresnel
+    shopt -s nullglob
+    local notebooks=(notebooks/*.ipynb)
+    if ((${#notebooks[@]})); then
+        step "$python" -m nbstripout --verify "${notebooks[@]}"
+    fi
+    step "$python" -m pytest -n 2 "$@"
+    exit "$status"
+}
+
+make_lock() {
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    make_venv "$folder/venv"
+    "$folder/venv/bin/python" - "$root/pyproject.toml" >"$folder/wanted.txt" <<'PY'
+import sys, tomllib
+with open(sys.argv[1], "rb") as stream:
+    file = tomllib.load(stream)
+project = file["project"]
+print(*file["build-system"]["requires"], sep="\n")
+print(*project["dependencies"], *project["optional-dependencies"]["dev"], sep="\n")
+PY
+    printf '%s\n' "torch==${FRESNEL_TORCH:-2.13.0}" >>"$folder/wanted.txt"
+    say "Resolving in a fresh environment."
+    "$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        -r "$folder/wanted.txt" || fail "could not resolve the requirements; see above"
+    {
+        cat <<'TEXT'
+# Everything pyproject.toml and its extra "dev" need, pinned.
+# Made by ./run_all.sh lock (a fresh environment with pyproject's requirements, then pip freeze;
+# FRESNEL_TORCH=2.13.0 chooses torch). torch has no +cpu or +cu suffix, and what only its CUDA
+# builds need is left out, so that the same file serves machines with and without a GPU.
+TEXT
+        "$folder/venv/bin/python" -m pip freeze --all |
+            grep -v -i -E '^(pip|wheel|triton|pytorch-triton|nvidia-[a-z0-9_.-]*|cuda-[a-z0-9_.-]*)(==| @)' |
+            sed -E 's/^([^=]+==[^+]+)\+.*$/\1/' | LC_ALL=C sort -f
+    } >"$folder/requirements.lock"
+    mv "$folder/requirements.lock" "$root/requirements.lock"
+    say "Wrote requirements.lock."
+}
+
+case ${1:-} in
+    -h | --help | help) usage ;;
+    lock) make_lock ;;
+    setup) choose_python; say "Python: $python" ;;
+    test) shift; choose_python; run_tests "$@" ;;
+    lab) shift; choose_python; cd "$root"; exec "$python" -m jupyter lab --notebook-dir "$root/notebooks" "$@" ;;
+    validate) shift; choose_python; run_fresnel validate "$@" ;;
+    index) shift; choose_python; cd "$root"; run_fresnel index "$@" ;;
+    *.ipynb)
+        notebook=$1
+        shift
+        if [[ ! -f $notebook && -f $root/$notebook ]]; then notebook=$root/$notebook; fi
+        [[ -f $notebook ]] || fail "no such notebook: $notebook"
+        notebook=$(cd -- "$(dirname -- "$notebook")" && pwd -P)/$(basename -- "$notebook")
+        choose_python
+        cd "$root"
+        run_fresnel run "$notebook" "$@"
+        ;;
+    "" | --profile | --profile=* | --only | --only=* | --list | --reports | --reports=*)
+        choose_python
+        cd "$root"
+        run_fresnel run "$@"
+        ;;
+    *) usage >&2; fail "does not know '$1' (called from $here)" ;;
+esac
