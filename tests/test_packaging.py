@@ -1,0 +1,116 @@
+"""pyproject.toml, requirements.lock and environment.yml agree, and the shell script holds up."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK_LINES = [
+    line
+    for line in (ROOT / "requirements.lock").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+LOCK = {
+    canonicalize_name(name): Version(version)
+    for name, _, version in (line.partition("==") for line in LOCK_LINES)
+}
+DIRECT = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
+DEV = [Requirement(text) for text in PROJECT["project"]["optional-dependencies"]["dev"]]
+BUILD = [Requirement(text) for text in PROJECT["build-system"]["requires"]]
+
+
+@pytest.mark.parametrize("requirement", [*DIRECT, *DEV, *BUILD], ids=str)
+def test_every_requirement_is_locked_within_its_bounds(requirement: Requirement) -> None:
+    version = LOCK.get(canonicalize_name(requirement.name))
+    assert version is not None, f"requirements.lock lacks {requirement.name}: ./run_all.sh lock"
+    assert requirement.specifier.contains(version, prereleases=True)
+
+
+def test_the_lock_is_pinned_and_free_of_cuda() -> None:
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line) for line in LOCK_LINES)
+    assert len(LOCK) == len(LOCK_LINES)
+    assert not [name for name in LOCK if re.match(r"nvidia|triton|cuda|pytorch-triton", name)]
+    assert LOCK["torch"] == Version("2.13.0")
+    assert {"isal", "zstandard"} <= LOCK.keys()  # gsply's extra "spz"
+
+
+def test_named_dependencies_are_direct() -> None:
+    named = {"jupyterlab", "papermill", "nbconvert", "matplotlib", "numpy", "pillow", "torch"}
+    assert named | {"gsplat"} <= {requirement.name for requirement in DIRECT}
+
+
+def test_conda_environment_uses_lock_and_project() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == PROJECT["project"]["name"]
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert pip == ["-r requirements.lock", "-e ."]
+    python = next(entry for entry in conda if entry.startswith("python"))
+    wanted = Requirement("python" + PROJECT["project"]["requires-python"])
+    assert wanted.specifier.contains(python.partition("=")[2])
+
+
+def test_every_data_file_is_in_the_package() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["fresnel"]
+    package = ROOT / "fresnel"
+    files = [
+        path.relative_to(package).as_posix()
+        for folder in ("assets", "templates")
+        for path in (package / folder).rglob("*")
+        if path.is_file()
+    ]
+    assert files
+    for name in files:
+        assert any(fnmatch(name, pattern.replace("/**/", "/")) for pattern in patterns), name
+
+
+def script(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(ROOT / "run_all.sh"), *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_script_helps_from_anywhere(tmp_path: Path) -> None:
+    done = script("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("--profile", "lab", "test", "FRESNEL_PYTHON"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--nonsense"], {}, "does not know '--nonsense'"),
+        (["notebooks/none.ipynb"], {}, "no such notebook"),
+        (["setup"], {"FRESNEL_PYTHON": "no-such-python"}, "no-such-python: not found"),
+    ],
+)
+def test_script_says_what_is_wrong(
+    arguments: list[str], environment: dict[str, str], message: str
+) -> None:
+    done = script(*arguments, **environment)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_ci_calls_the_one_test_command() -> None:
+    assert "./run_all.sh test" in (ROOT / ".ci" / "run").read_text()
+    for path in (ROOT / "run_all.sh", ROOT / ".ci" / "run"):
+        assert os.access(path, os.X_OK)
+        assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
