@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from fresnel.cameras import Cameras, relative_azimuth_deg
+from fresnel.dataset import InputImages, MultiViewDataset, ViewTensors
 from fresnel.render import Views
 
-if TYPE_CHECKING:
-    from fresnel.dataset import InputImages, MultiViewDataset, ViewTensors
-
-Predictor = Callable[["InputImages", Cameras], Views]
+Predictor = Callable[[InputImages, Cameras], Views]
 """Input images (M) and target cameras (M, V) in, `Views` (M, V, H, W, ...) over black out."""
 
 AZIMUTH_BINS = (("0-30", 30.0), ("30-60", 60.0), ("60-90", 90.0), ("90-180", 180.0))
@@ -137,22 +135,17 @@ def evaluate(
         raise ValueError(f"batch: got {batch}, want at least 1")
     from tqdm.auto import tqdm
 
-    whole = _as_tensors(data)
     rows: list[dict[str, Any]] = []
     starts = range(0, len(data), batch)
     for start in tqdm(starts, desc="evaluate", disable=None if progress else True, delay=2):
         stop = min(start + batch, len(data))
-        if whole is None:
+        if isinstance(data, MultiViewDataset):
             part = data.subset(range(start, stop)).tensors(size=size, device=device)
         else:
-            part = whole[start:stop]
+            part = data[start:stop]
         with torch.no_grad():
             rows += _compare(predictor(part.inputs, part.cameras), part, background)
     return rows
-
-
-def _as_tensors(data: MultiViewDataset | ViewTensors) -> ViewTensors | None:
-    return None if hasattr(data, "subset") else data  # type: ignore[return-value]
 
 
 def _compare(views: Views, part: ViewTensors, background: Sequence[float]) -> list[dict[str, Any]]:

@@ -53,9 +53,10 @@ class GateRefusal(RuntimeError):
 class _Data(Protocol):
     """What `validate` needs of a `MultiViewDataset`; lists of records in tests have it too."""
 
-    background: Any
-    content_hash: str
-
+    @property
+    def background(self) -> Any: ...
+    @property
+    def content_hash(self) -> str: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
 

@@ -87,7 +87,7 @@ def views_of(
         colors = 0.3 + 0.7 * torch.rand(3, 3, generator=generator)
     elevations = torch.rand(views, generator=generator) * 75 - 30
     azimuth = float(torch.rand(1, generator=generator)) * 360
-    optics = {"focal_px": 1.2 * size, "width": size, "height": size}
+    optics: dict[str, Any] = {"focal_px": 1.2 * size, "width": size, "height": size}
     camera = orbit(azimuth, 15.0, 2.2, pivot=centre, **optics)
     azimuths = azimuth + torch.arange(views) * (360 / views)
     cameras = orbit(azimuths, elevations, radius, pivot=pivot, **optics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def oracle(data: ViewTensors, gain: float = 1.0) -> ev.Predictor:
     return predict
 
 
-def test_srgb_curve_and_luminance_have_their_known_values():
+def test_srgb_curve_and_luminance_have_their_known_values() -> None:
     encoded = torch.tensor([0.0, 0.04045, 0.5, 1.0], dtype=torch.float64)
     want = torch.tensor([0.0, 0.0031308, 0.2140411, 1.0], dtype=torch.float64)
     torch.testing.assert_close(ev.srgb_to_linear(encoded), want, atol=1e-6, rtol=0)
@@ -62,7 +63,7 @@ def test_srgb_curve_and_luminance_have_their_known_values():
         ev.luminance(torch.ones(3, 4))
 
 
-def test_psnr_matches_its_closed_form_and_torchmetrics():
+def test_psnr_matches_its_closed_form_and_torchmetrics() -> None:
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     target = torch.rand(2, 8, 8, 3, generator=torch.Generator().manual_seed(0)) * 0.8
@@ -73,7 +74,7 @@ def test_psnr_matches_its_closed_form_and_torchmetrics():
     assert ev.psnr(noisy, target).tolist() == pytest.approx(want, abs=1e-4)
 
 
-def test_masked_psnr_sees_only_the_mask():
+def test_masked_psnr_sees_only_the_mask() -> None:
     target, mask = torch.zeros(2, 8, 8, 3), torch.zeros(2, 8, 8, dtype=torch.bool)
     mask[0, :2] = True
     output = target.clone()
@@ -84,7 +85,7 @@ def test_masked_psnr_sees_only_the_mask():
     assert math.isnan(second)
 
 
-def test_ssim_is_torchmetrics_ssim():
+def test_ssim_is_torchmetrics_ssim() -> None:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     generator = torch.Generator().manual_seed(1)
@@ -113,11 +114,11 @@ def test_ssim_is_torchmetrics_ssim():
         (-180.0001, "90-180"),
     ],
 )
-def test_azimuth_bins(azimuth: float, name: str):
+def test_azimuth_bins(azimuth: float, name: str) -> None:
     assert ev.azimuth_bin(azimuth) == name
 
 
-def test_a_perfect_prediction_is_perfect_on_any_background():
+def test_a_perfect_prediction_is_perfect_on_any_background() -> None:
     data = tensors()
     for background in ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)):
         rows = ev.evaluate(oracle(data), data, batch=2, background=background, progress=False)
@@ -131,7 +132,7 @@ def test_a_perfect_prediction_is_perfect_on_any_background():
     assert azimuths == pytest.approx([0, 90, 180, -90], abs=1e-3) or azimuths[2] < 0
 
 
-def test_luminance_ratio_is_of_linear_light():
+def test_luminance_ratio_is_of_linear_light() -> None:
     data = tensors(1)
     data = ViewTensors(
         data.names,
@@ -147,7 +148,7 @@ def test_luminance_ratio_is_of_linear_light():
     assert rows[0]["coverage_ratio"] == pytest.approx(1.0)
 
 
-def test_white_background_shows_what_black_hides():
+def test_white_background_shows_what_black_hides() -> None:
     """A black picture of a dark object scores well over black, badly over white."""
     data = tensors()
     black = ev.baselines(data)["black_image"]
@@ -158,7 +159,7 @@ def test_white_background_shows_what_black_hides():
     assert over_black["psnr_foreground"] != over_white["psnr_foreground"]
 
 
-def test_baselines_are_what_they_say():
+def test_baselines_are_what_they_say() -> None:
     data = tensors()
     inputs, cameras = data.inputs, data.cameras
     predictors = ev.baselines(data)
@@ -172,7 +173,7 @@ def test_baselines_are_what_they_say():
     assert other.rgb.shape == (3, 4, 8, 8, 3)
 
 
-def test_a_predictor_with_a_wrong_shape_or_nan_is_named():
+def test_a_predictor_with_a_wrong_shape_or_nan_is_named() -> None:
     data = tensors(1)
 
     def wrong(inputs: InputImages, cameras: Cameras) -> Views:
@@ -189,13 +190,13 @@ def test_a_predictor_with_a_wrong_shape_or_nan_is_named():
         ev.evaluate(nan, data, batch=0)
 
 
-def row(name: str, bin_: str = "0-30", **values: float) -> dict:
+def row(name: str, bin_: str = "0-30", **values: float) -> dict[str, Any]:
     base = dict.fromkeys((*ev.MEANS, *ev.RATIOS, "luminance", "coverage"), 0.0)
     base |= {"luminance_target": 1.0, "coverage_target": 1.0}
     return {"object": ev.object_name(name), "record": name, "bin": bin_, **base, **values}
 
 
-def test_ratios_are_ratios_of_sums_per_object():
+def test_ratios_are_ratios_of_sums_per_object() -> None:
     rows = [
         row("a__0", luminance=1.0, luminance_target=10.0),
         row("a__1", luminance=2.0, luminance_target=0.5),
@@ -206,7 +207,7 @@ def test_ratios_are_ratios_of_sums_per_object():
     assert summary["luminance_ratio"] == pytest.approx((3 / 10.5 + 1) / 2)
 
 
-def test_views_of_one_object_are_one_piece_of_evidence():
+def test_views_of_one_object_are_one_piece_of_evidence() -> None:
     """Ten copies of every view must not narrow the interval."""
     rows = [row(f"object{i}__0", psnr=20.0 + i) for i in range(8)]
     many = [dict(r, record=f"{r['object']}__{k}") for r in rows for k in range(10)]
@@ -217,7 +218,7 @@ def test_views_of_one_object_are_one_piece_of_evidence():
     assert few["psnr_high"] - few["psnr_low"] == pytest.approx(2 * 1.96 * 0.81, rel=0.15)
 
 
-def test_summary_bins_nan_and_single_objects():
+def test_summary_bins_nan_and_single_objects() -> None:
     rows = [row("a", psnr=10.0), row("a", "90-180", psnr=20.0, psnr_foreground=math.nan)]
     summary = {entry["bin"]: entry for entry in ev.summarise(rows)}
     assert list(summary) == ["0-30", "90-180", "all"]
@@ -233,11 +234,11 @@ def test_summary_bins_nan_and_single_objects():
     ("record", "name"),
     [("chair__0", "chair"), ("a__b__12", "a__b"), ("a__b", "a__b"), ("plain", "plain")],
 )
-def test_object_names(record: str, name: str):
+def test_object_names(record: str, name: str) -> None:
     assert ev.object_name(record) == name
 
 
-def test_tables_escape_and_align():
+def test_tables_escape_and_align() -> None:
     summary = ev.summarise([row("a", psnr=1.0), row("b", psnr=3.0)])
     text = ev.table({"copy | <input>": summary}, metrics=("psnr",))
     lines = text.splitlines()

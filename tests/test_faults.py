@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -24,17 +26,17 @@ def corrupted(healthy: Memory, fault: str, strength: float) -> list[ObjectViews]
     return list(faults.corrupt(healthy.records, fault, strength, background=healthy.background))
 
 
-def test_every_fault_has_an_expected_reason():
+def test_every_fault_has_an_expected_reason() -> None:
     assert faults.EXPECTED.keys() == faults.FAULTS.keys()
 
 
-def test_healthy_boxes_pass(healthy: Memory):
+def test_healthy_boxes_pass(healthy: Memory) -> None:
     verdict = gate.validate(healthy, progress=False)
     assert verdict.passed, verdict.summary
 
 
 @pytest.mark.parametrize("fault", sorted(faults.FAULTS))
-def test_the_gate_names_the_fault_first(healthy: Memory, fault: str):
+def test_the_gate_names_the_fault_first(healthy: Memory, fault: str) -> None:
     code, strength = faults.EXPECTED[fault]
     verdict = gate.validate(
         Memory(corrupted(healthy, fault, strength), healthy.background), progress=False
@@ -44,7 +46,7 @@ def test_the_gate_names_the_fault_first(healthy: Memory, fault: str):
 
 
 @pytest.mark.parametrize("fault", sorted(faults.FAULTS))
-def test_faults_are_deterministic_and_leave_their_source_alone(fault: str):
+def test_faults_are_deterministic_and_leave_their_source_alone(fault: str) -> None:
     source = views_of(0, size=16)
     before = source.rgb.clone(), source.alpha.clone(), source.cameras.viewmats.clone()
     a, b = (next(faults.corrupt([source], fault, 0.5, seed=3)) for _ in range(2))
@@ -55,7 +57,7 @@ def test_faults_are_deterministic_and_leave_their_source_alone(fault: str):
     assert a.rgb.shape == source.rgb.shape and a.alpha.shape == source.alpha.shape
 
 
-def test_darken_scales_linear_light_of_the_object_only():
+def test_darken_scales_linear_light_of_the_object_only() -> None:
     source = views_of(1, background=1.0)
     dark = faults.darken(source, 0.75, np.random.default_rng(0), (1.0, 1.0, 1.0))
     solid = source.alpha == 255
@@ -66,7 +68,7 @@ def test_darken_scales_linear_light_of_the_object_only():
     assert torch.equal(dark.alpha, source.alpha)
 
 
-def test_empty_views_are_background_and_black_views_are_not_empty():
+def test_empty_views_are_background_and_black_views_are_not_empty() -> None:
     source = views_of(2)
     empty = faults.empty_views(source, 0.5, np.random.default_rng(0), (0.0, 0.0, 0.0))
     assert ((empty.alpha.sum(dim=(1, 2)) == 0) & (empty.rgb.sum(dim=(1, 2, 3)) == 0)).sum() == 4
@@ -76,7 +78,7 @@ def test_empty_views_are_background_and_black_views_are_not_empty():
     assert torch.equal(black.alpha, source.alpha)
 
 
-def test_pivot_offset_moves_the_pictures_as_a_real_render_would():
+def test_pivot_offset_moves_the_pictures_as_a_real_render_would() -> None:
     """The box seen around a wrong pivot: compare the approximation with ray casting."""
     from boxes import cast
 
@@ -91,7 +93,7 @@ def test_pivot_offset_moves_the_pictures_as_a_real_render_would():
     assert float(shift) == pytest.approx(0.15 * 2.2, rel=1e-3)
 
 
-def test_unknown_faults_and_strengths_are_refused():
+def test_unknown_faults_and_strengths_are_refused() -> None:
     with pytest.raises(ValueError, match="fault: got 'rust'"):
         next(faults.corrupt([views_of(0, size=8)], "rust", 0.5))
     for strength in (0.0, 1.5):
@@ -99,7 +101,7 @@ def test_unknown_faults_and_strengths_are_refused():
             next(faults.corrupt([views_of(0, size=8)], "blur", strength))
 
 
-def test_apply_writes_a_dataset_that_says_what_was_done(tmp_path):
+def test_apply_writes_a_dataset_that_says_what_was_done(tmp_path: Path) -> None:
     records = [views_of(i, size=24) for i in range(3)]
     clean = dataset.write(tmp_path / "clean", records, meta={"source": "boxes"})
     dark = faults.apply(clean, "darken", 0.9, tmp_path / "dark")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +16,16 @@ from fresnel.cameras import orbit
 from fresnel.dataset import DatasetError, MultiViewDataset, ObjectViews
 
 
-def original(index: int, **kwargs) -> ObjectViews:
+def original(index: int, **kwargs: Any) -> ObjectViews:
     """The original experiment's mistake: the orbit's pivot is 3 units from the object."""
     return views_of(index, centre=(0.0, 0.0, -3.0), radius=2.0, **kwargs)
 
 
-def codes(records: list, **kwargs) -> list[str]:
+def codes(records: list[Any], **kwargs: Any) -> list[str]:
     return [r.code for r in gate.validate(Memory(records), progress=False, **kwargs).reasons]
 
 
-def test_healthy_data_passes_and_says_what_it_saw():
+def test_healthy_data_passes_and_says_what_it_saw() -> None:
     verdict = gate.validate(Memory([views_of(i) for i in range(12)]), progress=False)
     assert verdict.passed and verdict.reasons == ()
     assert verdict.examples_seen == verdict.examples_total == 12
@@ -38,7 +39,7 @@ def test_healthy_data_passes_and_says_what_it_saw():
     assert again["passed"] is True and len(again["measurements"]) == 96
 
 
-def test_the_original_geometry_is_refused_for_its_pivot_not_its_exposure():
+def test_the_original_geometry_is_refused_for_its_pivot_not_its_exposure() -> None:
     verdict = gate.validate(Memory([original(i) for i in range(10)]), progress=False)
     first, *others = verdict.reasons
     assert first.code == "pivot_offset"
@@ -49,13 +50,13 @@ def test_the_original_geometry_is_refused_for_its_pivot_not_its_exposure():
     assert not {"views_dark", "views_bright"} & {reason.code for reason in verdict.reasons}
 
 
-def test_the_pivot_is_found_without_depth_too():
+def test_the_pivot_is_found_without_depth_too() -> None:
     verdict = gate.validate(Memory([original(i, depth=False) for i in range(10)]), progress=False)
     assert verdict.reasons[0].code == "pivot_offset"
     assert any("no usable depth" in note for note in verdict.notes)
 
 
-def test_the_original_geometry_rendered_from_a_mesh():
+def test_the_original_geometry_rendered_from_a_mesh() -> None:
     trimesh = pytest.importorskip("trimesh")
     from fresnel import meshes
 
@@ -65,7 +66,7 @@ def test_the_original_geometry_rendered_from_a_mesh():
     for i in range(4):
         source = views_of(i)
         centre = torch.tensor([0.0, 0.0, 3.0])
-        optics = {"focal_px": 32.0, "width": 32, "height": 32}
+        optics: dict[str, Any] = {"focal_px": 32.0, "width": 32, "height": 32}
         azimuth, elevation = torch.arange(8) * 45.0, torch.linspace(-30, 45, 8)
         around = orbit(azimuth, elevation, 2.0, pivot=centre, **optics)
         views = meshes.render(trimesh.Scene([mesh]), around, samples=1)
@@ -110,18 +111,18 @@ GREY, DARK, WHITE = torch.full((3, 3), 0.5), torch.full((3, 3), 0.03), torch.one
     ],
     ids=["flat", "pole", "dark", "white", "plain", "cube"],
 )
-def test_unusual_but_healthy_objects_pass(look: dict, background: float):
+def test_unusual_but_healthy_objects_pass(look: dict[str, Any], background: float) -> None:
     records = [views_of(i, background=background, **look) for i in range(10)]
     verdict = gate.validate(Memory(records, (background,) * 3), progress=False)
     assert verdict.passed, verdict.summary
 
 
-def test_a_symmetric_object_seen_from_one_height_is_not_frozen():
+def test_a_symmetric_object_seen_from_one_height_is_not_frozen() -> None:
     """A plain solid of revolution looks the same from everywhere."""
     records = []
     for i in range(4):
         source = views_of(i)
-        optics = {"focal_px": 38.4, "width": 32, "height": 32}
+        optics: dict[str, Any] = {"focal_px": 38.4, "width": 32, "height": 32}
         cameras = orbit(torch.arange(8) * 45.0, 0.0, 2.2, pivot=(0, 0, 0), **optics)
         origins, directions = cameras.rays()
         along = -(origins * directions).sum(-1)
@@ -152,7 +153,7 @@ def test_a_symmetric_object_seen_from_one_height_is_not_frozen():
     assert codes(frozen)[0] == "frozen_views"
 
 
-def test_emptiness_is_not_called_exposure_and_darkness_not_emptiness():
+def test_emptiness_is_not_called_exposure_and_darkness_not_emptiness() -> None:
     healthy = [views_of(i) for i in range(10)]
     assert codes(list(faults.corrupt(healthy, "empty_views", 1.0)))[0] == "views_empty"
     verdict = gate.validate(Memory(list(faults.corrupt(healthy, "darken", 0.9))), progress=False)
@@ -161,14 +162,14 @@ def test_emptiness_is_not_called_exposure_and_darkness_not_emptiness():
     assert verdict.reasons[0].values["luminance_ratio"] == pytest.approx(0.1, abs=0.03)
 
 
-def test_ten_examples_decide_a_failure_and_the_rest_is_not_read():
+def test_ten_examples_decide_a_failure_and_the_rest_is_not_read() -> None:
     data = Memory(list(faults.corrupt([views_of(i % 3) for i in range(31)], "darken", 0.9)))
     verdict = gate.validate(data, progress=False)
     assert verdict.examples_seen == 10 and verdict.examples_total == 31
     assert {0, 30} <= set(data.read) and len(data.read) == 10
 
 
-def test_the_whole_set_is_read_when_the_first_ten_pass():
+def test_the_whole_set_is_read_when_the_first_ten_pass() -> None:
     records = [views_of(i % 4) for i in range(24)]
     bad = list(faults.corrupt(records, "nan_pose", 0.2))
     data = Memory([bad[i] if i == 1 else record for i, record in enumerate(records)])
@@ -176,7 +177,7 @@ def test_the_whole_set_is_read_when_the_first_ten_pass():
     assert verdict.reasons[0].code == "pose_invalid" and verdict.examples_seen == 24
 
 
-def test_one_record_or_none():
+def test_one_record_or_none() -> None:
     assert gate.validate(Memory([views_of(0)]), progress=False).passed
     verdict = gate.validate(Memory([]), progress=False)
     assert not verdict.passed and verdict.reasons[0].code == "no_data"
@@ -184,7 +185,7 @@ def test_one_record_or_none():
         gate.validate(Memory([views_of(0)]), first=0)
 
 
-def test_what_cannot_be_read_is_a_reason_not_a_crash():
+def test_what_cannot_be_read_is_a_reason_not_a_crash() -> None:
     records = [views_of(i) for i in range(4)]
     verdict = gate.validate(Memory([*records, DatasetError("rgb.png: truncated")]), progress=False)
     assert [reason.code for reason in verdict.reasons] == ["unreadable"]
@@ -194,7 +195,7 @@ def test_what_cannot_be_read_is_a_reason_not_a_crash():
     assert everything.reasons[0].code == "unreadable"
 
 
-def test_thresholds_can_be_set():
+def test_thresholds_can_be_set() -> None:
     records = [views_of(i) for i in range(5)]
     strict = gate.GateConfig(min_luminance_ratio=1.5)
     assert codes(records, config=strict) == ["views_dark"]
@@ -205,7 +206,7 @@ def written(tmp_path: Path) -> MultiViewDataset:
     return dataset.write(tmp_path / "set", [views_of(i, size=24) for i in range(3)], meta={})
 
 
-def test_a_receipt_lets_exactly_its_data_through(written: MultiViewDataset):
+def test_a_receipt_lets_exactly_its_data_through(written: MultiViewDataset) -> None:
     with pytest.raises(gate.GateRefusal, match="python -m fresnel validate"):
         gate.require_receipt(written)
     verdict = gate.validate(written, progress=False)
@@ -217,7 +218,7 @@ def test_a_receipt_lets_exactly_its_data_through(written: MultiViewDataset):
         gate.require_receipt(written, "smoke-cvs")
 
 
-def test_a_receipt_of_other_data_is_refused(written: MultiViewDataset, tmp_path: Path):
+def test_a_receipt_of_other_data_is_refused(written: MultiViewDataset, tmp_path: Path) -> None:
     gate.issue_receipt(written, gate.validate(written, progress=False))
     other = dataset.write(tmp_path / "other", [views_of(9, size=24)], meta={})
     (other.path / "receipts").mkdir()
@@ -229,7 +230,7 @@ def test_a_receipt_of_other_data_is_refused(written: MultiViewDataset, tmp_path:
         gate.issue_receipt(other, gate.validate(written, progress=False))
 
 
-def test_changed_files_void_the_receipt(written: MultiViewDataset):
+def test_changed_files_void_the_receipt(written: MultiViewDataset) -> None:
     gate.issue_receipt(written, gate.validate(written, progress=False))
     picture = next(written.path.rglob("view_000/rgb.png"))
     picture.write_bytes(picture.read_bytes() + b"\0")
@@ -237,7 +238,7 @@ def test_changed_files_void_the_receipt(written: MultiViewDataset):
         gate.require_receipt(written)
 
 
-def test_a_failed_receipt_needs_an_override_that_stays_visible(written: MultiViewDataset):
+def test_a_failed_receipt_needs_an_override_that_stays_visible(written: MultiViewDataset) -> None:
     dark = faults.apply(written, "darken", 0.9, written.path.parent / "dark")
     receipt = gate.issue_receipt(dark, gate.validate(dark, progress=False))
     assert not receipt.passed and receipt.reasons[0].startswith("views_dark: ")
@@ -252,7 +253,7 @@ def test_a_failed_receipt_needs_an_override_that_stays_visible(written: MultiVie
     assert gate.require_receipt(dark, "smoke-cvs", allow_failed=True).overridden
 
 
-def test_receipts_in_hand_broken_receipts_and_subsets(written: MultiViewDataset):
+def test_receipts_in_hand_broken_receipts_and_subsets(written: MultiViewDataset) -> None:
     verdict = gate.validate(written, progress=False)
     receipt = gate.issue_receipt(written, verdict)
     path = written.path / "receipts" / "gate.json"
