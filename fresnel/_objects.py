@@ -118,7 +118,7 @@ def zip_assets(path: str | Path, split: str | None = None) -> list[Asset]:
                 category=entry["category"],
                 member=entry["file"],
                 srgb_factors=True,
-                origin=entry["source"],
+                origin=entry.get("source", ""),
             )
             for entry in entries
             if split in (None, entry["split"])

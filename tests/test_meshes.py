@@ -1,0 +1,430 @@
+"""Ray-traced meshes: geometry, colour, anti-aliasing, objects, and the data made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+from fresnel import dataset, look_at, meshes, orbit
+from fresnel._objects import linear_factors
+from fresnel._surfaces import (
+    AMBIENT,
+    LIGHTS,
+    linear_to_srgb,
+    srgb_to_linear,
+    surface,
+)
+from fresnel.dataset import DatasetError
+
+PBR = trimesh.visual.material.PBRMaterial
+
+
+def camera(eye=(0.0, 0.0, 3.0), size=32, focal=1.2):
+    return look_at(
+        torch.tensor([eye]), (0.0, 0.0, 0.0), focal_px=focal * size, width=size, height=size
+    )
+
+
+def light(normal) -> float:
+    unit = np.array(normal) / np.linalg.norm(normal)
+    return AMBIENT + sum(
+        strength * max(0.0, float(unit @ (np.array(way) / np.linalg.norm(way))))
+        for way, strength in LIGHTS
+    )
+
+
+def quad(z=0.0, half=0.5, **visual) -> trimesh.Trimesh:
+    """A square in the z plane that faces +Z."""
+    vertices = [[-half, -half, z], [half, -half, z], [half, half, z], [-half, half, z]]
+    mesh = trimesh.Trimesh(vertices, [[0, 1, 2], [0, 2, 3]], process=False)
+    if visual:
+        mesh.visual = trimesh.visual.TextureVisuals(
+            uv=visual.pop("uv", [[0, 0], [1, 0], [1, 1], [0, 1]]), material=PBR(**visual)
+        )
+    return mesh
+
+
+def sphere(radius=0.5) -> trimesh.Trimesh:
+    return trimesh.creation.icosphere(subdivisions=3, radius=radius)
+
+
+# --- geometry ----------------------------------------------------------------------------------
+
+
+def test_coverage_and_depth_of_a_sphere_are_the_analytic_ones():
+    size, distance, radius = 64, 3.0, 0.5
+    views = meshes.render(sphere(radius), camera(size=size), samples=4)
+    assert views.rgb.shape == (1, size, size, 3) and views.rgb.dtype == torch.float32
+    assert views.alpha.shape == views.depth.shape == (1, size, size, 1)
+    silhouette = 1.2 * size * radius / (distance**2 - radius**2) ** 0.5
+    assert views.alpha.sum().item() == pytest.approx(np.pi * silhouette**2, rel=0.02)
+    assert views.depth[0, size // 2, size // 2, 0].item() == pytest.approx(2.5, abs=0.01)
+    assert (views.depth[views.alpha == 0] == 0).all()
+    assert (views.rgb[(views.alpha == 0).expand_as(views.rgb)] == 0).all()
+
+
+def test_pixels_follow_the_camera_convention():
+    # A small square up and to the right of the centre appears up and to the right.
+    mesh = quad(half=0.1)
+    mesh.apply_translation([0.5, 0.8, 0.0])
+    views = meshes.render(mesh, camera(size=60))
+    ys, xs = torch.nonzero(views.alpha[0, ..., 0], as_tuple=True)
+    # x = 30 + 72 * 0.5 / 3 = 42, y = 30 - 72 * 0.8 / 3 = 10.8, in pixels with centres at +0.5.
+    assert (xs.float() + 0.5).mean().item() == pytest.approx(42.0, abs=0.3)
+    assert (ys.float() + 0.5).mean().item() == pytest.approx(10.8, abs=0.3)
+
+
+def test_depth_is_along_the_axis_not_along_the_ray():
+    depth = meshes.render(quad(half=1.0), camera()).depth
+    assert torch.allclose(depth[depth > 0], torch.tensor(3.0), atol=1e-5)
+
+
+def test_off_centre_intrinsics_shift_the_picture():
+    cameras = camera(size=32)
+    shifted = cameras.Ks.clone()
+    shifted[:, 0, 2] += 4
+    moved = meshes.render(sphere(), type(cameras)(cameras.viewmats, shifted, 32, 32))
+    still = meshes.render(sphere(), cameras)
+    assert torch.allclose(moved.alpha[:, :, 4:], still.alpha[:, :, :-4])
+
+
+def test_edges_are_anti_aliased_on_a_stratified_grid():
+    offsets = meshes._sample_offsets(4)
+    assert sorted(offsets[:, 0].tolist()) == sorted(offsets[:, 1].tolist())
+    assert len(set(offsets[:, 0].tolist())) == 4
+    # A vertical edge covering half of a pixel's width covers half of its samples.
+    size = 30
+    mesh = quad(half=0.5 * 3 / (1.2 * size) * 9)  # 9 pixels wide: edges at 10.5 and 19.5
+    alpha = meshes.render(mesh, camera(size=size)).alpha[0, ..., 0]
+    assert alpha[15, 10].item() == pytest.approx(0.5)
+    assert alpha[15, 11].item() == 1 and alpha[15, 9].item() == 0
+    fine = meshes.render(mesh, camera(size=size), samples=16).alpha
+    assert fine.sum().item() == pytest.approx(81.0, rel=1e-3)
+    assert meshes.render(mesh, camera(size=size), samples=1).alpha.unique().tolist() == [0, 1]
+
+
+def test_colour_is_premultiplied_by_coverage():
+    views = meshes.render(sphere(), camera(), samples=9)
+    edge = (views.alpha > 0) & (views.alpha < 1)
+    straight = (views.rgb / views.alpha.clamp_min(1e-6))[edge.expand_as(views.rgb)]
+    assert edge.any() and (views.rgb <= views.alpha + 1e-5).all()
+    assert straight.min() > 0.2
+
+
+def test_a_camera_inside_the_mesh_sees_all_around_it():
+    inside = camera(eye=(0.0, 0.0, 0.1))
+    assert meshes.render(sphere(), inside).alpha.min() == 1
+
+
+def test_many_views_equal_one_by_one_and_chunks_do_not_show(monkeypatch):
+    cameras = orbit(
+        torch.tensor([0.0, 70.0, 200.0]),
+        torch.tensor([0.0, 30.0, -20.0]),
+        2.2,
+        pivot=(0, 0, 0),
+        focal_px=24.0,
+        width=20,
+        height=16,
+    )
+    box = trimesh.creation.box((0.6, 1.0, 0.4))
+    together = meshes.render(box, cameras)
+    for k in range(3):
+        alone = meshes.render(box, cameras[k : k + 1])
+        assert torch.equal(together.rgb[k], alone.rgb[0])
+        assert torch.equal(together.depth[k], alone.depth[0])
+    monkeypatch.setattr(meshes, "_RAYS_AT_ONCE", 100)
+    assert torch.equal(meshes.render(box, cameras).rgb, together.rgb)
+
+
+# --- colour ------------------------------------------------------------------------------------
+
+
+def center(views) -> list[float]:
+    _, height, width, _ = views.rgb.shape
+    return views.rgb[0, height // 2, width // 2].tolist()
+
+
+def expected(linear_color, normal) -> list[float]:
+    return linear_to_srgb(np.float32(linear_color) * np.float32(light(normal))).tolist()
+
+
+def test_base_colour_factor_is_linear_and_lit_by_the_stated_lights():
+    mesh = quad(baseColorFactor=[0.2, 0.4, 0.6, 1.0])
+    want = expected(np.round(np.array([0.2, 0.4, 0.6]) * 255) / 255, (0, 0, 1))
+    assert center(meshes.render(mesh, camera())) == pytest.approx(want, abs=0.01)
+
+
+def test_surfaces_are_two_sided():
+    mesh = quad(baseColorFactor=[0.5, 0.5, 0.5, 1.0])
+    behind = center(meshes.render(mesh, camera(eye=(0.0, 0.0, -3.0))))
+    assert behind == pytest.approx(expected([128 / 255] * 3, (0, 0, -1)), abs=0.01)
+
+
+def test_white_is_not_clipped_and_never_dark():
+    rng = np.random.default_rng(0)
+    levels = [light(normal) for normal in rng.normal(size=(20_000, 3))]
+    assert min(levels) >= AMBIENT and 0.9 < max(levels) <= 1
+
+
+def test_textures_are_srgb_with_the_first_row_on_top_and_repeat():
+    image = np.zeros((2, 2, 3), np.uint8)
+    image[0, 0], image[0, 1] = (255, 0, 0), (0, 255, 0)  # top: red, green
+    image[1, 0], image[1, 1] = (0, 0, 255), (128, 128, 128)  # bottom: blue, grey
+    big = Image.fromarray(np.kron(image, np.ones((16, 16, 1), np.uint8)))
+
+    def corners(mesh):
+        rgb = meshes.render(mesh, camera(size=40)).rgb[0]
+        return [rgb[y, x] for y, x in ((16, 16), (16, 24), (24, 16), (24, 24))]
+
+    red, green, blue, grey = corners(quad(baseColorTexture=big))
+    assert red[0] > 0.5 and red[1:].max() < 0.01
+    assert green[1] > 0.5 and blue[2] > 0.5
+    want = expected(srgb_to_linear(np.array([128 / 255] * 3)), (0, 0, 1))
+    assert grey.tolist() == pytest.approx(want, abs=0.01)
+    moved = [[3, -2], [4, -2], [4, -1], [3, -1]]
+    for a, b in zip(corners(quad(baseColorTexture=big, uv=moved)), (red, green), strict=False):
+        assert torch.allclose(a, b, atol=1e-3)
+    tinted = corners(quad(baseColorTexture=big, baseColorFactor=[1.0, 0.0, 0.0, 1.0]))
+    assert torch.allclose(tinted[0], red, atol=1e-3) and tinted[1].max() < 0.01
+
+
+def test_vertex_and_face_colours():
+    mesh = quad()
+    mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=[[128, 0, 0, 255]] * 4)
+    want = expected([srgb_to_linear(np.array(128 / 255)), 0, 0], (0, 0, 1))
+    assert center(meshes.render(mesh, camera())) == pytest.approx(want, abs=0.01)
+    linear = meshes.load(mesh.export(file_type="glb"))  # glTF's vertex colours are linear
+    want = expected([128 / 255, 0, 0], (0, 0, 1))
+    assert center(meshes.render(linear, camera())) == pytest.approx(want, abs=0.01)
+    mesh.visual = trimesh.visual.ColorVisuals(mesh, face_colors=[[0, 200, 0, 255]] * 2)
+    assert center(meshes.render(mesh, camera()))[1] > 0.5
+
+
+def test_scenes_with_several_materials_and_transforms():
+    scene = trimesh.Scene()
+    left = trimesh.transformations.translation_matrix([-0.5, 0, 0])
+    right = trimesh.transformations.translation_matrix([0.5, 0, 0])
+    scene.add_geometry(quad(half=0.3, baseColorFactor=[1.0, 0, 0, 1.0]), transform=left)
+    scene.add_geometry(quad(half=0.3, baseColorFactor=[0, 0, 1.0, 1.0]), transform=right)
+    loaded = meshes.load(scene.export(file_type="glb"))
+    rgb = meshes.render(loaded, camera(size=30)).rgb[0, 15]
+    assert rgb[9, 0] > 0.5 and rgb[9, 2] == 0
+    assert rgb[21, 2] > 0.5 and rgb[21, 0] == 0
+
+
+def test_normals_are_smooth_on_a_sphere_and_sharp_on_a_box():
+    solid = surface(sphere())
+    unit = solid.corners / np.linalg.norm(solid.corners, axis=-1, keepdims=True)
+    assert (solid.normals * unit).sum(-1).min() > 0.99
+    box = surface(trimesh.creation.box((1, 1, 1)))
+    assert np.allclose(np.abs(box.normals).max(-1), 1, atol=1e-5)
+
+
+def test_normals_in_the_file_are_used():
+    tilted = np.tile([0.6, 0.0, 0.8], (4, 1))
+    mesh = trimesh.Trimesh(quad().vertices, quad().faces, vertex_normals=tilted, process=False)
+    scene = meshes.load(trimesh.Scene(mesh).export(file_type="glb", include_normals=True))
+    assert np.allclose(surface(scene).normals, [0.6, 0.0, 0.8], atol=1e-5)
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def test_obj_with_its_material_file(tmp_path):
+    (tmp_path / "a.mtl").write_text("newmtl red\nKd 0.5 0 0\n")
+    (tmp_path / "a.obj").write_text(
+        "mtllib a.mtl\nusemtl red\nv -1 -1 0\nv 1 -1 0\nv 1 1 0\nv -1 1 0\nf 1 2 3 4\n"
+    )
+    views = meshes.render(meshes.load(tmp_path / "a.obj"), camera())
+    want = expected([srgb_to_linear(np.array(127 / 255)), 0, 0], (0, 0, 1))
+    assert center(views) == pytest.approx(want, abs=0.01)
+
+
+def test_files_that_are_no_meshes_are_refused_by_name(tmp_path):
+    with pytest.raises(DatasetError, match=r"none\.glb: no such file"):
+        meshes.load(tmp_path / "none.glb")
+    (tmp_path / "text.glb").write_text("hello")
+    with pytest.raises(DatasetError, match=r"text\.glb: can't be read"):
+        meshes.load(tmp_path / "text.glb")
+    (tmp_path / "a.png").write_text("hello")
+    with pytest.raises(DatasetError, match=r"a \.png file"):
+        meshes.load(tmp_path / "a.png")
+    with pytest.raises(DatasetError, match="not a binary glTF"):
+        meshes.load(b"hello")
+    whole = meshes.embedded_assets()[0].source.read_bytes()
+    with pytest.raises(DatasetError, match="can't be read"):
+        meshes.load(whole[:5000])
+
+
+def test_meshes_without_substance_are_refused():
+    with pytest.raises(ValueError, match="no triangle"):
+        meshes.render(trimesh.Scene(), camera())
+    with pytest.raises(ValueError, match="no triangle"):
+        meshes.render(trimesh.Trimesh(np.zeros((3, 3)), np.zeros((0, 3), int)), camera())
+    broken = quad()
+    broken.vertices[0, 0] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        meshes.render(broken, camera())
+    with pytest.raises(ValueError, match="coincide"):
+        surface(quad(half=0.0)).normalised()
+    with pytest.raises(ValueError, match="square number"):
+        meshes.render(quad(), camera(), samples=5)
+    with pytest.raises(ValueError, match="batch shape"):
+        meshes.render(quad(), camera()[0])
+
+
+# --- objects -----------------------------------------------------------------------------------
+
+
+def test_the_embedded_objects_are_what_their_list_says():
+    folder = Path(meshes.__file__).parent / "assets"
+    entries = json.loads((folder / "objects.json").read_text())
+    assert {entry["file"] for entry in entries} == {path.name for path in folder.glob("*.glb")}
+    for entry in entries:
+        data = (folder / entry["file"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+        assert entry["licence"] == "CC0-1.0" and entry["creator"] and entry["source"]
+    assert sum((folder / entry["file"]).stat().st_size for entry in entries) <= 3_000_000
+    assert "CC0 1.0 Universal" in (folder / "LICENSE-CC0-1.0.txt").read_text()
+    assert len(meshes.embedded_assets("train")) == 16
+    assert len(meshes.embedded_assets("held_out")) == 8
+    assert len({asset.name for asset in meshes.embedded_assets()}) == 24
+    kinds = {asset.category for asset in meshes.embedded_assets("train")}
+    assert {asset.category for asset in meshes.embedded_assets("held_out")} <= kinds
+
+
+def test_zip_files_of_objects(tmp_path):
+    def entry(name: str, split: str) -> dict[str, str]:
+        return {
+            "file": f"objects/{name}.glb",
+            "name": name,
+            "split": split,
+            "license": "CC0-1.0",
+            "creator": "me",
+            "copyright": "nobody",
+            "category": "test",
+        }
+
+    glb = quad(baseColorFactor=[0.5, 0.5, 0.5, 1.0]).export(file_type="glb")
+    path = tmp_path / "objects.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("manifest.json", json.dumps([entry("a", "train"), entry("b", "test")]))
+        archive.writestr("objects/a.glb", glb)
+    assets = meshes.zip_assets(path)
+    assert [asset.name for asset in assets] == ["a", "b"]
+    assert [asset.name for asset in meshes.zip_assets(path, "test")] == ["b"]
+    # The zip's factors are sRGB: what is shown is the colour that the number says.
+    want = expected(srgb_to_linear(np.array([128 / 255] * 3)), (0, 0, 1))
+    shown = center(meshes.render(meshes.load(assets[0].load()), camera()))
+    assert shown == pytest.approx(want, abs=0.01)
+    with pytest.raises(DatasetError, match="no member"):
+        assets[1].load()
+    with pytest.raises(DatasetError, match="no object of split"):
+        meshes.zip_assets(path, "val")
+    (tmp_path / "no.zip").write_text("hello")
+    with pytest.raises(DatasetError, match="zip"):
+        meshes.zip_assets(tmp_path / "no.zip")
+    with pytest.raises(DatasetError, match="no such file"):
+        meshes.zip_assets(tmp_path / "none.zip")
+    with pytest.raises(DatasetError, match="not a binary glTF"):
+        linear_factors(struct.pack("<I", 7) * 6)
+
+
+# --- data --------------------------------------------------------------------------------------
+
+
+def test_render_set_makes_truth_that_agrees_with_itself(tmp_path):
+    assets = meshes.embedded_assets("held_out")[:2]
+    made = meshes.render_set(assets, tmp_path / "set", image_size=24, inputs_per_object=2)
+    assert made.names == tuple(f"{a.name}__{k}" for a in assets for k in range(2))
+    assert made.meta["splits"] == ["held_out"]
+    tensors = made.tensors()
+    azimuths = torch.stack([torch.tensor(_azimuths(made, i)) for i in range(len(made))])
+    want = torch.tensor([0.0, 45, 90, 135, 180, -135, -90, -45])
+    assert (((azimuths - want + 180) % 360 - 180).abs() < 1e-2).all()
+    elevations = tensors.cameras.elevation_deg((0, 0, 0))
+    assert elevations.min() >= -30.01 and elevations.max() <= 45.01
+    inputs = tensors.inputs.cameras.elevation_deg((0, 0, 0))
+    assert inputs.min() >= -0.01 and inputs.max() <= 30.01
+    assert torch.allclose(tensors.cameras.centers.norm(dim=-1), torch.tensor(2.2), atol=1e-4)
+    assert tensors.cameras.Ks[0, 0, 0, 0].item() == pytest.approx(1.2 * 24)
+    assert tensors.depth is not None and tensors.inputs.depth is not None
+    covered = tensors.alpha == 255
+    assert tensors.depth[covered].min() > 1.3 and tensors.depth[covered].max() < 3.1
+    assert (tensors.alpha.float().mean(dim=(2, 3)) > 5).all()
+    # The object stays inside the frame of every view.
+    border = torch.cat(
+        [tensors.alpha[:, :, [0, -1]].flatten(), tensors.alpha[..., [0, -1]].flatten()]
+    )
+    assert border.max() == 0
+    assert made[0].attribution.endswith("(CC0-1.0)")
+
+
+def _azimuths(made: dataset.MultiViewDataset, index: int) -> list[float]:
+    folder = made.path / f"image_{index:04d}"
+    paths = sorted(folder.glob("view_*/pose.json"))
+    return [json.loads(path.read_text())["azimuth_deg"] for path in paths]
+
+
+def test_what_an_object_gets_depends_on_seed_and_name_only(tmp_path):
+    assets = meshes.embedded_assets()[:3]
+    options = {"image_size": 12, "views": 2, "samples": 1}
+    all_three = meshes.render_set(assets, tmp_path / "a", **options)
+    alone = meshes.render_set(assets[2:], tmp_path / "b", **options)
+    again = meshes.render_set(assets, tmp_path / "c", **options)
+    other = meshes.render_set(assets[2:], tmp_path / "d", seed=1, **options)
+    assert again.content_hash == all_three.content_hash
+    assert torch.equal(all_three[2].rgb, alone[0].rgb)
+    assert not torch.equal(other[0].cameras.viewmats, alone[0].cameras.viewmats)
+
+
+def test_random_azimuths_stay_in_their_sectors(tmp_path):
+    made = meshes.render_set(
+        meshes.embedded_assets()[:1],
+        tmp_path / "set",
+        image_size=8,
+        samples=1,
+        azimuths="random",
+    )
+    azimuths = np.array(_azimuths(made, 0)) % 360
+    assert (np.floor(azimuths / 45) == np.arange(8)).all()
+    assert len(set(np.round(azimuths % 45, 3))) == 8
+
+
+def test_worker_processes_change_nothing(tmp_path):
+    assets = meshes.embedded_assets()[:1]
+    options = {"image_size": 8, "views": 1, "samples": 1}
+    one = meshes.render_set(assets, tmp_path / "a", workers=1, **options)
+    two = meshes.render_set(assets, tmp_path / "b", workers=2, **options)
+    assert one.content_hash == two.content_hash
+
+
+def test_render_set_refuses_what_it_cannot_render(tmp_path):
+    assets = meshes.embedded_assets()
+    with pytest.raises(DatasetError, match="no object of split 'test'"):
+        meshes.render_set(assets, tmp_path / "a", split="test")
+    with pytest.raises(DatasetError, match="share a name"):
+        meshes.render_set([assets[0], assets[0]], tmp_path / "a")
+    with pytest.raises(ValueError, match="views: got 0, want at least 1"):
+        meshes.render_set(assets, tmp_path / "a", views=0)
+    with pytest.raises(ValueError, match="azimuths"):
+        meshes.render_set(assets, tmp_path / "a", azimuths="odd")
+    gone = meshes.Asset("ghost", tmp_path / "ghost.glb", "train", "CC0-1.0", "nobody")
+    with pytest.raises(DatasetError, match=r"ghost\.glb: no such file"):
+        meshes.render_set([gone], tmp_path / "a")
+    buffer = io.BytesIO(trimesh.Scene(trimesh.PointCloud([[0, 0, 0.0]])).export(file_type="glb"))
+    (tmp_path / "points.glb").write_bytes(buffer.getvalue())
+    dots = meshes.Asset("dots", tmp_path / "points.glb", "train", "CC0-1.0", "nobody")
+    with pytest.raises(DatasetError, match="'dots': mesh: holds no triangle"):
+        meshes.render_set([dots], tmp_path / "a")
+    assert not (tmp_path / "a").exists()
