@@ -184,12 +184,9 @@ def loss_fall(history: Sequence[Mapping[str, Any]]) -> float:
 
 
 def loss_terms(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The loss and its named terms, as the log has them."""
-    known = set(history[-1]) - _NO_LOSS if history else set()
-    return ["loss", *sorted(name for name in known - {"loss"} if not name.startswith("val"))]
-
-
-_NO_LOSS = {"step", "lr", "grad_norm", "samples_per_s", "time", "progress", "elapsed_s"}
+    """The loss, then its named terms, as the log has them."""
+    names = {k for k, v in history[-1].items() if isinstance(v, float)} if history else set()
+    return ["loss", *sorted(names - {"loss", "lr", "grad_norm", "samples_per_s", "progress"})]
 
 
 def validation_curves(

@@ -77,7 +77,7 @@ def ground_truth(
     split: str,
     *,
     image_size: int,
-    inputs_per_object: int = 1,
+    images: int = 0,
     views: int = 8,
     azimuths: str = "even",
     objects: int = 0,
@@ -93,7 +93,8 @@ def ground_truth(
             a folder that already is a multi-view dataset (then the other arguments are ignored).
         split: "train" or "held_out" for the embedded objects; "train", "val" or "test" of a zip
             ("held_out" means "test" there).
-        inputs_per_object: input poses, and so records, per object.
+        images: records, at least one per object: objects are seen from as many input poses as it
+            takes (0: one each).
         objects: use only the first so many objects (0: all).
         exclude_embedded: leave out the objects that ship with the library, so that a decoder
             trained on the rest has never seen what the main job bootstraps from.
@@ -110,6 +111,7 @@ def ground_truth(
         known = {asset.origin for asset in meshes.embedded_assets()}
         assets = [asset for asset in assets if asset.origin not in known]
     assets = assets[: objects or None]
+    inputs_per_object = max(1, math.ceil(images / len(assets)))
     config = {
         "source": Path(source).name,
         "split": split,
@@ -165,13 +167,13 @@ def input_images(
             if source == "embedded"
             else meshes.zip_assets(source, "train")
         )
-        poses = math.ceil(images / len(assets))
+        few = min(images, len(assets))
         truth = ground_truth(
             source,
             "train",
             image_size=image_size,
-            inputs_per_object=poses,
-            objects=min(images, len(assets)),
+            images=images,
+            objects=few,
             seed=seed,
             cache=cache,
         )
@@ -179,7 +181,7 @@ def input_images(
         order = sorted(range(len(truth)), key=lambda i: (int(truth.names[i].rsplit("__", 1)[1]), i))
         return (
             truth.inputs()[order[:images]],
-            f"{images} rendered input views of {min(images, len(assets))} training objects "
+            f"{images} rendered input views of {few} training objects "
             f"({'embedded, CC0' if source == 'embedded' else Path(source).name})",
         )
     inputs = ds.load_images(source, image_size, elevation_deg=elevation_deg)
@@ -191,12 +193,12 @@ def input_images(
 def bootstrap_config(
     preset: str, views_per_image: int, image_size: int, seed: int
 ) -> BootstrapConfig | None:
-    """The named geometry at this size; None for preset "none" (the data exist already)."""
-    if preset == "none":
+    """The named geometry at this size; None for "truth" and "none", which need no decoder."""
+    if preset in {"truth", "none"}:
         return None
     presets = {"original": ORIGINAL, "corrected": CORRECTED}
     if preset not in presets:
-        raise ValueError(f"preset: got {preset!r}, want 'original', 'corrected' or 'none'")
+        raise ValueError(f"preset: got {preset!r}, want 'original', 'corrected', 'truth', 'none'")
     return replace(
         presets[preset], views_per_image=views_per_image, image_size=image_size, seed=seed
     )

@@ -35,7 +35,8 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
 
 def git_state() -> dict[str, Any]:
     """{"commit", "dirty", "changed"} of the checkout this code runs from; products in reports/
-    and runs/ do not make it dirty."""
+    and runs/ do not make it dirty. A copy without its .git can be told its commit by the variable
+    FRESNEL_COMMIT; whether it is dirty is then unknown."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -47,7 +48,7 @@ def git_state() -> dict[str, Any]:
             return None
         return done.stdout if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD") or os.environ.get("FRESNEL_COMMIT")
     lines = git("status", "--porcelain", "--", ".", ":(exclude)reports", ":(exclude)runs")
     changed = None if lines is None else [line[3:] for line in lines.splitlines()]
     return {
