@@ -7,8 +7,9 @@ contributions below 1/255 skipped, alpha clamped, a pixel finished at transmitta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -78,7 +79,7 @@ def render(
         ValueError: for shapes, devices or parameters that do not fit, and for NaN or infinite
             Gaussians (cpu and reference; on a GPU the check would stall the queue).
     """
-    backend = _choose(gaussians, cameras, backend, alpha_max)
+    chosen = _choose(gaussians, cameras, backend, alpha_max)
     if not 0 < alpha_max < 1:
         raise ValueError(f"alpha_max: got {alpha_max}, want a number in (0, 1)")
     if not 0 < near < far:
@@ -95,29 +96,33 @@ def render(
     backdrop = _backdrop(background, views, gaussians)
 
     B, C, N = batch.numel(), views[-1], gaussians.num
-    inputs = [
+    scenes = (
         gaussians.means.reshape(B, N, 3),
         gaussians.quats.reshape(B, N, 4),
         gaussians.scales.reshape(B, N, 3),
         gaussians.opacities.reshape(B, N),
         gaussians.colors.reshape(B, N, *gaussians.colors.shape[len(batch) + 1 :]),
-        cameras.viewmats.reshape(B, C, 4, 4),
-        cameras.Ks.reshape(B, C, 3, 3),
-    ]
-    size = (cameras.width, cameras.height)
-    limits = {"near": near, "far": far, "eps2d": eps2d}
-    if backend == "cpu":
+    )
+    viewmats, Ks = cameras.viewmats.reshape(B, C, 4, 4), cameras.Ks.reshape(B, C, 3, 3)
+    width, height = cameras.width, cameras.height
+    if chosen == "cpu":
         from fresnel.render import cpu
 
         images = cpu.rasterize(
-            *inputs, *size, backdrop, **limits, alpha_max=alpha_max, threads=threads
-        )
-    elif backend == "gsplat":
+            *scenes, viewmats, Ks, width, height, backdrop,
+            near=near, far=far, eps2d=eps2d, alpha_max=alpha_max, threads=threads,
+        )  # fmt: skip
+    elif chosen == "gsplat":
         from fresnel.render import gpu
 
-        images = gpu.rasterize(*inputs, *size, backdrop, **limits, packed=bool(packed))
+        images = gpu.rasterize(
+            *scenes, viewmats, Ks, width, height, backdrop,
+            near=near, far=far, eps2d=eps2d, packed=bool(packed),
+        )  # fmt: skip
     else:
-        images = _reference(inputs, size, backdrop, limits | {"alpha_max": alpha_max})
+        images = _reference(
+            (*scenes, viewmats, Ks), width, height, backdrop, near, far, eps2d, alpha_max
+        )
     return Views(*(image.reshape(*views, *image.shape[2:]) for image in images))
 
 
@@ -163,7 +168,14 @@ def _backdrop(
 
 
 def _reference(
-    inputs: list[Tensor], size: tuple[int, int], backdrop: Tensor | None, limits: dict[str, float]
+    inputs: tuple[Tensor, ...],
+    width: int,
+    height: int,
+    background: Tensor | None,
+    near: float,
+    far: float,
+    eps2d: float,
+    alpha_max: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the dense renderer over the batch, one image at a time."""
     from fresnel.render import reference
@@ -172,22 +184,16 @@ def _reference(
     if not all(bool(tensor.isfinite().all()) for tensor in inputs):
         raise ValueError("gaussians or cameras: got NaN or infinite values, want finite ones")
     B, C = viewmats.shape[:2]
-    if backdrop is None:
-        backdrop = viewmats.new_zeros(B, C, 3)
+    if B * C == 0:
+        empty = viewmats.new_zeros(B, C, height, width, 1)
+        return empty.expand(-1, -1, -1, -1, 3), empty, empty
+    behind = viewmats.new_zeros(B, C, 3) if background is None else background.double()
+    limits = {"near": near, "far": far, "eps2d": eps2d, "alpha_max": alpha_max}
+    draw: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(reference.rasterize, **limits)
     images = [
-        reference.rasterize(
-            *(scene[b] for scene in scenes),
-            viewmats[b, c],
-            Ks[b, c],
-            *size,
-            backdrop[b, c].double(),
-            **limits,
-        )
+        draw(*(t[b] for t in scenes), viewmats[b, c], Ks[b, c], width, height, behind[b, c])
         for b in range(B)
         for c in range(C)
     ]
-    if not images:
-        empty = viewmats.new_zeros(B, C, size[1], size[0], 1)
-        return empty.expand(-1, -1, -1, -1, 3), empty, empty
     rgb, alpha, depth = (torch.stack(p).unflatten(0, (B, C)) for p in zip(*images, strict=True))
     return rgb, alpha, depth

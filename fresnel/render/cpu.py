@@ -1,7 +1,8 @@
 """The CPU rasteriser: Numba kernels behind one autograd function.
 
 Tiles, front-to-back blending and the cut-offs are 3DGS's (arXiv 2308.04079) as gsplat 1.5.3 has
-them. See `_kernels` for what runs, and how its results stay the same for any number of threads.
+them. See `_project` and `_composite` for what runs, and why its results have the same bits on any
+number of threads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fresnel.render import _kernels as kernels
+from fresnel.render import _composite, _project
 
 Array = np.ndarray[Any, Any]
 
@@ -63,7 +64,7 @@ def rasterize(
         far=float(far),
         eps2d=float(eps2d),
         alpha_max=float(np.float32(alpha_max)),
-        threads=threads or numba.config.NUMBA_NUM_THREADS,
+        threads=threads or numba.config.NUMBA_NUM_THREADS,  # type: ignore[attr-defined]
     )
     cameras = _camera_rows(viewmats, Ks, width, height)
     rgb, alpha, depth = _Rasterize.apply(*scenes, background.float().contiguous(), cameras, shape)
@@ -84,13 +85,17 @@ class _Shape:
     alpha_max: float
     threads: int
 
+    def threads_for(self, work: int, enough: int) -> int:
+        """How many threads to wake: none for work that is done before they are awake."""
+        return self.threads if work >= enough else 1
+
     @property
     def tiles_x(self) -> int:
-        return -(-self.width // kernels.TILE)
+        return -(-self.width // _project.TILE)
 
     @property
     def tiles(self) -> int:
-        return self.tiles_x * -(-self.height // kernels.TILE)
+        return self.tiles_x * -(-self.height // _project.TILE)
 
 
 def _camera_rows(viewmats: Tensor, Ks: Tensor, width: int, height: int) -> Array:
@@ -119,40 +124,40 @@ class _Rasterize(torch.autograd.Function):
         means, quats, scales, opacities, colors, background = (
             t.detach().numpy().reshape(-1) for t in tensors
         )
-        I, N = s.images, s.gaussians
+        M, N = s.images, s.gaussians
         size = (s.tiles_x, s.tiles, s.width, s.height)
-        records = _aligned(8 * I * N)
+        records = _aligned(8 * M * N)
         records32 = records.view(np.float32)
-        boxes, firsts = np.empty(4 * I * N, np.int32), np.empty(I * N, np.int64)
-        visible = np.empty(I * N, np.int32)
-        chunks = -(-N // kernels.CHUNK)
-        counts, entries = np.empty(I * chunks, np.int64), np.empty(I * chunks, np.int64)
+        boxes, firsts = np.empty(4 * M * N, np.int16), np.empty(M * N, np.int32)
+        keys = np.empty(M * N, np.uint64)
+        chunks = -(-N // _project.CHUNK)
+        counts, entries = np.empty(M * chunks, np.int64), np.empty(M * chunks, np.int64)
         bad = np.zeros(1, np.int64)
         with _compiling_notice():
             _run(
-                kernels.project, min(s.threads, I * chunks),
+                _project.project, s.threads_for(M * N, 20_000),
                 means, quats, scales, opacities, colors, s.coefficients, cameras, s.views, N,
                 s.width, s.height, s.near, s.far, s.eps2d,
-                records, records32, boxes, firsts, visible, counts, entries, bad,
+                records, records32, boxes, firsts, keys, counts, entries, bad,
             )  # fmt: skip
             if bad[0]:
                 raise ValueError("gaussians: got NaN or infinite values, want finite ones")
             total = int(entries.sum())
-            starts = np.zeros(I * s.tiles + 1, np.int64)
-            entry_ids = np.zeros(total + kernels.AHEAD, np.int32)
+            starts = np.zeros(M * s.tiles + 1, np.int64)
+            entry_ids = np.zeros(total + _composite.AHEAD, np.int32)
             entry_slots = np.empty(total, np.int32)
             _run(
-                kernels.sort_and_bin, min(s.threads, I),
-                I, N, s.tiles_x, s.tiles, records32, boxes, firsts, visible, counts, entries,
+                _composite.sort_and_bin, min(M, s.threads_for(M * N, 20_000)),
+                M, N, s.tiles_x, s.tiles, boxes, firsts, keys, counts, entries,
                 starts, entry_ids, entry_slots,
             )  # fmt: skip
             touched = np.zeros(total, np.uint16)
-            rgb = np.empty((I, s.height, s.width, 3), np.float32)
-            alpha = np.empty((I, s.height, s.width, 1), np.float32)
-            depth = np.empty((I, s.height, s.width, 1), np.float32)
+            rgb = np.empty((M, s.height, s.width, 3), np.float32)
+            alpha = np.empty((M, s.height, s.width, 1), np.float32)
+            depth = np.empty((M, s.height, s.width, 1), np.float32)
             _run(
-                kernels.composite, s.threads,
-                I, *size, records, records32, starts, entry_ids, entry_slots,
+                _composite.composite, s.threads_for(total + 8 * M * s.tiles, 3_000),
+                M, *size, records, records32, starts, entry_ids, entry_slots,
                 np.float32(s.alpha_max), background,
                 rgb.reshape(-1), alpha.reshape(-1), depth.reshape(-1), touched,
             )  # fmt: skip
@@ -167,23 +172,23 @@ class _Rasterize(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, background, rgb, alpha, depth = ctx.saved_tensors
         cameras, s, records, boxes, firsts, starts, entry_ids, entry_slots, touched = ctx.rest
-        I, N = s.images, s.gaussians
+        M, N = s.images, s.gaussians
         records32 = records.view(np.float32)
         flat = [t.contiguous().numpy().reshape(-1) for t in slopes]
         images = [t.numpy().reshape(-1) for t in (background, rgb, alpha, depth)]
         sums = _aligned(8 * len(touched)).view(np.float32)
         scenes = [t.detach().numpy().reshape(-1) for t in tensors]
         grads = [np.zeros_like(t) for t in scenes]
-        chunks = -(-N // kernels.CHUNK)
-        scenes_total = I // max(s.views, 1)
+        chunks = -(-N // _project.CHUNK)
+        scenes_total = M // max(s.views, 1)
         with _compiling_notice():
             _run(
-                kernels.composite_backward, s.threads,
-                I, s.tiles_x, s.tiles, s.width, s.height, records, records32, starts, entry_ids,
+                _composite.composite_backward, s.threads_for(len(touched) + 8 * M * s.tiles, 3_000),
+                M, s.tiles_x, s.tiles, s.width, s.height, records, records32, starts, entry_ids,
                 entry_slots, np.float32(s.alpha_max), *images, touched, *flat, sums,
             )  # fmt: skip
             _run(
-                kernels.project_backward, min(s.threads, scenes_total * chunks),
+                _project.project_backward, s.threads_for(M * N, 10_000),
                 *scenes, s.coefficients, cameras, s.views, N, s.width, s.height, s.eps2d,
                 records, records32, boxes, firsts, touched, sums, scenes_total * chunks, *grads,
             )  # fmt: skip
@@ -227,7 +232,7 @@ class _compiling_notice:
 
     def __enter__(self) -> None:
         self.timer: threading.Timer | None = None
-        if not (kernels.composite.signatures and kernels.composite_backward.signatures):
+        if not (_composite.composite.signatures and _composite.composite_backward.signatures):
             text = "fresnel: compiling the CPU renderer, once per machine (about 20 s) ..."
             self.timer = threading.Timer(2.0, print, (text,), {"file": sys.stderr, "flush": True})
             self.timer.daemon = True

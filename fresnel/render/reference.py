@@ -48,7 +48,7 @@ def sh_basis(directions: Tensor, degree: int) -> Tensor:
 
 
 def radiance(means: Tensor, colors: Tensor, viewmat: Tensor) -> Tensor:
-    """RGB (N, 3) seen from a camera: `colors` itself, or from SH (N, K, 3) max(0, 0.5 + sum c Y)."""
+    """RGB (N, 3) as a camera sees it: `colors`, or of SH (N, K, 3) max(0, 0.5 + sum c Y)."""
     if colors.ndim == 2:
         return colors
     center = -viewmat[:3, :3].T @ viewmat[:3, 3]
@@ -83,8 +83,8 @@ def alphas(
     means2d: Tensor, cov2d: Tensor, opacities: Tensor, width: int, height: int, alpha_max: float
 ) -> Tensor:
     """Opacity (N, H, W) of every Gaussian at every pixel centre, zero below ALPHA_MIN."""
-    opts = {"dtype": means2d.dtype, "device": means2d.device}
-    ys, xs = torch.arange(height, **opts) + 0.5, torch.arange(width, **opts) + 0.5
+    ys = torch.arange(height).to(means2d) + 0.5
+    xs = torch.arange(width).to(means2d) + 0.5
     dx = xs[None, None, :] - means2d[:, 0, None, None]
     dy = ys[None, :, None] - means2d[:, 1, None, None]
     a, b, c = (cov2d[:, i, j, None, None] for i, j in ((0, 0), (0, 1), (1, 1)))

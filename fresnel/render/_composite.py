@@ -1,0 +1,388 @@
+"""Images of the CPU rasteriser: sort and bin the records, composite them, and gradients back.
+
+Each kernel is run by any number of threads at once. They share the work by claiming tasks from an
+atomic counter, and no result depends on who claimed what: a tile belongs to one thread, and a
+Gaussian's gradient is written tile by tile to slots of its own and summed later, in their order.
+"""
+
+# Numba compiles this file, mypy cannot follow it: every value is typed by the compiler.
+# mypy: ignore-errors
+# One line for one equation reads better than one line for one argument.
+# fmt: off
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fresnel.render._project import CHUNK, TILE
+from fresnel.render._simd import (
+    absolute,
+    aligned,
+    claim,
+    exp2,
+    fma,
+    fnma,
+    horizontal_sums,
+    inline,
+    kernel,
+    lanes,
+    load,
+    lowest_bit,
+    maximum,
+    minimum,
+    prefetch,
+    select,
+    splat,
+    store,
+)
+
+BATCH = 64  # entries of a tile looked at together
+AHEAD = 8  # entries between the one at work and the one being fetched from memory
+CUT = np.float32(math.log2(1 / 255))  # contributions below one 8-bit step are skipped
+STOP = np.float32(1e-4)  # a pixel is finished before its transmittance would fall to this
+_F0, _F1 = np.float32(0), np.float32(1)
+_LOW, _DIGIT = np.uint64(0xFFFFFFFF), np.uint64(2047)
+
+# Lane i of a block is its pixel (i % 4, i // 4); block j of a tile starts at 4 * (j % 4, j // 4).
+_LANE_X = np.array([i % 4 for i in range(16)], np.float32)
+_LANE_Y = np.array([i // 4 for i in range(16)], np.float32)
+_MIDDLE_X, _MIDDLE_Y = 4 * _LANE_X + np.float32(1.5), 4 * _LANE_Y + np.float32(1.5)
+
+
+@kernel
+def sort_and_bin(
+    counter, images, N, tiles_x, tiles, boxes, firsts, keys, counts, entries,
+    starts, entry_ids, entry_slots,
+):
+    """Sort each image's visible Gaussians by depth and list them, front to back, for every tile.
+
+    One task is one image. `starts[image * tiles + tile]` is where the tile's list begins.
+    A radix sort on the bits of the float32 depth (positive, so they order as the floats do);
+    stable, so equal depths keep the order of the Gaussians, as in gsplat.
+    """
+    chunks = (N + CHUNK - 1) // CHUNK
+    near, far = np.empty(N + AHEAD, np.uint64), np.zeros(N + AHEAD, np.uint64)
+    histogram = np.empty(3 * 2048, np.int64)
+    fill = np.empty(tiles, np.int64)
+    while True:
+        image = claim(counter)
+        if image >= images:
+            break
+        slot = 0  # the image's first among all
+        for task in range(image * chunks):
+            slot += entries[task]
+        total = slot
+        n = 0
+        histogram[:] = 0
+        fill[:] = 0
+        for chunk in range(chunks):
+            first = image * N + chunk * CHUNK
+            for i in range(first, first + counts[image * chunks + chunk]):
+                key = keys[i]
+                near[n] = key
+                n += 1
+                histogram[np.int64((key >> np.uint64(32)) & _DIGIT)] += 1
+                histogram[2048 + np.int64((key >> np.uint64(43)) & _DIGIT)] += 1
+                histogram[4096 + np.int64(key >> np.uint64(54))] += 1
+                r = image * N + np.int64(key & _LOW)
+                firsts[r] += slot
+                for ty in range(boxes[4 * r + 1], boxes[4 * r + 3]):
+                    for tx in range(boxes[4 * r], boxes[4 * r + 2]):
+                        fill[ty * tiles_x + tx] += 1
+            slot += entries[image * chunks + chunk]
+        for tile in range(tiles):
+            here = fill[tile]
+            fill[tile] = starts[image * tiles + tile] = total
+            total += here
+        if image == images - 1:
+            starts[images * tiles] = total
+        for digit in range(3):
+            shift = np.uint64(32 + 11 * digit)
+            total = 0
+            for i in range(2048 * digit, 2048 * digit + 2048):
+                here = histogram[i]
+                histogram[i] = total
+                total += here
+            for i in range(n):
+                key = near[i]
+                at = 2048 * digit + np.int64((key >> shift) & _DIGIT)
+                far[histogram[at]] = key
+                histogram[at] += 1
+            near, far = far, near
+        for i in range(n):
+            ahead = image * N + np.int64(near[i + AHEAD] & _LOW)
+            prefetch(boxes, 4 * ahead)
+            prefetch(firsts, ahead)
+            r = image * N + np.int64(near[i] & _LOW)
+            slot = np.int64(firsts[r])
+            for ty in range(boxes[4 * r + 1], boxes[4 * r + 3]):
+                for tx in range(boxes[4 * r], boxes[4 * r + 2]):
+                    at = fill[ty * tiles_x + tx]
+                    fill[ty * tiles_x + tx] = at + 1
+                    entry_ids[at] = r
+                    entry_slots[at] = slot
+                    slot += 1
+
+
+@inline
+def place(records, r, left, top, middle_x, middle_y):
+    """A record as a tile sees it: u and v in the middles of its blocks, their slopes, a slack.
+
+    The slack is how far float32 may be off at the far ends of long needles.
+    """
+    dx, dy = left + 0.5 - records[8 * r], top + 0.5 - records[8 * r + 1]
+    l11, l12, l22 = records[8 * r + 2], records[8 * r + 3], records[8 * r + 4]
+    across, down = l11 * dx, l12 * dy
+    a, b, c = np.float32(l11), np.float32(l12), np.float32(l22)
+    u = fma(middle_x, a, fma(middle_y, b, np.float32(across + down)))
+    v = fma(middle_y, c, np.float32(l22 * dy))
+    return u, v, a, b, c, np.float32(1e-6) * np.float32(abs(across) + abs(down))
+
+
+@inline
+def blocks_within(u, v, a, b, c, slack, limit):
+    """Which of a tile's 16 blocks hold a point with u^2 + v^2 <= limit: one bit each, exact.
+
+    Within a block of half width h the least |u| for a given y is max(0, |u(middle)| - h a). The
+    minimum of the convex (that)^2 + v^2 over y is where the nearest vertical edge's own minimum
+    is, clamped to the block (StopThePop, arXiv 2402.00525, appendix B).
+    """
+    half = np.float32(1.5) * a + slack + np.float32(1e-3)
+    # Along y: u + b t and v + c t with |t| <= 1.5; v is 0 at t = -v / c.
+    inverse = _F1 / c
+    axis = fnma(v, b * inverse, u)
+    edge = maximum(absolute(axis) - half, _F0)
+    edge = select(axis < _F0, -edge, edge)
+    best = fma(edge, b / (b * b + c * c), v * inverse)
+    t = minimum(maximum(-best, np.float32(-1.5)), np.float32(1.5))
+    near_u = maximum(absolute(fma(t, b, u)) - half, _F0)
+    near_v = fma(t, c, v)
+    return lanes(fma(near_u, near_u, near_v * near_v) <= limit + np.float32(1e-3))
+
+
+@kernel
+def composite(
+    counter, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
+    entry_slots, alpha_max, background, rgb, alpha, depth, touched,
+):
+    """Blend every tile's Gaussians front to back. One task is one tile of one image.
+
+    Notes in `touched[slot]` which blocks an entry reached, for the backward pass. The entries are
+    taken in batches, first to find which blocks each may reach, then to blend: a processor that
+    already knows how often the inner loop runs does not guess wrong.
+    """
+    lane_x, lane_y = load(_LANE_X, 0) - np.float32(1.5), load(_LANE_Y, 0) - np.float32(1.5)
+    middle_x, middle_y = load(_MIDDLE_X, 0), load(_MIDDLE_Y, 0)
+    state = aligned(6 * 256)  # transmittance, weight, r, g, b, depth of each block
+    places, slopes = aligned(BATCH * 32), np.empty(BATCH * 3, np.float32)
+    reach = np.empty(BATCH, np.int64)
+    while True:
+        task = claim(counter)
+        if task >= images * tiles:
+            break
+        image, tile = task // tiles, task % tiles
+        left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
+        alive = open_tile(state, left, top, width, height)
+        start, end = starts[task], starts[task + 1]
+        while start < end and alive:
+            size = min(BATCH, end - start)
+            for i in range(size):
+                prefetch(records, 8 * entry_ids[start + i + AHEAD])
+                r = entry_ids[start + i]
+                u, v, a, b, c, slack = place(records, r, left, top, middle_x, middle_y)
+                limit = records32[16 * r + 10] - CUT
+                reach[i] = blocks_within(u, v, a, b, c, slack, limit)
+                store(places, 32 * i, u)
+                store(places, 32 * i + 16, v)
+                slopes[3 * i], slopes[3 * i + 1], slopes[3 * i + 2] = a, b, c
+            for i in range(size):
+                blocks = reach[i] & alive
+                if blocks == 0:
+                    continue
+                r = entry_ids[start + i]
+                a, b, c = slopes[3 * i], slopes[3 * i + 1], slopes[3 * i + 2]
+                u0, v0 = fma(lane_x, a, lane_y * b), lane_y * c
+                log2_opacity = splat(records32[16 * r + 10])
+                red, green = splat(records32[16 * r + 11]), splat(records32[16 * r + 12])
+                blue, z = splat(records32[16 * r + 13]), splat(records32[16 * r + 14])
+                reached = 0
+                while blocks:
+                    j = lowest_bit(blocks)
+                    blocks &= blocks - 1
+                    u, v = u0 + places[32 * i + j], v0 + places[32 * i + 16 + j]
+                    power = fnma(v, v, fnma(u, u, log2_opacity))
+                    opaque = minimum(exp2(power), alpha_max)
+                    transmittance = load(state, 96 * j)
+                    weight = opaque * transmittance
+                    after = transmittance - weight
+                    seen = (power >= CUT) & (transmittance > _F0)
+                    live = seen & (after > STOP)
+                    reached |= np.int64(lanes(seen) != 0) << j
+                    # A finished pixel keeps its transmittance with the sign turned.
+                    after = select(live, after, select(seen, -transmittance, transmittance))
+                    weight = select(live, weight, _F0)
+                    store(state, 96 * j, after)
+                    store(state, 96 * j + 16, load(state, 96 * j + 16) + weight)
+                    store(state, 96 * j + 32, fma(weight, red, load(state, 96 * j + 32)))
+                    store(state, 96 * j + 48, fma(weight, green, load(state, 96 * j + 48)))
+                    store(state, 96 * j + 64, fma(weight, blue, load(state, 96 * j + 64)))
+                    store(state, 96 * j + 80, fma(weight, z, load(state, 96 * j + 80)))
+                    if lanes(after > _F0) == 0:
+                        alive &= ~(1 << j)
+                touched[entry_slots[start + i]] = reached
+            start += size
+        close_tile(state, left, top, width, height, image, background, rgb, alpha, depth)
+
+
+@inline
+def open_tile(state, left, top, width, height):
+    """Clear a tile's state; pixels outside the image start finished. Returns the live blocks."""
+    lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
+    alive = 0
+    for j in range(16):
+        x, y = np.float32(left + 4 * (j & 3)), np.float32(top + (j & 12))
+        inside = (lane_x + x < np.float32(width)) & (lane_y + y < np.float32(height))
+        alive |= np.int64(lanes(inside) != 0) << j
+        store(state, 96 * j, select(inside, splat(_F1), -_F1))
+        for field in range(1, 6):
+            store(state, 96 * j + 16 * field, splat(_F0))
+    return alive
+
+
+@inline
+def close_tile(state, left, top, width, height, image, background, rgb, alpha, depth):
+    """Put a finished tile on its background and write its pixels."""
+    for j in range(16):
+        x, y = left + 4 * (j & 3), top + (j & 12)
+        weight = load(state, 96 * j + 16)
+        remaining = _F1 - weight
+        for channel in range(3):
+            at = 96 * j + 32 + 16 * channel
+            store(state, at, fma(remaining, background[3 * image + channel], load(state, at)))
+        expected = load(state, 96 * j + 80) / select(weight > _F0, weight, _F1)
+        store(state, 96 * j + 80, expected)
+        columns = min(4, width - x)
+        for row in range(min(4, height - y)):
+            pixel = (image * height + y + row) * width + x
+            for column in range(columns):
+                i = 96 * j + 4 * row + column
+                alpha[pixel + column] = state[i + 16]
+                depth[pixel + column] = state[i + 80]
+                rgb[3 * (pixel + column)] = state[i + 32]
+                rgb[3 * (pixel + column) + 1] = state[i + 48]
+                rgb[3 * (pixel + column) + 2] = state[i + 64]
+
+
+@kernel
+def composite_backward(
+    counter, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
+    entry_slots, alpha_max, background, rgb, alpha, depth, touched, v_rgb, v_alpha, v_depth, sums,
+):
+    """Gradients of the images with respect to every entry's record. One task is one tile.
+
+    With w_i = T_i alpha_i and s_i = dLoss/dw_i (linear in the colour and depth of Gaussian i),
+
+        dLoss/dalpha_i = T_i s_i - sum_{j > i} w_j s_j / (1 - alpha_i).
+
+    The sum over all j is known from the images, so this goes front to back like the forward pass:
+    the same transmittances to the last bit, and no division to undo them.
+
+    Writes to `sums[slot]`, with g = alpha_i dLoss/dalpha_i summed over the tile's pixels:
+    g, g u, g v, g u u, g u v, g v v, and the gradients of r, g, b and z.
+    """
+    lane_x, lane_y = load(_LANE_X, 0) - np.float32(1.5), load(_LANE_Y, 0) - np.float32(1.5)
+    middle_x, middle_y = load(_MIDDLE_X, 0), load(_MIDDLE_Y, 0)
+    state = aligned(7 * 256)  # transmittance, remainder, slopes: r, g, b, z, constant
+    places = aligned(32)
+    zero = splat(_F0)
+    clamp = np.float32(math.log2(alpha_max))
+    while True:
+        task = claim(counter)
+        if task >= images * tiles:
+            break
+        image, tile = task // tiles, task % tiles
+        left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
+        if starts[task] == starts[task + 1]:
+            continue
+        open_gradients(
+            state, left, top, width, height, image, background, rgb, alpha, depth,
+            v_rgb, v_alpha, v_depth,
+        )
+        for e in range(starts[task], starts[task + 1]):
+            prefetch(records, 8 * entry_ids[e + AHEAD])
+            slot = entry_slots[e]
+            blocks = np.int64(touched[slot])
+            if blocks == 0:
+                continue
+            r = entry_ids[e]
+            u, v, a, b, c, _ = place(records, r, left, top, middle_x, middle_y)
+            store(places, 0, u)
+            store(places, 16, v)
+            u0, v0 = fma(lane_x, a, lane_y * b), lane_y * c
+            log2_opacity = splat(records32[16 * r + 10])
+            red, green = splat(records32[16 * r + 11]), splat(records32[16 * r + 12])
+            blue, z = splat(records32[16 * r + 13]), splat(records32[16 * r + 14])
+            s, su, sv, suu, suv, svv = zero, zero, zero, zero, zero, zero
+            s_red, s_green, s_blue, s_z = zero, zero, zero, zero
+            while blocks:
+                j = lowest_bit(blocks)
+                blocks &= blocks - 1
+                u, v = u0 + places[j], v0 + places[16 + j]
+                power = fnma(v, v, fnma(u, u, log2_opacity))
+                opaque = minimum(exp2(power), alpha_max)
+                transmittance = load(state, 112 * j)
+                weight = opaque * transmittance
+                after = transmittance - weight
+                seen = (power >= CUT) & (transmittance > _F0)
+                live = seen & (after > STOP)
+                after = select(live, after, select(seen, -transmittance, transmittance))
+                store(state, 112 * j, after)
+                weight = select(live, weight, _F0)
+                v_red, v_green = load(state, 112 * j + 32), load(state, 112 * j + 48)
+                v_blue, v_z = load(state, 112 * j + 64), load(state, 112 * j + 80)
+                shade = fma(v_z, z, load(state, 112 * j + 96))
+                shade = fma(v_red, red, fma(v_green, green, fma(v_blue, blue, shade)))
+                remainder = fnma(weight, shade, load(state, 112 * j + 16))
+                store(state, 112 * j + 16, remainder)
+                slope = fma(transmittance, shade, -remainder / (_F1 - opaque))
+                g = select(live & (power <= clamp), opaque * slope, _F0)
+                gu, gv = g * u, g * v
+                s, su, sv = s + g, su + gu, sv + gv
+                suu, suv, svv = fma(gu, u, suu), fma(gu, v, suv), fma(gv, v, svv)
+                s_red, s_green = fma(weight, v_red, s_red), fma(weight, v_green, s_green)
+                s_blue, s_z = fma(weight, v_blue, s_blue), fma(weight, v_z, s_z)
+            store(
+                sums,
+                16 * slot,
+                horizontal_sums((s, su, sv, suu, suv, svv, s_red, s_green, s_blue, s_z)),
+            )
+
+
+@inline
+def open_gradients(
+    state, left, top, width, height, image, background, rgb, alpha, depth, v_rgb, v_alpha, v_depth
+):
+    """Set up a tile's state for the backward pass from the images and their gradients."""
+    for j in range(16):
+        at, x, y = 112 * j, left + 4 * (j & 3), top + (j & 12)
+        for field in range(7):
+            store(state, at + 16 * field, splat(-_F1 if field == 0 else _F0))
+        columns = min(4, width - x)
+        for row in range(min(4, height - y)):
+            for column in range(columns):
+                i = at + 4 * row + column
+                pixel = (image * height + y + row) * width + x + column
+                state[i] = _F1
+                slope = v_alpha[pixel]
+                remainder = _F0
+                for channel in range(3):
+                    v, behind = v_rgb[3 * pixel + channel], background[3 * image + channel]
+                    state[i + 32 + 16 * channel] = v
+                    slope -= v * behind
+                    remainder += v * (rgb[3 * pixel + channel] - behind)
+                weight = alpha[pixel]
+                v_z = v_depth[pixel] / max(weight, np.float32(1e-30))
+                state[i + 16] = remainder + weight * v_alpha[pixel]
+                state[i + 80] = v_z
+                state[i + 96] = slope - v_z * depth[pixel]
