@@ -92,7 +92,7 @@ class _Seen:
 
 def _azimuth_bin(azimuth_deg: np.ndarray) -> np.ndarray:
     centre = 45.0 * np.round(azimuth_deg / 45.0)
-    return np.where(centre <= -180.0, 180.0, centre)
+    return np.where(centre <= -180.0, 180.0, centre + 0.0)  # + 0.0: no -0.0
 
 
 def _median(values: np.ndarray) -> float:
@@ -161,7 +161,7 @@ def check_pivot(seen: _Seen) -> Reason | None:
 
     Distance from the nearest point to all optical axes to the centroid of the content, over the
     cameras' distance; median over records (ten healthy training objects: at most 0.11; the original
-    experiment: about 1.5).  Also the declared pivot against the first point.
+    experiment: above 1).  Also the declared pivot against the first point.
     """
     limit = seen.config.max_pivot_offset
     relative, distance = seen.of_objects("pivot_relative"), seen.of_objects("pivot_distance")
@@ -315,7 +315,8 @@ def check_identity(seen: _Seen) -> Reason | None:
     """Gaussians that don't even reproduce the picture they were made from.
 
     PSNR in dB over the union of foregrounds, and silhouette IoU, of the render from the input
-    camera against the input; medians over records.
+    camera against the input; medians over records.  An early decoder at 48 px had 18.8 dB and 0.84
+    on held-out objects, the original's patch decoder 10.1 dB and 0.61.
     """
     config = seen.config
     psnr, iou = _median(seen.of_objects("identity_psnr")), _median(seen.of_objects("identity_iou"))
@@ -336,7 +337,7 @@ def check_detail(seen: _Seen) -> Reason | None:
 
     Median over views that are not empty.  Alpha's outline counts too, so single-coloured objects
     are judged as well.  Ten healthy training objects stayed above 0.91; renders of Gaussians may be
-    softer than their input, hence the distance.
+    softer than their input (0.73 for an early decoder).
     """
     detail = _median(seen.column("detail_ratio")[seen.filled])
     if not detail < seen.config.min_detail_ratio:
@@ -381,7 +382,10 @@ EXPLAINS = {
 def judge(
     rows: Sequence[Row], objects: Sequence[Row], config: GateConfig
 ) -> tuple[tuple[Reason, ...], dict[str, float], tuple[str, ...]]:
-    """Ranked reasons (none: passed), the figures behind them, and notes on skipped checks."""
+    """Ranked reasons (none: passed), the figures behind them, and notes on skipped checks.
+
+    Every cause is followed by its symptoms.
+    """
     seen = _Seen(rows, objects, config)
     if not rows:
         reason = check_unreadable(seen)
@@ -392,9 +396,11 @@ def judge(
             continue  # an orbit around another point says nothing about the object's sides
         reason = check(seen)
         if reason is not None:
-            cause = next((r.code for r in reasons if reason.code in EXPLAINS.get(r.code, ())), None)
+            causes = [r for r in reasons if r.symptom_of is None]
+            cause = next((r.code for r in causes if reason.code in EXPLAINS.get(r.code, ())), None)
             reasons.append(replace(reason, symptom_of=cause))
-    reasons.sort(key=lambda reason: reason.symptom_of is not None)
+    causes = [reason for reason in reasons if reason.symptom_of is None]
+    reasons = [r for c in causes for r in (c, *(s for s in reasons if s.symptom_of == c.code))]
     return tuple(reasons), _figures(seen), _notes(seen)
 
 

@@ -67,7 +67,7 @@ class Verdict:
 
     Args:
         passed: True when no check failed.
-        reasons: the failures, most likely cause first; symptoms name their cause.
+        reasons: the failures, most likely cause first, each followed by its symptoms.
         summary: one or two sentences for a person.
         notes: checks that could not be made, and why.
         measurements: one dict per view: object, view, azimuth_deg and elevation_deg about the
@@ -199,9 +199,11 @@ def _verdict(
 ) -> Verdict:
     seen = f"{len(objects)} of {total} records ({len(rows)} views)"
     if reasons:
-        also = ", ".join(dict.fromkeys(reason.code for reason in reasons[1:]))
+        caused = [r.code for r in reasons[1:] if r.symptom_of == reasons[0].code]
+        others = [r.code for r in reasons[1:] if r.symptom_of != reasons[0].code]
         summary = f"FAIL after {seen}: {reasons[0].message}."
-        summary += f" Also: {also}." if also else ""
+        summary += f" What follows from it: {', '.join(caused)}." if caused else ""
+        summary += f" Also: {', '.join(others)}." if others else ""
     else:
         summary = f"PASS: {seen}, no check failed."
     return Verdict(
