@@ -71,7 +71,9 @@ PY
     )
     [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
     say "Setting up the environment (once; several minutes, about 2 GB with a CPU torch)."
-    "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.lock" ||
+    local quiet=(--quiet)
+    if [[ -t 2 ]]; then quiet=(); fi  # a person watching sees pip's progress
+    "$python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check -r "$root/requirements.lock" ||
         fail "could not install requirements.lock; see above. No network? Set FRESNEL_PYTHON."
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
         -e "$root" || fail "could not install the project itself; see above"

@@ -126,7 +126,7 @@ def run(
     try:
         _execute(source, directory / EXECUTED_NAME, given, cell_timeout_s, progress)
     except Exception as problem:
-        error = _plain_words(problem)
+        error = _plain_words(problem, injected=bool(given))
     except BaseException as problem:  # Ctrl-C, or the shell that asks us to end
         error, interrupt = "The run was stopped from outside before it was done.", problem
 
@@ -301,12 +301,15 @@ def _literal(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def _plain_words(problem: Exception) -> str:
+def _plain_words(problem: Exception, *, injected: bool) -> str:
     """What happened, for a person who has not seen a traceback today."""
     kind = type(problem).__name__
     if kind == "PapermillExecutionError":
-        place = f"Cell {problem.exec_count} stopped" if problem.exec_count else "A cell stopped"  # type: ignore[attr-defined]
-        return f"{place} with {problem.ename}: {problem.evalue}"  # type: ignore[attr-defined]
+        failed: Any = problem
+        # the source has one code cell less than what ran: papermill put the parameters into one
+        number = (failed.exec_count or 0) - injected
+        place = f"Code cell {number}" if number > 0 else "A cell"
+        return f"{place} stopped with {failed.ename}: {failed.evalue}"
     if kind == "DeadKernelError":
         return (
             "The notebook's Python process ended in the middle of a cell: it ran out of memory, "
