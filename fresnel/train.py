@@ -12,11 +12,7 @@ import hashlib
 import json
 import math
 import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fresnel import checkpoints, gate
+from fresnel import checkpoints, gate, surroundings
 
 
 class Task(Protocol):
@@ -173,11 +169,11 @@ def fit(
     resumed_at = run.step if run.resumed else None
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_deterministic(config, run.device))
+        stack.enter_context(surroundings.deterministic(config.deterministic, run.device))
         cuda = [run.device] if run.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(cuda))
-        interrupted = stack.enter_context(_interrupt_flag())
-        bar = stack.enter_context(_bar(config.steps, run.step, progress_bar))
+        interrupted = stack.enter_context(surroundings.interrupt_flag())
+        bar = stack.enter_context(surroundings.bar(config.steps, run.step, progress_bar))
         run.start_log()
         while True:
             done = run.step >= end
@@ -323,7 +319,7 @@ class _Run:
             self.optimizer.step()
             self.update_ema(step + 1)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not surroundings.is_out_of_memory(error):
                 raise
             raise OutOfMemory(
                 f"out of memory at step {step} with batch_size {self.task.batch_size} on "
@@ -462,7 +458,7 @@ class _Run:
             steps=self.step,
             samples_per_s=self.trained_samples / self.trained_s if self.trained_s else 0.0,
             duration_s=self.trained_s,
-            peak_memory_bytes=_peak_memory(self.device),
+            peak_memory_bytes=surroundings.peak_memory(self.device),
             gate_overridden=self.overridden,
             best_step=self.best_step,
             best_loss=self.best_loss,
@@ -510,66 +506,3 @@ def _differing(theirs: Any, ours: Any, path: str = "") -> list[str]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # no such module on Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _bar(total: int, initial: int, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, initial=initial, disable=not shown, desc="train", unit="step")
-
-
-@contextlib.contextmanager
-def _interrupt_flag() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a flag that the loop reads between steps; a second one acts."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag  # handlers can only be set in the main thread
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handler(number: int, frame: Any) -> None:
-        if flag.is_set():
-            raise KeyboardInterrupt
-        flag.set()
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _deterministic(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    memory: Any = torch.utils.deterministic
-    wanted = config.deterministic
-    wanted = device.type == "cpu" if wanted is None else wanted
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill_before = memory.fill_uninitialized_memory
-    try:
-        if wanted:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            # costs a write of every new tensor, and nothing here reads uninitialised memory
-            memory.fill_uninitialized_memory = False
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_before)
-        memory.fill_uninitialized_memory = fill_before
