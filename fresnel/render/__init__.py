@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ def _reference(
         empty = viewmats.new_zeros(B, C, height, width, 1)
         return empty.expand(-1, -1, -1, -1, 3), empty, empty
     behind = viewmats.new_zeros(B, C, 3) if background is None else background.double()
-    limits = {"near": near, "far": far, "eps2d": eps2d, "alpha_max": alpha_max}
+    limits: dict[str, Any] = dict(near=near, far=far, eps2d=eps2d, alpha_max=alpha_max)
     draw: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(reference.rasterize, **limits)
     images = [
         draw(*(t[b] for t in scenes), viewmats[b, c], Ks[b, c], width, height, behind[b, c])

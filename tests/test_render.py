@@ -1,0 +1,389 @@
+"""The CPU rasteriser against the dense float64 reference, and the border they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fresnel.cameras import Cameras, look_at, orbit
+from fresnel.gaussians import Gaussians
+from fresnel.render import Views, reference, render
+
+NAMES = ("means", "quats", "scales", "opacities", "colors")
+
+
+def make_scene(
+    seed: int,
+    *,
+    batch: tuple[int, ...] = (),
+    num: int = 20,
+    coefficients: int = 0,
+    spread: float = 0.4,
+    sizes: tuple[float, float] = (0.005, 0.3),
+    opacities: tuple[float, float] = (0.0, 1.0),
+) -> Gaussians:
+    """Random Gaussians around the origin; sizes are log-uniform, so needles and discs occur."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*batch, *shape, generator=generator)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*batch, *shape, generator=generator)
+
+    low, high = torch.tensor(sizes).log().tolist()
+    colors = normal(num, coefficients, 3) * 0.4 if coefficients else uniform(0, 1, num, 3)
+    return Gaussians(
+        normal(num, 3) * spread,
+        normal(num, 4),
+        uniform(low, high, num, 3).exp(),
+        uniform(*opacities, num),
+        colors,
+    )
+
+
+def make_cameras(views: int, width: int, height: int, radius: float = 2.2) -> Cameras:
+    azimuths = torch.linspace(0, 250, views)
+    return orbit(
+        azimuths,
+        15.0,
+        radius,
+        pivot=torch.zeros(3),
+        focal_px=1.2 * width,
+        width=width,
+        height=height,
+    )
+
+
+def stable(gaussians: Gaussians, cameras: Cameras, alpha_max: float = 0.999) -> Tensor:
+    """Pixels (C, H, W) at which no Gaussian sits within rounding of a threshold.
+
+    Where an opacity is 1/255, the clamp, or a transmittance 1e-4 to within float32's rounding,
+    neither answer is wrong, and both the image and its gradient jump between them.
+    """
+    masks = []
+    W, H = cameras.width, cameras.height
+    means, quats, scales, opacities = (
+        getattr(gaussians, name).detach().double() for name in NAMES[:4]
+    )
+    for viewmat, K in zip(cameras.viewmats.double(), cameras.Ks.double(), strict=True):
+        z = means @ viewmat[2, :3] + viewmat[2, 3]
+        order = torch.argsort(z.float(), stable=True)
+        order = order[z[order] >= 0.01]
+        projected = reference.project(
+            means[order], quats[order], scales[order], viewmat, K, W, H, 0.3
+        )
+        raw = _raw_alphas(projected[0], projected[1], opacities[order], W, H)
+        kept = torch.where(raw < 1 / 255, 0, raw.clamp_max(alpha_max))
+        after = torch.cumprod(1 - kept, 0)
+        fragile = (
+            ((raw * 255 - 1).abs() < 1e-4)
+            | ((raw / alpha_max - 1).abs() < 1e-5)
+            | ((after * 1e4 - 1).abs() < 1e-2)
+        )
+        masks.append(~fragile.any(0) if len(order) else torch.ones(H, W, dtype=torch.bool))
+    return torch.stack(masks)
+
+
+def _raw_alphas(means2d: Tensor, cov2d: Tensor, opacities: Tensor, W: int, H: int) -> Tensor:
+    pixels = torch.stack(torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy"), -1) + 0.5
+    d = pixels[None] - means2d[:, None, None]
+    sigma = torch.einsum("nhwi,nij,nhwj->nhw", d, torch.linalg.inv(cov2d), d) / 2
+    return opacities[:, None, None] * torch.exp(-sigma)
+
+
+def gradients(
+    gaussians: Gaussians, cameras: Cameras, weights: Views, backend: str, **options: object
+) -> tuple[Views, list[Tensor]]:
+    """The views, and the gradients of their weighted sum for the five tensors of the Gaussians."""
+    leaves = [getattr(gaussians, name).detach().clone().requires_grad_() for name in NAMES]
+    views = render(Gaussians(*leaves), cameras, backend=backend, **options)  # type: ignore[arg-type]
+    loss = sum(
+        (getattr(views, name).double() * getattr(weights, name)).sum()
+        for name in ("rgb", "alpha", "depth")
+    )
+    return views, list(torch.autograd.grad(loss, leaves))
+
+
+def assert_matches_reference(
+    gaussians: Gaussians, cameras: Cameras, seed: int = 0, **options: object
+) -> None:
+    """Images to 5e-6 of their range, gradients to 1e-4 of their norm, where both are continuous."""
+    mask = stable(gaussians, cameras, float(options.get("alpha_max", 0.999)))[..., None]  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    C, H, W, _ = mask.shape
+    weights = Views(
+        *(torch.randn(C, H, W, k, generator=generator).double() * mask for k in (3, 1, 1))
+    )
+    threads = options.pop("threads", None)
+    want, want_grads = gradients(gaussians, cameras, weights, "reference", **options)
+    got, got_grads = gradients(gaussians, cameras, weights, "cpu", threads=threads, **options)
+    for name in ("rgb", "alpha", "depth"):
+        a, b = getattr(want, name).detach(), getattr(got, name).detach()
+        scale = max(1.0, float(a.abs().max())) if a.numel() else 1.0
+        assert ((a - b) * mask).abs().max() <= 5e-6 * scale, name
+    for name, want_grad, got_grad in zip(NAMES, want_grads, got_grads, strict=True):
+        error = torch.linalg.norm(want_grad - got_grad)
+        assert error <= 1e-4 * torch.linalg.norm(want_grad) + 1e-6, (name, float(error))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    num=st.integers(0, 40),
+    width=st.integers(1, 40),
+    height=st.integers(1, 40),
+    views=st.integers(1, 2),
+    coefficients=st.sampled_from([0, 0, 1, 4, 9, 16]),
+    threads=st.integers(1, 3),
+    opacities=st.sampled_from([(0.0, 1.0), (0.99, 1.0), (1.0, 1.0), (0.0, 0.01), (0.9, 0.9999)]),
+    sizes=st.sampled_from([(0.005, 0.3), (1e-4, 1e-2), (0.001, 2.0), (0.05, 0.05)]),
+    radius=st.sampled_from([2.2, 0.5, 0.05]),
+)
+def test_cpu_matches_the_reference(
+    seed: int,
+    num: int,
+    width: int,
+    height: int,
+    views: int,
+    coefficients: int,
+    threads: int,
+    opacities: tuple[float, float],
+    sizes: tuple[float, float],
+    radius: float,
+) -> None:
+    gaussians = make_scene(
+        seed, num=num, coefficients=coefficients, opacities=opacities, sizes=sizes
+    )
+    cameras = make_cameras(views, width, height, radius)
+    assert_matches_reference(gaussians, cameras, seed, threads=threads)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha_max": 0.9},
+        {"eps2d": 0.0},
+        {"near": 2.0, "far": 2.4},
+        {"background": [0.2, 0.5, 1.0]},
+        {"background": torch.tensor([[0.1, 0.2, 0.3], [1.0, 0.0, 0.5]])},
+    ],
+)
+def test_parameters_mean_the_same_in_both(options: dict[str, object]) -> None:
+    gaussians = make_scene(5, num=30, sizes=(0.02, 0.2))
+    if "near" in options:  # the mask helper knows the default planes only: keep what they keep
+        cameras = make_cameras(2, 20, 24)
+        a, b = (render(gaussians, cameras, backend=k, **options) for k in ("reference", "cpu"))  # type: ignore[arg-type]
+        assert (a.alpha - b.alpha).abs().max() < 5e-3
+        nothing = render(gaussians, cameras, near=50.0, far=60.0)
+        assert nothing.alpha.max() == 0 and nothing.depth.max() == 0
+        return
+    if "eps2d" in options:
+        gaussians = make_scene(5, num=30, sizes=(0.1, 0.3))
+        a, b = (
+            render(gaussians, make_cameras(2, 20, 24), backend=k, eps2d=0.0)
+            for k in ("reference", "cpu")
+        )
+        assert (a.rgb - b.rgb).abs().median() < 1e-6
+        return
+    assert_matches_reference(gaussians, make_cameras(2, 20, 24), **options)
+
+
+def test_a_larger_image_spans_many_tiles_and_chunks() -> None:
+    gaussians = make_scene(11, num=5000, sizes=(0.002, 0.01), opacities=(0.05, 0.9), spread=0.3)
+    cameras = make_cameras(1, 70, 53)
+    want, got = (render(gaussians, cameras, backend=k) for k in ("reference", "cpu"))
+    mask = stable(gaussians, cameras)[..., None]
+    assert mask.float().mean() > 0.5
+    assert ((want.rgb - got.rgb) * mask).abs().max() < 5e-6
+
+
+def hard_cases() -> dict[str, Callable[[], tuple[Gaussians, Cameras]]]:
+    one = make_scene(3, num=1)
+    behind = make_scene(4, num=10)
+    far_off = make_scene(5, num=10)
+    flat = make_scene(6, num=10)
+    needle = make_scene(7, num=6, sizes=(1e-3, 5.0))
+    same = make_scene(8, num=12)
+    here = make_cameras(1, 24, 17)
+    return {
+        "nothing": lambda: (make_scene(1, num=0), here),
+        "one pixel": lambda: (make_scene(2, num=8), make_cameras(1, 1, 1)),
+        "one Gaussian": lambda: (one, here),
+        "behind the camera": lambda: (
+            Gaussians(
+                behind.means + 10 * (here.centers[0] - 0), *(getattr(behind, n) for n in NAMES[1:])
+            ),
+            here,
+        ),
+        "far outside the frustum": lambda: (
+            Gaussians(far_off.means * 1e5, *(getattr(far_off, n) for n in NAMES[1:])),
+            here,
+        ),
+        "no extent": lambda: (
+            Gaussians(flat.means, flat.quats, flat.scales * 0, flat.opacities, flat.colors),
+            here,
+        ),
+        "needles": lambda: (needle, here),
+        "inside the cloud": lambda: (
+            make_scene(9, num=40, spread=1.0),
+            make_cameras(1, 24, 17, 0.01),
+        ),
+        "equal depths": lambda: (
+            Gaussians(
+                same.means * torch.tensor([1.0, 1.0, 0.0]), *(getattr(same, n) for n in NAMES[1:])
+            ),
+            look_at(
+                torch.tensor([[0.0, 0.0, 2.0]]), torch.zeros(3), focal_px=30.0, width=24, height=17
+            ),
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", list(hard_cases()))
+def test_hard_cases(case: str) -> None:
+    gaussians, cameras = hard_cases()[case]()
+    assert_matches_reference(gaussians, cameras)
+    views = render(gaussians, cameras)
+    assert all(getattr(views, name).isfinite().all() for name in ("rgb", "alpha", "depth"))
+    if case in ("nothing", "behind the camera", "far outside the frustum"):
+        assert views.alpha.max() == 0
+
+
+def test_a_zero_quaternion_is_no_rotation() -> None:
+    gaussians = make_scene(10, num=5)
+    zero = Gaussians(
+        gaussians.means,
+        gaussians.quats * 0,
+        gaussians.scales,
+        gaussians.opacities,
+        gaussians.colors,
+    )
+    unit = Gaussians(
+        gaussians.means,
+        torch.tensor([1.0, 0, 0, 0]).expand(5, 4),
+        gaussians.scales,
+        gaussians.opacities,
+        gaussians.colors,
+    )
+    cameras = make_cameras(1, 20, 20)
+    assert torch.equal(render(zero, cameras).rgb, render(unit, cameras).rgb)
+
+
+def test_batches_are_the_scenes_one_by_one() -> None:
+    gaussians = make_scene(12, batch=(3,), num=15)
+    single = make_cameras(2, 21, 19)
+    cameras = Cameras(single.viewmats.expand(3, 2, 4, 4), single.Ks.expand(3, 2, 3, 3), 21, 19)
+    backdrop = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(0))
+    together = render(gaussians, cameras, background=backdrop)
+    assert together.rgb.shape == (3, 2, 19, 21, 3) and together.alpha.shape == (3, 2, 19, 21, 1)
+    for b in range(3):
+        alone = render(gaussians[b], single, background=backdrop[b])
+        assert torch.equal(alone.rgb, together.rgb[b])
+        assert torch.equal(alone.depth, together.depth[b])
+
+
+def test_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fresnel.render import cpu
+
+    monkeypatch.setattr(cpu._Shape, "threads_for", lambda shape, work, enough: shape.threads)
+    gaussians = make_scene(13, num=9000, sizes=(0.003, 0.05), opacities=(0.1, 1.0), coefficients=4)
+    cameras = make_cameras(3, 70, 50)
+    ones = Views(*(torch.ones(3, 50, 70, k, dtype=torch.float64) for k in (3, 1, 1)))
+    runs = [gradients(gaussians, cameras, ones, "cpu", threads=n) for n in (1, 2, 3, 2)]
+    for views, grads in runs[1:]:
+        assert torch.equal(views.rgb, runs[0][0].rgb)
+        assert torch.equal(views.depth, runs[0][0].depth)
+        assert all(torch.equal(a, b) for a, b in zip(grads, runs[0][1], strict=True))
+
+
+def test_renders_from_several_python_threads_at_once() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    gaussians, cameras = make_scene(14, num=3000), make_cameras(2, 64, 64)
+    want = render(gaussians, cameras, threads=2).rgb
+    with ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(lambda _: render(gaussians, cameras, threads=2).rgb, range(8)))
+    assert all(torch.equal(image, want) for image in images)
+
+
+def test_the_background_has_gradients_too() -> None:
+    gaussians, cameras = make_scene(15, num=10), make_cameras(2, 16, 16)
+    grads = []
+    for backend in ("reference", "cpu"):
+        background = torch.full((2, 3), 0.3, requires_grad=True)
+        views = render(gaussians, cameras, background=background, backend=backend)  # type: ignore[arg-type]
+        grads += torch.autograd.grad(views.rgb.pow(2).sum(), background)
+    assert torch.allclose(*grads, rtol=1e-3)
+
+
+def test_float64_and_views_without_gradients_render() -> None:
+    gaussians, cameras = make_scene(16), make_cameras(1, 16, 16)
+    with torch.no_grad():
+        a = render(gaussians.to(dtype=torch.float64), cameras)
+    assert a.rgb.dtype == torch.float32 and not a.rgb.requires_grad
+    assert torch.equal(a.rgb, render(gaussians, cameras).rgb)
+    assert render(gaussians, cameras, backend="reference").rgb.dtype == torch.float64
+
+
+def with_nan(name: str) -> Gaussians:
+    tensors = {n: getattr(make_scene(17, num=20), n).clone() for n in NAMES}
+    tensors[name].view(-1)[7] = float("nan")
+    return Gaussians(**tensors)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_is_refused(name: str, backend: str) -> None:
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        render(with_nan(name), make_cameras(1, 8, 8), backend=backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "opengl"}, "backend: got 'opengl'"),
+        ({"backend": "gsplat"}, "CUDA tensors only"),
+        ({"alpha_max": 1.0}, "alpha_max"),
+        ({"near": -1.0}, "near"),
+        ({"near": 2.0, "far": 1.0}, "near, far"),
+        ({"eps2d": -0.1}, "eps2d"),
+        ({"threads": 0}, "threads"),
+        ({"background": torch.zeros(4)}, "background: got shape"),
+    ],
+)
+def test_bad_parameters_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render(make_scene(18), make_cameras(1, 8, 8), **options)  # type: ignore[arg-type]
+
+
+def test_bad_cameras_are_named() -> None:
+    cameras = make_cameras(2, 8, 8)
+    with pytest.raises(ValueError, match="C views of every scene"):
+        render(make_scene(19, batch=(3,)), cameras)
+    moving = Cameras(cameras.viewmats.clone().requires_grad_(), cameras.Ks, 8, 8)
+    with pytest.raises(ValueError, match="require gradients"):
+        render(make_scene(19), moving, backend="cpu")
+    broken = Cameras(cameras.viewmats * float("nan"), cameras.Ks, 8, 8)
+    with pytest.raises(ValueError, match="cameras"):
+        render(make_scene(19), broken, backend="cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="gsplat renders on a GPU only")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("coefficients", [0, 16])
+def test_gsplat_agrees(packed: bool, coefficients: int) -> None:
+    gaussians = make_scene(20, num=200, coefficients=coefficients, sizes=(0.01, 0.1))
+    cameras = make_cameras(2, 64, 48)
+    mask = stable(gaussians, cameras)[..., None]
+    want = render(gaussians, cameras, backend="cpu", background=[0.1, 0.2, 0.3])
+    got = render(
+        gaussians.to("cuda"), cameras.to("cuda"), packed=packed, background=[0.1, 0.2, 0.3]
+    )
+    for name in ("rgb", "alpha", "depth"):
+        assert ((getattr(want, name) - getattr(got, name).cpu()) * mask).abs().max() < 1e-3

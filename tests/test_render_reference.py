@@ -1,0 +1,184 @@
+"""The reference itself: gradcheck, closed forms, and gsplat's own CPU functions as an oracle."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fresnel.cameras import Cameras
+from fresnel.gaussians import Gaussians
+from fresnel.render import reference, render
+
+
+def camera(size: int = 33, focal: float = 40.0, distance: float = 4.0) -> Cameras:
+    """At -z, looking at the origin, which projects to the middle of the centre pixel."""
+    viewmat = torch.eye(4)
+    viewmat[2, 3] = distance
+    K = torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
+    return Cameras(viewmat[None], K[None], size, size)
+
+
+def single(
+    scales: tuple[float, float, float] = (0.2, 0.2, 0.2),
+    opacity: float = 0.7,
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    color: tuple[float, float, float] = (0.2, 0.4, 0.8),
+) -> Gaussians:
+    return Gaussians(
+        torch.tensor([mean]),
+        torch.tensor([[1.0, 0.0, 0.0, 0.0]]),
+        torch.tensor([scales]),
+        torch.tensor([opacity]),
+        torch.tensor([color]),
+    )
+
+
+backends = pytest.mark.parametrize("backend", ["reference", "cpu"])
+
+
+@backends
+def test_one_round_gaussian_is_its_formula(backend: str) -> None:
+    """alpha(r) = o exp(-r^2 / (2 s^2)), s^2 = (f s / z)^2 + 0.3: on the axis J is diagonal."""
+    views = render(single(), camera(), backend=backend)  # type: ignore[arg-type]
+    offsets = torch.arange(33).double() + 0.5 - 16.5
+    square = offsets[:, None] ** 2 + offsets[None] ** 2
+    want = 0.7 * torch.exp(-square / (2 * ((40 * 0.2 / 4) ** 2 + 0.3)))
+    want = torch.where(want < 1 / 255, 0, want)
+    assert (views.alpha[0, ..., 0] - want).abs().max() < 1e-6
+    assert (views.rgb[0] - want[..., None] * torch.tensor([0.2, 0.4, 0.8])).abs().max() < 1e-6
+    depth = torch.where(want > 0, 4.0, 0.0)
+    assert (views.depth[0, ..., 0] - depth).abs().max() < 1e-5
+
+
+@backends
+def test_an_elongated_gaussian_has_its_own_width_on_each_axis(backend: str) -> None:
+    views = render(single(scales=(0.4, 0.1, 0.3)), camera(), backend=backend)  # type: ignore[arg-type]
+    alpha = views.alpha[0, ..., 0].double()
+    for profile, scale in ((alpha[16], 0.4), (alpha[:, 16], 0.1)):
+        variance = (40 * scale / 4) ** 2 + 0.3
+        assert profile[18] / profile[16] == pytest.approx(math.exp(-4 / (2 * variance)), rel=1e-5)
+
+
+@backends
+def test_two_gaussians_blend_front_to_back(backend: str) -> None:
+    """The centre pixel: c1 a1 + c2 a2 (1 - a1) + b (1 - a1) (1 - a2), whatever their order."""
+    near = single(opacity=0.6, mean=(0, 0, -1.0), color=(1, 0, 0))
+    far = single(opacity=0.5, mean=(0, 0, 1.0), color=(0, 1, 0))
+    for pair in ([near, far], [far, near]):
+        scene = Gaussians.concatenate(pair)
+        views = render(scene, camera(), background=[0, 0, 1.0], backend=backend)  # type: ignore[arg-type]
+        assert views.rgb[0, 16, 16].tolist() == pytest.approx([0.6, 0.2, 0.2], abs=1e-6)
+        assert views.alpha[0, 16, 16].item() == pytest.approx(0.8, abs=1e-6)
+        assert views.depth[0, 16, 16].item() == pytest.approx((0.6 * 3 + 0.2 * 5) / 0.8, abs=1e-5)
+
+
+@backends
+def test_alpha_is_clamped_and_the_pixel_stops_before_1e_4(backend: str) -> None:
+    """0.999 leaves 1e-3; a second clamped Gaussian would leave 1e-6, so it is not drawn at all."""
+    front = single(opacity=1.0, color=(1, 1, 1))
+    behind = single(opacity=1.0, mean=(0, 0, 1.0), color=(0, 1, 0))
+    weak = single(opacity=0.8, mean=(0, 0, 2.0), color=(0, 0, 1))
+    views = render(Gaussians.concatenate([front, behind, weak]), camera(), backend=backend)  # type: ignore[arg-type]
+    assert views.rgb[0, 16, 16].tolist() == pytest.approx([0.999, 0.999, 0.999], abs=1e-6)
+    loose = render(
+        Gaussians.concatenate([front, behind]),
+        camera(),
+        backend=backend,
+        alpha_max=0.9,  # type: ignore[arg-type]
+    )
+    assert loose.rgb[0, 16, 16].tolist() == pytest.approx([0.9, 0.99, 0.9], abs=1e-6)
+
+
+@backends
+def test_contributions_below_one_step_of_255_are_skipped(backend: str) -> None:
+    faint = render(single(opacity=0.99 / 255), camera(), backend=backend)  # type: ignore[arg-type]
+    seen = render(single(opacity=1.01 / 255), camera(), backend=backend)  # type: ignore[arg-type]
+    assert faint.alpha.max() == 0
+    assert (seen.alpha > 0).sum() == 1
+
+
+@backends
+def test_the_dilation_keeps_a_point_visible(backend: str) -> None:
+    """A Gaussian without extent is a dot of variance 0.3 px^2."""
+    views = render(single(scales=(0.0, 0.0, 0.0)), camera(), backend=backend)  # type: ignore[arg-type]
+    assert views.alpha[0, 16, 16].item() == pytest.approx(0.7, abs=1e-6)
+    assert views.alpha[0, 16, 17].item() == pytest.approx(0.7 * math.exp(-1 / 0.6), abs=1e-6)
+
+
+def random_inputs(coefficients: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(coefficients)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    colors = normal(4, coefficients, 3) * 0.1 if coefficients else normal(4, 3).sigmoid()
+    viewmat = torch.eye(4, dtype=torch.float64)
+    viewmat[:3, 3] = torch.tensor([0.1, -0.2, 4.0])
+    K = torch.tensor([[9.0, 0, 3.5], [0, 8.0, 3.0], [0, 0, 1]], dtype=torch.float64)
+    scales = 0.4 + normal(4, 3).sigmoid()
+    tensors = [normal(4, 3) * 0.5, normal(4, 4), scales, normal(4).sigmoid(), colors, viewmat, K]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("coefficients", [0, 4, 16])
+def test_gradcheck(coefficients: int) -> None:
+    """Against finite differences, for all inputs, poses and intrinsics included.
+
+    The Gaussians are wide enough for no pixel to cross the 1/255 threshold within a step.
+    """
+    background = torch.tensor([0.3, 0.1, 0.6], dtype=torch.float64, requires_grad=True)
+
+    def images(*inputs: Tensor) -> tuple[Tensor, ...]:
+        *scene, backdrop = inputs
+        return reference.rasterize(
+            *scene, 7, 6, backdrop, near=0.01, far=1e10, eps2d=0.3, alpha_max=0.999
+        )
+
+    assert torch.autograd.gradcheck(images, (*random_inputs(coefficients), background), atol=1e-4)
+
+
+def test_projection_agrees_with_gsplat() -> None:
+    """Centres, conics, depths and their gradients, on and beyond the image's edge."""
+    from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci
+
+    means, quats, scales, _, _, viewmat, K = random_inputs(0)
+    spread = torch.tensor([[1.0], [4.0], [10.0], [30.0]], dtype=torch.float64)
+    weights = torch.arange(1.0, 25.0, dtype=torch.float64).reshape(4, 6)
+    results = []
+    for ours in (True, False):
+        if ours:
+            centers, covariances, depths = reference.project(
+                means * spread, quats, scales, viewmat, K, 7, 6, 0.3
+            )
+            inverse = torch.linalg.inv(covariances)
+            conics = torch.stack([inverse[:, 0, 0], inverse[:, 0, 1], inverse[:, 1, 1]], -1)
+        else:
+            covars, _ = _quat_scale_to_covar_preci(quats, scales, compute_preci=False)
+            _, centers, depths, conics, _ = _fully_fused_projection(
+                means * spread, covars, viewmat[None], K[None], 7, 6, eps2d=0.3
+            )
+            centers, depths, conics = centers[0], depths[0], conics[0]
+        values = torch.cat([centers, depths[:, None], conics], -1)
+        front = (depths > 0.01)[:, None]
+        loss = (torch.where(front, values, 0) * weights).sum()
+        *grads, v_K = torch.autograd.grad(loss, (means, quats, scales, viewmat, K))
+        v_K = torch.where(K == 0, 0, v_K)  # gsplat's torch code has a skew, its CUDA code has not
+        results.append((values, *grads, v_K))
+        assert 2 <= front.sum() <= 4
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_harmonics_agree_with_gsplat(degree: int) -> None:
+    from gsplat.cuda._torch_impl import _spherical_harmonics
+
+    generator = torch.Generator().manual_seed(degree)
+    directions = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    coefficients = torch.randn(50, (degree + 1) ** 2, 3, generator=generator, dtype=torch.float64)
+    unit = torch.nn.functional.normalize(directions, dim=-1)
+    ours = (reference.sh_basis(unit, degree)[..., None] * coefficients).sum(-2)
+    assert torch.allclose(ours, _spherical_harmonics(degree, directions, coefficients), atol=1e-9)
