@@ -125,7 +125,7 @@ run_tests() {
     shopt -s nullglob
     local notebooks=(notebooks/*.ipynb)
     if ((${#notebooks[@]})); then
-        step "$python" -m nbstripout --verify "${notebooks[@]}"
+        step "$python" -m nbstripout --keep-id --verify "${notebooks[@]}"
     fi
     step "$python" -m pytest -n 2 "$@"
     exit "$status"
