@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fresnel import decoder, evaluate
-from fresnel.bootstrap import ORIGINAL, original_input_viewmat, place
+from fresnel.bootstrap import NEAR, ORIGINAL, original_input_viewmat, place
 from fresnel.cameras import Cameras, intrinsics, orbit, relative_azimuth_deg
 from fresnel.dataset import InputImages, ViewTensors
 from fresnel.record import RunRecord
@@ -153,7 +153,7 @@ def original_decoder(network: decoder.Decoder) -> evaluate.Predictor:
     def predict(inputs: InputImages, cameras: Cameras) -> Views:
         gaussians, _ = place(inputs, network, ORIGINAL)
         _, targets, _ = original_camera_map(inputs, cameras)
-        return render(gaussians, targets)
+        return render(gaussians, targets, near=NEAR)
 
     return predict
 

@@ -25,7 +25,7 @@ from fresnel.render import Views, render
 
 _ORIGIN = (0.0, 0.0, 0.0)
 _ORIGINAL_RADIUS = 2.0
-_NEAR = 0.2
+NEAR = 0.2
 """Near plane, 3DGS's own.  One of the original's eight cameras all but touches its Gaussians, and a
 splat that grazes a camera is linearised into a smear over the whole picture."""
 
@@ -241,8 +241,8 @@ def _decoded(
     size = config.image_size
     input_cameras = input_cameras.resized(size, size)
     cameras = novel_cameras(inputs, config)
-    views = render(gaussians, cameras.to(device), near=_NEAR)
-    identity = render(gaussians, input_cameras[:, None], near=_NEAR)
+    views = render(gaussians, cameras.to(device), near=NEAR)
+    identity = render(gaussians, input_cameras[:, None], near=NEAR)
     rgb, alpha, depth = _stored(views, config.background)
     identity_rgb, identity_alpha, _ = _stored(identity, _ORIGIN)
     stored, input_cameras = inputs.to("cpu").resized(size), input_cameras.to("cpu")

@@ -242,11 +242,10 @@ def orbit(
         pivot: the point to look at, (3,) or (..., 3).
         focal_px: focal length in pixels.
     """
+    values = (azimuth_deg, elevation_deg, radius)
+    device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
     azimuth, elevation, distance = torch.broadcast_tensors(
-        *(
-            torch.as_tensor(value, dtype=torch.float32)
-            for value in (azimuth_deg, elevation_deg, radius)
-        )
+        *(torch.as_tensor(v, dtype=torch.float32, device=device) for v in values)
     )
     if (distance <= 0).any():
         raise ValueError(f"radius: got {distance.min().item():g}, want > 0")
