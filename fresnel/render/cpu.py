@@ -163,15 +163,15 @@ class _Rasterize(torch.autograd.Function):
             )  # fmt: skip
         images = (torch.from_numpy(rgb), torch.from_numpy(alpha), torch.from_numpy(depth))
         ctx.save_for_backward(*tensors, *images)
-        ctx.rest = (
-            cameras, s, records, boxes, firsts, starts, entry_ids, entry_slots, touched,
-        )  # fmt: skip
+        ctx.touched = touched
+        ctx.rest = (cameras, s, records, boxes, firsts, starts, entry_ids, entry_slots)
         return images
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, background, rgb, alpha, depth = ctx.saved_tensors
-        cameras, s, records, boxes, firsts, starts, entry_ids, entry_slots, touched = ctx.rest
+        cameras, s, records, boxes, firsts, starts, entry_ids, entry_slots = ctx.rest
+        touched = ctx.touched
         M, N = s.images, s.gaussians
         records32 = records.view(np.float32)
         flat = [t.contiguous().numpy().reshape(-1) for t in slopes]
