@@ -2,7 +2,7 @@
 
 Each kernel is run by any number of threads at once. They share the work by claiming tasks from an
 atomic counter, and no result depends on who claimed what: a tile belongs to one thread, and a
-Gaussian's gradient is written tile by tile to slots of its own and summed later, in their order.
+Gaussian's gradient is written entry by entry and summed later, in their order.
 """
 
 # Numba compiles this file, mypy cannot follow it: every value is typed by the compiler.
@@ -14,17 +14,20 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numba import literal_unroll
 
 from fresnel.render._project import CHUNK, TILE
 from fresnel.render._simd import (
     absolute,
     aligned,
     claim,
+    deinterleave,
     exp2,
     fma,
     fnma,
     horizontal_sums,
     inline,
+    interleave,
     kernel,
     lanes,
     load,
@@ -35,6 +38,7 @@ from fresnel.render._simd import (
     select,
     splat,
     store,
+    swap_quads,
 )
 
 BATCH = 64  # entries of a tile looked at together
@@ -53,11 +57,12 @@ _MIDDLE_X, _MIDDLE_Y = 4 * _LANE_X + np.float32(1.5), 4 * _LANE_Y + np.float32(1
 @kernel
 def sort_and_bin(
     counter, images, N, tiles_x, tiles, boxes, firsts, keys, counts, entries,
-    starts, entry_ids, entry_slots,
+    starts, entry_ids, slots,
 ):
     """Sort each image's visible Gaussians by depth and list them, front to back, for every tile.
 
-    One task is one image. `starts[image * tiles + tile]` is where the tile's list begins.
+    One task is one image. `starts[image * tiles + tile]` is where the tile's list of entries
+    begins, and `slots`, from a Gaussian's `firsts` on, names that Gaussian's own entries.
     A radix sort on the bits of the float32 depth (positive, so they order as the floats do);
     stable, so equal depths keep the order of the Gaussians, as in gsplat.
     """
@@ -121,7 +126,7 @@ def sort_and_bin(
                     at = fill[ty * tiles_x + tx]
                     fill[ty * tiles_x + tx] = at + 1
                     entry_ids[at] = r
-                    entry_slots[at] = slot
+                    slots[slot] = at
                     slot += 1
 
 
@@ -164,11 +169,11 @@ def blocks_within(u, v, a, b, c, slack, limit):
 @kernel
 def composite(
     counter, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
-    entry_slots, alpha_max, background, rgb, alpha, depth, touched,
+    alpha_max, background, rgb, alpha, depth, touched,
 ):
-    """Blend every tile's Gaussians front to back. One task is one tile of one image.
+    """Blend every tile's Gaussians front to back. Threads claim runs of tiles.
 
-    Notes in `touched[slot]` which blocks an entry reached, for the backward pass. The entries are
+    Notes in `touched` which blocks an entry reached, for the backward pass. The entries are
     taken in batches, first to find which blocks each may reach, then to blend: a processor that
     already knows how often the inner loop runs does not guess wrong.
     """
@@ -177,14 +182,19 @@ def composite(
     state = aligned(6 * 256)  # transmittance, weight, r, g, b, depth of each block
     places, slopes = aligned(BATCH * 32), np.empty(BATCH * 3, np.float32)
     reach = np.empty(BATCH, np.int64)
+    run = max(1, tiles // 64)  # tiles that touch share cache lines: one thread takes a few
+    task = last = 0
     while True:
-        task = claim(counter)
-        if task >= images * tiles:
-            break
+        if task == last:
+            task = claim(counter) * run
+            last = min(task + run, images * tiles)
+            if task >= last:
+                break
         image, tile = task // tiles, task % tiles
         left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
-        alive = open_tile(state, left, top, width, height)
         start, end = starts[task], starts[task + 1]
+        task += 1
+        alive = open_tile(state, left, top, width, height)
         while start < end and alive:
             size = min(BATCH, end - start)
             for i in range(size):
@@ -230,7 +240,7 @@ def composite(
                     store(state, 96 * j + 80, fma(weight, z, load(state, 96 * j + 80)))
                     if lanes(after > _F0) == 0:
                         alive &= ~(1 << j)
-                touched[entry_slots[start + i]] = reached
+                touched[start + i] = reached
             start += size
         close_tile(state, left, top, width, height, image, background, rgb, alpha, depth)
 
@@ -254,7 +264,6 @@ def open_tile(state, left, top, width, height):
 def close_tile(state, left, top, width, height, image, background, rgb, alpha, depth):
     """Put a finished tile on its background and write its pixels."""
     for j in range(16):
-        x, y = left + 4 * (j & 3), top + (j & 12)
         weight = load(state, 96 * j + 16)
         remaining = _F1 - weight
         for channel in range(3):
@@ -262,6 +271,23 @@ def close_tile(state, left, top, width, height, image, background, rgb, alpha, d
             store(state, at, fma(remaining, background[3 * image + channel], load(state, at)))
         expected = load(state, 96 * j + 80) / select(weight > _F0, weight, _F1)
         store(state, 96 * j + 80, expected)
+    if left + TILE <= width and top + TILE <= height:
+        for blocks in range(4):
+            pixel = (image * height + top + 4 * blocks) * width + left
+            weights = four_blocks(state, 96, blocks, 16)
+            reds, greens = four_blocks(state, 96, blocks, 32), four_blocks(state, 96, blocks, 48)
+            blues, depths = four_blocks(state, 96, blocks, 64), four_blocks(state, 96, blocks, 80)
+            for row in literal_unroll((0, 1, 2, 3)):
+                store(alpha, pixel, weights[row])
+                store(depth, pixel, depths[row])
+                x, y, z = interleave(reds[row], greens[row], blues[row])
+                store(rgb, 3 * pixel, x)
+                store(rgb, 3 * pixel + 16, y)
+                store(rgb, 3 * pixel + 32, z)
+                pixel += width
+        return
+    for j in range(16):
+        x, y = left + 4 * (j & 3), top + (j & 12)
         columns = min(4, width - x)
         for row in range(min(4, height - y)):
             pixel = (image * height + y + row) * width + x
@@ -274,12 +300,24 @@ def close_tile(state, left, top, width, height, image, background, rgb, alpha, d
                 rgb[3 * (pixel + column) + 2] = state[i + 64]
 
 
+@inline
+def four_blocks(state, stride, blocks, field):
+    """A field of the four blocks side by side, as their four rows of 16 pixels."""
+    at = 4 * blocks * stride + field
+    return swap_quads(
+        load(state, at),
+        load(state, at + stride),
+        load(state, at + 2 * stride),
+        load(state, at + 3 * stride),
+    )
+
+
 @kernel
 def composite_backward(
     counter, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
-    entry_slots, alpha_max, background, rgb, alpha, depth, touched, v_rgb, v_alpha, v_depth, sums,
+    alpha_max, background, rgb, alpha, depth, touched, v_rgb, v_alpha, v_depth, sums,
 ):
-    """Gradients of the images with respect to every entry's record. One task is one tile.
+    """Gradients of the images with respect to every entry's record. Threads claim runs of tiles.
 
     With w_i = T_i alpha_i and s_i = dLoss/dw_i (linear in the colour and depth of Gaussian i),
 
@@ -288,31 +326,37 @@ def composite_backward(
     The sum over all j is known from the images, so this goes front to back like the forward pass:
     the same transmittances to the last bit, and no division to undo them.
 
-    Writes to `sums[slot]`, with g = alpha_i dLoss/dalpha_i summed over the tile's pixels:
+    Writes to the 16 `sums` of an entry, over the tile's pixels, with g = alpha_i dLoss/dalpha_i:
     g, g u, g v, g u u, g u v, g v v, and the gradients of r, g, b and z.
     """
     lane_x, lane_y = load(_LANE_X, 0) - np.float32(1.5), load(_LANE_Y, 0) - np.float32(1.5)
     middle_x, middle_y = load(_MIDDLE_X, 0), load(_MIDDLE_Y, 0)
-    state = aligned(7 * 256)  # transmittance, remainder, slopes: r, g, b, z, constant
+    # transmittance, remainder, slopes: r, g, b, z, constant; and room for four rows of the image
+    state = aligned(7 * 256 + 4 * 96)
     places = aligned(32)
     zero = splat(_F0)
     clamp = np.float32(math.log2(alpha_max))
+    run = max(1, tiles // 64)  # tiles that touch share cache lines: one thread takes a few
+    task = last = 0
     while True:
-        task = claim(counter)
-        if task >= images * tiles:
-            break
+        if task == last:
+            task = claim(counter) * run
+            last = min(task + run, images * tiles)
+            if task >= last:
+                break
         image, tile = task // tiles, task % tiles
         left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
-        if starts[task] == starts[task + 1]:
+        start, end = starts[task], starts[task + 1]
+        task += 1
+        if start == end:
             continue
         open_gradients(
             state, left, top, width, height, image, background, rgb, alpha, depth,
             v_rgb, v_alpha, v_depth,
         )
-        for e in range(starts[task], starts[task + 1]):
+        for e in range(start, end):
             prefetch(records, 8 * entry_ids[e + AHEAD])
-            slot = entry_slots[e]
-            blocks = np.int64(touched[slot])
+            blocks = np.int64(touched[e])
             if blocks == 0:
                 continue
             r = entry_ids[e]
@@ -354,7 +398,7 @@ def composite_backward(
                 s_blue, s_z = fma(weight, v_blue, s_blue), fma(weight, v_z, s_z)
             store(
                 sums,
-                16 * slot,
+                16 * e,
                 horizontal_sums((s, su, sv, suu, suv, svv, s_red, s_green, s_blue, s_z)),
             )
 
@@ -364,6 +408,41 @@ def open_gradients(
     state, left, top, width, height, image, background, rgb, alpha, depth, v_rgb, v_alpha, v_depth
 ):
     """Set up a tile's state for the backward pass from the images and their gradients."""
+    behind_red, behind_green = background[3 * image], background[3 * image + 1]
+    behind_blue = background[3 * image + 2]
+    if left + TILE <= width and top + TILE <= height:
+        rows = state[7 * 256:]
+        for j in range(16):
+            pixel = (image * height + top + j) * width + left
+            red, green, blue = deinterleave(
+                load(rgb, 3 * pixel), load(rgb, 3 * pixel + 16), load(rgb, 3 * pixel + 32)
+            )
+            v_red, v_green, v_blue = deinterleave(
+                load(v_rgb, 3 * pixel), load(v_rgb, 3 * pixel + 16), load(v_rgb, 3 * pixel + 32)
+            )
+            weight, slope = load(alpha, pixel), load(v_alpha, pixel)
+            remainder = fma(v_red, red - behind_red, weight * slope)
+            remainder = fma(v_green, green - behind_green, remainder)
+            remainder = fma(v_blue, blue - behind_blue, remainder)
+            slope = fnma(v_red, behind_red, fnma(v_green, behind_green, slope))
+            v_z = load(v_depth, pixel) / maximum(weight, np.float32(1e-30))
+            at = 96 * (j & 3)
+            store(rows, at, remainder)
+            store(rows, at + 16, v_red)
+            store(rows, at + 32, v_green)
+            store(rows, at + 48, v_blue)
+            store(rows, at + 64, v_z)
+            store(rows, at + 80, fnma(v_z, load(depth, pixel), fnma(v_blue, behind_blue, slope)))
+            if j & 3 == 3:
+                for field in range(6):
+                    quads = four_blocks(rows, 96, 0, 16 * field)
+                    to = 112 * (j - 3) + 16 * field + 16
+                    store(state, to, quads[0])
+                    store(state, to + 112, quads[1])
+                    store(state, to + 224, quads[2])
+                    store(state, to + 336, quads[3])
+            store(state, 112 * j, splat(_F1))
+        return
     for j in range(16):
         at, x, y = 112 * j, left + 4 * (j & 3), top + (j & 12)
         for field in range(7):
@@ -373,16 +452,15 @@ def open_gradients(
             for column in range(columns):
                 i = at + 4 * row + column
                 pixel = (image * height + y + row) * width + x + column
-                state[i] = _F1
-                slope = v_alpha[pixel]
-                remainder = _F0
+                weight, slope = alpha[pixel], v_alpha[pixel]
+                remainder = weight * slope
                 for channel in range(3):
                     v, behind = v_rgb[3 * pixel + channel], background[3 * image + channel]
                     state[i + 32 + 16 * channel] = v
                     slope -= v * behind
                     remainder += v * (rgb[3 * pixel + channel] - behind)
-                weight = alpha[pixel]
                 v_z = v_depth[pixel] / max(weight, np.float32(1e-30))
-                state[i + 16] = remainder + weight * v_alpha[pixel]
+                state[i] = _F1
+                state[i + 16] = remainder
                 state[i + 80] = v_z
                 state[i + 96] = slope - v_z * depth[pixel]

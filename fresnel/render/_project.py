@@ -230,7 +230,7 @@ def project(
 @kernel
 def project_backward(
     counter, means, quats, scales, opacities, colors, sh, cameras, C, N, width, height, eps2d,
-    records, records32, boxes, firsts, touched, sums, tasks,
+    records, records32, boxes, firsts, slots, touched, sums, tasks,
     v_means, v_quats, v_scales, v_opacities, v_colors,
 ):
     """Carry the entries' gradients back to the Gaussians. One task is one chunk of one scene.
@@ -272,8 +272,9 @@ def project_backward(
                     total = splat(_F0)
                     hit = False
                     for slot in range(firsts[r], firsts[r] + rows * columns):
-                        if touched[slot] != 0:
-                            total = total + load(sums, 16 * slot)
+                        entry = slots[slot]
+                        if touched[entry] != 0:
+                            total = total + load(sums, 16 * entry)
                             hit = True
                     if not hit:
                         continue

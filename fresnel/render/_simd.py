@@ -391,6 +391,58 @@ def horizontal_sums(typingctx, vectors):
     return F16(vectors), codegen
 
 
+def _shuffled(sources: int, masks: list[list[int]], doc: str):
+    """An intrinsic from `sources` vectors to one for each mask of indices into their lanes."""
+    result = types.UniTuple(F16, len(masks))
+
+    def codegen(context, builder, sig, values):
+        def joined(parts):
+            if len(parts) == 1:
+                return parts[0]
+            half = len(parts) // 2
+            low, high = joined(parts[:half]), joined(parts[half:])
+            every = ir.Constant(
+                ir.VectorType(I32, 2 * low.type.count), list(range(2 * low.type.count))
+            )
+            return builder.shuffle_vector(low, high, every)
+
+        whole = joined([*values, *values[-1:] * (4 - sources)])
+        index = ir.VectorType(I32, 16)
+        picked = [builder.shuffle_vector(whole, whole, ir.Constant(index, m)) for m in masks]
+        return context.make_tuple(builder, result, picked)
+
+    if sources == 3:
+
+        @intrinsic
+        def shuffle(typingctx, a, b, c):
+            return result(F16, F16, F16), codegen
+    else:
+
+        @intrinsic
+        def shuffle(typingctx, a, b, c, d):
+            return result(F16, F16, F16, F16), codegen
+
+    shuffle.__doc__ = doc
+    return shuffle
+
+
+swap_quads = _shuffled(
+    4,
+    [[16 * block + 4 * row + k for block in range(4) for k in range(4)] for row in range(4)],
+    "Rows of 16 pixels from four 4 x 4 blocks side by side, and the other way round.",
+)
+interleave = _shuffled(
+    3,
+    [[16 * (k % 3) + k // 3 for k in range(16 * part, 16 * part + 16)] for part in range(3)],
+    "Red, green and blue of 16 pixels as 48 floats rgbrgb...",
+)
+deinterleave = _shuffled(
+    3,
+    [[3 * k + channel for k in range(16)] for channel in range(3)],
+    "The other way round.",
+)
+
+
 @intrinsic
 def claim(typingctx, counter):
     """Atomically take the next number from a one-element int64 array."""

@@ -8,6 +8,7 @@ number of threads.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 import threading
@@ -145,32 +146,32 @@ class _Rasterize(torch.autograd.Function):
             total = int(entries.sum())
             starts = np.zeros(M * s.tiles + 1, np.int64)
             entry_ids = np.zeros(total + _composite.AHEAD, np.int32)
-            entry_slots = np.empty(total, np.int32)
+            slots = np.empty(total, np.int32)
             _run(
                 _composite.sort_and_bin, min(M, s.threads_for(M * N, 20_000)),
                 M, N, s.tiles_x, s.tiles, boxes, firsts, keys, counts, entries,
-                starts, entry_ids, entry_slots,
+                starts, entry_ids, slots,
             )  # fmt: skip
             touched = np.zeros(total, np.uint16)
-            rgb = np.empty((M, s.height, s.width, 3), np.float32)
-            alpha = np.empty((M, s.height, s.width, 1), np.float32)
-            depth = np.empty((M, s.height, s.width, 1), np.float32)
+            rgb = _aligned_images(M, s.height, s.width, 3)
+            alpha = _aligned_images(M, s.height, s.width, 1)
+            depth = _aligned_images(M, s.height, s.width, 1)
             _run(
                 _composite.composite, s.threads_for(total + 8 * M * s.tiles, 3_000),
-                M, *size, records, records32, starts, entry_ids, entry_slots,
+                M, *size, records, records32, starts, entry_ids,
                 np.float32(s.alpha_max), background,
                 rgb.reshape(-1), alpha.reshape(-1), depth.reshape(-1), touched,
             )  # fmt: skip
         images = (torch.from_numpy(rgb), torch.from_numpy(alpha), torch.from_numpy(depth))
         ctx.save_for_backward(*tensors, *images)
         ctx.touched = touched
-        ctx.rest = (cameras, s, records, boxes, firsts, starts, entry_ids, entry_slots)
+        ctx.rest = (cameras, s, records, boxes, firsts, starts, entry_ids, slots)
         return images
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, background, rgb, alpha, depth = ctx.saved_tensors
-        cameras, s, records, boxes, firsts, starts, entry_ids, entry_slots = ctx.rest
+        cameras, s, records, boxes, firsts, starts, entry_ids, slots = ctx.rest
         touched = ctx.touched
         M, N = s.images, s.gaussians
         records32 = records.view(np.float32)
@@ -185,12 +186,13 @@ class _Rasterize(torch.autograd.Function):
             _run(
                 _composite.composite_backward, s.threads_for(len(touched) + 8 * M * s.tiles, 3_000),
                 M, s.tiles_x, s.tiles, s.width, s.height, records, records32, starts, entry_ids,
-                entry_slots, np.float32(s.alpha_max), *images, touched, *flat, sums,
+                np.float32(s.alpha_max), *images, touched, *flat, sums,
             )  # fmt: skip
             _run(
                 _project.project_backward, s.threads_for(M * N, 10_000),
                 *scenes, s.coefficients, cameras, s.views, N, s.width, s.height, s.eps2d,
-                records, records32, boxes, firsts, touched, sums, scenes_total * chunks, *grads,
+                records, records32, boxes, firsts, slots, touched, sums, scenes_total * chunks,
+                *grads,
             )  # fmt: skip
         v_background = None
         if ctx.needs_input_grad[5]:
@@ -206,6 +208,11 @@ def _aligned(doubles: int) -> Array:
     memory = np.empty(doubles + 8)
     skip = -memory.ctypes.data // 8 % 8
     return memory[skip : skip + doubles]
+
+
+def _aligned_images(*shape: int) -> Array:
+    size = math.prod(shape)
+    return _aligned((size + 1) // 2).view(np.float32)[:size].reshape(shape)
 
 
 def _run(kernel: Callable[..., None], threads: int, *args: Any) -> None:
