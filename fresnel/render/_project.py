@@ -36,6 +36,7 @@ from fresnel.render._simd import (
     load_4,
     maximum,
     minimum,
+    prefetch,
     root,
     select,
     splat,
@@ -265,6 +266,13 @@ def project_backward(
                 grads[:] = 0.0
                 for k in range(count):
                     r = image * N + g0 + k
+                    if k + 8 < N - g0:  # fetch what the Gaussian 8 further on will need
+                        ahead = r + 8
+                        columns = boxes[4 * ahead + 2] - boxes[4 * ahead]
+                        if columns != 0:
+                            rows = boxes[4 * ahead + 3] - boxes[4 * ahead + 1]
+                            for slot in range(firsts[ahead], firsts[ahead] + rows * columns):
+                                prefetch(sums, 16 * slots[slot])
                     columns = boxes[4 * r + 2] - boxes[4 * r]
                     if columns == 0:
                         continue

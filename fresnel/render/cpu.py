@@ -68,8 +68,10 @@ def rasterize(
         threads=threads or numba.config.NUMBA_NUM_THREADS,  # type: ignore[attr-defined]
     )
     cameras = _camera_rows(viewmats, Ks, width, height)
-    rgb, alpha, depth = _Rasterize.apply(*scenes, background.float().contiguous(), cameras, shape)
-    return rgb.unflatten(0, (B, C)), alpha.unflatten(0, (B, C)), depth.unflatten(0, (B, C))
+    images: tuple[Tensor, Tensor, Tensor] = _Rasterize.apply(
+        *scenes, background.float().contiguous(), cameras, shape
+    )
+    return images
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class _Rasterize(torch.autograd.Function):
         chunks = -(-N // _project.CHUNK)
         counts, entries = np.empty(M * chunks, np.int64), np.empty(M * chunks, np.int64)
         bad = np.zeros(1, np.int64)
-        with _compiling_notice():
+        with _compiling_notice(_composite.composite):
             _run(
                 _project.project, s.threads_for(M * N, 20_000),
                 means, quats, scales, opacities, colors, s.coefficients, cameras, s.views, N,
@@ -153,9 +155,9 @@ class _Rasterize(torch.autograd.Function):
                 starts, entry_ids, slots,
             )  # fmt: skip
             touched = np.zeros(total, np.uint16)
-            rgb = _aligned_images(M, s.height, s.width, 3)
-            alpha = _aligned_images(M, s.height, s.width, 1)
-            depth = _aligned_images(M, s.height, s.width, 1)
+            rgb = _aligned_images(M // max(s.views, 1), s.views, s.height, s.width, 3)
+            alpha = _aligned_images(M // max(s.views, 1), s.views, s.height, s.width, 1)
+            depth = _aligned_images(M // max(s.views, 1), s.views, s.height, s.width, 1)
             _run(
                 _composite.composite, s.threads_for(total + 8 * M * s.tiles, 3_000),
                 M, *size, records, records32, starts, entry_ids,
@@ -182,7 +184,7 @@ class _Rasterize(torch.autograd.Function):
         grads = [np.zeros_like(t) for t in scenes]
         chunks = -(-N // _project.CHUNK)
         scenes_total = M // max(s.views, 1)
-        with _compiling_notice():
+        with _compiling_notice(_project.project_backward):
             _run(
                 _composite.composite_backward, s.threads_for(len(touched) + 8 * M * s.tiles, 3_000),
                 M, s.tiles_x, s.tiles, s.width, s.height, records, records32, starts, entry_ids,
@@ -196,7 +198,7 @@ class _Rasterize(torch.autograd.Function):
             )  # fmt: skip
         v_background = None
         if ctx.needs_input_grad[5]:
-            v_background = ((1 - alpha) * slopes[0]).sum((1, 2)).reshape(background.shape)
+            v_background = ((1 - alpha) * slopes[0]).sum((2, 3))
         v_scenes = (
             torch.from_numpy(v).reshape(t.shape) for v, t in zip(grads, tensors, strict=True)
         )
@@ -235,14 +237,20 @@ def _pool(process: int, workers: int) -> ThreadPoolExecutor:
 
 
 class _compiling_notice:
-    """Say what takes so long when kernels are compiled rather than loaded from Numba's cache."""
+    """Say what takes so long when kernels are compiled rather than loaded from Numba's cache.
 
-    def __enter__(self) -> None:
+    Takes the last kernel of a pass: once that has been compiled, all of them have.
+    """
+
+    def __init__(self, kernel: Any) -> None:
         self.timer: threading.Timer | None = None
-        if not (_composite.composite.signatures and _composite.composite_backward.signatures):
-            text = "fresnel: compiling the CPU renderer, once per machine (about 20 s) ..."
+        if not kernel.signatures:
+            text = "fresnel: compiling the CPU renderer, once per machine (about 10 s) ..."
             self.timer = threading.Timer(2.0, print, (text,), {"file": sys.stderr, "flush": True})
             self.timer.daemon = True
+
+    def __enter__(self) -> None:
+        if self.timer is not None:
             self.timer.start()
 
     def __exit__(self, *_: object) -> None:
