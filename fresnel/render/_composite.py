@@ -55,33 +55,36 @@ _MIDDLE_X, _MIDDLE_Y = 4 * _LANE_X + np.float32(1.5), 4 * _LANE_Y + np.float32(1
 
 
 @kernel
-def sort_and_bin(
-    counter, images, N, tiles_x, tiles, boxes, firsts, keys, counts, entries,
-    starts, entry_ids, slots,
-):
-    """Sort each image's visible Gaussians by depth and list them, front to back, for every tile.
+def sort(counter, images, N, tiles, keys, counts, entries, tile_counts, bases, starts):
+    """Sort each image's visible Gaussians by depth and lay out its lists. One task is one image.
 
-    One task is one image. `starts[image * tiles + tile]` is where the tile's list of entries
-    begins, and `slots`, from a Gaussian's `firsts` on, names that Gaussian's own entries.
     A radix sort on the bits of the float32 depth (positive, so they order as the floats do);
-    stable, so equal depths keep the order of the Gaussians, as in gsplat.
+    stable, so equal depths keep the order of the Gaussians, as in gsplat. The sorted keys replace
+    the image's first `counts[image * chunks]` ones. `bases` is the first slot of every chunk,
+    `starts[image * tiles + tile]` the first entry of a tile's list.
     """
     chunks = (N + CHUNK - 1) // CHUNK
-    near, far = np.empty(N + AHEAD, np.uint64), np.zeros(N + AHEAD, np.uint64)
+    near, far = np.empty(N, np.uint64), np.empty(N, np.uint64)
     histogram = np.empty(3 * 2048, np.int64)
-    fill = np.empty(tiles, np.int64)
     while True:
         image = claim(counter)
         if image >= images:
             break
-        slot = 0  # the image's first among all
+        total = 0
         for task in range(image * chunks):
-            slot += entries[task]
-        total = slot
+            total += entries[task]
+        slot = total
+        for tile in range(tiles):
+            starts[image * tiles + tile] = total
+            for chunk in range(chunks):
+                total += tile_counts[(image * chunks + chunk) * tiles + tile]
+        if image == images - 1:
+            starts[images * tiles] = total
         n = 0
         histogram[:] = 0
-        fill[:] = 0
         for chunk in range(chunks):
+            bases[image * chunks + chunk] = slot
+            slot += entries[image * chunks + chunk]
             first = image * N + chunk * CHUNK
             for i in range(first, first + counts[image * chunks + chunk]):
                 key = keys[i]
@@ -90,18 +93,6 @@ def sort_and_bin(
                 histogram[np.int64((key >> np.uint64(32)) & _DIGIT)] += 1
                 histogram[2048 + np.int64((key >> np.uint64(43)) & _DIGIT)] += 1
                 histogram[4096 + np.int64(key >> np.uint64(54))] += 1
-                r = image * N + np.int64(key & _LOW)
-                firsts[r] += slot
-                for ty in range(boxes[4 * r + 1], boxes[4 * r + 3]):
-                    for tx in range(boxes[4 * r], boxes[4 * r + 2]):
-                        fill[ty * tiles_x + tx] += 1
-            slot += entries[image * chunks + chunk]
-        for tile in range(tiles):
-            here = fill[tile]
-            fill[tile] = starts[image * tiles + tile] = total
-            total += here
-        if image == images - 1:
-            starts[images * tiles] = total
         for digit in range(3):
             shift = np.uint64(32 + 11 * digit)
             total = 0
@@ -116,17 +107,47 @@ def sort_and_bin(
                 histogram[at] += 1
             near, far = far, near
         for i in range(n):
-            ahead = image * N + np.int64(near[i + AHEAD] & _LOW)
+            keys[image * N + i] = near[i]
+        if chunks:
+            counts[image * chunks] = n
+
+
+@kernel
+def fill(
+    counter, images, bands, N, tiles_x, tiles, boxes, firsts, keys, counts, bases, starts,
+    entry_ids, slots,
+):
+    """List the sorted Gaussians for every tile, front to back. One task is a band of tile rows.
+
+    `slots`, from a Gaussian's `bases` plus `firsts` on, names that Gaussian's own entries.
+    """
+    chunks = (N + CHUNK - 1) // CHUNK
+    at = np.empty(tiles, np.int64)
+    rows = tiles // tiles_x
+    while True:
+        task = claim(counter)
+        if task >= images * bands:
+            break
+        image, band = task // bands, task % bands
+        top, bottom = band * rows // bands, (band + 1) * rows // bands
+        at[:] = starts[image * tiles : (image + 1) * tiles]
+        n = counts[image * chunks] if chunks else 0
+        for i in range(n):
+            ahead = image * N + np.int64(keys[image * N + min(i + AHEAD, n - 1)] & _LOW)
             prefetch(boxes, 4 * ahead)
             prefetch(firsts, ahead)
-            r = image * N + np.int64(near[i] & _LOW)
-            slot = np.int64(firsts[r])
-            for ty in range(boxes[4 * r + 1], boxes[4 * r + 3]):
-                for tx in range(boxes[4 * r], boxes[4 * r + 2]):
-                    at = fill[ty * tiles_x + tx]
-                    fill[ty * tiles_x + tx] = at + 1
-                    entry_ids[at] = r
-                    slots[slot] = at
+            g = np.int64(keys[image * N + i] & _LOW)
+            r = image * N + g
+            x0, y0 = np.int64(boxes[4 * r]), np.int64(boxes[4 * r + 1])
+            x1, y1 = np.int64(boxes[4 * r + 2]), np.int64(boxes[4 * r + 3])
+            first, last = max(y0, top), min(y1, bottom)
+            slot = bases[image * chunks + g // CHUNK] + firsts[r] + (first - y0) * (x1 - x0)
+            for tile_row in range(first * tiles_x, last * tiles_x, tiles_x):
+                for tile in range(tile_row + x0, tile_row + x1):
+                    entry = at[tile]
+                    at[tile] = entry + 1
+                    entry_ids[entry] = r
+                    slots[slot] = entry
                     slot += 1
 
 

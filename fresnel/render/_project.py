@@ -127,14 +127,15 @@ def ellipse_of(camera, mx, my, mz, rotation, sx, sy, sz, eps2d):
 @kernel
 def project(
     counter, means, quats, scales, opacities, colors, sh, cameras, C, N, width, height,
-    near, far, eps2d, records, records32, boxes, firsts, keys, counts, entries, bad,
+    tiles_x, tiles, near, far, eps2d, records, records32, boxes, firsts, keys, counts, entries,
+    tile_counts, bad,
 ):
     """Project every Gaussian into every image. One task is one chunk of one image.
 
     Writes the record, the range of tiles (x0, y0, x1, y1) and the first slot within the chunk of
     every Gaussian that can touch a pixel; an empty range for all others; per chunk the sorting
-    keys of the visible Gaussians and the number of (Gaussian, tile) entries. Sets `bad` where a
-    value is not finite.
+    keys of the visible Gaussians and the number of (Gaussian, tile) entries, in all and for each
+    tile. Sets `bad` where a value is not finite.
     """
     chunks = (N + CHUNK - 1) // CHUNK
     scratch, basis = np.empty(12 * 8, np.float64), np.empty(16, np.float64)
@@ -148,6 +149,7 @@ def project(
         camera = camera_of(cameras, image)
         fx, fy, cx, cy = camera[12:16]
         found, slots = 0, 0
+        tile_counts[task * tiles : (task + 1) * tiles] = 0
         for g0 in range(chunk * CHUNK, min(N, (chunk + 1) * CHUNK), 8):
             count = min(8, N - g0)
             s = scene * N + g0
@@ -221,6 +223,9 @@ def project(
                 boxes[4 * g + 2], boxes[4 * g + 3] = bx1, by1
                 firsts[g] = slots
                 slots += (bx1 - bx0) * (by1 - by0)
+                for ty in range(by0, by1):
+                    for tx in range(bx0, bx1):
+                        tile_counts[task * tiles + ty * tiles_x + tx] += 1
                 bits_of_z = np.uint64(depth_bits[16 * g + 14])
                 keys[image * N + chunk * CHUNK + found] = (bits_of_z << _HIGH) | np.uint64(g0 + k)
                 found += 1
@@ -231,7 +236,7 @@ def project(
 @kernel
 def project_backward(
     counter, means, quats, scales, opacities, colors, sh, cameras, C, N, width, height, eps2d,
-    records, records32, boxes, firsts, slots, touched, sums, tasks,
+    records, records32, boxes, firsts, bases, slots, touched, sums, tasks,
     v_means, v_quats, v_scales, v_opacities, v_colors,
 ):
     """Carry the entries' gradients back to the Gaussians. One task is one chunk of one scene.
@@ -248,7 +253,8 @@ def project_backward(
         if task >= tasks:
             break
         scene, chunk = task // chunks, task % chunks
-        for g0 in range(chunk * CHUNK, min(N, (chunk + 1) * CHUNK), 8):
+        last = min(N, (chunk + 1) * CHUNK)
+        for g0 in range(chunk * CHUNK, last, 8):
             count = min(8, N - g0)
             first = scene * N + g0
             mx, my, mz = load_3(means, first, count)
@@ -262,17 +268,18 @@ def project_backward(
             out[:] = 0.0
             for view in range(C):
                 image = scene * C + view
+                base = bases[image * chunks + chunk]
                 any_seen = False
                 grads[:] = 0.0
                 for k in range(count):
                     r = image * N + g0 + k
-                    if k + 8 < N - g0:  # fetch what the Gaussian 8 further on will need
+                    if g0 + k + 8 < last:  # fetch what the Gaussian 8 further on will need
                         ahead = r + 8
                         columns = boxes[4 * ahead + 2] - boxes[4 * ahead]
                         if columns != 0:
                             rows = boxes[4 * ahead + 3] - boxes[4 * ahead + 1]
                             for slot in range(firsts[ahead], firsts[ahead] + rows * columns):
-                                prefetch(sums, 16 * slots[slot])
+                                prefetch(sums, 16 * slots[base + slot])
                     columns = boxes[4 * r + 2] - boxes[4 * r]
                     if columns == 0:
                         continue
@@ -280,7 +287,7 @@ def project_backward(
                     total = splat(_F0)
                     hit = False
                     for slot in range(firsts[r], firsts[r] + rows * columns):
-                        entry = slots[slot]
+                        entry = slots[base + slot]
                         if touched[entry] != 0:
                             total = total + load(sums, 16 * entry)
                             hit = True

@@ -114,7 +114,7 @@ def _camera_rows(viewmats: Tensor, Ks: Tensor, width: int, height: int) -> Array
         # gsplat evaluates the projection's Jacobian no farther than 15 % outside the image.
         rows[:, 16 + 2 * at] = -(c + 0.15 * size) / f
         rows[:, 17 + 2 * at] = (size - c + 0.15 * size) / f
-    rows[:, 20:23] = -np.einsum("nji,nj->ni", pose[:, :3, :3], pose[:, :3, 3])
+    rows[:, 20:23] = -(pose[:, None, :3, 3] @ pose[:, :3, :3])[:, 0]
     if not np.isfinite(rows).all():
         raise ValueError("cameras: got NaN or infinite values, want finite ones")
     return rows
@@ -134,25 +134,32 @@ class _Rasterize(torch.autograd.Function):
         boxes, firsts = np.empty(4 * M * N, np.int16), np.empty(M * N, np.int32)
         keys = np.empty(M * N, np.uint64)
         chunks = -(-N // _project.CHUNK)
-        counts, entries = np.empty(M * chunks, np.int64), np.empty(M * chunks, np.int64)
+        counts, entries, bases = (np.empty(M * chunks, np.int64) for _ in range(3))
+        tile_counts = np.empty(M * chunks * s.tiles, np.int32)
         bad = np.zeros(1, np.int64)
         with _compiling_notice(_composite.composite):
+            many = s.threads_for(M * N, 20_000)
             _run(
-                _project.project, s.threads_for(M * N, 20_000),
+                _project.project, many,
                 means, quats, scales, opacities, colors, s.coefficients, cameras, s.views, N,
-                s.width, s.height, s.near, s.far, s.eps2d,
-                records, records32, boxes, firsts, keys, counts, entries, bad,
+                s.width, s.height, s.tiles_x, s.tiles, s.near, s.far, s.eps2d,
+                records, records32, boxes, firsts, keys, counts, entries, tile_counts, bad,
             )  # fmt: skip
             if bad[0]:
                 raise ValueError("gaussians: got NaN or infinite values, want finite ones")
             total = int(entries.sum())
             starts = np.zeros(M * s.tiles + 1, np.int64)
+            _run(
+                _composite.sort, min(M, many),
+                M, N, s.tiles, keys, counts, entries, tile_counts, bases, starts,
+            )  # fmt: skip
             entry_ids = np.zeros(total + _composite.AHEAD, np.int32)
             slots = np.empty(total, np.int32)
+            bands = 1 if many <= M else many
             _run(
-                _composite.sort_and_bin, min(M, s.threads_for(M * N, 20_000)),
-                M, N, s.tiles_x, s.tiles, boxes, firsts, keys, counts, entries,
-                starts, entry_ids, slots,
+                _composite.fill, many,
+                M, bands, N, s.tiles_x, s.tiles, boxes, firsts, keys, counts, bases, starts,
+                entry_ids, slots,
             )  # fmt: skip
             touched = np.zeros(total, np.uint16)
             rgb = _aligned_images(M // max(s.views, 1), s.views, s.height, s.width, 3)
@@ -167,13 +174,13 @@ class _Rasterize(torch.autograd.Function):
         images = (torch.from_numpy(rgb), torch.from_numpy(alpha), torch.from_numpy(depth))
         ctx.save_for_backward(*tensors, *images)
         ctx.touched = touched
-        ctx.rest = (cameras, s, records, boxes, firsts, starts, entry_ids, slots)
+        ctx.rest = (cameras, s, records, boxes, firsts, bases, starts, entry_ids, slots)
         return images
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, background, rgb, alpha, depth = ctx.saved_tensors
-        cameras, s, records, boxes, firsts, starts, entry_ids, slots = ctx.rest
+        cameras, s, records, boxes, firsts, bases, starts, entry_ids, slots = ctx.rest
         touched = ctx.touched
         M, N = s.images, s.gaussians
         records32 = records.view(np.float32)
@@ -193,8 +200,8 @@ class _Rasterize(torch.autograd.Function):
             _run(
                 _project.project_backward, s.threads_for(M * N, 10_000),
                 *scenes, s.coefficients, cameras, s.views, N, s.width, s.height, s.eps2d,
-                records, records32, boxes, firsts, slots, touched, sums, scenes_total * chunks,
-                *grads,
+                records, records32, boxes, firsts, bases, slots, touched, sums,
+                scenes_total * chunks, *grads,
             )  # fmt: skip
         v_background = None
         if ctx.needs_input_grad[5]:
@@ -244,7 +251,7 @@ class _compiling_notice:
 
     def __init__(self, kernel: Any) -> None:
         self.timer: threading.Timer | None = None
-        if not kernel.signatures:
+        if not kernel.overloads:
             text = "fresnel: compiling the CPU renderer, once per machine (about 10 s) ..."
             self.timer = threading.Timer(2.0, print, (text,), {"file": sys.stderr, "flush": True})
             self.timer.daemon = True
