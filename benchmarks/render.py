@@ -265,6 +265,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
+    # Torch's idle OpenMP threads spin for a while after every operation, on the cores we time.
+    torch.set_num_threads(1)
     result = measure(arguments.rounds, arguments.threads)
     (arguments.out / "render.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.out / "render.md").write_text(table(result))
