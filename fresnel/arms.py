@@ -220,14 +220,18 @@ def training_metrics(result: TrainResult, held_out: Mapping[str, Any]) -> dict[s
     }
 
 
+_PLACES = {"export_to", "output_dir", "dataset_dir", "truth_source"}  # of the machine, not the run
+
+
 def export(network: Any, path: str | Path, record: RunRecord) -> Path:
     """Write a trained network in half precision, with the run that made it in its metadata."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     provenance = {
         "notebook": record.notebook,
-        "params": record.params,
-        "provenance": record.provenance,
+        "params": {k: v for k, v in record.params.items() if k not in _PLACES},
+        "provenance": {k: v for k, v in record.provenance.items() if k != "datasets"},
+        "data": [found["content_hash"] for found in record.provenance["datasets"]],
         "started_utc": record.started_utc,
     }
     if isinstance(network, decoder.Decoder):

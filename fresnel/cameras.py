@@ -124,10 +124,9 @@ class Cameras:
 
     def rays(self) -> tuple[Tensor, Tensor]:
         """Ray origins and unit directions in the world, each of shape (..., H, W, 3)."""
-        like = {"device": self.device, "dtype": self.viewmats.dtype}
         y, x = torch.meshgrid(
-            torch.arange(self.height, **like) + 0.5,
-            torch.arange(self.width, **like) + 0.5,
+            torch.arange(self.height, device=self.device, dtype=self.viewmats.dtype) + 0.5,
+            torch.arange(self.width, device=self.device, dtype=self.viewmats.dtype) + 0.5,
             indexing="ij",
         )
         pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1)
@@ -165,7 +164,9 @@ class Cameras:
         return self.viewmats[..., :3, :3] * flip[:, None], self.viewmats[..., :3, 3] * flip
 
     @staticmethod
-    def from_opengl(rotation: Tensor, translation: Tensor, Ks: Tensor, width: int, height: int):
+    def from_opengl(
+        rotation: Tensor, translation: Tensor, Ks: Tensor, width: int, height: int
+    ) -> Cameras:
         """Cameras from OpenGL world-to-camera rotations (..., 3, 3) and translations (..., 3)."""
         flip = rotation.new_tensor(_OPENGL_TO_OPENCV)
         viewmats = rigid(rotation * flip[:, None], translation * flip)

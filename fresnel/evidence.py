@@ -15,7 +15,7 @@ import torch
 
 from fresnel import evaluate, figures
 from fresnel.cameras import Cameras, relative_azimuth_deg
-from fresnel.dataset import InputImages, MultiViewDataset, ObjectViews
+from fresnel.dataset import MultiViewDataset, ObjectViews
 from fresnel.gate import GateConfig, Verdict
 
 
@@ -47,7 +47,9 @@ def picture_rows(
     data: MultiViewDataset, limit: int = 6
 ) -> tuple[list[list[np.ndarray]], list[float], list[str]]:
     """Rows of [input, views ordered by azimuth], the azimuths of the first row, and the names."""
-    rows, azimuths, names = [], [], []
+    rows: list[list[np.ndarray]] = []
+    azimuths: list[float] = []
+    names: list[str] = []
     for i in np.linspace(0, len(data) - 1, min(limit, len(data))).round().astype(int):
         record = data[int(i)]
         angles = view_azimuths(record)
@@ -235,11 +237,6 @@ def luminance_by_azimuth(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[fl
             values.append(sum(r[quantity] for r in chosen) / target if target else float("nan"))
         ratios[f"{quantity}_ratio"] = values
     return ratios
-
-
-def subset_inputs(inputs: InputImages, count: int) -> InputImages:
-    """The first `count` inputs, or all of them."""
-    return inputs[: min(count, len(inputs))]
 
 
 def _empty(row: Mapping[str, Any]) -> bool:

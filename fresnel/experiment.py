@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def ground_truth(
     image_size: int,
     images: int = 0,
     views: int = 8,
-    azimuths: str = "even",
+    azimuths: Literal["even", "random"] = "even",
     objects: int = 0,
     seed: int = 0,
     samples: int = 4,
@@ -102,7 +102,7 @@ def ground_truth(
     from fresnel import meshes
 
     if source == "embedded":
-        assets = meshes.embedded_assets(split)
+        assets = meshes.embedded_assets(cast(Literal["train", "held_out"], split))
     elif str(source).endswith(".zip"):
         assets = meshes.zip_assets(source, "test" if split == "held_out" else split)
     else:

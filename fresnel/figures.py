@@ -21,7 +21,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#777777",
 )  # fmt: skip
 _CYCLE = [BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY]
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -44,10 +44,11 @@ STYLE = {
 def _figure(*args: Any, **kwargs: Any) -> Any:
     """`Figure.subplots` in our style, without touching matplotlib's global state."""
     import matplotlib as mpl
+    from cycler import cycler
     from matplotlib.figure import Figure
 
     size = kwargs.pop("figsize", (7.2, 3.2))
-    with mpl.rc_context({**STYLE, "axes.prop_cycle": mpl.cycler(color=_CYCLE)}):
+    with mpl.rc_context({**STYLE, "axes.prop_cycle": cycler(color=_CYCLE)}):
         figure = Figure(figsize=size)
         return figure, figure.subplots(*args, **kwargs)
 
@@ -92,6 +93,13 @@ def show_table(markdown: str) -> None:
     from IPython.display import Markdown, display
 
     display(Markdown(markdown))
+
+
+def azimuth_labels(azimuth_deg: Sequence[float]) -> list[str]:
+    """Column headings: whole degrees with a sign, and 0 without one."""
+    return [
+        f"{round(a):+d}\N{DEGREE SIGN}" if round(a) else "0\N{DEGREE SIGN}" for a in azimuth_deg
+    ]
 
 
 def to_uint8(images: Any) -> np.ndarray:
@@ -165,9 +173,9 @@ def azimuth_rose(
     for axis, color, (name, values) in zip(
         np.atleast_1d(axes), [ORANGE, BLUE, GREEN], series.items(), strict=False
     ):
-        values = np.asarray(values, float)
+        ratios = np.asarray(values, float)
         means = [
-            np.nanmean(values[azimuth == k]) if np.isfinite(values[azimuth == k]).any() else 0.0
+            np.nanmean(ratios[azimuth == k]) if np.isfinite(ratios[azimuth == k]).any() else 0.0
             for k in range(8)
         ]
         axis.bar(angles, means, width=np.deg2rad(40), color=color, alpha=0.85)

@@ -25,7 +25,7 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
         "git": git_state(),
         "python": platform.python_version(),
         "packages": _versions(_PACKAGES),
-        "os": platform.platform(),
+        "os": f"{platform.system()} {platform.machine()}",
         "cpu": {"model": _cpu_model(), "count": _cpu_count()},
         "gpu": device.get_device_name() if device is not None else None,
         "seed": seed,
@@ -35,8 +35,8 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
 
 def git_state() -> dict[str, Any]:
     """{"commit", "dirty", "changed"} of the checkout this code runs from; products in reports/
-    and runs/ do not make it dirty. A copy without its .git can be told its commit by the variable
-    FRESNEL_COMMIT; whether it is dirty is then unknown."""
+    and runs/ do not make it dirty. A copy without its history can be told its commit by the
+    variable FRESNEL_COMMIT; whether it is dirty is then unknown."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -48,7 +48,9 @@ def git_state() -> dict[str, Any]:
             return None
         return done.stdout if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD") or os.environ.get("FRESNEL_COMMIT")
+    if told := os.environ.get("FRESNEL_COMMIT"):
+        return {"commit": told, "dirty": None, "changed": []}
+    commit = git("rev-parse", "HEAD")
     lines = git("status", "--porcelain", "--", ".", ":(exclude)reports", ":(exclude)runs")
     changed = None if lines is None else [line[3:] for line in lines.splitlines()]
     return {
