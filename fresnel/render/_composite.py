@@ -243,15 +243,15 @@ def composite(
                     blocks &= blocks - 1
                     u, v = u0 + places[32 * i + j], v0 + places[32 * i + 16 + j]
                     power = fnma(v, v, fnma(u, u, log2_opacity))
-                    opaque = minimum(exp2(power), alpha_max)
+                    seen = power >= CUT
+                    opaque = select(seen, minimum(exp2(power), alpha_max), _F0)
                     transmittance = load(state, 96 * j)
                     weight = opaque * transmittance
                     after = transmittance - weight
-                    seen = (power >= CUT) & (transmittance > _F0)
-                    live = seen & (after > STOP)
+                    live = after > STOP
                     reached |= np.int64(lanes(seen) != 0) << j
-                    # A finished pixel keeps its transmittance with the sign turned.
-                    after = select(live, after, select(seen, -transmittance, transmittance))
+                    # A finished pixel keeps its transmittance with a minus sign.
+                    after = select(live, after, -absolute(transmittance))
                     weight = select(live, weight, _F0)
                     store(state, 96 * j, after)
                     store(state, 96 * j + 16, load(state, 96 * j + 16) + weight)
@@ -395,14 +395,12 @@ def composite_backward(
                 blocks &= blocks - 1
                 u, v = u0 + places[j], v0 + places[16 + j]
                 power = fnma(v, v, fnma(u, u, log2_opacity))
-                opaque = minimum(exp2(power), alpha_max)
+                opaque = select(power >= CUT, minimum(exp2(power), alpha_max), _F0)
                 transmittance = load(state, 112 * j)
                 weight = opaque * transmittance
                 after = transmittance - weight
-                seen = (power >= CUT) & (transmittance > _F0)
-                live = seen & (after > STOP)
-                after = select(live, after, select(seen, -transmittance, transmittance))
-                store(state, 112 * j, after)
+                live = after > STOP
+                store(state, 112 * j, select(live, after, -absolute(transmittance)))
                 weight = select(live, weight, _F0)
                 v_red, v_green = load(state, 112 * j + 32), load(state, 112 * j + 48)
                 v_blue, v_z = load(state, 112 * j + 64), load(state, 112 * j + 80)
