@@ -42,7 +42,7 @@ from fresnel.render._simd import (
 )
 
 BATCH = 64  # entries of a tile looked at together
-AHEAD = 8  # entries between the one at work and the one being fetched from memory
+AHEAD = 16  # entries between the one at work and the one being fetched from memory
 CUT = np.float32(math.log2(1 / 255))  # contributions below one 8-bit step are skipped
 STOP = np.float32(1e-4)  # a pixel is finished before its transmittance would fall to this
 _F0, _F1 = np.float32(0), np.float32(1)

@@ -166,7 +166,7 @@ class _Rasterize(torch.autograd.Function):
             alpha = _aligned_images(M // max(s.views, 1), s.views, s.height, s.width, 1)
             depth = _aligned_images(M // max(s.views, 1), s.views, s.height, s.width, 1)
             _run(
-                _composite.composite, s.threads_for(total + 8 * M * s.tiles, 3_000),
+                _composite.composite, s.threads_for(total + 8 * M * s.tiles, 5_000),
                 M, *size, records, records32, starts, entry_ids,
                 np.float32(s.alpha_max), background,
                 rgb.reshape(-1), alpha.reshape(-1), depth.reshape(-1), touched,
