@@ -202,7 +202,10 @@ def processor() -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [
+    peaks = {int(count): value for count, value in result["peak_gflops"].items()}
+    busy = any(value < 0.85 * count * peaks.get(1, 0) for count, value in peaks.items())
+    lines = ["**The cores were busy with other work: run this again.**", ""] if busy else []
+    lines += [
         f"{result['machine']}; FMA peak measured: "
         + ", ".join(f"{v:.0f} GFLOP/s on {k} threads" for k, v in result["peak_gflops"].items())
         + f"; medians of {result['rounds']} interleaved rounds. Targets are for 2 threads.",
