@@ -108,6 +108,8 @@ choose_python() {  # sets $python, and sets the environment up where that is our
 
 run_fresnel() {
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+    # torch's idle OpenMP threads otherwise spin on the cores that the renderer needs
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
     exec "$python" -m fresnel "$@"
 }
 

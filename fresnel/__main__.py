@@ -90,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         report.index(report.reports_folder(arguments.reports))
         print(report.describe(done))
-        return int(done.crashed)
+        return int(done.crashed or done.record.verdict == "REFUSED")
     if arguments.param or arguments.params_file or arguments.name or arguments.timeout:
         raise ValueError("-p, -f, --name and --timeout belong to one notebook: name it")
     profile = arguments.profile or "auto"

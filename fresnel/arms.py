@@ -17,7 +17,7 @@ from fresnel.bootstrap import NEAR, ORIGINAL, original_input_viewmat, place
 from fresnel.cameras import Cameras, intrinsics, orbit, relative_azimuth_deg
 from fresnel.dataset import InputImages, ViewTensors
 from fresnel.record import RunRecord
-from fresnel.render import Views, render
+from fresnel.render import Views
 from fresnel.train import Task, TrainResult
 
 _DECODER_SIZES: dict[str, dict[str, dict[str, Any]]] = {
@@ -45,6 +45,7 @@ def make_task(
     held_out: ViewTensors | None = None,
     loss_mask: str = "alpha_aware",
     parameterisation: str = "consistency",
+    augment: bool = True,
     ground_truth: bool = False,
 ) -> Any:
     """The task `train.fit` runs: a fresh network, seeded, and its data on the device.
@@ -53,6 +54,8 @@ def make_task(
         model: "cvs", "decoder" (multi-view supervision) or "decoder-frontal" (the original's
             patch decoder, supervised by the input view alone).
         size: the CVS's preset, or the decoder's base channels.
+        augment: mirror half of the pairs and scale each colour channel of a pair by up to
+            exp(0.3) either way, so that few objects do not become the only colours there are.
         ground_truth: any view may serve as the input, not only the record's own.
     """
     torch.manual_seed(seed)
@@ -67,9 +70,15 @@ def make_task(
             parameterisation=parameterisation,
         )
         return CVSTask(
-            CVS(config), data, batch_size=batch_size, validation=held_out, any_input=ground_truth,
+            CVS(config),
+            data,
+            batch_size=batch_size,
+            validation=held_out,
+            any_input=ground_truth,
+            mirror=augment,
+            colour_jitter=0.3 if augment else 0.0,
             device=device,
-        )  # fmt: skip
+        )
     from fresnel.decoder import Decoder, DecoderConfig
     from fresnel.decoder_task import DecoderTask
 
@@ -153,7 +162,7 @@ def original_decoder(network: decoder.Decoder) -> evaluate.Predictor:
     def predict(inputs: InputImages, cameras: Cameras) -> Views:
         gaussians, _ = place(inputs, network, ORIGINAL)
         _, targets, _ = original_camera_map(inputs, cameras)
-        return render(gaussians, targets, near=NEAR)
+        return decoder.render_small(gaussians, targets, near=NEAR)
 
     return predict
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from fresnel import dataset
 from fresnel.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
 from fresnel.dataset import InputImages, MultiViewDataset, ObjectViews
-from fresnel.decoder import Decoder, prune
+from fresnel.decoder import Decoder, prune, render_small
 from fresnel.gaussians import Gaussians
-from fresnel.render import Views, render
+from fresnel.render import Views
 
 _ORIGIN = (0.0, 0.0, 0.0)
 _ORIGINAL_RADIUS = 2.0
@@ -241,8 +241,8 @@ def _decoded(
     size = config.image_size
     input_cameras = input_cameras.resized(size, size)
     cameras = novel_cameras(inputs, config)
-    views = render(gaussians, cameras.to(device), near=NEAR)
-    identity = render(gaussians, input_cameras[:, None], near=NEAR)
+    views = render_small(gaussians, cameras.to(device), near=NEAR)
+    identity = render_small(gaussians, input_cameras[:, None], near=NEAR)
     rgb, alpha, depth = _stored(views, config.background)
     identity_rgb, identity_alpha, _ = _stored(identity, _ORIGIN)
     stored, input_cameras = inputs.to("cpu").resized(size), input_cameras.to("cpu")

@@ -24,6 +24,9 @@ from fresnel.dataset import InputImages, MultiViewDataset, ViewTensors
 from fresnel.provenance import project_root
 from fresnel.record import Recorder
 
+INPUT_SIZE = 128
+"""Pixels: rendered inputs are at least this large, which is what the shipped decoders see."""
+
 
 class Refused(RuntimeError):
     """A run that stopped because its protocol said so; the report says why, without a trace."""
@@ -157,6 +160,7 @@ def input_images(
             objects, their cameras known), or a folder of image files (cameras assumed: see
             `dataset.load_images`).
         images: how many; objects are seen from as many input poses as it takes.
+        image_size: pixels, of photographs as they are read; renders are at least `INPUT_SIZE`.
         elevation_deg: assumed elevation of photographs.
     """
     if source == "embedded" or str(source).endswith(".zip"):
@@ -171,8 +175,9 @@ def input_images(
         truth = ground_truth(
             source,
             "train",
-            image_size=image_size,
+            image_size=max(image_size, INPUT_SIZE),
             images=images,
+            views=1,
             objects=few,
             seed=seed,
             cache=cache,
@@ -184,7 +189,7 @@ def input_images(
             f"{images} rendered input views of {few} training objects "
             f"({'embedded, CC0' if source == 'embedded' else Path(source).name})",
         )
-    inputs = ds.load_images(source, image_size, elevation_deg=elevation_deg)
+    inputs = ds.load_images(source, max(image_size, INPUT_SIZE), elevation_deg=elevation_deg)
     if len(inputs) > images:
         inputs = inputs[:images]
     return inputs, f"{len(inputs)} images from {Path(source).name}, elevation assumed"
@@ -224,7 +229,7 @@ def demo_dataset(model: str = "cvs", *, image_size: int = 32) -> MultiViewDatase
         config = replace(CORRECTED, image_size=image_size)
         path = dataset_folder(config, "embedded", 16)
         if not (path / "manifest.json").exists():
-            inputs, _ = input_images("embedded", images=16, image_size=2 * image_size)
+            inputs, _ = input_images("embedded", images=16, image_size=image_size)
             bootstrap(inputs, load_shipped("pixel"), config, path)
         data = ds.open(path)
     if gate.read_receipt(data) is None:

@@ -361,7 +361,8 @@ def _settle(
         record = record.replace(started_utc=started)
     if error is None and record.status == "running":
         error = "The notebook ended without a verdict: its last cell must call finish()."
-    if error is not None:
+    refused = record.status == "finished" and record.verdict == "REFUSED"
+    if error is not None and not refused:  # a refusal stops the notebook by raising, on purpose
         record = record.replace(status="crashed", verdict=None, error=error)
     # the notebook's clock misses the kernel's start and end, which the machine's owner pays too
     duration = time.perf_counter() - begun
