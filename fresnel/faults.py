@@ -229,7 +229,7 @@ EXPECTED: dict[str, tuple[str, float]] = {
     "empty_views": ("views_empty", 0.25),
     "frozen_views": ("frozen_views", 0.5),
     "shuffled_poses": ("pose_mismatch", 1.0),
-    "mirrored_views": ("pose_mismatch", 1.0),
+    "mirrored_views": ("mirrored", 1.0),
     "shifted_poses": ("pivot_offset", 0.5),
     "pivot_offset": ("pivot_offset", 0.5),
     "billboard": ("billboard", 1.0),

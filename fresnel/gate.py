@@ -1,8 +1,9 @@
 """The gate: is this multi-view data fit to train on, and if not, what is wrong with it?
 
-`validate` looks at ten examples first and at the whole set only if they pass.  Its `Verdict` names
-ranked causes in plain language; `issue_receipt` writes it down, bound to the dataset's content
-hash; `require_receipt` is what training calls before it starts.
+`validate` looks at ten examples, goes on only while undecided, and confirms a pass on the whole
+set.  Its `Verdict` names ranked causes in plain language; `fix` writes a copy with what can be
+mended mended; `issue_receipt` writes the verdict down, bound to the dataset's content hash;
+`require_receipt` is what training calls before it starts.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from fresnel._measure import measure, unreadable
-from fresnel.checks import GateConfig, Reason, judge, profile
+from fresnel.consistency import Rig
+from fresnel.findings import GateConfig, Reason, Seen
 from fresnel.images import DatasetError
+from fresnel.judge import judge, profile
 
 __all__ = [
     "GateConfig",
@@ -40,8 +43,8 @@ __all__ = [
 KINDS = ("gate", "smoke-cvs", "smoke-decoder")
 _COMMANDS = {
     "gate": "python -m fresnel validate {path}",
-    "smoke-cvs": "./run_all.sh notebooks/02_smoke_train.ipynb -p dataset {path} -p model cvs",
-    "smoke-decoder": "./run_all.sh notebooks/02_smoke_train.ipynb -p dataset {path} "
+    "smoke-cvs": "./run_all.sh notebooks/02_smoke_train.ipynb -p dataset_dir {path} -p model cvs",
+    "smoke-decoder": "./run_all.sh notebooks/02_smoke_train.ipynb -p dataset_dir {path} "
     "-p model decoder",
 }
 
@@ -120,9 +123,12 @@ def validate(
     first: int = 10,
     workers: int = 2,
     progress: bool = True,
+    against: Any = None,
 ) -> Verdict:
-    """Look at `first` evenly spaced records; if they pass, at all of them.
+    """Look at `first` evenly spaced records, go on by as many while undecided, confirm on the rest.
 
+    Each check is a sequential test on the records that show its fault (see `findings`): a fault
+    ends the reading early; only a set on which every check stays clear to its last record passes.
     Records are read as a stream, so memory does not grow with the images. A record that can't be
     read is a finding, not an exception.
 
@@ -132,6 +138,7 @@ def validate(
         config: thresholds; None takes the calibrated defaults.
         first: how many records to decide on before reading on, at least 1.
         workers: reader threads.
+        against: another dataset (the test set) that must not share objects with this one.
 
     Raises:
         ValueError: for `first` or `workers` below 1.
@@ -144,47 +151,88 @@ def validate(
     if total == 0:
         reason = Reason("no_data", "the dataset has no records", "check the path", {})
         return _verdict([], [], (reason,), {}, (), dataset, total, started)
+    meta = dict(getattr(dataset, "meta", None) or {})
+    if against is not None:
+        names = getattr(against, "names", None) or [against[k].name for k in range(len(against))]
+        meta["against"] = {"names": {str(name).partition("__")[0] for name in names}}
     sample = sorted(set(np.linspace(0, total - 1, min(first, total)).round().astype(int).tolist()))
     rest = sorted(set(range(total)) - set(sample))
     rows: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
-    for part, label in ((sample, "gate: first examples"), (rest, "gate: whole set")):
-        for record_rows, summary in _measured(dataset, part, workers, progress, label):
-            rows += record_rows
-            objects.append(summary)
-        reasons, figures, notes = judge(rows, objects, config)
-        if reasons or not rest:
-            break
-    return _verdict(rows, objects, reasons, figures, notes, dataset, total, started)
+    rigs: dict[int, Rig] = {}
+    settled = False
+    order = itertools.chain(
+        _measured(dataset, sample, workers, progress, "gate: first examples"),
+        _measured(dataset, _spread(rest), workers, progress, "gate: whole set"),
+    )
+    for count, (record_rows, summary, rig) in enumerate(order, 1):
+        rows += record_rows
+        objects.append(summary)
+        if rig is not None and len(rigs) < _RIGS:
+            rigs[len(objects) - 1] = rig
+        if count < total and not settled and count >= len(sample) and count % first == 0:
+            reasons, figures, notes, settled = judge(
+                rows, objects, config, meta=meta, rigs=rigs, phase="early"
+            )
+            if reasons:
+                break
+    else:
+        reasons, figures, notes, _ = judge(rows, objects, config, meta=meta, rigs=rigs)
+    return _verdict(rows, objects, reasons, figures, notes, dataset, total, started, config)
+
+
+_RIGS = 40
+"""Records whose cameras and small masks are kept, to find out what is wrong with their poses."""
+
+
+def _spread(indices: list[int]) -> list[int]:
+    """The same indices in an order in which every prefix is spread over the set."""
+    golden = 0.6180339887498949
+    return sorted(indices, key=lambda index: (index * golden) % 1.0)
+
+
+_Measured = tuple[list[dict[str, Any]], dict[str, Any], Rig | None]
 
 
 def _measured(
     dataset: _Data, indices: Sequence[int], workers: int, progress: bool, label: str
-) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+) -> Iterator[_Measured]:
     from tqdm.auto import tqdm
 
     background = tuple(float(x) for x in dataset.background)
     # Monocular depth in the original layout is relative, and its inputs' alpha is a guess.
-    trusted = getattr(dataset, "layout", "fresnel") == "fresnel"
+    trusted = getattr(dataset, "layout", "fresnel") != "original"
 
-    def work(index: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def work(index: int) -> _Measured:
         try:
-            return measure(dataset[index], background, trust_input=trusted)
+            views = dataset[index]
+            rows, summary, rig = measure(views, background, trust_input=trusted)
+            if summary.get("foreground") == "none" and not summary["bad_poses"]:
+                from fresnel.epipolar import agreement
+
+                summary["epipolar"] = agreement(views)
+            return rows, summary, rig
         except (DatasetError, ValueError, OSError) as error:
             names = getattr(dataset, "names", None)
             return unreadable(names[index] if names else str(index), error)
 
+    if not indices:
+        return
     queue = iter(indices)
     bar = tqdm(total=len(indices), desc=label, unit="object", delay=2, disable=not progress or None)
     with ThreadPoolExecutor(workers) as pool, bar:
         # A short window of submitted reads keeps the threads busy and the memory bounded.
         head = itertools.islice(queue, 2 * workers)
         window: list[Future[Any]] = [pool.submit(work, i) for i in head]
-        while window:
-            done = window.pop(0).result()
-            window += [pool.submit(work, i) for i in itertools.islice(queue, 1)]
-            bar.update()
-            yield done
+        try:
+            while window:
+                done = window.pop(0).result()
+                window += [pool.submit(work, i) for i in itertools.islice(queue, 1)]
+                bar.update()
+                yield done
+        finally:
+            for future in window:
+                future.cancel()
 
 
 def _verdict(
@@ -196,7 +244,12 @@ def _verdict(
     dataset: _Data,
     total: int,
     started: float,
+    config: GateConfig | None = None,
 ) -> Verdict:
+    config = config or GateConfig()
+    for row, empty in zip(rows, Seen(rows, objects, config).empty if rows else (), strict=True):
+        row["empty"] = bool(empty)
+    objects = [{k: v for k, v in item.items() if k != "fingerprint"} for item in objects]
     seen = f"{len(objects)} of {total} records ({len(rows)} views)"
     if reasons:
         caused = [r.code for r in reasons[1:] if r.symptom_of == reasons[0].code]
@@ -213,7 +266,7 @@ def _verdict(
         notes=notes,
         measurements=rows,
         objects=objects,
-        profile=profile(rows),
+        profile=profile(rows, config),
         figures=figures,
         dataset_hash=dataset.content_hash,
         examples_seen=len(objects),
