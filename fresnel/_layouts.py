@@ -33,6 +33,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 1 << 20
 _MAX_MANIFEST_BYTES = 1 << 28
+_MAX_RECORD_BYTES = 1 << 31
 _FOLDER = re.compile(r"image_\d{4,}")
 _FILE = re.compile(
     r"(input|input_alpha|input_depth|identity|identity_alpha)\.png|input_pose\.json"
@@ -76,9 +77,12 @@ def depth_png(depth: Tensor) -> bytes:
     return png(values.to(torch.uint16))
 
 
-def read_png(path: Path, mode: str) -> Tensor:
-    """uint8 (H, W, 3) for mode "RGB", (H, W) for "L", uint16 (H, W) for "I;16"."""
-    with _opened(path, _read(path)) as image:
+def read_png(path: Path, mode: str, data: bytes | None = None) -> Tensor:
+    """uint8 (H, W, 3) for mode "RGB", (H, W) for "L", uint16 (H, W) for "I;16".
+
+    With ``data`` these bytes are decoded, and ``path`` is only for messages; so below.
+    """
+    with _opened(path, _read(path) if data is None else data) as image:
         if image.mode != mode:
             raise DatasetError(
                 f"{path}: a PNG of mode {image.mode}, want {mode}. Write the dataset again with "
@@ -87,15 +91,18 @@ def read_png(path: Path, mode: str) -> Tensor:
         return torch.from_numpy(np.array(image))
 
 
-def read_depth(path: Path, scale: float) -> Tensor:
-    values = read_png(path, "I;16").to(torch.int32)
+def read_depth(path: Path, scale: float, data: bytes | None = None) -> Tensor:
+    values = read_png(path, "I;16", data).to(torch.int32)
     return (values.double() * scale).float()
 
 
-def read_json(path: Path, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
-    data = _read(path)
-    if len(data) > limit:
-        raise DatasetError(f"{path}: {len(data)} bytes of JSON, the limit is {limit}")
+def read_json(
+    path: Path, limit: int = _MAX_JSON_BYTES, data: bytes | None = None
+) -> dict[str, Any]:
+    size = path.stat().st_size if data is None and path.is_file() else len(data or b"")
+    if size > limit:
+        raise DatasetError(f"{path}: {size} bytes of JSON, the limit is {limit}")
+    data = _read(path) if data is None else data
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -147,9 +154,11 @@ def array(pose: dict[str, Any], key: str, shape: tuple[int, ...], path: Path) ->
     return array
 
 
-def read_camera(path: Path, width: int, height: int) -> tuple[Cameras, dict[str, Any]]:
+def read_camera(
+    path: Path, width: int, height: int, data: bytes | None = None
+) -> tuple[Cameras, dict[str, Any]]:
     """The camera of a pose file for an image of width x height, and the file's other entries."""
-    pose = read_json(path)
+    pose = read_json(path, data=data)
     rotation, translation = array(pose, "R", (3, 3), path), array(pose, "t", (3,), path)
     error = np.abs(rotation @ rotation.T - np.eye(3)).max()
     if error > 1e-3 or np.linalg.det(rotation) < 0:
@@ -197,6 +206,18 @@ def inside(root: Path, relative: str) -> Path:
     return path
 
 
+def is_ours(root: Path) -> bool:
+    """Whether the folder has a manifest of ours; other tools call a list of objects that too."""
+    path = root / MANIFEST
+    if not path.exists():
+        return False
+    if any(_FOLDER.fullmatch(entry.name) for entry in root.iterdir()):
+        return True
+    with inside(root, MANIFEST).open("rb") as file:
+        start = file.read(1 << 16).lstrip()
+    return not start.startswith(b"[") and b'"assets"' not in start
+
+
 def parse_manifest(root: Path) -> tuple[dict[str, Any], tuple[Record, ...]]:
     path = inside(root, MANIFEST)
     manifest = read_json(path, _MAX_MANIFEST_BYTES)
@@ -211,6 +232,11 @@ def parse_manifest(root: Path) -> tuple[dict[str, Any], tuple[Record, ...]]:
     for key in ("image_size", "views_per_object"):
         if not isinstance(manifest.get(key), int) or not 1 <= manifest[key] <= 100_000:
             raise DatasetError(f"{path}: {key} is {manifest.get(key)!r}, want a positive integer")
+    if 4 * manifest["views_per_object"] * manifest["image_size"] ** 2 > _MAX_RECORD_BYTES:
+        raise DatasetError(
+            f"{path}: {manifest['views_per_object']} views of {manifest['image_size']} px an "
+            f"object take more than {_MAX_RECORD_BYTES >> 20} MB. Write fewer or smaller views"
+        )
     if not isinstance(manifest.get("meta"), dict):
         raise DatasetError(f"{path}: meta is not a JSON object")
     objects = manifest.get("objects")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,50 +154,62 @@ def _expect_size(path: Path, image: Tensor, size: int) -> Tensor:
     return image
 
 
-def read_object(root: Path, record: Record, size: int, count: int) -> ObjectViews:
-    base = _layouts.inside(root, record.folder)
+def read_object(
+    root: Path,
+    record: Record,
+    size: int,
+    count: int,
+    load: Callable[[str], bytes] | None = None,
+) -> ObjectViews:
+    """Decode one record; ``load`` gives a file's bytes where they don't lie under ``root``."""
+    base = root / record.folder if load else _layouts.inside(root, record.folder)
 
     def at(file: str) -> Path:
-        return _layouts.inside(root, f"{record.folder}/{file}")
+        return base / file if load else _layouts.inside(root, f"{record.folder}/{file}")
 
-    input_rgb = _layouts.read_png(at("input.png"), "RGB")
+    def data(file: str) -> bytes | None:
+        return load(file) if load else None
+
+    def png(file: str, mode: str) -> Tensor:
+        return _layouts.read_png(at(file), mode, data(file))
+
+    input_rgb = png("input.png", "RGB")
     height, width = input_rgb.shape[:2]
-    input_camera, input_pose = _layouts.read_camera(at("input_pose.json"), width, height)
+    pose_file = at("input_pose.json")
+    input_camera, input_pose = _layouts.read_camera(
+        pose_file, width, height, data("input_pose.json")
+    )
     rgb, alpha, depth, cameras = [], [], [], []
     for view in _expect_views(root, record, count):
-        file = at(f"{view}/rgb.png")
-        rgb.append(_expect_size(file, _layouts.read_png(file, "RGB"), size))
-        file = at(f"{view}/alpha.png")
-        alpha.append(_expect_size(file, _layouts.read_png(file, "L"), size))
+        rgb.append(_expect_size(at(f"{view}/rgb.png"), png(f"{view}/rgb.png", "RGB"), size))
+        alpha.append(_expect_size(at(f"{view}/alpha.png"), png(f"{view}/alpha.png", "L"), size))
         file = at(f"{view}/pose.json")
-        camera, pose = _layouts.read_camera(file, size, size)
+        camera, pose = _layouts.read_camera(file, size, size, data(f"{view}/pose.json"))
         cameras.append(camera)
-        if f"{view}/depth.png" in record.files:
-            image = _layouts.read_depth(at(f"{view}/depth.png"), _scale(pose, file))
-            depth.append(_expect_size(at(f"{view}/depth.png"), image, size))
+        name = f"{view}/depth.png"
+        if name in record.files:
+            image = _layouts.read_depth(at(name), _scale(pose, file), data(name))
+            depth.append(_expect_size(at(name), image, size))
     has = record.files.__contains__
-    scale = _scale(input_pose, at("input_pose.json")) if has("input_depth.png") else 0.0
+    name = "input_depth.png"
+    input_depth = None
+    if has(name):
+        input_depth = _layouts.read_depth(at(name), _scale(input_pose, pose_file), data(name))
     return _layouts.named(
         base,
         lambda: ObjectViews(
             name=record.name,
             input_rgb=input_rgb,
-            input_alpha=_layouts.read_png(at("input_alpha.png"), "L"),
+            input_alpha=png("input_alpha.png", "L"),
             input_camera=input_camera,
             rgb=torch.stack(rgb),
             alpha=torch.stack(alpha),
             cameras=_layouts.stack_cameras(cameras),
-            pivot=torch.from_numpy(
-                _layouts.array(input_pose, "pivot", (3,), at("input_pose.json"))
-            ),
+            pivot=torch.from_numpy(_layouts.array(input_pose, "pivot", (3,), pose_file)),
             depth=torch.stack(depth) if len(depth) == len(rgb) else None,
-            input_depth=_layouts.read_depth(at("input_depth.png"), scale) if scale else None,
-            identity_rgb=_layouts.read_png(at("identity.png"), "RGB")
-            if has("identity.png")
-            else None,
-            identity_alpha=_layouts.read_png(at("identity_alpha.png"), "L")
-            if has("identity_alpha.png")
-            else None,
+            input_depth=input_depth,
+            identity_rgb=png("identity.png", "RGB") if has("identity.png") else None,
+            identity_alpha=png("identity_alpha.png", "L") if has("identity_alpha.png") else None,
             attribution=record.attribution,
         ),
     )
@@ -250,10 +262,14 @@ def read_original(root: Path, record: Record, size: int, count: int) -> ObjectVi
     )
 
 
+def record_folder(index: int) -> str:
+    return f"image_{index:04d}"
+
+
 def write_object(root: Path, index: int, views: ObjectViews) -> Record:
-    folder = f"image_{index:04d}"
+    folder = record_folder(index)
     files = {}
-    for file, data in _encode_object(views):
+    for file, data in encode_object(views):
         path = root / folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -261,7 +277,8 @@ def write_object(root: Path, index: int, views: ObjectViews) -> Record:
     return Record(views.name, folder, views.attribution, files)
 
 
-def _encode_object(views: ObjectViews) -> Iterable[tuple[str, bytes]]:
+def encode_object(views: ObjectViews) -> Iterable[tuple[str, bytes]]:
+    """The files of one record in our layout: path inside its folder, and bytes."""
     views.cameras.validate()
     views.input_camera.validate()
     yield "input.png", _layouts.png(views.input_rgb)

@@ -7,7 +7,9 @@ wrap repeat, sRGB); transparency, metalness and roughness are ignored.
 
 from __future__ import annotations
 
+import json
 import math
+import struct
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ LIGHTS = (
 )
 # Where a file has no normals, faces that meet at less than this angle are shaded as one surface.
 CREASE_DEG = 35.0
+MAX_FACES = 5_000_000
+_MAX_TEXTURE_SIDE = 4096  # larger ones are shrunk: linear floats take 12 bytes a pixel
 LINEAR_COLORS = "fresnel_linear_vertex_colors"
 """Scene metadata key: vertex colours are linear (glTF), not sRGB."""
 
@@ -81,7 +85,12 @@ def surface(scene: trimesh.Scene | trimesh.Trimesh) -> Surface:
         scene = trimesh.Scene(scene)
     linear = bool(scene.metadata.get(LINEAR_COLORS, False))
     parts: list[Surface] = []
-    for node in sorted(scene.graph.nodes_geometry):
+    nodes = sorted(scene.graph.nodes_geometry)
+    sizes = (len(getattr(scene.geometry[scene.graph[node][1]], "faces", ())) for node in nodes)
+    faces = sum(sizes)
+    if faces > MAX_FACES:
+        raise ValueError(f"mesh: {faces} triangles, the limit is {MAX_FACES}. Simplify it")
+    for node in nodes:
         matrix, name = scene.graph[node]
         mesh = scene.geometry[name]
         if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):
@@ -187,6 +196,9 @@ def _appearance(
     if image is None or uv is None or len(uv) != len(mesh.vertices):
         return colors, uvs, None
     uvs = np.nan_to_num(np.asarray(uv, np.float32)[faces][..., :2], posinf=0.0, neginf=0.0)
+    if max(image.size) > _MAX_TEXTURE_SIDE:
+        image = image.copy()
+        image.thumbnail((_MAX_TEXTURE_SIDE, _MAX_TEXTURE_SIDE))
     texture = srgb_to_linear(np.arange(256) / 255)[np.asarray(image.convert("RGB"))]
     return colors, uvs, texture
 
@@ -244,3 +256,25 @@ def _bilinear(image: Floats, uv: Floats) -> Floats:
     top = image[above, left] * (1 - fx) + image[above, right] * fx
     bottom = image[below, left] * (1 - fx) + image[below, right] * fx
     return top * (1 - fy) + bottom * fy
+
+
+def check_gltf(data: bytes) -> None:
+    """Refuse a glTF whose JSON claims more than its file can hold, before memory is set aside.
+
+    Raises:
+        ValueError: if an accessor has more than ``3 * MAX_FACES`` elements, or the scene more than
+            100,000 nodes.
+    """
+    try:
+        if data.startswith(b"glTF"):
+            (size,) = struct.unpack_from("<I", data, 12)
+            data = data[20 : 20 + size]
+        header = json.loads(data)
+        counts = [accessor.get("count", 0) for accessor in header.get("accessors", [])]
+        nodes = len(header.get("nodes", []))
+        too_many = any(not 0 <= count <= 3 * MAX_FACES for count in counts)
+        total = sum(counts)
+    except (struct.error, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"can't be read as glTF ({str(error)[:100]})") from None
+    if too_many or total > 20 * MAX_FACES or nodes > 100_000:
+        raise ValueError("mesh: an absurd number of elements or nodes. Simplify it")

@@ -1,13 +1,16 @@
 """Multi-view datasets on disk: read, write, hash.
 
 A dataset is a set of objects, each with one input image and V views of it from known cameras.
-`write` is atomic and binds what it wrote to a content hash; `open` reads that layout and the
-original experiment's; `MultiViewDataset.verify` tells whether a byte has changed since.
+`write` is atomic and binds what it wrote to a content hash; `open` reads that layout, the
+original experiment's, and what other tools write (`fresnel.formats`); `export` writes what other
+tools read, `write_shards` and `stream` what doesn't fit on a disk; `MultiViewDataset.verify` tells
+whether a byte has changed since.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fresnel import _layouts
+from fresnel import _layouts, formats
 from fresnel._layouts import MANIFEST, Record
 from fresnel._records import (
     ObjectViews,
@@ -34,6 +37,10 @@ from fresnel._records import (
     write_object,
 )
 from fresnel.cameras import Cameras
+from fresnel.formats import capture as captured
+from fresnel.formats.capture import Capture
+from fresnel.formats.nerfstudio import export
+from fresnel.formats.shards import stream, write_shards
 from fresnel.images import (
     DatasetError,
     InputImages,
@@ -50,10 +57,13 @@ __all__ = [
     "MultiViewDataset",
     "ObjectViews",
     "ViewTensors",
+    "export",
     "load_image",
     "load_images",
     "open",
+    "stream",
     "write",
+    "write_shards",
 ]
 
 
@@ -65,9 +75,10 @@ class DatasetChanged(DatasetError):
 class MultiViewDataset:
     """A dataset on disk; objects are read when asked for.
 
-    ``image_size`` is the side of its (square) views in pixels, ``background`` the sRGB colour
-    they were composited over.  ``content_hash`` stands for the whole dataset, for a `subset` too:
-    see `is_subset`.
+    ``layout`` is "fresnel", "original" or "captures".  ``image_size`` is the side of its (square)
+    views in pixels, ``background`` the sRGB colour they were composited over,
+    ``views_per_object`` the most that an object has (captures may differ).  ``content_hash`` stands
+    for the whole dataset, for a `subset` too: see `is_subset`.
     """
 
     path: Path
@@ -79,14 +90,17 @@ class MultiViewDataset:
     image_size: int
     views_per_object: int
     is_subset: bool = False
-    records: tuple[Record, ...] = field(default=(), repr=False)
+    records: tuple[Record | Capture, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> ObjectViews:
+        record = self.records[index]
+        if isinstance(record, Capture):
+            return captured.read(self.path, record, self.image_size)
         read = read_original if self.layout == "original" else read_object
-        return read(self.path, self.records[index], self.image_size, self.views_per_object)
+        return read(self.path, record, self.image_size, self.views_per_object)
 
     def subset(self, which: Sequence[int] | Sequence[str] | slice) -> MultiViewDataset:
         """The same dataset with only some objects, by index or by name."""
@@ -115,7 +129,16 @@ class MultiViewDataset:
         """Everything in memory, inputs and views scaled to ``size`` (None: as stored).
 
         Views over another background are recomposited over black, from their alpha.
+
+        Raises:
+            DatasetError: if the objects differ in their number of views; open with ``views=``.
         """
+        counts = {len(record) for record in self.records if isinstance(record, Capture)}
+        if len(counts) > 1:
+            raise DatasetError(
+                f"{self.path}: objects have {min(counts)} to {max(counts)} views; want as many of "
+                f"each. Open it with views={min(counts)} or fewer"
+            )
         objects = self._read_all()
         rgb = torch.stack([o.rgb for o in objects])
         alpha = torch.stack([o.alpha for o in objects])
@@ -145,6 +168,9 @@ class MultiViewDataset:
             DatasetChanged: if a file of the whole dataset (not only of a subset) was edited,
                 added or removed since it was written (since `open`, for the original's layout).
         """
+        if self.layout == "captures":
+            self._verify_captures()
+            return
         if self.layout == "original":
             records, manifest = _layouts.scan_original(self.path), None
         else:
@@ -161,6 +187,13 @@ class MultiViewDataset:
                     raise _changed(self.path / record.folder, record.files, disk.files)
         if _layouts.content_hash(on_disk, manifest) != self.content_hash:
             raise DatasetChanged(f"{self.path}: changed since it was opened. Open and gate it anew")
+
+    def _verify_captures(self) -> None:
+        """Only what is read counts: other files may come and go.  A subset checks its own."""
+        before = {path: digest for r in self.records for path, digest in r.files.items()}
+        after = _digests(self.path, before)
+        if before != after:
+            raise _changed(self.path, before, after)
 
     def _read_all(self) -> list[ObjectViews]:
         with ThreadPoolExecutor() as pool:
@@ -224,21 +257,59 @@ def _hashed(root: Path, record: Record) -> Record:
     return replace(record, files=files)
 
 
-def open(path: str | Path) -> MultiViewDataset:
-    """Open a dataset folder: ours (it has a manifest), or the original experiment's.
+def _digests(root: Path, paths: Iterable[str]) -> dict[str, str]:
+    """sha256 of files by path relative to ``root``; those that are gone are left out."""
 
-    The original's views have no alpha: it is estimated as "any channel > 0" and
-    ``meta["alpha_source"]`` says so.  Its input camera stands at the world origin and looks along
-    -Z; focal lengths equal the image size; the orbit's pivot is the world origin.
+    def digest(path: str) -> str:
+        try:
+            with _layouts.inside(root, path).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return ""
+
+    ordered = sorted(set(paths))
+    with ThreadPoolExecutor() as pool:
+        found = zip(ordered, pool.map(digest, ordered), strict=True)
+    return {path: value for path, value in found if value}
+
+
+def open(
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    views: int | None = None,
+    cache: str | Path | None = None,
+) -> MultiViewDataset:
+    """Open multi-view data, whoever wrote it.
+
+    * Our layout: a folder with a manifest.json.
+    * The original experiment's: views have no alpha, so it is estimated as "any channel > 0" and
+      ``meta["alpha_source"]`` says so.  Its input camera stands at the world origin and looks
+      along -Z; focal lengths equal the image size; the orbit's pivot is the world origin.
+    * Captures (`fresnel.formats`): a transforms.json of nerfstudio or Blender, a COLMAP model, a
+      CO3D category, or a folder of such folders, one object each.  ``meta`` tells which view acts
+      as the input, where alpha came from ("mask", "file", or "none": opaque photographs), where
+      the pivot was estimated, and how the world was turned to put Y up.
+    * 3D objects (`meshes.find_assets`): a folder, zip file, .sh3f library or JSON manifest of
+      glTF, GLB or OBJ files, or one such file.  They are rendered once, into ``cache``.
+
+    Args:
+        image_size: side of the views in pixels, for captures (None: the smallest capture's, at most
+            512, less where an object's views would not fit into memory) and objects (None: 128).
+        views: take so many evenly spaced views of each capture (None: all); render so many of
+            each object (None: 8).
+        cache: folder for rendered objects; None: ~/.cache/fresnel.
 
     Raises:
-        DatasetError: if the folder holds neither, or its description is damaged.
-        DatasetChanged: if the manifest was edited.
+        DatasetError: if nothing is recognised, or a description is damaged.
+        DatasetChanged: if our manifest was edited.
     """
     root = Path(path)
+    if not root.exists():
+        raise DatasetError(f"{path}: no such folder or file")
     if not root.is_dir():
-        raise DatasetError(f"{path}: no such folder")
-    if (root / MANIFEST).exists():
+        return _open_objects(root, image_size, views, cache)
+    if _layouts.is_ours(root):
         manifest, records = _layouts.parse_manifest(root)
         digest = _layouts.content_hash(records, manifest)
         if digest != manifest.get("content_hash"):
@@ -260,14 +331,14 @@ def open(path: str | Path) -> MultiViewDataset:
         )
     records = _layouts.scan_original(root)
     if not records:
-        raise DatasetError(
-            f"{path}: not a dataset; want a {MANIFEST}, or folders image_0000, image_0001, ... "
-            "with input.png and view_000/rgb.png"
-        )
-    views = view_folders(records[0])
-    if not views:
+        found = formats.captures(root)
+        if found:
+            return _open_captures(root, found, image_size, views)
+        return _open_objects(root, image_size, views, cache)
+    folders = view_folders(records[0])
+    if not folders:
         raise DatasetError(f"{root / records[0].folder}: has no view_000. Restore or remove it")
-    first = _layouts.inside(root, f"{records[0].folder}/{views[0]}/rgb.png")
+    first = _layouts.inside(root, f"{records[0].folder}/{folders[0]}/rgb.png")
     with ThreadPoolExecutor() as pool:
         records = tuple(pool.map(lambda record: _hashed(root, record), records))
     return MultiViewDataset(
@@ -278,9 +349,72 @@ def open(path: str | Path) -> MultiViewDataset:
         content_hash=_layouts.content_hash(records, None),
         meta={"alpha_source": "estimated", "elevation_is_assumed": True},
         image_size=load_image(first)[0].shape[0],
-        views_per_object=len(views),
+        views_per_object=len(folders),
         records=records,
     )
+
+
+def _open_captures(
+    root: Path, found: list[Capture], image_size: int | None, views: int | None
+) -> MultiViewDataset:
+    names = [capture.name for capture in found]
+    if len(set(names)) < len(names):
+        raise DatasetError(f"{root}: two captures share a name; rename a folder")
+    chosen, side, meta = formats.prepare(root, found, image_size, views)
+    digests = _digests(root, (path for capture in chosen for path in capture.paths))
+    records = []
+    for capture in chosen:
+        missing = [path for path in capture.paths if path not in digests]
+        if missing:
+            raise DatasetError(
+                f"{root / missing[0]}: no such file, but {capture.descriptions[0]} names it. "
+                "Restore it, or describe the capture anew"
+            )
+        records.append(replace(capture, files={path: digests[path] for path in capture.paths}))
+    lines = [f"{file}\0{digest}" for file, digest in sorted(digests.items())]
+    taken = [[c.name, list(c.images)] for c in chosen]
+    said = {"image_size": side, "views": taken}  # what is read of the files
+    lines.append(f"open\0{_layouts.sha256(_layouts.canonical_json(said))}")
+    return MultiViewDataset(
+        path=root,
+        layout="captures",
+        names=tuple(names),
+        background=(0.0, 0.0, 0.0),
+        content_hash="sha256:" + _layouts.sha256("\n".join(lines).encode()),
+        meta=meta,
+        image_size=side,
+        views_per_object=max(len(capture) for capture in chosen),
+        records=tuple(records),
+    )
+
+
+def _open_objects(
+    root: Path, image_size: int | None, views: int | None, cache: str | Path | None
+) -> MultiViewDataset:
+    from fresnel import meshes  # it renders into datasets, so it imports this module
+
+    assets = meshes.find_assets(root)
+    if not assets:
+        raise DatasetError(
+            f"{root}: not a dataset; want a {MANIFEST} of ours, folders image_0000 ... "
+            "with input.png and view_000/rgb.png, a transforms.json, a COLMAP model, CO3D's "
+            "frame_annotations.jgz, a folder of such folders, or 3D objects (.glb .gltf .obj .zip "
+            ".sh3f or a JSON manifest of them)"
+        )
+    views, image_size = views or 8, image_size or 128
+    said = [[a.name, a.member, a.source.resolve().as_posix(), _stamp(a.source)] for a in assets]
+    key = _layouts.sha256(_layouts.canonical_json([said, views, image_size]))[:16]
+    place = Path(cache) if cache is not None else Path.home() / ".cache" / "fresnel"
+    target = place / f"{root.stem}-{key}"
+    if (target / MANIFEST).is_file():
+        return open(target)
+    return meshes.render_set(assets, target, views=views, image_size=image_size)
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size and time of a file: cheap, and enough to know a cached rendering by."""
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
 
 
 def write(
@@ -311,7 +445,7 @@ def write(
     colour = tuple(float(value) for value in background)
     if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
         raise ValueError(f"background: got {background}, want three sRGB values in [0, 1]")
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     meta = json.loads(json.dumps(meta))
     partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
     records: list[Record] = []
@@ -344,18 +478,7 @@ def write(
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise DatasetError(f"{target}: two objects are named {twice!r}; want unique names")
-        manifest: dict[str, Any] = {
-            "schema_version": _layouts.SCHEMA_VERSION,
-            "layout": "fresnel",
-            "background": colour,
-            "image_size": shape[1],
-            "views_per_object": shape[0],
-            "meta": meta,
-        }
-        manifest["content_hash"] = _layouts.content_hash(records, manifest)
-        manifest["objects"] = [vars(record) for record in records]
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _rename(partial, target)
+        assemble(partial, target, records, shape[1], shape[0], colour, meta)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DatasetError(
@@ -368,7 +491,32 @@ def write(
     return open(target)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def assemble(
+    partial: Path,
+    target: Path,
+    records: list[Record],
+    image_size: int,
+    views: int,
+    background: Sequence[float],
+    meta: dict[str, Any],
+) -> None:
+    """Give a folder of finished records its manifest, and put it in the place of ``target``."""
+    manifest: dict[str, Any] = {
+        "schema_version": _layouts.SCHEMA_VERSION,
+        "layout": "fresnel",
+        "background": list(background),
+        "image_size": image_size,
+        "views_per_object": views,
+        "meta": meta,
+    }
+    manifest["content_hash"] = _layouts.content_hash(records, manifest)
+    manifest["objects"] = [vars(record) for record in records]
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _rename(partial, target)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse to replace what isn't a dataset of ours, or is one and wasn't to be replaced."""
     if target.is_dir() and not any(target.iterdir()):
         return
     if not target.exists():
@@ -382,7 +530,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _rename(partial: Path, target: Path) -> None:
     """Put ``partial`` in the place of ``target``; an old dataset is moved away first."""
     if target.exists():
-        old = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
+        old = partial.with_name(f".{target.name}.replaced-{uuid.uuid4().hex[:12]}")
         target.rename(old)
         try:
             partial.rename(target)

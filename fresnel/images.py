@@ -178,11 +178,15 @@ def _interpolate(images: Tensor, size: int) -> Tensor:
     return interpolate(images, (size, size), mode="bilinear", align_corners=False)
 
 
-def load_image(path: str | Path) -> tuple[Tensor, Tensor]:
+def load_image(path: str | Path, *, rotate: bool = True) -> tuple[Tensor, Tensor]:
     """Read any common image as sRGB over black and alpha.
 
     Handles RGB(A), greyscale, palettes, transparency keys, 16 bits a channel, CMYK and EXIF
     rotation.  Colour profiles are ignored: values are taken as sRGB.
+
+    Args:
+        rotate: turn the picture as its EXIF data say; False for pictures whose camera was
+            calibrated on the stored pixels (COLMAP and nerfstudio ignore EXIF).
 
     Returns:
         rgb uint8 (H, W, 3) composited over black, and alpha uint8 (H, W) (255 if there is none).
@@ -191,7 +195,7 @@ def load_image(path: str | Path) -> tuple[Tensor, Tensor]:
         DatasetError: if the file is missing, not an image, truncated, or larger than
             ``MAX_PIXELS`` pixels.
     """
-    rgba = _decode(path, _read(path))
+    rgba = _decode(path, _read(path), rotate)
     colour, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3]
     over_black = (colour * alpha[..., None] + 127) // 255
     return torch.from_numpy(over_black.astype(np.uint8)), torch.from_numpy(alpha.copy())
@@ -199,8 +203,14 @@ def load_image(path: str | Path) -> tuple[Tensor, Tensor]:
 
 def has_alpha(path: str | Path) -> bool:
     """Whether the image file carries transparency of its own."""
-    with Image.open(io.BytesIO(_read(path)), formats=_FORMATS) as image:
+    with _opened(path, _read(path), decode=False) as image:
         return "A" in image.getbands() or "transparency" in image.info
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of the stored pixels; only the file's header is decoded."""
+    with _opened(path, _read(path), decode=False) as image:
+        return image.width, image.height
 
 
 def _read(path: str | Path) -> bytes:
@@ -212,18 +222,18 @@ def _read(path: str | Path) -> bytes:
         raise DatasetError(f"{path}: can't be read ({error.strerror or error})") from error
 
 
-def _decode(path: str | Path, data: bytes) -> np.ndarray:
+def _decode(path: str | Path, data: bytes, rotate: bool = True) -> np.ndarray:
     """RGBA uint8 (H, W, 4) of an encoded image; ``path`` is for messages."""
     with _opened(path, data) as image:
-        image = _eight_bit(ImageOps.exif_transpose(image))
+        image = _eight_bit(ImageOps.exif_transpose(image) if rotate else image)
         return np.asarray(image.convert("RGBA"))
 
 
 class _opened:
     """Context: a decoded PIL image, every way of failing turned into a DatasetError."""
 
-    def __init__(self, path: str | Path, data: bytes) -> None:
-        self.path, self.data = path, data
+    def __init__(self, path: str | Path, data: bytes, decode: bool = True) -> None:
+        self.path, self.data, self.decode = path, data, decode
 
     def __enter__(self) -> Image.Image:
         try:
@@ -238,7 +248,8 @@ class _opened:
         if image.width * image.height > MAX_PIXELS:
             raise self._too_large(f"it is {image.width} x {image.height} pixels")
         try:
-            image.load()
+            if self.decode:
+                image.load()
         except Exception as error:
             raise DatasetError(
                 f"{self.path}: truncated or damaged image ({error}). Copy or make it again"

@@ -7,23 +7,32 @@ and the samples of a pixel are averaged there, because this library composites s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from fresnel import dataset
-from fresnel._objects import Asset, embedded_assets, zip_assets
-from fresnel._surfaces import LINEAR_COLORS, Surface, shade, surface
+from fresnel._layouts import Record, named
+from fresnel._objects import Asset, Packed, embedded_assets, find_assets, zip_assets
+from fresnel._records import record_folder, write_object
+from fresnel._surfaces import LINEAR_COLORS, Surface, check_gltf, shade, surface
 from fresnel.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
 from fresnel.dataset import DatasetError, MultiViewDataset, ObjectViews
 from fresnel.render import Views
@@ -31,27 +40,48 @@ from fresnel.render import Views
 if TYPE_CHECKING:
     import trimesh
 
-__all__ = ["Asset", "embedded_assets", "load", "render", "render_set", "zip_assets"]
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, so don't start two renderings of one dataset
+    fcntl = None  # type: ignore[assignment]
 
+__all__ = [
+    "Asset",
+    "Packed",
+    "embedded_assets",
+    "find_assets",
+    "load",
+    "render",
+    "render_set",
+    "zip_assets",
+]
+
+_ALGORITHM = 1  # raise it when the pictures of one configuration change
 _RAYS_AT_ONCE = 1 << 20  # bounds memory at about 300 MB
+_MAX_FILE_BYTES = 1 << 28
 _SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 VIEW_ELEVATIONS_DEG = (-30.0, 45.0)
 INPUT_ELEVATIONS_DEG = (0.0, 30.0)
 
 
-def load(source: str | Path | bytes) -> trimesh.Scene:
-    """A scene from a file (.glb, .gltf, .obj, .ply, .stl, .off) or from the bytes of a GLB.
+def load(source: str | Path | bytes | Packed) -> trimesh.Scene:
+    """A scene from a file (.glb, .gltf, .obj, .ply, .stl, .off), a mesh in a zip file, or a GLB.
+
+    Materials and textures that the file names are read from its own folder or below only.
 
     Raises:
-        DatasetError: if the file is missing, of another kind, or can't be parsed.
+        DatasetError: if the file is missing, of another kind, too large, or can't be parsed.
     """
     import trimesh
 
+    read: Callable[[str], bytes] | None = None
     if isinstance(source, bytes):
-        name, suffix = "mesh bytes", ".glb"
+        name, suffix, data = "mesh bytes", ".glb", source
         if not source.startswith(b"glTF"):
             raise DatasetError("mesh bytes: not a binary glTF (GLB); want a file for other formats")
-        file: Any = io.BytesIO(source)
+    elif isinstance(source, Packed):
+        name, suffix = f"{source.source}: {source.member}", Path(source.member).suffix.lower()
+        data, read = source.read(), source.read
     else:
         path = Path(source)
         name, suffix = str(path), path.suffix.lower()
@@ -59,13 +89,65 @@ def load(source: str | Path | bytes) -> trimesh.Scene:
             raise DatasetError(f"{path}: a {suffix or 'nameless'} file; want one of {_SUFFIXES}")
         if not path.is_file():
             raise DatasetError(f"{path}: no such file")
-        file = str(path) if suffix in (".gltf", ".obj") else io.BytesIO(path.read_bytes())
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise DatasetError(f"{path}: larger than {_MAX_FILE_BYTES >> 20} MB. Simplify it")
+        data, read = path.read_bytes(), _beside(path)
+    if suffix == ".obj" and len(data) > _MAX_FILE_BYTES // 4:
+        raise DatasetError(f"{name}: larger than {_MAX_FILE_BYTES >> 22} MB of text. Simplify it")
+    if suffix in (".glb", ".gltf"):
+        named(Path(name), lambda: check_gltf(data))
     try:
-        scene = trimesh.load_scene(file, file_type=suffix[1:], process=False)
+        scene = trimesh.load_scene(
+            io.BytesIO(data),
+            file_type=suffix[1:],
+            resolver=None if read is None else _resolver(read),
+            process=False,
+        )
     except Exception as error:
         raise DatasetError(f"{name}: can't be read as {suffix[1:]} ({error})") from error
     scene.metadata[LINEAR_COLORS] = suffix in (".glb", ".gltf")
     return scene
+
+
+def _beside(path: Path) -> Callable[[str], bytes]:
+    folder = path.parent.resolve()
+
+    def read(name: str) -> bytes:
+        file = (folder / name.strip().replace("\\", "/")).resolve()
+        if not file.is_relative_to(folder):
+            raise DatasetError(f"{path}: refuses {name!r}: it leads out of the folder")
+        if file.is_file() and file.stat().st_size > _MAX_FILE_BYTES:
+            raise DatasetError(f"{file}: larger than {_MAX_FILE_BYTES >> 20} MB. Simplify it")
+        return file.read_bytes()
+
+    return read
+
+
+def _resolver(read: Callable[[str], bytes]) -> Any:
+    """trimesh's way of asking for a file that another file names."""
+    from trimesh.resolvers import Resolver
+
+    class Reader(Resolver):
+        def __init__(self) -> None:
+            pass
+
+        def get(self, key: Any) -> bytes:
+            name = key.decode() if isinstance(key, bytes) else str(key)
+            try:
+                return read(name)
+            except (DatasetError, OSError) as error:  # trimesh goes on without: a plain surface
+                raise FileNotFoundError(str(error)) from error
+
+        def write(self, name: str, data: Any) -> None:
+            raise NotImplementedError
+
+        def namespaced(self, namespace: str) -> Any:
+            return self
+
+        def keys(self) -> list[str]:
+            return []
+
+    return Reader()
 
 
 def render(
@@ -204,6 +286,7 @@ def _trace(
 
 @dataclass(frozen=True)
 class _Job:
+    first: int  # index of its first record
     asset: Asset
     views: int
     image_size: int
@@ -234,17 +317,21 @@ def render_set(
     ("even") or at a random place in each of those V sectors ("random"), elevations in [-30, 45].
     What an object gets depends on the seed and its name alone, not on the other objects.
 
+    Finished records wait in a hidden folder beside ``path``.  Whatever stops the work, a kill
+    included: the same call goes on where it stopped, and its result has the same bytes.
+
     Args:
         views: views a record, V.
         image_size: width and height of inputs and views in pixels.
         samples: rays a pixel, a square number.
-        workers: processes to render with; None takes one process unless the set is so large
-            that starting others pays.
+        workers: processes to render with; None takes one for each core, or this one where
+            the set is so small that starting others doesn't pay.
         split: keep only the assets of this split.
         overwrite: replace an existing dataset at ``path``.
 
     Raises:
-        DatasetError: if there is no object, two share a name, or one can't be rendered.
+        DatasetError: if there is no object, two share a name, one can't be rendered, another
+            process is writing this dataset, or the disk is full.
     """
     chosen = [asset for asset in assets if split in (None, asset.split)]
     names = [asset.name for asset in chosen]
@@ -261,15 +348,21 @@ def render_set(
             raise ValueError(f"{name}: got {value}, want at least 1")
     if azimuths not in ("even", "random"):
         raise ValueError(f'azimuths: got {azimuths!r}, want "even" or "random"')
+    target = Path(path)
+    dataset.check_target(target, overwrite)
     jobs = [
-        _Job(asset, views, image_size, inputs_per_object, seed, samples, azimuths)
-        for asset in chosen
+        _Job(
+            k * inputs_per_object,
+            asset,
+            views,
+            image_size,
+            inputs_per_object,
+            seed,
+            samples,
+            azimuths,
+        )
+        for k, asset in enumerate(chosen)
     ]
-    if workers is None:
-        rays = len(jobs) * inputs_per_object * (views + 1) * image_size**2 * samples
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        # A process takes about five seconds to start and traces about two million rays a second.
-        workers = cores or 1 if rays > 60_000_000 else 1
     meta = {
         "source": "meshes",
         "elevation_is_assumed": False,
@@ -281,26 +374,142 @@ def render_set(
         "object_splits": {asset.name: asset.split for asset in chosen},
         "licences": sorted({asset.licence for asset in chosen}),
     }
-    return dataset.write(
-        path,
-        _records(jobs, workers),
-        meta=meta,
-        overwrite=overwrite,
-        total=len(jobs) * inputs_per_object,
-    )
+    with _workplace(target, jobs) as folder:
+        try:
+            records = _render_all(jobs, folder, workers, f"rendering {target.name}")
+            (folder / _LOCK).unlink(missing_ok=True)
+            _tidy(folder)
+            dataset.assemble(folder, target, records, image_size, views, (0.0, 0.0, 0.0), meta)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise DatasetError(
+                f"{target}: the disk is full. Free some space and call again: it goes on from here"
+                if full
+                else f"{target}: can't be written ({error})"
+            ) from error
+    return dataset.open(target)
 
 
-def _records(jobs: Sequence[_Job], workers: int) -> Iterator[ObjectViews]:
-    if workers <= 1:
+_LOCK = ".lock"
+
+
+@contextmanager
+def _workplace(target: Path, jobs: Sequence[_Job]) -> Iterator[Path]:
+    """The hidden folder beside ``target`` that collects these jobs' records, locked."""
+    said = hashlib.sha256(f"{_ALGORITHM}\n".encode())
+    for job in jobs:
+        source = job.asset.source
+        about = source.stat() if source.is_file() else None
+        stamp = (about.st_size, about.st_mtime_ns) if about else ()
+        said.update(f"{job!r}{stamp}\n".encode())
+    folder = target.parent / f".{target.name}.rendering-{said.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DatasetError(f"{target}: another process is rendering it") from None
+        for old in target.parent.glob(f".{target.name}.rendering-*"):
+            if old != folder and not _is_locked(old):
+                shutil.rmtree(old, ignore_errors=True)  # of other settings: never to be resumed
+        try:
+            yield folder
+        finally:
+            if not any(folder.glob("image_*")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what killed workers left half done."""
+    for scratch in folder.glob(".working-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_locked(folder: Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        with (folder / _LOCK).open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _render_all(
+    jobs: Sequence[_Job], folder: Path, workers: int | None, title: str
+) -> list[Record]:
+    done: dict[int, list[Record]] = {}
+    waiting = []
+    for job in jobs:
+        found = [_finished(folder, job, k) for k in range(job.inputs)]
+        if all(found):
+            done[job.first] = [record for record in found if record]
+        else:
+            waiting.append(job)
+    if workers is None:
+        pictures = sum(job.inputs * (job.views + 1) for job in waiting)
+        rays = pictures * jobs[0].image_size ** 2 * jobs[0].samples
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        # A process takes about three seconds to start and traces about two million rays a second.
+        workers = cores or 1 if rays > 30_000_000 else 1
+    bar = tqdm(total=len(jobs), initial=len(done), desc=title, unit="object", delay=2)
+    with bar:
+        for job, records in _rendered(waiting, folder, workers):
+            done[job.first] = records
+            bar.update()
+    return [record for job in jobs for record in done[job.first]]
+
+
+def _rendered(
+    jobs: Sequence[_Job], folder: Path, workers: int
+) -> Iterator[tuple[_Job, list[Record]]]:
+    if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
-            yield from _render_object(job)
+            yield job, _write_object(job, folder)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        workers, context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as p:
-        for records in p.map(_render_object, jobs):
-            yield from records
+        min(workers, len(jobs)), context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        try:
+            yield from zip(jobs, pool.map(_write_object, jobs, repeat(folder)), strict=True)
+        except BrokenProcessPool:
+            raise DatasetError(
+                "rendering: a worker was killed, perhaps for want of memory. Call again: it goes on"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _write_object(job: _Job, folder: Path) -> list[Record]:
+    """Render one object; each record appears in ``folder`` by a rename, whole or not at all."""
+    records = []
+    with tempfile.TemporaryDirectory(prefix=".working-", dir=folder) as scratch:
+        for k, views in enumerate(_render_object(job)):
+            record = write_object(Path(scratch), job.first + k, views)
+            place = folder / record.folder
+            if place.exists():
+                shutil.rmtree(place)
+            (Path(scratch) / record.folder).rename(place)
+            records.append(record)
+    return records
+
+
+def _finished(folder: Path, job: _Job, k: int) -> Record | None:
+    """The record of pose k, if an earlier call finished it."""
+    name = record_folder(job.first + k)
+    if not (folder / name).is_dir():
+        return None
+    files = {
+        path.relative_to(folder / name).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((folder / name).rglob("*"))
+        if path.is_file()
+    }
+    return Record(f"{job.asset.name}__{k}", name, job.asset.attribution, files)
 
 
 def _render_object(job: _Job) -> list[ObjectViews]:
