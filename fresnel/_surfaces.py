@@ -184,16 +184,17 @@ def _appearance(
     extra = getattr(visual, "vertex_attributes", {}).get("color")
     if extra is not None and len(extra) == len(mesh.vertices):
         colors *= _linear(extra, linear)[faces]
+    uv = getattr(visual, "uv", None)
+    mapped = uv is not None and len(uv) == len(mesh.vertices)
     if hasattr(material, "baseColorTexture"):  # glTF: factors are linear, textures sRGB
         image, factor = material.baseColorTexture, material.baseColorFactor
         if factor is not None:
             colors *= _linear(factor, True)
-    else:  # OBJ: a texture takes the place of the diffuse colour, which is sRGB
+    else:  # OBJ: a texture, if laid out, takes the place of the diffuse colour, which is sRGB
         image = getattr(material, "image", None)
-        if image is None:
+        if image is None or not mapped:
             colors *= _linear(getattr(material, "main_color", (255, 255, 255)), False)
-    uv = getattr(visual, "uv", None)
-    if image is None or uv is None or len(uv) != len(mesh.vertices):
+    if image is None or not mapped:
         return colors, uvs, None
     uvs = np.nan_to_num(np.asarray(uv, np.float32)[faces][..., :2], posinf=0.0, neginf=0.0)
     if max(image.size) > _MAX_TEXTURE_SIDE:
