@@ -221,9 +221,10 @@ def condition_tensors(image: Tensor, source: Cameras, cameras: Cameras, pivots: 
             f"cameras: got {source.width} x {source.height} (input) and {cameras.width} x "
             f"{cameras.height} (target) pixels, want the input image's {w} x {h}"
         )
-    frame = gravity_frame(source, pivots)
-    known = torch.cat([image, source.pluecker(frame).movedim(-1, -3)], dim=1)
-    rays = cameras.pluecker(frame[:, None]).movedim(-1, -3)
+    with torch.autocast(image.device.type, enabled=False):  # geometry needs float32
+        frame = gravity_frame(source, pivots)
+        known = torch.cat([image, source.pluecker(frame).movedim(-1, -3)], dim=1)
+        rays = cameras.pluecker(frame[:, None]).movedim(-1, -3)
     known = known[:, None].expand(-1, rays.shape[1], -1, -1, -1)
     return torch.cat([known, rays], dim=2).flatten(0, 1)
 

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from fresnel.cameras import Cameras, orbit
-from fresnel.cvs import CVS, CVSConfig, condition, predictor, rgba, sample, sampling_sigmas
+from fresnel.cvs import (
+    CVS,
+    CVSConfig,
+    condition,
+    condition_tensors,
+    predictor,
+    rgba,
+    sample,
+    sampling_sigmas,
+)
 from fresnel.cvs_task import (
     CVSTask,
     consistency_loss,
@@ -423,3 +432,12 @@ def test_base_preset_has_about_23_million_parameters() -> None:
     with torch.device("meta"):
         parameters = count_parameters(CVS(CVSConfig.preset("base")))
     assert 20e6 < parameters < 26e6
+
+
+def test_autocast_leaves_the_geometry_alone() -> None:
+    data = views()
+    image = rgba(data.inputs.rgb, data.inputs.alpha)
+    arguments = (image, data.inputs.cameras, data.cameras, data.pivots)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = condition_tensors(*arguments)
+    torch.testing.assert_close(low, condition_tensors(*arguments), rtol=0, atol=0)
