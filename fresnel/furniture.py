@@ -5,8 +5,8 @@
     python -m fresnel furniture --sh3f /usr/share/sweethome3d/furniture --out runs/data/furniture
 
 554 objects of the package's five libraries, split into train, val and test by kind of object; the
-list is in assets/furniture.json.  Their OBJ models are read as they are, and what is read is checked
-against pinned sha256 sums.  Libraries are CC0 or CC BY: whoever shows the pictures names the
+list is in assets/furniture.json.  Their OBJ models are read as they are, and what is read is
+checked against pinned sha256 sums.  Libraries are CC0 or CC BY: whoever shows the pictures names the
 authors, whom the dataset's ATTRIBUTION.txt lists.
 """
 
@@ -225,7 +225,7 @@ class _Part:
 
 
 def _member_of_ar(file: IO[bytes], stem: str) -> Any:
-    """The member of an ar archive whose name starts with ``stem``: 60-byte headers, even offsets."""
+    """The member of an ar archive (60-byte headers, even offsets) named ``stem`` and something."""
     if file.read(8) != b"!<arch>\n":
         raise DatasetError(f"{file.name}: not a Debian package")
     at = 8

@@ -15,7 +15,10 @@ import pytest
 from fresnel import dataset, furniture, meshes
 from fresnel.dataset import DatasetError
 
-OBJ = "mtllib a.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 {h} 0\nv 0 0 1\nf 1 2 3\nf 1 3 4\nf 1 2 4\nf 2 3 4\n"
+OBJ = (
+    "mtllib a.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 {h} 0\nv 0 0 1\n"
+    "f 1 2 3\nf 1 3 4\nf 1 2 4\nf 2 3 4\n"
+)
 CATALOGUE = """id#1=A
 name#1=Armchair
 model#1=/lib/armchair/a.obj

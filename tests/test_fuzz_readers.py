@@ -1,0 +1,479 @@
+"""Whatever a file says, a reader answers or refuses: no crash, nothing executed, nothing outside.
+
+FRESNEL_FUZZ=5000 looks longer; FRESNEL_FUZZ_SEED=random elsewhere each time.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import io
+import json
+import os
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fresnel import dataset, meshes
+from fresnel._surfaces import surface
+from fresnel.dataset import DatasetError
+from fresnel.formats import captures, co3d, colmap, nerfstudio
+
+COUNT = int(os.environ.get("FRESNEL_FUZZ", "40"))
+fuzz = settings(
+    max_examples=COUNT,
+    deadline=None,
+    derandomize=os.environ.get("FRESNEL_FUZZ_SEED") != "random",
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.sampled_from(
+        ["", "..", "../../etc/passwd", "/etc/passwd", "C:\\x", "a\0b", "NaN", "images", "x" * 2000]
+    ),
+    st.text(max_size=8),
+    st.just([]),
+    st.just({}),
+    st.just([[0.0] * 4] * 4),
+    st.just([[1e308] * 4] * 4),
+    st.just([[float("nan")] * 3] * 3),
+    st.just([1e39, -1e39, 0]),
+)
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) of a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in list(items):
+        yield value, key
+        if isinstance(inner, dict | list):
+            yield from places(inner)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, sound: Any) -> Any:
+    """A JSON value with up to three places replaced or removed."""
+    value = copy.deepcopy(sound)
+    for _ in range(draw(st.integers(1, 3))):
+        found = list(places(value))
+        if not found:
+            break
+        container, key = found[draw(st.integers(0, len(found) - 1))]
+        if draw(st.booleans()) and draw(st.booleans()):
+            del container[key]
+        else:
+            container[key] = copy.deepcopy(draw(ODD))
+    return value
+
+
+@st.composite
+def bent(draw: st.DrawFn, sound: bytes) -> bytes:
+    """Bytes with a few flipped, cut or repeated."""
+    data = bytearray(sound)
+    for _ in range(draw(st.integers(1, 6))):
+        at = draw(st.integers(0, max(len(data) - 1, 0)))
+        kind = draw(st.sampled_from(["flip", "flip", "big", "cut", "grow"]))
+        if kind == "flip" and data:
+            data[at] = draw(st.integers(0, 255))
+        elif kind == "big":
+            data[at : at + 8] = b"\xff" * draw(st.integers(1, 8))
+        elif kind == "cut":
+            del data[at : at + draw(st.integers(1, 64))]
+        else:
+            data[at:at] = data[at : at + 32]
+    return bytes(data)
+
+
+def refuses_or(read: Callable[[], Any]) -> None:
+    """Only DatasetError may come out."""
+    try:
+        read()
+    except DatasetError as error:
+        assert str(error)
+
+
+def read_first(path: Path) -> None:
+    opened = dataset.open(path)
+    views = opened[0]
+    assert views.cameras.viewmats.isfinite().all() and views.cameras.Ks.isfinite().all()
+    assert views.pivot.isfinite().all()
+
+
+# --- captures ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for k in range(3):
+        picture = rng.integers(0, 255, (8, 10, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / f"images/{k}.png")
+    Image.fromarray(np.full((8, 10), 200, np.uint8)).save(folder / "mask.png")
+    return folder
+
+
+def pose(k: int) -> list[list[float]]:
+    matrix = np.eye(4)
+    matrix[:3, 3] = (k, 0.5, 3)
+    return matrix.tolist()
+
+
+TRANSFORMS = {
+    "camera_model": "OPENCV",
+    "fl_x": 12.0,
+    "w": 10,
+    "h": 8,
+    "k1": 0.01,
+    "p1": 0.0,
+    "fresnel": {"pivot": [0.0, 0.0, 0.0], "input": "images/1.png", "attribution": "me"},
+    "frames": [
+        {"file_path": f"images/{k}.png", "mask_path": "mask.png", "transform_matrix": pose(k)}
+        for k in range(3)
+    ],
+}
+
+
+@fuzz
+@given(description=damaged(TRANSFORMS))
+def test_transforms(photos, description):
+    (photos / "transforms.json").write_text(json.dumps(description))
+    refuses_or(lambda: read_first(photos))
+
+
+@fuzz
+@given(data=bent(json.dumps(TRANSFORMS).encode()))
+def test_transforms_bytes(photos, data):
+    (photos / "transforms.json").write_bytes(data)
+    refuses_or(lambda: nerfstudio.read(photos, ""))
+
+
+FRAMES = [
+    {
+        "sequence_name": "s",
+        "image": {"path": f"cat/images/{k}.png", "size": [8, 10]},
+        "mask": {"path": "cat/mask.png"},
+        "viewpoint": {
+            "R": np.eye(3).tolist(),
+            "T": [0.0, float(k), 2.0],
+            "focal_length": [2.0, 2.0],
+            "principal_point": [0.0, 0.0],
+            "intrinsics_format": "ndc_isotropic",
+        },
+    }
+    for k in range(3)
+]
+
+
+@pytest.fixture
+def annotations(photos: Path) -> Iterator[Path]:
+    (photos / "transforms.json").unlink(missing_ok=True)
+    yield photos / "frame_annotations.jgz"
+    (photos / "frame_annotations.jgz").unlink(missing_ok=True)
+
+
+@fuzz
+@given(frames=damaged(FRAMES))
+def test_co3d(annotations, frames):
+    annotations.write_bytes(gzip.compress(json.dumps(frames).encode()))
+    refuses_or(lambda: read_first(annotations.parent))
+
+
+@fuzz
+@given(data=bent(gzip.compress(json.dumps(FRAMES).encode(), mtime=0)))
+def test_co3d_bytes(annotations, data):
+    annotations.write_bytes(data)
+    refuses_or(lambda: co3d.read(annotations.parent, ""))
+
+
+def test_a_gzip_bomb_is_refused(annotations):
+    annotations.write_bytes(gzip.compress(b" " * (1 << 20)) * 300)  # members after the first: cut
+    with pytest.raises(DatasetError, match="gzipped"):
+        co3d.read(annotations.parent, "")
+    bomb = gzip.compress(b"\0" * (300 << 20), 9)
+    assert len(bomb) < 1 << 20
+    annotations.write_bytes(bomb)
+    with pytest.raises(DatasetError, match="unpacks to more than"):
+        co3d.read(annotations.parent, "")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    pycolmap = pytest.importorskip("pycolmap")
+    folder = tmp_path_factory.mktemp("model")
+    made = pycolmap.Reconstruction()
+    camera = pycolmap.Camera(camera_id=1, model="PINHOLE", width=10, height=8, params=[9, 9, 5, 4])
+    made.add_camera_with_trivial_rig(camera)
+    for k in range(3):
+        image = pycolmap.Image(name=f"{k}.png", camera_id=1, image_id=k + 1)
+        pose_ = pycolmap.Rigid3d(np.hstack([np.eye(3), [[k], [0.0], [3.0]]]))
+        made.add_image_with_trivial_frame(image, pose_)
+    made.write_binary(str(folder))
+    made.write_text(str(folder))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def lay(photos: Path, files: dict[str, bytes]) -> Path:
+    (photos / "transforms.json").unlink(missing_ok=True)
+    place = photos / "sparse/0"
+    place.mkdir(parents=True, exist_ok=True)
+    for path in place.iterdir():
+        path.unlink()
+    for name, data in files.items():
+        (place / name).write_bytes(data)
+    return place
+
+
+@settings(fuzz, max_examples=max(6, COUNT // 10))
+@given(data=st.data())
+def test_colmap_bytes(photos, model, data):
+    suffix = data.draw(st.sampled_from([".bin", ".txt"]))
+    files = {name: text for name, text in model.items() if name.endswith(suffix)}
+    name = data.draw(st.sampled_from(sorted(files)))
+    files[name] = data.draw(bent(files[name]))
+    lay(photos, files)
+    refuses_or(lambda: read_first(photos))
+
+
+@fuzz
+@given(data=st.data())
+def test_colmap_frames_and_rigs(photos, model, data):
+    suffix = data.draw(st.sampled_from([".bin", ".txt"]))
+    name = data.draw(st.sampled_from(["rigs", "frames"])) + suffix
+    place = lay(photos, {**model, name: data.draw(bent(model[name]))})
+    refuses_or(lambda: colmap._from_frames(photos, "", place, suffix == ".bin", {}))
+
+
+# --- our own layout ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from boxes import views_of
+
+    folder = tmp_path_factory.mktemp("ours") / "set"
+    dataset.write(folder, [views_of(0, size=8, views=2)], meta={})
+    return folder
+
+
+@fuzz
+@given(data=st.data())
+def test_manifests_and_poses(ours, data):
+    file = data.draw(st.sampled_from(["manifest.json", "image_0000/view_001/pose.json"]))
+    sound = (ours / file).read_bytes()
+    try:
+        (ours / file).write_text(json.dumps(data.draw(damaged(json.loads(sound)))))
+        refuses_or(lambda: read_first(ours))
+    finally:
+        (ours / file).write_bytes(sound)
+
+
+@fuzz
+@given(data=st.data())
+def test_shards(ours, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    (path,) = dataset.write_shards(folder, dataset.open(ours))
+    path.write_bytes(data.draw(bent(path.read_bytes())))
+    refuses_or(lambda: list(dataset.stream(path)))
+
+
+def test_shards_with_strange_members(tmp_path):
+    for name, kind in (
+        ("../x.png", b"0"),
+        ("image_0000.a", b"2"),
+        ("/etc/passwd", b"0"),
+        ("a", b"0"),
+    ):
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+        with pytest.raises(DatasetError, match="refuses"):
+            list(dataset.stream(tmp_path / "a.tar"))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("image_0000.input.png")
+        member.size = 1 << 20
+        tar.addfile(member, io.BytesIO(b"\0" * (1 << 20)))
+    data = bytearray((tmp_path / "a.tar").read_bytes()[:2048])
+    data[124:136] = b"77777777777\0"  # says 8 GB
+    data[148:156] = b" " * 8
+    data[148:156] = f"{sum(data[:512]):06o}\0 ".encode()
+    (tmp_path / "b.tar").write_bytes(data)
+    with pytest.raises(DatasetError, match="too large"):
+        list(dataset.stream(tmp_path / "b.tar"))
+
+
+# --- pictures and objects ----------------------------------------------------------------------
+
+
+@fuzz
+@given(data=st.data())
+def test_pictures(data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "picture"
+    kind, mode = data.draw(
+        st.sampled_from(
+            [
+                ("PNG", "RGBA"),
+                ("JPEG", "RGB"),
+                ("GIF", "P"),
+                ("TIFF", "L"),
+                ("WEBP", "RGB"),
+                ("BMP", "RGB"),
+            ]
+        )
+    )
+    buffer = io.BytesIO()
+    Image.new(mode, (9, 7)).save(buffer, kind)
+    path.write_bytes(data.draw(bent(buffer.getvalue())))
+    refuses_or(lambda: dataset.load_image(path))
+
+
+def glb(header: Any, body: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 4)
+    size = 12 + 8 + len(text) + len(body)
+    return struct.pack("<4sIIII", b"glTF", 2, size, len(text), 0x4E4F534A) + text + body
+
+
+def split_glb() -> tuple[Any, bytes]:
+    import trimesh
+
+    whole = trimesh.creation.box().export(file_type="glb")
+    (size,) = struct.unpack_from("<I", whole, 12)
+    return json.loads(whole[20 : 20 + size]), whole[20 + size :]
+
+
+def render_one(source: Any) -> None:
+    try:
+        solid = surface(meshes.load(source)).normalised()
+    except ValueError as error:  # `render_set` names the object
+        assert str(error)
+        return
+    from fresnel import orbit
+
+    camera = orbit(torch.tensor([0.0]), 0.0, 2.2, pivot=(0, 0, 0), focal_px=9, width=8, height=8)
+    assert meshes.render(solid, camera, samples=1).rgb.isfinite().all()
+
+
+@fuzz
+@given(header=damaged(split_glb()[0]))
+def test_glb_headers(header):
+    render_one(glb(header, split_glb()[1]))
+
+
+@fuzz
+@given(data=bent(glb(*split_glb())))
+def test_glb_bytes(data):
+    refuses_or(lambda: render_one(data))
+
+
+@fuzz
+@given(
+    data=bent(
+        b"mtllib a.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nf 1/1 2/1 3/1\nf 1 2 3\n"
+    )
+)
+def test_obj(data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "fuzz.obj"
+    path.with_name("a.mtl").write_text("newmtl m\nKd 1 0 0\nmap_Kd ../../secret.png\n")
+    path.write_bytes(data)
+    refuses_or(lambda: render_one(path))
+
+
+ENTRIES = [{"file": "a.glb", "name": "A", "split": "train", "license": "CC0", "creator": "me"}]
+
+
+@fuzz
+@given(entries=damaged(ENTRIES), packed=st.booleans())
+def test_lists_of_objects(entries, packed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("list")
+    if packed:
+        with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+            archive.writestr("manifest.json", json.dumps(entries))
+            archive.writestr("a.glb", b"glTF")
+        refuses_or(lambda: [asset.load() for asset in meshes.find_assets(folder / "a.zip")])
+    else:
+        (folder / "a.glb").write_bytes(b"glTF")
+        (folder / "manifest.json").write_text(json.dumps(entries))
+        refuses_or(lambda: [asset.load() for asset in meshes.find_assets(folder)])
+
+
+@fuzz
+@given(data=st.data())
+def test_zip_bytes(data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "fuzz.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(zipfile.ZipInfo("manifest.json"), json.dumps(ENTRIES))
+        archive.writestr(zipfile.ZipInfo("a.glb"), b"glTF" * 20)
+    path.write_bytes(data.draw(bent(path.read_bytes())))
+    refuses_or(lambda: [asset.load() for asset in meshes.find_assets(path)])
+
+
+# --- what is refused by name -------------------------------------------------------------------
+
+
+def test_paths_out_of_the_folder_are_refused(photos, tmp_path):
+    for path in ("../../etc/passwd", "/etc/passwd", "images/../../x.png", "C:/x.png"):
+        frames = [{**TRANSFORMS["frames"][0], "file_path": path}]
+        (photos / "transforms.json").write_text(json.dumps({**TRANSFORMS, "frames": frames}))
+        with pytest.raises(DatasetError, match="refuses"):
+            captures(photos)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.png").symlink_to(photos / "images/0.png")
+    frames = TRANSFORMS["frames"][:1]
+    (tmp_path / "transforms.json").write_text(json.dumps({**TRANSFORMS, "frames": frames}))
+    with pytest.raises(DatasetError, match="leads out"):
+        dataset.open(tmp_path)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/secret.mtl").write_text("newmtl m\nKd 1 0 0\n")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/a.obj").write_text(
+        "mtllib ../b/secret.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n"
+    )
+    colors = surface(meshes.load(tmp_path / "c/a.obj")).colors
+    assert not np.allclose(colors[..., 1], 0)  # the red material was not read
+    gltf = {"asset": {"version": "2.0"}, "buffers": [{"uri": "../b/secret.mtl", "byteLength": 4}]}
+    (tmp_path / "c/a.gltf").write_text(json.dumps(gltf))
+    with pytest.raises(ValueError, match=r"a\.gltf|no triangle"):
+        surface(meshes.load(tmp_path / "c/a.gltf"))
+
+
+def test_singular_and_mirrored_poses_say_so(photos):
+    for matrix, message in (
+        (np.zeros((4, 4)), "end in 0 0 0 1"),
+        (np.diag([0.0, 0, 0, 1]), "singular"),
+        (np.diag([-1.0, 1, 1, 1]), "a mirror"),
+        (np.diag([2.0, 2, 2, 1]), "not a rotation"),
+        (np.full((4, 4), np.nan), "NaN"),
+    ):
+        frames = [{**TRANSFORMS["frames"][0], "transform_matrix": matrix.tolist()}]
+        (photos / "transforms.json").write_text(json.dumps({**TRANSFORMS, "frames": frames}))
+        with pytest.raises(DatasetError, match=message):
+            captures(photos)
+
+
+def test_a_hundred_thousand_views_are_refused(photos):
+    frames = TRANSFORMS["frames"][:1] * 100_000
+    (photos / "transforms.json").write_text(json.dumps({**TRANSFORMS, "frames": frames}))
+    with pytest.raises(DatasetError, match="100000 frames, the limit is 50000"):
+        dataset.open(photos)
+    with pytest.raises(DatasetError, match="doesn't fit"):
+        from fresnel.formats import capture
+
+        capture.common_side(photos, [64], 40_000)
