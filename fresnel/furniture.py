@@ -6,8 +6,8 @@
 
 554 objects of the package's five libraries, split into train, val and test by kind of object; the
 list is in assets/furniture.json.  Their OBJ models are read as they are, and what is read is
-checked against pinned sha256 sums.  Libraries are CC0 or CC BY: whoever shows the pictures names the
-authors, whom the dataset's ATTRIBUTION.txt lists.
+checked against pinned sha256 sums.  Libraries are CC0 or CC BY: whoever shows the pictures names
+the authors, whom the dataset's ATTRIBUTION.txt lists.
 """
 
 from __future__ import annotations

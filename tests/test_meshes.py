@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -407,6 +409,97 @@ def test_worker_processes_change_nothing(tmp_path):
     one = meshes.render_set(assets, tmp_path / "a", workers=1, **options)
     two = meshes.render_set(assets, tmp_path / "b", workers=2, **options)
     assert one.content_hash == two.content_hash
+
+
+KILLED = """
+import os, sys
+from fresnel import meshes
+if __name__ == "__main__":
+    write, count = meshes.write_object, int(sys.argv[2])
+    def dying(root, index, views):
+        if index == count:
+            os.kill(os.getpid(), 9)
+        return write(root, index, views)
+    meshes.write_object = dying
+    assets = meshes.embedded_assets()[:4]
+    meshes.render_set(assets, sys.argv[1], image_size=12, views=2, samples=1, workers=1)
+"""
+
+
+def test_a_killed_rendering_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    options = {"image_size": 12, "views": 2, "samples": 1}
+    assets = meshes.embedded_assets()[:4]
+    whole = meshes.render_set(assets, tmp_path / "whole", **options)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "set"), "2"]
+    assert subprocess.run(command, check=False, timeout=120).returncode == -9
+    assert not (tmp_path / "set").exists()
+    (folder,) = tmp_path.glob(".set.rendering-*")
+    assert sorted(path.name for path in folder.glob("image_*")) == ["image_0000", "image_0001"]
+    rendered = []
+    render_object = meshes._render_object
+
+    def watched(job):
+        rendered.append(job.asset.name)
+        return render_object(job)
+
+    monkeypatch.setattr(meshes, "_render_object", watched)
+    made = meshes.render_set(assets, tmp_path / "set", **options)
+    assert rendered == [asset.name for asset in assets[2:]]
+    assert made.content_hash == whole.content_hash
+    made.verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "whole"]
+    assert not list(made.path.glob(".*"))
+
+
+def test_what_other_settings_left_is_cleared_away_unless_in_use(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    options = {"image_size": 8, "views": 1, "samples": 1}
+    assets = meshes.embedded_assets()[:1]
+    idle, busy = (tmp_path / f".set.rendering-{name}" for name in ("idle", "busy"))
+    for folder in (idle, busy):
+        (folder / "image_0000").mkdir(parents=True)
+    with (busy / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        meshes.render_set(assets, tmp_path / "set", **options)
+    assert not idle.exists() and busy.exists()
+    with pytest.raises(DatasetError, match="overwrite=True"):
+        meshes.render_set(assets, tmp_path / "set", **options)
+
+
+def test_folders_manifests_and_zips_of_objects_open_as_datasets(tmp_path):
+    source = tmp_path / "objects"
+    (source / "deep").mkdir(parents=True)
+    glb = quad(baseColorFactor=[0.5, 0.1, 0.1, 1.0]).export(file_type="glb")
+    (source / "a.glb").write_bytes(glb)
+    (source / "deep/b.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    with zipfile.ZipFile(source / "more.zip", "w") as archive:
+        archive.writestr("x/c.glb", glb)
+    options = {"image_size": 8, "views": 2, "cache": tmp_path / "cache"}
+    opened = dataset.open(source, **options)
+    assert opened.names == ("a__0", "b__0", "c__0") and opened.views_per_object == 2
+    assert dataset.open(source / "a.glb", **options).names == ("a__0",)
+    entry = {"file": "deep/b.obj", "name": "B", "split": "test", "licence": "CC0", "creator": "me"}
+    (source / "list.json").write_text(json.dumps({"assets": [entry]}))
+    listed = dataset.open(source / "list.json", **options)
+    assert listed.names == ("b__0",) and listed[0].attribution == "B by me (CC0)"
+    assert listed.meta["object_splits"] == {"b": "test"}
+    (source / "manifest.json").write_text(json.dumps([{**entry, "file": "../secret.glb"}]))
+    with pytest.raises(DatasetError, match="leads out of the folder"):
+        dataset.open(source, **options)
+    (source / "manifest.json").write_text(json.dumps([{**entry, "file": "gone.glb"}]))
+    with pytest.raises(DatasetError, match=r"gone\.glb: no such file"):
+        dataset.open(source, **options)
+
+
+def test_a_texture_that_is_not_laid_out_leaves_the_colour(tmp_path):
+    Image.new("RGB", (2, 2), (0, 0, 255)).save(tmp_path / "t.png")
+    (tmp_path / "a.mtl").write_text("newmtl red\nKd 0.5 0 0\nmap_Kd t.png\n")
+    (tmp_path / "a.obj").write_text(
+        "mtllib a.mtl\nusemtl red\nv -1 -1 0\nv 1 -1 0\nv 1 1 0\nv -1 1 0\nf 1 2 3 4\n"
+    )
+    shown = center(meshes.render(meshes.load(tmp_path / "a.obj"), camera()))
+    want = expected([srgb_to_linear(np.array(127 / 255)), 0, 0], (0, 0, 1))
+    assert shown == pytest.approx(want, abs=0.01)
 
 
 def test_render_set_refuses_what_it_cannot_render(tmp_path):
