@@ -1,7 +1,8 @@
 """Named corruptions of multi-view data: what the gate is tested and calibrated against.
 
-Every fault is a plain function of one record, a strength in (0, 1] whose meaning it states, and a
-random generator; `background` is the sRGB colour that the views are over.  Nothing is re-rendered.
+Every fault is a plain function of one record (or, in `SET_FAULTS`, of the whole set), a strength in
+(0, 1] whose meaning it states, and a random generator; `background` is the sRGB colour that the
+views are over.  Nothing is re-rendered.  Mistakes that are there or not hit a share of the records.
 """
 
 from __future__ import annotations
@@ -9,197 +10,82 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
 
 from fresnel import dataset as datasets
-from fresnel.cameras import Cameras
 from fresnel.dataset import MultiViewDataset, ObjectViews
-from fresnel.evaluate import srgb_to_linear
+from fresnel.faults_pictures import (
+    billboard,
+    black_views,
+    blur,
+    constant_views,
+    contrast,
+    cropped,
+    darken,
+    empty_views,
+    exposure_drift,
+    frozen_views,
+    identity_mismatch,
+    join,
+    mirrored_all,
+    mirrored_views,
+    noise,
+    overexpose,
+    straight,
+    swapped_channels,
+    white_views,
+    wrong_depth,
+)
+from fresnel.faults_poses import (
+    inverted_extrinsics,
+    jittered_poses,
+    nan_pose,
+    one_side,
+    opengl_axes,
+    opengl_camera_to_world,
+    pivot_offset,
+    reversed_azimuth,
+    rolled_poses,
+    shifted_poses,
+    shuffled_poses,
+    stated_pivot,
+    tilted_world,
+    transposed_rotations,
+    wrong_focal,
+    wrong_input_pose,
+    wrong_principal_point,
+)
 
 Fault = Callable[[ObjectViews, float, np.random.Generator, Sequence[float]], ObjectViews]
+Objects = Sequence[ObjectViews] | MultiViewDataset
+SetFault = Callable[[Objects, int, float, np.random.Generator], ObjectViews]
 
 
-def darken(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
+def duplicated_objects(
+    objects: Objects, index: int, strength: float, rng: np.random.Generator
 ) -> ObjectViews:
-    """The object's linear light times (1 - strength); alpha and background stay."""
-    return _expose(views, 1.0 - strength, background)
+    """This share of the records shows what another one shows, under its own name."""
+    own = objects[index]
+    if index == 0 or rng.random() >= strength:
+        return own
+    return replace(objects[int(rng.integers(index))], name=own.name)
 
 
-def overexpose(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
+def mixed_objects(
+    objects: Objects, index: int, strength: float, rng: np.random.Generator
 ) -> ObjectViews:
-    """The object's linear light over (1 - strength), clipped."""
-    return _expose(views, 1.0 / max(1.0 - strength, 1e-3), background)
-
-
-def black_views(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """The object is black in this share of the views; alpha stays."""
-    dark = _expose(views, 0.0, background)
-    chosen = _choose(views, strength, rng)
-    return replace(views, rgb=_put(views.rgb, chosen, dark.rgb[chosen]))
-
-
-def white_views(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """This share of the views is white all over, and opaque."""
-    return _flat(views, _choose(views, strength, rng), 255)
-
-
-def constant_views(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """This share of the views is one grey all over, and opaque."""
-    return _flat(views, _choose(views, strength, rng), 119)
-
-
-def empty_views(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """This share of the views shows the background only."""
-    keep = torch.ones(len(views.rgb))
-    keep[_choose(views, strength, rng)] = 0.0
-    zero = keep[:, None, None].bool()
-    rgb = _join(_straight(views, background), views.alpha * zero, background)
-    depth = None if views.depth is None else views.depth * zero
-    return replace(views, rgb=rgb, alpha=views.alpha * zero, depth=depth)
-
-
-def frozen_views(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """This share of the views repeats the first view's picture; the poses stay."""
-    chosen = torch.unique(torch.cat([torch.tensor([0]), _choose(views, strength, rng)]))
-    depth = None if views.depth is None else _put(views.depth, chosen, views.depth[:1])
-    return replace(
-        views,
-        rgb=_put(views.rgb, chosen, views.rgb[:1]),
-        alpha=_put(views.alpha, chosen, views.alpha[:1]),
-        depth=depth,
-    )
-
-
-def shuffled_poses(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """This share of the poses (at least two) changes places in a cycle; the pictures stay."""
-    chosen = _choose(views, strength, rng, at_least=2)
-    viewmats = _put(views.cameras.viewmats, chosen, views.cameras.viewmats[chosen.roll(1)])
-    return replace(views, cameras=replace(views.cameras, viewmats=viewmats))
-
-
-def mirrored_views(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """This share of the views is mirrored left to right; the poses stay."""
-    chosen = _choose(views, strength, rng)
-    depth = None if views.depth is None else _put(views.depth, chosen, views.depth[chosen].flip(2))
-    return replace(
-        views,
-        rgb=_put(views.rgb, chosen, views.rgb[chosen].flip(2)),
-        alpha=_put(views.alpha, chosen, views.alpha[chosen].flip(2)),
-        depth=depth,
-    )
-
-
-def shifted_poses(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """All views' cameras are said to stand elsewhere, by `strength` of their distance.
-
-    The pictures, the input camera and the declared pivot stay.
-    """
-    return replace(views, cameras=_moved(views, strength, rng))
-
-
-def pivot_offset(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """The orbit's centre is off by `strength` * 1.5 of the orbit's radius (the original experiment
-    had 1.5), and the pictures follow.
-
-    The object moves through every frame as a picture at the depth of the old pivot would; where it
-    ends up behind the camera the view is empty.
-    """
-    cameras = _moved(views, 1.5 * strength, rng)
-    pivot = views.pivot + (cameras.centers[0] - views.cameras.centers[0])
-    before = _to_camera(views.cameras, views.pivot)
-    after = _to_camera(cameras, views.pivot)
-    scale = before[:, 2] / after[:, 2].clamp_min(1e-3)
-    visible = (after[:, 2] > 0.05 * before[:, 2]).to(scale)
-    K, size = views.cameras.Ks, views.cameras.width
-    pixel = (K @ (after / after[:, 2:].clamp_min(1e-3))[..., None])[:, :2, 0]
-    centre = (K @ (before / before[:, 2:])[..., None])[:, :2, 0]
-    moved = _warp(views, background, scale, scale, centre, pixel, size)
-    shown = visible[:, None, None].bool()
-    alpha = moved.alpha * shown
-    depth = None
-    if moved.depth is not None:
-        shift = (after[:, 2] - before[:, 2])[:, None, None]
-        depth = torch.where((alpha > 0) & (moved.depth > 0), (moved.depth + shift).clamp_min(0), 0)
-    rgb = _join(_straight(moved, background), alpha, background)
-    return replace(moved, rgb=rgb, alpha=alpha, depth=depth, cameras=cameras, pivot=pivot)
-
-
-def billboard(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """Views are squeezed in width by 1 - strength (1 - |cos azimuth|): at 1 the object is a flat
-    cut-out that vanishes from the side."""
-    from fresnel.cameras import relative_azimuth_deg
-
-    camera = views.input_camera.reshape(1)
-    azimuth = relative_azimuth_deg(views.cameras.reshape(1, -1), camera, views.pivot)[0]
-    width = 1 - strength * (1 - azimuth.deg2rad().cos().abs())
-    centre = (views.cameras.Ks @ _unit(_to_camera(views.cameras, views.pivot))[..., None])[:, :2, 0]
-    one = torch.ones_like(width)
-    return _warp(views, background, width.clamp_min(1e-3), one, centre, centre, views.cameras.width)
-
-
-def blur(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """Gaussian blur of the views, colour and alpha; sigma = strength * 0.1 of the image width."""
-    sigma = 0.1 * strength * views.rgb.shape[2]
-    reach = max(1, round(3 * sigma))
-    x = torch.arange(-reach, reach + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    both = torch.cat([views.rgb, views.alpha[..., None]], dim=-1).permute(0, 3, 1, 2).float()
-    flat = both.reshape(-1, 1, *both.shape[2:])
-    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
-        pad = (0, 0, reach, reach) if shape[2] == -1 else (reach, reach, 0, 0)
-        padded = torch.nn.functional.pad(flat, pad, mode="replicate")
-        flat = torch.nn.functional.conv2d(padded, kernel.reshape(shape))
-    both = _bytes(flat.reshape(both.shape).permute(0, 2, 3, 1))
-    return replace(views, rgb=both[..., :3].contiguous(), alpha=both[..., 3].contiguous())
-
-
-def identity_mismatch(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """The render from the input camera is the input moved sideways by strength * 0.5 of its width,
-    its colours swapped around in the same proportion."""
-    shift = max(1, round(0.5 * strength * views.input_rgb.shape[1]))
-    rgb, alpha = views.input_rgb.roll(shift, 1), views.input_alpha.roll(shift, 1)
-    swapped = _bytes((1 - strength) * rgb.float() + strength * rgb.roll(1, -1).float())
-    return replace(views, identity_rgb=swapped, identity_alpha=alpha)
-
-
-def nan_pose(
-    views: ObjectViews, strength: float, rng: np.random.Generator, background: Sequence[float]
-) -> ObjectViews:
-    """This share of the poses is NaN.  In memory only: `dataset.write` refuses it."""
-    viewmats = views.cameras.viewmats.clone()
-    viewmats[_choose(views, strength, rng)] = torch.nan
-    return replace(views, cameras=replace(views.cameras, viewmats=viewmats))
+    """In every record, this share of the views shows another record's object."""
+    own, other = objects[index], objects[(index + 1) % len(objects)]
+    rows = rng.permutation(len(own.rgb))[: max(1, round(strength * len(own.rgb)))]
+    rgb, alpha = own.rgb.clone(), own.alpha.clone()
+    depth = None if own.depth is None else own.depth.clone()
+    rgb[rows], alpha[rows] = other.rgb[rows], other.alpha[rows]
+    if depth is not None and other.depth is not None:
+        depth[rows] = other.depth[rows]
+    return replace(own, rgb=rgb, alpha=alpha, depth=depth)
 
 
 FAULTS: dict[str, Fault] = {
@@ -210,14 +96,38 @@ FAULTS: dict[str, Fault] = {
     "constant_views": constant_views,
     "empty_views": empty_views,
     "frozen_views": frozen_views,
-    "shuffled_poses": shuffled_poses,
+    "exposure_drift": exposure_drift,
+    "contrast": contrast,
+    "noise": noise,
+    "swapped_channels": swapped_channels,
+    "cropped": cropped,
+    "wrong_depth": wrong_depth,
     "mirrored_views": mirrored_views,
+    "mirrored_all": mirrored_all,
+    "shuffled_poses": shuffled_poses,
+    "rolled_poses": rolled_poses,
+    "jittered_poses": jittered_poses,
+    "inverted_extrinsics": inverted_extrinsics,
+    "transposed_rotations": transposed_rotations,
+    "opengl_axes": opengl_axes,
+    "opengl_camera_to_world": opengl_camera_to_world,
+    "reversed_azimuth": reversed_azimuth,
+    "wrong_focal": wrong_focal,
+    "wrong_principal_point": wrong_principal_point,
+    "wrong_input_pose": wrong_input_pose,
+    "tilted_world": tilted_world,
+    "stated_pivot": stated_pivot,
     "shifted_poses": shifted_poses,
     "pivot_offset": pivot_offset,
+    "one_side": one_side,
     "billboard": billboard,
     "blur": blur,
     "identity_mismatch": identity_mismatch,
     "nan_pose": nan_pose,
+}
+SET_FAULTS: dict[str, SetFault] = {
+    "duplicated_objects": duplicated_objects,
+    "mixed_objects": mixed_objects,
 }
 
 EXPECTED: dict[str, tuple[str, float]] = {
@@ -228,20 +138,42 @@ EXPECTED: dict[str, tuple[str, float]] = {
     "constant_views": ("constant_frames", 0.25),
     "empty_views": ("views_empty", 0.25),
     "frozen_views": ("frozen_views", 0.5),
-    "shuffled_poses": ("pose_mismatch", 1.0),
-    "mirrored_views": ("mirrored", 1.0),
-    "shifted_poses": ("pivot_offset", 0.5),
+    "exposure_drift": ("exposure_drift", 0.75),
+    "contrast": ("clipped", 0.75),
+    "noise": ("noisy", 0.25),
+    "swapped_channels": ("channels_swapped", 1.0),
+    "cropped": ("out_of_frame", 0.5),
+    "wrong_depth": ("depth_mismatch", 0.25),
+    "mirrored_views": ("mirrored", 0.5),
+    "mirrored_all": ("mirrored", 1.0),
+    "shuffled_poses": ("pose_mismatch", 0.5),
+    "rolled_poses": ("pose_mismatch", 1.0),
+    "jittered_poses": ("pose_mismatch", 0.5),
+    "inverted_extrinsics": ("pose_convention", 1.0),
+    "transposed_rotations": ("pose_convention", 1.0),
+    "opengl_axes": ("pose_convention", 1.0),
+    "opengl_camera_to_world": ("pose_convention", 1.0),
+    "reversed_azimuth": ("mirrored", 1.0),
+    "wrong_focal": ("focal_length", 0.25),
+    "wrong_principal_point": ("principal_point", 0.25),
+    "wrong_input_pose": ("input_pose", 0.5),
+    "tilted_world": ("up_axis", 1.0),
+    "stated_pivot": ("pivot_offset", 0.25),
+    "shifted_poses": ("pivot_offset", 0.25),
     "pivot_offset": ("pivot_offset", 0.5),
-    "billboard": ("billboard", 1.0),
+    "one_side": ("azimuth_imbalance", 0.75),
+    "billboard": ("billboard", 0.75),
     "blur": ("blurred", 0.5),
     "identity_mismatch": ("identity_mismatch", 0.5),
     "nan_pose": ("pose_invalid", 0.25),
+    "duplicated_objects": ("duplicated_objects", 0.25),
+    "mixed_objects": ("pose_mismatch", 0.25),
 }
-"""The code that should come first, and the smallest strength at which it has to."""
+"""The code that should come first, and the smallest strength at which it has to: practical ones."""
 
 
 def corrupt(
-    objects: Sequence[ObjectViews] | MultiViewDataset,
+    objects: Objects,
     fault: str,
     strength: float,
     *,
@@ -253,13 +185,47 @@ def corrupt(
     Raises:
         ValueError: for an unknown fault or a strength outside (0, 1].
     """
-    if fault not in FAULTS:
-        raise ValueError(f"fault: got {fault!r}, want one of {', '.join(FAULTS)}")
+    if fault not in FAULTS and fault not in SET_FAULTS:
+        known = ", ".join([*FAULTS, *SET_FAULTS])
+        raise ValueError(f"fault: got {fault!r}, want one of {known}")
     if not 0 < strength <= 1:
         raise ValueError(f"strength: got {strength}, want in (0, 1]")
     for index in range(len(objects)):
         rng = np.random.default_rng([seed, index])
-        yield FAULTS[fault](objects[index], strength, rng, background)
+        if fault in SET_FAULTS:
+            yield SET_FAULTS[fault](objects, index, strength, rng)
+        else:
+            yield FAULTS[fault](objects[index], strength, rng, background)
+
+
+Scene = Literal["black", "white", "photo", "opaque_black", "opaque_white"]
+
+
+def on_background(
+    views: ObjectViews, scene: Scene, rng: np.random.Generator, background: Sequence[float]
+) -> ObjectViews:
+    """The views over another background.
+
+    "black", "white" and "photo" (a smooth random picture in photographic contrast, another one for
+    every view) keep alpha; the opaque ones drop it, as data without masks does.
+    """
+    own = straight(views, background)
+    alpha = views.alpha
+    if scene == "photo":
+        height, width = alpha.shape[1:]
+        coarse = torch.from_numpy(rng.uniform(0, 255, (len(alpha), 3, 5, 5))).float()
+        fine = torch.from_numpy(rng.normal(0, 20, (len(alpha), 1, height, width))).float()
+        behind = torch.nn.functional.interpolate(
+            coarse, (height, width), mode="bicubic", align_corners=False
+        )
+        behind = (behind + fine).clamp(0, 255).permute(0, 2, 3, 1)
+        solid = alpha[..., None].float() / 255
+        rgb = (own * solid + behind * (1 - solid) + 0.5).clamp(0, 255).to(torch.uint8)
+        return replace(views, rgb=rgb)
+    value = 1.0 if scene.endswith("white") else 0.0
+    rgb = join(own, alpha, (value,) * 3)
+    opaque = scene.startswith("opaque")
+    return replace(views, rgb=rgb, alpha=torch.full_like(alpha, 255) if opaque else alpha)
 
 
 def apply(
@@ -282,97 +248,3 @@ def apply(
         overwrite=overwrite,
         total=len(dataset),
     )
-
-
-def _choose(
-    views: ObjectViews, share: float, rng: np.random.Generator, at_least: int = 1
-) -> Tensor:
-    count = len(views.rgb)
-    number = min(count, max(at_least, round(share * count)))
-    return torch.from_numpy(np.sort(rng.permutation(count)[:number]))
-
-
-def _put(values: Tensor, index: Tensor, new: Tensor) -> Tensor:
-    out = values.clone()
-    out[index] = new
-    return out
-
-
-def _bytes(values: Tensor) -> Tensor:
-    return (values + 0.5).clamp(0, 255).to(torch.uint8)
-
-
-def _straight(views: ObjectViews, background: Sequence[float]) -> Tensor:
-    """The object's own colour, un-premultiplied, float (V, H, W, 3) in [0, 255]."""
-    alpha = views.alpha[..., None].float() / 255
-    behind = (1 - alpha) * torch.tensor(tuple(background)) * 255
-    return ((views.rgb.float() - behind) / alpha.clamp_min(1 / 255)).clamp(0, 255)
-
-
-def _join(straight: Tensor, alpha: Tensor, background: Sequence[float]) -> Tensor:
-    alpha = alpha[..., None].float() / 255
-    return _bytes(straight * alpha + (1 - alpha) * torch.tensor(tuple(background)) * 255)
-
-
-def _expose(views: ObjectViews, gain: float, background: Sequence[float]) -> ObjectViews:
-    linear = srgb_to_linear(_straight(views, background) / 255) * gain
-    linear = linear.clamp(0, 1)
-    encoded = torch.where(
-        linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp_min(1e-9) ** (1 / 2.4) - 0.055
-    )
-    return replace(views, rgb=_join(255 * encoded, views.alpha, background))
-
-
-def _flat(views: ObjectViews, chosen: Tensor, value: int) -> ObjectViews:
-    rgb, alpha = views.rgb.clone(), views.alpha.clone()
-    rgb[chosen], alpha[chosen] = value, 255
-    return replace(views, rgb=rgb, alpha=alpha)
-
-
-def _unit(points: Tensor) -> Tensor:
-    return points / points[:, 2:].clamp_min(1e-3)
-
-
-def _to_camera(cameras: Cameras, point: Tensor) -> Tensor:
-    """A world point in every camera's frame, (V, 3)."""
-    return cameras.viewmats[:, :3, :3] @ point + cameras.viewmats[:, :3, 3]
-
-
-def _moved(views: ObjectViews, by: float, rng: np.random.Generator) -> Cameras:
-    """The cameras moved together, `by` times their distance, in a random horizontal direction."""
-    angle = rng.uniform(0, 2 * np.pi)
-    radius = (views.cameras.centers - views.pivot).norm(dim=-1).median()
-    move = by * radius * torch.tensor([np.sin(angle), 0.0, np.cos(angle)], dtype=torch.float32)
-    viewmats = views.cameras.viewmats.clone()
-    viewmats[:, :3, 3] -= viewmats[:, :3, :3] @ move
-    return replace(views.cameras, viewmats=viewmats)
-
-
-def _warp(
-    views: ObjectViews,
-    background: Sequence[float],
-    scale_x: Tensor,
-    scale_y: Tensor,
-    centre: Tensor,
-    target: Tensor,
-    size: int,
-) -> ObjectViews:
-    """Scale the pictures about pixel `centre` (V, 2), which moves to pixel `target`."""
-    scale = torch.stack([scale_x, scale_y], dim=-1)
-    # affine_grid maps output to input coordinates, both in [-1, 1] over the frame.
-    centre_n, target_n = 2 * centre / size - 1, 2 * target / size - 1
-    theta = torch.zeros(len(scale), 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = 1 / scale[:, 0], 1 / scale[:, 1]
-    theta[:, :, 2] = centre_n - target_n / scale
-    alpha = views.alpha.float() / 255
-    premultiplied = _straight(views, background) * alpha[..., None]
-    layers = torch.cat([premultiplied, 255 * alpha[..., None]], dim=-1).permute(0, 3, 1, 2)
-    grid = affine_grid(theta, list(layers.shape), align_corners=False)
-    layers = grid_sample(layers, grid, align_corners=False).permute(0, 2, 3, 1)
-    new_alpha = _bytes(layers[..., 3])
-    behind = (255 - layers[..., 3:]) * torch.tensor(tuple(background))
-    depth = None
-    if views.depth is not None:
-        sampled = grid_sample(views.depth[:, None], grid, mode="nearest", align_corners=False)
-        depth = sampled[:, 0]
-    return replace(views, rgb=_bytes(layers[..., :3] + behind), alpha=new_alpha, depth=depth)

@@ -54,7 +54,7 @@ class GateConfig:
     bright_view: float = 12.0
     max_bright: float = 0.1
     max_drift: float = 0.75
-    max_clipped: float = 0.25
+    max_clipped: float = 0.35
     max_swapped: float = 1.7
     max_border: float = 0.02
     max_cropped: float = 0.3
@@ -223,3 +223,16 @@ def share(values: np.ndarray) -> float:
 def flagged(values: np.ndarray, marks: np.ndarray) -> float:
     """Median of the values of the records that are flagged (of all, if none is)."""
     return median(values[marks > 0]) if (marks > 0).any() else median(values)
+
+
+def plain(value: Any) -> Any:
+    """A JSON-able copy; NaN becomes None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

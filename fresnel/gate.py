@@ -9,13 +9,10 @@ mended mended; `issue_receipt` writes the verdict down, bound to the dataset's c
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +20,17 @@ import numpy as np
 
 from fresnel._measure import measure, unreadable
 from fresnel.consistency import Rig
-from fresnel.findings import GateConfig, Reason, Seen
+from fresnel.findings import GateConfig, Reason, Seen, plain
 from fresnel.images import DatasetError
 from fresnel.judge import judge, profile
+from fresnel.receipts import (
+    GateRefusal,
+    Receipt,
+    issue_receipt,
+    read_receipt,
+    require_receipt,
+    write_receipt,
+)
 
 __all__ = [
     "GateConfig",
@@ -33,24 +38,13 @@ __all__ = [
     "Reason",
     "Receipt",
     "Verdict",
+    "fix",
     "issue_receipt",
     "read_receipt",
     "require_receipt",
     "validate",
     "write_receipt",
 ]
-
-KINDS = ("gate", "smoke-cvs", "smoke-decoder")
-_COMMANDS = {
-    "gate": "python -m fresnel validate {path}",
-    "smoke-cvs": "./run_all.sh notebooks/02_smoke_train.ipynb -p dataset_dir {path} -p model cvs",
-    "smoke-decoder": "./run_all.sh notebooks/02_smoke_train.ipynb -p dataset_dir {path} "
-    "-p model decoder",
-}
-
-
-class GateRefusal(RuntimeError):
-    """Training was refused: there is no receipt, it is of other data, or it records a failure."""
 
 
 class _Data(Protocol):
@@ -101,19 +95,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy; NaN becomes None."""
-        return _plain(asdict(self))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
+        return plain(asdict(self))
 
 
 def validate(
@@ -275,160 +257,57 @@ def _verdict(
     )
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """A verdict on disk, bound to the data it was reached on.
+def fix(
+    dataset: Any,
+    path: str | Path,
+    *,
+    verdict: Verdict | None = None,
+    config: GateConfig | None = None,
+    overwrite: bool = False,
+    rounds: int = 3,
+    progress: bool = True,
+) -> tuple[Any, Verdict]:
+    """Write a corrected copy of a dataset to `path` and gate that.
+
+    Conventions of poses, mirrored or reordered pictures, focal length, principal point, the stated
+    pivot, exposure and exchanged channels can be mended; each round mends the first reason of the
+    verdict before it.  The copy's meta lists what was done.
 
     Args:
-        kind: "gate", "smoke-cvs" or "smoke-decoder".
-        dataset_hash: `MultiViewDataset.content_hash` of the data.
-        passed: the verdict.
-        summary: the verdict's sentence.
-        reasons: "code: message" of every failure, ranked.
-        created_utc: ISO 8601.
-        fresnel_version: of the package that issued it.
-        overridden: True when a failure was waved through; stays on everything that follows.
-    """
+        verdict: of this dataset, if there is one already.
+        rounds: mends to try, at most.
 
-    kind: str
-    dataset_hash: str
-    passed: bool
-    summary: str
-    reasons: tuple[str, ...]
-    created_utc: str
-    fresnel_version: str
-    overridden: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        return _plain(asdict(self))
-
-
-def issue_receipt(
-    dataset: Any, verdict: Verdict, *, kind: str = "gate", overridden: bool = False
-) -> Receipt:
-    """Write the verdict, pass or fail, to `dataset.path`/receipts/`kind`.json.
+    Returns:
+        The copy (a `MultiViewDataset`) and its verdict, which may still be a failure.
 
     Raises:
-        ValueError: if the verdict is about other data, or about a part of it.
+        ValueError: if the data passes, or what is wrong can't be mended without making it anew.
     """
-    if getattr(dataset, "is_subset", False):
-        raise ValueError("dataset: is a subset; validate and certify the whole set")
-    if verdict.dataset_hash and verdict.dataset_hash != dataset.content_hash:
-        raise ValueError(
-            f"verdict: is about data {verdict.dataset_hash[:19]}, the dataset is "
-            f"{dataset.content_hash[:19]}; validate this dataset"
-        )
-    reasons = tuple(f"{reason.code}: {reason.message}" for reason in verdict.reasons)
-    return write_receipt(
-        dataset, kind, verdict.passed, verdict.summary, reasons, overridden=overridden
+    from fresnel import dataset as datasets
+    from fresnel.repair import Mended, plan
+
+    verdict = verdict or validate(dataset, config, progress=progress)
+    if verdict.passed:
+        raise ValueError("dataset: passes the gate; there is nothing to fix")
+    mended = Mended(dataset)
+    for _ in range(rounds):
+        step = plan(verdict)
+        if step is None:
+            break
+        mended = mended.then(step)
+        verdict = validate(mended, config, progress=progress)
+        if verdict.passed:
+            break
+    if not mended.steps:
+        reason = verdict.reasons[0]
+        raise ValueError(f"dataset: {reason.code} can't be mended in a copy; {reason.hint}")
+    meta = {**getattr(dataset, "meta", {}), "mended": [step.words for step in mended.steps]}
+    written = datasets.write(
+        path,
+        (mended[k] for k in range(len(mended))),
+        background=mended.background,
+        meta=meta,
+        overwrite=overwrite,
+        total=len(mended),
     )
-
-
-def write_receipt(
-    dataset: Any,
-    kind: str,
-    passed: bool,
-    summary: str,
-    reasons: Sequence[str] = (),
-    *,
-    overridden: bool = False,
-) -> Receipt:
-    """Write a receipt of any kind, atomically; the smoke run's come through here directly."""
-    from fresnel import __version__
-
-    receipt = Receipt(
-        kind=kind,
-        dataset_hash=dataset.content_hash,
-        passed=bool(passed),
-        summary=summary,
-        reasons=tuple(reasons),
-        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        fresnel_version=__version__,
-        overridden=overridden,
-    )
-    path = _receipt_path(dataset, kind)
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(receipt.to_dict(), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    return receipt
-
-
-def read_receipt(dataset: Any, kind: str = "gate") -> Receipt | None:
-    """The receipt that lies in the dataset's folder, whatever it says; None if there is none.
-
-    Raises:
-        GateRefusal: if the file is there but is no receipt.
-    """
-    path = _receipt_path(dataset, kind)
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        receipt = Receipt(**{**content, "reasons": tuple(content["reasons"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise GateRefusal(
-            f"{path}: not a readable receipt ({error}); {_advice(dataset, kind)}"
-        ) from error
-    if receipt.kind != kind or not isinstance(receipt.passed, bool):
-        raise GateRefusal(f"{path}: not a {kind} receipt; {_advice(dataset, kind)}")
-    return receipt
-
-
-def require_receipt(
-    dataset: Any,
-    kind: str = "gate",
-    allow_failed: bool = False,
-    *,
-    receipt: Receipt | None = None,
-) -> Receipt:
-    """The passing receipt of exactly this data, or a refusal that says what to do.
-
-    The data's hash is recomputed from the files when the dataset can (`verify`).
-
-    Args:
-        kind: "gate", "smoke-cvs" or "smoke-decoder".
-        allow_failed: let a recorded failure through (negative controls); the receipt comes back
-            with `overridden` set. A missing receipt, or one of other data, is refused regardless:
-            validating takes seconds, and the control's failure has to be on record.
-        receipt: one in hand, instead of the one in the dataset's folder.
-
-    Raises:
-        GateRefusal: if there is none, it is of other data, or it failed and that is not allowed.
-    """
-    receipt = receipt or read_receipt(dataset, kind)
-    advice = _advice(dataset, kind)
-    if receipt is None:
-        raise GateRefusal(f"no {kind} receipt for {dataset.path}; {advice}")
-    if receipt.kind != kind:
-        raise GateRefusal(f"receipt: got one of kind {receipt.kind!r}, want {kind!r}; {advice}")
-    if hasattr(dataset, "verify"):
-        try:
-            dataset.verify()
-        except DatasetError as error:
-            raise GateRefusal(f"{error}; {advice}") from error
-    if receipt.dataset_hash != dataset.content_hash:
-        raise GateRefusal(
-            f"the {kind} receipt is of other data ({receipt.dataset_hash[:19]}, this is "
-            f"{dataset.content_hash[:19]}); {advice}"
-        )
-    if receipt.passed and not receipt.overridden:
-        return receipt
-    if allow_failed:
-        return replace(receipt, overridden=True)
-    state = "was overridden" if receipt.passed else "failed"
-    why = f": {receipt.reasons[0]}" if receipt.reasons else f": {receipt.summary}"
-    raise GateRefusal(
-        f"the {kind} check of {dataset.path} {state}{why}. Mend the data and {advice}, or pass "
-        "allow_failed_gate=True for a negative control"
-    )
-
-
-def _receipt_path(dataset: Any, kind: str) -> Path:
-    if kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}, want one of {', '.join(KINDS)}")
-    return Path(dataset.path) / "receipts" / f"{kind}.json"
-
-
-def _advice(dataset: Any, kind: str) -> str:
-    return f"run: {_COMMANDS[kind].format(path=dataset.path)}"
+    return written, validate(written, config, progress=progress)

@@ -42,8 +42,8 @@ CHECKS: tuple[Check, ...] = (
     checks.check_drift,
     checks_poses.check_colours,
     checks.check_channels,
-    checks.check_clipping,
     checks.check_identity,
+    checks.check_clipping,
     checks.check_detail,
     checks_set.check_duplicates,
     checks_set.check_classes,
@@ -87,6 +87,7 @@ EXPLAINS = {
     "views_dark": _OF_EXPOSURE,
     "views_bright": _OF_EXPOSURE,
     "exposure_drift": ("colours_disagree", "clipped"),
+    "clipped": ("noisy",),
     "noisy": ("colours_disagree", "clipped"),
 }
 """What else a fault brings about."""
@@ -167,7 +168,7 @@ def _reason(finding: Finding, config: GateConfig) -> Reason:
     message = finding.message
     if not finding.at_once:
         values["chance"] = binomial_tail(shown, asked, config.healthy_rate)
-        message += f" ({shown} of {asked} records show it)"
+        message += f"; {shown} of {asked} records show it"
     return Reason(finding.code, message, finding.hint, values)
 
 
@@ -179,12 +180,14 @@ def _diagnosed(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
     codes = [reason.code for reason in found]
     if "pose_mismatch" not in codes or not rigs or any(code in codes for code in _CAUSE_KNOWN):
         return found
-    result = mend.diagnose(rigs)
+    result = mend.diagnose(rigs, thorough="pivot_offset" not in codes)
     if not result.words:
         return found
     at = codes.index("pose_mismatch")
     values = found[at].values | {"before": result.before, "after": result.after}
     name = result.mend.name if result.mend else None
+    if result.mend:
+        values |= {f"mend_{k}": amount for k, amount in enumerate(result.mend.amounts)}
     if result.code == "pose_mismatch":
         words = f"{found[at].message}; {'they fit if ' if name else ''}{result.words}"
         found[at] = replace(found[at], message=words, values=values, mend=name)
@@ -211,6 +214,7 @@ _HINTS = {
     "mirrored": "flip the pictures, or the sign of azimuth: `--fix` writes a corrected copy",
     "focal_length": "check fl_x against the image size it was calibrated at",
     "principal_point": "check cx and cy: pictures cropped or padded after calibration?",
+    "depth_mismatch": "check the unit and the scale of the depth maps (z-depth, not ray length)",
     "input_pose": "check which camera took the input, and that it shows the same object",
     "pivot_offset": "check the transform between the input's camera and the views'",
     "billboard": "the geometry has no depth: supervise the decoder with side views",

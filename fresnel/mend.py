@@ -38,14 +38,14 @@ class Mend:
         code: of the reason that it explains.
         words: what is wrong, after "the pictures fit if": plain language.
         apply: the rig with its mistake undone.
-        amount: the parameter of the mend, if it has one (degrees, widths, a factor).
+        amounts: the parameters of the mend, if it has any (widths, a factor).
     """
 
     name: str
     code: str
     words: str
     apply: Callable[[Rig], Rig]
-    amount: float | None = None
+    amounts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,25 @@ def _moved_back(rig: Rig) -> Rig:
     found = triangulate(rig.only(rows))
     if found is None:
         return rig
-    viewmats = rig.viewmats.copy()
-    by = rig.pivot - found
-    viewmats[rows, :3, 3] -= viewmats[rows, :3, :3] @ by
-    return replace(rig, viewmats=viewmats)
+
+    def moved(by: np.ndarray) -> Rig:
+        viewmats = rig.viewmats.copy()
+        viewmats[rows, :3, 3] -= viewmats[rows, :3, :3] @ by
+        return replace(rig, viewmats=viewmats)
+
+    best = rig.pivot - found
+    least = score(moved(best))
+    if rig.input_index is None or not least < 0.6 * score(rig):
+        return moved(best)
+    # The silhouettes' centroids are not quite the image of the pivot; the input knows better.
+    step = 0.04 * float(np.median(np.linalg.norm(rig.centers[rows] - found, axis=1)))
+    for _ in range(4):
+        for way in np.concatenate([np.eye(3), -np.eye(3)]):
+            value = score(moved(best + step * way))
+            if value < least:
+                best, least = best + step * way, value
+        step /= 2
+    return moved(best)
 
 
 def _widened(strength: float) -> Callable[[Rig], Rig]:
@@ -215,17 +230,19 @@ _DIAG_XY, _DIAG_XZ = np.diag([-1.0, -1, 1, 1]), np.diag([-1.0, 1, -1, 1])
 
 def _simple_mends(views: int) -> Iterator[Mend]:
     yield Mend("mirror_pictures", "mirrored", "the views are mirrored left to right", mirrored)
-    yield Mend(
-        "mirror_all_pictures",
-        "mirrored",
-        "all pictures are mirrored left to right (or the poses are left-handed)",
-        lambda rig: mirrored(rig, np.ones(len(rig), bool)),
-    )
+    # Geometry alone can't tell these two apart: they differ by a mirror image of everything.
     yield Mend(
         "mirror_poses",
         "mirrored",
-        "the cameras turn about the object the other way round (azimuth with the wrong sign)",
+        "the cameras turn about the object the other way round (azimuth with the wrong sign; or "
+        "all pictures are mirrored)",
         _turned_back,
+    )
+    yield Mend(
+        "mirror_all_pictures",
+        "mirrored",
+        "all pictures are mirrored left to right, the input's too",
+        lambda rig: mirrored(rig, np.ones(len(rig), bool)),
     )
     yield from _conventions()
     yield Mend(
@@ -241,8 +258,8 @@ def _simple_mends(views: int) -> Iterator[Mend]:
             "pose_mismatch",
             f"every view takes the pose of the one {abs(shift)} "
             f"{'after' if shift > 0 else 'before'} it",
-            _reordered(lambda count, by=by: np.roll(np.arange(count), -by)),  # type: ignore[misc]
-            float(shift),
+            _reordered(lambda count, by=shift: np.roll(np.arange(count), -by)),  # type: ignore[misc]
+            (float(shift),),
         )
     yield Mend(
         "reverse",
@@ -257,7 +274,7 @@ def _simple_mends(views: int) -> Iterator[Mend]:
             f"the views are widened to undo a squeeze of {strength:.0%} at the side: the object is "
             "a flat cut-out",
             _widened(strength),
-            strength,
+            (strength,),
         )
 
 
@@ -267,7 +284,7 @@ def _focal_mend(factor: float, everything: bool) -> Mend:
         "focal_length",
         f"the focal length is multiplied by {factor:.2f}",
         _focal(factor, everything),
-        factor,
+        (factor,),
     )
 
 
@@ -277,7 +294,17 @@ def _principal_mend(x: float, y: float, everything: bool) -> Mend:
         "principal_point",
         f"the principal point is moved by {x:+.3f} widths to the right and {y:+.3f} down",
         _principal(x, y, everything),
-        float(np.hypot(x, y)),
+        (x, y),
+    )
+
+
+def _depth_mend(factor: float) -> Mend:
+    return Mend(
+        "depth_scale",
+        "depth_mismatch",
+        f"depth is multiplied by {factor:.2f}",
+        lambda rig: replace(rig, depths=rig.depths * factor),
+        (factor,),
     )
 
 
@@ -293,14 +320,18 @@ def _minimise(make: Callable[[float], Mend], grid: np.ndarray, rigs: Sequence[Ri
         scores = [_mean_score(rigs, make(float(v))) for v in values]
         best = int(np.nanargmin(scores))
         low, high = values[max(best - 1, 0)], values[min(best + 1, len(values) - 1)]
-        result = make(float(values[best]))
-        values = np.linspace(low, high, 5)
+        # Silhouettes leave a flat valley a pixel wide: its middle is the best guess.
+        level = values[np.array(scores) <= np.nanmin(scores) + 0.003]
+        result = make(float(level.mean()))
+        values = np.linspace(low, high, 7)
     return result
 
 
 def _candidates(rigs: Sequence[Rig]) -> Iterator[Mend]:
     """Mends with a parameter, at their best for these records."""
     few = rigs[:3]
+    if any((rig.depths > 0).any() for rig in few):
+        yield _minimise(lambda log2: _depth_mend(2.0**log2), np.linspace(-3, 3, 13), few)
     for everything in (False, True):
         yield _minimise(
             lambda log2, e=everything: _focal_mend(2.0**log2, e),  # type: ignore[misc]
@@ -310,9 +341,9 @@ def _candidates(rigs: Sequence[Rig]) -> Iterator[Mend]:
     shifts = []
     for rig in rigs:
         shift, before, after = principal_shift(rig.only(_views(rig)))
-        if after < before:
+        if before > 0.02 and after < 0.7 * before:
             shifts.append(shift)
-    if shifts:
+    if len(shifts) > len(rigs) / 2:
         x = float(np.median([shift[0] for shift in shifts]))
         for everything in (False, True):
             across = _minimise(
@@ -320,7 +351,7 @@ def _candidates(rigs: Sequence[Rig]) -> Iterator[Mend]:
                 x + np.linspace(-0.06, 0.06, 5),
                 few,
             )
-            best_x = float(np.copysign(across.amount or 0.0, x))
+            best_x = across.amounts[0]
             yield _minimise(
                 lambda v, e=everything, x=best_x: _principal_mend(x, v, e),  # type: ignore[misc]
                 np.linspace(-0.3, 0.3, 9),
@@ -328,11 +359,14 @@ def _candidates(rigs: Sequence[Rig]) -> Iterator[Mend]:
             )
 
 
-def diagnose(rigs: Sequence[Rig], most: int = 6) -> Diagnosis:
+def diagnose(rigs: Sequence[Rig], most: int = 6, *, thorough: bool = True) -> Diagnosis:
     """What single mistake explains these inconsistent records.
 
     Candidates are tried on three records first; those that help are judged on all (at most
     `most`), and the best has to bring the score to a third, or to what healthy records have.
+
+    Args:
+        thorough: if no mend of all views helps, look for a minority of wrong ones too.
     """
     scored = sorted(((score(rig), k) for k, rig in enumerate(rigs)), key=lambda pair: -pair[0])
     rigs = [rigs[k] for s, k in scored if np.isfinite(s)][:most]
@@ -344,13 +378,9 @@ def diagnose(rigs: Sequence[Rig], most: int = 6) -> Diagnosis:
     found = _all_views(rigs, before, first)
     if found is not None:
         return found
-    part = _some_views(rigs, before)
+    part = _some_views(rigs, before) if thorough else None
     if part is not None:
         return part
-    for mend in _candidates(rigs):
-        after = _mean_score(rigs, mend)
-        if _restores(after, before):
-            return Diagnosis(mend.code, mend.words, before, after, mend)
     words = "no single change of convention mends it: the poses are shuffled, or of other pictures"
     return Diagnosis("pose_mismatch", words, before, before)
 
@@ -410,6 +440,26 @@ def _some_views(rigs: Sequence[Rig], before: float) -> Diagnosis | None:
     return Diagnosis("pose_mismatch", words, before, after, None, share)
 
 
+def named(name: str, amounts: Sequence[float] = ()) -> Mend:
+    """A mend by the name that a diagnosis gave it, with its parameters.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    everything = name.endswith("_all")
+    if name.startswith("focal"):
+        return _focal_mend(amounts[0], everything)
+    if name.startswith("principal_point"):
+        return _principal_mend(amounts[0], amounts[1], everything)
+    if name == "depth_scale":
+        return _depth_mend(amounts[0])
+    views = 2 * int(abs(amounts[0])) + 2 if name.startswith("roll_") else 2
+    for mend in _simple_mends(views):
+        if mend.name == name:
+            return mend
+    raise ValueError(f"name: got {name!r}, which is no mend")
+
+
 def corrected(views: Any, mend: Mend) -> Any:
     """An `ObjectViews` with a mend applied: cameras rewritten, pictures flipped where needed.
 
@@ -428,6 +478,9 @@ def corrected(views: Any, mend: Mend) -> Any:
     Ks[flipped] = np.diag([-1.0, 1, 1]) @ Ks[flipped]
     Ks[flipped, 0, 2] += views.cameras.width
     out = replace(views, cameras=_cameras(views.cameras, viewmats[:count], Ks[:count]))
+    if mend.name == "depth_scale" and views.depth is not None:
+        own = None if views.input_depth is None else views.input_depth * mend.amounts[0]
+        return replace(views, depth=views.depth * mend.amounts[0], input_depth=own)
     if flipped[:count].any():
         rows = torch.from_numpy(flipped[:count])
         turn = lambda x: None if x is None else torch.where(_like(rows, x), x.flip(2), x)  # noqa: E731

@@ -1,0 +1,135 @@
+"""Mends of whole records: what `gate.fix` applies, planned from a verdict's first reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fresnel import faults_pictures, mend
+from fresnel.consistency import nearest_point
+from fresnel.evaluate import srgb_to_linear
+
+
+@dataclass(frozen=True)
+class Step:
+    """One mend of a record.
+
+    Args:
+        words: what it does, for the copy's meta.
+        apply: (ObjectViews, background) -> ObjectViews.
+    """
+
+    words: str
+    apply: Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A dataset seen through mends, record by record, as they are read."""
+
+    source: Any
+    steps: tuple[Step, ...] = ()
+
+    def then(self, step: Step) -> Mended:
+        return replace(self, steps=(*self.steps, step))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Any:
+        views = self.source[index]
+        for step in self.steps:
+            views = step.apply(views, self.background)
+        return views
+
+    @property
+    def background(self) -> tuple[float, float, float]:
+        red, green, blue = (float(value) for value in self.source.background)
+        return red, green, blue
+
+    @property
+    def content_hash(self) -> str:
+        return str(self.source.content_hash)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return dict(getattr(self.source, "meta", None) or {})
+
+    @property
+    def layout(self) -> str:
+        return str(getattr(self.source, "layout", "fresnel"))
+
+    @property
+    def names(self) -> Any:
+        return getattr(self.source, "names", None)
+
+
+def plan(verdict: Any) -> Step | None:
+    """How to mend the first reason of a failed verdict, or None where a copy can't help."""
+    if verdict.passed:
+        return None
+    reason = verdict.reasons[0]
+    values = reason.values
+    if reason.mend is not None and reason.code not in ("billboard", "exposure_drift"):
+        amounts = [values[key] for key in ("mend_0", "mend_1") if key in values]
+        change = mend.named(reason.mend, amounts)
+        return Step(change.words, lambda views, _: mend.corrected(views, change))
+    if reason.code in ("views_dark", "views_bright") and values["luminance_ratio"] > 0:
+        gain = 1 / values["luminance_ratio"]
+        return Step(
+            f"linear light of the views multiplied by {gain:.2f}",
+            lambda views, background: _brighter(views, gain, background),
+        )
+    if reason.code == "channels_swapped":
+        return Step(
+            "red and blue of the views exchanged",
+            lambda views, _: replace(views, rgb=views.rgb.flip(-1)),
+        )
+    if reason.code == "up_axis":
+        return Step("the world turned so that +Y is up", lambda views, _: _upright(views))
+    if reason.code == "pivot_offset" and verdict.figures.get("pivot_relative", 1.0) < 0.2:
+        return Step(
+            "the pivot set to the point that the cameras look at",
+            lambda views, _: _pivot_at_axes(views),
+        )
+    return None
+
+
+def _brighter(views: Any, gain: float, background: Any) -> Any:
+    linear = srgb_to_linear(faults_pictures.straight(views, background) / 255) * gain
+    encoded = 255 * faults_pictures.encoded(linear)
+    return replace(views, rgb=faults_pictures.join(encoded, views.alpha, background))
+
+
+def _upright(views: Any) -> Any:
+    """The world turned by the quarter turns that bring the cameras' mean up nearest to +Y."""
+    up = -views.cameras.viewmats[:, 1, :3].mean(dim=0)
+    axis = int(up.abs().argmax())
+    sign = float(up[axis].sign())
+    turn = torch.zeros(4, 4)
+    turn[3, 3] = 1.0
+    if axis == 1:
+        turn[:3, :3] = torch.diag(torch.tensor([1.0, sign, sign]))
+    else:
+        other = 2 - axis
+        turn[1, axis] = sign
+        turn[axis, 1] = -sign
+        turn[other, other] = 1.0
+    return replace(
+        views,
+        cameras=views.cameras.transformed(turn),
+        input_camera=views.input_camera.transformed(turn),
+        pivot=turn[:3, :3] @ views.pivot,
+    )
+
+
+def _pivot_at_axes(views: Any) -> Any:
+    origins = views.cameras.centers.double().numpy()
+    point = nearest_point(origins, views.cameras.forward.double().numpy())
+    if point is None:
+        return views
+    return replace(views, pivot=torch.from_numpy(np.asarray(point)).float())
