@@ -114,7 +114,7 @@ def surface(scene: trimesh.Scene | trimesh.Trimesh) -> Surface:
 
 def _part(mesh: trimesh.Trimesh, matrix: NDArray[np.float64], linear: bool) -> Surface:
     vertices = np.asarray(mesh.vertices, np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
-    if not np.isfinite(vertices).all():
+    if not (np.abs(vertices) < 1e30).all():  # beyond float32, or NaN
         raise ValueError("mesh: a vertex is NaN or infinite; repair the file")
     faces = np.asarray(mesh.faces)
     if faces.min() < 0 or faces.max() >= len(vertices):

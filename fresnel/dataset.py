@@ -9,22 +9,15 @@ whether a byte has changed since.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
-import os
-import shutil
-import uuid
-from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fresnel import _layouts, formats
 from fresnel._layouts import MANIFEST, Record
@@ -34,8 +27,8 @@ from fresnel._records import (
     read_object,
     read_original,
     view_folders,
-    write_object,
 )
+from fresnel._writing import store
 from fresnel.cameras import Cameras
 from fresnel.formats import capture as captured
 from fresnel.formats.capture import Capture
@@ -441,102 +434,4 @@ def write(
         DatasetError: if ``path`` is taken, no object came, objects differ in size or number of
             views, two share a name, or the disk is full.
     """
-    target = Path(path)
-    colour = tuple(float(value) for value in background)
-    if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
-        raise ValueError(f"background: got {background}, want three sRGB values in [0, 1]")
-    check_target(target, overwrite)
-    meta = json.loads(json.dumps(meta))
-    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
-    records: list[Record] = []
-    shape: tuple[int, ...] | None = None
-    try:
-        partial.mkdir(parents=True)
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            pending: deque[Future[Record]] = deque()
-            try:
-                bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
-                for index, views in enumerate(bar):
-                    if views.rgb.shape[1] != views.rgb.shape[2]:
-                        raise DatasetError(f"{views.name}: views are not square")
-                    if shape is not None and tuple(views.rgb.shape) != shape:
-                        raise DatasetError(
-                            f"{views.name}: views of shape {tuple(views.rgb.shape)}, the objects "
-                            f"before have {shape}; want the same size and number throughout"
-                        )
-                    shape = tuple(views.rgb.shape)
-                    pending.append(pool.submit(write_object, partial, index, views))
-                    while len(pending) > 8:  # bounds memory when encoding is the slower side
-                        records.append(pending.popleft().result())
-                records += [future.result() for future in pending]
-            finally:
-                for future in pending:
-                    future.cancel()
-        if shape is None:
-            raise DatasetError(f"{target}: nothing to write: no object came")
-        names = [record.name for record in records]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DatasetError(f"{target}: two objects are named {twice!r}; want unique names")
-        assemble(partial, target, records, shape[1], shape[0], colour, meta)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DatasetError(
-                f"{target}: the disk is full after {len(records)} objects. Nothing was kept; "
-                "free some space or write fewer or smaller views"
-            ) from error
-        raise DatasetError(f"{target}: can't be written ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return open(target)
-
-
-def assemble(
-    partial: Path,
-    target: Path,
-    records: list[Record],
-    image_size: int,
-    views: int,
-    background: Sequence[float],
-    meta: dict[str, Any],
-) -> None:
-    """Give a folder of finished records its manifest, and put it in the place of ``target``."""
-    manifest: dict[str, Any] = {
-        "schema_version": _layouts.SCHEMA_VERSION,
-        "layout": "fresnel",
-        "background": list(background),
-        "image_size": image_size,
-        "views_per_object": views,
-        "meta": meta,
-    }
-    manifest["content_hash"] = _layouts.content_hash(records, manifest)
-    manifest["objects"] = [vars(record) for record in records]
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _rename(partial, target)
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse to replace what isn't a dataset of ours, or is one and wasn't to be replaced."""
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if not target.exists():
-        return
-    if not (target / MANIFEST).is_file():
-        raise DatasetError(f"{target}: exists and is not a dataset of ours. Choose another path")
-    if not overwrite:
-        raise DatasetError(f"{target}: exists. Choose another path or pass overwrite=True")
-
-
-def _rename(partial: Path, target: Path) -> None:
-    """Put ``partial`` in the place of ``target``; an old dataset is moved away first."""
-    if target.exists():
-        old = partial.with_name(f".{target.name}.replaced-{uuid.uuid4().hex[:12]}")
-        target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(target)
+    return open(store(path, objects, background, meta, overwrite, total))

@@ -28,7 +28,8 @@ from typing import IO, Any, Literal
 
 from fresnel import meshes
 from fresnel._objects import Asset
-from fresnel.dataset import DatasetError, MultiViewDataset, check_target
+from fresnel._writing import check_target
+from fresnel.dataset import DatasetError, MultiViewDataset
 
 _LIST = Path(__file__).parent / "assets" / "furniture.json"
 _INSIDE_DEB = "usr/share/sweethome3d/furniture/"

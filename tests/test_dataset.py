@@ -304,7 +304,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fresnel.dataset.write_object", full)
+    monkeypatch.setattr("fresnel._writing.write_object", full)
     with pytest.raises(DatasetError, match=r"disk is full.*Nothing was kept"):
         dataset.write(tmp_path / "set", [make_object(0)], meta={})
     assert leftovers(tmp_path) == []

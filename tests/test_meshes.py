@@ -17,7 +17,7 @@ import torch
 import trimesh
 from PIL import Image
 
-from fresnel import dataset, look_at, meshes, orbit
+from fresnel import _trace, dataset, look_at, meshes, orbit
 from fresnel._objects import linear_factors
 from fresnel._surfaces import (
     AMBIENT,
@@ -101,7 +101,7 @@ def test_off_centre_intrinsics_shift_the_picture():
 
 
 def test_edges_are_anti_aliased_on_a_stratified_grid():
-    offsets = meshes._sample_offsets(4)
+    offsets = _trace._sample_offsets(4)
     assert sorted(offsets[:, 0].tolist()) == sorted(offsets[:, 1].tolist())
     assert len(set(offsets[:, 0].tolist())) == 4
     # A vertical edge covering half of a pixel's width covers half of its samples.
@@ -144,7 +144,7 @@ def test_many_views_equal_one_by_one_and_chunks_do_not_show(monkeypatch):
         alone = meshes.render(box, cameras[k : k + 1])
         assert torch.equal(together.rgb[k], alone.rgb[0])
         assert torch.equal(together.depth[k], alone.depth[0])
-    monkeypatch.setattr(meshes, "_RAYS_AT_ONCE", 100)
+    monkeypatch.setattr("fresnel._trace._RAYS_AT_ONCE", 100)
     assert torch.equal(meshes.render(box, cameras).rgb, together.rgb)
 
 

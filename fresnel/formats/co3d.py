@@ -123,7 +123,7 @@ def _intrinsics(camera: dict[str, Any], width: int, height: int, path: Path) -> 
         unit = half
     else:
         raise DatasetError(f"{path}: intrinsics_format {str(kind)[:80]!r} is unknown")
-    fx, fy = focal * unit
+    fx, fy = focal * unit  # `collect` refuses what is absurd
     cx, cy = half - point * unit
     return pinhole(fx, fy, cx, cy)
 
