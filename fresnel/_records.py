@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from fresnel.images import (
     check_cameras,
     has_alpha,
     load_image,
+    resize,
+    resize_depth,
 )
 
 
@@ -128,6 +130,28 @@ class ViewTensors:
             pivots=self.pivots.to(device),
             depth=None if self.depth is None else self.depth.to(device),
         )
+
+
+def over_black(rgb: Tensor, alpha: Tensor, background: Sequence[float]) -> Tensor:
+    """uint8 pictures over ``background``, recomposited over black."""
+    if not any(background):
+        return rgb
+    behind = (1 - alpha[..., None].float() / 255) * torch.tensor(background) * 255
+    return (rgb.float() - behind + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def resized(views: ObjectViews, size: int, background: Sequence[float]) -> ObjectViews:
+    """The record over black, its views (not its input) ``size`` x ``size`` pixels."""
+    rgb = over_black(views.rgb, views.alpha, background)
+    if rgb.shape[1] == size:
+        return replace(views, rgb=rgb)
+    return replace(
+        views,
+        rgb=resize(rgb, size),
+        alpha=resize(views.alpha[..., None], size)[..., 0],
+        depth=resize_depth(views.depth, views.alpha, size),
+        cameras=views.cameras.resized(size, size),
+    )
 
 
 def view_folders(record: Record) -> list[str]:

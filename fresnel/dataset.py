@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fresnel import _layouts, formats
 from fresnel._layouts import MANIFEST, Record
 from fresnel._records import (
     ObjectViews,
     ViewTensors,
+    over_black,
     read_object,
     read_original,
+    resized,
     view_folders,
 )
 from fresnel._writing import store
@@ -64,13 +65,25 @@ class DatasetChanged(DatasetError):
     """The files on disk are not the ones whose hash was recorded."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One object of a dataset that lies in a folder of another's."""
+
+    dataset: MultiViewDataset
+    row: int
+
+    def __len__(self) -> int:
+        record = self.dataset.records[self.row]
+        return self.dataset.views_per_object if isinstance(record, Record) else len(record)
+
+
 @dataclass(frozen=True)
 class MultiViewDataset:
     """A dataset on disk; objects are read when asked for.
 
-    ``layout`` is "fresnel", "original" or "captures".  ``image_size`` is the side of its (square)
-    views in pixels, ``background`` the sRGB colour they were composited over,
-    ``views_per_object`` the most that an object has (captures may differ).  ``content_hash`` stands
+    ``layout`` is "fresnel", "original", "captures" or "set" (folders of these).  ``image_size`` is
+    the side of its (square) views in pixels, ``background`` the sRGB colour they were composited
+    over, ``views_per_object`` the most that an object has (captures may differ).  ``content_hash`` stands
     for the whole dataset, for a `subset` too: see `is_subset`.
     """
 
@@ -83,7 +96,7 @@ class MultiViewDataset:
     image_size: int
     views_per_object: int
     is_subset: bool = False
-    records: tuple[Record | Capture, ...] = field(default=(), repr=False)
+    records: tuple[Record | Capture | _Part, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,6 +105,10 @@ class MultiViewDataset:
         record = self.records[index]
         if isinstance(record, Capture):
             return captured.read(self.path, record, self.image_size)
+        if isinstance(record, _Part):
+            views = record.dataset[record.row]
+            views = resized(views, self.image_size, record.dataset.background)
+            return replace(views, name=self.names[index])
         read = read_original if self.layout == "original" else read_object
         return read(self.path, record, self.image_size, self.views_per_object)
 
@@ -126,7 +143,7 @@ class MultiViewDataset:
         Raises:
             DatasetError: if the objects differ in their number of views; open with ``views=``.
         """
-        counts = {len(record) for record in self.records if isinstance(record, Capture)}
+        counts = {len(record) for record in self.records if not isinstance(record, Record)}
         if len(counts) > 1:
             raise DatasetError(
                 f"{self.path}: objects have {min(counts)} to {max(counts)} views; want as many of "
@@ -135,7 +152,7 @@ class MultiViewDataset:
         objects = self._read_all()
         rgb = torch.stack([o.rgb for o in objects])
         alpha = torch.stack([o.alpha for o in objects])
-        rgb = _over_black(rgb, alpha, self.background)
+        rgb = over_black(rgb, alpha, self.background)
         cameras = Cameras(
             torch.stack([o.cameras.viewmats for o in objects]),
             torch.stack([o.cameras.Ks for o in objects]),
@@ -164,6 +181,11 @@ class MultiViewDataset:
         if self.layout == "captures":
             self._verify_captures()
             return
+        if self.layout == "set":
+            parts = {r.dataset.path: r.dataset for r in self.records if isinstance(r, _Part)}
+            for dataset in parts.values():
+                dataset.verify()
+            return
         if self.layout == "original":
             records, manifest = _layouts.scan_original(self.path), None
         else:
@@ -183,7 +205,8 @@ class MultiViewDataset:
 
     def _verify_captures(self) -> None:
         """Only what is read counts: other files may come and go.  A subset checks its own."""
-        before = {path: digest for r in self.records for path, digest in r.files.items()}
+        captures = [record for record in self.records if isinstance(record, Capture)]
+        before = {path: digest for c in captures for path, digest in c.files.items()}
         after = _digests(self.path, before)
         if before != after:
             raise _changed(self.path, before, after)
@@ -221,13 +244,6 @@ class MultiViewDataset:
             torch.cat(depths) if len(depths) == len(singles) else None,
             bool(self.meta.get("elevation_is_assumed", False)),
         )
-
-
-def _over_black(rgb: Tensor, alpha: Tensor, background: Sequence[float]) -> Tensor:
-    if not any(background):
-        return rgb
-    behind = (1 - alpha[..., None].float() / 255) * torch.tensor(background) * 255
-    return (rgb.float() - behind + 0.5).clamp(0, 255).to(torch.uint8)
 
 
 def _changed(folder: Path, want: dict[str, str], got: dict[str, str]) -> DatasetChanged:
@@ -280,7 +296,8 @@ def open(
       ``meta["alpha_source"]`` says so.  Its input camera stands at the world origin and looks
       along -Z; focal lengths equal the image size; the orbit's pivot is the world origin.
     * Captures (`fresnel.formats`): a transforms.json of nerfstudio or Blender, a COLMAP model, a
-      CO3D category, or a folder of such folders, one object each.  ``meta`` tells which view acts
+      CO3D category, or a folder of such folders, one object each (stored datasets may be among
+      them; their objects are resized where they differ).  ``meta`` tells which view acts
       as the input, where alpha came from ("mask", "file", or "none": opaque photographs), where
       the pivot was estimated, and how the world was turned to put Y up.
     * 3D objects (`meshes.find_assets`): a folder, zip file, .sh3f library or JSON manifest of
@@ -324,6 +341,9 @@ def open(
         )
     records = _layouts.scan_original(root)
     if not records:
+        inner = sorted(p for p in root.iterdir() if p.is_dir() and _is_stored(root, p))
+        if inner:
+            return _open_set(root, inner, image_size, views)
         found = formats.captures(root)
         if found:
             return _open_captures(root, found, image_size, views)
@@ -378,6 +398,44 @@ def _open_captures(
         image_size=side,
         views_per_object=max(len(capture) for capture in chosen),
         records=tuple(records),
+    )
+
+
+def _is_stored(root: Path, folder: Path) -> bool:
+    """Whether a folder inside ``root`` is a dataset of our layout or the original's."""
+    if folder.name.startswith(".") or not folder.resolve().is_relative_to(root.resolve()):
+        return False
+    return _layouts.is_ours(folder) or bool(_layouts.image_folders(folder))
+
+
+def _open_set(
+    root: Path, stored: list[Path], image_size: int | None, views: int | None
+) -> MultiViewDataset:
+    """Stored datasets, and captures beside them, as one; objects are named FOLDER/NAME."""
+    parts = [open(folder) for folder in stored]
+    parts += [
+        _open_captures(root / folder, formats.captures(root / folder), None, views)
+        for folder in sorted({capture.name.split("/")[0] for capture in formats.captures(root)})
+    ]
+    side = image_size or min(part.image_size for part in parts)
+    hashes = sorted([part.path.name, part.content_hash] for part in parts)
+    digest = _layouts.sha256(_layouts.canonical_json([hashes, side]))
+    assumed = any(part.meta.get("elevation_is_assumed", False) for part in parts)
+    rows = [(part, row) for part in parts for row in range(len(part))]
+    return MultiViewDataset(
+        path=root,
+        layout="set",
+        names=tuple(f"{part.path.name}/{part.names[row]}" for part, row in rows),
+        background=(0.0, 0.0, 0.0),
+        content_hash="sha256:" + digest,
+        meta={
+            "source": "set",
+            "elevation_is_assumed": assumed,
+            "parts": {part.path.name: part.meta for part in parts},
+        },
+        image_size=side,
+        views_per_object=max(part.views_per_object for part in parts),
+        records=tuple(_Part(part, row) for part, row in rows),
     )
 
 

@@ -517,6 +517,26 @@ def test_a_folder_of_captures_is_a_set_of_objects(truth, tmp_path):
     assert copy.names == ("a", "b")
 
 
+def test_a_folder_of_datasets_is_one_set(truth, tmp_path):
+    written = dataset.write(tmp_path / "all/one", [truth], meta={"k": 1})
+    from fresnel import meshes as m
+
+    asset = m.embedded_assets("train")[1]
+    m.render_set([asset], tmp_path / "all/two", views=VIEWS, image_size=SIZE // 2, samples=1)
+    nerfstudio(tmp_path / "all/three", truth)
+    opened = dataset.open(tmp_path / "all")
+    assert opened.layout == "set" and opened.image_size == SIZE // 2
+    assert opened.names == (f"one/{truth.name}", f"two/{asset.name}__0", "three/three")
+    tensors = opened.tensors()
+    assert tensors.rgb.shape == (3, VIEWS, SIZE // 2, SIZE // 2, 3)
+    assert torch.equal(tensors.rgb[0], written.tensors(SIZE // 2).rgb[0])
+    assert opened.meta["parts"]["one"] == {"k": 1}
+    opened.verify()
+    (tmp_path / "all/two/image_0000/view_000/rgb.png").write_bytes(b"x")
+    with pytest.raises(dataset.DatasetChanged):
+        opened.verify()
+
+
 def test_shards_are_a_stream(truth, tmp_path):
     from dataclasses import replace
 
