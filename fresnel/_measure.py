@@ -136,24 +136,27 @@ def _pictures(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, np.ndarray]:
         "coverage": alpha[:, ::step, ::step].mean(axis=(1, 2)) / 255.0,
         "luminance": np.array([item[0] for item in light]),
         "clipped": np.array([item[1] for item in light]),
-        "color": np.array([item[2] for item in light]),
+        "crushed": np.array([item[2] for item in light]),
+        "color": np.array([item[3] for item in light]),
         "detail": _detail(rgb, alpha),
+        "grain": np.array([_grain(c[::step], a[::step]) for c, a in zip(rgb, alpha, strict=True)]),
         "border": np.concatenate(edges, axis=1).mean(axis=1) / 255.0,
     }
 
 
-def _light(rgb: np.ndarray, alpha: np.ndarray) -> tuple[float, float, np.ndarray]:
+def _light(rgb: np.ndarray, alpha: np.ndarray) -> tuple[float, float, float, np.ndarray]:
     """Mean linear luminance of the covered pixels (alpha at least a half), their colour
     un-premultiplied, so that a half-transparent white object is white; the share of them at either
-    end of the scale; their mean linear colour.  NaN without any."""
+    end of the scale, and at the black end; their mean linear colour.  NaN without any."""
     mask = alpha >= 128
     if not mask.any():
-        return math.nan, math.nan, np.full(3, np.nan)
+        return math.nan, math.nan, math.nan, np.full(3, np.nan)
     color, weight = rgb[mask].astype(np.float32), alpha[mask].astype(np.float32)
     straight = np.minimum(color * (255.0 / weight)[:, None] + 0.5, 255).astype(np.uint8)
     linear = _LINEAR[straight].mean(axis=0)
-    clipped = (straight.max(axis=1) >= 254) | (straight.max(axis=1) <= 1)
-    return float(linear @ _LUMINANCE), float(clipped.mean()), linear
+    brightest = straight.max(axis=1)
+    crushed, blown = float((brightest <= 1).mean()), float((brightest >= 254).mean())
+    return float(linear @ _LUMINANCE), crushed + blown, crushed, linear
 
 
 def _detail(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -169,6 +172,16 @@ def _detail(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         energy += 2 * np.einsum("vi,vi->v", across, across)
     covered = alpha[:, rows].reshape(len(alpha), -1).astype(np.float32).sum(axis=1) / 255.0
     return np.where(covered > 1, np.sqrt(energy / np.maximum(covered, 1)), np.nan)
+
+
+def _grain(rgb: np.ndarray, alpha: np.ndarray) -> float:
+    """Median absolute second difference of green along rows inside the object, of 255: edges are
+    few enough not to count, noise is everywhere."""
+    green = rgb[..., 1].astype(np.int16)
+    solid = (alpha[:, 2:] == 255) & (alpha[:, 1:-1] == 255) & (alpha[:, :-2] == 255)
+    if solid.sum() < 20:
+        return math.nan
+    return float(np.median(np.abs(green[:, 2:] - 2 * green[:, 1:-1] + green[:, :-2])[solid]))
 
 
 def _reference(views: Any, size: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -210,7 +223,9 @@ def _rows(
                 # The floor keeps black objects, whose ratio is noise, near 1.
                 "luminance_ratio": _ratio(light + 0.004, float(reference["luminance"]) + 0.004),
                 "detail_ratio": _ratio(seen["detail"][i], float(reference["detail"])),
+                "grain": float(seen["grain"][i] - reference["grain"]),
                 "clipped": float(seen["clipped"][i] - reference["clipped"]),
+                "crushed": float(seen["crushed"][i] - reference["crushed"]),
                 "border": float(seen["border"][i]),
                 "constant": bool(constant[i]),
             }

@@ -172,7 +172,8 @@ def check_clipping(seen: Seen) -> Finding | None:
         marks,
         f"{value:.0%} more of the covered pixels than in the input are fully black or white",
         "lower the contrast, or render with headroom: what is clipped is lost",
-        {"clipped": value, "max_clipped": seen.config.max_clipped},
+        {"clipped": value, "max_clipped": seen.config.max_clipped}
+        | {"crushed": flagged(seen.per_record(seen.of_filled("crushed")), marks)},
     )
 
 
@@ -222,32 +223,37 @@ def check_identity(seen: Seen) -> Finding | None:
 
 
 def check_detail(seen: Seen) -> Finding | None:
-    """Blurred or noisy views: gradient energy per covered pixel over the input's.
+    """Blurred views: gradient energy per covered pixel over the input's.
 
     Median over a record's views that are not empty.  Alpha's outline counts too, so single-coloured
     objects are judged as well.  Training renders have 0.63 to 1.37; renders of Gaussians may be
     softer than their input (1% are below 0.44).
     """
-    config = seen.config
     detail = seen.per_record(seen.of_filled("detail_ratio"))
-    low, high = detail < config.min_detail_ratio, detail > config.max_detail_ratio
-    known = np.isfinite(detail)
-    if low.sum() >= high.sum():
-        marks = flags(low, known)
-        value = flagged(detail, marks)
-        return Finding(
-            "blurred",
-            marks,
-            f"views have {value:.0%} of the input's gradients: they are blurred",
-            "check the resolution the views were rendered at, and the Gaussians' scales",
-            {"detail_ratio": value, "min_detail_ratio": config.min_detail_ratio},
-        )
-    marks = flags(high, known)
+    marks = flags(detail < seen.config.min_detail_ratio, np.isfinite(detail))
     value = flagged(detail, marks)
+    return Finding(
+        "blurred",
+        marks,
+        f"views have {value:.0%} of the input's gradients: they are blurred",
+        "check the resolution the views were rendered at, and the Gaussians' scales",
+        {"detail_ratio": value, "min_detail_ratio": seen.config.min_detail_ratio},
+    )
+
+
+def check_grain(seen: Seen) -> Finding | None:
+    """Noisy views: what changes from pixel to pixel inside the object, beyond the input's.
+
+    Median absolute second difference along rows, of 255; median over a record's views.
+    """
+    grain = seen.per_record(seen.of_filled("grain"))
+    marks = flags(grain > seen.config.max_grain, np.isfinite(grain))
+    value = flagged(grain, marks)
     return Finding(
         "noisy",
         marks,
-        f"views have {value:.1f} times the input's gradients: they are noisy",
+        f"neighbouring pixels inside the object differ by {value:.0f} of 255 more than in the "
+        "input: the views are noisy",
         "render with more samples, or look for compression artefacts",
-        {"detail_ratio": value, "max_detail_ratio": config.max_detail_ratio},
+        {"grain": value, "max_grain": seen.config.max_grain},
     )

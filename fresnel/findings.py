@@ -59,7 +59,7 @@ class GateConfig:
     max_border: float = 0.02
     max_cropped: float = 0.3
     min_detail_ratio: float = 0.42
-    max_detail_ratio: float = 1.6
+    max_grain: float = 12.0
     min_identity_psnr: float = 13.0
     min_identity_iou: float = 0.6
     max_duplicates: float = 0.02

@@ -29,13 +29,13 @@ CHECKS: tuple[Check, ...] = (
     checks.check_depth,
     checks.check_constant,
     checks_set.check_leak,
-    checks_set.check_azimuths,
     checks_poses.check_up,
     checks_poses.check_pivot,
     checks_poses.check_frozen,
     checks_poses.check_sides,
     checks_poses.check_poses_match,
     checks_poses.check_epipolar,
+    checks_set.check_azimuths,
     checks.check_cropped,
     checks.check_empty,
     checks.check_exposure,
@@ -43,6 +43,7 @@ CHECKS: tuple[Check, ...] = (
     checks_poses.check_colours,
     checks.check_channels,
     checks.check_identity,
+    checks.check_grain,
     checks.check_clipping,
     checks.check_detail,
     checks_set.check_duplicates,
@@ -86,8 +87,8 @@ EXPLAINS = {
     "blurred": ("colours_disagree",),
     "views_dark": _OF_EXPOSURE,
     "views_bright": _OF_EXPOSURE,
-    "exposure_drift": ("colours_disagree", "clipped"),
-    "clipped": ("noisy",),
+    "exposure_drift": ("colours_disagree", "clipped", "views_dark", "views_bright"),
+    "clipped": ("noisy", "views_dark", "views_bright", "exposure_drift", "colours_disagree"),
     "noisy": ("colours_disagree", "clipped"),
 }
 """What else a fault brings about."""
@@ -98,8 +99,9 @@ Phase = Literal["early", "final"]
 def decide(finding: Finding, config: GateConfig, phase: Phase) -> tuple[bool, bool]:
     """Whether the set has a fault, and whether that is settled.
 
-    In the end, when no more data comes, a fault needs the likelihood on its side and either a third
-    of the records or so many that chance explains them in less than one healthy set of 200.
+    In the end, when no more data comes, a fault needs the likelihood on its side and so many
+    records that chance explains them in less than one healthy set of 200; of 20, if they are a
+    third.
     """
     asked = int(np.isfinite(finding.flags).sum())
     shown = int(np.nansum(finding.flags))
@@ -110,8 +112,8 @@ def decide(finding: Finding, config: GateConfig, phase: Phase) -> tuple[bool, bo
     decision, ratio = sequential(shown, asked, config)
     if phase == "early":
         return decision == "faulty", decision != "undecided"
-    rare = binomial_tail(shown, asked, config.healthy_rate) < 0.005 if shown else False
-    return ratio > 0 and (shown > 0.3 * asked or rare), True
+    chance = binomial_tail(shown, asked, config.healthy_rate) if shown else 1.0
+    return ratio > 0 and (chance < 0.005 or (chance < 0.051 and shown > 0.3 * asked)), True
 
 
 def judge(
@@ -172,7 +174,7 @@ def _reason(finding: Finding, config: GateConfig) -> Reason:
     return Reason(finding.code, message, finding.hint, values)
 
 
-_CAUSE_KNOWN = ("pose_invalid", "constant_frames", "frozen_views", "azimuth_imbalance")
+_CAUSE_KNOWN = ("pose_invalid", "constant_frames", "frozen_views")
 
 
 def _diagnosed(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
@@ -221,9 +223,27 @@ _HINTS = {
 }
 
 
+def _reordered(found: Sequence[Reason]) -> list[Reason]:
+    """What several records' brightness has in common: jumps and stretched contrast shift its mean
+    too, in some records; they go first if they show in at least as many."""
+    found = list(found)
+    exposure = next(
+        (k for k, r in enumerate(found) if r.code in ("views_dark", "views_bright")), -1
+    )
+    for code in ("clipped", "exposure_drift"):
+        at = next((k for k, r in enumerate(found) if r.code == code), -1)
+        if exposure < 0 or at < exposure:
+            continue
+        values = found[at].values
+        stretched = code != "clipped" or values["clipped"] > values["crushed"] + 0.05 > 0.13
+        if stretched and values["records_shown"] >= found[exposure].values["records_shown"]:
+            found.insert(exposure, found.pop(at))
+    return found
+
+
 def _ranked(found: Sequence[Reason]) -> tuple[Reason, ...]:
     reasons: list[Reason] = []
-    for reason in found:
+    for reason in _reordered(found):
         if any(earlier.code == reason.code for earlier in reasons):
             continue
         causes = [r for r in reasons if r.symptom_of is None]

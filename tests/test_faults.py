@@ -19,7 +19,7 @@ BACKGROUNDS = (0.0, 1.0)
 @pytest.fixture(scope="module", params=BACKGROUNDS, ids=["black", "white"])
 def healthy(request: pytest.FixtureRequest) -> Memory:
     value = request.param
-    return Memory([views_of(i, background=value) for i in range(6)], (value,) * 3)
+    return Memory([views_of(i, background=value) for i in range(10)], (value,) * 3)
 
 
 def corrupted(healthy: Memory, fault: str, strength: float) -> list[ObjectViews]:
