@@ -83,8 +83,8 @@ class MultiViewDataset:
 
     ``layout`` is "fresnel", "original", "captures" or "set" (folders of these).  ``image_size`` is
     the side of its (square) views in pixels, ``background`` the sRGB colour they were composited
-    over, ``views_per_object`` the most that an object has (captures may differ).  ``content_hash`` stands
-    for the whole dataset, for a `subset` too: see `is_subset`.
+    over, ``views_per_object`` the most that an object has (captures may differ).
+    ``content_hash`` stands for the whole dataset, for a `subset` too: see `is_subset`.
     """
 
     path: Path
