@@ -54,7 +54,7 @@ def measure(
     has_input = views.input_rgb is not None
     rgb, alpha, foreground = _foreground(views.rgb.numpy(), views.alpha.numpy(), background)
     summary["foreground"] = foreground
-    summary["constant"] = [_constant(c, a) for c, a in zip(rgb, views.alpha.numpy(), strict=True)]
+    summary["constant"] = [_constant(c, a) for c, a in zip(rgb, alpha, strict=True)]
     depth = None if views.depth is None else views.depth.numpy()
     summary["bad_poses"] = _bad_poses(views.cameras)
     if has_input:
@@ -73,7 +73,9 @@ def measure(
         rig = rig_of(views, rgb, alpha, with_input=has_input and trust_input)
         summary |= _poses(rig) | _pivot(views, rig)
     stray = summary.get("stray", math.nan)
-    summary["frozen"] = _frozen(rgb, alpha, angles, seen["coverage"], stray)
+    # What shines through an edge differs from view to view where the background does.
+    inner = rgb * (alpha >= 250)[..., None] if foreground == "masks" else rgb
+    summary["frozen"] = _frozen(inner, alpha, angles, seen["coverage"], stray)
     summary |= _identity(views)
     return rows, summary, rig
 
@@ -102,7 +104,9 @@ def _foreground(
         if (np.mean(off > 12, axis=1) < 0.25).mean() < 0.75:
             return rgb, alpha, "none"
         away = np.abs(rgb.astype(np.int16) - colour[:, None, None]).max(axis=-1)
-        alpha = np.where(away > 16, 255, 0).astype(np.uint8)
+        # As little as stands out from the border's own noise.
+        alpha = np.where(away > max(3.0, 2 * float(np.quantile(off, 0.98))), 255, 0)
+        alpha = alpha.astype(np.uint8)
         return rgb * (alpha > 0)[..., None], alpha, "estimated"
     behind = alpha == 0
     claimed = np.asarray(background, dtype=np.float32) * 255

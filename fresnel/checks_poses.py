@@ -92,6 +92,10 @@ def check_poses_match(seen: Seen) -> Finding | None:
         "floating": config.max_floating,
     }
     columns = {key: seen.record(key) for key in limits}
+    # Outlines that had to be guessed are ragged.
+    guessed = np.array([row.get("foreground") == "estimated" for row in seen.objects])
+    columns["hull_miss"] = np.where(guessed, columns["hull_miss"] / 4, columns["hull_miss"])
+    columns["stray"] = np.where(guessed, columns["stray"] / 2, columns["stray"])
     known = np.any([np.isfinite(column) for column in columns.values()], axis=0)
     marks = flags(np.any([columns[key] > limits[key] for key in limits], axis=0), known)
     iou, stray = flagged(seen.record("hull_iou"), marks), flagged(columns["stray"], marks)
@@ -170,6 +174,9 @@ def side_coverage(seen: Seen) -> np.ndarray:
     """Coverage within 22.5 degrees of +-90 over that within 22.5 of 0 and 180, per record."""
     bins, ratio, empty = seen.azimuth_bins(), seen.column("coverage_ratio"), seen.empty
     side, front = np.abs(bins) == 90, np.isin(bins, (0, 180))
+    if share(empty[~side]) > 0.5 * seen.config.max_empty:
+        # Emptiness that is everywhere is not what a cut-out does at its sides.
+        ratio = np.where(empty, np.nan, ratio)
     from_side = seen.per_record(np.where(side, ratio, np.nan), np.mean)
     from_front = seen.per_record(np.where(front, ratio, np.nan), np.mean)
     nothing = seen.per_record(np.where(front, empty.astype(float), np.nan), np.mean)

@@ -406,11 +406,11 @@ def photometric(rig: Rig, rays: int = 80) -> tuple[float, float]:
             visible = np.abs(depth - surface) < tolerance
             mine = rig.colors[i, y, x][inside][hit][visible]
             theirs = rig.colors[j, v, u][hit][visible]
-            if len(mine) >= 6:
+            if len(mine) >= 12:
                 same.append(np.abs(mine - theirs).mean())
                 unrelated.append(np.abs(mine - np.roll(theirs, len(theirs) // 2, axis=0)).mean())
     contrast = float(np.mean(unrelated)) if unrelated else 0.0
-    colour = float(np.mean(same)) / contrast if contrast > 0.03 else np.nan
+    colour = float(np.mean(same)) / contrast if contrast > 0.05 else np.nan
     return colour, floating / total if total >= 50 else np.nan
 
 

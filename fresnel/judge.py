@@ -40,12 +40,12 @@ CHECKS: tuple[Check, ...] = (
     checks.check_empty,
     checks.check_exposure,
     checks.check_drift,
-    checks_poses.check_colours,
     checks.check_channels,
     checks.check_identity,
     checks.check_grain,
     checks.check_clipping,
     checks.check_detail,
+    checks_poses.check_colours,
     checks_set.check_duplicates,
     checks_set.check_classes,
 )

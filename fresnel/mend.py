@@ -409,10 +409,29 @@ def _all_views(rigs: Sequence[Rig], before: float, first: float) -> Diagnosis | 
     return Diagnosis(mend.code, mend.words, before, after, mend)
 
 
+def _flipped(rig: Rig) -> tuple[Rig, int]:
+    """Pictures flipped one by one as long as that helps, and how many were."""
+    rows, value, done = np.flatnonzero(_views(rig)), score(rig), 0
+    while done <= len(rows) // 2 and value > _GOOD:
+        tried = [mirrored(rig, np.array([k])) for k in rows]
+        scores = [score(t) for t in tried]
+        best = int(np.nanargmin(scores)) if np.isfinite(scores).any() else 0
+        if not scores[best] < value:
+            break
+        rig, value, done = tried[best], scores[best], done + 1
+    return rig, done
+
+
 def _some_views(rigs: Sequence[Rig], before: float) -> Diagnosis | None:
     """Mistakes in a minority of the views, or in the input alone: drop the worst until the rest
     agrees, then ask whether mirroring brings the dropped ones back."""
-    shares, mirrors, inputs, afters = [], [], [], []
+    flips = [_flipped(rig) for rig in rigs[:3]]
+    left = float(np.mean([score(rig) for rig, _ in flips]))
+    if left < max(_GOOD, 0.25 * before):
+        share = float(np.mean([done / _views(rig).sum() for rig, done in flips]))
+        words = f"about {share:.0%} of the pictures are mirrored left to right, the others are not"
+        return Diagnosis("mirrored", words, before, left, None, share)
+    shares, inputs, afters = [], [], []
     for rig in rigs[:4]:
         rows, value = np.arange(len(rig)), score(rig)
         while len(rows) > max(4, 0.6 * len(rig)) and value > _GOOD:
@@ -425,17 +444,12 @@ def _some_views(rigs: Sequence[Rig], before: float) -> Diagnosis | None:
         afters.append(value)
         shares.append(len(dropped) / len(rig))
         inputs.append(set(dropped.tolist()) == {rig.input_index})
-        flips = mirrored(rig, dropped)
-        mirrors.append(score(flips) < max(2 * _GOOD, 0.35 * score(rig)))
     if len(shares) < max(1, min(len(rigs), 4) / 2):
         return None
     after, share = float(np.mean(afters)), float(np.mean(shares))
     if np.mean(inputs) > 0.5:
         words = "the views agree with each other but not with the input's pose or picture"
         return Diagnosis("input_pose", words, before, after, None, share)
-    if np.mean(mirrors) > 0.5:
-        words = f"about {share:.0%} of the pictures are mirrored left to right, the others are not"
-        return Diagnosis("mirrored", words, before, after, None, share)
     words = f"about {share:.0%} of the pictures don't belong to their poses, the others agree"
     return Diagnosis("pose_mismatch", words, before, after, None, share)
 
