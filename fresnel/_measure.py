@@ -33,7 +33,7 @@ Row = dict[str, Any]
 _LINEAR = srgb_to_linear(torch.arange(256) / 255.0).numpy()
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32) / 255.0
-_SIDE = 128
+_SIDE, _RIG = 128, 64
 """Pictures larger than this are looked at in steps of whole pixels, for what is an average."""
 
 
@@ -64,7 +64,9 @@ def measure(
     angles = _angles(views) if not summary["bad_poses"] else np.full((len(rgb), 2), np.nan)
 
     seen = _pictures(rgb, alpha)
-    reference = _reference(views, rgb.shape[1:3]) if has_input else None
+    guessed = foreground == "estimated"
+    behind = np.median(_border(views.rgb.numpy()), axis=(0, 1)) if guessed else None
+    reference = _reference(views, rgb.shape[1:3], behind) if has_input else None
     rows = _rows(views.name, seen, reference, angles, summary.pop("constant"))
     summary |= _of_record(rows, seen, reference, angles)
     summary["fingerprint"] = _fingerprint(views, rgb, alpha)
@@ -98,7 +100,7 @@ def _foreground(
     "none": opaque photographs, whose foreground nobody knows.
     """
     if (alpha == 255).all():
-        border = np.concatenate([rgb[:, 0], rgb[:, -1], rgb[:, :, 0], rgb[:, :, -1]], axis=1)
+        border = _border(rgb)
         colour = np.median(border, axis=1).astype(np.int16)
         off = np.abs(border.astype(np.int16) - colour[:, None]).max(axis=-1)
         if (np.mean(off > 12, axis=1) < 0.25).mean() < 0.75:
@@ -108,15 +110,21 @@ def _foreground(
         alpha = np.where(away > max(3.0, 2 * float(np.quantile(off, 0.98))), 255, 0)
         alpha = alpha.astype(np.uint8)
         return rgb * (alpha > 0)[..., None], alpha, "estimated"
-    behind = alpha == 0
+    step = max(1, rgb.shape[1] // _RIG)
+    behind = alpha[:, ::step, ::step] == 0
     claimed = np.asarray(background, dtype=np.float32) * 255
-    if behind.any() and np.abs(rgb[behind][::7] - claimed).mean() > 8:
+    if behind.any() and np.abs(rgb[:, ::step, ::step][behind] - claimed).mean() > 8:
         # Edge pixels keep some of the photograph behind them; the solid ones are exact.
         return (rgb * (alpha[..., None] / np.float32(255))).astype(np.uint8), alpha, "masks"
     if not any(background):
         return rgb, alpha, "alpha"
     rest = (255 - alpha[..., None]).astype(np.float32) * np.asarray(background, dtype=np.float32)
     return np.clip(np.rint(rgb - rest), 0, 255).astype(np.uint8), alpha, "alpha"
+
+
+def _border(rgb: np.ndarray) -> np.ndarray:
+    """The outermost pixels of each picture, (V, N, 3)."""
+    return np.concatenate([rgb[:, 0], rgb[:, -1], rgb[:, :, 0], rgb[:, :, -1]], axis=1)
 
 
 def _constant(rgb: np.ndarray, alpha: np.ndarray) -> bool:
@@ -182,15 +190,31 @@ def _grain(rgb: np.ndarray, alpha: np.ndarray) -> float:
     """Median absolute second difference of green along rows inside the object, of 255: edges are
     few enough not to count, noise is everywhere."""
     green = rgb[..., 1].astype(np.int16)
-    solid = (alpha[:, 2:] == 255) & (alpha[:, 1:-1] == 255) & (alpha[:, :-2] == 255)
+    covered, width = alpha == 255, alpha.shape[1]
+    if width < 8:
+        return math.nan
+    # Three pixels away from the outline on either side, where edges are guessed or blended.
+    inner = np.logical_and.reduce([covered[:, k : width - 6 + k] for k in range(7)])
+    green, solid = green[:, 2:-2], inner
     if solid.sum() < 20:
         return math.nan
     return float(np.median(np.abs(green[:, 2:] - 2 * green[:, 1:-1] + green[:, :-2])[solid]))
 
 
-def _reference(views: Any, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """The numbers of the input, its detail at the views' size."""
+def _reference(
+    views: Any, size: tuple[int, int], behind: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The numbers of the input, its detail at the views' size.
+
+    Where the views' foreground had to be guessed, the input's is guessed the same way, over the
+    same colour: both then err alike at their edges.
+    """
     rgb, alpha = views.input_rgb.numpy(), views.input_alpha.numpy()
+    if behind is not None:
+        rest = 1 - alpha[..., None] / np.float32(255)
+        rgb = np.clip(rgb + rest * behind, 0, 255).astype(np.uint8)
+        rgb, opaque = rgb[None], np.full((1, *alpha.shape), 255, np.uint8)
+        rgb, alpha = (part[0] for part in _foreground(rgb, opaque, (0.0, 0.0, 0.0))[:2])
     out = _pictures(rgb[None], alpha[None])
     if alpha.shape != size:
         both = torch.from_numpy(np.concatenate([rgb, alpha[..., None]], axis=-1)).permute(2, 0, 1)

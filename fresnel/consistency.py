@@ -118,9 +118,12 @@ def _small(
     height, width = alpha.shape[1:]
     scale = min(1.0, RIG_SIZE / max(height, width))
     shape = shape or (max(1, round(height * scale)), max(1, round(width * scale)))
-    layers = torch.from_numpy(np.concatenate([rgb, alpha[..., None]], axis=-1))
+    # Of large pictures every second pixel (or fewer) is averaged: two a side are enough.
+    step = max(1, min(height // shape[0], width // shape[1]) // 2)
+    thin = np.concatenate([rgb[:, ::step, ::step], alpha[:, ::step, ::step, None]], axis=-1)
+    layers = torch.from_numpy(thin)
     small = layers.permute(0, 3, 1, 2).float() / 255
-    if tuple(shape) != (height, width):
+    if tuple(shape) != tuple(small.shape[2:]):
         small = interpolate(small, shape, mode="area")
     pictures = small.permute(0, 2, 3, 1).numpy()
     # Depth is picked, not averaged: a mean across an edge lies on no surface.
@@ -384,7 +387,9 @@ def photometric(rig: Rig, rays: int = 80) -> tuple[float, float]:
     alike = forward @ forward.T - 2 * np.eye(len(rig))
     same, unrelated, floating, total = [], [], 0, 0
     for i in range(len(rig)):
-        pixels = _spread((rig.depths[i] > 0) & (rig.masks[i] > 0.9), rays)
+        # Colours at edges are mixed with what is behind them.
+        inner = ~grow((rig.depths[i] <= 0) | (rig.masks[i] <= 0.9), 1)
+        pixels = _spread(inner, rays)
         if len(pixels) < 8:
             continue
         x, y = pixels.T

@@ -234,9 +234,13 @@ def _reordered(found: Sequence[Reason]) -> list[Reason]:
         at = next((k for k, r in enumerate(found) if r.code == code), -1)
         if exposure < 0 or at < exposure:
             continue
-        values = found[at].values
-        stretched = code != "clipped" or values["clipped"] > values["crushed"] + 0.05 > 0.13
-        if stretched and values["records_shown"] >= found[exposure].values["records_shown"]:
+        values, other = found[at].values, found[exposure].values
+        if code == "clipped":  # at both ends, or it is exposure that clips
+            instead = values["clipped"] > values["crushed"] + 0.05 > 0.1
+            needed = 0.7
+        else:
+            instead, needed = not other["dark"] > 0.1, 1.0
+        if instead and values["records_shown"] >= needed * other["records_shown"]:
             found.insert(exposure, found.pop(at))
     return found
 
