@@ -1,0 +1,220 @@
+"""What the gate learns from poses and pictures together, and what it can mend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from boxes import Memory, views_of
+
+from fresnel import bootstrap, dataset, decoder, faults, gate, mend, meshes
+from fresnel.consistency import coherence, principal_shift, rig_of
+from fresnel.findings import GateConfig, binomial_tail, sequential
+
+
+def rigs(records: list[Any]) -> list[Any]:
+    return [rig_of(r, r.rgb.numpy(), r.alpha.numpy(), with_input=True) for r in records]
+
+
+@pytest.fixture(scope="module")
+def healthy() -> list[Any]:
+    return [views_of(i) for i in range(4)]
+
+
+def test_outlines_of_healthy_views_explain_each_other(healthy: list[Any]) -> None:
+    for rig in rigs(healthy):
+        found = coherence(rig)
+        assert found.hull_iou > 0.99 and found.miss < 0.002 and found.stray < 0.01
+        shift, before, _ = principal_shift(rig)
+        assert before < 0.1 and np.isfinite(shift).all()
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        ("inverted_extrinsics", "inverted"),
+        ("transposed_rotations", "transposed"),
+        ("opengl_axes", "opengl_axes"),
+        ("opengl_camera_to_world", "opengl_camera_to_world"),
+        ("mirrored_views", "mirror_pictures"),
+        ("reversed_azimuth", "mirror_poses"),
+        ("rolled_poses", "roll_-1"),
+    ],
+)
+def test_the_mend_that_fits_undoes_the_fault(healthy: list[Any], fault: str, name: str) -> None:
+    broken = list(faults.corrupt(healthy, fault, 1.0))
+    found = mend.diagnose(rigs(broken))
+    assert found.mend is not None and found.mend.name == name
+    assert found.after < 0.02 < found.before
+    again = mend.corrected(broken[0], mend.named(name, found.mend.amounts))
+    expected, got = healthy[0].cameras.viewmats, again.cameras.viewmats
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    assert torch.equal(again.rgb, healthy[0].rgb)
+
+
+def test_amounts_are_estimated(healthy: list[Any]) -> None:
+    focal = mend.diagnose(rigs(list(faults.corrupt(healthy, "wrong_focal", 0.25))))
+    assert focal.code == "focal_length" and focal.mend is not None
+    assert focal.mend.amounts[0] == pytest.approx(0.8, abs=0.08)
+    point = mend.diagnose(rigs(list(faults.corrupt(healthy, "wrong_principal_point", 0.5))))
+    assert point.code == "principal_point" and point.mend is not None
+    assert point.mend.amounts == pytest.approx((-0.15, 0.0), abs=0.03)
+    with pytest.raises(ValueError, match="no mend"):
+        mend.named("magic")
+
+
+@pytest.mark.parametrize("fault", ["darken", "swapped_channels", "inverted_extrinsics"])
+def test_fix_writes_a_copy_that_passes(tmp_path: Path, fault: str) -> None:
+    clean = dataset.write(tmp_path / "a", [views_of(i, size=24) for i in range(6)], meta={})
+    bad = faults.apply(clean, fault, faults.EXPECTED[fault][1], tmp_path / "b")
+    fixed, verdict = gate.fix(bad, tmp_path / "c", progress=False)
+    assert verdict.passed and len(fixed.meta["mended"]) == 1
+    assert fixed.content_hash != bad.content_hash and fixed.names == clean.names
+    with pytest.raises(ValueError, match="nothing to fix"):
+        gate.fix(clean, tmp_path / "d", progress=False)
+
+
+def test_fix_refuses_what_has_to_be_made_anew(tmp_path: Path) -> None:
+    clean = dataset.write(tmp_path / "a", [views_of(i, size=24) for i in range(4)], meta={})
+    bad = faults.apply(clean, "empty_views", 1.0, tmp_path / "b")
+    with pytest.raises(ValueError, match="views_empty can't be mended"):
+        gate.fix(bad, tmp_path / "c", progress=False)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    assets = meshes.embedded_assets()[:10]
+    path = tmp_path_factory.mktemp("inputs") / "set"
+    return meshes.render_set(assets, path, views=1, image_size=64, samples=1, workers=1).inputs()
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_shipped_decoder_on_the_corrected_orbit_passes(
+    inputs: Any, tmp_path: Path, size: int
+) -> None:
+    config = replace(bootstrap.CORRECTED, image_size=size)
+    pixel = decoder.load_shipped("pixel")
+    data = bootstrap.bootstrap(inputs, pixel, config, tmp_path / "set")
+    verdict = gate.validate(data, progress=False)
+    assert verdict.passed, verdict.summary
+
+
+def test_the_original_preset_is_refused_for_its_pivot(inputs: Any, tmp_path: Path) -> None:
+    patch = decoder.load_shipped("patch")
+    data = bootstrap.bootstrap(inputs, patch, bootstrap.ORIGINAL, tmp_path / "set")
+    verdict = gate.validate(data, progress=False)
+    first, *others = verdict.reasons
+    assert first.code == "pivot_offset" and first.values["distance"] > 1.5
+    assert not {"views_dark", "views_bright"} & {reason.code for reason in others}
+    with pytest.raises(ValueError, match="can't be mended"):
+        gate.fix(data, tmp_path / "fixed", verdict=verdict, progress=False)
+
+
+@pytest.mark.parametrize("scene", ["white", "photo", "opaque_black", "opaque_white"])
+def test_other_backgrounds_are_no_fault(scene: Any) -> None:
+    rng = np.random.default_rng(0)
+    records = [faults.on_background(views_of(i, size=48), scene, rng, (0, 0, 0)) for i in range(8)]
+    background = (1.0, 1.0, 1.0) if scene == "white" else (0.0, 0.0, 0.0)
+    verdict = gate.validate(Memory(records, background), progress=False)
+    assert verdict.passed, verdict.summary
+    guessed = any("foreground is estimated" in note for note in verdict.notes)
+    assert guessed == scene.startswith("opaque")
+
+
+def test_opaque_photographs_are_judged_by_their_features() -> None:
+    pytest.importorskip("skimage")
+    from fresnel.epipolar import agreement
+
+    record = textured_room()
+    assert agreement(record) > 0.8
+    wrong = next(faults.corrupt([record], "inverted_extrinsics", 1.0))
+    assert agreement(wrong) < 0.4
+    verdict = gate.validate(Memory([wrong] * 3), progress=False)
+    assert verdict.reasons[0].code == "pose_mismatch"
+    assert any("matched features" in note for note in verdict.notes)
+
+
+def textured_room(size: int = 128, views: int = 6) -> Any:
+    """Cameras close together in a room whose walls carry blotches: opaque all over."""
+    from fresnel.cameras import orbit
+
+    optics: dict[str, Any] = {"focal_px": 0.9 * size, "width": size, "height": size}
+    cameras = orbit(torch.arange(views) * 12.0, 10.0, 1.5, pivot=(0.0, 0.0, 0.0), **optics)
+    origins, directions = cameras.rays()
+    inverse = 1 / torch.where(directions.abs() < 1e-9, 1e-9, directions)
+    t = torch.maximum((-2 - origins) * inverse, (2 - origins) * inverse).min(-1).values
+    t_cube, hit = _cube(origins, inverse)
+    point = origins + torch.where(hit, t_cube, t)[..., None] * directions
+    cell = torch.floor(point * torch.where(hit, 9.0, 5.0)[..., None] + 1e-4).long()
+    mixed = (cell * torch.tensor([73856093, 19349663, 83492791])).sum(-1)
+    value = (mixed ^ (mixed >> 7)).remainder(251)
+    rgb = value[..., None].expand(-1, -1, -1, 3).to(torch.uint8).contiguous()
+    alpha = torch.full(rgb.shape[:3], 255, dtype=torch.uint8)
+    source = views_of(0, size=size, depth=False, identity=False)
+    return replace(
+        source,
+        input_rgb=rgb[0],
+        input_alpha=alpha[0],
+        input_camera=cameras[0],
+        rgb=rgb,
+        alpha=alpha,
+        cameras=cameras,
+    )
+
+
+def _cube(origins: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    near, far = (-0.4 - origins) * inverse, (0.4 - origins) * inverse
+    entry = torch.minimum(near, far).max(-1).values
+    return entry, entry < torch.maximum(near, far).min(-1).values
+
+
+def test_the_same_object_in_two_splits_is_found(healthy: list[Any]) -> None:
+    twin = replace(healthy[0], name="other")
+    data = Memory([*healthy, twin])
+    data.meta = {"object_splits": {"box0": "train", "other": "test"}}  # type: ignore[attr-defined]
+    codes = [reason.code for reason in gate.validate(data, progress=False).reasons]
+    assert codes == ["split_leak", "duplicated_objects"]
+    verdict = gate.validate(Memory(healthy), progress=False, against=Memory(healthy[:1]))
+    assert [reason.code for reason in verdict.reasons] == ["split_leak"]
+    assert "'box0'" in verdict.summary
+
+
+def test_one_class_that_is_almost_everything_is_said(healthy: list[Any]) -> None:
+    data = Memory([views_of(i, size=16) for i in range(12)])
+    classes = {f"box{i}": "chair" if i else "lamp" for i in range(12)}
+    data.meta = {"object_classes": classes}  # type: ignore[attr-defined]
+    codes = [reason.code for reason in gate.validate(data, progress=False).reasons]
+    assert "class_imbalance" in codes
+
+
+def test_error_probabilities_of_the_sequential_test() -> None:
+    config = GateConfig()
+    assert sequential(0, 10, config)[0] == "healthy"
+    assert sequential(6, 10, config)[0] == "faulty"
+    assert sequential(2, 10, config)[0] == "undecided"
+    assert binomial_tail(1, 1, 0.05) == pytest.approx(0.05)
+    assert binomial_tail(3, 10, 0.05) == pytest.approx(0.0115, abs=1e-4)
+    rng = np.random.default_rng(0)
+    wrong = {"faulty": 0, "healthy": 0}
+    for rate, mistake in ((config.healthy_rate, "faulty"), (config.faulty_rate, "healthy")):
+        for _ in range(2000):
+            shown = np.cumsum(rng.random(400) < rate)
+            for n in range(10, 401, 10):
+                decision = sequential(int(shown[n - 1]), n, config)[0]
+                if decision != "undecided":
+                    wrong[mistake] += decision == mistake
+                    break
+    assert wrong["faulty"] / 2000 < 0.003 and wrong["healthy"] / 2000 < 0.02
+    with pytest.raises(ValueError, match="healthy_rate"):
+        GateConfig(healthy_rate=0.6)
+
+
+def test_every_measured_view_says_whether_it_is_empty() -> None:
+    records = list(faults.corrupt([views_of(i) for i in range(3)], "empty_views", 0.5))
+    verdict = gate.validate(Memory(records), progress=False)
+    assert sum(row["empty"] for row in verdict.measurements) == 12
