@@ -1,4 +1,4 @@
-"""The command line: `python -m fresnel run | validate | index | html`."""
+"""The command line: `python -m fresnel run | validate | furniture | index | html`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from typing import Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 well, 1 the command's own bad news (a crash, a
     FAIL), 2 wrong use, 130 stopped by the user."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["furniture"]:  # it has a parser of its own
+        from fresnel import furniture
+
+        return furniture.main(argv[1:])
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _end)  # so that a report is still written
     try:
@@ -63,11 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--first", type=int, default=10, help="examples to look at first")
     validate.add_argument("--receipt", action="store_true", help="write the verdict's receipt")
     validate.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    validate.add_argument("--fix", metavar="DIR", help="write a mended copy there, and gate that")
     validate.set_defaults(command=_validate)
 
     index = commands.add_parser("index", help="rebuild reports/index.html")
     index.add_argument("--reports", type=Path, help="default: reports/")
     index.set_defaults(command=_index)
+
+    commands.add_parser("furniture", help="make the furniture set from Debian's package")
 
     html = commands.add_parser("html", help="make the report of an executed notebook again")
     html.add_argument("executed", nargs="+", help="executed.ipynb, results.json beside it")
@@ -141,6 +149,9 @@ def _validate(arguments: argparse.Namespace) -> int:
         print(verdict.summary)
         for reason in verdict.reasons:
             print(f"  - {reason.message}. {reason.hint}")
+    if arguments.fix and not verdict.passed:
+        mended, verdict = gate.fix(data, arguments.fix, verdict=verdict)
+        print(f"{mended.path}: {verdict.summary}")
     return int(not verdict.passed)
 
 

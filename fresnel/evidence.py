@@ -16,7 +16,7 @@ import torch
 from fresnel import evaluate, figures
 from fresnel.cameras import Cameras, relative_azimuth_deg
 from fresnel.dataset import MultiViewDataset, ObjectViews
-from fresnel.gate import GateConfig, Verdict
+from fresnel.gate import Verdict
 
 
 def save_picture(path: Path, picture: Any) -> Path:
@@ -62,7 +62,7 @@ def picture_rows(
 
 def describe_views(verdict: Verdict) -> str:
     """Alt text of a sheet of inputs beside their views."""
-    empty = [_empty(row) for row in verdict.measurements]
+    empty = [row["empty"] for row in verdict.measurements]
     coverage = _mean(row["coverage_ratio"] for row in verdict.measurements)
     return (
         f"Inputs beside their novel views: {sum(empty)} of {len(empty)} views are empty; on "
@@ -182,7 +182,7 @@ def gate_metrics(verdict: Verdict) -> dict[str, Any]:
         "frame_luminance_ratio": _mean(
             r["coverage_ratio"] * np.nan_to_num(r["luminance_ratio"]) for r in rows
         ),
-        "empty_views": _mean(float(_empty(r)) for r in rows),
+        "empty_views": _mean(float(r["empty"]) for r in rows),
         "views_seen": len(rows),
         "gate_duration_s": verdict.duration_s,
         "gate_figures": verdict.figures,
@@ -237,13 +237,6 @@ def luminance_by_azimuth(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[fl
             values.append(sum(r[quantity] for r in chosen) / target if target else float("nan"))
         ratios[f"{quantity}_ratio"] = values
     return ratios
-
-
-def _empty(row: Mapping[str, Any]) -> bool:
-    """The gate's own idea of an empty view, at its default thresholds."""
-    config = GateConfig()
-    few = row["coverage"] < config.empty_coverage
-    return bool(few or row["coverage_ratio"] < config.empty_ratio)
 
 
 def _mean(values: Any) -> float:
