@@ -25,6 +25,7 @@ from fresnel.cvs_task import (
     consistency_loss,
     ect_earlier,
     ect_stage,
+    light_error,
     mirror,
     original_loss,
     pixel_weights,
@@ -141,7 +142,7 @@ def test_ect_stages_share_the_run_as_stated() -> None:
 
 
 def test_stage_zero_loss_is_weighted_denoising_and_needs_one_pass() -> None:
-    net = model(sigma_max_fraction=1.0)
+    net = model(sigma_max_fraction=1.0, light_weight=0.0)
     batch = batch_of(net)
     target, cond, weights = batch["target"], batch["cond"], batch["weights"]
     passes: list[Tensor] = []
@@ -441,3 +442,18 @@ def test_autocast_leaves_the_geometry_alone() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         low = condition_tensors(*arguments)
     torch.testing.assert_close(low, condition_tensors(*arguments), rtol=0, atol=0)
+
+
+def test_light_error_sees_what_a_blur_loses() -> None:
+    target = torch.full((1, 4, 32, 32), -1.0)
+    target[..., 8:24, 8:24] = 1.0
+    blurred = torch.nn.functional.avg_pool2d(target, 9, 1, 4, count_include_pad=False)
+    assert light_error(target, target) == 0
+    assert light_error(blurred, target) > 0.1
+    # Half the light everywhere is half the error of none at all.
+    half = 0.7353569  # sRGB of linear 0.5
+    dimmed = torch.where(target > 0, 2 * half - 1, -1.0)
+    dark = torch.full_like(target, -1.0)
+    torch.testing.assert_close(
+        2 * light_error(dimmed, target), light_error(dark, target), rtol=1e-4, atol=0
+    )
