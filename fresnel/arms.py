@@ -55,7 +55,7 @@ def make_task(
             patch decoder, supervised by the input view alone).
         size: the CVS's preset, or the decoder's base channels.
         augment: mirror half of the pairs and scale each colour channel of a pair by up to
-            exp(0.8) either way, so that few objects do not become the only colours there are.
+            exp(0.3) either way, so that few objects do not become the only colours there are.
         ground_truth: any view may serve as the input, not only the record's own.
     """
     torch.manual_seed(seed)
@@ -76,7 +76,7 @@ def make_task(
             validation=held_out,
             any_input=ground_truth,
             mirror=augment,
-            colour_jitter=0.8 if augment else 0.0,
+            colour_jitter=0.3 if augment else 0.0,
             device=device,
         )
     from fresnel.decoder import Decoder, DecoderConfig

@@ -82,7 +82,7 @@ class CVSConfig:
     ect_b: float = 1.0
     huber_c: float = 0.01  # root-mean-square error below which the loss turns quadratic
     loss_weight: str = "alpha_aware"  # "alpha_aware" | "depth_laplacian" | "none"
-    light_weight: float = 1.0  # of the loss on local light, which blur would otherwise swallow
+    light_weight: float = 0.3  # of the loss on local light, which blur would otherwise swallow
     foreground_share: float = 0.7  # of the alpha-aware weight: the object with a margin
     parameterisation: str = "consistency"  # "consistency" | "original" (no boundary condition)
 

@@ -350,7 +350,7 @@ def forecast(
 
 
 def find_runs(reports: str | Path, names: Sequence[str]) -> dict[str, dict[str, Any] | None]:
-    """The newest finished run of each name below a reports folder (None where there is none)."""
+    """The newest run of each name below a reports folder that was not refused, or None."""
     found: dict[str, dict[str, Any] | None] = dict.fromkeys(names)
     for path in Path(reports).glob("**/results.json"):
         try:
@@ -358,7 +358,8 @@ def find_runs(reports: str | Path, names: Sequence[str]) -> dict[str, dict[str, 
             name, started = record["name"], record["started_utc"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # the index lists damaged records; the analysis has no use for them
-        if name in found and record.get("status") == "finished":
+        done = record.get("status") == "finished" and record.get("verdict") != "REFUSED"
+        if name in found and done:
             best = found[name]
             if best is None or started > best["started_utc"]:
                 found[name] = {**record, "folder": str(path.parent)}
