@@ -220,11 +220,6 @@ def novel_view_rows(
     return rows, labels, [float(a) for a in first]
 
 
-def summary_by_bin(summary: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
-    """Bin -> mean of one metric, from `evaluate.summarise`."""
-    return {entry["bin"]: entry[metric] for entry in summary}
-
-
 def luminance_by_azimuth(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Sums of light over objects, outputs over truth, by azimuth in 45 degree steps."""
     azimuths = [float(a) for a in range(-135, 181, 45)]
