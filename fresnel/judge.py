@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fresnel import checks, checks_poses, checks_set, mend
+from fresnel import checks, checks_poses, checks_set
 from fresnel.consistency import Rig
+from fresnel.diagnosis import diagnose
 from fresnel.findings import (
     Finding,
     GateConfig,
@@ -182,7 +183,7 @@ def _diagnosed(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
     codes = [reason.code for reason in found]
     if "pose_mismatch" not in codes or not rigs or any(code in codes for code in _CAUSE_KNOWN):
         return found
-    result = mend.diagnose(rigs, thorough="pivot_offset" not in codes)
+    result = diagnose(rigs, thorough="pivot_offset" not in codes)
     if not result.words:
         return found
     at = codes.index("pose_mismatch")

@@ -1,32 +1,20 @@
-"""Which single mistake explains poses that don't fit their pictures, and how to undo it.
+"""The single mistakes by which poses commonly don't fit their pictures, and how each is undone.
 
 Every `Mend` rewrites the cameras of a `Rig`; the one that makes silhouettes (and depth) consistent
-again names the convention that was broken.  `corrected` applies it to whole records.
+again names the convention that was broken: `diagnosis` looks for it, `repair` applies it to whole
+records.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import torch
 
-from fresnel.cameras import Cameras
-from fresnel.consistency import (
-    Coherence,
-    Rig,
-    coherence,
-    principal_shift,
-    rig_of,
-    triangulate,
-)
+from fresnel.consistency import Coherence, Rig, coherence, triangulate
 
 _FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
-_GOOD = 0.012
-"""A score up to which a mended record counts as consistent; healthy training records reach 0.005
-(0.02 for renders of Gaussians, whose depth is soft)."""
 
 
 @dataclass(frozen=True)
@@ -48,26 +36,6 @@ class Mend:
     amounts: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """What explains the mismatch best.
-
-    Args:
-        code: of the reason to give.
-        words: plain language.
-        before, after: mean score of the records looked at, as given and mended.
-        mend: what restores them, or None where it can't be undone.
-        views: share of the views at fault, for mistakes that are not in all of them.
-    """
-
-    code: str
-    words: str
-    before: float
-    after: float
-    mend: Mend | None = None
-    views: float = 1.0
-
-
 def score(rig: Rig) -> float:
     """Inconsistency of a rig: 0 healthy, about 0.1 and more for wrong poses."""
     return _score(coherence(rig))
@@ -80,14 +48,14 @@ def _score(found: Coherence) -> float:
     return found.miss + 0.1 * (1 - found.hull_iou) + stray
 
 
-def _views(rig: Rig) -> np.ndarray:
+def rows_of_views(rig: Rig) -> np.ndarray:
     """Which rows are views, not the input."""
     return np.arange(len(rig)) != (-1 if rig.input_index is None else rig.input_index)
 
 
 def _posed(change: Callable[[np.ndarray], np.ndarray], everything: bool) -> Callable[[Rig], Rig]:
     def apply(rig: Rig) -> Rig:
-        rows = np.ones(len(rig), bool) if everything else _views(rig)
+        rows = np.ones(len(rig), bool) if everything else rows_of_views(rig)
         viewmats = rig.viewmats.copy()
         viewmats[rows] = change(viewmats[rows])
         return replace(rig, viewmats=viewmats)
@@ -105,7 +73,7 @@ def mirrored(rig: Rig, rows: np.ndarray | None = None) -> Rig:
     """Some pictures (None: the views') flipped left to right."""
     Ks = rig.Ks.copy()
     flip = np.array([[-1.0, 0, rig.width], [0, 1, 0], [0, 0, 1]])
-    rows = _views(rig) if rows is None else rows
+    rows = rows_of_views(rig) if rows is None else rows
     Ks[rows] = flip @ Ks[rows]
     return replace(rig, Ks=Ks)
 
@@ -121,14 +89,14 @@ def _turned_back(rig: Rig) -> Rig:
     mirror = np.eye(4)
     mirror[:3, :3] -= 2 * np.outer(normal, normal)
     mirror[:3, 3] = 2 * normal * (normal @ rig.pivot)
-    rows, viewmats = _views(rig), rig.viewmats.copy()
+    rows, viewmats = rows_of_views(rig), rig.viewmats.copy()
     viewmats[rows] = np.diag([-1.0, 1, 1, 1]) @ viewmats[rows] @ mirror
     return replace(rig, viewmats=viewmats)
 
 
 def _reordered(order: Callable[[int], np.ndarray]) -> Callable[[Rig], Rig]:
     def apply(rig: Rig) -> Rig:
-        rows = np.flatnonzero(_views(rig))
+        rows = np.flatnonzero(rows_of_views(rig))
         viewmats, Ks = rig.viewmats.copy(), rig.Ks.copy()
         viewmats[rows], Ks[rows] = viewmats[rows[order(len(rows))]], Ks[rows[order(len(rows))]]
         return replace(rig, viewmats=viewmats, Ks=Ks)
@@ -139,7 +107,7 @@ def _reordered(order: Callable[[int], np.ndarray]) -> Callable[[Rig], Rig]:
 def _focal(factor: float, everything: bool) -> Callable[[Rig], Rig]:
     def apply(rig: Rig) -> Rig:
         Ks = rig.Ks.copy()
-        rows = np.ones(len(rig), bool) if everything else _views(rig)
+        rows = np.ones(len(rig), bool) if everything else rows_of_views(rig)
         Ks[rows, 0, 0] *= factor
         Ks[rows, 1, 1] *= factor
         return replace(rig, Ks=Ks)
@@ -150,7 +118,7 @@ def _focal(factor: float, everything: bool) -> Callable[[Rig], Rig]:
 def _principal(x: float, y: float, everything: bool) -> Callable[[Rig], Rig]:
     def apply(rig: Rig) -> Rig:
         Ks = rig.Ks.copy()
-        rows = np.ones(len(rig), bool) if everything else _views(rig)
+        rows = np.ones(len(rig), bool) if everything else rows_of_views(rig)
         Ks[rows, :2, 2] += np.array([x, y]) * rig.width
         return replace(rig, Ks=Ks)
 
@@ -159,7 +127,7 @@ def _principal(x: float, y: float, everything: bool) -> Callable[[Rig], Rig]:
 
 def _moved_back(rig: Rig) -> Rig:
     """The views' cameras moved so that what they show lies on the declared pivot."""
-    rows = _views(rig)
+    rows = rows_of_views(rig)
     found = triangulate(rig.only(rows))
     if found is None:
         return rig
@@ -194,7 +162,7 @@ def _widened(strength: float) -> Callable[[Rig], Rig]:
         forward = forward / np.maximum(np.linalg.norm(forward, axis=1, keepdims=True), 1e-9)
         across = np.abs(forward @ forward[rig.input_index])
         Ks = rig.Ks.copy()
-        Ks[:, 0, 0] *= np.where(_views(rig), 1 - strength * (1 - across), 1.0)
+        Ks[:, 0, 0] *= np.where(rows_of_views(rig), 1 - strength * (1 - across), 1.0)
         return replace(rig, Ks=Ks)
 
     return apply
@@ -228,7 +196,7 @@ def _conventions() -> Iterator[Mend]:
 _DIAG_XY, _DIAG_XZ = np.diag([-1.0, -1, 1, 1]), np.diag([-1.0, 1, -1, 1])
 
 
-def _simple_mends(views: int) -> Iterator[Mend]:
+def simple_mends(views: int) -> Iterator[Mend]:
     yield Mend("mirror_pictures", "mirrored", "the views are mirrored left to right", mirrored)
     # Geometry alone can't tell these two apart: they differ by a mirror image of everything.
     yield Mend(
@@ -278,7 +246,7 @@ def _simple_mends(views: int) -> Iterator[Mend]:
         )
 
 
-def _focal_mend(factor: float, everything: bool) -> Mend:
+def focal_mend(factor: float, everything: bool) -> Mend:
     return Mend(
         "focal_all" if everything else "focal",
         "focal_length",
@@ -288,7 +256,7 @@ def _focal_mend(factor: float, everything: bool) -> Mend:
     )
 
 
-def _principal_mend(x: float, y: float, everything: bool) -> Mend:
+def principal_mend(x: float, y: float, everything: bool) -> Mend:
     return Mend(
         "principal_point_all" if everything else "principal_point",
         "principal_point",
@@ -298,7 +266,7 @@ def _principal_mend(x: float, y: float, everything: bool) -> Mend:
     )
 
 
-def _depth_mend(factor: float) -> Mend:
+def depth_mend(factor: float) -> Mend:
     return Mend(
         "depth_scale",
         "depth_mismatch",
@@ -306,152 +274,6 @@ def _depth_mend(factor: float) -> Mend:
         lambda rig: replace(rig, depths=rig.depths * factor),
         (factor,),
     )
-
-
-def _mean_score(rigs: Sequence[Rig], mend: Mend | None = None) -> float:
-    scores = [score(mend.apply(rig) if mend else rig) for rig in rigs]
-    return float(np.nanmean(scores)) if np.isfinite(scores).any() else np.nan
-
-
-def _minimise(make: Callable[[float], Mend], grid: np.ndarray, rigs: Sequence[Rig]) -> Mend:
-    """The best of a grid, refined twice between its neighbours."""
-    values = grid
-    for _ in range(3):
-        scores = [_mean_score(rigs, make(float(v))) for v in values]
-        best = int(np.nanargmin(scores))
-        low, high = values[max(best - 1, 0)], values[min(best + 1, len(values) - 1)]
-        # Silhouettes leave a flat valley a pixel wide: its middle is the best guess.
-        level = values[np.array(scores) <= np.nanmin(scores) + 0.003]
-        result = make(float(level.mean()))
-        values = np.linspace(low, high, 7)
-    return result
-
-
-def _candidates(rigs: Sequence[Rig]) -> Iterator[Mend]:
-    """Mends with a parameter, at their best for these records."""
-    few = rigs[:3]
-    if any((rig.depths > 0).any() for rig in few):
-        yield _minimise(lambda log2: _depth_mend(2.0**log2), np.linspace(-3, 3, 13), few)
-    for everything in (False, True):
-        yield _minimise(
-            lambda log2, e=everything: _focal_mend(2.0**log2, e),  # type: ignore[misc]
-            np.linspace(-1.25, 1.25, 11),
-            few,
-        )
-    shifts = []
-    for rig in rigs:
-        shift, before, after = principal_shift(rig.only(_views(rig)))
-        if before > 0.02 and after < 0.7 * before:
-            shifts.append(shift)
-    if len(shifts) > len(rigs) / 2:
-        x = float(np.median([shift[0] for shift in shifts]))
-        for everything in (False, True):
-            across = _minimise(
-                lambda v, e=everything: _principal_mend(v, 0.0, e),  # type: ignore[misc]
-                x + np.linspace(-0.06, 0.06, 5),
-                few,
-            )
-            best_x = across.amounts[0]
-            yield _minimise(
-                lambda v, e=everything, x=best_x: _principal_mend(x, v, e),  # type: ignore[misc]
-                np.linspace(-0.3, 0.3, 9),
-                few,
-            )
-
-
-def diagnose(rigs: Sequence[Rig], most: int = 6, *, thorough: bool = True) -> Diagnosis:
-    """What single mistake explains these inconsistent records.
-
-    Candidates are tried on three records first; those that help are judged on all (at most
-    `most`), and the best has to bring the score to a third, or to what healthy records have.
-
-    Args:
-        thorough: if no mend of all views helps, look for a minority of wrong ones too.
-    """
-    scored = sorted(((score(rig), k) for k, rig in enumerate(rigs)), key=lambda pair: -pair[0])
-    rigs = [rigs[k] for s, k in scored if np.isfinite(s)][:most]
-    if not rigs:
-        return Diagnosis("pose_mismatch", "", np.nan, np.nan)
-    before, first = _mean_score(rigs), _mean_score(rigs[:3])
-    if before < _GOOD:
-        return Diagnosis("pose_mismatch", "", before, before)
-    found = _all_views(rigs, before, first)
-    if found is not None:
-        return found
-    part = _some_views(rigs, before) if thorough else None
-    if part is not None:
-        return part
-    words = "no single change of convention mends it: the poses are shuffled, or of other pictures"
-    return Diagnosis("pose_mismatch", words, before, before)
-
-
-def _restores(after: float, before: float) -> bool:
-    return after < max(_GOOD, 0.3 * before) and after < 0.6 * before
-
-
-def _all_views(rigs: Sequence[Rig], before: float, first: float) -> Diagnosis | None:
-    best: tuple[float, Mend] | None = None
-    for mend in _simple_mends(int(_views(rigs[0]).sum())):
-        if not _mean_score(rigs[:3], mend) < 0.6 * first:
-            continue
-        after = _mean_score(rigs, mend)
-        # Earlier ones are more common mistakes: a later one has to be clearly better.
-        if best is None or after < 0.7 * best[0] - 0.002:
-            best = after, mend
-    parametric = list(_candidates(rigs)) if best is None or best[0] > _GOOD else []
-    for mend in parametric:
-        after = _mean_score(rigs, mend)
-        if best is None or after < 0.7 * best[0] - 0.002:
-            best = after, mend
-    if best is None or not _restores(best[0], before):
-        return None
-    after, mend = best
-    return Diagnosis(mend.code, mend.words, before, after, mend)
-
-
-def _flipped(rig: Rig) -> tuple[Rig, int]:
-    """Pictures flipped one by one as long as that helps, and how many were."""
-    rows, value, done = np.flatnonzero(_views(rig)), score(rig), 0
-    while done <= len(rows) // 2 and value > _GOOD:
-        tried = [mirrored(rig, np.array([k])) for k in rows]
-        scores = [score(t) for t in tried]
-        best = int(np.nanargmin(scores)) if np.isfinite(scores).any() else 0
-        if not scores[best] < value:
-            break
-        rig, value, done = tried[best], scores[best], done + 1
-    return rig, done
-
-
-def _some_views(rigs: Sequence[Rig], before: float) -> Diagnosis | None:
-    """Mistakes in a minority of the views, or in the input alone: drop the worst until the rest
-    agrees, then ask whether mirroring brings the dropped ones back."""
-    flips = [_flipped(rig) for rig in rigs[:3]]
-    left = float(np.mean([score(rig) for rig, _ in flips]))
-    if left < max(_GOOD, 0.25 * before):
-        share = float(np.mean([done / _views(rig).sum() for rig, done in flips]))
-        words = f"about {share:.0%} of the pictures are mirrored left to right, the others are not"
-        return Diagnosis("mirrored", words, before, left, None, share)
-    shares, inputs, afters = [], [], []
-    for rig in rigs[:4]:
-        rows, value = np.arange(len(rig)), score(rig)
-        while len(rows) > max(4, 0.6 * len(rig)) and value > _GOOD:
-            without = [score(rig.only(np.delete(rows, k))) for k in range(len(rows))]
-            drop = int(np.nanargmin(without)) if np.isfinite(without).any() else 0
-            rows, value = np.delete(rows, drop), without[drop]
-        dropped = np.setdiff1d(np.arange(len(rig)), rows)
-        if value > max(_GOOD, 0.3 * before) or not len(dropped):
-            continue
-        afters.append(value)
-        shares.append(len(dropped) / len(rig))
-        inputs.append(set(dropped.tolist()) == {rig.input_index})
-    if len(shares) < max(1, min(len(rigs), 4) / 2):
-        return None
-    after, share = float(np.mean(afters)), float(np.mean(shares))
-    if np.mean(inputs) > 0.5:
-        words = "the views agree with each other but not with the input's pose or picture"
-        return Diagnosis("input_pose", words, before, after, None, share)
-    words = f"about {share:.0%} of the pictures don't belong to their poses, the others agree"
-    return Diagnosis("pose_mismatch", words, before, after, None, share)
 
 
 def named(name: str, amounts: Sequence[float] = ()) -> Mend:
@@ -462,62 +284,13 @@ def named(name: str, amounts: Sequence[float] = ()) -> Mend:
     """
     everything = name.endswith("_all")
     if name.startswith("focal"):
-        return _focal_mend(amounts[0], everything)
+        return focal_mend(amounts[0], everything)
     if name.startswith("principal_point"):
-        return _principal_mend(amounts[0], amounts[1], everything)
+        return principal_mend(amounts[0], amounts[1], everything)
     if name == "depth_scale":
-        return _depth_mend(amounts[0])
+        return depth_mend(amounts[0])
     views = 2 * int(abs(amounts[0])) + 2 if name.startswith("roll_") else 2
-    for mend in _simple_mends(views):
+    for mend in simple_mends(views):
         if mend.name == name:
             return mend
     raise ValueError(f"name: got {name!r}, which is no mend")
-
-
-def corrected(views: Any, mend: Mend) -> Any:
-    """An `ObjectViews` with a mend applied: cameras rewritten, pictures flipped where needed.
-
-    Raises:
-        ValueError: for mends of the pictures' content (a flat cut-out can't be mended).
-    """
-    if mend.code == "billboard":
-        raise ValueError("mend: a flat cut-out has no side views to restore; make the data anew")
-    rgb, alpha = views.rgb.numpy(), views.alpha.numpy()
-    rig = rig_of(views, rgb, alpha, with_input=True, most=len(rgb))
-    after = mend.apply(rig)
-    by = np.array([views.cameras.width / rig.width, views.cameras.height / rig.masks.shape[1], 1])
-    Ks, viewmats = after.Ks * by[:, None], after.viewmats
-    count = len(rgb)
-    flipped = Ks[:, 0, 0] < 0
-    Ks[flipped] = np.diag([-1.0, 1, 1]) @ Ks[flipped]
-    Ks[flipped, 0, 2] += views.cameras.width
-    out = replace(views, cameras=_cameras(views.cameras, viewmats[:count], Ks[:count]))
-    if mend.name == "depth_scale" and views.depth is not None:
-        own = None if views.input_depth is None else views.input_depth * mend.amounts[0]
-        return replace(views, depth=views.depth * mend.amounts[0], input_depth=own)
-    if flipped[:count].any():
-        rows = torch.from_numpy(flipped[:count])
-        turn = lambda x: None if x is None else torch.where(_like(rows, x), x.flip(2), x)  # noqa: E731
-        out = replace(out, rgb=turn(views.rgb), alpha=turn(views.alpha), depth=turn(views.depth))
-    scale = views.input_camera.width / views.cameras.width
-    input_K = Ks[count] * np.array([scale, scale, 1])[:, None]
-    camera = _cameras(views.input_camera, viewmats[count], input_K)
-    out = replace(out, input_camera=camera)
-    if flipped[count]:
-        for name in ("input_rgb", "input_alpha", "input_depth", "identity_rgb", "identity_alpha"):
-            value = getattr(out, name)
-            if value is not None:
-                out = replace(out, **{name: value.flip(1)})
-    return out
-
-
-def _like(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return rows.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def _cameras(like: Cameras, viewmats: np.ndarray, Ks: np.ndarray) -> Cameras:
-    return replace(
-        like,
-        viewmats=torch.from_numpy(viewmats).to(like.viewmats),
-        Ks=torch.from_numpy(Ks).to(like.Ks),
-    )

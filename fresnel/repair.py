@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from fresnel import faults_pictures, mend
-from fresnel.consistency import nearest_point
+from fresnel.cameras import Cameras
+from fresnel.consistency import nearest_point, rig_of
 from fresnel.evaluate import srgb_to_linear
 
 
@@ -77,7 +78,7 @@ def plan(verdict: Any) -> Step | None:
     if reason.mend is not None and reason.code not in ("billboard", "exposure_drift"):
         amounts = [values[key] for key in ("mend_0", "mend_1") if key in values]
         change = mend.named(reason.mend, amounts)
-        return Step(change.words, lambda views, _: mend.corrected(views, change))
+        return Step(change.words, lambda views, _: corrected(views, change))
     if reason.code in ("views_dark", "views_bright") and values["luminance_ratio"] > 0:
         gain = 1 / values["luminance_ratio"]
         return Step(
@@ -133,3 +134,52 @@ def _pivot_at_axes(views: Any) -> Any:
     if point is None:
         return views
     return replace(views, pivot=torch.from_numpy(np.asarray(point)).float())
+
+
+def corrected(views: Any, change: mend.Mend) -> Any:
+    """An `ObjectViews` with a mend applied: cameras rewritten, pictures flipped where needed.
+
+    Raises:
+        ValueError: for mends of the pictures' content (a flat cut-out can't be mended).
+    """
+    if change.code == "billboard":
+        raise ValueError("mend: a flat cut-out has no side views to restore; make the data anew")
+    rgb, alpha = views.rgb.numpy(), views.alpha.numpy()
+    rig = rig_of(views, rgb, alpha, with_input=True, most=len(rgb))
+    after = change.apply(rig)
+    by = np.array([views.cameras.width / rig.width, views.cameras.height / rig.masks.shape[1], 1])
+    Ks, viewmats = after.Ks * by[:, None], after.viewmats
+    count = len(rgb)
+    flipped = Ks[:, 0, 0] < 0
+    Ks[flipped] = np.diag([-1.0, 1, 1]) @ Ks[flipped]
+    Ks[flipped, 0, 2] += views.cameras.width
+    out = replace(views, cameras=_cameras(views.cameras, viewmats[:count], Ks[:count]))
+    if change.name == "depth_scale" and views.depth is not None:
+        own = None if views.input_depth is None else views.input_depth * change.amounts[0]
+        return replace(views, depth=views.depth * change.amounts[0], input_depth=own)
+    if flipped[:count].any():
+        rows = torch.from_numpy(flipped[:count])
+        turn = lambda x: None if x is None else torch.where(_like(rows, x), x.flip(2), x)  # noqa: E731
+        out = replace(out, rgb=turn(views.rgb), alpha=turn(views.alpha), depth=turn(views.depth))
+    scale = views.input_camera.width / views.cameras.width
+    input_K = Ks[count] * np.array([scale, scale, 1])[:, None]
+    camera = _cameras(views.input_camera, viewmats[count], input_K)
+    out = replace(out, input_camera=camera)
+    if flipped[count]:
+        for name in ("input_rgb", "input_alpha", "input_depth", "identity_rgb", "identity_alpha"):
+            value = getattr(out, name)
+            if value is not None:
+                out = replace(out, **{name: value.flip(1)})
+    return out
+
+
+def _like(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return rows.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _cameras(like: Cameras, viewmats: np.ndarray, Ks: np.ndarray) -> Cameras:
+    return replace(
+        like,
+        viewmats=torch.from_numpy(viewmats).to(like.viewmats),
+        Ks=torch.from_numpy(Ks).to(like.Ks),
+    )

@@ -11,8 +11,9 @@ import pytest
 import torch
 from boxes import Memory, views_of
 
-from fresnel import bootstrap, dataset, decoder, faults, gate, mend, meshes
+from fresnel import bootstrap, dataset, decoder, faults, gate, mend, meshes, repair
 from fresnel.consistency import coherence, principal_shift, rig_of
+from fresnel.diagnosis import diagnose
 from fresnel.findings import GateConfig, binomial_tail, sequential
 
 
@@ -47,20 +48,20 @@ def test_outlines_of_healthy_views_explain_each_other(healthy: list[Any]) -> Non
 )
 def test_the_mend_that_fits_undoes_the_fault(healthy: list[Any], fault: str, name: str) -> None:
     broken = list(faults.corrupt(healthy, fault, 1.0))
-    found = mend.diagnose(rigs(broken))
+    found = diagnose(rigs(broken))
     assert found.mend is not None and found.mend.name == name
     assert found.after < 0.02 < found.before
-    again = mend.corrected(broken[0], mend.named(name, found.mend.amounts))
+    again = repair.corrected(broken[0], mend.named(name, found.mend.amounts))
     expected, got = healthy[0].cameras.viewmats, again.cameras.viewmats
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     assert torch.equal(again.rgb, healthy[0].rgb)
 
 
 def test_amounts_are_estimated(healthy: list[Any]) -> None:
-    focal = mend.diagnose(rigs(list(faults.corrupt(healthy, "wrong_focal", 0.25))))
+    focal = diagnose(rigs(list(faults.corrupt(healthy, "wrong_focal", 0.25))))
     assert focal.code == "focal_length" and focal.mend is not None
     assert focal.mend.amounts[0] == pytest.approx(0.8, abs=0.08)
-    point = mend.diagnose(rigs(list(faults.corrupt(healthy, "wrong_principal_point", 0.5))))
+    point = diagnose(rigs(list(faults.corrupt(healthy, "wrong_principal_point", 0.5))))
     assert point.code == "principal_point" and point.mend is not None
     assert point.mend.amounts == pytest.approx((-0.15, 0.0), abs=0.03)
     with pytest.raises(ValueError, match="no mend"):
