@@ -1,4 +1,4 @@
-"""The command line: `python -m fresnel run | validate | furniture | index | html`."""
+"""The command line: `python -m fresnel run | validate | views | furniture | index | html`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,27 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--json", action="store_true", help="print the verdict as JSON")
     validate.add_argument("--fix", metavar="DIR", help="write a mended copy there, and gate that")
     validate.set_defaults(command=_validate)
+
+    views = commands.add_parser(
+        "views",
+        help="novel views of the object in one picture, and its Gaussians",
+        description="One picture (any size; alpha, or a plain background) -> novel views by CVS "
+        "in OUT/azimuth_000.png ..., a contact sheet, and the decoder's Gaussians.",
+    )
+    views.add_argument("picture", help="PNG, JPEG, WebP, BMP, TIFF or GIF")
+    views.add_argument("--out", type=Path, required=True, help="folder of the views")
+    views.add_argument("--ply", type=Path, metavar="FILE", help="write the Gaussians there")
+    views.add_argument("--spz", type=Path, metavar="FILE", help="... and there, compressed")
+    views.add_argument(
+        "--elevation", type=float, default=15.0, metavar="DEG",
+        help="how far above the horizon the camera stood (default: 15)",
+    )  # fmt: skip
+    views.add_argument("--steps", type=int, default=1, help="network calls a view (default: 1)")
+    views.add_argument("--views", type=int, default=8, help="around the object (default: 8)")
+    views.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    views.add_argument("--weights", type=Path, help="another CVS checkpoint than the shipped one")
+    views.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    views.set_defaults(command=_views)
 
     index = commands.add_parser("index", help="rebuild reports/index.html")
     index.add_argument("--reports", type=Path, help="default: reports/")
@@ -153,6 +174,30 @@ def _validate(arguments: argparse.Namespace) -> int:
         mended, verdict = gate.fix(data, arguments.fix, verdict=verdict)
         print(f"{mended.path}: {verdict.summary}")
     return int(not verdict.passed)
+
+
+def _views(arguments: argparse.Namespace) -> int:
+    from fresnel import sampling
+
+    made = sampling.write_views(
+        arguments.picture,
+        arguments.out,
+        weights=arguments.weights,
+        elevation_deg=arguments.elevation,
+        steps=arguments.steps,
+        count=arguments.views,
+        seed=arguments.seed,
+        ply=arguments.ply,
+        spz=arguments.spz,
+        device=arguments.device,
+    )
+    for sentence in made["assumed"]:
+        print(f"assumed: {sentence}")
+    for file in made["gaussians"]["files"]:
+        print(f"{file}: {made['gaussians']['count']} Gaussians")
+    print(f"{len(made['files'])} views in {made['duration_s']:.1f} s")
+    print(arguments.out / "contact_sheet.png")
+    return 0
 
 
 def _index(arguments: argparse.Namespace) -> int:

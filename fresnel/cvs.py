@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -180,14 +181,24 @@ class CVS(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CVS:
-        """Read what `save` wrote, in evaluation mode and float32."""
-        from safetensors import safe_open
+        """Read what `save` wrote, in evaluation mode and float32.
 
-        with safe_open(str(path), "pt") as file:
-            header = json.loads((file.metadata() or {}).get("fresnel", "{}"))
-            if header.get("kind") != "cvs":
-                raise ValueError(f"{path}: not a CVS file (kind {header.get('kind')!r})")
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a CVS file, or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such CVS checkpoint")
+        try:
+            with safe_open(str(path), "pt") as file:
+                header = json.loads((file.metadata() or {}).get("fresnel", "{}"))
+                weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a readable CVS file ({error})") from error
+        if header.get("kind") != "cvs":
+            raise ValueError(f"{path}: not a CVS file (kind {header.get('kind')!r})")
         model = cls(CVSConfig(**header["config"]))
         model.load_state_dict(weights)
         return model.to(device).eval()
@@ -327,3 +338,19 @@ def predictor(
         return Views(rgb=out[..., :3], alpha=alpha, depth=torch.zeros_like(alpha))
 
     return predict
+
+
+def load_shipped(device: torch.device | str = "cpu") -> CVS:
+    """The small trained CVS that comes with the package.
+
+    Raises:
+        FileNotFoundError: if this installation carries none; the message says how to make one.
+    """
+    name = "cvs_small.safetensors"
+    with resources.as_file(resources.files("fresnel") / "assets" / name) as path:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"fresnel/assets/{name} is missing: no CVS ships with this installation; train "
+                f"one with notebooks/03_full_train.ipynb (model=cvs, export_to=FILE) and pass it"
+            )
+        return CVS.load(path, device)

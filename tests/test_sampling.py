@@ -1,0 +1,152 @@
+"""One picture in, views and Gaussians out: the `views` command and what it assumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fresnel import cvs, sampling
+from fresnel.__main__ import main
+from fresnel.dataset import DatasetError
+from fresnel.gaussians import Gaussians
+
+COLOUR = np.array([180, 60, 40])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    cvs.CVS(cvs.CVSConfig.preset("tiny")).save(path, half=True)
+    return path
+
+
+def disc(height: int = 300, width: int = 400, radius: float = 70.0) -> np.ndarray:
+    """Alpha in [0, 1] of a disc a little off the centre, anti-aliased."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    distance = np.hypot(y - height / 2, x - width / 2 - 20)
+    return np.clip(radius - distance + 0.5, 0, 1)
+
+
+def save(path: Path, alpha: np.ndarray, background: tuple[int, int, int] | None) -> Path:
+    colour = np.broadcast_to(COLOUR, (*alpha.shape, 3)).astype(float)
+    if background is None:
+        picture = np.dstack([colour, alpha * 255])
+    else:
+        picture = alpha[..., None] * colour + (1 - alpha[..., None]) * np.array(background)
+    Image.fromarray((picture + 0.5).astype(np.uint8)).save(path)
+    return path
+
+
+def test_views_writes_pictures_gaussians_and_what_it_assumed(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, out = save(tmp_path / "toy.png", disc(), None), tmp_path / "out"
+    status = main([
+        "views", str(picture), "--out", str(out), "--weights", str(weights), "--views", "4",
+        "--ply", str(out / "toy.ply"), "--spz", str(out / "toy.spz"), "--elevation", "20",
+    ])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert "alpha channel" in printed and "20 degrees" in printed
+    for azimuth in (0, 90, 180, 270):
+        with Image.open(out / f"azimuth_{azimuth:03d}.png") as image:
+            assert image.mode == "RGBA" and image.size == (16, 16)
+    facts = json.loads((out / "views.json").read_text())
+    assert facts["background"] == "alpha" and facts["elevation_deg"] == 20
+    assert list(facts["files"]) == ["0", "90", "180", "270"]
+    scene = Gaussians.load(out / "toy.ply")
+    assert scene.num == facts["gaussians"]["count"] > 500
+    assert Gaussians.load(out / "toy.spz").num == scene.num
+    assert (out / "contact_sheet.png").stat().st_size > 1000
+    # The Gaussians are the object's: about one unit long, around the origin, of its colour.
+    dense = scene.select(scene.opacities > 0.5)
+    assert float(dense.means.norm(dim=-1).max()) < 1.0
+    assert torch.allclose(dense.colors.mean(0) * 255, torch.tensor(COLOUR).float(), atol=40)
+
+
+def test_alpha_and_a_plain_background_give_the_same_input(tmp_path: Path) -> None:
+    alpha = disc()
+    given = sampling.read_photo(save(tmp_path / "a.png", alpha, None))
+    for background in ((255, 255, 255), (200, 210, 190)):
+        cut = sampling.read_photo(save(tmp_path / "b.png", alpha, background))
+        assert cut.background == "plain" and "one colour" in cut.assumed[0]
+        assert (cut.inputs.rgb.float() - given.inputs.rgb.float()).abs().mean() < 1.0
+        difference = (cut.inputs.alpha.float() - given.inputs.alpha.float()).abs()
+        assert difference.mean() < 1.0 and difference.max() < 70
+    covered = (given.inputs.alpha[0] > 127).nonzero()
+    extent = (covered.max(0).values - covered.min(0).values + 1) / sampling.INPUT_SIZE
+    assert extent.tolist() == pytest.approx([0.6, 0.6], abs=0.03), "framed as the training was"
+
+
+def test_the_cut_keeps_what_is_inside_and_the_side_the_object_stands_on() -> None:
+    alpha = disc(radius=60.0)
+    alpha[150:, 200:240] = 1.0  # a leg that leaves the picture
+    label = disc(radius=20.0) > 0.5  # as white as the background, inside the object
+    picture = alpha[..., None] * COLOUR + (1 - alpha[..., None]) * 255
+    picture[label] = 255
+    found = sampling.cut_out(torch.from_numpy(picture.astype(np.uint8)))
+    assert found is not None
+    rgb, matte = found
+    assert (matte.numpy()[label] == 255).all() and (rgb.numpy()[label] == 255).all()
+    assert np.abs(matte.numpy() / 255.0 - alpha).mean() < 0.01
+    assert (matte[-1, 205:235] == 255).all()
+
+
+def test_a_photograph_and_an_empty_picture_are_told_apart(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    photo = sampling.read_photo(tmp_path / "noise.png")
+    assert photo.background == "photograph" and "central square" in photo.assumed[0]
+    assert (photo.inputs.alpha == 255).all()
+    Image.fromarray(np.full((60, 60, 3), 255, np.uint8)).save(tmp_path / "white.png")
+    assert sampling.read_photo(tmp_path / "white.png").background == "photograph"
+    Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(tmp_path / "nothing.png")
+    with pytest.raises(DatasetError, match="transparent everywhere"):
+        sampling.read_photo(tmp_path / "nothing.png")
+
+
+def test_large_pictures_shrink_without_becoming_transparent(tmp_path: Path) -> None:
+    Image.new("RGB", (3001, 1999), (255, 255, 255)).save(tmp_path / "large.png")
+    assert (sampling.read_photo(tmp_path / "large.png").inputs.alpha == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--weights", "missing.safetensors"], "no such CVS checkpoint"),
+        (["--weights", "toy.png"], "not a readable CVS file"),
+        (["--elevation", "95"], "elevation_deg: got 95"),
+        (["--steps", "0"], "steps: got 0"),
+        (["--ply", "toy.obj"], "ends in .ply"),
+        (["--out", "toy.png"], "want a folder"),
+    ],
+)
+def test_wrong_use_is_one_clear_line(
+    tmp_path: Path,
+    weights: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(Path("toy.png"), disc(), None)
+    assert main(["views", "toy.png", "--out", "o", "--weights", str(weights), *change]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert main(["views", "gone.jpg", "--out", "o", "--weights", str(weights)]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_without_shipped_weights_the_message_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cvs.resources, "files", lambda _: tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"cvs_small.*03_full_train"):
+        cvs.load_shipped()
