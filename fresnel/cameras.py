@@ -115,12 +115,14 @@ class Cameras:
 
     def resized(self, width: int, height: int) -> Cameras:
         """The same cameras for images scaled to ``width`` x ``height`` pixels."""
-        scale = self.Ks.new_tensor([width / self.width, height / self.height, 1.0])
-        return Cameras(self.viewmats, self.Ks * scale[:, None], width, height)
+        Ks = self.Ks.clone()  # scaled in place: a tensor of factors would come from the host
+        Ks[..., 0, :] *= width / self.width
+        Ks[..., 1, :] *= height / self.height
+        return Cameras(self.viewmats, Ks, width, height)
 
     def transformed(self, new_from_world: Tensor) -> Cameras:
         """The same cameras with the world re-expressed by a rigid transform, shape (..., 4, 4)."""
-        return replace(self, viewmats=self.viewmats @ torch.linalg.inv(new_from_world))
+        return replace(self, viewmats=self.viewmats @ inverse(new_from_world))
 
     def rays(self) -> tuple[Tensor, Tensor]:
         """Ray origins and unit directions in the world, each of shape (..., H, W, 3)."""
@@ -130,7 +132,7 @@ class Cameras:
             indexing="ij",
         )
         pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1)
-        camera_from_pixel = torch.linalg.inv(self.Ks)
+        camera_from_pixel = inverse(self.Ks)
         world_from_pixel = self.viewmats[..., :3, :3].transpose(-1, -2) @ camera_from_pixel
         directions = torch.einsum("...ij,hwj->...hwi", world_from_pixel, pixels)
         directions = normalize(directions, dim=-1)
@@ -180,8 +182,13 @@ def _vector(value: Tensor | Sequence[float], like: Tensor) -> Tensor:
 def rigid(rotation: Tensor, translation: Tensor) -> Tensor:
     """4x4 matrices from rotations (..., 3, 3) and translations (..., 3)."""
     top = torch.cat([rotation, translation[..., None]], dim=-1)
-    bottom = top.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*top.shape[:-2], 1, 4)
-    return torch.cat([top, bottom], dim=-2)
+    bottom = torch.eye(4, dtype=top.dtype, device=top.device)[3:]
+    return torch.cat([top, bottom.expand(*top.shape[:-2], 1, 4)], dim=-2)
+
+
+def inverse(matrices: Tensor) -> Tensor:
+    """Inverses of matrices known to have one: no check, for which a GPU's queue would be waited."""
+    return torch.linalg.inv_ex(matrices).inverse
 
 
 def intrinsics(focal_px: float | Tensor, width: int, height: int) -> Tensor:

@@ -6,7 +6,7 @@ Easy Consistency Tuning (ECT), arXiv 2406.14548; what differs is said where it d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -26,8 +26,12 @@ def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     A reflection X takes a ray (d, o x d) to (X d, (X o) x (X d)) = (X d, -X (o x d)), and the
     image column u to W - 1 - u; cameras must have a centred principal point and no roll.
     """
-    signs = cond.new_tensor([1.0] * 4 + [-1.0, 1.0, 1.0, 1.0, -1.0, -1.0] * 2)
-    return cond.flip(-1) * signs[:, None, None], target.flip(-1)
+    cond = cond.flip(-1)
+    # no tensor of signs: to bring one from the host would wait for a GPU's queue
+    mirrored = [cond[:, :4]]
+    for rays in cond[:, 4:].split(6, dim=1):
+        mirrored += [-rays[:, :1], rays[:, 1:4], -rays[:, 4:]]
+    return torch.cat(mirrored, dim=1), target.flip(-1)
 
 
 def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None) -> Tensor:
@@ -50,13 +54,30 @@ def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None
         padded = F.pad(depth[:, None], (1, 1, 1, 1), mode="replicate")
         return torch.sigmoid(-100 * (F.conv2d(padded, kernel[None, None]).abs() - 0.01))
     share = config.foreground_share
-    margin = target.shape[-1] // 8
-    near = F.max_pool2d(alpha, 2 * margin + 1, stride=1, padding=margin)
+    near = grown(alpha, target.shape[-1] // 8)
     covered = near.mean(dim=(1, 2, 3), keepdim=True)
     foreground = share / covered.clamp_min(share / 8)
     background = (1 - share) / (1 - covered).clamp_min((1 - share) / 8)
     weights = near * foreground + (1 - near) * background
     return weights / weights.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def grown(image: Tensor, margin: int) -> Tensor:
+    """The largest value within `margin` rows and columns of each pixel: (..., H, W) -> same.
+
+    Windows double by shifts, rows then columns: 7 maxima each way where a max-pool of 65 x 65
+    reads 4,225 values a pixel. Same bits.
+    """
+    window = 2 * margin + 1
+    image = F.pad(image, (margin,) * 4, value=-torch.inf)
+    for dim in (-1, -2):
+        width = 1
+        while width < window:
+            shift, length = min(width, window - width), image.shape[dim]
+            rest = length - shift
+            image = torch.maximum(image.narrow(dim, 0, rest), image.narrow(dim, shift, rest))
+            width += shift
+    return image
 
 
 def light_error(output: Tensor, target: Tensor) -> Tensor:
@@ -100,11 +121,9 @@ def consistency_loss(
     *,
     progress: float,
     generator: torch.Generator,
+    terms: Callable[..., dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """ECT loss of D(x_t, t) against a stop-gradient D(x_r, r) with the same noise and dropout.
-
-    Pseudo-Huber on the weighted root-mean-square error of each sample, sqrt(e^2 + c^2) - c, times
-    1 / c_out(t), which gives every noise level an error of order one.
 
     Differences from ECT, which starts from a diffusion model, and why: its time weight
     1 / (t - r) vanishes at large t and grows with every stage; training from scratch needs
@@ -113,9 +132,11 @@ def consistency_loss(
     chain of references from sigma_max down to the data is too long for a short run to carry
     anything along, and without the anchor the one step drifts off as soon as stage 1 begins.
 
+    Args:
+        terms: `consistency_terms`, or the same compiled.
+
     Returns:
-        "loss"; "x0_rms", the error against the clean target over all noise levels; and
-        "one_step_rms", the same at sigma_max only (0 if no sample was there).
+        `consistency_terms`.
     """
     config, b = model.config, target.shape[0]
     t = (randn(target[:, 0, 0, 0], generator) * config.p_std + config.p_mean).exp()
@@ -141,12 +162,35 @@ def consistency_loss(
             reference = x_r.clone()
             if rows.any():
                 reference[rows] = model(x_r[rows], r[rows], cond[rows]).to(x_r.dtype)
+    c_out = model.scalings(t)[1]
+    return (terms or consistency_terms)(config, denoised, reference, target, weights, c_out, at_max)
+
+
+def consistency_terms(
+    config: CVSConfig,
+    denoised: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    c_out: Tensor,
+    at_max: Tensor,
+) -> dict[str, Tensor]:
+    """The ECT loss of outputs (B, 4, H, W) against references, and what to watch beside it.
+
+    Pseudo-Huber on the weighted root-mean-square error of each sample, sqrt(e^2 + c^2) - c, times
+    1 / c_out(t) (B,), which gives every noise level an error of order one. `at_max` (B,): which
+    samples are at sigma_max.
+
+    Returns:
+        "loss"; "light", `light_error`'s mean; "x0_rms", the error against the clean target over
+        all noise levels; "one_step_rms", the same at sigma_max only (0 if no sample was there).
+    """
     error = (weights * (denoised - reference).square()).mean(dim=(1, 2, 3))
     huber = (error + config.huber_c**2).sqrt() - config.huber_c
     rms = (denoised.detach() - target).square().mean(dim=(1, 2, 3)).sqrt()
     lost = light_error(denoised, target).mean()
     return {
-        "loss": (huber / model.scalings(t)[1]).mean() + config.light_weight * lost,
+        "loss": (huber / c_out).mean() + config.light_weight * lost,
         "light": lost.detach(),
         "x0_rms": rms.mean(),
         "one_step_rms": (rms * at_max).sum() / at_max.sum().clamp_min(1),
@@ -252,6 +296,8 @@ class CVSTask:
         self.held_out = self.views if validation is None else validation.to(device)
         self.any_input, self.mirror, self.colour_jitter = any_input, mirror, colour_jitter
         self.validation_pairs, self.preview_pairs = validation_pairs, preview_pairs
+        self._assemble: Callable[..., dict[str, Tensor]] = assemble
+        self._terms: Callable[..., dict[str, Tensor]] = consistency_terms
 
     @property
     def config(self) -> dict[str, Any]:
@@ -278,20 +324,13 @@ class CVSTask:
 
         record, view = draw(m), draw(v)
         source = torch.where(uniform(b) < 0.5, draw(v), -1) if self.any_input else None
-        pair = _pairs(views, record, view, source)
-        cond, target = pair["cond"], pair["target"]
+        gain = flipped = None
         if self.colour_jitter:
             gain = torch.exp((2 * uniform(b, 3, 1, 1) - 1) * self.colour_jitter)
-            cond = torch.cat([_tint(cond[:, :4], gain), cond[:, 4:]], dim=1)
-            target = _tint(target, gain)
-        weights = pixel_weights(self.model.config, target, pair["depth"])
         if self.mirror:
             flipped = (uniform(b) < 0.5)[:, None, None, None]
-            mirrored = mirror(cond, target)
-            cond = torch.where(flipped, mirrored[0], cond)
-            target = torch.where(flipped, mirrored[1], target)
-            weights = torch.where(flipped, weights.flip(-1), weights)
-        return {"cond": cond, "target": target, "weights": weights, "record": record, "view": view}
+        made = self._assemble(self.model.config, views, record, view, source, gain, flipped)
+        return {**made, "record": record, "view": view}
 
     def loss(
         self,
@@ -305,7 +344,13 @@ class CVSTask:
         options: dict[str, Any] = {"progress": progress, "generator": generator}
         if self.model.config.parameterisation == "original":
             return original_loss(self.model, ema, *tensors, **options)
-        return consistency_loss(self.model, *tensors, **options)
+        return consistency_loss(self.model, *tensors, **options, terms=self._terms)
+
+    def compile(self) -> None:
+        """Compile what every step runs: the assembly of a batch, the network, the loss."""
+        self.model.compile(dynamic=False)
+        self._assemble = torch.compile(assemble, dynamic=False)
+        self._terms = torch.compile(consistency_terms, dynamic=False)
 
     @torch.no_grad()
     def validation(self, model: nn.Module) -> dict[str, float]:
@@ -350,6 +395,36 @@ class CVSTask:
         flat = torch.linspace(0, m * v - 1, min(pairs, m * v)).round().long()
         for chunk in flat.to(self.held_out.rgb.device).split(max(self.batch_size, 8)):
             yield _pairs(self.held_out, chunk // v, chunk % v)
+
+
+def assemble(
+    config: CVSConfig,
+    views: ViewTensors,
+    record: Tensor,
+    view: Tensor,
+    source: Tensor | None = None,
+    gain: Tensor | None = None,
+    flipped: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """ "cond", "target" and "weights" of the pairs (record, view), augmented as the draws say.
+
+    Args:
+        source: which view is the input; -1: the record's own. None: always that.
+        gain: factors (B, 3, 1, 1) for the colour channels.
+        flipped: which pairs to mirror, bool (B, 1, 1, 1).
+    """
+    pair = _pairs(views, record, view, source)
+    cond, target = pair["cond"], pair["target"]
+    if gain is not None:
+        cond = torch.cat([_tint(cond[:, :4], gain), cond[:, 4:]], dim=1)
+        target = _tint(target, gain)
+    weights = pixel_weights(config, target, pair["depth"])
+    if flipped is not None:
+        mirrored = mirror(cond, target)
+        cond = torch.where(flipped, mirrored[0], cond)
+        target = torch.where(flipped, mirrored[1], target)
+        weights = torch.where(flipped, weights.flip(-1), weights)
+    return {"cond": cond, "target": target, "weights": weights}
 
 
 def _tint(image: Tensor, gain: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fresnel.cameras import Cameras
+from fresnel.cameras import Cameras, inverse
 from fresnel.dataset import ViewTensors
 from fresnel.decoder import Decoder, DecoderConfig, resize
 from fresnel.gaussians import Gaussians
@@ -213,7 +213,7 @@ class DecoderTask:
         resized = inputs.resized(network_size, network_size)
         gaussians, aux = model.decode(rgba, resized, depth)
         with torch.autocast(self.device.type, enabled=False):
-            viewmats = batch["viewmats"] @ torch.linalg.inv(inputs.viewmats)[:, None]
+            viewmats = batch["viewmats"] @ inverse(inputs.viewmats)[:, None]
         return gaussians, aux, Cameras(viewmats, Ks, size, size)
 
     def _augmented(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
