@@ -67,7 +67,11 @@ def rasterize(
         eps2d=eps2d,
         sh_degree=None if colors.ndim == 3 else math.isqrt(colors.shape[-2]) - 1,
         packed=packed,
-        backgrounds=None if background is None else background.float(),
+        # packed, gsplat 1.5.3 takes no background for more than one image
+        backgrounds=None if background is None or packed else background.float(),
         render_mode="RGB+ED",
     )
-    return image[..., :3], alpha, image[..., 3:]
+    rgb = image[..., :3]
+    if packed and background is not None:
+        rgb = rgb + (1 - alpha) * background.float()[:, :, None, None]
+    return rgb, alpha, image[..., 3:]
