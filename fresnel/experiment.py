@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fresnel import dataset as ds
-from fresnel import gate
+from fresnel import gate, studies
 from fresnel.bootstrap import CORRECTED, ORIGINAL, BootstrapConfig, bootstrap
 from fresnel.dataset import InputImages, MultiViewDataset, ViewTensors
 from fresnel.provenance import project_root
@@ -93,7 +93,8 @@ def ground_truth(
 
     Args:
         source: "embedded" (the 24 objects that ship), a .zip of glTF objects with a manifest, or
-            a folder that already is a multi-view dataset (then the other arguments are ignored).
+            a folder that already is a multi-view dataset (its views are taken as they are; if it
+            states several splits, those of `split`).
         split: "train" or "held_out" for the embedded objects; "train", "val" or "test" of a zip
             ("held_out" means "test" there).
         images: records, at least one per object: objects are seen from as many input poses as it
@@ -109,7 +110,9 @@ def ground_truth(
     elif str(source).endswith(".zip"):
         assets = meshes.zip_assets(source, "test" if split == "held_out" else split)
     else:
-        return ds.open(source)
+        data = ds.open(source)
+        several = len(set(data.meta.get("object_splits", {}).values())) > 1
+        return studies.part(data, split) if several else data
     if exclude_embedded:
         known = {asset.origin for asset in meshes.embedded_assets()}
         assets = [asset for asset in assets if asset.origin not in known]
@@ -151,17 +154,19 @@ def input_images(
     image_size: int,
     seed: int = 0,
     elevation_deg: float = 15.0,
+    objects: str = "all",
     cache: Path | None = None,
 ) -> tuple[InputImages, str]:
     """Single images for the bootstrap, and a sentence on where they come from.
 
     Args:
         source: "embedded" or a .zip of glTF objects (input views are rendered from the training
-            objects, their cameras known), or a folder of image files (cameras assumed: see
-            `dataset.load_images`).
-        images: how many; objects are seen from as many input poses as it takes.
+            objects, their cameras known), a multi-view dataset (the inputs of its training
+            records), or a folder of image files (cameras assumed: see `dataset.load_images`).
+        images: at most so many; rendered objects are seen from as many input poses as it takes.
         image_size: pixels, of photographs as they are read; renders are at least `INPUT_SIZE`.
         elevation_deg: assumed elevation of photographs.
+        objects: which objects' images, for sources that know objects: see `studies.part`.
     """
     if source == "embedded" or str(source).endswith(".zip"):
         from fresnel import meshes
@@ -171,17 +176,20 @@ def input_images(
             if source == "embedded"
             else meshes.zip_assets(source, "train")
         )
-        few = min(images, len(assets))
+        chosen = studies.choose([asset.name for asset in assets], objects)
+        few = min(images, len(assets)) if objects == "all" else 0
         truth = ground_truth(
             source,
             "train",
             image_size=max(image_size, INPUT_SIZE),
-            images=images,
+            images=images if few else images * -(-len(assets) // len(chosen)),
             views=1,
             objects=few,
             seed=seed,
             cache=cache,
         )
+        truth = studies.part(truth, objects)
+        few = min(images, len(chosen))
         # Every object once before any twice: a prefix of the inputs is a varied sample.
         order = sorted(range(len(truth)), key=lambda i: (int(truth.names[i].rsplit("__", 1)[1]), i))
         return (
@@ -189,6 +197,12 @@ def input_images(
             f"{images} rendered input views of {few} training objects "
             f"({'embedded, CC0' if source == 'embedded' else Path(source).name})",
         )
+    if (Path(source) / "manifest.json").is_file():
+        data = studies.part(ground_truth(source, "train", image_size=image_size), objects)
+        inputs = data.subset(slice(images)).inputs() if len(data) > images else data.inputs()
+        return inputs, f"{len(inputs)} input views of {Path(source).name}, objects: {objects}"
+    if objects != "all":
+        raise ValueError(f"objects: got {objects!r}, but {source} is a folder of photographs")
     inputs = ds.load_images(source, max(image_size, INPUT_SIZE), elevation_deg=elevation_deg)
     if len(inputs) > images:
         inputs = inputs[:images]
@@ -209,10 +223,13 @@ def bootstrap_config(
     )
 
 
-def dataset_folder(config: BootstrapConfig, source: str, images: int) -> Path:
-    """Default folder of a bootstrap: named by what it is, so that a second run finds it."""
+def dataset_folder(config: BootstrapConfig, source: str, images: int, **more: Any) -> Path:
+    """Default folder of a bootstrap: named by what it is, so that a second run finds it.
+
+    `more`: what else makes it what it is (its objects, the decoder's weights).
+    """
     stem = Path(source).stem
-    key = fingerprint({**asdict(config), "source": source, "images": images})
+    key = fingerprint({**asdict(config), "source": source, "images": images, **more})
     return data_dir() / f"{config.name}-{stem}-{images}x{config.image_size}px-{key}"
 
 

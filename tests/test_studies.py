@@ -1,0 +1,99 @@
+"""Parts of the objects, views worth keeping, and the arithmetic of equal time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from boxes import views_of
+
+from fresnel import dataset, experiment, furniture, studies
+from fresnel.dataset import DatasetError, MultiViewDataset
+
+SPLITS = {"box0": "train", "box2": "train", "box3": "test", "box4": "val", "box6": "train"}
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory: pytest.TempPathFactory) -> MultiViewDataset:
+    path = tmp_path_factory.mktemp("data") / "boxes"
+    records = [replace(views_of(i, size=16, views=2), name=f"box{i}__0") for i in (0, 2, 3, 4, 6)]
+    return dataset.write(path, records, meta={"object_splits": SPLITS})
+
+
+def test_the_furniture_set_is_halved_by_kind_for_ever() -> None:
+    objects = furniture.listing()["objects"]
+    names = [entry["file"] for entry in objects]
+    splits = {entry["file"]: entry["split"] for entry in objects}
+    parts = {p: set(studies.choose(names, p, splits)) for p in ("A", "B", "A50", "rest50", "train")}
+    assert {name: len(found) for name, found in parts.items()} == {
+        "A": 233, "B": 213, "A50": 50, "rest50": 396, "train": 446,
+    }  # fmt: skip
+    assert parts["A"] | parts["B"] == parts["train"] == parts["A50"] | parts["rest50"]
+    assert not parts["A"] & parts["B"] and parts["A50"] < parts["A"]
+    kinds = {entry["file"]: entry["group"] for entry in objects}
+    assert not {kinds[n] for n in parts["A"]} & {kinds[n] for n in parts["B"]}
+    assert set(studies.choose(names, "A25", splits)) < parts["A50"]
+    # The order of the names, and which others are there, change nothing.
+    assert set(studies.choose(names[::-2], "B", splits)) == parts["B"] & set(names[::-2])
+
+
+def test_parts_of_a_dataset_keep_to_its_splits(boxes: MultiViewDataset) -> None:
+    assert studies.part(boxes, "all") is boxes
+    assert studies.part(boxes, "held_out").names == ("box3__0",)
+    training = {*studies.part(boxes, "A").names, *studies.part(boxes, "B").names}
+    assert studies.part(boxes, "A").names == ("box0__0",)
+    assert training == {"box0__0", "box2__0", "box6__0"}
+    assert studies.part(boxes, "A").content_hash == boxes.content_hash
+    for wrong in ("C", "B5", "rest", "a"):
+        with pytest.raises(ValueError, match="objects: got"):
+            studies.part(boxes, wrong)
+    with pytest.raises(DatasetError, match="asks for 400"):
+        studies.part(boxes, "A400")
+
+
+def test_a_dataset_is_a_source_of_truth_and_of_inputs(boxes: MultiViewDataset) -> None:
+    source = str(boxes.path)
+    truth = experiment.ground_truth(source, "held_out", image_size=16)
+    assert truth.names == ("box3__0",)
+    inputs, words = experiment.input_images(source, images=2, image_size=16)
+    assert inputs.names == ("box0__0", "box2__0") and "2 input views" in words
+    half, _ = experiment.input_images(source, images=9, image_size=16, objects="B")
+    assert set(half.names) == set(studies.part(boxes, "B").names)
+
+
+def test_photographs_have_no_parts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="folder of photographs"):
+        experiment.input_images(str(tmp_path), images=1, image_size=16, objects="B")
+
+
+def test_shared_objects_are_refused() -> None:
+    studies.require_apart(["a__0", "b__0"], ["c__0"])
+    with pytest.raises(DatasetError, match="'b' is in the training data"):
+        studies.require_apart(["a__0", "b__1"], ["b__0"])
+
+
+def test_the_worst_views_are_those_furthest_from_their_input() -> None:
+    good = {"coverage_ratio": 1.0, "luminance_ratio": 1.1, "detail_ratio": 0.9}
+    rows = [{"object": name, "view": view, **good} for name in "ab" for view in range(3)]
+    rows[1] |= {"coverage_ratio": 0.0, "luminance_ratio": float("nan")}  # empty
+    rows[5] |= {"detail_ratio": 0.2}  # blurred
+    rows[2] |= {"luminance_ratio": 1.4}
+    everything = studies.kept_pairs("ab", 3, rows, 0.0)
+    assert everything.tolist() == [[i, j] for i in range(2) for j in range(3)]
+    assert studies.kept_pairs("ab", 3, rows, 0.2).tolist() == [
+        [0, 0], [0, 2], [1, 0], [1, 1], [1, 2],
+    ]  # fmt: skip
+    assert studies.kept_pairs("ab", 3, rows, 0.5).tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert torch.equal(studies.kept_pairs("ab", 3, [], 0.0), everything)
+    with pytest.raises(ValueError, match="drop"):
+        studies.kept_pairs("ab", 3, rows, 1.0)
+
+
+def test_equal_time_is_stated_in_steps() -> None:
+    assert studies.steps_for(600, 850.0, 32) == 16000
+    assert studies.steps_for(60, 10.0, 16) == 38
+    assert studies.steps_for(1, 1.0, 16) == 1
+    with pytest.raises(ValueError, match="samples_per_s"):
+        studies.steps_for(60, 0.0, 16)
