@@ -363,8 +363,10 @@ def _pivot(views: Any, rig: Rig) -> Row:
 
     The first is the nearest point to all optical axes; the second the point to which the
     silhouettes' centroids triangulate, or, where objects leave frames or too few views show one,
-    the median of the surface points that depth gives.  Distances in world units, and in units of
-    the cameras' distance (`*_relative`).
+    the median over views of what depth gives (`_middle`).  `pivot_distance` is between the two, in
+    world units: to the middle of what was rendered, which is not quite where the object ought to
+    be (a decoder may place its Gaussians deeper).  `*_relative` is in units of the cameras'
+    distance.
     """
     nothing: Row = {"pivot_distance": math.nan, "pivot_relative": math.nan, "pivot_error": math.nan}
     origins = views.cameras.centers.double().numpy()
@@ -395,12 +397,27 @@ def _content(rig: Rig) -> np.ndarray | None:
     views = np.arange(len(rig)) != (-1 if rig.input_index is None else rig.input_index)
     if not rig.shown[views].any():
         return None  # nothing but the input shows anything
-    clouds = [_surface(rig, int(i)) for i in np.flatnonzero(rig.shown)]
-    clouds = [cloud for cloud in clouds if len(cloud) >= 4]
-    if clouds:
-        # Every view counts once, whatever it covers; the median shrugs off flying pixels.
-        return np.median([np.median(cloud, axis=0) for cloud in clouds], axis=0)
-    return triangulate(rig)
+    middles = [_middle(rig, int(i)) for i in np.flatnonzero(rig.shown)]
+    known = [point for point in middles if point is not None]
+    if known:  # every view counts once, whatever it covers
+        return np.median(known, axis=0)
+    # A cut-off silhouette's centroid is off; two whole ones know better.
+    point = triangulate(rig.only(whole)) if whole.sum() >= 2 else None
+    return triangulate(rig) if point is None else point
+
+
+def _middle(rig: Rig, i: int) -> np.ndarray | None:
+    """Where the middle of what a view shows must be, by its depth: the median of its surface (which
+    shrugs off flying pixels), and half the silhouette's radius further from the camera, because
+    what is seen is the near side.  None where depth says nothing."""
+    cloud = _surface(rig, i)
+    if len(cloud) < 4:
+        return None
+    surface = np.median(cloud, axis=0)
+    away = surface - rig.centers[i]
+    # Of a disc of the silhouette's area, as a share of its distance.
+    radius = np.sqrt(rig.masks[i].sum() / np.pi) / np.sqrt(abs(rig.Ks[i, 0, 0] * rig.Ks[i, 1, 1]))
+    return surface + 0.5 * radius * away
 
 
 def _surface(rig: Rig, i: int) -> np.ndarray:

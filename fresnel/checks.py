@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from fresnel.findings import Finding, Seen, flagged, flags, median, share
+from fresnel.findings import Finding, Seen, beyond, flagged, flags, invalid, median, share
 
 
 def check_unreadable(seen: Seen) -> Finding | None:
@@ -32,15 +32,8 @@ def check_unreadable(seen: Seen) -> Finding | None:
 
 def check_depth(seen: Seen) -> Finding | None:
     """NaN or infinite depth pixels.  One is enough."""
-    bad = seen.record("bad_depth")
-    return Finding(
-        "depth_invalid",
-        flags(bad > 0, np.isfinite(bad)),
-        f"{int(np.nansum(bad))} depth pixels in {int(np.nansum(bad > 0))} records are not finite",
-        "write 0 where nothing was hit",
-        {"pixels": float(np.nansum(bad))},
-        at_once=True,
-    )
+    hint = "write 0 where nothing was hit"
+    return invalid(seen, "bad_depth", "depth_invalid", "depth pixels", "not finite", hint)
 
 
 def check_constant(seen: Seen) -> Finding | None:
@@ -52,7 +45,7 @@ def check_constant(seen: Seen) -> Finding | None:
     of_record, total = seen.per_record(constant, np.mean), share(constant)
     return Finding(
         "constant_frames",
-        flags(of_record > seen.config.max_constant, np.isfinite(of_record)),
+        beyond(of_record, seen.config.max_constant)[0],
         f"{total:.0%} of the views are a single colour all over the frame",
         "look at the renderer's output: an exposure that clips, a camera inside the object, or "
         "frames that were never written",
@@ -73,7 +66,7 @@ def check_cropped(seen: Seen) -> Finding | None:
     total = share(cut)
     return Finding(
         "out_of_frame",
-        flags(of_record > seen.config.max_cropped, np.isfinite(of_record)),
+        beyond(of_record, seen.config.max_cropped)[0],
         f"the object leaves the frame in {total:.0%} of the views",
         "move the cameras back or widen the field of view; check the focal length",
         {"share": total, "max_border": seen.config.max_border},
@@ -145,9 +138,7 @@ def check_drift(seen: Seen) -> Finding | None:
     Median absolute step of log luminance between neighbours in azimuth, in e-foldings; 95% of the
     training records stay below 0.55 (objects with a dark and a bright side).
     """
-    drift = seen.record("drift")
-    marks = flags(drift > seen.config.max_drift, np.isfinite(drift))
-    value = flagged(drift, marks)
+    marks, value = beyond(seen.record("drift"), seen.config.max_drift)
     return Finding(
         "exposure_drift",
         marks,
@@ -164,9 +155,7 @@ def check_clipping(seen: Seen) -> Finding | None:
 
     Median over a record's views; 1% of the training records reach 0.13.
     """
-    clipped = seen.per_record(seen.of_filled("clipped"))
-    marks = flags(clipped > seen.config.max_clipped, np.isfinite(clipped))
-    value = flagged(clipped, marks)
+    marks, value = beyond(seen.per_record(seen.of_filled("clipped")), seen.config.max_clipped)
     return Finding(
         "clipped",
         marks,
@@ -184,9 +173,7 @@ def check_channels(seen: Seen) -> Finding | None:
     blue exchanged; asked only of objects whose red and blue differ.  No training record
     reaches 1.1.
     """
-    swapped = seen.record("swapped")
-    marks = flags(swapped > seen.config.max_swapped, np.isfinite(swapped))
-    value = flagged(swapped, marks)
+    marks, value = beyond(seen.record("swapped"), seen.config.max_swapped)
     return Finding(
         "channels_swapped",
         marks,
@@ -229,9 +216,9 @@ def check_detail(seen: Seen) -> Finding | None:
     objects are judged as well.  Training renders have 0.63 to 1.37; renders of Gaussians may be
     softer than their input (1% are below 0.44).
     """
-    detail = seen.per_record(seen.of_filled("detail_ratio"))
-    marks = flags(detail < seen.config.min_detail_ratio, np.isfinite(detail))
-    value = flagged(detail, marks)
+    marks, value = beyond(
+        seen.per_record(seen.of_filled("detail_ratio")), seen.config.min_detail_ratio, below=True
+    )
     return Finding(
         "blurred",
         marks,
@@ -246,9 +233,7 @@ def check_grain(seen: Seen) -> Finding | None:
 
     Median absolute second difference along rows, of 255; median over a record's views.
     """
-    grain = seen.per_record(seen.of_filled("grain"))
-    marks = flags(grain > seen.config.max_grain, np.isfinite(grain))
-    value = flagged(grain, marks)
+    marks, value = beyond(seen.per_record(seen.of_filled("grain")), seen.config.max_grain)
     return Finding(
         "noisy",
         marks,

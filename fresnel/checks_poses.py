@@ -9,21 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from fresnel.findings import Finding, Seen, flagged, flags, share
+from fresnel.findings import Finding, Seen, beyond, flagged, flags, invalid, share
 
 
 def check_poses(seen: Seen) -> Finding | None:
     """Poses that are NaN, scaled, or mirrored (no proper rotation within 1e-3).  One is enough."""
-    bad = seen.record("bad_poses")
-    return Finding(
-        "pose_invalid",
-        flags(bad > 0, np.isfinite(bad)),
-        f"{int(np.nansum(bad))} camera poses in {int(np.nansum(bad > 0))} records are NaN or not a "
-        "rotation",
-        "world-to-camera rotations must be orthonormal, right-handed and finite",
-        {"poses": float(np.nansum(bad))},
-        at_once=True,
-    )
+    hint = "world-to-camera rotations must be orthonormal, right-handed and finite"
+    are = "NaN or not a rotation"
+    return invalid(seen, "bad_poses", "pose_invalid", "camera poses", are, hint)
 
 
 def check_up(seen: Seen) -> Finding | None:
@@ -32,15 +25,13 @@ def check_up(seen: Seen) -> Finding | None:
     Angle between the cameras' mean up and the world's Y, degrees.  Healthy orbits stay below 15;
     an axis swapped makes 90 or 180.  Azimuth, elevation and the networks' frame assume Y up.
     """
-    tilt = seen.record("up_tilt_deg")
-    marks = flags(tilt > seen.config.max_up_tilt_deg, np.isfinite(tilt))
+    marks, tilt = beyond(seen.record("up_tilt_deg"), seen.config.max_up_tilt_deg)
     return Finding(
         "up_axis",
         marks,
-        f"the cameras' common up direction is {flagged(tilt, marks):.0f} degrees away from the "
-        "world's +Y",
+        f"the cameras' common up direction is {tilt:.0f} degrees away from the world's +Y",
         "turn the world so that +Y is up (a Z-up tool exported it, or the pictures are turned)",
-        {"up_tilt_deg": flagged(tilt, marks), "max_up_tilt_deg": seen.config.max_up_tilt_deg},
+        {"up_tilt_deg": tilt, "max_up_tilt_deg": seen.config.max_up_tilt_deg},
     )
 
 
@@ -53,10 +44,9 @@ def check_pivot(seen: Seen) -> Finding | None:
     limit = seen.config.max_pivot_offset
     relative, error = seen.record("pivot_relative"), seen.record("pivot_error")
     hint = "orbit the object's centroid: pass it as the pivot when the views are made"
-    off = flags(relative > limit, np.isfinite(relative))
-    stated = flags(error > limit, np.isfinite(error))
+    (off, of_radius), (stated, of_stated) = beyond(relative, limit), beyond(error, limit)
     if np.nansum(off) or not np.nansum(stated):
-        distance, of_radius = flagged(seen.record("pivot_distance"), off), flagged(relative, off)
+        distance = flagged(seen.record("pivot_distance"), off)
         return Finding(
             "pivot_offset",
             off,
@@ -71,7 +61,7 @@ def check_pivot(seen: Seen) -> Finding | None:
         stated,
         f"the cameras look at a point {units:.1f} units away from the pivot that the data states",
         "one of the two is wrong: check the transform between object and cameras",
-        {"distance": units, "relative": flagged(error, stated), "max_pivot_offset": limit},
+        {"distance": units, "relative": of_stated, "max_pivot_offset": limit},
     )
 
 
@@ -120,9 +110,7 @@ def check_epipolar(seen: Seen) -> Finding | None:
     Of the feature matches that some relative pose explains, the share that the given one explains
     (within 1% of the width).  Asked of opaque photographs only; consistent poses reach 0.9.
     """
-    agree = seen.record("epipolar")
-    marks = flags(agree < seen.config.min_epipolar, np.isfinite(agree))
-    value = flagged(agree, marks)
+    marks, value = beyond(seen.record("epipolar"), seen.config.min_epipolar, below=True)
     return Finding(
         "pose_mismatch",
         marks,
@@ -140,9 +128,7 @@ def check_colours(seen: Seen) -> Finding | None:
     neighbouring views over that of unrelated points (0: the same, 1: unrelated; not asked of
     single-coloured objects).  95% of the training records stay below 0.8.
     """
-    colour = seen.record("photometric")
-    marks = flags(colour > seen.config.max_photometric, np.isfinite(colour))
-    value = flagged(colour, marks)
+    marks, value = beyond(seen.record("photometric"), seen.config.max_photometric)
     return Finding(
         "colours_disagree",
         marks,
@@ -163,7 +149,7 @@ def check_frozen(seen: Seen) -> Finding | None:
     total = share(frozen)
     return Finding(
         "frozen_views",
-        flags(frozen > seen.config.max_frozen, np.isfinite(frozen)),
+        beyond(frozen, seen.config.max_frozen)[0],
         f"{total:.0%} of the views repeat another view's picture although the camera moved",
         "the renderer ignored the pose, or files were copied over each other",
         {"share": total, "max_frozen": seen.config.max_frozen},
@@ -190,9 +176,7 @@ def check_sides(seen: Seen) -> Finding | None:
     `side_coverage`; not asked where front and back are empty themselves.  Of the training objects
     3% are flatter than 0.45, half are above 0.97.
     """
-    flat = side_coverage(seen)
-    marks = flags(flat < seen.config.min_side_coverage, np.isfinite(flat))
-    value = flagged(flat, marks)
+    marks, value = beyond(side_coverage(seen), seen.config.min_side_coverage, below=True)
     return Finding(
         "billboard",
         marks,

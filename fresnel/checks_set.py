@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from fresnel.findings import Finding, Seen
@@ -64,24 +68,33 @@ def check_duplicates(seen: Seen) -> Finding | None:
 def check_leak(seen: Seen) -> Finding | None:
     """The same object in two splits.  One is enough: every later figure would be wrong.
 
-    Splits come from the dataset's meta ("object_splits") or from a second dataset given to
-    `validate`; the same object is one of the same name (before "__") or with the same pictures.
+    Splits come from the dataset's meta ("object_splits"), from folders called train, val and test
+    of a set of sets, or from a second dataset given to `validate`.  The same object is one of the
+    same name (before "__", after the folder) or with the same pictures; the same object under
+    another name *and* from other cameras is not recognised.
     """
-    splits = seen.meta.get("object_splits") or {}
-    other = seen.meta.get("against") or {}
     marks, examples = np.zeros(len(seen.objects)), []
-    for k, row in enumerate(seen.objects):
-        stem = str(row["name"]).partition("__")[0]
+    names = [str(row["name"]) for row in seen.objects]
+    splits = [_split(name, seen.meta.get("object_splits") or {}) for name in names]
+    other = seen.meta.get("against") or {}
+    first: dict[str, int] = {}
+    for k, (name, row) in enumerate(zip(names, seen.objects, strict=True)):
+        stem = name.rpartition("/")[2].partition("__")[0]
         digest = (row.get("fingerprint") or {}).get("digest")
         if stem in other.get("names", ()) or digest in other.get("digests", ()):
             marks[k] = 1
-            examples.append(f"{row['name']!r} is in the other set too")
-    for a, b in twins(seen) if len(set(splits.values())) > 1 else ():
-        names = [str(seen.objects[k]["name"]) for k in (a, b)]
-        mine, theirs = (splits.get(n, splits.get(n.partition("__")[0])) for n in names)
-        if mine and theirs and mine != theirs:
+            examples.append(f"{name!r} is in the other set too")
+        if splits[k]:
+            earlier = first.setdefault(stem, k)
+            if splits[earlier] != splits[k]:
+                marks[[earlier, k]] = 1
+                examples.append(f"{name!r} is in {splits[earlier]} and in {splits[k]}")
+    for a, b in twins(seen) if len(set(splits) - {None}) > 1 else ():
+        if splits[a] and splits[b] and splits[a] != splits[b]:
             marks[[a, b]] = 1
-            examples.append(f"{names[0]!r} ({mine}) shows the same as {names[1]!r} ({theirs})")
+            examples.append(
+                f"{names[a]!r} ({splits[a]}) shows the same as {names[b]!r} ({splits[b]})"
+            )
     if not examples:
         return None
     return Finding(
@@ -92,6 +105,19 @@ def check_leak(seen: Seen) -> Finding | None:
         {"objects": float(len(examples))},
         at_once=True,
     )
+
+
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "held_out")
+
+
+def _split(name: str, known: Mapping[str, Any]) -> str | None:
+    """Which split a record belongs to: by its name, its object's, or its folder's."""
+    folder, _, own = name.rpartition("/")
+    for key in (name, name.partition("__")[0], own, own.partition("__")[0]):
+        if key in known:
+            return str(known[key])
+    first = folder.partition("/")[0].lower()
+    return first if first in _SPLITS else None
 
 
 def check_azimuths(seen: Seen) -> Finding | None:
@@ -120,18 +146,19 @@ def check_azimuths(seen: Seen) -> Finding | None:
 def check_classes(seen: Seen) -> Finding | None:
     """One class that is almost the whole set, where the dataset's meta tells ("object_classes").
 
-    More than 90% in one class while others exist.
+    90% or more of the set's objects (at least ten) in one class while others exist.  Meta tells of
+    all objects, so all are counted, however few have been looked at.
     """
     classes = seen.meta.get("object_classes") or {}
-    own = [classes.get(str(row["name"]).partition("__")[0]) for row in seen.objects]
-    own = [name for name in own if name is not None]
-    if len(own) < 10 or len(set(own)) < 2:
+    counts = Counter(str(name) for name in classes.values() if name)
+    total = counts.total()
+    if total < 10 or len(counts) < 2:
         return None
-    name = max(set(own), key=own.count)
-    part = own.count(name) / len(own)
+    ((name, most),) = counts.most_common(1)
+    part = most / total
     return Finding(
         "class_imbalance",
-        np.full(len(seen.objects), float(part > seen.config.max_class_share)),
+        np.full(len(seen.objects), float(part >= seen.config.max_class_share)),
         f"{part:.0%} of the objects are of class {name!r}",
         "balance the classes, or say that the set is of one class",
         {"share": part, "max_class_share": seen.config.max_class_share},

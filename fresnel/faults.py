@@ -1,8 +1,9 @@
 """Named corruptions of multi-view data: what the gate is tested and calibrated against.
 
-Every fault is a plain function of one record (or, in `SET_FAULTS`, of the whole set), a strength in
-(0, 1] whose meaning it states, and a random generator; `background` is the sRGB colour that the
-views are over.  Nothing is re-rendered.  Mistakes that are there or not hit a share of the records.
+Every fault is a plain function of one record (or, in `SET_FAULTS`, of the whole set; in
+`META_FAULTS`, of what the set says of its objects), a strength in (0, 1] whose meaning it states,
+and a random generator; `background` is the sRGB colour that the views are over.  Nothing is
+re-rendered.  Mistakes that are there or not hit a share of the records.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ from fresnel.faults_poses import (
 Fault = Callable[[ObjectViews, float, np.random.Generator, Sequence[float]], ObjectViews]
 Objects = Sequence[ObjectViews] | MultiViewDataset
 SetFault = Callable[[Objects, int, float, np.random.Generator], ObjectViews]
+MetaFault = Callable[[Sequence[str], float], dict[str, Any]]
 
 
 def duplicated_objects(
@@ -86,6 +88,32 @@ def mixed_objects(
     if depth is not None and other.depth is not None:
         depth[rows] = other.depth[rows]
     return replace(own, rgb=rgb, alpha=alpha, depth=depth)
+
+
+def split_leak(
+    objects: Objects, index: int, strength: float, rng: np.random.Generator
+) -> ObjectViews:
+    """The second half of the set is its test set (see `halves`), and this share of it, at least
+    one record, shows what a training record shows, under its own name."""
+    own, half = objects[index], len(objects) // 2
+    if index < half or (rng.random() >= strength and index < len(objects) - 1):
+        return own
+    return replace(objects[int(rng.integers(half))], name=own.name) if half else own
+
+
+def halves(names: Sequence[str], strength: float) -> dict[str, Any]:
+    """The first half of the objects is to train on, the second to test on."""
+    half = len(names) // 2
+    return {
+        "object_splits": {name: "train" if k < half else "test" for k, name in enumerate(names)}
+    }
+
+
+def class_imbalance(names: Sequence[str], strength: float) -> dict[str, Any]:
+    """60% + 40% * strength of the objects are of one class, each of the others (at least one) of
+    its own."""
+    many = min(len(names) - 1, round((0.6 + 0.4 * strength) * len(names)))
+    return {"object_classes": {name: "chair" if k < many else name for k, name in enumerate(names)}}
 
 
 FAULTS: dict[str, Fault] = {
@@ -128,7 +156,9 @@ FAULTS: dict[str, Fault] = {
 SET_FAULTS: dict[str, SetFault] = {
     "duplicated_objects": duplicated_objects,
     "mixed_objects": mixed_objects,
+    "split_leak": split_leak,
 }
+META_FAULTS: dict[str, MetaFault] = {"split_leak": halves, "class_imbalance": class_imbalance}
 
 EXPECTED: dict[str, tuple[str, float]] = {
     "darken": ("views_dark", 0.8),
@@ -168,6 +198,8 @@ EXPECTED: dict[str, tuple[str, float]] = {
     "nan_pose": ("pose_invalid", 0.25),
     "duplicated_objects": ("duplicated_objects", 0.25),
     "mixed_objects": ("pose_mismatch", 0.25),
+    "split_leak": ("split_leak", 0.05),
+    "class_imbalance": ("class_imbalance", 0.75),
 }
 """The code that should come first, and the smallest strength at which it has to: practical ones."""
 
@@ -185,17 +217,23 @@ def corrupt(
     Raises:
         ValueError: for an unknown fault or a strength outside (0, 1].
     """
-    if fault not in FAULTS and fault not in SET_FAULTS:
-        known = ", ".join([*FAULTS, *SET_FAULTS])
-        raise ValueError(f"fault: got {fault!r}, want one of {known}")
+    if fault not in EXPECTED:
+        raise ValueError(f"fault: got {fault!r}, want one of {', '.join(EXPECTED)}")
     if not 0 < strength <= 1:
         raise ValueError(f"strength: got {strength}, want in (0, 1]")
     for index in range(len(objects)):
         rng = np.random.default_rng([seed, index])
         if fault in SET_FAULTS:
             yield SET_FAULTS[fault](objects, index, strength, rng)
-        else:
+        elif fault in FAULTS:
             yield FAULTS[fault](objects[index], strength, rng, background)
+        else:
+            yield objects[index]
+
+
+def said(names: Sequence[str], fault: str, strength: float) -> dict[str, Any]:
+    """What a set with this fault says in its meta about its objects; {} for most faults."""
+    return META_FAULTS[fault](names, strength) if fault in META_FAULTS else {}
 
 
 Scene = Literal["black", "white", "photo", "opaque_black", "opaque_white"]
@@ -240,6 +278,7 @@ def apply(
     """Write a copy of a dataset with a fault; its manifest's meta says which."""
     objects = corrupt(dataset, fault, strength, background=dataset.background, seed=seed)
     meta = {**dataset.meta, "fault": {"name": fault, "strength": strength, "seed": seed}}
+    meta |= said(dataset.names, fault, strength)
     return datasets.write(
         path,
         objects,

@@ -225,6 +225,21 @@ def flagged(values: np.ndarray, marks: np.ndarray) -> float:
     return median(values[marks > 0]) if (marks > 0).any() else median(values)
 
 
+def beyond(values: np.ndarray, limit: float, *, below: bool = False) -> tuple[np.ndarray, float]:
+    """Flags of the records above (or below) a limit, and what they reach: see `flagged`."""
+    marks = flags(values < limit if below else values > limit, np.isfinite(values))
+    return marks, flagged(values, marks)
+
+
+def invalid(seen: Seen, key: str, code: str, things: str, are: str, hint: str) -> Finding:
+    """A count per record of things that must not be there; one of them is enough."""
+    bad = seen.record(key)
+    marks, _ = beyond(bad, 0)
+    total = float(np.nansum(bad))
+    message = f"{total:.0f} {things} in {np.nansum(marks):.0f} records are {are}"
+    return Finding(code, marks, message, hint, {"count": total}, at_once=True)
+
+
 def plain(value: Any) -> Any:
     """A JSON-able copy; NaN becomes None."""
     if isinstance(value, dict):

@@ -149,6 +149,7 @@ def render_set(
         "inputs_per_object": inputs_per_object,
         "splits": sorted({asset.split for asset in chosen}),
         "object_splits": {asset.name: asset.split for asset in chosen},
+        "object_classes": {a.name: a.category for a in chosen if a.category},
         "licences": sorted({asset.licence for asset in chosen}),
     }
     with _workplace(target, jobs) as folder:

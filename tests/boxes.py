@@ -118,6 +118,7 @@ class Memory:
     background: tuple[float, float, float] = (0.0, 0.0, 0.0)
     content_hash: str = "sha256:" + "0" * 64
     read: list[int] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -27,7 +27,7 @@ def corrupted(healthy: Memory, fault: str, strength: float) -> list[ObjectViews]
 
 
 def test_every_fault_has_an_expected_reason() -> None:
-    assert faults.EXPECTED.keys() == {*faults.FAULTS, *faults.SET_FAULTS}
+    assert faults.EXPECTED.keys() == {*faults.FAULTS, *faults.SET_FAULTS, *faults.META_FAULTS}
     assert len(faults.EXPECTED) >= 24
 
 
@@ -41,9 +41,9 @@ def test_the_gate_names_the_fault_first(healthy: Memory, fault: str) -> None:
     code, strength = faults.EXPECTED[fault]
     if healthy.background[0] and hasattr(faults_poses, fault):
         pytest.skip("the background makes no difference to poses")
-    verdict = gate.validate(
-        Memory(corrupted(healthy, fault, strength), healthy.background), progress=False
-    )
+    data = Memory(corrupted(healthy, fault, strength), healthy.background)
+    data.meta = faults.said([record.name for record in data.records], fault, strength)
+    verdict = gate.validate(data, progress=False)
     assert not verdict.passed
     assert verdict.reasons[0].code == code, verdict.summary
 

@@ -177,7 +177,7 @@ def _cube(origins: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, t
 def test_the_same_object_in_two_splits_is_found(healthy: list[Any]) -> None:
     twin = replace(healthy[0], name="other")
     data = Memory([*healthy, twin])
-    data.meta = {"object_splits": {"box0": "train", "other": "test"}}  # type: ignore[attr-defined]
+    data.meta = {"object_splits": {"box0": "train", "other": "test"}}
     codes = [reason.code for reason in gate.validate(data, progress=False).reasons]
     assert codes == ["split_leak", "duplicated_objects"]
     verdict = gate.validate(Memory(healthy), progress=False, against=Memory(healthy[:1]))
@@ -185,10 +185,21 @@ def test_the_same_object_in_two_splits_is_found(healthy: list[Any]) -> None:
     assert "'box0'" in verdict.summary
 
 
+def test_folders_called_train_and_test_are_splits(healthy: list[Any]) -> None:
+    twin = replace(healthy[0], name=f"test/{healthy[0].name}__1", rgb=healthy[1].rgb)
+    train = [replace(record, name=f"train/{record.name}__0") for record in healthy]
+    other = [replace(record, name=f"spare/{record.name}") for record in healthy[:2]]
+    verdict = gate.validate(Memory([*train, twin]), progress=False)
+    leak = next(reason for reason in verdict.reasons if reason.code == "split_leak")
+    assert "is in train and in test" in leak.message
+    codes = [r.code for r in gate.validate(Memory([*train, *other]), progress=False).reasons]
+    assert "split_leak" not in codes
+
+
 def test_one_class_that_is_almost_everything_is_said(healthy: list[Any]) -> None:
     data = Memory([views_of(i, size=16) for i in range(12)])
     classes = {f"box{i}": "chair" if i else "lamp" for i in range(12)}
-    data.meta = {"object_classes": classes}  # type: ignore[attr-defined]
+    data.meta = {"object_classes": classes}
     codes = [reason.code for reason in gate.validate(data, progress=False).reasons]
     assert "class_imbalance" in codes
 
