@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fresnel import rendered
 from fresnel.cameras import Cameras, gravity_frame
 from fresnel.dataset import InputImages
 from fresnel.networks import FourierEmbedding, UNet
@@ -86,6 +87,7 @@ class CVSConfig:
     light_weight: float = 0.3  # of the loss on local light, which blur would otherwise swallow
     foreground_share: float = 0.7  # of the alpha-aware weight: the object with a margin
     parameterisation: str = "consistency"  # "consistency" | "original" (no boundary condition)
+    render_condition: bool = False  # also see a render of the target view: `fresnel.rendered`
 
     def __post_init__(self) -> None:
         for name, choices in {
@@ -110,6 +112,10 @@ class CVSConfig:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
 
+    @property
+    def condition_channels(self) -> int:
+        return CONDITION_CHANNELS + (rendered.CHANNELS if self.render_condition else 0)
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> CVSConfig:
         """'tiny' (tests), 'small' (64 px, CPU) or 'base' (128 px, GPU), with fields replaced."""
@@ -122,8 +128,9 @@ class CVSConfig:
 
 
 class CVS(nn.Module):
-    """Denoiser D(x, sigma, cond): (B, 4, H, W), (B,), (B, 16, H, W) -> clean view (B, 4, H, W).
+    """Denoiser D(x, sigma, cond): (B, 4, H, W), (B,), (B, C, H, W) -> clean view (B, 4, H, W).
 
+    C is 16, and 21 where the network also sees a render of the target view.
     D = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, cond, ln(sigma) / 4). At sigma_min
     c_skip = 1 and c_out = 0 exactly, so D(x, sigma_min) = x bit for bit: the boundary condition
     of a consistency model. The "original" parameterisation is D = F: nothing ties it to x.
@@ -134,7 +141,7 @@ class CVS(nn.Module):
         self.config = config
         self.embedding = FourierEmbedding(config.embedding_channels)
         self.unet = UNet(
-            4 + CONDITION_CHANNELS,
+            4 + config.condition_channels,
             4,
             base_channels=config.base_channels,
             channel_multipliers=config.channel_multipliers,
@@ -289,6 +296,7 @@ def predictor(
     seed: int = 0,
     camera_map: CameraMap | None = None,
     *,
+    renderer: Callable[[InputImages, Cameras], Views] | None = None,
     pivot: Sequence[float] = (0.0, 0.0, 0.0),
     max_batch: int = 64,
 ) -> Callable[[InputImages, Cameras], Views]:
@@ -300,9 +308,15 @@ def predictor(
     Args:
         camera_map: replaces (input cameras, target cameras, pivots (M, 3)) before conditioning,
             for models trained in another geometry.
+        renderer: the decoder's predictor, for models with `render_condition`.
         pivot: the object's centre in the world, where no `camera_map` says otherwise.
+
+    Raises:
+        ValueError: if the model needs a `renderer` and there is none.
     """
     size = model.config.image_size
+    if model.config.render_condition and renderer is None:
+        raise ValueError("renderer: got None, but this CVS sees the decoder's render of the view")
 
     def predict(inputs: InputImages, cameras: Cameras) -> Views:
         device = next(model.parameters()).device
@@ -317,6 +331,9 @@ def predictor(
         source, targets = source.resized(size, size), targets.resized(size, size)
         image = rgba(inputs.rgb, inputs.alpha)
         cond = condition_tensors(image, source, targets, pivots).unflatten(0, (m, v))
+        if model.config.render_condition and renderer is not None:
+            seen = rendered.condition(renderer(inputs, targets), targets, pivots)
+            cond = torch.cat([cond, seen.to(cond)], dim=2)
         was_training, chunk = model.training, max(1, max_batch // v)
         model.eval()
         parts = [

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fresnel.cvs import CVS, CVSConfig, condition_tensors, randn, rgba, sample
+from fresnel import rendered
+from fresnel.cvs import CONDITION_CHANNELS, CVS, CVSConfig, condition_tensors, randn, rgba, sample
 from fresnel.dataset import ViewTensors
-from fresnel.evaluate import srgb_to_linear
+from fresnel.evaluate import Predictor, srgb_to_linear
 
 
 def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,8 +30,9 @@ def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     cond = cond.flip(-1)
     # no tensor of signs: to bring one from the host would wait for a GPU's queue
     mirrored = [cond[:, :4]]
-    for rays in cond[:, 4:].split(6, dim=1):
+    for rays in cond[:, 4:CONDITION_CHANNELS].split(6, dim=1):
         mirrored += [-rays[:, :1], rays[:, 1:4], -rays[:, 4:]]
+    mirrored.append(cond[:, CONDITION_CHANNELS:])  # a render of the target view, if there is one
     return torch.cat(mirrored, dim=1), target.flip(-1)
 
 
@@ -258,6 +260,8 @@ class CVSTask:
             ground truth: a bootstrap's views are no better than the decoder that made them.
         mirror: mirror half of the pairs. Cameras must have a centred principal point.
         colour_jitter: each channel of a pair is scaled by exp(uniform(-j, j)), clipped at alpha.
+        pairs: train on these (record, view) pairs alone, (P, 2); None: on all.
+        renderer: the decoder's predictor, for models with `render_condition`.
         validation_pairs, preview_pairs: how many pairs those look at, spread over the set.
         device: where model and data live.
     """
@@ -274,6 +278,8 @@ class CVSTask:
         any_input: bool = False,
         mirror: bool = False,
         colour_jitter: float = 0.0,
+        pairs: Tensor | None = None,
+        renderer: Predictor | None = None,
         validation_pairs: int = 32,
         preview_pairs: int = 4,
         device: torch.device | str = "cpu",
@@ -290,12 +296,20 @@ class CVSTask:
             raise ValueError("views: have no depth, which loss_weight 'depth_laplacian' needs")
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, want at least 1")
+        if model.config.render_condition and renderer is None:
+            raise ValueError("renderer: got None, but the model's config has render_condition")
         # channels last: 1.4 times the samples a second on two CPU cores
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.views, self.batch_size = views.to(device), batch_size
         self.held_out = self.views if validation is None else validation.to(device)
         self.any_input, self.mirror, self.colour_jitter = any_input, mirror, colour_jitter
         self.validation_pairs, self.preview_pairs = validation_pairs, preview_pairs
+        self._pairs = None if pairs is None else pairs.to(device)
+        self._renders: Tensor | None = None
+        self._held_out_renders: Tensor | None = None
+        if model.config.render_condition and renderer is not None:
+            self._renders = rendered.prepared(renderer, self.views, any_input=any_input)
+            self._held_out_renders = rendered.prepared(renderer, self.held_out)
         self._assemble: Callable[..., dict[str, Tensor]] = assemble
         self._terms: Callable[..., dict[str, Tensor]] = consistency_terms
 
@@ -308,6 +322,7 @@ class CVSTask:
             "any_input": self.any_input,
             "mirror": self.mirror,
             "colour_jitter": self.colour_jitter,
+            "pairs": None if self._pairs is None else len(self._pairs),
         }
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]:
@@ -322,14 +337,19 @@ class CVSTask:
         def draw(high: int) -> Tensor:
             return (uniform(b) * high).long().clamp_max(high - 1)
 
-        record, view = draw(m), draw(v)
+        if self._pairs is None:
+            record, view = draw(m), draw(v)
+        else:
+            record, view = self._pairs[draw(len(self._pairs))].unbind(1)
         source = torch.where(uniform(b) < 0.5, draw(v), -1) if self.any_input else None
         gain = flipped = None
         if self.colour_jitter:
             gain = torch.exp((2 * uniform(b, 3, 1, 1) - 1) * self.colour_jitter)
         if self.mirror:
             flipped = (uniform(b) < 0.5)[:, None, None, None]
-        made = self._assemble(self.model.config, views, record, view, source, gain, flipped)
+        made = self._assemble(
+            self.model.config, views, record, view, source, gain, flipped, self._renders
+        )
         return {**made, "record": record, "view": view}
 
     def loss(
@@ -394,7 +414,7 @@ class CVSTask:
         m, v = self.held_out.rgb.shape[:2]
         flat = torch.linspace(0, m * v - 1, min(pairs, m * v)).round().long()
         for chunk in flat.to(self.held_out.rgb.device).split(max(self.batch_size, 8)):
-            yield _pairs(self.held_out, chunk // v, chunk % v)
+            yield _pairs(self.held_out, chunk // v, chunk % v, None, self._held_out_renders)
 
 
 def assemble(
@@ -405,6 +425,7 @@ def assemble(
     source: Tensor | None = None,
     gain: Tensor | None = None,
     flipped: Tensor | None = None,
+    renders: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """ "cond", "target" and "weights" of the pairs (record, view), augmented as the draws say.
 
@@ -412,12 +433,16 @@ def assemble(
         source: which view is the input; -1: the record's own. None: always that.
         gain: factors (B, 3, 1, 1) for the colour channels.
         flipped: which pairs to mirror, bool (B, 1, 1, 1).
+        renders: what `rendered.prepared` made of the same views.
     """
-    pair = _pairs(views, record, view, source)
+    pair = _pairs(views, record, view, source, renders)
     cond, target = pair["cond"], pair["target"]
     if gain is not None:
-        cond = torch.cat([_tint(cond[:, :4], gain), cond[:, 4:]], dim=1)
-        target = _tint(target, gain)
+        at = CONDITION_CHANNELS
+        parts = [_tint(cond[:, :4], gain), cond[:, 4:at]]
+        if renders is not None:
+            parts += [_tint(cond[:, at : at + 4], gain), cond[:, at + 4 :]]
+        cond, target = torch.cat(parts, dim=1), _tint(target, gain)
     weights = pixel_weights(config, target, pair["depth"])
     if flipped is not None:
         mirrored = mirror(cond, target)
@@ -433,7 +458,11 @@ def _tint(image: Tensor, gain: Tensor) -> Tensor:
 
 
 def _pairs(
-    views: ViewTensors, record: Tensor, view: Tensor, source: Tensor | None = None
+    views: ViewTensors,
+    record: Tensor,
+    view: Tensor,
+    source: Tensor | None = None,
+    renders: Tensor | None = None,
 ) -> dict[str, Any]:
     """Condition and target of the pairs (record, view); input `source` (-1: the record's own)."""
     rgb, alpha = views.inputs.rgb[record], views.inputs.alpha[record]
@@ -450,8 +479,12 @@ def _pairs(
             Ks=torch.where(other[:, None, None], there.Ks, cameras.Ks),
         )
     targets = views.cameras[record, view].reshape(len(record), 1)
+    cond = condition_tensors(rgba(rgb, alpha), cameras, targets, views.pivots[record])
+    if renders is not None:
+        seen = renders[record, 0 if source is None else source + 1, view]
+        cond = torch.cat([cond, rendered.restored(seen)], dim=1)
     return {
-        "cond": condition_tensors(rgba(rgb, alpha), cameras, targets, views.pivots[record]),
+        "cond": cond,
         "target": rgba(views.rgb[record, view], views.alpha[record, view]),
         "depth": None if views.depth is None else views.depth[record, view],
     }

@@ -1,0 +1,66 @@
+"""The decoder's render of the target view as a condition of a CVS: geometry from the splats.
+
+Five channels in [-1, 1]: premultiplied RGBA, and alpha times the depth behind the pivot's, which
+the object's unit size keeps in range.  In training they are made once, beforehand, in 8 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fresnel.cameras import Cameras
+from fresnel.dataset import InputImages, ViewTensors
+from fresnel.evaluate import Predictor
+from fresnel.render import Views
+
+CHANNELS = 5
+
+
+def condition(views: Views, cameras: Cameras, pivots: Tensor) -> Tensor:
+    """Renders (M, V, H, W, ...) over black from cameras (M, V) -> (M, V, 5, H, W) in [-1, 1].
+
+    Args:
+        pivots: (M, 3).
+    """
+    distance = torch.linalg.norm(cameras.centers - pivots[:, None], dim=-1)
+    behind = (views.depth - distance[..., None, None, None]) * views.alpha
+    channels = torch.cat([views.rgb * 2 - 1, views.alpha * 2 - 1, behind], dim=-1)
+    return channels.clamp(-1, 1).movedim(-1, -3)
+
+
+@torch.no_grad()
+def prepared(
+    renderer: Predictor, views: ViewTensors, *, any_input: bool = False, batch: int = 8
+) -> Tensor:
+    """The condition of every pair of a set, uint8 (M, S, V, 5, H, W); decode with `restored`.
+
+    Args:
+        renderer: the decoder, as `decoder.predictor` gives it.
+        any_input: for every view as the input too: S = 1 + V, source 1 + k is view k; else S = 1,
+            the record's own input.
+        batch: records that are decoded and rendered at once.
+    """
+    from tqdm.auto import tqdm
+
+    parts = []
+    starts = range(0, len(views), batch)
+    for start in tqdm(starts, desc="render the condition", delay=2, disable=None):
+        part = views[start : start + batch]
+        sources = [part.inputs]
+        if any_input:
+            sources += [
+                InputImages(part.names, part.rgb[:, k], part.alpha[:, k], part.cameras[:, k])
+                for k in range(part.rgb.shape[1])
+            ]
+        made = [
+            condition(renderer(source, part.cameras), part.cameras, part.pivots)
+            for source in sources
+        ]
+        parts.append(((torch.stack(made, dim=1) + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(parts)
+
+
+def restored(stored: Tensor) -> Tensor:
+    """8 bits back to [-1, 1]; nothing there is exactly -1 in colour and alpha."""
+    return stored.float() / 127.5 - 1
