@@ -3,17 +3,29 @@
 A notebook calls `start()` once, measures with `Recorder.stage()`, and ends with
 `Recorder.finish()`. The file is rewritten after every stage, so that a run that dies leaves what
 it had; its status then still says "running", and the runner turns that into "crashed".
+
+The file's shape is `schema/results.schema.json` (JSON Schema, draft 7, version SCHEMA_VERSION); it
+is checked on writing and on reading. Beside what a notebook records itself it holds
+
+- ``failure``: how a crashed run ended, ``{"kind", "cell"}``; ``error`` says it in words.
+- ``resources``: ``{"peak_rss_bytes", "peak_cuda_bytes", "samples_per_s", "energy"}``; ``energy`` is
+  ``{"joules", "gpu_joules", "cpu_joules", "source", "reason"}`` (`meters.EnergyMeter`), None where
+  nothing could be read, and then "reason" says why.
+- ``cost_avoided``: what the training would have cost that this verdict forbids, less what the
+  verdict cost: ``{"usd", "duration_s", ...}`` (`ledger`, which also sums it over runs).
+- ``cached``: None, or ``{"reused_utc", "computed_utc", "commit", "dirty"}`` once a later call of
+  the same report found nothing changed: the figures are those of `computed_utc` at `commit`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import re
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +34,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fresnel.meters import EnergyMeter, PeakMemory
 from fresnel.provenance import cuda, project_root, provenance
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+SCHEMA = Path(__file__).parent / "schema" / "results.schema.json"
 VERDICTS = ("PASS", "FAIL", "GO", "NO-GO", "REFUSED", "DONE")
-STATUSES = ("running", "finished", "crashed")
 RESULTS_NAME = "results.json"
 THUMBNAIL_NAME = "thumbnail.png"
 
@@ -52,8 +65,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run, exactly as `results.json` holds it. `status` is one of STATUSES; `verdict` one of
-    VERDICTS, or None as long as there is none (and for ever if the run crashed)."""
+    """One run, exactly as `results.json` holds it. `status` is "running", "finished" or "crashed";
+    `verdict` one of VERDICTS, or None as long as there is none (and for ever if it crashed)."""
 
     notebook: str
     status: str
@@ -61,25 +74,23 @@ class RunRecord:
     summary: str = ""
     reasons: tuple[str, ...] = ()
     error: str | None = None
+    failure: dict[str, Any] | None = None
     name: str = ""
     title: str = ""
     params: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
+    resources: dict[str, Any] = field(default_factory=lambda: _resources((), {}))
     artifacts: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     started_utc: str = ""
     duration_s: float = 0.0
     price_per_hour_usd: float = 0.0
     cost_usd: float = 0.0
+    cost_avoided: dict[str, Any] | None = None
+    cached: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
-
-    def __post_init__(self) -> None:
-        if self.status not in STATUSES:
-            raise RecordError(f"status is {self.status!r}, must be one of {', '.join(STATUSES)}")
-        if self.verdict is not None and self.verdict not in VERDICTS:
-            raise RecordError(f"verdict is {self.verdict!r}, must be one of {', '.join(VERDICTS)}")
 
     @property
     def badge(self) -> str:
@@ -101,11 +112,15 @@ class RunRecord:
         return plain
 
     def write(self, path: str | Path) -> Path:
-        """Write to `path`, or to `path`/results.json where it is a folder; never half a file."""
+        """Write to `path`, or to `path`/results.json where it is a folder; never half a file.
+
+        Raises RecordError if a value does not fit the schema."""
         target = Path(path)
         if target.is_dir():
             target = target / RESULTS_NAME
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
+        data = self.to_dict()
+        check(data, where=str(target))
+        text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False)
         write_atomic(target, text + "\n")
         return target
 
@@ -129,32 +144,84 @@ class RunRecord:
     def from_dict(cls, data: Any, *, where: str = "results") -> RunRecord:
         if not isinstance(data, dict):
             raise RecordError(f"{where}: must hold an object, got {type(data).__name__}")
-        for key in ("notebook", "status"):
-            if not isinstance(data.get(key), str):
-                raise RecordError(f"{where}: {key!r} is missing or is not text")
-        if int(data.get("schema_version") or 0) > SCHEMA_VERSION:
-            raise RecordError(
-                f"{where}: schema_version {data['schema_version']} is newer than this program's "
-                f"{SCHEMA_VERSION}; update fresnel to read it"
-            )
+        data = upgrade(data, where=where)
+        check(data, where=where)
         known = {f.name for f in dataclasses.fields(cls)}
+        stage_names = {f.name for f in dataclasses.fields(Stage)}
         kept = {key: value for key, value in data.items() if key in known}
-        for key in ("params", "metrics", "provenance", "artifacts"):
-            if not isinstance(kept.get(key, {}), dict):
-                raise RecordError(f"{where}: {key!r} must be an object")
-        try:
-            stage_names = {f.name for f in dataclasses.fields(Stage)}
-            kept["stages"] = tuple(
-                Stage(**{key: value for key, value in stage.items() if key in stage_names})
-                for stage in kept.get("stages", ())
-            )
-            for key in ("duration_s", "price_per_hour_usd", "cost_usd"):
-                kept[key] = float(kept.get(key) or 0.0)
-            kept["reasons"] = tuple(str(reason) for reason in kept.get("reasons", ()))
-            kept["notes"] = tuple(str(note) for note in kept.get("notes", ()))
-            return cls(**kept)
-        except (TypeError, AttributeError) as error:
-            raise RecordError(f"{where}: has a value of the wrong type ({error})") from error
+        kept["stages"] = tuple(
+            Stage(**{key: value for key, value in stage.items() if key in stage_names})
+            for stage in data["stages"]
+        )
+        kept["reasons"], kept["notes"] = tuple(data["reasons"]), tuple(data["notes"])
+        return cls(**kept)
+
+
+def upgrade(data: Mapping[str, Any], *, where: str = "results") -> dict[str, Any]:
+    """`data` in the newest schema's terms; what an older program did not write gets its default.
+
+    1 -> 2: `failure` is told from the status ("cell_error" for what crashed), `resources` from the
+    stages and metrics, energy was not measured; `cached` and `cost_avoided` are None. Raises
+    RecordError for a record of a newer program."""
+    version = data.get("schema_version") or 1
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise RecordError(
+            f"{where}: schema_version {version!r} is newer than this program's {SCHEMA_VERSION}; "
+            "update fresnel to read it"
+        )
+    if version == SCHEMA_VERSION:
+        return dict(data)
+    blank = RunRecord("", "running").to_dict()
+    del blank["notebook"], blank["status"]
+    new = {**blank, **data, "schema_version": SCHEMA_VERSION}
+    if data.get("status") == "crashed":
+        new["failure"] = {"kind": "cell_error", "cell": None}
+    with_stages = [s for s in data.get("stages") or () if isinstance(s, Mapping)]
+    metrics = data.get("metrics")
+    new["resources"] = _resources(with_stages, metrics if isinstance(metrics, Mapping) else {})
+    new["resources"]["energy"]["reason"] = "not measured before version 2"
+    return new
+
+
+def check(data: Any, *, where: str = "results") -> None:
+    """Raise RecordError, saying which value does not fit the schema and why."""
+    import fastjsonschema
+
+    try:
+        _validator()(data)
+    except fastjsonschema.JsonSchemaValueException as error:
+        missing = error.rule_definition if error.rule == "required" else []
+        missing = [key for key in missing if key not in error.value]
+        text = f"{error.name} lacks {', '.join(missing)}" if missing else error.message
+        raise RecordError(f"{where}: {text.removeprefix('data').lstrip('. ')}") from None
+
+
+@functools.cache
+def _validator() -> Any:
+    import fastjsonschema
+
+    return fastjsonschema.compile(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def _resources(
+    stages: Sequence[Stage | Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    energy: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The `resources` of a run with these stages and metrics."""
+
+    def peak(name: str) -> int | None:
+        of_stages = [s.get(name) if isinstance(s, Mapping) else getattr(s, name) for s in stages]
+        return max((value for value in of_stages if value is not None), default=None)
+
+    rate = metrics.get("samples_per_s")
+    nothing = dict.fromkeys(("joules", "gpu_joules", "cpu_joules", "source"))
+    return {
+        "peak_rss_bytes": peak("peak_rss_bytes"),
+        "peak_cuda_bytes": peak("peak_cuda_bytes"),
+        "samples_per_s": float(rate) if isinstance(rate, (int, float)) else None,
+        "energy": dict(energy or {**nothing, "reason": "not measured"}),
+    }
 
 
 class Recorder:
@@ -165,7 +232,8 @@ class Recorder:
         self._record = record
         self._clock = time.perf_counter()
         self._stages: list[Stage] = []
-        self._open: list[_Peak] = []
+        self._open: list[PeakMemory] = []
+        self._energy = EnergyMeter()
         self._save()
 
     @property
@@ -177,7 +245,7 @@ class Recorder:
     def stage(self, name: str) -> Iterator[None]:
         """Time the block and watch its memory. Stages may nest; each counts its own whole time."""
         self._check_open()
-        peak = _Peak()
+        peak = PeakMemory()
         slot = len(self._stages)  # in order of beginning: the outer stage before its inner ones
         self._fold_cuda_peaks()
         self._open.append(peak)
@@ -258,6 +326,7 @@ class Recorder:
             reasons=tuple(str(reason) for reason in reasons),
         )
         self._save()
+        self._energy.close()
         return self._record
 
     def _check_open(self) -> None:
@@ -278,6 +347,7 @@ class Recorder:
         duration = time.perf_counter() - self._clock
         self._record = self._record.replace(
             stages=tuple(self._stages),
+            resources=_resources(self._stages, self._record.metrics, self._energy.read()),
             duration_s=duration,
             cost_usd=self._record.price_per_hour_usd * duration / 3600.0,
         )
@@ -349,44 +419,6 @@ def write_atomic(path: str | Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-class _Peak:
-    """The highest resident memory seen between its making and `close()`, by a sampling thread."""
-
-    interval_s = 0.1
-
-    def __init__(self) -> None:
-        import psutil
-
-        self.cuda: int | None = None
-        self._process = psutil.Process()
-        self._rss = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._sample()
-        self._thread.start()
-
-    def close(self) -> int:
-        self._stop.set()
-        self._thread.join()
-        self._sample()
-        return self._rss
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self.interval_s):
-            self._sample()
-
-    def _sample(self) -> None:
-        import psutil
-
-        total = self._process.memory_info().rss
-        for child in self._process.children(recursive=True):
-            try:
-                total += child.memory_info().rss
-            except psutil.Error:  # it ended in between
-                continue
-        self._rss = max(self._rss, total)
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fresnel import provenance, record
+from fresnel import ledger, meters, provenance, record
 from fresnel.record import RecordError, RunRecord
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def read(folder: Path) -> dict:
@@ -101,10 +103,10 @@ def test_thumbnail(tmp_path: Path, shape: tuple[int, ...]) -> None:
     [
         ("{", "not valid JSON"),
         ("[]", "must hold an object"),
-        ('{"notebook": "x"}', "'status' is missing"),
-        ('{"notebook": "x", "status": "odd"}', "status is 'odd'"),
-        ('{"notebook": "x", "status": "finished", "metrics": 3}', "'metrics' must be an object"),
-        ('{"notebook": "x", "status": "finished", "stages": [1]}', "wrong type"),
+        ('{"notebook": "x"}', "lacks status"),
+        ('{"notebook": "x", "status": "odd"}', "status must be one of"),
+        ('{"notebook": "x", "status": "finished", "metrics": 3}', "metrics must be object"),
+        ('{"notebook": "x", "status": "finished", "stages": [1]}', r"stages\[0\] must be object"),
         ('{"notebook": "x", "status": "finished", "schema_version": 99}', "newer than"),
     ],
 )
@@ -112,6 +114,168 @@ def test_damaged_records_say_what_is_wrong(tmp_path: Path, text: str, message: s
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(RecordError, match=message):
         RunRecord.read(tmp_path)
+
+
+def test_the_schema_is_valid_and_says_what_the_code_says() -> None:
+    import jsonschema
+
+    schema = json.loads(record.SCHEMA.read_text())
+    jsonschema.Draft7Validator.check_schema(schema)
+    properties = schema["properties"]
+    assert set(properties["verdict"]["enum"]) == {*record.VERDICTS, None}
+    assert properties["schema_version"]["const"] == record.SCHEMA_VERSION
+    written = RunRecord("x", "running").to_dict()
+    assert set(schema["required"]) == set(properties) == set(written)
+    jsonschema.validate(written, schema)
+
+
+def test_what_does_not_fit_the_schema_is_not_written(tmp_path: Path) -> None:
+    good = RunRecord("x", "finished", "GO", "yes")
+    good.write(tmp_path)
+    for bad, message in [
+        (good.replace(verdict="MAYBE"), "verdict must be one of"),
+        (good.replace(duration_s=-1.0), "duration_s must be bigger"),
+        (good.replace(started_utc="yesterday"), "started_utc must match"),
+        (good.replace(failure={"kind": "tired", "cell": 1}), "failure.kind must be one of"),
+        (good.replace(cached={"commit": "ab"}), "cached lacks reused_utc, computed_utc, dirty"),
+    ]:
+        with pytest.raises(RecordError, match=message):
+            bad.write(tmp_path)
+    assert RunRecord.read(tmp_path) == good
+
+
+def test_records_of_version_1_are_upgraded() -> None:
+    stages = [
+        {"name": "a", "duration_s": 1.0, "peak_rss_bytes": 5, "peak_cuda_bytes": 7, "failed": False}
+    ]
+    old = {"notebook": "x", "status": "crashed", "error": "boom", "schema_version": 1}
+    new = RunRecord.from_dict({**old, "stages": stages, "metrics": {"samples_per_s": 3}})
+    assert new.schema_version == record.SCHEMA_VERSION and new.cached is None
+    assert new.failure == {"kind": "cell_error", "cell": None}
+    assert (new.resources["peak_rss_bytes"], new.resources["peak_cuda_bytes"]) == (5, 7)
+    assert new.resources["samples_per_s"] == 3.0
+    assert new.resources["energy"]["reason"] == "not measured before version 2"
+    assert RunRecord.from_dict(new.to_dict()) == new
+
+
+def test_published_records_are_readable() -> None:
+    published = sorted((ROOT / "reports" / "published").rglob("results.json"))
+    assert published
+    for path in published:
+        RunRecord.read(path)
+
+
+def test_a_training_run_says_what_it_took(tmp_path: Path) -> None:
+    run = record.start("03_x", {}, tmp_path)
+    with run.stage("train"):
+        pass
+    run.metric("samples_per_s", 12.5)
+    resources = run.finish("PASS", "").resources
+    assert resources["samples_per_s"] == 12.5
+    assert resources["peak_rss_bytes"] == read(tmp_path)["stages"][0]["peak_rss_bytes"] > 1 << 20
+    energy = resources["energy"]
+    assert energy["joules"] is not None or energy["reason"]
+
+
+def package(folder: Path, name: str, microjoules: int) -> Path:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "max_energy_range_uj").write_text("10000000\n")
+    (folder / name / "energy_uj").write_text(f"{microjoules}\n")
+    return folder / name / "energy_uj"
+
+
+class FakeNvml:
+    """Two cards; `energy` in mJ (None: the card has no such counter), `power` in mW."""
+
+    def __init__(self, energy: int | None, power: int | None) -> None:
+        self.energy, self.power = energy, power
+
+    def nvmlDeviceGetCount_v2(self, count) -> int:
+        count._obj.value = 2
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle) -> int:
+        return 0 if index.value < 2 else 2
+
+    def nvmlDeviceGetHandleByUUID(self, uuid, handle) -> int:
+        return 0 if uuid.value == b"GPU-1" else 2
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle, value) -> int:
+        return self.answer(self.energy, value)
+
+    def nvmlDeviceGetPowerUsage(self, handle, value) -> int:
+        return self.answer(self.power, value)
+
+    def answer(self, number: int | None, value) -> int:
+        if number is None:
+            return 3
+        value._obj.value = number
+        return 0
+
+
+def test_energy_is_read_from_counters_that_wrap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = package(tmp_path, "intel-rapl:0", 9_000_000)
+    package(tmp_path, "intel-rapl:1", 0)
+    package(tmp_path, "intel-rapl:0:0", 0)  # a part of the first package: not counted twice
+    nvml = FakeNvml(1_000, None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    meter = meters.EnergyMeter(tmp_path, nvml)
+    first.write_text("1500000")  # beyond 10 J the counter began again
+    nvml.energy = 4_000
+    energy = meter.read()
+    assert energy["cpu_joules"] == pytest.approx(2.5, abs=1e-5)
+    assert energy["gpu_joules"] == 6.0  # 3 J on each card
+    assert energy["joules"] == pytest.approx(8.5, abs=1e-5) and energy["reason"] is None
+    assert energy["source"] == "NVML counter of 2 GPU(s) + RAPL counter of 2 CPU package(s)"
+    meter.close()
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1,7")
+    sampled = meters.EnergyMeter(tmp_path / "none", FakeNvml(None, 250_000))
+    time.sleep(0.02)
+    energy = sampled.read()
+    assert energy["joules"] == energy["gpu_joules"] >= 250 * 0.02
+    assert energy["source"] == "NVML power, sampled of 1 GPU(s)" and "RAPL" in energy["reason"]
+    sampled.close()
+
+    nothing = meters.EnergyMeter(tmp_path / "none", FakeNvml(None, None)).read()
+    assert nothing["joules"] is None and nothing["source"] is None
+    assert "neither energy nor power" in nothing["reason"] and "RAPL" in nothing["reason"]
+
+
+def finished(notebook: str, verdict: str, data: str, day: int, **more) -> RunRecord:
+    metrics = more.pop("metrics", {})
+    dataset = {"content_hash": data, "path": data, "objects": 1}
+    return RunRecord(
+        notebook, "finished", verdict, provenance={"datasets": [dataset]}, metrics=metrics,
+        resources=record._resources((), metrics), price_per_hour_usd=3600.0, cost_usd=10.0,
+        duration_s=10.0, started_utc=f"2026-01-0{day}T00:00:00+00:00", **more,
+    )  # fmt: skip
+
+
+def test_cost_avoided_is_the_forecast_less_what_the_verdict_cost() -> None:
+    forecast = {"forecast": {"duration_s": 100.0, "cost_usd": 1.0}, "samples_per_s": 1.0}
+    smoke = finished("02", "NO-GO", "bad", 1, metrics=forecast)
+    own = ledger.cost_avoided(smoke)
+    assert own is not None
+    assert (own["duration_s"], own["usd"], own["dataset"]) == (90.0, 90.0, "bad")
+    gate = finished("01", "FAIL", "bad", 2, metrics={"gate_codes": ["pivot"]})
+    none = ledger.cost_avoided(gate)
+    assert none is not None and none["usd"] is None and "no smoke test" in none["basis"]
+    other = finished("02", "GO", "good", 3, metrics={"forecast": {"duration_s": 5.0}})
+    found = ledger.cost_avoided(gate, [smoke, other])
+    assert found is not None and found["duration_s"] == 90.0 and "2026-01-01" in found["basis"]
+    for permitted in (other, finished("03", "FAIL", "good", 4), finished("03", "REFUSED", "x", 4)):
+        assert ledger.cost_avoided(permitted, [smoke]) is None
+
+    smoke, gate = smoke.replace(cost_avoided=own), gate.replace(cost_avoided=found)
+    total = ledger.total_avoided([smoke, gate, gate, other])
+    assert (total["usd"], total["duration_s"], total["trainings"]) == (90.0, 90.0, 1)
+    control = finished("03", "FAIL", "bad", 5, metrics={"samples_per_s": 1.0})
+    total = ledger.total_avoided([smoke, gate, other, control])
+    assert (total["usd"], total["trainings"]) == (0, 0)
+    assert total["trained_anyway"]["usd"] == 90.0
 
 
 def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
