@@ -20,6 +20,7 @@ import torch
 
 from fresnel import _layouts, formats
 from fresnel._layouts import MANIFEST, Record
+from fresnel._reading import read_all
 from fresnel._records import (
     ObjectViews,
     ViewTensors,
@@ -212,8 +213,7 @@ class MultiViewDataset:
             raise _changed(self.path, before, after)
 
     def _read_all(self) -> list[ObjectViews]:
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(self.__getitem__, range(len(self))))
+        return read_all(self, light=all(isinstance(r, Record) for r in self.records))
 
     def _inputs(self, objects: list[ObjectViews]) -> InputImages:
         singles = [

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fresnel import dataset, orbit
+from fresnel import _layouts, _reading, dataset, orbit
 from fresnel.cameras import Cameras
 from fresnel.dataset import DatasetChanged, DatasetError, ObjectViews
 
@@ -577,3 +577,22 @@ def test_input_batches_can_be_indexed(written):
     assert inputs.to("cpu").resized(8).alpha.shape == (3, 8, 8)
     with pytest.raises(TypeError, match="batches"):
         inputs[0]
+
+
+def test_a_large_set_read_by_processes_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = dataset.write(tmp_path / "d", [make_object(i) for i in range(6)], meta={})
+    alone = data.tensors()
+    monkeypatch.setattr(_reading, "_RECORDS_A_WORKER", 2)
+    monkeypatch.setattr(_reading.os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    together = data.tensors()
+    assert together.names == alone.names
+    assert torch.equal(together.rgb, alone.rgb)
+    assert torch.equal(together.cameras.viewmats, alone.cameras.viewmats)
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "../outside", "a/../../outside"])
+def test_no_path_leads_out_of_the_folder(tmp_path: Path, path: str) -> None:
+    with pytest.raises(DatasetError, match="leads out of"):
+        _layouts.inside(tmp_path, path)

@@ -1,0 +1,43 @@
+"""Whole datasets into memory, on as many cores as that is worth."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from fresnel.dataset import MultiViewDataset, ObjectViews
+
+_RECORDS_A_WORKER = 300  # about three seconds of decoding, which is what a process costs to start
+
+
+def read_all(dataset: MultiViewDataset, *, light: bool) -> list[ObjectViews]:
+    """Every record, in order.
+
+    Args:
+        light: records are many small files, whose decoding is Python's work: more threads than
+            two only slow each other down, so a large set goes to processes. Else (large
+            photographs, objects to render) the work is done outside the interpreter, in threads.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    workers = min(cores, len(dataset) // _RECORDS_A_WORKER)
+    if not light or workers < 3:
+        with ThreadPoolExecutor(2 if light else None) as pool:
+            return list(pool.map(dataset.__getitem__, range(len(dataset))))
+    rows = np.array_split(np.arange(len(dataset)), workers)
+    parts = [dataset.subset(part.tolist()) for part in rows]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers, context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as processes:
+        return [views for part in processes.map(_read, parts) for views in part]
+
+
+def _read(part: MultiViewDataset) -> list[ObjectViews]:
+    return [part[i] for i in range(len(part))]
