@@ -1,0 +1,142 @@
+"""The decoder's render as a condition: what is encoded, what training and sampling see of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cvs import SIZE, disc, generator, views
+
+from fresnel import rendered
+from fresnel.cameras import Cameras
+from fresnel.cvs import CVS, CVSConfig, predictor
+from fresnel.cvs_task import CVSTask, mirror
+from fresnel.dataset import InputImages
+from fresnel.evaluate import Predictor
+from fresnel.render import Views
+
+
+def truth_renderer(depth: float = 2.0) -> Predictor:
+    """Stands for a decoder without fault: the true view of whatever camera is asked for."""
+    data = views()
+    known = {tuple(row.flatten().tolist()): i for i, row in enumerate(data.cameras.viewmats[0])}
+
+    def render(inputs: InputImages, cameras: Cameras) -> Views:
+        order = [[known[tuple(m.flatten().tolist())] for m in row] for row in cameras.viewmats]
+        rows = [data.names.index(name) for name in inputs.names]
+        rgb = torch.stack([data.rgb[r][o] for r, o in zip(rows, order, strict=True)]).float() / 255
+        alpha = torch.stack([data.alpha[r][o] for r, o in zip(rows, order, strict=True)])
+        alpha = alpha[..., None].float() / 255
+        return Views(rgb, alpha, alpha * depth)
+
+    return render
+
+
+def network(**changes: object) -> CVS:
+    torch.manual_seed(0)
+    net = CVS(CVSConfig.preset("tiny", render_condition=True, **changes))
+    torch.nn.init.normal_(net.unet.head.weight, std=0.1)
+    return net
+
+
+def test_the_condition_holds_colour_alpha_and_depth_behind_the_pivot() -> None:
+    data = views(objects=1, per_object=2)
+    alpha = torch.zeros(1, 2, SIZE, SIZE, 1)
+    alpha[..., :8, :, :] = 1.0
+    seen = rendered.condition(
+        Views(alpha * torch.tensor([1.0, 0.5, 0.0]), alpha, alpha * 2.5),
+        data.cameras, data.pivots,
+    )  # fmt: skip
+    assert seen.shape == (1, 2, rendered.CHANNELS, SIZE, SIZE)
+    full, empty = seen[0, 0, :, 0, 0], seen[0, 0, :, -1, 0]
+    torch.testing.assert_close(full, torch.tensor([1.0, 0.0, -1.0, 1.0, 0.3]))  # orbit radius 2.2
+    torch.testing.assert_close(empty, torch.tensor([-1.0, -1.0, -1.0, -1.0, 0.0]))
+
+
+def test_prepared_renders_are_those_of_each_input_in_8_bits() -> None:
+    data, asked = views(), []
+    render = truth_renderer()
+
+    def spy(inputs: InputImages, cameras: Cameras) -> Views:
+        asked.append(inputs.cameras.viewmats.clone())
+        return render(inputs, cameras)
+
+    own = rendered.prepared(spy, data, batch=1)
+    assert own.shape == (2, 1, 4, 5, SIZE, SIZE) and own.dtype == torch.uint8 and len(asked) == 2
+    want = rendered.condition(render(data.inputs, data.cameras), data.cameras, data.pivots)
+    assert (rendered.restored(own[:, 0]) - want).abs().max() <= 0.5 / 127.5 + 1e-6
+    asked.clear()
+    every = rendered.prepared(spy, data, any_input=True)
+    assert every.shape[1] == 1 + 4 and torch.equal(every[:, :1], own)
+    torch.testing.assert_close(asked[3], data.cameras.viewmats[:, 2])  # source 3 is view 2
+
+
+@pytest.mark.parametrize("any_input", [False, True])
+def test_batches_carry_the_render_of_their_own_view(any_input: bool) -> None:
+    task = CVSTask(
+        network(), views(), batch_size=16, renderer=truth_renderer(), any_input=any_input,
+        mirror=True, colour_jitter=0.3,
+    )  # fmt: skip
+    batch = task.batch(0, generator())
+    assert batch["cond"].shape[1] == 21 == task.model.config.condition_channels
+    # A faultless render is the target, mirrored and tinted with it.
+    assert (batch["cond"][:, 16:20] - batch["target"]).abs().max() < 0.02
+    terms = task.loss(batch, progress=0.7, generator=generator(), ema=task.model)
+    assert terms["loss"].isfinite() and task.validation(task.model)["loss"] > 0
+    assert task.preview(task.model, generator()).shape[1] == 4 * SIZE
+
+
+def test_a_mirror_flips_the_render_and_no_sign() -> None:
+    cond = torch.randn(2, 21, 4, 4, generator=generator())
+    flipped, _ = mirror(cond, cond[:, :4])
+    torch.testing.assert_close(flipped[:, 16:], cond[:, 16:].flip(-1))
+
+
+def test_the_render_is_asked_for_where_it_is_needed() -> None:
+    net, data = network(), views()
+    with pytest.raises(ValueError, match="renderer: got None"):
+        predictor(net)
+    with pytest.raises(ValueError, match="renderer: got None"):
+        CVSTask(net, data)
+    seen = predictor(net, renderer=truth_renderer())(data.inputs, data.cameras)
+    other = predictor(net, renderer=truth_renderer(depth=2.8))(data.inputs, data.cameras)
+    assert seen.rgb.shape == (2, 4, SIZE, SIZE, 3)
+    assert (seen.rgb - other.rgb).abs().max() > 1e-4, "depth reaches the network"
+
+
+def test_a_render_tells_what_the_input_cannot() -> None:
+    """Discs at random places: only a render says where. New ones are drawn better with it."""
+    data = views(objects=24)
+    rgb, alpha = disc(torch.rand(24, 4, generator=generator()) - 0.5)
+    data = replace(data, rgb=rgb, alpha=alpha)
+
+    def faultless(inputs: InputImages, cameras: Cameras) -> Views:
+        rows = [data.names.index(name) for name in inputs.names]
+        a = alpha[rows, ..., None].float() / 255
+        return Views(rgb[rows].float() / 255, a, 2 * a)
+
+    found = {}
+    for renderer in (faultless, None):
+        torch.manual_seed(0)
+        config = CVSConfig.preset("tiny", render_condition=renderer is not None)
+        task = CVSTask(
+            CVS(config), data[:20], batch_size=16, renderer=renderer, validation=data[20:]
+        )
+        optimizer = torch.optim.Adam(task.model.parameters(), 5e-3)
+        for step in range(60):
+            batch = task.batch(step, generator(step))
+            terms = task.loss(batch, progress=0.0, generator=generator(step), ema=task.model)
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            optimizer.step()
+        found[renderer is not None] = task.validation(task.model.eval())["psnr"]
+    assert found[True] > found[False] + 1.0, found
+
+
+def test_training_keeps_to_the_chosen_pairs() -> None:
+    pairs = torch.tensor([[0, 1], [1, 3], [1, 0]])
+    net = CVS(CVSConfig.preset("tiny"))
+    batch = CVSTask(net, views(), batch_size=64, pairs=pairs).batch(0, generator())
+    drawn = {(int(r), int(v)) for r, v in zip(batch["record"], batch["view"], strict=True)}
+    assert drawn == {(0, 1), (1, 3), (1, 0)}
