@@ -280,11 +280,11 @@ def gravity_frame(cameras: Cameras, pivot: Tensor | Sequence[float]) -> Tensor:
     the position, so a camera that stands on the pivot has a frame too.
     """
     forward = cameras.forward
-    heading = forward[..., [0, 2]]
+    heading = forward[..., ::2]
     # A camera that looks straight up or down has its heading in its image's up direction.
     steep = torch.linalg.norm(heading, dim=-1, keepdim=True) < 1e-6
     image_up = -cameras.viewmats[..., 1, :3]
-    heading = torch.where(steep, (image_up * -forward[..., 1:2].sign())[..., [0, 2]], heading)
+    heading = torch.where(steep, (image_up * -forward[..., 1:2].sign())[..., ::2], heading)
     heading = normalize(heading, dim=-1)
     hx, hz = heading[..., 0], heading[..., 1]
     zero, one = torch.zeros_like(hx), torch.ones_like(hx)

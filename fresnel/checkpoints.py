@@ -11,8 +11,10 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -73,6 +75,73 @@ def keep(latest: Path, name: str) -> Path:
         shutil.copyfile(latest, temporary)
     os.replace(temporary, kept)
     return kept
+
+
+class Writer:
+    """Writes checkpoints, beside the training where `background`: a gigabyte takes seconds.
+
+    The tensors are copied to the host first, so training may go on changing them. One checkpoint
+    is written at a time: the next `save`, and `wait`, wait for it and raise what it raised.
+    """
+
+    def __init__(self, *, background: bool) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()  # a write that has begun is finished
+
+    def save(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        *,
+        keep_as: Sequence[str] = (),
+    ) -> None:
+        """`save`, and `keep` under each of the names."""
+
+        def write(copies: Mapping[str, Tensor]) -> None:
+            latest = save(folder, copies, metadata)
+            for name in keep_as:
+                keep(latest, name)
+
+        if self._pool is None:
+            write(tensors)
+            return
+        self.wait()
+        copies = _to_host(tensors)
+        self._pending = self._pool.submit(write, copies)
+
+    def wait(self) -> None:
+        """Until what was saved is on disk.
+
+        Raises:
+            DiskFull: and whatever else the writing raised.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host, by way of pinned memory where they come from a GPU."""
+    copies = {
+        name: t.detach().to("cpu", non_blocking=True) if t.is_cuda else t.detach().clone()
+        for name, t in tensors.items()
+    }
+    for device in {t.device for t in tensors.values() if t.is_cuda}:
+        torch.cuda.synchronize(device)
+    return copies
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

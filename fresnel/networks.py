@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _RESIDUAL_SCALE = 0.5**0.5  # keeps a sum of two unit-variance branches at unit variance
 
@@ -114,6 +115,9 @@ class UNet(nn.Module):
 
     `embedding_dim` > 0 makes forward() require an embedding (B, embedding_dim) that drives
     every residual block's adaptive norm. `zero_output` starts the network at exactly zero.
+
+    `checkpointing`, an attribute, keeps each block's inputs only and computes the rest again on
+    the way back: less memory for more time (arXiv 1604.06174).
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class UNet(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.embedding_dim, self.patch = embedding_dim, patch
         self.divisor = patch * 2 ** (len(multipliers) - 1)
+        self.checkpointing = False
 
         def block(cin: int, cout: int) -> ResidualBlock:
             return ResidualBlock(cin, cout, embedding_dim, dropout)
@@ -202,17 +207,37 @@ class UNet(nn.Module):
         ):
             if level:
                 h = self.downsample[level - 1](h)
-            h = _run(blocks, attentions, h, embedding)
+            h = self._run(blocks, attentions, h, embedding)
             skips.append(h)
-        h = self.middle_out(self.middle_attention(self.middle_in(h, embedding)), embedding)
+        h = self._block(self.middle_in, self.middle_attention, h, embedding)
+        h = self._block(self.middle_out, None, h, embedding)
         for i, (blocks, attentions) in enumerate(
             zip(self.up_blocks, self.up_attention, strict=True)
         ):
-            h = _run(blocks, attentions, torch.cat([h, skips.pop()], dim=1), embedding)
+            h = self._run(blocks, attentions, torch.cat([h, skips.pop()], dim=1), embedding)
             if skips:
                 h = F.interpolate(self.upsample[i](h), scale_factor=2.0, mode="nearest")
         h = self.head(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+
+    def _run(
+        self, blocks: nn.Module, attentions: nn.Module, h: Tensor, embedding: Tensor | None
+    ) -> Tensor:
+        assert isinstance(blocks, nn.ModuleList) and isinstance(attentions, nn.ModuleList)
+        for block, attention in zip(blocks, attentions, strict=True):
+            h = self._block(block, attention, h, embedding)
+        return h
+
+    def _block(
+        self, block: nn.Module, attention: nn.Module | None, h: Tensor, embedding: Tensor | None
+    ) -> Tensor:
+        def run(h: Tensor, embedding: Tensor | None) -> Tensor:
+            h = block(h, embedding)
+            return h if attention is None else attention(h)
+
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(run, h, embedding, use_reentrant=False)
+        return run(h, embedding)
 
     def _check(self, x: Tensor, embedding: Tensor | None) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
@@ -228,13 +253,6 @@ class UNet(nn.Module):
             got = None if embedding is None else tuple(embedding.shape)
             want = (x.shape[0], self.embedding_dim) if self.embedding_dim else None
             raise ValueError(f"embedding: got {got}, want {want}")
-
-
-def _run(blocks: nn.Module, attentions: nn.Module, h: Tensor, embedding: Tensor | None) -> Tensor:
-    assert isinstance(blocks, nn.ModuleList) and isinstance(attentions, nn.ModuleList)
-    for block, attention in zip(blocks, attentions, strict=True):
-        h = attention(block(h, embedding))
-    return h
 
 
 def count_parameters(model: nn.Module) -> int:

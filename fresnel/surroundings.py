@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +23,55 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the CUDA allocator since its last reset, or resident in this process so far."""
+    """Bytes: of the CUDA allocator, or resident in this process, since `reset_peak_memory`.
+
+    Where the system can't reset it (all but Linux), the process' peak is that of its whole life.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        found = re.search(
+            r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+        )
+        if found:
+            return int(found.group(1)) * 1024
     try:
         import resource
     except ImportError:  # no such module on Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM falls to what is resident now
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take: of the card, or of the machine's memory.
+
+    What torch's allocator holds and does not use counts as free.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + held
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def keep_compiled_code() -> None:
+    """Keep what torch.compile makes in the user's cache folder: the next run starts in seconds.
+
+    torch's own default is a temporary folder. A set TORCHINDUCTOR_CACHE_DIR is respected.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "fresnel" / "inductor"))
 
 
 def bar(total: int, initial: int, shown: bool) -> Any:
@@ -60,19 +103,25 @@ def interrupt_flag() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def deterministic(wanted: bool | None, device: torch.device) -> Iterator[None]:
-    """Deterministic kernels while inside (None: on a CPU only); warns where there is none."""
+def kernels(deterministic: bool | None, device: torch.device) -> Iterator[None]:
+    """Choose kernels while inside: the same bits twice (None: on a CPU only), or the fastest.
+
+    Deterministic kernels warn where there is none. Otherwise cuDNN tries its algorithms on every
+    new shape and keeps the fastest. TF32 stays as it is: geometry needs float32.
+    """
     memory: Any = torch.utils.deterministic
-    wanted = device.type == "cpu" if wanted is None else wanted
+    wanted = device.type == "cpu" if deterministic is None else deterministic
     before = torch.are_deterministic_algorithms_enabled()
     warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill_before = memory.fill_uninitialized_memory
+    fill_before, trials_before = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     try:
         if wanted:
             torch.use_deterministic_algorithms(True, warn_only=True)
             # costs a write of every new tensor, and nothing here reads uninitialised memory
             memory.fill_uninitialized_memory = False
+        torch.backends.cudnn.benchmark = not wanted
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_before)
         memory.fill_uninitialized_memory = fill_before
+        torch.backends.cudnn.benchmark = trials_before

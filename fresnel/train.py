@@ -7,8 +7,6 @@ bit for bit the run that was not (on one machine, with deterministic kernels).
 from __future__ import annotations
 
 import contextlib
-import copy
-import hashlib
 import json
 import math
 import os
@@ -22,11 +20,26 @@ import torch
 from torch import Tensor, nn
 
 from fresnel import checkpoints, gate, surroundings
+from fresnel._step import OutOfMemory, Stepper, ema_exponent, finite_names, step_seed
+
+__all__ = [
+    "NonFiniteLoss",
+    "OutOfMemory",
+    "ResumeRefused",
+    "Task",
+    "TrainConfig",
+    "TrainResult",
+    "ema_exponent",
+    "fit",
+    "load_weights",
+    "step_seed",
+]
 
 
 class Task(Protocol):
     """What is trained and on what. `config` (a dict or dataclass), where there is one, goes into
-    the checkpoints and must be the same on a resume. Model and data live on one device."""
+    the checkpoints and must be the same on a resume. Model and data live on one device. A method
+    `compile`, where there is one, compiles what every step runs (else the model is compiled)."""
 
     model: Any
     batch_size: int
@@ -62,7 +75,9 @@ class TrainConfig:
     ema_std: float = 0.05  # width of the averaging window, as a share of the run so far
     seed: int = 0
     precision: str = "fp32"  # "fp32" | "bf16" (autocast; weights stay float32)
-    compile: bool = False
+    compile: bool = False  # torch.compile what every step runs: minutes at first, then cached
+    accumulate: int = 1  # batches of the task's batch_size a step, where no larger one fits
+    checkpointing: bool = False  # recompute activations: less memory, slower
     deterministic: bool | None = None  # None: on CPU only
     log_every: int = 20
     validate_every: int = 200
@@ -71,7 +86,8 @@ class TrainConfig:
     preview_steps: tuple[int, ...] = (0,)  # besides the last
 
     def __post_init__(self) -> None:
-        for name, low in {"steps": 1, "log_every": 1, "validate_every": 0, "keep_every": 0}.items():
+        lowest = {"steps": 1, "log_every": 1, "accumulate": 1, "validate_every": 0, "keep_every": 0}
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least {low}")
         for name in ("lr", "grad_clip"):
@@ -94,8 +110,9 @@ class TrainResult:
 
     `history`: one row per log interval ("step", the loss terms' means, "grad_norm", "lr",
     "samples_per_s"); `validations`: "step" and the task's figures. `samples_per_s` and
-    `duration_s` are of this call's training steps alone; `peak_memory_bytes` is of the CUDA
-    allocator, or of the process on a CPU. `gate_overridden`: trained on refused data, on purpose.
+    `duration_s` are of this call's training steps alone; `compile_s` came before them, `paused_s`
+    (validation, previews, checkpoints) in between. `peak_memory_bytes` is of the CUDA allocator,
+    or of the process on a CPU. `gate_overridden`: trained on refused data, on purpose.
     """
 
     model: Any
@@ -105,6 +122,8 @@ class TrainResult:
     steps: int
     samples_per_s: float
     duration_s: float
+    compile_s: float
+    paused_s: float
     peak_memory_bytes: int
     gate_overridden: bool
     best_step: int
@@ -119,10 +138,6 @@ class NonFiniteLoss(RuntimeError):
     def __init__(self, message: str, step: int, path: Path) -> None:
         super().__init__(message)
         self.step, self.path = step, path
-
-
-class OutOfMemory(RuntimeError):
-    """The model and batch don't fit; the message says what to lower."""
 
 
 class ResumeRefused(ValueError):
@@ -169,12 +184,15 @@ def fit(
     resumed_at = run.step if run.resumed else None
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(surroundings.deterministic(config.deterministic, run.device))
+        stack.enter_context(surroundings.kernels(config.deterministic, run.device))
         cuda = [run.device] if run.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(cuda))
         interrupted = stack.enter_context(surroundings.interrupt_flag())
         bar = stack.enter_context(surroundings.bar(config.steps, run.step, progress_bar))
+        stack.enter_context(run.writer)
         run.start_log()
+        if config.compile and run.step < end:
+            run.compile_s = run.stepper.compile()
         while True:
             done = run.step >= end
             if run.step != resumed_at:  # else all of this was done before the checkpoint
@@ -191,6 +209,7 @@ def fit(
             if done:
                 break
             if interrupted.is_set():
+                run.writer.wait()
                 raise KeyboardInterrupt(
                     f"stopped at step {run.step} of {config.steps}; a checkpoint is in "
                     f"{run.folder / 'checkpoints'}: call fit() again with the same arguments "
@@ -198,6 +217,7 @@ def fit(
                 )
             run.train_step()
             bar.update()
+        run.writer.wait()
     return run.result()
 
 
@@ -213,19 +233,10 @@ class _Run:
         self, task: Task, config: TrainConfig, folder: Path, dataset_hash: str, overridden: bool
     ) -> None:
         self.task, self.config, self.folder = task, config, folder
-        self.model: nn.Module = task.model
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.device = next(self.model.parameters()).device
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        if config.compile:
-            self.model.compile()
+        self.stepper = Stepper(task, config)
+        self.model, self.ema = self.stepper.model, self.stepper.ema
+        self.device = self.stepper.device
+        self.writer = checkpoints.Writer(background=self.device.type == "cuda")
         self.overridden = overridden
         self.identity = json.loads(
             json.dumps(
@@ -240,14 +251,11 @@ class _Run:
         self.step, self.resumed = 0, False
         self.best_loss, self.best_step = math.inf, -1
         self.rows: list[dict[str, Any]] = []
-        self.terms: dict[str, Any] = {}
-        self.terms_count = 0
         self.trained_samples, self.trained_s = 0, 0.0
-        self.interval_s = 0.0
+        self.interval_s, self.compile_s, self.paused_s = 0.0, 0.0, 0.0
         self.clock_began: float | None = None
-        self.first_bad = torch.full((), -1, device=self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self.paused_at: float | None = None
+        surroundings.reset_peak_memory(self.device)
 
     # --- start --------------------------------------------------------------------------------
 
@@ -268,7 +276,7 @@ class _Run:
                 f"{self.folder} holds a run with another configuration; differing: "
                 f"{'; '.join(different)}. Use another run_dir, or resume=False to start over"
             )
-        checkpoints.unpack(tensors, self.model, self.ema, self.optimizer)
+        checkpoints.unpack(tensors, self.model, self.ema, self.stepper.optimizer)
         self.step, self.resumed = metadata["step"], True
         self.best_loss = math.inf if metadata["best_loss"] is None else metadata["best_loss"]
         self.best_step = metadata["best_step"]
@@ -291,77 +299,30 @@ class _Run:
     # --- one step -----------------------------------------------------------------------------
 
     def train_step(self) -> None:
-        config, step = self.config, self.step
         if self.clock_began is None:
             self.clock_began = time.perf_counter()
-        seed = step_seed(config.seed, step)
-        torch.manual_seed(seed)  # layers that take no generator, such as dropout
-        generator = torch.Generator(self.device).manual_seed(seed)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(step)
-        self.model.train()
-        try:
-            batch = self.task.batch(step, generator)
-            with self.autocast():
-                terms = self.task.loss(
-                    batch, progress=step / config.steps, generator=generator, ema=self.ema
-                )
-            self.optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
-            for name, value in {**terms, "grad_norm": norm}.items():
-                self.terms[name] = self.terms.get(name, 0.0) + value.detach().double()
-            self.terms_count += 1
-            bad = ~(terms["loss"].detach().isfinite() & norm.isfinite())
-            self.first_bad = torch.where((self.first_bad < 0) & bad, step, self.first_bad)
-            if self.device.type == "cpu":  # on a GPU this would wait for the queue
-                self.check_finite()
-            self.optimizer.step()
-            self.update_ema(step + 1)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not surroundings.is_out_of_memory(error):
-                raise
-            raise OutOfMemory(
-                f"out of memory at step {step} with batch_size {self.task.batch_size} on "
-                f"{self.device}: lower batch_size (then image_size or base_channels), and start "
-                "in another run_dir, as a run keeps its configuration"
-            ) from error
+            if self.paused_at is not None:
+                self.paused_s += self.clock_began - self.paused_at
+        self.stepper.train(self.step)
+        if self.device.type == "cpu":  # on a GPU this would wait for the queue
+            self.check_finite()
         self.step += 1
-
-    def lr(self, step: int) -> float:
-        config = self.config
-        warm = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
-        cooldown = config.cooldown_share * config.steps
-        cool = (config.steps - step) / cooldown if cooldown else 1.0
-        return config.lr * min(1.0, warm, cool)
-
-    @torch.no_grad()
-    def update_ema(self, updates: int) -> None:
-        """Average with a power-function profile, whose window is a fixed share of the run so far:
-        the initial weights are forgotten from the first step on (EDM2, arXiv 2312.02696, eq. 121).
-        """
-        beta = (1 - 1 / updates) ** (ema_exponent(self.config.ema_std) + 1)
-        ours: list[Tensor] = list(self.ema.parameters())
-        theirs: list[Tensor] = list(self.model.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - beta)
-        for mine, its in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            mine.copy_(its)
 
     def check_finite(self) -> None:
         """Stop if a step's loss or gradient was not finite, saving the first such batch.
 
         The batch is made again: it follows from (seed, step). Called before every checkpoint.
         """
-        step = int(self.first_bad)
-        if step < 0:
+        found = int(self.stepper.first_bad)
+        if found < 0:
             return
         from safetensors.torch import save_file
 
-        generator = torch.Generator(self.device).manual_seed(step_seed(self.config.seed, step))
-        batch = self.task.batch(step, generator)
+        step, micro = divmod(found, self.config.accumulate)
+        batch, _ = self.stepper.batch(step, micro)
         path = self.folder / f"nonfinite_step_{step:06d}.safetensors"
         tensors = {k: v.detach().cpu().clone() for k, v in batch.items() if isinstance(v, Tensor)}
-        names = [name for name, total in self.terms.items() if not math.isfinite(float(total))]
+        names = finite_names(self.stepper.take_terms())
         save_file(tensors, path, {"fresnel": json.dumps({"step": step, "terms": names})})
         raise NonFiniteLoss(
             f"step {step}: not finite: {', '.join(names)}. The batch is in {path}; look at it, "
@@ -373,22 +334,23 @@ class _Run:
     # --- between steps ------------------------------------------------------------------------
 
     def status(self, bar: Any) -> None:
-        if not self.terms_count:
+        if not self.stepper.count:
             return
         self.check_finite()
-        row = {name: float(total) / self.terms_count for name, total in self.terms.items()}
+        samples = self.stepper.count * self.task.batch_size * self.config.accumulate
+        row = self.stepper.take_terms()
         self.pause_clock()
-        seconds, samples = self.interval_s, self.terms_count * self.task.batch_size
+        seconds, self.interval_s = self.interval_s, 0.0
         self.trained_s += seconds
         self.trained_samples += samples
-        self.terms, self.terms_count, self.interval_s = {}, 0, 0.0
-        self.log("train", **row, lr=self.lr(self.step - 1), samples_per_s=samples / seconds)
+        lr = self.stepper.lr(self.step - 1)
+        self.log("train", **row, lr=lr, samples_per_s=samples / seconds)
         bar.set_postfix(loss=f"{row['loss']:.4g}", samples_s=f"{samples / seconds:.1f}")
 
     def validate(self) -> bool:
         """Log the task's validation; True if it is the best so far."""
         self.pause_clock()
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.stepper.autocast():
             values = self.task.validation(self.ema.eval())
         self.log("validation", **values)
         if not values["loss"] < self.best_loss:
@@ -401,7 +363,7 @@ class _Run:
 
         self.pause_clock()
         generator = torch.Generator(self.device).manual_seed(step_seed(self.config.seed, -1))
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.stepper.autocast():
             picture = self.task.preview(self.ema.eval(), generator)
         path = self.folder / "previews" / f"step_{self.step:06d}.png"
         path.parent.mkdir(exist_ok=True)
@@ -419,24 +381,19 @@ class _Run:
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             "best_step": self.best_step,
         }
-        tensors = checkpoints.pack(self.model, self.ema, self.optimizer)
-        latest = checkpoints.save(self.folder / "checkpoints", tensors, metadata)
-        if self.best_step == self.step:
-            checkpoints.keep(latest, "best")
+        names = ["best"] if self.best_step == self.step else []
         if _due(self.step, self.config.keep_every) and self.step:
-            checkpoints.keep(latest, f"step_{self.step:06d}")
+            names.append(f"step_{self.step:06d}")
+        tensors = checkpoints.pack(self.model, self.ema, self.stepper.optimizer)
+        self.writer.save(self.folder / "checkpoints", tensors, metadata, keep_as=names)
 
     def pause_clock(self) -> None:
         """Leave the time until the next step out of the training rate."""
         if self.clock_began is not None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.interval_s += time.perf_counter() - self.clock_began
+            self.stepper.synchronize()
+            self.paused_at = time.perf_counter()
+            self.interval_s += self.paused_at - self.clock_began
             self.clock_began = None
-
-    def autocast(self) -> Any:
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def log(self, event: str, **values: Any) -> None:
         row = {"event": event, "step": self.step, **values}
@@ -458,6 +415,8 @@ class _Run:
             steps=self.step,
             samples_per_s=self.trained_samples / self.trained_s if self.trained_s else 0.0,
             duration_s=self.trained_s,
+            compile_s=self.compile_s,
+            paused_s=self.paused_s,
             peak_memory_bytes=surroundings.peak_memory(self.device),
             gate_overridden=self.overridden,
             best_step=self.best_step,
@@ -465,23 +424,6 @@ class _Run:
             run_dir=self.folder,
             previews=sorted((self.folder / "previews").glob("step_*.png")),
         )
-
-
-def step_seed(seed: int, step: int) -> int:
-    """A 63-bit seed that depends on both numbers and on nothing else."""
-    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def ema_exponent(std: float) -> float:
-    """The power-function exponent gamma whose averaging window has relative width `std`.
-
-    The positive root of gamma^3 + 7 gamma^2 + (16 - std^-2) gamma + 12 - std^-2 (EDM2,
-    arXiv 2312.02696, equation 127): 0.05 gives 16.97, 0.1 gives 6.94.
-    """
-    inverse = std**-2
-    roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
-    return float(roots.real.max())
 
 
 def _describe(task: Task) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fresnel.cameras import Cameras, orbit
 from fresnel.cvs import (
@@ -25,6 +26,7 @@ from fresnel.cvs_task import (
     consistency_loss,
     ect_earlier,
     ect_stage,
+    grown,
     light_error,
     mirror,
     original_loss,
@@ -235,6 +237,38 @@ def test_alpha_aware_weights_give_the_foreground_its_share() -> None:
     torch.testing.assert_close(pixel_weights(config, black), even)
 
 
+@pytest.mark.parametrize("margin", [0, 1, 2, 7])
+def test_grown_is_a_max_pool(margin: int) -> None:
+    image = torch.rand(2, 1, 16, 16, generator=generator())
+    pooled = torch.nn.functional.max_pool2d(image, 2 * margin + 1, 1, margin)
+    assert torch.equal(grown(image, margin), pooled)
+
+
+class HostRoundTrips(TorchDispatchMode):
+    """Operators that make a GPU's queue run empty: values brought from the host, or to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket)
+        if name.split(".")[-1] in ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_has_no_round_trip_to_the_host() -> None:
+    task = CVSTask(model(), views(), batch_size=2, any_input=True, mirror=True, colour_jitter=0.3)
+    with HostRoundTrips() as trips:
+        batch = task.batch(0, generator())
+        task.loss(batch, progress=0.0, generator=generator(), ema=None)["loss"].backward()
+    assert trips.found == []
+    with HostRoundTrips() as trips:
+        batch["target"].new_tensor([1.0, 2.0]).sum().item()
+    assert len(trips.found) == 2
+
+
 def test_depth_laplacian_mask_is_highest_on_the_empty_background() -> None:
     depth = torch.zeros(1, SIZE, SIZE)
     depth[:, 4:8, 4:8] = 2.0
@@ -433,6 +467,19 @@ def test_base_preset_has_about_23_million_parameters() -> None:
     with torch.device("meta"):
         parameters = count_parameters(CVS(CVSConfig.preset("base")))
     assert 20e6 < parameters < 26e6
+
+
+def test_large_preset_has_at_least_50_million_parameters_and_at_most_150_gflop_a_sample() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        net = CVS(CVSConfig.preset("large"))
+        size = net.config.image_size
+        x, cond = torch.zeros(1, 4, size, size), torch.zeros(1, 16, size, size)
+        with FlopCounterMode(display=False) as counter:
+            net(x, torch.ones(1), cond).sum().backward()
+    assert count_parameters(net) >= 50e6
+    assert counter.get_total_flops() <= 150e9
 
 
 def test_autocast_leaves_the_geometry_alone() -> None:

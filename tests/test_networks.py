@@ -104,3 +104,17 @@ def test_count_parameters_counts_trainable_only() -> None:
     total = count_parameters(net)
     net.stem.weight.requires_grad_(False)
     assert count_parameters(net) == total - net.stem.weight.numel()
+
+
+def test_checkpointing_changes_no_bit_of_output_or_gradient() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        net = small(embedding_dim=6, dropout=0.3, zero_output=False)
+        net.checkpointing = checkpointing
+        torch.manual_seed(1)  # dropout's masks
+        out = net(torch.ones(2, 5, 8, 8), torch.ones(2, 6))
+        out.square().sum().backward()
+        gradients.append([out, *(p.grad for p in net.parameters())])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)

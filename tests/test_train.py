@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fresnel import checkpoints, gate, train
-from fresnel.train import TrainConfig, fit
+from fresnel.train import TrainConfig, fit, step_seed
 
 HASH = "sha256:" + "0" * 64
 
@@ -240,6 +240,74 @@ def test_a_kill_between_the_two_renames_leaves_the_previous(tmp_path: Path) -> N
     assert task.batches[0] == 5
 
 
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole(tmp_path: Path) -> None:
+    class Quarters(Line):
+        """The same eight images, a quarter of them at a time."""
+
+        def __init__(self, parts: int) -> None:
+            super().__init__(batch_size=8 // parts)
+            self.parts, self.given = parts, 0
+            self.model.eval()
+
+        def batch(self, step, generator):
+            x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(step))
+            part = x.chunk(self.parts)[self.given % self.parts]
+            self.given += 1
+            return {"x": part}
+
+        def loss(self, batch, **_):
+            error = (self.model.layers[::2](batch["x"]) - 2 * batch["x"]).square().mean()
+            return {"loss": error}
+
+    whole = run(tmp_path, "whole", Quarters(1))
+    parts = run(tmp_path, "parts", Quarters(4), config=dataclasses.replace(CONFIG, accumulate=4))
+    assert [r["loss"] for r in parts.history] == pytest.approx([r["loss"] for r in whole.history])
+    for name, value in weights(whole).items():
+        if "calls" not in name:
+            torch.testing.assert_close(weights(parts)[name], value, atol=1e-5, rtol=1e-4)
+    draws = [step_seed(0, 3, micro) for micro in range(3)]
+    assert len(set(draws)) == 3 and draws[0] == step_seed(0, 3)
+
+
+def test_compiling_and_checkpointing_change_nothing_but_rounding(tmp_path: Path) -> None:
+    plain = run(tmp_path, "plain", config=dataclasses.replace(CONFIG, steps=4))
+    compiled: list[float] = []
+
+    class Compiled(Line):
+        def compile(self) -> None:
+            self.model.compile(dynamic=False, backend="eager")  # traced, but needs no C++ compiler
+            compiled.append(1)
+
+    config = dataclasses.replace(CONFIG, steps=4, compile=True, checkpointing=True)
+    result = run(tmp_path, "compiled", Compiled(), config=config)
+    assert compiled and result.compile_s > 0
+    assert result.ema_model.calls == plain.ema_model.calls == 4  # warming up left no trace
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(result)[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_a_background_writer_keeps_what_it_was_given_and_reports_failures(
+    tmp_path: Path, monkeypatch
+) -> None:
+    tensor = torch.zeros(3)
+    with checkpoints.Writer(background=True) as writer:
+        writer.save(tmp_path, {"x": tensor}, {"step": 1}, keep_as=["best"])
+        tensor += 1  # training goes on
+        writer.wait()
+        assert checkpoints.read(tmp_path / "best.safetensors")[0]["x"].sum() == 0
+        writer.save(tmp_path, {"x": tensor}, {"step": 2})
+        writer.wait()
+        monkeypatch.setattr(checkpoints.os, "fsync", _disk_full)
+        writer.save(tmp_path, {"x": tensor}, {"step": 3})
+        with pytest.raises(checkpoints.DiskFull, match="free some space"):
+            writer.wait()
+    assert checkpoints.read(tmp_path / "latest.safetensors")[1]["step"] == 2
+
+
+def _disk_full(_: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 # --- interruption and failure ---------------------------------------------------------------
 
 
@@ -274,10 +342,7 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch) -> N
     run(tmp_path, stop_at_step=5)
     before = latest(tmp_path).read_bytes()
 
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    monkeypatch.setattr(checkpoints.os, "fsync", _disk_full)
     with pytest.raises(checkpoints.DiskFull, match="free some space and run again to resume"):
         run(tmp_path)
     monkeypatch.undo()

@@ -1,0 +1,195 @@
+"""One optimisation step: batches, loss, gradients, AdamW, average. No files, no clock."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fresnel import surroundings
+from fresnel.networks import UNet
+
+if TYPE_CHECKING:
+    from fresnel.train import Task, TrainConfig
+
+
+class OutOfMemory(RuntimeError):
+    """The model and batch don't fit; the message says what to lower."""
+
+
+class Stepper:
+    """What a training step changes: weights, their average, the optimizer's state, running sums.
+
+    Every random draw follows from (seed, step, micro-batch), so that steps can be repeated. On a
+    GPU nothing in a step waits for the device.
+
+    Attributes:
+        sums: of the loss terms and the gradient's norm since `take_terms`, float64, in the order of
+            `names`; count: over how many steps.
+        first_bad: the first micro-batch (step * accumulate + index) whose loss or gradient was not
+            finite, on the device; -1: none.
+    """
+
+    def __init__(self, task: Task, config: TrainConfig) -> None:
+        self.task, self.config = task, config
+        self.model: nn.Module = task.model
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.device = next(self.model.parameters()).device
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        for module in self.model.modules():
+            if isinstance(module, UNet):
+                module.checkpointing = config.checkpointing
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        self.count = 0
+        self.first_bad = torch.full((), -1, device=self.device)
+
+    def compile(self) -> float:
+        """Compile the task's step and run what that takes, changing nothing; returns seconds.
+
+        A task says what to compile by a method `compile`; of others the model is. Both ends of the
+        run are tried, as a curriculum may switch on more work on its way.
+        """
+        began = time.perf_counter()
+        surroundings.keep_compiled_code()
+        if hasattr(self.task, "compile"):
+            self.task.compile()
+        else:
+            self.model.compile(dynamic=False)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        for progress in (0.0, 1.0):
+            self.forward(0, 0, progress)["loss"].backward()
+            self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self.synchronize()
+        return time.perf_counter() - began
+
+    def train(self, step: int) -> None:
+        """Do step number `step`, from 0.
+
+        Raises:
+            OutOfMemory: says what to lower.
+        """
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        try:
+            self.optimizer.zero_grad(set_to_none=True)
+            total: Tensor | None = None
+            for micro in range(config.accumulate):
+                terms = self.forward(step, micro, step / config.steps)
+                (terms["loss"] / config.accumulate).backward()
+                self.note_bad(step * config.accumulate + micro, terms["loss"])
+                self.names = [*terms, "grad_norm"]
+                values = torch.stack([value.detach().double() for value in terms.values()])
+                total = values if total is None else total + values
+            assert total is not None
+            norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+            self.note_bad((step + 1) * config.accumulate - 1, norm)
+            values = torch.cat([total / config.accumulate, norm.detach().double()[None]])
+            self.sums = values if self.sums is None else self.sums + values
+            self.count += 1
+            # on a GPU this would wait for the queue
+            if self.device.type == "cpu" and int(self.first_bad) >= 0:
+                return
+            self.optimizer.step()
+            self.update_ema(step + 1)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not surroundings.is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"out of memory at step {step} with batch_size {self.task.batch_size} on "
+                f"{self.device}: lower batch_size and raise accumulate (then checkpointing, a "
+                "smaller image_size or base_channels), and start in another run_dir, as a run "
+                "keeps its configuration"
+            ) from error
+
+    def forward(self, step: int, micro: int, progress: float) -> dict[str, Tensor]:
+        """The loss terms of one micro-batch."""
+        batch, generator = self.batch(step, micro)
+        self.model.train()
+        with self.autocast():
+            return self.task.loss(batch, progress=progress, generator=generator, ema=self.ema)
+
+    def batch(self, step: int, micro: int = 0) -> tuple[dict[str, Any], torch.Generator]:
+        """A micro-batch, and the generator that its loss goes on with."""
+        seed = step_seed(self.config.seed, step, micro)
+        torch.manual_seed(seed)  # layers that take no generator, such as dropout
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return self.task.batch(step, generator), generator
+
+    def note_bad(self, micro_step: int, value: Tensor) -> None:
+        bad = ~value.detach().isfinite()
+        self.first_bad = torch.where((self.first_bad < 0) & bad, micro_step, self.first_bad)
+
+    def take_terms(self) -> dict[str, float]:
+        """Means of the loss terms since the last call. Waits for the device, once."""
+        if self.sums is None:
+            return {}
+        means = (self.sums / self.count).tolist()
+        self.sums, self.count = None, 0
+        return dict(zip(self.names, means, strict=True))
+
+    def lr(self, step: int) -> float:
+        config = self.config
+        warm = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
+        cooldown = config.cooldown_share * config.steps
+        cool = (config.steps - step) / cooldown if cooldown else 1.0
+        return config.lr * min(1.0, warm, cool)
+
+    @torch.no_grad()
+    def update_ema(self, updates: int) -> None:
+        """Average with a power-function profile, whose window is a fixed share of the run so far:
+        the initial weights are forgotten from the first step on (EDM2, arXiv 2312.02696, eq. 121).
+        """
+        beta = (1 - 1 / updates) ** (ema_exponent(self.config.ema_std) + 1)
+        ours: list[Tensor] = list(self.ema.parameters())
+        theirs: list[Tensor] = list(self.model.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - beta)
+        for mine, its in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            mine.copy_(its)
+
+    def autocast(self) -> Any:
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def step_seed(seed: int, step: int, micro: int = 0) -> int:
+    """A 63-bit seed that depends on these numbers and on nothing else."""
+    text = f"{seed}/{step}/{micro}" if micro else f"{seed}/{step}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def ema_exponent(std: float) -> float:
+    """The power-function exponent gamma whose averaging window has relative width `std`.
+
+    The positive root of gamma^3 + 7 gamma^2 + (16 - std^-2) gamma + 12 - std^-2 (EDM2,
+    arXiv 2312.02696, equation 127): 0.05 gives 16.97, 0.1 gives 6.94.
+    """
+    inverse = std**-2
+    roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
+    return float(roots.real.max())
+
+
+def finite_names(terms: dict[str, float]) -> list[str]:
+    """The names of the terms that are not finite."""
+    return [name for name, value in terms.items() if not math.isfinite(value)]
