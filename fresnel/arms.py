@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fresnel import decoder, evaluate
 from fresnel.bootstrap import NEAR, ORIGINAL, original_input_viewmat, place
@@ -47,6 +48,8 @@ def make_task(
     parameterisation: str = "consistency",
     augment: bool = True,
     ground_truth: bool = False,
+    pairs: Tensor | None = None,
+    renderer: evaluate.Predictor | None = None,
 ) -> Any:
     """The task `train.fit` runs: a fresh network, seeded, and its data on the device.
 
@@ -56,18 +59,27 @@ def make_task(
         size: the CVS's preset, or the decoder's base channels.
         augment: mirror half of the pairs and scale each colour channel of a pair by up to
             exp(0.3) either way, so that few objects do not become the only colours there are.
+        parameterisation: of the CVS: "consistency"; "original" (one step, no boundary condition);
+            "regression", the consistency network trained for its one step alone: every sample at
+            sigma_max, compared with the clean view.
         ground_truth: any view may serve as the input, not only the record's own.
+        pairs: the CVS trains on these (record, view) pairs alone, (P, 2).
+        renderer: the CVS also sees this decoder's render of the target view.
     """
     torch.manual_seed(seed)
     if model == "cvs":
         from fresnel.cvs import CVS, CVSConfig
         from fresnel.cvs_task import CVSTask
 
+        changes: dict[str, Any] = {"parameterisation": parameterisation}
+        if parameterisation == "regression":
+            changes = {"sigma_max_fraction": 1.0, "ect_stages": 1}
         config = CVSConfig.preset(
             size,
             image_size=data.rgb.shape[2],
             loss_weight=loss_mask,
-            parameterisation=parameterisation,
+            render_condition=renderer is not None,
+            **changes,
         )
         return CVSTask(
             CVS(config),
@@ -77,6 +89,8 @@ def make_task(
             any_input=ground_truth,
             mirror=augment,
             colour_jitter=0.3 if augment else 0.0,
+            pairs=pairs,
+            renderer=renderer,
             device=device,
         )
     from fresnel.decoder import Decoder, DecoderConfig
@@ -138,8 +152,23 @@ def original_camera_map(
     return source, targets, origin.expand(m, 3)
 
 
+def load_decoder(
+    kind: Literal["pixel", "patch"], device: str, weights: str | Path = ""
+) -> decoder.Decoder:
+    """The decoder of an arm: a checkpoint of notebook 03, or ("") the one that ships."""
+    if weights:
+        return decoder.Decoder.load(weights, device)
+    return decoder.load_shipped(kind, device)
+
+
 def predictor(
-    model: str, network: Any, *, steps: int = 1, original: bool = False, seed: int = 0
+    model: str,
+    network: Any,
+    *,
+    steps: int = 1,
+    original: bool = False,
+    seed: int = 0,
+    renderer: evaluate.Predictor | None = None,
 ) -> evaluate.Predictor:
     """Novel views by a trained network.
 
@@ -147,11 +176,13 @@ def predictor(
         model: as for `make_task`.
         steps: network calls per view, for a CVS.
         original: the network was trained in the original's geometry: ask in its terms.
+        renderer: what a CVS with `render_condition` sees.
     """
     if model == "cvs":
         from fresnel import cvs
 
-        return cvs.predictor(network, steps, seed, original_camera_map if original else None)
+        camera_map = original_camera_map if original else None
+        return cvs.predictor(network, steps, seed, camera_map, renderer=renderer)
     return original_decoder(network) if model == "decoder-frontal" else decoder.predictor(network)
 
 
@@ -168,15 +199,31 @@ def original_decoder(network: decoder.Decoder) -> evaluate.Predictor:
 
 
 def rivals(
-    views: ViewTensors, *, model: str, original: bool, device: str
+    views: ViewTensors, *, model: str, original: bool, device: str, weights: str | Path = ""
 ) -> dict[str, evaluate.Predictor]:
-    """What a model is compared with: trivial baselines, and for a CVS the decoder's own render."""
+    """What a model is compared with: trivial baselines, and for a CVS the decoder's own render.
+
+    Args:
+        weights: of that decoder; "": the shipped one.
+    """
     others = dict(evaluate.baselines(views))
     if model == "cvs":
-        shipped = decoder.load_shipped("patch" if original else "pixel").to(device)
-        own = original_decoder(shipped) if original else decoder.predictor(shipped)
-        others["decoder render"] = own
+        own = load_decoder("patch" if original else "pixel", device, weights)
+        others["decoder render"] = original_decoder(own) if original else decoder.predictor(own)
     return others
+
+
+def more_steps(
+    model: str, network: Any, text: str, **options: Any
+) -> dict[str, evaluate.Predictor]:
+    """Predictors of the same CVS with other numbers of network calls, from "2,4"; {} from ""."""
+    if not text or model != "cvs":
+        return {}
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"compare_steps: got {text!r}, want numbers such as '2,4'") from None
+    return {f"cvs, {n} steps": predictor(model, network, steps=n, **options) for n in counts}
 
 
 def steps_per_epoch(views: ViewTensors, batch_size: int) -> int:
@@ -229,7 +276,13 @@ def training_metrics(result: TrainResult, held_out: Mapping[str, Any]) -> dict[s
     }
 
 
-_PLACES = {"export_to", "output_dir", "dataset_dir", "truth_source"}  # of the machine, not the run
+_PLACES = {
+    "export_to",
+    "output_dir",
+    "dataset_dir",
+    "truth_source",
+    "decoder_weights",
+}  # of the machine, not the run
 
 
 def export(network: Any, path: str | Path, record: RunRecord) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ RATIOS = ("luminance_ratio", "coverage_ratio")
 """Metrics aggregated as a ratio of sums per object."""
 MEANS = ("psnr", "ssim", "psnr_foreground", "ssim_foreground", "alpha_mae")
 """Metrics aggregated as a mean per object."""
+PERCEPTUAL = "lpips"
+"""Aggregated as a mean per object too, where it was measured."""
 
 
 def srgb_to_linear(srgb: Tensor) -> Tensor:
@@ -101,6 +104,44 @@ def ssim(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     return (full.mean(dim=1) * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
 
 
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+"""Outputs and targets (N, H, W, 3) in [0, 1] in, distances (N,) out, smaller is more alike."""
+_BACKBONE = "alexnet-owt-7be5be79.pth"
+
+
+def find_lpips(device: torch.device | str = "cpu") -> tuple[Perceptual | None, str]:
+    """LPIPS (arXiv 1801.03924, AlexNet, torchmetrics') if its backbone is on this machine.
+
+    Nothing is downloaded.  Images below 64 px are scaled up to that, as the backbone needs.
+
+    Returns:
+        The metric, or None; and a sentence that says which, and what is missing.
+    """
+    from importlib.util import find_spec
+
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / _BACKBONE
+    if find_spec("torchvision") is None:
+        return None, "LPIPS not measured: torchvision, which holds its backbone, is not installed."
+    if not weights.is_file():
+        return None, (
+            f"LPIPS not measured: its backbone's weights are not at {weights.name} in torch's hub "
+            f"folder. Get them with torchvision.models.alexnet(weights='DEFAULT') (233 MB)."
+        )
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
+
+    @torch.no_grad()
+    def distance(output: Tensor, target: Tensor) -> Tensor:
+        images = [image.permute(0, 3, 1, 2) for image in (output, target)]
+        if min(images[0].shape[-2:]) < 64:
+            images = [interpolate(image, size=(64, 64), mode="bilinear") for image in images]
+        pairs = zip(images[0].split(1), images[1].split(1), strict=True)
+        return torch.stack([metric(a.clamp(0, 1), b.clamp(0, 1)) for a, b in pairs])
+
+    return distance, "LPIPS: AlexNet, torchmetrics."
+
+
 def evaluate(
     predictor: Predictor,
     data: MultiViewDataset | ViewTensors,
@@ -109,6 +150,7 @@ def evaluate(
     background: Sequence[float] = (0.0, 0.0, 0.0),
     size: int | None = None,
     device: torch.device | str = "cpu",
+    perceptual: Perceptual | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Compare predicted with true views, one row per (record, view).
@@ -120,6 +162,7 @@ def evaluate(
         background: sRGB colour in [0, 1] that both sides are composited over before PSNR and SSIM.
             Luminance is always that of the object over black.
         size: resize a dataset's views to this many pixels; None keeps them.
+        perceptual: what `find_lpips` found; None: rows have no "lpips".
 
     Returns:
         Rows with keys object (name without the record's "__k"), record, view, azimuth_deg relative
@@ -144,11 +187,16 @@ def evaluate(
         else:
             part = data[start:stop]
         with torch.no_grad():
-            rows += _compare(predictor(part.inputs, part.cameras), part, background)
+            rows += _compare(predictor(part.inputs, part.cameras), part, background, perceptual)
     return rows
 
 
-def _compare(views: Views, part: ViewTensors, background: Sequence[float]) -> list[dict[str, Any]]:
+def _compare(
+    views: Views,
+    part: ViewTensors,
+    background: Sequence[float],
+    perceptual: Perceptual | None,
+) -> list[dict[str, Any]]:
     rgb, alpha, names = part.rgb, part.alpha, part.names
     m, v, h, w = alpha.shape[:4]
     if tuple(views.rgb.shape) != (m, v, h, w, 3) or tuple(views.alpha.shape) != (m, v, h, w, 1):
@@ -184,6 +232,8 @@ def _compare(views: Views, part: ViewTensors, background: Sequence[float]) -> li
         "coverage_target": cover_true,
         "coverage_ratio": _divide(cover, cover_true),
     }
+    if perceptual is not None:
+        columns[PERCEPTUAL] = perceptual(over_out, over_true)
     lists = {key: value.double().cpu().tolist() for key, value in columns.items()}
     azimuth = (
         relative_azimuth_deg(part.cameras, part.inputs.cameras, part.pivots)
@@ -245,7 +295,8 @@ def summarise(
         entry: dict[str, Any] = {"bin": name, "objects": len(groups), "views": len(chosen)}
         # The same resamples for every metric and every call: tables of two models are paired.
         draws = np.random.default_rng(seed).integers(len(groups), size=(resamples, len(groups)))
-        for metric in (*MEANS, *RATIOS):
+        measured = [PERCEPTUAL] if all(PERCEPTUAL in row for row in chosen) else []
+        for metric in (*MEANS, *measured, *RATIOS):
             values = np.array([_object_value(group, metric) for group in groups.values()])
             entry[metric] = _nanmean(values)
             low = high = math.nan
@@ -257,6 +308,43 @@ def summarise(
             entry[f"{metric}_low"], entry[f"{metric}_high"] = float(low), float(high)
         summary.append(entry)
     return summary
+
+
+def by_object(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, float]]:
+    """Bin -> object -> value: what `summarise` averages, so that two runs can be compared."""
+    found: dict[str, dict[str, float]] = {}
+    for name in (*(name for name, _ in AZIMUTH_BINS), "all"):
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            if name in ("all", row["bin"]):
+                groups.setdefault(row["object"], []).append(row)
+        if groups:
+            found[name] = {key: _object_value(group, metric) for key, group in groups.items()}
+    return found
+
+
+def paired_difference(
+    ours: Mapping[str, float | None],
+    theirs: Mapping[str, float | None],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean of ours - theirs over the objects that both have, and its bootstrap interval.
+
+    Args:
+        ours, theirs: object -> value, a bin of `by_object`.
+    """
+    pairs = [(ours[key], theirs[key]) for key in ours if key in theirs]
+    values = np.array([a - b for a, b in pairs if a is not None and b is not None])
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return (float(values[0]) if len(values) else math.nan), math.nan, math.nan
+    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values[draws].mean(axis=1), [tail, 1 - tail])
+    return float(values.mean()), float(low), float(high)
 
 
 def _nanmean(values: np.ndarray) -> float:
@@ -311,7 +399,7 @@ def _constant(rgb: Tensor, alpha: Tensor, cameras: Cameras) -> Views:
 def table(
     summaries: Mapping[str, Sequence[Mapping[str, Any]]] | Sequence[Mapping[str, Any]],
     *,
-    metrics: Sequence[str] = ("psnr", "ssim", "psnr_foreground", *RATIOS),
+    metrics: Sequence[str] = ("psnr", "ssim", PERCEPTUAL, "psnr_foreground", *RATIOS),
     style: str = "markdown",
     digits: int = 2,
 ) -> str:
@@ -328,7 +416,7 @@ def table(
         for entry in summary:
             row = {"model": name} if name else {}
             row |= {"azimuth (deg)": entry["bin"], "objects": str(entry["objects"])}
-            row |= {metric: _with_interval(entry, metric, digits) for metric in metrics}
+            row |= {m: _with_interval(entry, m, digits) for m in metrics if m in entry}
             rows.append(row)
     return format_rows(rows, style=style)
 

@@ -250,3 +250,44 @@ def test_tables_escape_and_align() -> None:
     with pytest.raises(ValueError, match="style"):
         ev.table(summary, style="latex")
     assert ev.format_rows([]) == ""
+
+
+def test_lpips_is_measured_where_it_can_be_and_said_where_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    metric, words = ev.find_lpips()
+    assert metric is None and "LPIPS not measured" in words
+    data = tensors(2)
+
+    def distance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output - target).abs().mean(dim=(1, 2, 3))
+
+    rows = ev.evaluate(oracle(data, 0.5), data, perceptual=distance, progress=False)
+    summary = ev.summarise(rows)
+    want = sum(row["lpips"] for row in rows) / len(rows)
+    assert summary[-1]["lpips"] == pytest.approx(want) and want > 0.01
+    assert "lpips" in ev.table(summary)
+    assert "lpips" not in ev.table(ev.summarise(ev.evaluate(oracle(data), data, progress=False)))
+
+
+def test_paired_differences_see_through_the_spread_between_objects() -> None:
+    theirs = {f"o{i}": 10.0 + 5 * (i % 4) for i in range(12)}
+    ours = {name: value + 0.5 + 0.01 * (i % 3) for i, (name, value) in enumerate(theirs.items())}
+    ours["only here"] = 99.0
+    mean, low, high = ev.paired_difference(ours, theirs)
+    assert mean == pytest.approx(0.51) and 0.5 <= low <= mean <= high <= 0.52
+    alone = ev.paired_difference({"a": 1.0, "b": None}, {"a": 0.5, "b": 1.0})
+    assert alone[0] == 0.5 and math.isnan(alone[1])
+    assert math.isnan(ev.paired_difference({}, theirs)[0])
+
+
+def test_values_by_object_are_what_the_summary_averages() -> None:
+    data = tensors(3)
+    rows = ev.evaluate(oracle(data, 0.7), data, progress=False)
+    for metric in ("psnr", "luminance_ratio"):
+        found = ev.by_object(rows, metric)
+        for entry in ev.summarise(rows):
+            values = found[entry["bin"]]
+            assert len(values) == entry["objects"]
+            assert sum(values.values()) / len(values) == pytest.approx(entry[metric])
