@@ -1,47 +1,36 @@
-"""What a person sees: one self-contained HTML page for a run, and one index over all runs.
+"""What a person sees of one run: a self-contained HTML page, made from the executed notebook.
 
-Neither page asks any host for anything: pictures are data URIs, style and script are inline, and a
-Content-Security-Policy has the browser hold us to it.
+`to_html` needs no new run: whatever the template asks for is in the executed notebook and in the
+results.json beside it, and what an older one lacks is left out. The index is `fresnel.overview`.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
 import html
 import io
 import itertools
-import json
 import re
-from collections import Counter
-from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import nbformat
 
+from fresnel import _html
+from fresnel._html import external_requests
+from fresnel.overview import INDEX_NAME, index, key_figures
 from fresnel.parameters import ParameterError, read_parameters
-from fresnel.record import RESULTS_NAME, RecordError, RunRecord, write_atomic
+from fresnel.record import RecordError, RunRecord, write_atomic
 
-INDEX_NAME = "index.html"
-TEMPLATES = Path(__file__).parent / "templates"
+__all__ = ["INDEX_NAME", "external_requests", "index", "notebook_title", "to_html"]
 
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
-    "media-src data: blob:; script-src 'unsafe-inline' 'wasm-unsafe-eval' blob: data:; "
-    "connect-src data: blob:; worker-src blob: data:; frame-src data: blob:; base-uri 'none'; "
-    "form-action 'none'"
+_UNITS = re.compile(
+    r"^(pixels|degrees|seconds|hours|dB|USD per hour|steps|images|views|objects|pairs)\b[;,]?\s*"
 )
-_TONES = {"PASS": "good", "GO": "good", "FAIL": "bad", "NO-GO": "bad", "CRASHED": "bad"}
-_TONES |= {"REFUSED": "warn", "RUNNING": "warn"}
-_REQUEST = re.compile(
-    r"""<(?:script|img|iframe|video|audio|source|embed|object|link)\b[^>]*?\b
-        (?:src|srcset|href|data|poster)\s*=\s*["']?((?:https?:)?//[^"'\s>]+)
-      | @import\s+(?:url\()?["']?((?:https?:)?//[^"'\s)]+)
-      | url\(\s*["']?((?:https?:)?//[^"'\s)]+)""",
-    re.IGNORECASE | re.VERBOSE,
-)
+_LEAD = re.compile(r"^\*\*(Question|(?:Stopping rule|Rule)[^*.]*)\.\*\*\s*(.+)$", re.DOTALL)
+_SHOWN_PROVENANCE = {"git", "python", "packages", "os", "cpu", "gpu", "seed", "datasets"}
 
 
 def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
@@ -61,79 +50,46 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
         record = None
     title = notebook_title(notebook) or source.stem
     rows = _parameter_rows(notebook, record)
+    lead = _lead(notebook)
     _tidy(notebook)
+    count = itertools.count(1)
     exporter = HTMLExporter(
         template_name="report",
-        extra_template_basedirs=[str(TEMPLATES)],
+        extra_template_basedirs=[str(_html.TEMPLATES)],
         embed_images=True,
         exclude_anchor_links=True,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        filters=_FILTERS,
+        filters={
+            **_html.FILTERS,
+            "drawing": lambda svg, alt: _drawing(svg, alt, next(count)),
+            "png_size": _png_size,
+            "region": _region,
+        },
     )
+    stages = record.stages if record else ()
     page = {
         "title": title,
         "record": record,
+        "lead": lead,
         "figures": key_figures(record, 6) if record else [],
         "params": rows,
         "changed": [row for row in rows if row["changed"]],
-        "cuda": record is not None and any(s.peak_cuda_bytes is not None for s in record.stages),
-        "longest_s": max([s.duration_s for s in record.stages] + [1e-9]) if record else 1.0,
-        "policy": _POLICY,
-        "css": _style("page.css", "report.css"),
-        "js": _text("page.js", "report.js"),
+        "cuda": any(stage.peak_cuda_bytes is not None for stage in stages),
+        "longest_s": max([stage.duration_s for stage in stages] + [1e-9]),
+        "more": {
+            key: value
+            for key, value in (record.provenance if record else {}).items()
+            if key not in _SHOWN_PROVENANCE and value not in (None, "", [], {})
+        },
+        "policy": _html.policy(viewer=_has_viewer(notebook)),
+        "css": _html.style("page.css", "report.css"),
+        "js": _html.text("page.js", "report.js"),
     }
     resources = {"page": page, "metadata": {"path": str(source.parent)}}
     body, _ = exporter.from_notebook_node(notebook, resources=resources)
-    write_atomic(destination, _with_contents(body))
+    write_atomic(destination, _smaller_pictures(_with_contents(body)))
     return destination
-
-
-def index(reports_dir: str | Path) -> Path:
-    """Write reports_dir/index.html over every results.json below it, newest first. A damaged file
-    is listed as damaged."""
-    from jinja2 import Environment, FileSystemLoader
-
-    reports = Path(reports_dir)
-    reports.mkdir(parents=True, exist_ok=True)
-    runs, damaged = [], []
-    for path in sorted(reports.rglob(RESULTS_NAME)):
-        try:
-            record = RunRecord.read(path)
-            when = _when(record.started_utc)
-        except (RecordError, ValueError) as error:
-            damaged.append(str(error).replace(f"{reports}/", ""))
-            continue
-        report = path.parent / record.artifacts.get("report", "report.html")
-        entry: dict[str, Any] = {
-            "record": record,
-            "link": quote(str(report.relative_to(reports))) if report.is_file() else None,
-            "picture": _thumbnail(path.parent / record.artifacts.get("thumbnail", "?")),
-            "figures": key_figures(record, 4),
-            "published": "published" in path.relative_to(reports).parts,
-        }
-        runs.append((when, entry))
-    runs.sort(key=lambda pair: pair[0], reverse=True)
-    entries = [entry for _, entry in runs]
-    records: list[RunRecord] = [entry["record"] for entry in entries]
-    counts = Counter(record.badge for record in records)
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    environment.filters.update(_FILTERS)
-    text = environment.get_template("index.html.j2").render(
-        runs=entries,
-        damaged=damaged,
-        page={
-            "policy": _POLICY,
-            "css": _style("page.css", "index.css"),
-            "js": _text("page.js", "index.js"),
-            "total_s": sum(record.duration_s for record in records),
-            "total_usd": sum(record.cost_usd for record in records),
-            "verdicts": [(b, _TONES.get(b, ""), n) for b, n in counts.most_common()],
-        },
-    )
-    target = reports / INDEX_NAME
-    write_atomic(target, text)
-    return target
 
 
 def notebook_title(notebook: nbformat.NotebookNode) -> str:
@@ -146,21 +102,24 @@ def notebook_title(notebook: nbformat.NotebookNode) -> str:
     return ""
 
 
-def key_figures(record: RunRecord, count: int) -> list[tuple[str, Any]]:
-    """The first `count` scalar metrics, in the order in which the notebook recorded them."""
-    scalars = [
-        (name, value)
-        for name, value in record.metrics.items()
-        if isinstance(value, (int, float, bool)) or (isinstance(value, str) and len(value) <= 24)
-    ]
-    return scalars[:count]
+def _lead(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    """Take the question and the rule out of the notebook's first text: (name, Markdown) each.
 
-
-def external_requests(text: str) -> list[str]:
-    """Addresses that a browser showing this HTML would ask for. A report must have none.
-
-    Links that a reader may click are no requests."""
-    return [next(filter(None, match.groups())) for match in _REQUEST.finditer(text)]
+    The page shows them with the answer, above everything else."""
+    found: list[tuple[str, str]] = []
+    for cell in notebook.cells:
+        if cell.cell_type != "markdown":
+            continue
+        kept = []
+        for paragraph in re.split(r"\n\s*\n", cell.source):
+            match = _LEAD.match(paragraph.strip())
+            if match:
+                found.append((match.group(1), match.group(2)))
+            else:
+                kept.append(paragraph)
+        cell.source = "\n\n".join(kept)
+        break
+    return found
 
 
 def _tidy(notebook: nbformat.NotebookNode) -> None:
@@ -186,15 +145,25 @@ def _tidy(notebook: nbformat.NotebookNode) -> None:
 def _tidy_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
     if output.output_type == "stream":
         lines = [line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")]
-        output.text = "\n".join(line for line in lines if not _is_progress(line))
+        output.text = "\n".join(line for line in lines if not _is_noise(line))
         return output if output.text.strip() else None
     if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
         return None
     return output
 
 
-def _is_progress(line: str) -> bool:
-    return bool(re.search(r"\d+%\|.*\|\s*\d", line))
+def _is_noise(line: str) -> bool:
+    """A progress bar, or tqdm's complaint that it cannot draw a prettier one."""
+    return bool(
+        re.search(r"\d+%\|.*\|\s*\d|TqdmWarning: IProgress|import tqdm as notebook_tqdm", line)
+    )
+
+
+def _has_viewer(notebook: nbformat.NotebookNode) -> bool:
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    return any(
+        "fresnel-viewer" in output.get("data", {}).get("text/html", "") for output in outputs
+    )
 
 
 def _parameter_rows(
@@ -207,31 +176,30 @@ def _parameter_rows(
     given: dict[str, Any] = {}
     for cell in notebook.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):
+            alone = nbformat.v4.new_code_cell(cell.source, metadata={"tags": ["parameters"]})
             try:
-                injected = read_parameters(
-                    nbformat.v4.new_notebook(
-                        cells=[
-                            nbformat.v4.new_code_cell(
-                                cell.source, metadata={"tags": ["parameters"]}
-                            )
-                        ]
-                    )
-                )
+                injected = read_parameters(nbformat.v4.new_notebook(cells=[alone]))
             except ParameterError:
                 continue
             given = {name: parameter.default for name, parameter in injected.items()}
     if record is not None:
         given = {name: value for name, value in record.params.items() if name in known} | given
-    return [
-        {
-            "name": name,
-            "value": given.get(name, parameter.default),
-            "default": parameter.default,
-            "changed": name in given and given[name] != parameter.default and name != "output_dir",
-            "comment": parameter.comment,
-        }
-        for name, parameter in known.items()
-    ]
+    rows = []
+    for name, parameter in known.items():
+        unit = _UNITS.match(parameter.comment)
+        rows.append(
+            {
+                "name": name,
+                "value": given.get(name, parameter.default),
+                "default": parameter.default,
+                "changed": name in given
+                and given[name] != parameter.default
+                and name != "output_dir",
+                "unit": unit.group(1) if unit else "",
+                "comment": parameter.comment[unit.end() :] if unit else parameter.comment,
+            }
+        )
+    return rows
 
 
 def _with_contents(body: str) -> str:
@@ -251,96 +219,71 @@ def _with_contents(body: str) -> str:
     return body.replace("<!--toc-->", f"<ol>{''.join(links)}</ol>", 1)
 
 
-def _thumbnail(path: Path, longest_px: int = 352) -> str | None:
-    """A data URI of the picture at `path`, small enough that hundreds of them make one page."""
+def _drawing(svg: str, alt: str, number: int) -> str:
+    """An SVG picture for the page, with `alt` as what it says.
+
+    What our own code draws becomes part of the page: its lettering takes the page's ink, so that
+    it is as dark or as light as the reader wants it. Any other stays a picture on a white plate.
+    """
+    inner = re.search(r"<svg\b([^>]*)>(.*)</svg>", svg, re.DOTALL)
+    if not inner or not re.search(r'id="figure_1"|class="fresnel-', svg):
+        data = base64.b64encode(svg.encode()).decode()
+        return f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(alt)}">'
+    content = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>", "", inner[2], flags=re.DOTALL)
+    content = re.sub(r'\bid="', f'id="d{number}-', content)
+    content = re.sub(r"\burl\(#", f"url(#d{number}-", content)
+    content = re.sub(r'\bhref="#', f'href="#d{number}-', content)
+    content = re.sub(r"fill: #ffffff(?=[;\"])", "fill: none", content)
+    for colour, ours in (
+        ("#000000", "currentColor"),
+        ("#333333", "currentColor"),
+        ("#ffffff", "var(--paper)"),
+        ("#e4e4e4", "var(--line)"),
+        ("#777777", "var(--soft)"),
+    ):
+        content = re.sub(rf"\b(fill|stroke): {colour}", rf"\1: {ours}", content)
+    box = re.search(r'viewBox="([^"]+)"', inner[1])
+    size = re.search(r'\bwidth="([\d.]+)(pt|px)?"', inner[1])
+    points = float(size[1]) if size else 518.4
+    width = points * (96 / 72 if size and size[2] == "pt" else 1)
+    return (
+        f'<svg role="img" aria-label="{html.escape(alt)}" viewBox="{box[1] if box else ""}" '
+        f'xmlns:xlink="http://www.w3.org/1999/xlink" style="max-width:{width:.0f}px">'
+        f"{content}</svg>"
+    )
+
+
+def _smaller_pictures(body: str, above: int = 8_000) -> str:
+    """`body` with every large PNG in it as lossless WebP where that is smaller."""
     from PIL import Image
 
+    def shrink(match: re.Match[str]) -> str:
+        if len(match[1]) < above:
+            return match[0]
+        stream = io.BytesIO()
+        try:
+            with Image.open(io.BytesIO(base64.b64decode(match[1]))) as picture:
+                picture.save(stream, "WEBP", lossless=True, method=3)
+        except (OSError, ValueError):  # not a picture after all: the browser shows its alt text
+            return match[0]
+        data = base64.b64encode(stream.getvalue()).decode()
+        return f"data:image/webp;base64,{data}" if len(data) < len(match[1]) else match[0]
+
+    return re.sub(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)", shrink, body)
+
+
+def _png_size(data: str) -> tuple[int, int]:
+    """Width and height in pixels of a base64 PNG, from its first bytes; (0, 0) if it is none."""
     try:
-        with Image.open(path) as picture:
-            small = picture.convert("RGBA" if "A" in picture.getbands() else "RGB")
-            small.thumbnail((longest_px, longest_px))
-            stream = io.BytesIO()
-            small.save(stream, "WEBP", quality=80)
-    except OSError:
-        return None
-    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+        head = base64.b64decode("".join(data[:48].split())[:32])
+    except binascii.Error:
+        return 0, 0
+    if head[:8] != b"\x89PNG\r\n\x1a\n":
+        return 0, 0
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
 
 
-def _style(*names: str) -> str:
-    from jinja2 import Template
-
-    return Template(_text(*names)).render()
-
-
-def _text(*names: str) -> str:
-    return "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
-
-
-def _when(text: str) -> datetime:
-    when = datetime.fromisoformat(text) if text else datetime.min
-    return when if when.tzinfo else when.replace(tzinfo=UTC)
-
-
-def _moment(text: str) -> str:
-    return f"{_when(text):%Y-%m-%d %H:%M} UTC" if text else "unknown time"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def _usd(amount: float) -> str:
-    if amount == 0:
-        return "$0"
-    return f"${amount:.2f}" if amount >= 0.01 else f"${amount:.4f}"
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return ""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.3g}"
-    return str(value)
-
-
-def _literal(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _tone(record: RunRecord) -> str:
-    return _TONES.get(record.badge, "")
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").replace(".", " ")
-
-
-def _base64(text: str) -> str:
-    return base64.b64encode(text.encode()).decode()
-
-
-_FILTERS: Mapping[str, Any] = {
-    "moment": _moment,
-    "duration": _duration,
-    "usd": _usd,
-    "size": _size,
-    "number": _number,
-    "literal": _literal,
-    "tone": _tone,
-    "words": _words,
-    "base64": _base64,
-}
+def _region(content: str, label: str) -> str:
+    """Tables of `content` in boxes that scroll on their own, by touch and by keyboard."""
+    box = f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(label)}">'
+    return content.replace("<table", f"{box}<table").replace("</table>", "</table></div>")

@@ -93,7 +93,7 @@ def test_a_run_ends_as_one_page_that_stands_alone(tiny: Path, tmp_path: Path) ->
     index = report.index(tmp_path / "r").read_text()
     assert pages.external_requests(index) == []
     assert f'href="runs/{done.directory.name}/report.html"' in index
-    assert "psnr" in index and "21.5" in index and "data:image/webp" in index
+    assert "psnr" in index and "21.5" in index and f"runs/{done.directory.name}/thumb" in index
 
 
 def test_a_crash_still_gives_a_report(make_notebook: Maker, tmp_path: Path) -> None:
