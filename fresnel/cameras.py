@@ -176,7 +176,10 @@ class Cameras:
 
 
 def _vector(value: Tensor | Sequence[float], like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if isinstance(value, Tensor):
+        return value.to(like)
+    # filled on the device: a tensor from the host would wait for a GPU's queue
+    return torch.stack([like.new_full((), float(number)) for number in value])
 
 
 def rigid(rotation: Tensor, translation: Tensor) -> Tensor:

@@ -297,7 +297,8 @@ def pixel_parametrisation(raw: Tensor, rgba: Tensor, cameras: Cameras) -> Gaussi
     m, _, h, w = raw.shape
     raw = raw.reshape(m, -1, _CHANNELS, h, w).permute(0, 1, 3, 4, 2)  # (M, L, H, W, 15)
     depth, offset, scale, quat, opacity, colour = raw.split([1, 3, 3, 4, 1, 3], dim=-1)
-    in_camera = Cameras(torch.eye(4).to(raw).expand(m, 4, 4), cameras.Ks, w, h)
+    identity = torch.eye(4, dtype=raw.dtype, device=raw.device)
+    in_camera = Cameras(identity.expand(m, 4, 4), cameras.Ks, w, h)
     directions = in_camera.rays()[1][:, None]
     pivot_depth = cameras.viewmats[:, 2, 3, None, None, None, None]
 
@@ -324,7 +325,7 @@ def pixel_parametrisation(raw: Tensor, rgba: Tensor, cameras: Cameras) -> Gaussi
     colors = torch.sigmoid(torch.logit(base.clamp(0.01, 0.99))[:, None] + colour)
     return Gaussians(
         means=means.flatten(1, 3),
-        quats=F.normalize(quat + quat.new_tensor([1.0, 0, 0, 0]), dim=-1).flatten(1, 3),
+        quats=F.normalize(quat + identity[0], dim=-1).flatten(1, 3),
         scales=scales.flatten(1, 3),
         opacities=torch.sigmoid(logit).flatten(1, 4),
         colors=colors.flatten(1, 3),

@@ -17,7 +17,7 @@ from fresnel.decoder import (
     predictor,
     prune,
 )
-from fresnel.decoder_task import DecoderTask, LossWeights, multiview_loss
+from fresnel.decoder_task import DecoderTask, LossWeights, multiview_loss, similarity
 from fresnel.gaussians import Gaussians
 from fresnel.networks import count_parameters
 from fresnel.patches import (
@@ -459,3 +459,14 @@ def test_pivots_away_from_the_origin_make_no_difference():
 def test_task_refuses_what_it_cannot_train_on():
     with pytest.raises(ValueError, match="batch_size"):
         DecoderTask(blobs(), TINY, batch_size=0)
+
+
+def test_training_similarity_is_torchmetrics_ssim():
+    from fresnel.evaluate import ssim
+
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 2, 24, 30, 3, generator=generator, dtype=torch.float64)
+    truth = (image + 0.2 * torch.rand(image.shape, generator=generator)).clamp(0, 1)
+    expected = ssim(image.flatten(0, 1), truth.flatten(0, 1)).mean()
+    torch.testing.assert_close(similarity(image, truth), expected, atol=1e-6, rtol=1e-6)
+    assert similarity(image.float(), image.float()) == pytest.approx(1.0, abs=1e-5)
