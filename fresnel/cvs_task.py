@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fresnel import rendered
 from fresnel.cvs import CONDITION_CHANNELS, CVS, CVSConfig, condition_tensors, randn, rgba, sample
 from fresnel.dataset import ViewTensors
-from fresnel.evaluate import Predictor, srgb_to_linear
+from fresnel.evaluate import Predictor, luminance, srgb_to_linear
 
 
 def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -377,10 +377,10 @@ class CVSTask:
         """One-step generation of held-out views with fixed noise.
 
         "loss": weighted root-mean-square error in [-1, 1]; "psnr" of the RGB over black in dB;
-        "coverage_ratio": generated over true foreground.
+        "coverage_ratio" and "luminance_ratio": area and light of what was generated over the truth.
         """
         assert isinstance(model, CVS)
-        errors, squares, covered, truth, count = 0.0, 0.0, 0.0, 0.0, 0
+        errors, squares, covered, truth, light, true_light, count = *(0.0,) * 6, 0
         generator = torch.Generator(self.held_out.rgb.device).manual_seed(0)
         for pair in self._spread(self.validation_pairs):
             out, target = sample(model, pair["cond"], generator=generator), pair["target"]
@@ -390,11 +390,14 @@ class CVSTask:
             squares += (square[:, :3].mean(dim=(1, 2, 3)) / 4).sum().item()
             covered += (out[:, 3] + 1).sum().item()
             truth += (target[:, 3] + 1).sum().item()
+            light += _light(out)
+            true_light += _light(target)
             count += len(target)
         return {
             "loss": errors / count,
             "psnr": -10 * math.log10(max(squares / count, 1e-10)),
             "coverage_ratio": covered / max(truth, 1e-10),
+            "luminance_ratio": light / max(true_light, 1e-10),
         }
 
     @torch.no_grad()
@@ -488,3 +491,9 @@ def _pairs(
         "target": rgba(views.rgb[record, view], views.alpha[record, view]),
         "depth": None if views.depth is None else views.depth[record, view],
     }
+
+
+def _light(images: Tensor) -> float:
+    """Sum of the linear luminance of RGBA images (N, 4, H, W) in [-1, 1], over black."""
+    rgb = (images[:, :3].float().clamp(-1, 1) + 1) / 2
+    return luminance(rgb.movedim(1, -1)).sum().item()

@@ -374,7 +374,7 @@ def test_overfitting_one_batch_learns_the_views_in_one_step() -> None:
     after = task.validation(net)
     assert after["psnr"] > before["psnr"] + 5 and after["psnr"] > 16
     assert after["loss"] < 0.5 * before["loss"]
-    assert 0.7 < after["coverage_ratio"] < 1.3
+    assert 0.7 < after["coverage_ratio"] < 1.3 and 0.7 < after["luminance_ratio"] < 1.3
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
 
 
