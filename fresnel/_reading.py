@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from fresnel.provenance import core_count
 
 if TYPE_CHECKING:
     from fresnel.dataset import MultiViewDataset, ObjectViews
@@ -24,9 +25,7 @@ def read_all(dataset: MultiViewDataset, *, light: bool) -> list[ObjectViews]:
             two only slow each other down, so a large set goes to processes. Else (large
             photographs, objects to render) the work is done outside the interpreter, in threads.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    workers = min(cores, len(dataset) // _RECORDS_A_WORKER)
+    workers = min(core_count(), len(dataset) // _RECORDS_A_WORKER)
     if not light or workers < 3:
         with ThreadPoolExecutor(2 if light else None) as pool:
             return list(pool.map(dataset.__getitem__, range(len(dataset))))

@@ -8,21 +8,25 @@ mended mended; `issue_receipt` writes the verdict down, bound to the dataset's c
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from fresnel._measure import measure, unreadable
 from fresnel.consistency import Rig
 from fresnel.findings import GateConfig, Reason, Seen, plain
 from fresnel.images import DatasetError
 from fresnel.judge import judge, profile
+from fresnel.provenance import core_count
 from fresnel.receipts import (
     GateRefusal,
     Receipt,
@@ -103,7 +107,7 @@ def validate(
     config: GateConfig | None = None,
     *,
     first: int = 10,
-    workers: int = 2,
+    workers: int | None = None,
     progress: bool = True,
     against: Any = None,
 ) -> Verdict:
@@ -119,13 +123,14 @@ def validate(
             `background` and `content_hash`.
         config: thresholds; None takes the calibrated defaults.
         first: how many records to decide on before reading on, at least 1.
-        workers: reader threads.
+        workers: readers (None: two threads, or processes where there are cores for more and
+            the set is large enough to be worth starting them).
         against: another dataset (the test set) that must not share objects with this one.
 
     Raises:
         ValueError: for `first` or `workers` below 1.
     """
-    if first < 1 or workers < 1:
+    if first < 1 or (workers is not None and workers < 1):
         raise ValueError(f"first, workers: got {first}, {workers}, want at least 1")
     config = config or GateConfig()
     started = time.monotonic()
@@ -176,45 +181,57 @@ def _spread(indices: list[int]) -> list[int]:
 _Measured = tuple[list[dict[str, Any]], dict[str, Any], Rig | None]
 
 
+_RECORDS_A_PROCESS = 40  # about the seconds of measuring that a process costs to start
+
+
 def _measured(
-    dataset: _Data, indices: Sequence[int], workers: int, progress: bool, label: str
+    dataset: _Data, indices: Sequence[int], workers: int | None, progress: bool, label: str
 ) -> Iterator[_Measured]:
     from tqdm.auto import tqdm
 
-    background = tuple(float(x) for x in dataset.background)
-    # Monocular depth in the original layout is relative, and its inputs' alpha is a guess.
-    trusted = getattr(dataset, "layout", "fresnel") != "original"
-
-    def work(index: int) -> _Measured:
-        try:
-            views = dataset[index]
-            rows, summary, rig = measure(views, background, trust_input=trusted)
-            if summary.get("foreground") == "none" and not summary["bad_poses"]:
-                from fresnel.epipolar import agreement
-
-                summary["epipolar"] = agreement(views)
-            return rows, summary, rig
-        except (DatasetError, ValueError, OSError) as error:
-            names = getattr(dataset, "names", None)
-            return unreadable(names[index] if names else str(index), error)
-
     if not indices:
         return
+    # Monocular depth in the original layout is relative, and its inputs' alpha is a guess.
+    trusted = getattr(dataset, "layout", "fresnel") != "original"
+    processes = min(core_count(), len(indices) // _RECORDS_A_PROCESS) if workers is None else 0
+    part = getattr(dataset, "subset", None)  # what travels to a process is one record
     queue = iter(indices)
     bar = tqdm(total=len(indices), desc=label, unit="object", delay=2, disable=not progress or None)
-    with ThreadPoolExecutor(workers) as pool, bar:
-        # A short window of submitted reads keeps the threads busy and the memory bounded.
-        head = itertools.islice(queue, 2 * workers)
-        window: list[Future[Any]] = [pool.submit(work, i) for i in head]
-        try:
-            while window:
-                done = window.pop(0).result()
-                window += [pool.submit(work, i) for i in itertools.islice(queue, 1)]
-                bar.update()
-                yield done
-        finally:
-            for future in window:
-                future.cancel()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bar)
+        if processes >= 4 and part is not None:
+            pool: Executor = ProcessPoolExecutor(
+                processes, get_context("spawn"), torch.set_num_threads, (1,)
+            )
+            send = lambda i: pool.submit(_measure, part([i]), 0, trusted)  # noqa: E731
+        else:
+            processes = workers or 2
+            pool = ThreadPoolExecutor(processes)
+            send = lambda i: pool.submit(_measure, dataset, i, trusted)  # noqa: E731
+        stack.callback(pool.shutdown, cancel_futures=True)
+        # A short window of submitted reads keeps the readers busy and the memory bounded.
+        window: list[Future[Any]] = [send(i) for i in itertools.islice(queue, 2 * processes)]
+        while window:
+            done = window.pop(0).result()
+            window += [send(i) for i in itertools.islice(queue, 1)]
+            bar.update()
+            yield done
+
+
+def _measure(dataset: _Data, index: int, trusted: bool) -> _Measured:
+    """Read and measure one record; what can't be read is a finding."""
+    background = tuple(float(x) for x in dataset.background)
+    try:
+        views = dataset[index]
+        rows, summary, rig = measure(views, background, trust_input=trusted)
+        if summary.get("foreground") == "none" and not summary["bad_poses"]:
+            from fresnel.epipolar import misfit
+
+            summary["epipolar"] = misfit(views)
+        return rows, summary, rig
+    except (DatasetError, ValueError, OSError) as error:
+        names = getattr(dataset, "names", None)
+        return unreadable(names[index] if names else str(index), error)
 
 
 def _verdict(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import multiprocessing
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +35,7 @@ from fresnel._trace import load, render
 from fresnel._writing import assemble, check_target
 from fresnel.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
 from fresnel.dataset import DatasetError, MultiViewDataset, ObjectViews
+from fresnel.provenance import core_count
 
 try:
     import fcntl
@@ -231,9 +231,8 @@ def _render_all(
     if workers is None:
         pictures = sum(job.inputs * (job.views + 1) for job in waiting)
         rays = pictures * jobs[0].image_size ** 2 * jobs[0].samples
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # A process takes about three seconds to start and traces about two million rays a second.
-        workers = cores or 1 if rays > 30_000_000 else 1
+        workers = core_count() if rays > 30_000_000 else 1
     bar = tqdm(total=len(jobs), initial=len(done), desc=title, unit="object", delay=2)
     with bar:
         for job, records in _rendered(waiting, folder, workers):

@@ -17,6 +17,9 @@ _PACKAGES = (
     *("torchmetrics", "matplotlib", "viser", "transformers", "papermill", "nbconvert"),
 )
 
+_ACCELERATOR = re.compile(r"nvidia\d+|kfd|dxg")
+_CHOOSERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
     """Commit, versions and hardware of this process, JSON-able. Anything unknown is None."""
@@ -26,7 +29,7 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": _versions(_PACKAGES),
         "os": f"{platform.system()} {platform.machine()}",
-        "cpu": {"model": _cpu_model(), "count": _cpu_count()},
+        "cpu": {"model": _cpu_model(), "count": core_count()},
         "gpu": device.get_device_name() if device is not None else None,
         "seed": seed,
         "datasets": [],
@@ -58,6 +61,24 @@ def git_state() -> dict[str, Any]:
         "dirty": None if changed is None else bool(changed),
         "changed": (changed or [])[:50],
     }
+
+
+def machine() -> dict[str, Any]:
+    """What of this machine a result can depend on; found without importing torch."""
+    return {
+        "python": platform.python_version(),
+        "packages": _versions(_PACKAGES),
+        "os": f"{platform.system()} {platform.machine()}",
+        "cpu": {"model": _cpu_model(), "count": core_count()},
+        "accelerators": accelerators(),
+    }
+
+
+def accelerators() -> list[str]:
+    """GPUs that the system shows, and which of them may be used; [] where there is none."""
+    found = [str(path) for path in Path("/dev").glob("*") if re.fullmatch(_ACCELERATOR, path.name)]
+    chosen = [f"{name}={os.environ[name]}" for name in _CHOOSERS if name in os.environ]
+    return sorted(found) + chosen if found else []
 
 
 def project_root() -> Path:
@@ -96,7 +117,8 @@ def _cpu_model() -> str | None:
     return match.group(1).strip() if match else platform.machine() or None
 
 
-def _cpu_count() -> int:
+def core_count() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

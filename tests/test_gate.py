@@ -269,3 +269,16 @@ def test_receipts_in_hand_broken_receipts_and_subsets(written: MultiViewDataset)
         gate.read_receipt(written, "diploma")
     with pytest.raises(ValueError, match="subset"):
         gate.issue_receipt(written.subset([0]), verdict)
+
+
+def test_processes_measure_what_threads_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [replace(views_of(i), name=f"box{i}") for i in range(12)]
+    data = dataset.write(tmp_path / "d", records, meta={})
+    alone = gate.validate(data, progress=False)
+    monkeypatch.setattr(gate, "_RECORDS_A_PROCESS", 1)
+    monkeypatch.setattr(gate, "core_count", lambda: 4)
+    together = gate.validate(data, progress=False)
+    assert together.measurements == alone.measurements
+    assert (together.passed, together.figures) == (alone.passed, alone.figures)
