@@ -105,19 +105,19 @@ def check_poses_match(seen: Seen) -> Finding | None:
 
 
 def check_epipolar(seen: Seen) -> Finding | None:
-    """Photographs whose matched features contradict the poses.
+    """Photographs whose matched features contradict the poses: see `epipolar.misfit`.
 
-    Of the feature matches that some relative pose explains, the share that the given one explains
-    (within 1% of the width).  Asked of opaque photographs only; consistent poses reach 0.9.
+    Asked of opaque photographs only.  51 synthetic rooms (four kinds of texture, three focal
+    lengths, three steps) stay below 0.84; inverted, OpenGL's and reversed poses reach 1.45.
     """
-    marks, value = beyond(seen.record("epipolar"), seen.config.min_epipolar, below=True)
+    marks, value = beyond(seen.record("epipolar"), seen.config.max_epipolar)
     return Finding(
         "pose_mismatch",
         marks,
-        f"the poses explain {value:.0%} of the feature matches between views that some pose "
-        "explains: they don't belong to the pictures",
+        f"features matched between views lie {value:.1f} times as far from where the poses put "
+        "them as the best possible poses would: these don't belong to the pictures",
         "check the order of the poses, the axis convention and the focal length",
-        {"epipolar": value, "min_epipolar": seen.config.min_epipolar},
+        {"epipolar": value, "max_epipolar": seen.config.max_epipolar},
     )
 
 

@@ -11,15 +11,21 @@ from typing import Any
 
 import numpy as np
 
-_PAIRS, _MATCHES, _TOLERANCE = 8, 24, 0.01
+_PAIRS, _MATCHES = 8, 24
 _LONGEST = 320
+_FLOOR = 0.002
+"""In image widths: as exactly as features are found and phones track their pose."""
 
 
-def agreement(views: Any) -> float:
-    """Of the feature matches that some relative pose explains, the share that the given ones do.
+def misfit(views: Any) -> float:
+    """How much worse the given poses explain matched features than the best possible ones.
 
-    About 0.9 and more for consistent poses, below 0.3 for wrong ones; NaN where fewer than two
-    pairs of neighbouring views have 24 matches that agree with any epipolar geometry.
+    By pair of neighbouring views: the median distance of matches to their epipolar lines, matches
+    behind a camera counting as lost, over the same for the fundamental matrix that fits them best
+    (at least 0.2% of the width).  The median over pairs: 0.2 to 0.9 for consistent poses, above 1.4
+    for wrong ones, NaN where fewer than two pairs have 24 matches that agree with any epipolar
+    geometry.  Poses that are wrong all in the same way, such as a focal length off by less than
+    half, hardly move epipolar lines and pass.
 
     Args:
         views: an `ObjectViews`.
@@ -33,22 +39,51 @@ def agreement(views: Any) -> float:
             features[index] = _features(views.rgb[index].numpy())
         return features[index]
 
-    possible = given = pairs = 0
+    found: list[float] = []
     for i, j in _neighbours(viewmats):
         a, b = of(i), of(j)
         if a is None or b is None:
             continue
-        x, y = _matches(a, b)
-        kept = _explained(x, y)
-        if kept.sum() < _MATCHES:
+        fitted = explained(*_matches(a, b))
+        if fitted is None:
             continue
-        error = _distance(_fundamental(viewmats[i], Ks[i], viewmats[j], Ks[j]), x[kept], y[kept])
-        possible += int(kept.sum())
-        given += int((error < _TOLERANCE * views.cameras.width).sum())
-        pairs += 1
-        if pairs == _PAIRS:
+        x, y, best = fitted
+        width = views.cameras.width
+        error = pair_error(viewmats[i], Ks[i], viewmats[j], Ks[j], x, y, lost=float(width))
+        found.append(error / max(best, _FLOOR * width))
+        if len(found) == _PAIRS:
             break
-    return given / possible if pairs >= 2 else float("nan")
+    return float(np.median(found)) if len(found) >= 2 else float("nan")
+
+
+def pair_error(
+    a: np.ndarray,
+    Ka: np.ndarray,
+    b: np.ndarray,
+    Kb: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    lost: float,
+) -> float:
+    """Median Sampson distance in pixels of matches under two poses; `lost` for a match whose point
+    would lie behind a camera."""
+    error = _distance(_fundamental(a, Ka, b, Kb), x, y)
+    return float(np.median(np.where(_in_front(a, Ka, b, Kb, x, y), error, lost)))
+
+
+def _in_front(
+    a: np.ndarray, Ka: np.ndarray, b: np.ndarray, Kb: np.ndarray, x: np.ndarray, y: np.ndarray
+) -> np.ndarray:
+    """Whether the rays of two matched pixels come nearest to each other before both cameras."""
+    relative = b @ np.linalg.inv(a)
+    one = np.ones((len(x), 1))
+    ray_a = np.linalg.solve(Ka, np.concatenate([x, one], axis=1).T).T @ relative[:3, :3].T
+    ray_b = np.linalg.solve(Kb, np.concatenate([y, one], axis=1).T).T
+    system = np.stack([ray_a, -ray_b], axis=-1)
+    normal = np.einsum("nij,nik->njk", system, system) + 1e-12 * np.eye(2)
+    right = np.einsum("nij,i->nj", system, -relative[:3, 3])
+    depths = np.linalg.solve(normal, right[..., None])[..., 0]
+    return np.min(depths, axis=1) > 0
 
 
 def _neighbours(viewmats: np.ndarray) -> list[tuple[int, int]]:
@@ -93,17 +128,21 @@ def _matches(
     return a[0][pairs[:, 0]], b[0][pairs[:, 1]]
 
 
-def _explained(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which matches one epipolar geometry explains, whichever it is (RANSAC)."""
+def explained(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """The matches that one epipolar geometry explains, whichever it is (RANSAC), and their median
+    distance in pixels to it; None where they are too few."""
     from skimage.measure import ransac
     from skimage.transform import FundamentalMatrixTransform
 
     if len(x) < _MATCHES:
-        return np.zeros(len(x), dtype=bool)
-    _, kept = ransac(
+        return None
+    best, kept = ransac(  # fitted to all that it keeps
         (x, y), FundamentalMatrixTransform, 8, 1.5, max_trials=400, rng=np.random.default_rng(0)
     )
-    return np.zeros(len(x), dtype=bool) if kept is None else kept
+    if kept is None or kept.sum() < _MATCHES:
+        return None
+    x, y = x[kept], y[kept]
+    return x, y, float(np.median(_distance(best.params, x, y)))
 
 
 def _fundamental(a: np.ndarray, Ka: np.ndarray, b: np.ndarray, Kb: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ class GateConfig:
     max_floating: float = 0.15
     max_photometric: float = 0.95
     max_up_tilt_deg: float = 45.0
-    min_epipolar: float = 0.5
+    max_epipolar: float = 1.4
     max_frozen: float = 0.1
     max_constant: float = 0.02
     min_side_coverage: float = 0.45
