@@ -21,6 +21,7 @@ from fresnel.record import RunRecord
 from fresnel.render import Views
 from fresnel.train import Task, TrainResult
 
+CVS_MODELS = ("cvs", "cvs-render")
 _DECODER_SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "decoder": {
         "tiny": {"image_size": 32, "base_channels": 16},
@@ -54,8 +55,9 @@ def make_task(
     """The task `train.fit` runs: a fresh network, seeded, and its data on the device.
 
     Args:
-        model: "cvs", "decoder" (multi-view supervision) or "decoder-frontal" (the original's
-            patch decoder, supervised by the input view alone).
+        model: "cvs", "cvs-render" (sees `renderer`'s render of the target view), "decoder"
+            (multi-view supervision) or "decoder-frontal" (the original's patch decoder, supervised
+            by the input view alone).
         size: the CVS's preset, or the decoder's base channels.
         augment: mirror half of the pairs and scale each colour channel of a pair by up to
             exp(0.3) either way, so that few objects do not become the only colours there are.
@@ -64,10 +66,10 @@ def make_task(
             sigma_max, compared with the clean view.
         ground_truth: any view may serve as the input, not only the record's own.
         pairs: the CVS trains on these (record, view) pairs alone, (P, 2).
-        renderer: the CVS also sees this decoder's render of the target view.
+        renderer: of a "cvs-render".
     """
     torch.manual_seed(seed)
-    if model == "cvs":
+    if model in CVS_MODELS:
         from fresnel.cvs import CVS, CVSConfig
         from fresnel.cvs_task import CVSTask
 
@@ -78,7 +80,7 @@ def make_task(
             size,
             image_size=data.rgb.shape[2],
             loss_weight=loss_mask,
-            render_condition=renderer is not None,
+            render_condition=model == "cvs-render",
             **changes,
         )
         return CVSTask(
@@ -97,7 +99,7 @@ def make_task(
     from fresnel.decoder_task import DecoderTask
 
     if model not in _DECODER_SIZES:
-        raise ValueError(f"model: got {model!r}, want 'cvs', 'decoder' or 'decoder-frontal'")
+        raise ValueError(f"model: got {model!r}, want one of {(*CVS_MODELS, *_DECODER_SIZES)}")
     network = Decoder(DecoderConfig(**_DECODER_SIZES[model][size]))
     return DecoderTask(
         data,
@@ -161,6 +163,13 @@ def load_decoder(
     return decoder.load_shipped(kind, device)
 
 
+def renderer(model: str, device: str, weights: str | Path = "") -> evaluate.Predictor | None:
+    """What a "cvs-render" sees beside its input, the decoder's own views; None for others."""
+    if model != "cvs-render":
+        return None
+    return decoder.predictor(load_decoder("pixel", device, weights))
+
+
 def predictor(
     model: str,
     network: Any,
@@ -178,7 +187,7 @@ def predictor(
         original: the network was trained in the original's geometry: ask in its terms.
         renderer: what a CVS with `render_condition` sees.
     """
-    if model == "cvs":
+    if model in CVS_MODELS:
         from fresnel import cvs
 
         camera_map = original_camera_map if original else None
@@ -207,7 +216,7 @@ def rivals(
         weights: of that decoder; "": the shipped one.
     """
     others = dict(evaluate.baselines(views))
-    if model == "cvs":
+    if model in CVS_MODELS:
         own = load_decoder("patch" if original else "pixel", device, weights)
         others["decoder render"] = original_decoder(own) if original else decoder.predictor(own)
     return others
@@ -217,7 +226,7 @@ def more_steps(
     model: str, network: Any, text: str, **options: Any
 ) -> dict[str, evaluate.Predictor]:
     """Predictors of the same CVS with other numbers of network calls, from "2,4"; {} from ""."""
-    if not text or model != "cvs":
+    if not text or model not in CVS_MODELS:
         return {}
     try:
         counts = [int(part) for part in text.split(",")]

@@ -33,7 +33,7 @@ MAX_PSNR = 100.0
 
 RATIOS = ("luminance_ratio", "coverage_ratio")
 """Metrics aggregated as a ratio of sums per object."""
-MEANS = ("psnr", "ssim", "psnr_foreground", "ssim_foreground", "alpha_mae")
+MEANS = ("psnr", "psnr_white", "ssim", "psnr_foreground", "ssim_foreground", "alpha_mae")
 """Metrics aggregated as a mean per object."""
 PERCEPTUAL = "lpips"
 """Aggregated as a mean per object too, where it was measured."""
@@ -166,8 +166,9 @@ def evaluate(
 
     Returns:
         Rows with keys object (name without the record's "__k"), record, view, azimuth_deg relative
-        to the input in (-180, 180], bin, psnr and psnr_foreground (dB), ssim and ssim_foreground,
-        alpha_mae, luminance and luminance_target (sums over the frame, in full-white pixels),
+        to the input in (-180, 180], bin, psnr, psnr_white (both sides over white) and
+        psnr_foreground (dB), ssim and ssim_foreground, lpips (with `perceptual`), alpha_mae,
+        luminance and luminance_target (sums over the frame, in full-white pixels),
         luminance_ratio, coverage and coverage_target (mean alpha), coverage_ratio. Foreground is
         where the true alpha exceeds 0.5. A ratio whose target is zero is NaN.
 
@@ -221,6 +222,9 @@ def _compare(
     cover, cover_true = (x.mean(dim=(1, 2)) for x in (out_alpha, true_alpha))
     columns = {
         "psnr": psnr(over_out, over_true),
+        "psnr_white": psnr(
+            (out_rgb + 1 - out_alpha[..., None]).clamp(0, 1), true_rgb + 1 - true_alpha[..., None]
+        ),
         "ssim": ssim(over_out, over_true),
         "psnr_foreground": psnr(over_out, over_true, mask),
         "ssim_foreground": ssim(over_out, over_true, mask),

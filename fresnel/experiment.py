@@ -229,6 +229,7 @@ def dataset_folder(config: BootstrapConfig, source: str, images: int, **more: An
     `more`: what else makes it what it is (its objects, the decoder's weights).
     """
     stem = Path(source).stem
+    more = {name: value for name, value in more.items() if value not in ("", "all")}
     key = fingerprint({**asdict(config), "source": source, "images": images, **more})
     return data_dir() / f"{config.name}-{stem}-{images}x{config.image_size}px-{key}"
 

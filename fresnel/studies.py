@@ -105,6 +105,20 @@ def require_apart(training: Iterable[str], held_out: Iterable[str]) -> None:
         )
 
 
+def pairs_of(data: MultiViewDataset, drop: float) -> Tensor | None:
+    """`kept_pairs` of a dataset, which the gate looks at once more; None where nothing is dropped.
+
+    Args:
+        drop: share of the views to leave out, in [0, 1).
+    """
+    if drop == 0:
+        return None
+    from fresnel import gate
+
+    verdict = gate.validate(data)
+    return kept_pairs(data.names, data.views_per_object, verdict.measurements, drop)
+
+
 def kept_pairs(
     names: Sequence[str], views: int, measurements: Sequence[Mapping[str, Any]], drop: float
 ) -> Tensor:
