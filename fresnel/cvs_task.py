@@ -318,6 +318,7 @@ class CVSTask:
         """Everything that makes this task what it is, for checkpoints."""
         return {
             "model": asdict(self.model.config),
+            "initial_weights": self.model.origin,
             "batch_size": self.batch_size,
             "any_input": self.any_input,
             "mirror": self.mirror,

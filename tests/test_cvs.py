@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fresnel.cameras import Cameras, orbit
 from fresnel.cvs import (
+    CONDITION_CHANNELS,
     CVS,
     CVSConfig,
     condition,
@@ -504,3 +505,24 @@ def test_light_error_sees_what_a_blur_loses() -> None:
     torch.testing.assert_close(
         2 * light_error(dimmed, target), light_error(dark, target), rtol=1e-4, atol=0
     )
+
+
+def test_training_can_start_from_other_weights() -> None:
+    torch.manual_seed(0)
+    source = CVS(CVSConfig.preset("tiny"))
+    torch.nn.init.normal_(source.unet.head.weight, std=0.1)
+    cond = torch.randn(2, CONDITION_CHANNELS, 16, 16)
+    x, sigma = 80.0 * torch.randn(2, 4, 16, 16), torch.full((2,), 80.0)
+    same, original = (
+        CVS(source.config),
+        CVS(dataclasses.replace(source.config, parameterisation="original")),
+    )
+    for network in (same, original):
+        assert network.origin == "random"
+        network.start_from(source)
+        assert network.origin.startswith("sha256:")
+    assert torch.equal(same(x, sigma, cond), source(x, sigma, cond))
+    # the original has no skip connection: c_skip x is 0.003 of the noise
+    assert torch.allclose(original(x, sigma, cond), source(x, sigma, cond), atol=0.02)
+    with pytest.raises(ValueError, match="base_channels 8; want 16"):
+        CVS(CVSConfig.preset("tiny", base_channels=16)).start_from(source)

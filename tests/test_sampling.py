@@ -148,5 +148,5 @@ def test_without_shipped_weights_the_message_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cvs.resources, "files", lambda _: tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"cvs_small.*03_full_train"):
+    with pytest.raises(FileNotFoundError, match=r"cvs\.safetensors.*03_full_train"):
         cvs.load_shipped()
