@@ -1,16 +1,18 @@
 """Every figure of the reports, in one style, each with its alternative text.
 
 Functions return a `Figure` (or an RGB array for contact sheets) and never show it; `show` puts
-either into a notebook's output with alt text, as SVG where there is nothing but lines and as PNG
-elsewhere.  Colours are those of Okabe and Ito (2008), told apart by readers of any colour vision.
+either into a notebook's output with alt text, a figure as SVG, an array as PNG. Sheets with sharp
+lettering, sliders and the splat viewer are `fresnel.exhibits`. Colours are those of Okabe and Ito
+(2008), told apart by readers of any colour vision.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import io
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -36,24 +38,38 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
     "legend.frameon": False,
+    "legend.fontsize": 9,
     "svg.fonttype": "none",
     "svg.hashsalt": "fresnel",
 }
 
 
+_Draw = TypeVar("_Draw", bound=Callable[..., Any])
+
+
+def _styled(draw: _Draw) -> _Draw:
+    """Draw in our style, without touching matplotlib's global state."""
+
+    @functools.wraps(draw)
+    def styled(*args: Any, **kwargs: Any) -> Any:
+        import matplotlib as mpl
+        from cycler import cycler
+
+        with mpl.rc_context({**STYLE, "axes.prop_cycle": cycler(color=_CYCLE)}):
+            return draw(*args, **kwargs)
+
+    return styled  # type: ignore[return-value]
+
+
 def _figure(*args: Any, **kwargs: Any) -> Any:
-    """`Figure.subplots` in our style, without touching matplotlib's global state."""
-    import matplotlib as mpl
-    from cycler import cycler
+    """`Figure.subplots` of a figure that no window holds."""
     from matplotlib.figure import Figure
 
-    size = kwargs.pop("figsize", (7.2, 3.2))
-    with mpl.rc_context({**STYLE, "axes.prop_cycle": cycler(color=_CYCLE)}):
-        figure = Figure(figsize=size)
-        return figure, figure.subplots(*args, **kwargs)
+    figure = Figure(figsize=kwargs.pop("figsize", (7.2, 3.2)))
+    return figure, figure.subplots(*args, **kwargs)
 
 
-def to_png(picture: Figure | np.ndarray, dpi: int = 144) -> bytes:
+def to_png(picture: Figure | np.ndarray, dpi: int = 192) -> bytes:
     """PNG bytes of a figure or of an RGB uint8 array (H, W, 3)."""
     buffer = io.BytesIO()
     if isinstance(picture, np.ndarray):
@@ -70,22 +86,26 @@ def show(picture: Figure | np.ndarray, alt: str, *, vector: bool = True) -> None
 
     Args:
         alt: what a reader who cannot see the picture should know: the finding, not the axes.
-        vector: draw a figure as SVG; False for figures that hold pictures or many marks.
+        vector: draw a figure as SVG; False for figures with many marks, which are then drawn for
+            a screen of twice the usual density.
     """
     import matplotlib as mpl
     from IPython.display import display
 
     if not alt.strip():
         raise ValueError("alt: want a sentence that says what the picture shows")
+    about: dict[str, Any] = {"alt": alt}
     if isinstance(picture, np.ndarray) or not vector:
         data = to_png(picture)
         mime, payload = "image/png", base64.b64encode(data).decode()
+        if not isinstance(picture, np.ndarray):
+            about["width"] = round(picture.get_figwidth() * 96)
     else:
         buffer = io.StringIO()
         with mpl.rc_context(STYLE):
-            picture.savefig(buffer, format="svg", metadata={"Date": None})
+            picture.savefig(buffer, format="svg", dpi=192, metadata={"Date": None})
         mime, payload = "image/svg+xml", buffer.getvalue()
-    display({mime: payload, "text/plain": alt}, raw=True, metadata={mime: {"alt": alt}})
+    display({mime: payload, "text/plain": alt}, raw=True, metadata={mime: about})
 
 
 def show_table(markdown: str) -> None:
@@ -157,6 +177,7 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
+@_styled
 def azimuth_rose(
     azimuth_deg: Sequence[float], series: Mapping[str, Sequence[float]], *, limit: float = 1.0
 ) -> Figure:
@@ -168,7 +189,7 @@ def azimuth_rose(
         limit: outer radius of the dashed reference circle.
     """
     azimuth = np.round((np.asarray(azimuth_deg, float) + 22.5) % 360 // 45).astype(int)
-    figure, axes = _figure(1, len(series), subplot_kw={"projection": "polar"}, figsize=(7.2, 3.4))
+    figure, axes = _figure(1, len(series), subplot_kw={"projection": "polar"}, figsize=(7.2, 3.5))
     angles = np.deg2rad(np.arange(8) * 45.0)
     for axis, color, (name, values) in zip(
         np.atleast_1d(axes), [ORANGE, BLUE, GREEN], series.items(), strict=False
@@ -189,10 +210,11 @@ def azimuth_rose(
     return figure
 
 
+@_styled
 def camera_frusta(
     cameras: Any, input_camera: Any, *, pivot: Sequence[float], content: np.ndarray | None
 ) -> Figure:
-    """The cameras of one record, their pivot and the object's points, seen from above and aside.
+    """The cameras of one record, their pivot and the object: in 3D, from above and from the front.
 
     Args:
         cameras: `Cameras` (V,) in the world.
@@ -200,37 +222,73 @@ def camera_frusta(
         pivot: the point the cameras are said to orbit.
         content: points on the object in the world, (P, 3).
     """
-    figure, axes = _figure(1, 2, figsize=(7.2, 3.6))
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8))
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.6, 1))
+    space: Any = figure.add_subplot(grid[:, 0], projection="3d")
+    flat: list[Any] = [figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])]
+    points = np.zeros((0, 3)) if content is None else content
     centers = cameras.centers.detach().cpu().numpy()
     forward = cameras.forward.detach().cpu().numpy()
     eye = input_camera.centers.detach().cpu().numpy()
     gaze = input_camera.forward.detach().cpu().numpy()
+    reach = 0.22 * float(np.linalg.norm(centers - np.asarray(pivot), axis=-1).mean())
+    # matplotlib's third axis is up, the world's second is; +z comes towards the reader
+    turn = [0, 2, 1]
+    space.scatter(*points[:, turn].T, s=1.5, color=SKY, alpha=0.5, rasterized=True)
+    for corners in _frusta(cameras, reach):
+        space.plot(*corners[:, turn].T, color=BLUE, lw=0.9)
+    space.plot(*_frusta(input_camera, 1.25 * reach)[0][:, turn].T, color=VERMILION, lw=1.4)
+    space.scatter(*np.asarray(pivot)[turn, None], s=70, color="black", marker="+", zorder=5)
+    space.invert_yaxis()
+    space.set_aspect("equal")
+    space.set_box_aspect(None, zoom=1.2)
+    space.view_init(elev=24, azim=62)
+    for side, name in zip((space.xaxis, space.yaxis, space.zaxis), "xzy", strict=True):
+        side.set_pane_color((0, 0, 0, 0))
+        side.set_tick_params(labelsize=7, pad=-2)
+        side.set_label_text(name)
     for axis, (i, j), title in zip(
-        axes, [(0, 2), (0, 1)], ["from above (x, z)", "from the front (x, y)"], strict=True
+        flat, [(0, 2), (0, 1)], ["from above (x, z)", "from the front (x, y)"], strict=True
     ):
-        if content is not None and len(content):
-            axis.scatter(content[:, i], content[:, j], s=2, color=SKY, label="object", alpha=0.5)
-        axis.quiver(
-            centers[:, i], centers[:, j], forward[:, i], forward[:, j], color=GREY,
-            angles="xy", scale_units="xy", scale=2.2, width=0.006,
-        )  # fmt: skip
-        axis.scatter(centers[:, i], centers[:, j], s=26, color=BLUE, label="view cameras", zorder=3)
-        axis.quiver(
-            eye[i], eye[j], gaze[i], gaze[j], color=VERMILION,
-            angles="xy", scale_units="xy", scale=2.2, width=0.006,
-        )  # fmt: skip
         axis.scatter(
-            eye[i], eye[j], s=40, color=VERMILION, marker="s", label="input camera", zorder=4
+            *points[:, [i, j]].T, s=2, color=SKY, label="object", alpha=0.5, rasterized=True
+        )
+        arrows: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1.0, "width": 0.008}
+        axis.quiver(
+            *centers[:, [i, j]].T, *(2 * reach * forward[:, [i, j]]).T, color=GREY, **arrows
+        )
+        axis.scatter(*centers[:, [i, j]].T, s=22, color=BLUE, label="view cameras", zorder=3)
+        axis.quiver(*eye[[i, j]], *(2 * reach * gaze[[i, j]]), color=VERMILION, **arrows)
+        axis.scatter(
+            *eye[[i, j]], s=34, color=VERMILION, marker="s", label="input camera", zorder=4
         )
         axis.scatter(pivot[i], pivot[j], s=60, color="black", marker="+", label="pivot", zorder=5)
         axis.set_aspect("equal", adjustable="datalim")
         axis.set_title(title)
-        if (i, j) == (0, 2):
-            axis.invert_yaxis()  # +z, where azimuth 0 stands, is towards the reader
-            axis.legend(fontsize=8, loc="upper left", markerscale=0.8)
+    flat[0].invert_yaxis()  # +z, where azimuth 0 stands, is towards the reader
+    handles, labels = flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=4, loc="outside lower center")
     return figure
 
 
+def _frusta(cameras: Any, depth: float) -> list[np.ndarray]:
+    """One line (P, 3) a camera, that draws its pyramid from the eye to `depth` in the world."""
+    many = cameras if cameras.batch_shape else cameras.reshape(1)
+    K, pose = (value.detach().cpu().numpy() for value in (many.Ks, many.viewmats))
+    w, h = cameras.width, cameras.height
+    corners = np.array([[0, 0, 1], [w, 0, 1], [w, h, 1], [0, h, 1]], float)
+    lines = []
+    for intrinsic, view in zip(K, pose, strict=True):
+        seen = depth * corners @ np.linalg.inv(intrinsic).T
+        a, b, c, d = (seen - view[:3, 3]) @ view[:3, :3]
+        eye = -view[:3, 3] @ view[:3, :3]
+        lines.append(np.stack([eye, a, b, eye, c, d, eye, b, c, d, a]))
+    return lines
+
+
+@_styled
 def loss_curves(
     log: Sequence[Mapping[str, float]],
     *,
@@ -254,9 +312,10 @@ def loss_curves(
     if all(np.min(line.get_ydata()) > 0 for line in axis.lines) and axis.lines:
         axis.set_yscale("log")
     axis.set_xlabel("step")
-    axis.set_title("What the optimiser sees: loss")
+    axis.set_ylabel("loss")
+    axis.set_title("What the optimiser sees")
     if len(terms) > 1:
-        axis.legend(fontsize=8)
+        axis.legend()
     if against:
         axis = axes[0, 1]
         if target:
@@ -265,11 +324,13 @@ def loss_curves(
             axis.plot(steps, values, "o-", ms=4, lw=1.4, label=name)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("step")
-        axis.set_title("What a person sees: outputs against truth")
-        axis.legend(fontsize=8)
+        axis.set_ylabel("held-out outputs / truth")
+        axis.set_title("What a person sees")
+        axis.legend()
     return figure
 
 
+@_styled
 def bins_figure(
     summaries: Mapping[str, Sequence[Mapping[str, Any]]],
     metric: str,
@@ -301,10 +362,11 @@ def bins_figure(
     axis.set_xlabel("azimuth away from the input, degrees")
     axis.set_ylabel(label)
     axis.grid(axis="x", visible=False)
-    figure.legend(fontsize=8, ncols=min(4, len(summaries)), loc="outside upper center")
+    figure.legend(ncols=min(4, len(summaries)), loc="outside upper center")
     return figure
 
 
+@_styled
 def loss_against_usefulness(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Two runs' falling losses, and what their outputs are worth on held-out objects.
 
@@ -323,12 +385,13 @@ def loss_against_usefulness(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
     left.set_xlabel("step")
     right.axhspan(0.8, 1.25, color=GREEN, alpha=0.12, lw=0)
     right.set_ylim(bottom=0)
-    right.set_title("Held-out luminance ratio")
+    right.set_title("Held-out light, output / truth")
     right.set_xlabel("azimuth away from the input, degrees")
-    left.legend(fontsize=8)
+    left.legend()
     return figure
 
 
+@_styled
 def by_azimuth(
     azimuth_deg: Sequence[float],
     series: Mapping[str, Sequence[float]],
@@ -356,5 +419,5 @@ def by_azimuth(
         axis.set_yscale("log")
     else:
         axis.set_ylim(bottom=0)
-    axis.legend(fontsize=8)
+    axis.legend()
     return figure
