@@ -9,10 +9,13 @@ The public API, each name in the module that explains it:
     CVS, fit, evaluate            one network call, one novel view; training; held-out figures
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from fresnel.cameras import Cameras, look_at, orbit
-from fresnel.gaussians import Gaussians
+if TYPE_CHECKING:
+    from fresnel.cameras import Cameras, look_at, orbit
+    from fresnel.gaussians import Gaussians
 
 try:
     __version__ = version("fresnel")
@@ -20,3 +23,16 @@ except PackageNotFoundError:  # imported from a checkout that was not installed
     __version__ = "0.1.0"
 
 __all__ = ["Cameras", "Gaussians", "__version__", "look_at", "orbit"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: torch takes seconds, and a report that is at hand needs none."""
+    modules = {"Cameras": "cameras", "look_at": "cameras", "orbit": "cameras"}
+    modules |= {"Gaussians": "gaussians"}
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"fresnel.{modules[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

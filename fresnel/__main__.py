@@ -1,8 +1,9 @@
-"""The command line: `python -m fresnel run | validate | views | furniture | index | html`."""
+"""The command line: `python -m fresnel run | validate | views | furniture | pages | ...`."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import signal
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 well, 1 the command's own bad news (a crash, a
-    FAIL), 2 wrong use, 130 stopped by the user."""
+    """Run one command; returns the exit status: 0 well, 1 the command's own bad news (a cell's
+    error, a FAIL of `validate`, a problem in a profile), 2 wrong use, 6 the disk is full, 130
+    stopped by the user. One notebook's run has more: `report.EXIT_STATUS`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["furniture"]:  # it has a parser of its own
         from fresnel import furniture
@@ -25,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.command(arguments))
     except (ValueError, OSError) as error:  # bad input, said in one line
         print(f"fresnel: {error}", file=sys.stderr)
-        return 2
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return 6 if full else 2
     except KeyboardInterrupt:
         print("fresnel: stopped", file=sys.stderr)
         return 130
@@ -39,6 +42,10 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run one notebook, or a profile of them, into reports",
         description="Run one notebook (NOTEBOOK -p name value ...), or all of a profile.",
+        epilog="Exit status of one notebook: 0 it finished, whatever its verdict; 1 a cell failed; "
+        "2 wrong use; 3 refused by its protocol; 4 its Python died; 5 the page is a plain one; 6 "
+        "the disk is full; 124 timed out; 130 stopped. Of a profile: 0, 1 (a crash, an unexpected "
+        "verdict, a page that could not be made), 2, 130.",
     )
     run.add_argument("notebook", nargs="?", help="the notebook to run")
     run.add_argument(
@@ -52,7 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("-f", "--params-file", help="YAML file of parameters; -p overrides it")
     run.add_argument("--name", default="", help="the run's name (default: the notebook's)")
-    run.add_argument("--timeout", type=int, metavar="SECONDS", help="most that one cell may take")
+    run.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="most that a notebook may take"
+    )
+    run.add_argument(
+        "--cell-timeout", type=float, metavar="SECONDS", help="most that one of its cells may take"
+    )
+    run.add_argument(
+        "--fresh", action="store_true", help="compute it even if nothing has changed, from step 1"
+    )
     run.add_argument(
         "--profile", nargs="?", const="auto", choices=["auto", "cpu", "gpu"], help="default: auto"
     )
@@ -94,7 +109,14 @@ def _parser() -> argparse.ArgumentParser:
 
     index = commands.add_parser("index", help="rebuild reports/index.html")
     index.add_argument("--reports", type=Path, help="default: reports/")
+    index.add_argument("--rebuild", action="store_true", help="make every report's page again too")
     index.set_defaults(command=_index)
+
+    again = commands.add_parser(
+        "pages", help="make every report's page again from its executed notebook, and the index"
+    )
+    again.add_argument("--reports", type=Path, help="default: reports/")
+    again.set_defaults(command=_index, rebuild=True)
 
     commands.add_parser("furniture", help="make the furniture set from Debian's package")
 
@@ -105,36 +127,48 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from fresnel import report
+    from fresnel import profiles, report
+    from fresnel.provenance import project_root
 
     if arguments.notebook:
         if arguments.profile or arguments.only or arguments.list:
             raise ValueError("give a notebook, or --profile with --only/--list, not both")
-        done = report.run(
-            arguments.notebook,
-            _parameters(arguments),
-            arguments.name,
-            arguments.reports,
-            cell_timeout_s=arguments.timeout,
-        )
-        report.index(report.reports_folder(arguments.reports))
+        params = _parameters(arguments)
+        try:
+            done = report.run(
+                *(arguments.notebook, params, arguments.name, arguments.reports),
+                fresh=arguments.fresh,
+                timeout_s=arguments.timeout,
+                cell_timeout_s=arguments.cell_timeout,
+            )
+        except KeyboardInterrupt:
+            report.try_index(report.reports_folder(arguments.reports))
+            raise
+        problem = report.try_index(report.reports_folder(arguments.reports))
         print(report.describe(done))
-        return int(done.crashed or done.record.verdict == "REFUSED")
-    if arguments.param or arguments.params_file or arguments.name or arguments.timeout:
-        raise ValueError("-p, -f, --name and --timeout belong to one notebook: name it")
+        for text in filter(None, (done.problem, problem)):
+            print(f"fresnel: {text}", file=sys.stderr)
+        return done.exit_status or (report.EXIT_STATUS["no_page"] if problem else 0)
+    if arguments.param or arguments.params_file or arguments.name or arguments.cell_timeout:
+        raise ValueError("-p, -f, --name and --cell-timeout belong to one notebook: name it")
     profile = arguments.profile or "auto"
     if profile == "auto":
         profile = _detect()
-    steps = report.load_profile(
-        report.project_root() / "notebooks" / "params" / f"profile_{profile}.yaml"
+    steps = profiles.load_profile(
+        project_root() / "notebooks" / "params" / f"profile_{profile}.yaml"
     )
     if arguments.list:
         for step in steps:
             print(f"{step.name}\t{step.notebook.name}")
         return 0
     print(f"profile {profile}, {len(arguments.only or steps)} reports", flush=True)
-    problems = report.run_profile(steps, arguments.reports, only=arguments.only)
-    print(f"\nindex: {report.reports_folder(arguments.reports) / report.INDEX_NAME}")
+    problems = profiles.run_profile(
+        *(steps, arguments.reports),
+        only=arguments.only,
+        fresh=arguments.fresh,
+        timeout_s=arguments.timeout,
+    )
+    print(f"\nindex: {report.reports_folder(arguments.reports) / 'index.html'}")
     for problem in problems:
         print(f"fresnel: {problem}", file=sys.stderr)
     return int(bool(problems))
@@ -142,7 +176,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     from fresnel.parameters import ParameterError, find_parameter, read_parameters
-    from fresnel.report import read_yaml
+    from fresnel.profiles import read_yaml
 
     known = read_parameters(arguments.notebook)
     params: dict[str, Any] = {}
@@ -201,11 +235,13 @@ def _views(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from fresnel import pages
-    from fresnel.provenance import project_root
+    from fresnel import report
 
-    print(pages.index(arguments.reports or project_root() / "reports"))
-    return 0
+    problems = report.rebuild(arguments.reports) if arguments.rebuild else []
+    print(report.index(arguments.reports))
+    for problem in problems:
+        print(f"fresnel: {problem}", file=sys.stderr)
+    return report.EXIT_STATUS["no_page"] if problems else 0
 
 
 def _html(arguments: argparse.Namespace) -> int:
@@ -217,6 +253,10 @@ def _html(arguments: argparse.Namespace) -> int:
 
 
 def _detect() -> str:
+    from fresnel.provenance import accelerators
+
+    if sys.platform == "linux" and not accelerators():
+        return "cpu"  # without the seconds that torch takes to say so
     import torch
 
     return "gpu" if torch.cuda.is_available() else "cpu"

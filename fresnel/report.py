@@ -1,84 +1,88 @@
 """Notebook in, report out: run it, keep what ran even when it died, and show it as one HTML page.
 
-`run()` executes one notebook into a folder of its own; `run_profile()` a list of them. What a
-report and the index look like is `fresnel.pages`.
+`run()` executes one notebook into a folder of its own (`fresnel.execution`), or finds that nothing
+has changed since it last did (`fresnel.cache`). What a report and the index look like is
+`fresnel.pages`; a list of notebooks is `fresnel.profiles`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
-import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import nbformat
-import yaml
-from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
-
-from fresnel.pages import INDEX_NAME, index, notebook_title, to_html
-from fresnel.parameters import ParameterError, check_parameters, read_parameters
+from fresnel import cache
+from fresnel.parameters import check_parameters, read_parameters
+from fresnel.plainpage import plain_page
 from fresnel.provenance import project_root
-from fresnel.record import RESULTS_NAME, THUMBNAIL_NAME, RecordError, RunRecord, new_run_dir
+from fresnel.record import (
+    RESULTS_NAME,
+    THUMBNAIL_NAME,
+    RecordError,
+    RunRecord,
+    new_run_dir,
+    write_atomic,
+)
 
-__all__ = [
-    "INDEX_NAME",
-    "ParameterError",
-    "ProfileError",
-    "Run",
-    "Step",
-    "describe",
-    "index",
-    "load_profile",
-    "project_root",
-    "read_yaml",
-    "reports_folder",
-    "run",
-    "run_profile",
-    "to_html",
-]
+if TYPE_CHECKING:
+    from fresnel.execution import Failure
 
 EXECUTED_NAME = "executed.ipynb"
 REPORT_NAME = "report.html"
-
-
-class ProfileError(ValueError):
-    """A profile file that does not say what to run."""
+EXIT_STATUS = {
+    "cell_error": 1,
+    "no_verdict": 1,
+    "not_started": 1,
+    "refused": 3,
+    "kernel_died": 4,
+    "no_page": 5,
+    "disk_full": 6,
+    "timed_out": 124,
+    "stopped": 130,
+}
+"""How a process ends that ran one notebook, unless it finished (0) or was used wrongly (2)."""
+_BALLAST_BYTES = 8 << 20
+"""Room kept on the run's disk while it goes on, for its report should the disk fill up."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is over: what it said, and the folder that holds its report."""
+    """A run that is over: what it said, and the folder that holds its report. `problem`: why its
+    page is not the one it should be; None if it is."""
 
     record: RunRecord
     directory: Path
+    problem: str | None = None
 
     @property
     def crashed(self) -> bool:
         return self.record.status == "crashed"
 
     @property
+    def reused(self) -> bool:
+        """Whether this is an earlier run's result, of which nothing has changed since."""
+        return self.record.cached is not None
+
+    @property
     def report(self) -> Path:
         return self.directory / REPORT_NAME
 
-
-@dataclass(frozen=True)
-class Step:
-    """One notebook of a profile. `expect`: the verdict it must end with; `needs`: the steps that
-    must not have crashed before it. A text in `params` may hold {run:NAME}, the folder of the run
-    of step NAME."""
-
-    name: str
-    notebook: Path
-    params: Mapping[str, Any] = field(default_factory=dict)
-    expect: str | None = None
-    needs: tuple[str, ...] = ()
+    @property
+    def exit_status(self) -> int:
+        """0, or one of EXIT_STATUS."""
+        if self.crashed:
+            return EXIT_STATUS[(self.record.failure or {"kind": "cell_error"})["kind"]]
+        if self.record.verdict == "REFUSED":
+            return EXIT_STATUS["refused"]
+        return EXIT_STATUS["no_page"] if self.problem else 0
 
 
 def run(
@@ -87,8 +91,11 @@ def run(
     name: str = "",
     reports_dir: str | Path | None = None,
     *,
-    cell_timeout_s: int | None = None,
+    fresh: bool = False,
+    timeout_s: float | None = None,
+    cell_timeout_s: float | None = None,
     progress: bool | None = None,
+    label: str = "",
 ) -> Run:
     """Execute a notebook and write its report, whatever happens to it.
 
@@ -96,140 +103,94 @@ def run(
     and thumbnail.png. A notebook with a parameter `output_dir` is given that folder; where the
     caller sets `output_dir`, it is that one instead.
 
-    params: checked against the notebook's parameters cell before anything starts.
-    cell_timeout_s: stop if one cell takes longer. progress: show a bar; default: on a terminal.
+    A run that finished and of which nothing has changed since, neither code nor parameters nor
+    anything that it read or made (`fresnel.cache`), is not computed again: its folder comes back,
+    its record and page marked as `cached`. Of two such calls at once the second waits for the
+    first.
+
+    Args:
+        params: checked against the notebook's parameters cell before anything starts.
+        fresh: compute it in any case, training from the first step (a notebook's parameter
+            `resume` is then False).
+        timeout_s: most that the run may take; cell_timeout_s: most that one cell may. A training
+            saves a checkpoint before it is stopped.
+        progress: show cell, time and the kernel's progress bar; default: on a terminal.
+        label: what to show before them.
 
     Raises ParameterError for a parameter that does not fit and FileNotFoundError without the
-    notebook. An error inside it raises nothing: the returned record says "crashed". Ctrl-C is
-    raised again after the report is written.
+    notebook. An error inside it raises nothing: the returned record says "crashed" and `failure`
+    how. Ctrl-C and SIGTERM raise KeyboardInterrupt after the report is written.
     """
     source = Path(notebook).resolve()
     if not source.is_file():
         raise FileNotFoundError(f"no such notebook: {notebook}")
     known = read_parameters(source)
     given = check_parameters(known, params or {})
-    reports = reports_folder(reports_dir)
+    reports = reports_folder(reports_dir).resolve()
     name = name or source.stem
-    if given.get("output_dir"):
-        directory = Path(given["output_dir"])
+    told = given.pop("output_dir", "")
+    chosen = Path(told).resolve() if told else None
+    wanted = cache.identity(source, given, name, chosen)
+    with _alone(reports, wanted, name):
+        if not fresh:
+            found = cache.find(reports, wanted)
+            if not isinstance(found, str):
+                return _reuse(*found)
+        elif "resume" in known:
+            given["resume"] = False
+        directory = chosen or new_run_dir(reports, name).resolve()
         directory.mkdir(parents=True, exist_ok=True)
         for stale in (RESULTS_NAME, EXECUTED_NAME, REPORT_NAME, THUMBNAIL_NAME):
             (directory / stale).unlink(missing_ok=True)
-    else:
-        directory = new_run_dir(reports, name)
-    directory = directory.resolve()
-    if "output_dir" in known:
-        given["output_dir"] = str(directory)
-
-    begun, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-    error, interrupt = None, None
-    try:
-        _execute(source, directory / EXECUTED_NAME, given, cell_timeout_s, progress)
-    except Exception as problem:
-        error = _plain_words(problem, injected=bool(given))
-    except BaseException as problem:  # Ctrl-C, or the shell that asks us to end
-        error, interrupt = "The run was stopped from outside before it was done.", problem
-
-    executed = _executed(source, directory / EXECUTED_NAME, error)
-    record = _settle(directory, source, executed, given, name, error, started, begun)
-    to_html(directory / EXECUTED_NAME, directory / REPORT_NAME)
+        if "output_dir" in known:
+            given["output_dir"] = str(directory)
+        begun = _Begun(source, directory, name, given)
+        with tempfile.TemporaryDirectory(prefix="fresnel-") as scratch:
+            trace = Path(scratch) / "touched.jsonl"
+            done, interrupt = _compute(
+                begun, reports, trace, timeout_s, cell_timeout_s, progress, label
+            )
+            if not done.crashed and interrupt is None:
+                with contextlib.suppress(OSError):  # a full disk: compute it again next time
+                    cache.keep(reports, wanted, directory, done.record, trace, begun.unix)
     if interrupt is not None:
         raise interrupt
-    return Run(record, directory)
+    return done
 
 
-def load_profile(path: str | Path) -> list[Step]:
-    """Read notebooks/params/profile_*.yaml: a list of {name, notebook, params | params_file,
-    expect, needs}. Paths are relative to the project, params_file to the profile."""
-    source = Path(path)
-    if not source.is_file():
-        raise ProfileError(f"no such profile: {source}")
-    entries = read_yaml(source)
-    if not isinstance(entries, list) or not entries:
-        raise ProfileError(f"{source}: must be a list of steps with 'name' and 'notebook'")
-    steps: list[Step] = []
-    for number, entry in enumerate(entries, 1):
-        where = f"{source}, step {number}"
-        if not isinstance(entry, dict) or not {"name", "notebook"} <= entry.keys():
-            raise ProfileError(f"{where}: needs 'name' and 'notebook'")
-        unknown = entry.keys() - {"name", "notebook", "params", "params_file", "expect", "needs"}
-        if unknown:
-            raise ProfileError(f"{where}: does not know {', '.join(sorted(unknown))}")
-        params: dict[str, Any] = {}
-        if "params_file" in entry:
-            params.update(read_yaml(source.parent / entry["params_file"]) or {})
-        params.update(entry.get("params") or {})
-        needs = entry.get("needs") or ()
-        needs = (needs,) if isinstance(needs, str) else tuple(needs)
-        missing = [need for need in needs if need not in {step.name for step in steps}]
-        if missing:
-            raise ProfileError(f"{where}: needs {', '.join(missing)}, which no step before it is")
-        notebook = project_root() / entry["notebook"]
-        steps.append(Step(str(entry["name"]), notebook, params, entry.get("expect"), needs))
-    names = [step.name for step in steps]
-    if len(set(names)) < len(names):
-        raise ProfileError(f"{source}: two steps have the same name")
-    return steps
+def rebuild(reports_dir: str | Path | None = None) -> list[str]:
+    """Make the page of every executed notebook below the reports folder again, and the index.
 
-
-def run_profile(
-    steps: Sequence[Step], reports_dir: str | Path | None = None, *, only: Sequence[str] = ()
-) -> list[str]:
-    """Run the steps in order, one printed line each, and build the index at the end.
-
-    A step that crashes stops only those that need it. Parameters of all steps are checked before
-    the first one starts. only: names of the steps to run; an earlier one that they refer to is
-    then looked up among the runs that are there.
-
-    Returns the problems, a sentence each: crashes, steps left out, verdicts not as expected.
-    """
+    Returns the problems, a sentence each."""
     reports = reports_folder(reports_dir)
-    unknown = [name for name in only if name not in {step.name for step in steps}]
-    if unknown:
-        known = ", ".join(step.name for step in steps)
-        raise ProfileError(f"no step named {', '.join(unknown)} in this profile; it has: {known}")
-    chosen = [step for step in steps if not only or step.name in only]
-    for step in chosen:
+    problems = []
+    for executed in sorted(reports.rglob(EXECUTED_NAME)):
         try:
-            check_parameters(read_parameters(step.notebook), step.params)
-        except (ValueError, OSError) as error:
-            raise ProfileError(f"step {step.name}: {error}") from error
+            record = RunRecord.read(executed.parent)
+        except RecordError:
+            record = RunRecord(executed.parent.name, "crashed", error="results.json is damaged.")
+        problem = _page(executed.parent, record)
+        problems += [f"{executed.parent}: {problem}"] if problem else []
+    problem = try_index(reports)
+    return [*problems, problem] if problem else problems
 
-    problems: list[str] = []
-    folders: dict[str, Path] = {}
-    crashed: set[str] = set()
-    width = max(len(step.name) for step in chosen)
+
+def index(reports_dir: str | Path | None = None) -> Path:
+    """Write the index over all runs. Calls at once take turns, so that the last one sees all."""
+    from fresnel import pages
+
+    reports = reports_folder(reports_dir)
+    with cache.locked(reports / cache.CACHE_NAME / "index.lock"):
+        return pages.index(reports)
+
+
+def try_index(reports: Path) -> str | None:
+    """`index`, but a failure comes back as a sentence: no run is lost for want of an index."""
     try:
-        for number, step in enumerate(chosen, 1):
-            lead = f"[{number}/{len(chosen)}] {step.name:<{width}}"
-            broken = [need for need in step.needs if need in crashed]
-            if broken:
-                crashed.add(step.name)
-                problems.append(f"{step.name} was left out: it needs {', '.join(broken)}.")
-                print(f"{lead}  LEFT OUT  (needs {', '.join(broken)})", flush=True)
-                continue
-            if sys.stderr.isatty():
-                print(f"{lead}  ...", flush=True)
-            try:
-                params = _fill(step.params, folders, reports)
-            except ProfileError as error:
-                crashed.add(step.name)
-                problems.append(f"{step.name} was left out: {error}")
-                print(f"{lead}  LEFT OUT  ({error})", flush=True)
-                continue
-            done = run(step.notebook, params, step.name, reports)
-            folders[step.name] = done.directory
-            print(f"{lead}  {_line(done)}", flush=True)
-            if done.crashed:
-                crashed.add(step.name)
-                problems.append(f"{step.name} crashed: {done.record.error}")
-            elif step.expect and done.record.verdict != step.expect:
-                problems.append(
-                    f"{step.name} ended with {done.record.verdict}, but {step.expect} was expected."
-                )
-    finally:
         index(reports)
-    return problems
+    except Exception as error:
+        return f"the index could not be made: {type(error).__name__}: {error}"
+    return None
 
 
 def reports_folder(reports_dir: str | Path | None = None) -> Path:
@@ -240,145 +201,214 @@ def reports_folder(reports_dir: str | Path | None = None) -> Path:
 def describe(done: Run) -> str:
     """What a person wants to read on a terminal after one run."""
     text = done.record.error if done.crashed else done.record.summary
-    return "\n".join(part for part in (_line(done), text) if part)
+    return "\n".join(part for part in (line(done), text) if part)
 
 
-def _line(done: Run) -> str:
+def line(done: Run) -> str:
+    """One line on a run: verdict, time, where its report is, and whether it was computed now."""
     path = os.path.relpath(done.report)
-    return f"{done.record.badge:<8} {done.record.duration_s:7.1f} s  {path}"
+    text = f"{done.record.badge:<8} {done.record.duration_s:7.1f} s  {path}"
+    if not done.reused:
+        return text
+    cached = done.record.cached or {}
+    commit = f" by {cached['commit'][:8]}" if cached["commit"] else ""
+    return f"{text}  (unchanged; computed {cached['computed_utc']}{commit})"
 
 
-class _ThisPython(AsyncKernelManager):
-    """Starts the kernel with the interpreter that runs us, whatever kernels are installed, and
-    with the project importable from a checkout that is not installed."""
+@dataclass(frozen=True)
+class _Begun:
+    """What is known of a run when it starts."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        if self.has_trait("transport_encryption"):  # jupyter_client 8.9 and newer
-            self.transport_encryption = "auto"
+    source: Path
+    directory: Path
+    name: str
+    params: dict[str, Any]
+    clock: float = 0.0
+    unix: float = 0.0
+    utc: str = ""
 
-    @property
-    def kernel_spec(self) -> KernelSpec:
-        paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-        return KernelSpec(
-            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-            display_name="Python 3",
-            language="python",
-            metadata={"supported_encryption": ["curve"]},
-            env={
-                "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-                "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a warning on frozen modules
-            },
-        )
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "clock", time.perf_counter())
+        object.__setattr__(self, "unix", time.time())
+        object.__setattr__(self, "utc", datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-def _execute(
-    source: Path,
-    target: Path,
-    params: Mapping[str, Any],
-    cell_timeout_s: int | None,
+def _compute(
+    begun: _Begun,
+    reports: Path,
+    trace: Path,
+    timeout_s: float | None,
+    cell_timeout_s: float | None,
     progress: bool | None,
-) -> None:
-    import papermill
+    label: str,
+) -> tuple[Run, BaseException | None]:
+    """Run it and write everything about it; with the interrupt that is still to be raised."""
+    import nbformat
 
-    papermill.execute_notebook(
-        _literal(source),
-        _literal(target),
-        dict(params),
-        kernel_name="python3",
-        language="python",
-        progress_bar=sys.stderr.isatty() if progress is None else progress,
-        autosave_cell_every=5,
-        execution_timeout=cell_timeout_s,
-        kernel_manager_class=_ThisPython,
-        # the kernel's working directory; papermill's own `cwd` would move this process too
-        resources={"metadata": {"path": str(project_root())}},
-    )
+    from fresnel.execution import Failure, execute
 
+    directory = begun.directory
+    notebook = _with_parameters(nbformat.read(begun.source, as_version=4), begun.params)
+    interrupt: BaseException | None = None
 
-def _literal(path: Path) -> str:
-    """`path` as papermill wants it, which formats paths: braces in a folder's name are doubled."""
-    return str(path).replace("{", "{{").replace("}", "}}")
+    def save() -> None:
+        write_atomic(directory / EXECUTED_NAME, nbformat.writes(notebook) + "\n")
 
-
-def _plain_words(problem: Exception, *, injected: bool) -> str:
-    """What happened, for a person who has not seen a traceback today."""
-    kind = type(problem).__name__
-    if kind == "PapermillExecutionError":
-        failed: Any = problem
-        # the source has one code cell less than what ran: papermill put the parameters into one
-        number = (failed.exec_count or 0) - injected
-        place = f"Code cell {number}" if number > 0 else "A cell"
-        return f"{place} stopped with {failed.ename}: {failed.evalue}"
-    if kind == "DeadKernelError":
-        return (
-            "The notebook's Python process ended in the middle of a cell: it ran out of memory, "
-            "or it was killed from outside."
-        )
-    if kind == "CellTimeoutError":
-        return f"A cell took longer than it was allowed to: {str(problem).splitlines()[0]}"
-    return f"The notebook could not be run: {kind}: {problem}"
-
-
-def _executed(source: Path, target: Path, error: str | None) -> nbformat.NotebookNode:
-    """The executed notebook, as far as it came; marks the cell that a dead kernel left behind."""
+    with _ballast(directory):
+        try:
+            failure = execute(
+                notebook,
+                save=save,
+                folder=project_root(),
+                timeout_s=timeout_s,
+                cell_timeout_s=cell_timeout_s,
+                progress=progress,
+                label=label,
+                environment={"FRESNEL_TRACE": str(trace)},
+            )
+        except Exception as error:
+            text = f"The notebook could not be run: {type(error).__name__}: {error}"
+            failure = Failure("not_started", text)
+        except BaseException as second:  # Ctrl-C again, while the kernel was being stopped
+            failure, interrupt = Failure("stopped", "The run was stopped from outside."), second
+    if failure is not None and failure.kind == "stopped" and interrupt is None:
+        interrupt = KeyboardInterrupt()
+    problems = []
     try:
-        notebook = nbformat.read(target, as_version=4)
-    except Exception:  # never written, or only half of it
-        notebook = nbformat.read(source, as_version=4)
-    notebook.cells = [
-        cell
-        for cell in notebook.cells
-        if not {"papermill-error-cell-tag"} & set(cell.metadata.get("tags", []))
-    ]
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    ran = [cell for cell in code if cell.metadata.get("papermill", {}).get("start_time")]
-    for cell in code:
-        cell.metadata.fresnel = {"ran": not error or cell in ran}
-    if error and ran and not any(o.output_type == "error" for c in code for o in c.outputs):
-        ran[-1].outputs.append(
-            nbformat.v4.new_output("error", ename="Stopped", evalue=error, traceback=[error])
-        )
-    nbformat.write(notebook, target)
-    return notebook
+        save()
+    except OSError as error:
+        problems.append(f"The executed notebook could not be saved ({error.strerror}).")
+    record = _settle(begun, notebook, failure, reports)
+    try:
+        record.write(directory / RESULTS_NAME)
+    except OSError as error:
+        problems.append(f"{RESULTS_NAME} could not be written ({error.strerror}).")
+    problem = _page(directory, record, notebook)
+    problems += [problem] if problem else []
+    return Run(record, directory, " ".join(problems) or None), interrupt
 
 
-def _settle(
-    directory: Path,
-    source: Path,
-    executed: nbformat.NotebookNode,
-    params: Mapping[str, Any],
-    name: str,
-    error: str | None,
-    started: str,
-    begun: float,
-) -> RunRecord:
-    """Bring results.json to its final state: the notebook's own record where it wrote one."""
+def _reuse(directory: Path, record: RunRecord) -> Run:
+    git = record.provenance.get("git") or {}
+    record = record.replace(
+        cached={
+            "reused_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            "computed_utc": record.started_utc,
+            "commit": git.get("commit"),
+            "dirty": git.get("dirty"),
+        }
+    )
+    record.write(directory / RESULTS_NAME)
+    return Run(record, directory, _page(directory, record))
+
+
+def _with_parameters(notebook: Any, params: Mapping[str, Any]) -> Any:
+    """The notebook with a cell behind its parameters cell that sets those that differ."""
+    if not params:
+        return notebook
+    from papermill.parameterize import parameterize_notebook
+
+    notebook.metadata["papermill"] = {}  # where it notes the parameters; our record has them
+    for cell in notebook.cells:
+        cell.metadata.setdefault("tags", [])
+    filled = parameterize_notebook(notebook, dict(params), kernel_name="python3", language="python")
+    del filled.metadata["papermill"]
+    return filled
+
+
+def _settle(begun: _Begun, executed: Any, failure: Failure | None, reports: Path) -> RunRecord:
+    """The record's final state: the notebook's own where it wrote one."""
+    from fresnel import ledger
+    from fresnel.execution import Failure
+    from fresnel.pages import notebook_title
+
+    directory, source = begun.directory, begun.source
     try:
         record = RunRecord.read(directory)
     except RecordError:
-        record = RunRecord(source.stem, "finished", "DONE", params=dict(params))
-        record = record.replace(started_utc=started)
-    if error is None and record.status == "running":
-        error = "The notebook ended without a verdict: its last cell must call finish()."
+        record = RunRecord(source.stem, "finished", "DONE", params=dict(begun.params))
+        record = record.replace(started_utc=begun.utc)
+    if failure is None and record.status == "running":
+        text = "The notebook ended without a verdict: its last cell must call finish()."
+        failure = Failure("no_verdict", text)
     refused = record.status == "finished" and record.verdict == "REFUSED"
-    if error is not None and not refused:  # a refusal stops the notebook by raising, on purpose
-        record = record.replace(status="crashed", verdict=None, error=error)
+    if failure is not None and not refused:  # a refusal stops the notebook by raising, on purpose
+        record = record.replace(
+            status="crashed",
+            verdict=None,
+            error=failure.message,
+            failure={"kind": failure.kind, "cell": failure.cell},
+        )
     # the notebook's clock misses the kernel's start and end, which the machine's owner pays too
-    duration = time.perf_counter() - begun
-    record = record.replace(
-        duration_s=duration, cost_usd=record.price_per_hour_usd * duration / 3600.0
-    )
+    duration = time.perf_counter() - begun.clock
     artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
-    if "thumbnail" not in artifacts and _first_picture(executed, directory / THUMBNAIL_NAME):
-        artifacts["thumbnail"] = THUMBNAIL_NAME
-    title = notebook_title(executed) or source.stem
-    record = record.replace(name=name, title=title, artifacts=artifacts)
-    record.write(directory / RESULTS_NAME)
-    return record
+    with contextlib.suppress(OSError):
+        if "thumbnail" not in artifacts and _first_picture(executed, directory / THUMBNAIL_NAME):
+            artifacts["thumbnail"] = THUMBNAIL_NAME
+    record = record.replace(
+        duration_s=duration,
+        cost_usd=record.price_per_hour_usd * duration / 3600.0,
+        name=begun.name,
+        title=notebook_title(executed) or source.stem,
+        artifacts=artifacts,
+    )
+    return record.replace(cost_avoided=ledger.cost_avoided(record, _others(reports)))
 
 
-def _first_picture(notebook: nbformat.NotebookNode, target: Path) -> bool:
+def _others(reports: Path) -> Iterator[RunRecord]:
+    for path in reports.rglob(RESULTS_NAME):
+        with contextlib.suppress(RecordError):
+            yield RunRecord.read(path)
+
+
+def _page(directory: Path, record: RunRecord, notebook: Any = None) -> str | None:
+    """Write the report's page; returns why it is only a plain one, or None.
+
+    Plain without pictures where the disk has no room for more, and in the system's temporary
+    folder where it has none at all."""
+    target = directory / REPORT_NAME
+    try:
+        from fresnel import pages
+
+        pages.to_html(directory / EXECUTED_NAME, target)
+        return None
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        problem = f"its page could not be made ({type(error).__name__}: {said})."
+    if notebook is None:
+        try:
+            notebook = json.loads((directory / EXECUTED_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            notebook = {"cells": []}
+    elsewhere = Path(tempfile.gettempdir()) / f"{directory.name}-{REPORT_NAME}"
+    for place, pictures in ((target, True), (target, False), (elsewhere, True)):
+        with contextlib.suppress(OSError):
+            write_atomic(place, plain_page(record, notebook, problem, pictures=pictures))
+            where = "" if place == target else f" It is at {place}."
+            return f"{problem} A plain page stands in.{where}"
+    return f"{problem} Nor could a plain one be written."
+
+
+@contextlib.contextmanager
+def _alone(reports: Path, wanted: Mapping[str, Any], name: str) -> Iterator[None]:
+    waiting = f"{name}: another process is computing this very report; waiting for it"
+    with cache.locked(cache.lock_file(reports, wanted), waiting):
+        yield
+
+
+@contextlib.contextmanager
+def _ballast(directory: Path) -> Iterator[None]:
+    """Hold some room on the run's disk, and give it back at the end."""
+    path = directory / ".ballast"
+    with contextlib.suppress(OSError), open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, _BALLAST_BYTES)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _first_picture(notebook: Any, target: Path) -> bool:
     """A run without a thumbnail of its own shows its first figure."""
     import base64
 
@@ -393,38 +423,3 @@ def _first_picture(notebook: nbformat.NotebookNode, target: Path) -> bool:
                 picture.save(target, optimize=True)
                 return True
     return False
-
-
-def _fill(value: Any, folders: Mapping[str, Path], reports: Path) -> Any:
-    """`value` with every {run:NAME} replaced by that step's folder."""
-    if isinstance(value, Mapping):
-        return {key: _fill(item, folders, reports) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_fill(item, folders, reports) for item in value]
-    if not isinstance(value, str):
-        return value
-    while "{run:" in value:
-        before, _, rest = value.partition("{run:")
-        name, _, after = rest.partition("}")
-        folder = folders.get(name) or _latest(reports, name)
-        value = f"{before}{folder}{after}"
-    return value
-
-
-def _latest(reports: Path, name: str) -> Path:
-    runs = sorted(reports.glob(f"runs/*Z-{name}*/{RESULTS_NAME}"), reverse=True)
-    for results in runs:
-        with contextlib.suppress(RecordError):
-            if RunRecord.read(results).name == name:
-                return results.parent.resolve()
-    raise ProfileError(f"no run of step {name!r} is there yet: run it first")
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file; raises ProfileError if it cannot be read."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise ProfileError(f"{path}: is not valid YAML: {error}") from error

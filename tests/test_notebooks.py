@@ -7,7 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fresnel import report
+from fresnel import profiles, report
+from fresnel.parameters import check_parameters, read_parameters
 from fresnel.record import RunRecord
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -148,8 +149,8 @@ def test_house_rules(path):
 
 def test_profiles_name_real_parameters():
     for profile in sorted((NOTEBOOKS[0].parent / "params").glob("profile_*.yaml")):
-        for step in report.load_profile(profile):
-            report.check_parameters(report.read_parameters(step.notebook), step.params)
+        for step in profiles.load_profile(profile):
+            check_parameters(read_parameters(step.notebook), step.params)
             assert step.expect in {"PASS", "FAIL", "GO", "NO-GO", "DONE", None}
 
 

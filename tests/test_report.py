@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from fresnel import pages, report
+from fresnel import pages, profiles, report
 from fresnel.__main__ import main
 from fresnel.parameters import Parameter, ParameterError, check_parameters, read_parameters
 from fresnel.record import RunRecord
@@ -152,19 +153,34 @@ def test_ctrl_c_writes_the_report_and_says_stopped(make_notebook: Maker, tmp_pat
     assert (folder / "report.html").is_file()
 
 
+def at_once(*runs: Callable[[], report.Run]) -> list[report.Run]:
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return [future.result() for future in [pool.submit(run) for run in runs]]
+
+
 def test_two_runs_at_once_do_not_collide(make_notebook: Maker, tmp_path: Path) -> None:
     notebook = make_notebook("pair", START, FINISH, parameters=PARAMETERS)
-    done: list[report.Run] = []
-    threads = [
-        threading.Thread(target=lambda: done.append(report.run(notebook, None, "p", tmp_path)))
-        for _ in range(2)
-    ]
+    one, two = at_once(
+        *(lambda n=n: report.run(notebook, {"steps": n}, "p", tmp_path) for n in (1, 2))
+    )
+    assert one.directory != two.directory
+    assert [run.record.verdict for run in (one, two)] == ["FAIL", "FAIL"]
+    assert [run.record.params["steps"] for run in (one, two)] == [1, 2]
+    threads = [threading.Thread(target=report.index, args=(tmp_path,)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({run.directory for run in done}) == 2
-    assert [run.record.verdict for run in done] == ["FAIL", "FAIL"]
+    assert "2 runs" in (tmp_path / "index.html").read_text()
+
+
+def test_of_two_equal_runs_at_once_one_waits_for_the_other(
+    make_notebook: Maker, tmp_path: Path
+) -> None:
+    notebook = make_notebook("pair", START, FINISH, parameters=PARAMETERS)
+    done = at_once(*(lambda: report.run(notebook, None, "p", tmp_path) for _ in range(2)))
+    assert done[0].directory == done[1].directory
+    assert sorted(run.reused for run in done) == [False, True]
 
 
 def test_the_kernel_is_this_python_whatever_is_installed(
@@ -261,10 +277,10 @@ def test_redrawn_lines_keep_their_last_state() -> None:
     assert tidied is not None and tidied.text == "c\nend\n"
 
 
-def profile(tmp_path: Path, *steps: dict) -> list[report.Step]:
+def profile(tmp_path: Path, *steps: dict) -> list[profiles.Step]:
     path = tmp_path / "profile.yaml"
     path.write_text(json.dumps(list(steps)))
-    return report.load_profile(path)
+    return profiles.load_profile(path)
 
 
 def test_a_profile_goes_on_after_a_crash_and_reports_it(
@@ -280,7 +296,7 @@ def test_a_profile_goes_on_after_a_crash_and_reports_it(
         {"name": "after", "notebook": uses, "needs": "broken"},
         {"name": "story", "notebook": uses, "params": {"folder": "{run:control}"}, "expect": "GO"},
     )
-    problems = report.run_profile(steps, tmp_path / "r")
+    problems = profiles.run_profile(steps, tmp_path / "r")
     assert problems == [
         "broken crashed: Code cell 1 stopped with ZeroDivisionError: division by zero",
         "after was left out: it needs broken.",
@@ -291,24 +307,24 @@ def test_a_profile_goes_on_after_a_crash_and_reports_it(
     assert (tmp_path / "r" / "index.html").is_file()
     (story,) = (tmp_path / "r" / "runs").glob("*-story")
     assert RunRecord.read(story).params["folder"].endswith("-control")
-    assert report.run_profile(steps, tmp_path / "r", only=["story"]) == problems[2:]
+    assert profiles.run_profile(steps, tmp_path / "r", only=["story"]) == problems[2:]
 
 
 def test_bad_profiles_say_what_is_wrong(tiny: Path, tmp_path: Path) -> None:
     step = {"name": "a", "notebook": str(tiny)}
-    with pytest.raises(report.ProfileError, match="step 1: does not know parms"):
+    with pytest.raises(profiles.ProfileError, match="step 1: does not know parms"):
         profile(tmp_path, {**step, "parms": {}})
-    with pytest.raises(report.ProfileError, match="needs b, which no step before it is"):
+    with pytest.raises(profiles.ProfileError, match="needs b, which no step before it is"):
         profile(tmp_path, {**step, "needs": ["b"]})
-    with pytest.raises(report.ProfileError, match="same name"):
+    with pytest.raises(profiles.ProfileError, match="same name"):
         profile(tmp_path, step, step)
-    with pytest.raises(report.ProfileError, match="cannot be read"):
+    with pytest.raises(profiles.ProfileError, match="cannot be read"):
         profile(tmp_path, {**step, "params_file": "none.yaml"})
     steps = profile(tmp_path, {**step, "params": {"stepps": 1}})
-    with pytest.raises(report.ProfileError, match=r"step a: .*did you mean 'steps'"):
-        report.run_profile(steps, tmp_path / "r")
-    with pytest.raises(report.ProfileError, match=r"no step named x .*it has: a"):
-        report.run_profile(steps, tmp_path / "r", only=["x"])
+    with pytest.raises(profiles.ProfileError, match=r"step a: .*did you mean 'steps'"):
+        profiles.run_profile(steps, tmp_path / "r")
+    with pytest.raises(profiles.ProfileError, match=r"no step named x .*it has: a"):
+        profiles.run_profile(steps, tmp_path / "r", only=["x"])
     assert not (tmp_path / "r").exists()
 
 
