@@ -54,7 +54,8 @@ def measure(
     has_input = views.input_rgb is not None
     rgb, alpha, foreground = _foreground(views.rgb.numpy(), views.alpha.numpy(), background)
     summary["foreground"] = foreground
-    summary["constant"] = [_constant(c, a) for c, a in zip(rgb, alpha, strict=True)]
+    raw = zip(views.rgb.numpy(), views.alpha.numpy(), strict=True)
+    summary["constant"] = [_constant(c, a) for c, a in raw]
     depth = None if views.depth is None else views.depth.numpy()
     summary["bad_poses"] = _bad_poses(views.cameras)
     if has_input:
@@ -63,20 +64,21 @@ def measure(
     usable = not summary["bad_poses"] and not summary["bad_depth"]
     angles = _angles(views) if not summary["bad_poses"] else np.full((len(rgb), 2), np.nan)
 
-    seen = _pictures(rgb, alpha)
+    # What shines through an edge differs from view to view where the background does.
+    inner = rgb * (alpha >= 250)[..., None] if foreground == "masks" else rgb
+    solid = 250 if foreground == "masks" else 128
+    seen = _pictures(rgb, alpha, solid)
     guessed = foreground == "estimated"
     behind = np.median(_border(views.rgb.numpy()), axis=(0, 1)) if guessed else None
-    reference = _reference(views, rgb.shape[1:3], behind) if has_input else None
+    reference = _reference(views, rgb.shape[1:3], behind, solid) if has_input else None
     rows = _rows(views.name, seen, reference, angles, summary.pop("constant"))
     summary |= _of_record(rows, seen, reference, angles)
-    summary["fingerprint"] = _fingerprint(views, rgb, alpha)
+    summary["fingerprint"] = _fingerprint(views, inner, alpha)
     rig = None
     if usable and foreground != "none":
         rig = rig_of(views, rgb, alpha, with_input=has_input and trust_input)
         summary |= _poses(rig) | _pivot(views, rig)
     stray = summary.get("stray", math.nan)
-    # What shines through an edge differs from view to view where the background does.
-    inner = rgb * (alpha >= 250)[..., None] if foreground == "masks" else rgb
     summary["frozen"] = _frozen(inner, alpha, angles, seen["coverage"], stray)
     summary |= _identity(views)
     return rows, summary, rig
@@ -139,16 +141,18 @@ def _constant(rgb: np.ndarray, alpha: np.ndarray) -> bool:
 # --- pictures ----------------------------------------------------------------------------------
 
 
-def _pictures(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, np.ndarray]:
+def _pictures(rgb: np.ndarray, alpha: np.ndarray, solid: int = 128) -> dict[str, np.ndarray]:
     """Numbers of pictures over black, each (V,), colour (V, 3)."""
     step = max(1, rgb.shape[1] // _SIDE)
-    light = [_light(c[::step, ::step], a[::step, ::step]) for c, a in zip(rgb, alpha, strict=True)]
+    pairs = zip(rgb[:, ::step, ::step], alpha[:, ::step, ::step], strict=True)
+    light = [_light(c, a, solid) for c, a in pairs]
     edges = [alpha[:, 0], alpha[:, -1], alpha[:, :, 0], alpha[:, :, -1]]
     return {
         "coverage": alpha[:, ::step, ::step].mean(axis=(1, 2)) / 255.0,
         "luminance": np.array([item[0] for item in light]),
         "clipped": np.array([item[1] for item in light]),
         "crushed": np.array([item[2] for item in light]),
+        "floored": np.array([item[4] for item in light]),
         "color": np.array([item[3] for item in light]),
         "detail": _detail(rgb, alpha),
         "grain": np.array([_grain(c[::step], a[::step]) for c, a in zip(rgb, alpha, strict=True)]),
@@ -156,19 +160,25 @@ def _pictures(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _light(rgb: np.ndarray, alpha: np.ndarray) -> tuple[float, float, float, np.ndarray]:
-    """Mean linear luminance of the covered pixels (alpha at least a half), their colour
-    un-premultiplied, so that a half-transparent white object is white; the share of them at either
-    end of the scale, and at the black end; their mean linear colour.  NaN without any."""
-    mask = alpha >= 128
+def _light(
+    rgb: np.ndarray, alpha: np.ndarray, solid: int
+) -> tuple[float, float, float, np.ndarray, float]:
+    """Mean linear luminance of the covered pixels (alpha at least `solid`, or a half where hardly
+    any are), their colour un-premultiplied, so that a half-transparent white object is white; the
+    share of them at either end of the scale, and at the black end; their mean linear colour; the
+    share of which some channel is black.  NaN without any."""
+    mask = alpha >= solid
+    if mask.sum() < 20:
+        mask = alpha >= 128
     if not mask.any():
-        return math.nan, math.nan, math.nan, np.full(3, np.nan)
+        return math.nan, math.nan, math.nan, np.full(3, np.nan), math.nan
     color, weight = rgb[mask].astype(np.float32), alpha[mask].astype(np.float32)
     straight = np.minimum(color * (255.0 / weight)[:, None] + 0.5, 255).astype(np.uint8)
     linear = _LINEAR[straight].mean(axis=0)
     brightest = straight.max(axis=1)
     crushed, blown = float((brightest <= 1).mean()), float((brightest >= 254).mean())
-    return float(linear @ _LUMINANCE), crushed + blown, crushed, linear
+    floored = float((straight.min(axis=1) <= 1).mean())
+    return float(linear @ _LUMINANCE), crushed + blown, crushed, linear, floored
 
 
 def _detail(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -202,7 +212,7 @@ def _grain(rgb: np.ndarray, alpha: np.ndarray) -> float:
 
 
 def _reference(
-    views: Any, size: tuple[int, int], behind: np.ndarray | None = None
+    views: Any, size: tuple[int, int], behind: np.ndarray | None, solid: int
 ) -> dict[str, np.ndarray]:
     """The numbers of the input, its detail at the views' size.
 
@@ -215,7 +225,7 @@ def _reference(
         rgb = np.clip(rgb + rest * behind, 0, 255).astype(np.uint8)
         rgb, opaque = rgb[None], np.full((1, *alpha.shape), 255, np.uint8)
         rgb, alpha = (part[0] for part in _foreground(rgb, opaque, (0.0, 0.0, 0.0))[:2])
-    out = _pictures(rgb[None], alpha[None])
+    out = _pictures(rgb[None], alpha[None], solid)
     if alpha.shape != size:
         both = torch.from_numpy(np.concatenate([rgb, alpha[..., None]], axis=-1)).permute(2, 0, 1)
         both = torch.nn.functional.interpolate(
@@ -254,6 +264,7 @@ def _rows(
                 "grain": float(seen["grain"][i] - reference["grain"]),
                 "clipped": float(seen["clipped"][i] - reference["clipped"]),
                 "crushed": float(seen["crushed"][i] - reference["crushed"]),
+                "floored": float(seen["floored"][i] - reference["floored"]),
                 "border": float(seen["border"][i]),
                 "constant": bool(constant[i]),
             }
@@ -349,6 +360,7 @@ def _poses(rig: Rig) -> Row:
         "hull_iou": found.hull_iou,
         "hull_miss": miss,
         "stray": found.stray,
+        "input_miss": found.input_miss,
         "mismatch": miss if math.isnan(found.stray) else miss + found.stray,
         "centroid_residual": off_centre,
         "centroid_shift": float(np.hypot(*shift)),

@@ -162,7 +162,10 @@ def check_clipping(seen: Seen) -> Finding | None:
         f"{value:.0%} more of the covered pixels than in the input are fully black or white",
         "lower the contrast, or render with headroom: what is clipped is lost",
         {"clipped": value, "max_clipped": seen.config.max_clipped}
-        | {"crushed": flagged(seen.per_record(seen.of_filled("crushed")), marks)},
+        | {
+            key: flagged(seen.per_record(seen.of_filled(key)), marks)
+            for key in ("crushed", "floored")
+        },
     )
 
 

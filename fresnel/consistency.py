@@ -236,12 +236,15 @@ class Coherence:
             its best point; 0 for consistent data, whatever the object's shape.
         stray: the same at the point where depth says the surface is; NaN without depth.
         votes: miss by pair, (V, V): row i's rays, column j's silhouette; NaN where not asked.
+        input_miss: miss of the input with the views, both ways, less what the median view has;
+            NaN without an input.
     """
 
     hull_iou: float
     miss: float
     stray: float
     votes: np.ndarray
+    input_miss: float = np.nan
 
     @property
     def score(self) -> float:
@@ -323,7 +326,15 @@ def coherence(rig: Rig, rays: int = _RAYS) -> Coherence:
         miss=float((worst / max(len(rig) - 1, 1)).mean()),
         stray=float(stray.mean()) if has_depth.sum() >= 8 else np.nan,
         votes=votes,
+        input_miss=_of_input(votes, rig.input_index),
     )
+
+
+def _of_input(votes: np.ndarray, index: int | None) -> float:
+    if index is None:
+        return np.nan
+    of_view = (np.nanmean(votes, axis=0) + np.nanmean(votes, axis=1)) / 2
+    return float(of_view[index] - np.median(np.delete(of_view, index)))
 
 
 def _spread(mask: np.ndarray, count: int) -> np.ndarray:

@@ -69,9 +69,10 @@ MetaFault = Callable[[Sequence[str], float], dict[str, Any]]
 def duplicated_objects(
     objects: Objects, index: int, strength: float, rng: np.random.Generator
 ) -> ObjectViews:
-    """This share of the records shows what another one shows, under its own name."""
-    own = objects[index]
-    if index == 0 or rng.random() >= strength:
+    """This share of the records, at least the last, shows what another one shows, under its own
+    name."""
+    own, last = objects[index], index == len(objects) - 1
+    if index == 0 or (rng.random() >= strength and not last):
         return own
     return replace(objects[int(rng.integers(index))], name=own.name)
 

@@ -39,6 +39,7 @@ class GateConfig:
     max_pivot_offset: float = 0.2
     max_stray: float = 0.03
     max_hull_miss: float = 0.01
+    max_input_miss: float = 0.005
     max_centroid_residual: float = 0.1
     max_floating: float = 0.15
     max_photometric: float = 0.95

@@ -35,6 +35,7 @@ CHECKS: tuple[Check, ...] = (
     checks_poses.check_frozen,
     checks_poses.check_sides,
     checks_poses.check_poses_match,
+    checks_poses.check_input,
     checks_poses.check_epipolar,
     checks_set.check_azimuths,
     checks.check_cropped,
@@ -56,6 +57,7 @@ _GEOMETRY = (
     *("pivot_offset", "billboard", "pose_mismatch", "input_pose", "views_empty"),
     "colours_disagree",
 )
+_LOOSE = ("pose_mismatch", "input_pose", "focal_length", "depth_mismatch")
 _OF_EXPOSURE = (
     *("identity_mismatch", "blurred", "clipped", "exposure_drift", "colours_disagree"),
     "channels_swapped",
@@ -76,7 +78,7 @@ EXPLAINS = {
         *("views_empty", "billboard", "pose_mismatch", "input_pose", "blurred", "views_dark"),
         *("out_of_frame", "exposure_drift", "noisy", "colours_disagree"),
     ),
-    "pose_mismatch": ("colours_disagree",),
+    "pose_mismatch": ("colours_disagree", "input_pose"),
     "frozen_views": ("pose_mismatch", "colours_disagree"),
     "billboard": (
         *("views_empty", "pose_mismatch", "colours_disagree", "blurred", "noisy"),
@@ -84,13 +86,13 @@ EXPLAINS = {
     ),
     "input_pose": ("pose_mismatch",),
     "out_of_frame": ("pose_mismatch", "views_empty", "blurred"),
-    "views_empty": ("blurred", "exposure_drift"),
-    "blurred": ("colours_disagree",),
+    "views_empty": ("blurred", "exposure_drift", *_LOOSE),
+    "blurred": ("colours_disagree", "identity_mismatch", *_LOOSE),
     "views_dark": _OF_EXPOSURE,
     "views_bright": _OF_EXPOSURE,
     "exposure_drift": ("colours_disagree", "clipped", "views_dark", "views_bright"),
     "clipped": ("noisy", "views_dark", "views_bright", "exposure_drift", "colours_disagree"),
-    "noisy": ("colours_disagree", "clipped"),
+    "noisy": ("colours_disagree", "clipped", "views_dark", "views_bright", "exposure_drift"),
 }
 """What else a fault brings about."""
 
@@ -153,7 +155,7 @@ def judge(
         settled &= sure
         if faulty:
             found.append(_reason(finding, config))
-            if finding.code in ("pose_mismatch", "pivot_offset", "billboard"):
+            if finding.code in ("pose_mismatch", "pivot_offset", "billboard", "input_pose"):
                 suspects += np.flatnonzero(finding.flags > 0).tolist()
         elif phase == "final" and np.nansum(finding.flags) >= max(1, 0.01 * len(objects)):
             which = [str(objects[k]["name"]) for k in np.flatnonzero(finding.flags > 0)[:3]]
@@ -181,35 +183,42 @@ _CAUSE_KNOWN = ("pose_invalid", "constant_frames", "frozen_views")
 def _diagnosed(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
     """Ask which convention explains a mismatch, and let the answer take its place."""
     codes = [reason.code for reason in found]
-    if "pose_mismatch" not in codes or not rigs or any(code in codes for code in _CAUSE_KNOWN):
+    at = next((codes.index(c) for c in ("pose_mismatch", "input_pose") if c in codes), -1)
+    if at < 0 or not rigs or any(code in codes for code in _CAUSE_KNOWN):
         return found
     result = diagnose(rigs, thorough="pivot_offset" not in codes)
     if not result.words:
         return found
-    at = codes.index("pose_mismatch")
     values = found[at].values | {"before": result.before, "after": result.after}
     name = result.mend.name if result.mend else None
     if result.mend:
         values |= {f"mend_{k}": amount for k, amount in enumerate(result.mend.amounts)}
     if result.code == "pose_mismatch":
-        words = f"{found[at].message}; {'they fit if ' if name else ''}{result.words}"
-        found[at] = replace(found[at], message=words, values=values, mend=name)
+        if found[at].code == result.code:
+            words = f"{found[at].message}; {'they fit if ' if name else ''}{result.words}"
+            found[at] = replace(found[at], message=words, values=values, mend=name)
         return found
     if result.code in codes:  # a check of its own has seen it too and has the better figures
         own = codes.index(result.code)
-        found[own] = replace(found[own], mend=name, values=found[own].values | values)
-        return found
+        better = replace(found[own], mend=name, values=values | found[own].values)
+        rest = [reason for reason in found if reason is not found[own]]
+        return [*rest[: min(at, own)], better, *rest[min(at, own) :]]
     iou = found[at].values.get("hull_iou", np.nan)
     message = f"pictures and poses disagree (outlines agree to {iou:.0%})"
     message += f"; they fit if {result.words}" if name else f": {result.words}"
     hint = _HINTS.get(result.code, found[at].hint)
     first = Reason(result.code, message, hint, values, mend=name)
-    # What a mend undoes explains where the cameras seem to look, not the other way round.
+    # What a mend undoes explains where the cameras seem to look, not the other way round, if it
+    # shows as often.
     before = [codes.index(c) for c in ("up_axis", "pivot_offset", "billboard") if c in codes]
-    if before and name is None:
+    if before and (name is None or _often(found[at]) < 0.7 * max(_often(found[k]) for k in before)):
         return found
     place = min([at, *before])
     return [*found[:place], first, *found[place:]]
+
+
+def _often(reason: Reason) -> float:
+    return reason.values["records_shown"]
 
 
 _HINTS = {
@@ -225,25 +234,40 @@ _HINTS = {
 
 
 def _reordered(found: Sequence[Reason]) -> list[Reason]:
-    """What several records' brightness has in common: jumps and stretched contrast shift its mean
-    too, in some records; they go first if they show in at least as many."""
+    """Faults of pictures that pass for others in some of the records go before those, if they show
+    in as many records or more: jumps, stretched contrast and noise shift mean brightness; empty,
+    blurred and noisy views have ragged outlines."""
     found = list(found)
-    exposure = next(
-        (k for k, r in enumerate(found) if r.code in ("views_dark", "views_bright")), -1
-    )
-    for code in ("clipped", "exposure_drift"):
+    for code, rivals in _PASSES_FOR.items():
         at = next((k for k, r in enumerate(found) if r.code == code), -1)
-        if exposure < 0 or at < exposure:
-            continue
-        values, other = found[at].values, found[exposure].values
-        if code == "clipped":  # at both ends, or it is exposure that clips
-            instead = values["clipped"] > values["crushed"] + 0.05 > 0.1
-            needed = 0.7
-        else:
-            instead, needed = not other["dark"] > 0.1, 1.0
-        if instead and values["records_shown"] >= needed * other["records_shown"]:
-            found.insert(exposure, found.pop(at))
+        first = next((k for k, r in enumerate(found[: max(at, 0)]) if r.code in rivals), -1)
+        if first >= 0 and _is_it(found[at], found[first]):
+            found.insert(first, found.pop(at))
     return found
+
+
+_EXPOSED = ("views_dark", "views_bright")
+_PASSES_FOR = {
+    "clipped": _EXPOSED,
+    "exposure_drift": _EXPOSED,
+    "noisy": (*_EXPOSED, "exposure_drift", "clipped", *_LOOSE),
+    "blurred": _LOOSE,
+    "views_empty": _LOOSE,
+}
+
+
+def _is_it(reason: Reason, other: Reason) -> bool:
+    often, own = _often(reason) / max(_often(other), 1), reason.values
+    if reason.code == "clipped":  # at both ends, or it is exposure that clips
+        both = own["clipped"] > own["crushed"] + 0.05 and own["floored"] > 0.05
+        return both and often >= 0.7
+    if reason.code == "exposure_drift":
+        return not other.values["dark"] > 0.1 and often >= 1
+    if reason.code == "noisy":
+        return often >= 1
+    if reason.code == "blurred":
+        return own["detail_ratio"] < 0.3 and often > 1.2
+    return often > 1.2
 
 
 def _ranked(found: Sequence[Reason]) -> tuple[Reason, ...]:
