@@ -51,8 +51,9 @@ def make_task(
     ground_truth: bool = False,
     pairs: Tensor | None = None,
     renderer: evaluate.Predictor | None = None,
+    initial_weights: str | Path = "",
 ) -> Any:
-    """The task `train.fit` runs: a fresh network, seeded, and its data on the device.
+    """The task `train.fit` runs: a network, seeded, and its data on the device.
 
     Args:
         model: "cvs", "cvs-render" (sees `renderer`'s render of the target view), "decoder"
@@ -67,10 +68,11 @@ def make_task(
         ground_truth: any view may serve as the input, not only the record's own.
         pairs: the CVS trains on these (record, view) pairs alone, (P, 2).
         renderer: of a "cvs-render".
+        initial_weights: of the CVS: "" (random), "shipped", or a file that 03 exported.
     """
     torch.manual_seed(seed)
     if model in CVS_MODELS:
-        from fresnel.cvs import CVS, CVSConfig
+        from fresnel.cvs import CVS, CVSConfig, load_shipped
         from fresnel.cvs_task import CVSTask
 
         changes: dict[str, Any] = {"parameterisation": parameterisation}
@@ -83,8 +85,13 @@ def make_task(
             render_condition=model == "cvs-render",
             **changes,
         )
+        network = CVS(config)
+        if initial_weights:
+            network.start_from(
+                load_shipped() if initial_weights == "shipped" else CVS.load(initial_weights)
+            )
         return CVSTask(
-            CVS(config),
+            network,
             data,
             batch_size=batch_size,
             validation=held_out,
@@ -98,12 +105,14 @@ def make_task(
     from fresnel.decoder import Decoder, DecoderConfig
     from fresnel.decoder_task import DecoderTask
 
+    if initial_weights:
+        raise ValueError(f"initial_weights: only a CVS takes them; got model {model!r}, want ''")
     if model not in _DECODER_SIZES:
         raise ValueError(f"model: got {model!r}, want one of {(*CVS_MODELS, *_DECODER_SIZES)}")
-    network = Decoder(DecoderConfig(**_DECODER_SIZES[model][size]))
+    decoding = Decoder(DecoderConfig(**_DECODER_SIZES[model][size]))
     return DecoderTask(
         data,
-        model=network,
+        model=decoding,
         validation=held_out,
         batch_size=batch_size,
         any_input=ground_truth,

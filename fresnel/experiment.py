@@ -113,10 +113,7 @@ def ground_truth(
         data = ds.open(source)
         several = len(set(data.meta.get("object_splits", {}).values())) > 1
         return studies.part(data, split) if several else data
-    if exclude_embedded:
-        known = {asset.origin for asset in meshes.embedded_assets()}
-        assets = [asset for asset in assets if asset.origin not in known]
-    assets = assets[: objects or None]
+    assets = _without_embedded(assets, exclude_embedded)[: objects or None]
     inputs_per_object = max(1, math.ceil(images / len(assets)))
     config = {
         "source": Path(source).name,
@@ -147,6 +144,15 @@ def ground_truth(
     )
 
 
+def _without_embedded(assets: list[Any], really: bool) -> list[Any]:
+    if not really:
+        return assets
+    from fresnel import meshes
+
+    known = {asset.origin for asset in meshes.embedded_assets()}
+    return [asset for asset in assets if asset.origin not in known]
+
+
 def input_images(
     source: str,
     *,
@@ -155,6 +161,7 @@ def input_images(
     seed: int = 0,
     elevation_deg: float = 15.0,
     objects: str = "all",
+    exclude_embedded: bool = False,
     cache: Path | None = None,
 ) -> tuple[InputImages, str]:
     """Single images for the bootstrap, and a sentence on where they come from.
@@ -167,6 +174,7 @@ def input_images(
         image_size: pixels, of photographs as they are read; renders are at least `INPUT_SIZE`.
         elevation_deg: assumed elevation of photographs.
         objects: which objects' images, for sources that know objects: see `studies.part`.
+        exclude_embedded: leave out the objects of a .zip that ship with the library.
     """
     if source == "embedded" or str(source).endswith(".zip"):
         from fresnel import meshes
@@ -174,7 +182,7 @@ def input_images(
         assets = (
             meshes.embedded_assets("train")
             if source == "embedded"
-            else meshes.zip_assets(source, "train")
+            else _without_embedded(meshes.zip_assets(source, "train"), exclude_embedded)
         )
         chosen = studies.choose([asset.name for asset in assets], objects)
         few = min(images, len(assets)) if objects == "all" else 0
@@ -186,6 +194,7 @@ def input_images(
             views=1,
             objects=few,
             seed=seed,
+            exclude_embedded=exclude_embedded,
             cache=cache,
         )
         truth = studies.part(truth, objects)
