@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fresnel import evaluate, figures
+from fresnel import arms, evaluate, exhibits, figures
+from fresnel.bootstrap import ORIGINAL, place
 from fresnel.cameras import Cameras, relative_azimuth_deg
-from fresnel.dataset import MultiViewDataset, ObjectViews
+from fresnel.dataset import MultiViewDataset, ObjectViews, ViewTensors
 from fresnel.gate import Verdict
+from fresnel.gaussians import Gaussians
 
 
 def save_picture(path: Path, picture: Any) -> Path:
@@ -113,22 +115,95 @@ def describe_profile(profile: Mapping[str, Sequence[float]]) -> str:
 
 def content_points(record: ObjectViews, limit: int = 1500) -> np.ndarray:
     """Points on the object in the world, (P, 3), from the input's and the views' depth maps."""
-    points = []
-    pairs = [(record.input_camera, record.input_depth)]
+    means, _, _ = _covered_pixels(record)
+    return means[_evenly(len(means), limit)].numpy()
+
+
+def pixel_gaussians(record: ObjectViews, limit: int = 16_000) -> Gaussians:
+    """The covered pixels of a record as Gaussians in the world, each as large as its pixel.
+
+    What a trainer is shown, in 3D, whoever made it; no Gaussians at all without depth."""
+    means, colors, radii = _covered_pixels(record)
+    kept = _evenly(len(means), limit)
+    means, colors, radii = means[kept], colors[kept], radii[kept]
+    quats = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(len(means), 4)
+    scales = radii[:, None].expand(-1, 3).clamp_min(1e-6)
+    return Gaussians(means, quats, scales, torch.full((len(means),), 0.95), colors)
+
+
+def scene(record: ObjectViews, gaussians: Gaussians | None = None) -> exhibits.Scene | None:
+    """A record to turn in 3D: these Gaussians of it, or else its pixels; None if it has neither."""
+    found = pixel_gaussians(record) if gaussians is None else gaussians
+    shown = exhibits.scene(found, record.cameras, record.input_camera, record.pivot)
+    return shown if shown.gaussians.num else None
+
+
+def held_out_scene(
+    model: str,
+    network: Any,
+    truth: ViewTensors,
+    *,
+    original: bool,
+    device: str,
+    weights: str | Path = "",
+) -> exhibits.Scene:
+    """The first held-out object as the model's decoder makes it: its own where the model is one,
+    the one it is compared with where it is a CVS; in the original's world for the original."""
+    first = truth[[0]]
+    inputs, cameras, pivots = first.inputs, first.cameras, first.pivots
+    source = inputs.cameras
+    if model.startswith("cvs"):
+        network = arms.load_decoder("patch" if original else "pixel", device, weights)
+    with torch.no_grad():
+        if original or model == "decoder-frontal":
+            found, _ = place(inputs, network, ORIGINAL)
+            source, cameras, pivots = arms.original_camera_map(inputs, cameras)
+        else:
+            found = network.world(inputs)
+    return exhibits.scene(found[0], cameras[0], source[0], pivots[0])
+
+
+def identity_pair(data: MultiViewDataset, limit: int = 8) -> tuple[np.ndarray, np.ndarray] | None:
+    """Inputs, and what was rendered from the inputs' own cameras: two pictures of one size.
+
+    None for data that has no such renders."""
+    records = [data[int(i)] for i in _evenly(len(data), limit)]
+    if any(record.identity_rgb is None for record in records):
+        return None
+    return (
+        exhibits.tile([record.input_rgb for record in records]),
+        exhibits.tile([record.identity_rgb for record in records]),
+    )
+
+
+def _covered_pixels(
+    record: ObjectViews,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """World positions (P, 3), colours (P, 3) and half widths (P,) of all pixels with depth."""
+    found = []
+    seen_by = [(record.input_camera, record.input_depth, record.input_rgb)]
     if record.depth is not None:
-        pairs += [(record.cameras[i], record.depth[i]) for i in range(len(record.depth))]
-    for camera, depth in pairs:
+        seen_by += [
+            (record.cameras[i], record.depth[i], record.rgb[i]) for i in range(len(record.depth))
+        ]
+    for camera, depth, rgb in seen_by:
         if depth is None or not (depth > 0).any():
             continue
         y, x = torch.nonzero(depth > 0, as_tuple=True)
         pixels = torch.stack([x + 0.5, y + 0.5, torch.ones_like(x)], dim=-1).float()
         seen = (pixels @ torch.linalg.inv(camera.Ks).T) * depth[y, x][:, None]
         rotation, translation = camera.viewmats[:3, :3], camera.viewmats[:3, 3]
-        points.append((seen - translation) @ rotation)
-    if not points:
-        return np.zeros((0, 3))
-    cloud = torch.cat(points).numpy()
-    return cloud[np.linspace(0, len(cloud) - 1, min(limit, len(cloud))).astype(int)]
+        radii = 0.5 * depth[y, x] / camera.Ks[0, 0]
+        found.append(((seen - translation) @ rotation, rgb[y, x].float() / 255, radii))
+    if not found:
+        return torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0)
+    means, colors, radii = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return means, colors, radii
+
+
+def _evenly(count: int, limit: int) -> torch.Tensor:
+    """Indices of at most `limit` of `count` things, evenly spread."""
+    return torch.linspace(0, max(0, count - 1), min(limit, count)).round().long()
 
 
 def describe_geometry(record: ObjectViews, content: np.ndarray) -> str:
@@ -139,6 +214,18 @@ def describe_geometry(record: ObjectViews, content: np.ndarray) -> str:
         return text + "no depth says where the object is."
     away = np.linalg.norm(content.mean(axis=0) - record.pivot.numpy())
     return text + f"the object's centroid is {away:.1f} units away from the pivot."
+
+
+def describe_training(
+    fall: float, steps: int, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> str:
+    """Alt text of the loss beside what the outputs are worth.
+
+    curves: of `arms.validation_curves`."""
+    text = f"The loss fell {fall:.1f}-fold over {steps} steps"
+    for name, (_, values) in curves.items():
+        text += f"; the held-out {name} went from {values[0]:.2f} to {values[-1]:.2f}"
+    return text + "."
 
 
 def worst_views(
