@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     validate.add_argument("dataset", help="the dataset's folder, ours or the original's layout")
     validate.add_argument("--first", type=int, default=10, help="examples to look at first")
+    validate.add_argument("--html", metavar="FILE", type=Path, help="write the verdict as a page")
+    validate.add_argument("--against", metavar="DIR", help="a test set that must share no object")
     validate.add_argument("--receipt", action="store_true", help="write the verdict's receipt")
     validate.add_argument("--json", action="store_true", help="print the verdict as JSON")
     validate.add_argument("--fix", metavar="DIR", help="write a mended copy there, and gate that")
@@ -193,10 +195,25 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 def _validate(arguments: argparse.Namespace) -> int:
     from fresnel import dataset, gate
 
+    try:
+        return _gated(arguments, dataset, gate)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # 1 would say that the data failed
+        print(f"fresnel: validate broke down ({type(error).__name__}: {error})", file=sys.stderr)
+        return 2
+
+
+def _gated(arguments: argparse.Namespace, dataset: Any, gate: Any) -> int:
     data = dataset.open(arguments.dataset)
-    verdict = gate.validate(data, first=arguments.first)
+    other = dataset.open(arguments.against) if arguments.against else None
+    verdict = gate.validate(data, first=arguments.first, against=other)
     if arguments.receipt:
         gate.issue_receipt(data, verdict)
+    if arguments.html:
+        from fresnel import gate_page
+
+        print(gate_page.write(arguments.html, data, verdict), file=sys.stderr)
     if arguments.json:
         print(json.dumps(verdict.to_dict(), indent=2, default=str))
     else:
@@ -205,8 +222,12 @@ def _validate(arguments: argparse.Namespace) -> int:
         for reason in verdict.reasons:
             print(f"  - {reason.message}. {reason.hint}")
     if arguments.fix and not verdict.passed:
-        mended, verdict = gate.fix(data, arguments.fix, verdict=verdict)
-        print(f"{mended.path}: {verdict.summary}")
+        try:
+            mended, verdict = gate.fix(data, arguments.fix, verdict=verdict)
+        except ValueError as error:  # the verdict stands
+            print(f"not mended: {error}", file=sys.stderr)
+            return 1
+        print(f"{mended.path}: {verdict.summary}", file=sys.stderr if arguments.json else None)
     return int(not verdict.passed)
 
 

@@ -187,7 +187,7 @@ def _diagnosed(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
     if at < 0 or not rigs or any(code in codes for code in _CAUSE_KNOWN):
         return found
     result = diagnose(rigs, thorough="pivot_offset" not in codes)
-    if not result.words:
+    if not result.words or (result.mend is None and "pivot_offset" in codes):
         return found
     values = found[at].values | {"before": result.before, "after": result.after}
     name = result.mend.name if result.mend else None
