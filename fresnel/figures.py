@@ -421,3 +421,38 @@ def by_azimuth(
         axis.set_ylim(bottom=0)
     axis.legend()
     return figure
+
+
+@_styled
+def waterfall(parts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
+    """From the original's value to the mended one, a step a factor; one panel an outcome.
+
+    Args:
+        parts: outcome -> its entry of `attribution.attribute`: "original", "mended", "truth", each
+            with an interval, and "factors" with their "gain".
+        labels: factor -> what stands at its step.
+    """
+    figure, axes = _figure(1, len(parts), figsize=(7.2, 3.4), squeeze=False, sharey=True)
+    for axis, (outcome, part) in zip(axes[0], parts.items(), strict=True):
+        names = ["original", *(labels[name] for name in part["factors"]), "all mended"]
+        gains = [entry["gain"] for entry in part["factors"].values()]
+        bottoms = part["original"] + np.cumsum([0.0, *gains[:-1]])
+        places = np.arange(len(names))
+        axis.bar(places[[0, -1]], [part["original"], part["mended"]], color=[VERMILION, GREEN])
+        colors = [BLUE if gain >= 0 else ORANGE for gain in gains]
+        axis.bar(places[1:-1], gains, bottom=bottoms, color=colors)
+        tops = np.array([part["original"], *(bottoms + gains), part["mended"]])
+        entries = [(part, "original"), *((e, "gain") for e in part["factors"].values())]
+        entries.append((part, "mended"))
+        spread = [
+            [max(entry[key] - entry[f"{key}_low"], 0), max(entry[f"{key}_high"] - entry[key], 0)]
+            for entry, key in entries
+        ]
+        error = np.nan_to_num(np.array(spread, float)).T
+        axis.errorbar(places, tops, error, fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2)
+        axis.axhline(part["truth"], color=GREY, ls="--", lw=1)
+        axis.text(0, part["truth"], "true views", color=GREY, fontsize=8, va="bottom")
+        axis.set_xticks(places, names, rotation=35, ha="right", fontsize=8)
+        axis.grid(axis="x", visible=False)
+        axis.set_title(f"Share of the input's {outcome}", fontsize=10)
+    return figure

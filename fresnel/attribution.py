@@ -1,0 +1,323 @@
+"""How much of the original's darkness came from what: a full factorial over four factors.
+
+Every held-out object is decoded and rendered in the 2^4 cells of {camera path} x {decoder} x
+{position} x {exposure}, each factor as in the original or mended, and the gate's measurements say
+how much of its input's light and area a view still holds.  Shapley values split the way from the
+original's cell to the mended one among the factors, whatever order one would mend them in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fresnel import gate
+from fresnel.bootstrap import CORRECTED, ORIGINAL, _records
+from fresnel.cameras import Cameras
+from fresnel.dataset import MultiViewDataset, ObjectViews
+from fresnel.decoder import Decoder
+from fresnel.evaluate import format_rows, luminance, object_name, srgb_to_linear
+from fresnel.gaussians import Gaussians
+from fresnel.patches import FARTHEST, NEAREST
+
+FACTORS = ("path", "decoder", "position", "exposure")
+"""Bits of a cell's name, in this order: "0000" is the original's, "1111" has all four mended."""
+LABELS = {
+    "path": ("cameras orbit the input camera's place", "cameras orbit the object"),
+    "decoder": ("decoder trained on frontal views", "decoder trained on many views"),
+    "position": ("Gaussians locked to ray and depth", "Gaussians may leave ray and depth"),
+    "exposure": ("colours as rendered", "views scaled to the input's luminance"),
+}
+SHORT = {
+    "path": "camera path",
+    "decoder": "decoder's training",
+    "position": "free positions",
+    "exposure": "exposure",
+}
+OUTCOMES = ("light", "coverage")
+_MAX_GAIN = 16.0
+"""Exposure is raised by no more: beyond, 8-bit views would be made of noise."""
+
+
+class LockedDecoder(Decoder):
+    """The same decoder, whose Gaussians stay where the input's pixels and their depth put them.
+
+    Patch kind: on the patch grid at z = -2 - 2 depth, without the learnt offset.  Pixel kind: on
+    the pixel's ray at the depth of what is seen there; the layers behind come forward to it.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder.config)
+        self.load_state_dict(decoder.state_dict())
+        self.provenance = decoder.provenance
+        self.to(decoder.device).eval()
+
+    def decode(
+        self, rgba: Tensor, cameras: Cameras, depth: Tensor | None = None
+    ) -> tuple[Gaussians, dict[str, Tensor]]:
+        gaussians, aux = super().decode(rgba, cameras, depth)
+        m = len(rgba)
+        if self.config.kind == "patch":
+            used = aux.get("depth_known", aux["depth_predicted"])
+            along = torch.linspace(-1.0, 1.0, used.shape[-1], device=used.device)
+            y, x = torch.meshgrid(along, along, indexing="ij")  # OpenCV: y grows downwards
+            z = NEAREST + (FARTHEST - NEAREST) * used
+            points = torch.stack([x.expand_as(z), y.expand_as(z), z], dim=-1).flatten(1, 2)
+            means = points[:, :, None].expand(-1, -1, self.config.gaussians_per_patch, -1)
+            return replace(gaussians, means=means.flatten(1, 2)), aux
+        side = rgba.shape[-1] // (2 if self.config.gaussian_grid == "half" else 1)
+        small = cameras.resized(side, side)
+        eye = torch.eye(4).to(rgba).expand(m, 4, 4)
+        rays = Cameras(eye, small.Ks, side, side).rays()[1].flatten(1, 2)
+        layers = self.config.gaussians_per_pixel
+        seen = gaussians.means[:, : side * side, 2:]
+        means = (rays / rays[..., 2:] * seen).repeat(1, layers, 1)
+        return replace(gaussians, means=means), aux
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """As much of a dataset as the gate needs."""
+
+    records: list[ObjectViews]
+    background: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    content_hash: str = ""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> ObjectViews:
+        return self.records[index]
+
+
+def factorial(
+    truth: MultiViewDataset,
+    decoders: Mapping[str, Decoder],
+    *,
+    image_size: int = 64,
+    views: int = 8,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Light and coverage of every object in every cell.
+
+    A view's share of its input's light (area) is counted up to 1, so that no view makes up for
+    another: a camera that grazes the Gaussians would otherwise pay for seven empty ones.
+
+    Args:
+        truth: held-out objects; their inputs are decoded, their views are the ceiling.
+        decoders: "frontal", the original's kind, and "multi-view".
+        image_size: of the views, in pixels.
+
+    Returns:
+        "objects": names; "cells": name of the cell -> {"light", "coverage": one value an object,
+        "verdict": the gate's summary}; "truth": the same of the true views.
+    """
+    from tqdm.auto import tqdm
+
+    inputs = truth.inputs()
+    records = [truth[i] for i in range(len(truth))]
+    cells = {"truth": _measured(records)}
+    geometry = {"0": ORIGINAL, "1": CORRECTED}
+    networks = {"0": decoders["frontal"], "1": decoders["multi-view"]}
+    options = list(itertools.product("01", repeat=3))
+    for path, which, position in tqdm(options, desc="attribution", unit="cells", delay=2):
+        decoder = networks[which] if position == "1" else LockedDecoder(networks[which])
+        config = replace(
+            geometry[path],
+            decoder_kind=decoder.config.kind,
+            image_size=image_size,
+            views_per_image=views,
+            seed=seed,
+        )
+        made = list(_records(inputs, decoder.to(device), config, device, 8))
+        cells[f"{path}{which}{position}0"] = _measured(made)
+        cells[f"{path}{which}{position}1"] = _measured([exposed(record) for record in made])
+    ceiling = cells.pop("truth")
+    return {"objects": list(truth.names), "cells": dict(sorted(cells.items())), "truth": ceiling}
+
+
+def exposed(record: ObjectViews) -> ObjectViews:
+    """The record with every view's covered pixels scaled, in linear light, to the luminance of the
+    input's covered pixels (alpha-weighted means; at most 16-fold; what clips stays clipped)."""
+
+    def unmixed(rgb: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Straight colours, alpha in [0, 1], and the mean luminance under alpha."""
+        weight = alpha.float() / 255
+        colour = (rgb.float() / 255 / weight.clamp_min(1 / 255)[..., None]).clamp(0, 1)
+        total = (luminance(colour) * weight).sum((-1, -2))
+        return colour, weight, total / weight.sum((-1, -2)).clamp_min(1e-6)
+
+    wanted = unmixed(record.input_rgb, record.input_alpha)[2]
+    colour, weight, found = unmixed(record.rgb, record.alpha)
+    gain = (wanted / found.clamp_min(1e-6)).clamp(0, _MAX_GAIN)[:, None, None, None]
+    bright = _linear_to_srgb(srgb_to_linear(colour) * gain) * weight[..., None]
+    return replace(record, rgb=(bright * 255).round().clamp(0, 255).to(torch.uint8))
+
+
+def _linear_to_srgb(linear: Tensor) -> Tensor:
+    linear = linear.clamp(0, 1)
+    return torch.where(
+        linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp_min(1e-9) ** (1 / 2.4) - 0.055
+    )
+
+
+def _measured(records: list[ObjectViews]) -> dict[str, Any]:
+    verdict = gate.validate(_InMemory(records), first=len(records), progress=False)
+    shares: dict[str, dict[str, list[float]]] = {
+        outcome: {record.name: [] for record in records} for outcome in OUTCOMES
+    }
+    for row in verdict.measurements:
+        area, light = row["coverage_ratio"], row["luminance_ratio"]
+        area = area if math.isfinite(area) else 0.0
+        shares["coverage"][row["object"]].append(min(area, 1.0))
+        light = light if math.isfinite(light) else 0.0
+        shares["light"][row["object"]].append(min(area * light, 1.0))
+    means = {o: [float(np.mean(v)) for v in shares[o].values()] for o in OUTCOMES}
+    codes = [reason.code for reason in verdict.reasons]
+    return {**means, "verdict": "PASS" if verdict.passed else "FAIL", "codes": codes}
+
+
+def shapley(values: Mapping[str, Any], factors: int = len(FACTORS)) -> np.ndarray:
+    """Shapley values (factors, ...) of a game: cell name of bits -> value (number or array).
+
+    phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S)); they add up to
+    v(all) - v(none) exactly (Shapley 1953).
+    """
+    found = []
+    for i in range(factors):
+        total: Any = 0.0
+        for bits in itertools.product("01", repeat=factors - 1):
+            without = "".join([*bits[:i], "0", *bits[i:]])
+            having = "".join([*bits[:i], "1", *bits[i:]])
+            size = bits.count("1")
+            weight = math.factorial(size) * math.factorial(factors - size - 1)
+            gain = np.asarray(values[having], float) - np.asarray(values[without], float)
+            total = total + weight / math.factorial(factors) * gain
+        found.append(total)
+    return np.stack(found)
+
+
+def attribute(
+    measured: Mapping[str, Any],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What `factorial` measured, split among the factors, with bootstrap intervals over objects.
+
+    Returns:
+        For "light" and "coverage": "original", "mended" and "truth" (each value, low, high);
+        "factors": factor -> {"gain" (Shapley value), "share" of the whole way, "alone" (mended
+        first, nothing else), "last" (everything else mended before), each with _low and _high}.
+        "cells": a row a cell: name, light, coverage with intervals, the gate's verdict.
+    """
+    objects = [object_name(name) for name in measured["objects"]]
+    unique = list(dict.fromkeys(objects))
+    member = np.array([[name == one for name in objects] for one in unique], float)
+    member /= member.sum(axis=1, keepdims=True)  # poses of one object count once
+    draws = np.random.default_rng(seed).integers(len(unique), size=(resamples, len(unique)))
+    tail = 100 * (1 - confidence) / 2
+
+    def with_interval(name: str, per_object: np.ndarray, over: np.ndarray | None = None) -> Any:
+        """Mean, or ratio of means, over objects."""
+        with np.errstate(invalid="ignore", divide="ignore"):  # no gain has no shares
+            mean = per_object.mean() / (over.mean() if over is not None else 1.0)
+            spread = per_object[draws].mean(axis=1)
+            if over is not None:
+                spread = spread / over[draws].mean(axis=1)
+        low, high = np.percentile(spread, [tail, 100 - tail]) if len(unique) > 1 else (np.nan,) * 2
+        return {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+    result: dict[str, Any] = {"objects": len(unique)}
+    cells = {name: dict(cell) for name, cell in measured["cells"].items()}
+    none, everything = "0" * len(FACTORS), "1" * len(FACTORS)
+    for outcome in OUTCOMES:
+        values = {name: member @ np.array(cell[outcome]) for name, cell in cells.items()}
+        gains = shapley(values)
+        whole = values[everything] - values[none]
+        factors: dict[str, Any] = {}
+        for i, factor in enumerate(FACTORS):
+            alone = "".join("1" if k == i else "0" for k in range(len(FACTORS)))
+            last = "".join("0" if k == i else "1" for k in range(len(FACTORS)))
+            factors[factor] = {
+                **with_interval("gain", gains[i]),
+                **with_interval("share", gains[i], whole),
+                **with_interval("alone", values[alone] - values[none]),
+                **with_interval("last", values[everything] - values[last]),
+            }
+        result[outcome] = {
+            "factors": factors,
+            **with_interval("original", values[none]),
+            **with_interval("mended", values[everything]),
+            **with_interval("truth", member @ np.array(measured["truth"][outcome])),
+        }
+    result["cells"] = [
+        {
+            "cell": name,
+            **with_interval("light", member @ np.array(cell["light"])),
+            **with_interval("coverage", member @ np.array(cell["coverage"])),
+            "verdict": cell["verdict"],
+            "codes": cell["codes"],
+        }
+        for name, cell in cells.items()
+    ]
+    return result
+
+
+def shares_table(found: Mapping[str, Any]) -> str:
+    """The split as a Markdown table, a row a factor."""
+    rows = []
+    for factor, (_, mended) in LABELS.items():
+        row = {"factor": factor, "mended means": mended}
+        for outcome in OUTCOMES:
+            entry = found[outcome]["factors"][factor]
+            row[f"{outcome} gained"] = _text(entry, "gain")
+            row[f"share of {outcome}"] = _text(entry, "share", percent=True)
+            row[f"{outcome}, mended alone"] = _text(entry, "alone")
+        rows.append(row)
+    return format_rows(rows)
+
+
+def cells_table(found: Mapping[str, Any]) -> str:
+    """The 16 cells as a Markdown table; "x" marks a mended factor."""
+    rows = []
+    for cell in found["cells"]:
+        marks = {f: "x" if bit == "1" else "" for f, bit in zip(FACTORS, cell["cell"], strict=True)}
+        said = cell["verdict"] + (f": {cell['codes'][0]}" if cell["codes"] else "")
+        rows.append(
+            {**marks, **{o: _text(cell, o) for o in OUTCOMES}, "the gate says": said}
+        )  # fmt: skip
+    return format_rows(rows)
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """The finding in words, from the same numbers."""
+    parts = []
+    for outcome in OUTCOMES:
+        part = found[outcome]
+        shares = sorted(part["factors"].items(), key=lambda item: -item[1]["share"])
+        split = ", ".join(f"{name} {_text(entry, 'share', percent=True)}" for name, entry in shares)
+        parts.append(
+            f"Of the input's {outcome} the original's views hold {part['original']:.2f}, the "
+            f"mended ones {part['mended']:.2f} (true views: {part['truth']:.2f}); "
+            f"of that gain: {split}."
+        )
+    return " ".join(parts) + f" {found['objects']} held-out objects."
+
+
+def _text(entry: Mapping[str, Any], name: str, *, percent: bool = False) -> str:
+    scale, unit, digits = (100, " %", 0) if percent else (1, "", 2)
+    value, low, high = (entry[name + end] for end in ("", "_low", "_high"))
+    text = f"{scale * value:.{digits}f}{unit}"
+    if low is None or not math.isfinite(low):
+        return text
+    return f"{text} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
