@@ -376,15 +376,18 @@ def prune(gaussians: Gaussians, min_opacity: float = 1 / 255) -> Gaussians:
 def render_small(
     gaussians: Gaussians, cameras: Cameras, *, min_size: int = 128, near: float = 0.01
 ) -> Views:
-    """Render over black at no less than `min_size` pixels and average down to the cameras' size.
+    """Render over black as a decoder's Gaussians were trained to be drawn, at `min_size` pixels.
 
-    Splatting widens every Gaussian by 0.3 square pixels, which is nothing for large ones but
-    inflates Gaussians that are smaller than a pixel: a decoder's 128 px Gaussians drawn at 32 px
-    grow a halo. Depth is averaged over what is covered.
+    Splatting widens every Gaussian by 0.3 square pixels, which is nothing for large ones, but
+    Gaussians about as small as a pixel were trained with it. Drawn at 32 px they would grow a
+    halo, so smaller pictures are averaged down; at 256 px gaps would open between them (10 dB
+    less on the input view), so larger ones widen them by as much in the world as at `min_size`.
+    Depth is averaged over what is covered.
     """
-    factor = -(-min_size // min(cameras.width, cameras.height))
+    smaller = min(cameras.width, cameras.height)
+    factor = -(-min_size // smaller)
     if factor == 1:
-        return render(gaussians, cameras, near=near)
+        return render(gaussians, cameras, near=near, eps2d=0.3 * (smaller / min_size) ** 2)
     width, height = cameras.width, cameras.height
     views = render(gaussians, cameras.resized(width * factor, height * factor), near=near)
     batch = views.rgb.shape[:-3]

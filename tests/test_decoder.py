@@ -16,6 +16,7 @@ from fresnel.decoder import (
     pixel_parametrisation,
     predictor,
     prune,
+    render_small,
 )
 from fresnel.decoder_task import DecoderTask, LossWeights, multiview_loss, similarity
 from fresnel.gaussians import Gaussians
@@ -470,3 +471,21 @@ def test_training_similarity_is_torchmetrics_ssim():
     expected = ssim(image.flatten(0, 1), truth.flatten(0, 1)).mean()
     torch.testing.assert_close(similarity(image, truth), expected, atol=1e-6, rtol=1e-6)
     assert similarity(image.float(), image.float()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_large_renders_leave_no_gaps_between_small_gaussians():
+    grid = torch.linspace(-0.4, 0.4, 24)
+    y, x = torch.meshgrid(grid, grid, indexing="ij")
+    means = torch.stack([x, y, 0 * x], dim=-1).reshape(1, -1, 3)
+    n = means.shape[1]
+    wall = Gaussians(
+        means, torch.tensor([1.0, 0, 0, 0]).expand(1, n, 4), torch.full((1, n, 3), 2e-3),
+        torch.full((1, n), 0.99), torch.ones(1, n, 3),
+    )  # fmt: skip
+    camera = standard(torch.zeros(1), torch.zeros(1), 64).reshape(1, 1)
+    native = render_small(wall, camera, min_size=64)
+    for size in (128, 192):
+        large = render_small(wall, camera.resized(size, size), min_size=64)
+        assert large.alpha.mean() == pytest.approx(native.alpha.mean().item(), rel=0.03)
+        gaps = render(wall, camera.resized(size, size))
+        assert gaps.alpha.mean() < 0.5 * native.alpha.mean()
