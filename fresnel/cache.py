@@ -34,7 +34,16 @@ PACKAGE = Path(__file__).resolve().parent
 CACHE_NAME = ".cache"
 _SHOWS_ONLY = {
     *("__main__.py", "pages.py", "overview.py", "report.py", "profiles.py", "plainpage.py"),
-    *("execution.py", "cache.py", "ledger.py", "_html.py", "templates", "schema", "__pycache__"),
+    *(
+        "execution.py",
+        "cache.py",
+        "ledger.py",
+        "_touched.py",
+        "_html.py",
+        "templates",
+        "schema",
+        "__pycache__",
+    ),
 }
 """Of this package, what runs or shows a report but has no part in its figures."""
 _FORMAT = 1
@@ -110,7 +119,7 @@ def keep(
 ) -> str | None:
     """Remember a run that is over; returns why that was not possible, or None.
 
-    trace: what `fresnel._kernel` noted. started: `time.time()` just before the kernel was."""
+    trace: what `fresnel._touched` noted. started: `time.time()` just before the kernel was."""
     if not _keepable(record):
         return "it did not finish with a verdict"
     try:
@@ -123,10 +132,13 @@ def keep(
         path = _source_of(path)
         if not _ignored(path, folder, reports):
             touched.setdefault(path, set()).add(kind)
-    for value in wanted["params"].values():
-        # compiled libraries read files that no Python code opens
-        if isinstance(value, str) and value and (project_root() / value).is_file():
-            touched.setdefault(str(project_root() / value), set()).add("read")
+    named = {os.path.abspath(project_root() / text) for text in _texts(wanted["params"])}
+    for path in named:
+        if os.path.isfile(path):  # compiled libraries read files that no Python code opens
+            touched.setdefault(path, set()).add("read")
+    for store in (project_root() / "runs" / "data", Path.home() / ".cache" / "fresnel"):
+        if str(store) not in named:  # whoever renders a set looks here for what others left behind
+            touched.get(str(store), set()).discard("list")
     made = {path for path, kinds in touched.items() if "write" in kinds}
     files = {}
     for path, kinds in sorted(touched.items()):
@@ -206,6 +218,10 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
+def _texts(params: Mapping[str, Any]) -> list[str]:
+    return [value for value in params.values() if isinstance(value, str) and value]
+
+
 def _notebook_source(path: Path) -> str:
     """sha256 over a notebook's cells; its outputs and editor's metadata do not matter."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -257,6 +273,7 @@ def _elsewhere(folder: Path, reports: Path) -> tuple[str, ...]:
 
 
 def _ignored(path: str, folder: Path, reports: Path) -> bool:
+    path = os.path.join(path, "")
     volatile = path.startswith(("/proc/", "/sys/", "/dev/")) and not path.startswith("/dev/shm/")
     compiled = f"{os.sep}__pycache__{os.sep}" in path
-    return volatile or compiled or f"{path}{os.sep}".startswith(_elsewhere(folder, reports))
+    return volatile or compiled or path.startswith(_elsewhere(folder, reports))

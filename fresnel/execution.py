@@ -35,6 +35,9 @@ AUTOSAVE_S = 5.0
 GRACE_S = 20.0
 """How long an interrupted cell may take to end by itself: a training run saves a checkpoint."""
 
+# our package first, so that it can note what the kernel touches (`fresnel._touched`)
+_KERNEL = "import fresnel; from ipykernel import kernelapp; kernelapp.launch_new_instance()"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -323,7 +326,7 @@ class _ThisPython(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
         return KernelSpec(
-            argv=[sys.executable, "-m", "fresnel._kernel", "-f", "{connection_file}"],
+            argv=[sys.executable, "-c", _KERNEL, "-f", "{connection_file}"],
             display_name="Python 3",
             language="python",
             metadata={"supported_encryption": ["curve"]},

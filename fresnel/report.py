@@ -147,6 +147,7 @@ def run(
         begun = _Begun(source, directory, name, given)
         with tempfile.TemporaryDirectory(prefix="fresnel-") as scratch:
             trace = Path(scratch) / "touched.jsonl"
+            trace.touch()
             done, interrupt = _compute(
                 begun, reports, trace, timeout_s, cell_timeout_s, progress, label
             )

@@ -1,10 +1,9 @@
-"""The process a notebook's cells run in: IPython's kernel, which notes the files that it touches.
+"""Which files a run touches: told by Python itself, to a list that `fresnel.cache` reads.
 
-    python -m fresnel._kernel -f CONNECTION_FILE
-
-With FRESNEL_TRACE=FILE every file that Python code opens, renames or lists is noted there, one JSON
-line [kind, path] each, kind being "read", "write" or "list". `fresnel.cache` makes of it what a run
-depends on. Not seen: what compiled libraries open by themselves, and other programs.
+With FRESNEL_TRACE=FILE in its environment, a process that imports this package notes there every
+file that its Python code opens, renames or lists from then on: one JSON line [kind, path] each,
+kind being "read", "write" or "list". Worker processes inherit the variable, and so do the same.
+Not seen: what compiled libraries open by themselves, and programs that don't import this package.
 """
 
 from __future__ import annotations
@@ -23,8 +22,12 @@ _IMPORTS = "<frozen importlib._bootstrap_external>"
 def trace_files(target: str) -> None:
     """Note, from here on and until this process ends, which files it touches.
 
-    Processes forked from this one write to the same file; each line is one small append."""
-    handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    Several processes may write to one list: each line is one small append. The list must be there
+    already: a process that could not write to it removes it, and so it stays."""
+    try:
+        handle = os.open(target, os.O_WRONLY | os.O_APPEND)
+    except OSError:
+        return
     seen: set[tuple[str, str]] = set()
 
     def note(kind: str, path: Any) -> None:
@@ -56,16 +59,3 @@ def trace_files(target: str) -> None:
             note("list", arguments[0] if arguments[0] is not None else ".")
 
     sys.addaudithook(hook)
-
-
-def main() -> None:
-    target = os.environ.pop("FRESNEL_TRACE", None)
-    if target:
-        trace_files(target)
-    from ipykernel import kernelapp
-
-    kernelapp.launch_new_instance()
-
-
-if __name__ == "__main__":
-    main()
