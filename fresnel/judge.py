@@ -236,7 +236,7 @@ _HINTS = {
 def _reordered(found: Sequence[Reason]) -> list[Reason]:
     """Faults of pictures that pass for others in some of the records go before those, if they show
     in as many records or more: jumps, stretched contrast and noise shift mean brightness; empty,
-    blurred and noisy views have ragged outlines."""
+    blurred, noisy or few views have ragged outlines."""
     found = list(found)
     for code, rivals in _PASSES_FOR.items():
         at = next((k for k, r in enumerate(found) if r.code == code), -1)
@@ -253,6 +253,7 @@ _PASSES_FOR = {
     "noisy": (*_EXPOSED, "exposure_drift", "clipped", *_LOOSE),
     "blurred": _LOOSE,
     "views_empty": _LOOSE,
+    "azimuth_imbalance": _LOOSE,
 }
 
 
