@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import uuid
 from collections import deque
@@ -19,6 +18,7 @@ from fresnel import _layouts
 from fresnel._layouts import MANIFEST, Record
 from fresnel._records import ObjectViews, write_object
 from fresnel.images import DatasetError
+from fresnel.provenance import core_count
 
 
 def store(
@@ -41,7 +41,8 @@ def store(
     shape: tuple[int, ...] | None = None
     try:
         partial.mkdir(parents=True)
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        workers = min(16, core_count())
+        with ThreadPoolExecutor(workers) as pool:
             pending: deque[Future[Record]] = deque()
             try:
                 bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
@@ -55,7 +56,9 @@ def store(
                         )
                     shape = tuple(views.rgb.shape)
                     pending.append(pool.submit(write_object, partial, index, views))
-                    while len(pending) > 8:  # bounds memory when encoding is the slower side
+                    while len(pending) > max(
+                        8, 2 * workers
+                    ):  # bounds memory when encoding is the slower side
                         records.append(pending.popleft().result())
                 records += [future.result() for future in pending]
             finally:

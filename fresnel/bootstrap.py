@@ -8,7 +8,9 @@ its cameras orbit the point where the input camera stands, about three units awa
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -179,7 +181,8 @@ def bootstrap(
 ) -> MultiViewDataset:
     """Make a multi-view dataset out of single images.
 
-    Rendering one batch overlaps with encoding the ones before; memory is bounded by the batch.
+    Rendering one batch overlaps with encoding, hashing and writing those before; memory is bounded
+    by the batch.
 
     Args:
         inputs: M images, the object's pivot at the world origin of their cameras.
@@ -227,25 +230,57 @@ def _records(
     device: torch.device | str,
     batch_size: int,
 ) -> Iterator[ObjectViews]:
-    for start in range(0, len(inputs), batch_size):
-        batch = inputs[start : start + batch_size]
-        with torch.no_grad():
-            yield from _decoded(batch, decoder, config, device)
+    """Records in order; while one batch is decoded and rendered, those before are put together."""
+    pending: deque[Future[list[ObjectViews]]] = deque()
+    with ThreadPoolExecutor(2, "records") as pool:
+        for start in range(0, len(inputs), batch_size):
+            batch = inputs[start : start + batch_size]
+            with torch.no_grad():
+                drawn = _drawn(batch, decoder, config, device)
+            pending.append(pool.submit(_put_together, batch, config, *drawn))
+            if len(pending) > 2:  # bounds memory
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
 
 
-def _decoded(
+def _drawn(
     inputs: InputImages, decoder: Decoder, config: BootstrapConfig, device: torch.device | str
-) -> list[ObjectViews]:
+) -> tuple[Cameras, Cameras, tuple[Tensor, Tensor, Tensor], torch.cuda.Event | None]:
+    """Input cameras (M,), new ones (M, V), and the pictures (M, V + 1) seen from both, on their way
+    to the host: the input's view first. An event tells when they are there."""
     gaussians, input_cameras = place(inputs.to(device), decoder, config)
     gaussians = prune(gaussians)
     size = config.image_size
     input_cameras = input_cameras.resized(size, size)
     cameras = novel_cameras(inputs, config)
-    views = render_small(gaussians, cameras.to(device), near=NEAR)
-    identity = render_small(gaussians, input_cameras[:, None], near=NEAR)
-    rgb, alpha, depth = _stored(views, config.background)
-    identity_rgb, identity_alpha, _ = _stored(identity, _ORIGIN)
-    stored, input_cameras = inputs.to("cpu").resized(size), input_cameras.to("cpu")
+    both = Cameras(
+        torch.cat([input_cameras.viewmats[:, None], cameras.viewmats.to(device)], dim=1),
+        torch.cat([input_cameras.Ks[:, None], cameras.Ks.to(device)], dim=1),
+        size,
+        size,
+    )
+    views = render_small(gaussians, both, near=NEAR)
+    arrived = None
+    rgb, alpha, depth = (image.to("cpu", non_blocking=True) for image in _stored(views, config))
+    if views.rgb.is_cuda:
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return input_cameras.to("cpu"), cameras, (rgb, alpha, depth), arrived
+
+
+def _put_together(
+    inputs: InputImages,
+    config: BootstrapConfig,
+    input_cameras: Cameras,
+    cameras: Cameras,
+    pictures: tuple[Tensor, Tensor, Tensor],
+    arrived: torch.cuda.Event | None,
+) -> list[ObjectViews]:
+    if arrived is not None:
+        arrived.synchronize()
+    rgb, alpha, depth = pictures
+    stored = inputs.to("cpu").resized(config.image_size)
     return [
         ObjectViews(
             name=name,
@@ -253,11 +288,11 @@ def _decoded(
             input_alpha=stored.alpha[i],
             input_camera=input_cameras[i],
             input_depth=None if stored.depth is None else stored.depth[i],
-            identity_rgb=identity_rgb[i, 0],
-            identity_alpha=identity_alpha[i, 0],
-            rgb=rgb[i],
-            alpha=alpha[i],
-            depth=depth[i],
+            identity_rgb=rgb[i, 0],
+            identity_alpha=alpha[i, 0],
+            rgb=rgb[i, 1:],
+            alpha=alpha[i, 1:],
+            depth=depth[i, 1:],
             cameras=cameras[i],
             pivot=torch.zeros(3),
         )
@@ -265,11 +300,16 @@ def _decoded(
     ]
 
 
-def _stored(views: Views, background: tuple[float, float, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Views over black -> uint8 rgb over the background, uint8 alpha, float32 depth, on the CPU."""
-    rgb = views.rgb + (1 - views.alpha) * views.rgb.new_tensor(background)
-    to_uint8 = lambda values: (values.clamp(0, 1) * 255).round().to(torch.uint8).cpu()  # noqa: E731
-    alpha = to_uint8(views.alpha[..., 0])
+def _stored(views: Views, config: BootstrapConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Views over black -> uint8 rgb over the background, uint8 alpha, float32 depth.
+
+    The first view of each, what the input camera sees, stays over black.
+    """
+    background = torch.tensor(config.background).expand(views.rgb.shape[1], 1, 1, 3).clone()
+    background[0] = 0.0
+    rgb = views.rgb + (1 - views.alpha) * background.to(views.rgb)
+    rgb, alpha = (
+        (values.clamp(0, 1) * 255).round().to(torch.uint8) for values in (rgb, views.alpha[..., 0])
+    )
     # Depth is meaningless where 8 bits say that nothing is there.
-    depth = views.depth[..., 0].cpu() * (alpha > 0)
-    return to_uint8(rgb), alpha, depth
+    return rgb, alpha, views.depth[..., 0] * (alpha > 0)
