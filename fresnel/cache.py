@@ -23,7 +23,7 @@ import site
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,16 @@ from fresnel.record import RESULTS_NAME, RecordError, RunRecord
 PACKAGE = Path(__file__).resolve().parent
 CACHE_NAME = ".cache"
 _SHOWS_ONLY = {
-    *("__main__.py", "pages.py", "overview.py", "report.py", "profiles.py", "plainpage.py"),
-    *(
-        "execution.py",
-        "cache.py",
-        "ledger.py",
-        "_touched.py",
-        "_html.py",
-        "templates",
-        "schema",
-        "__pycache__",
-    ),
+    *("__main__.py", "driver.py", "report.py", "profiles.py", "pages.py", "overview.py"),
+    *("plainpage.py", "_html.py", "execution.py", "cache.py", "_touched.py", "ledger.py"),
+    *("templates", "schema", "__pycache__"),
 }
 """Of this package, what runs or shows a report but has no part in its figures."""
+NOT_TRAINING = {
+    *("figures.py", "exhibits.py", "sheet.py", "autopsy.py", "evidence.py", "experiment.py"),
+    *("studies.py", "record.py", "meters.py", "furniture.py", "sampling.py"),
+}
+"""What else has no part in a training: a checkpoint outlives a change to these."""
 _FORMAT = 1
 """Of the entries; another number makes all older ones unknown."""
 # a file changed within this time before it was looked at may change again without a new stamp
@@ -69,14 +66,15 @@ def identity(
     }
 
 
-def code_hash() -> str:
-    """sha256 over this package's sources and assets, but for those that only show a report."""
-    digest = hashlib.sha256()
+def code_hash(apart: Set[str] = frozenset()) -> str:
+    """sha256 over this package's sources and assets, but for those that only show a report, and
+    for other files and folders of the package's that the caller names."""
+    digest, apart = hashlib.sha256(), apart | _SHOWS_ONLY
     for folder, inner, files in os.walk(PACKAGE):
-        inner[:] = sorted(set(inner) - _SHOWS_ONLY)
+        inner[:] = sorted(set(inner) - apart)
         here = Path(folder)
         for file in sorted(files):
-            if here == PACKAGE and file in _SHOWS_ONLY:
+            if here == PACKAGE and file in apart:
                 continue
             path = here / file
             digest.update(f"{path.relative_to(PACKAGE)}\0".encode())

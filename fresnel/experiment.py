@@ -20,6 +20,7 @@ import torch
 from fresnel import dataset as ds
 from fresnel import gate, studies
 from fresnel.bootstrap import CORRECTED, ORIGINAL, BootstrapConfig, bootstrap
+from fresnel.cache import NOT_TRAINING, code_hash
 from fresnel.dataset import InputImages, MultiViewDataset, ViewTensors
 from fresnel.provenance import project_root
 from fresnel.record import Recorder
@@ -50,8 +51,15 @@ def data_dir() -> Path:
 
 
 def train_dir(name: str, data: MultiViewDataset, config: Mapping[str, Any]) -> Path:
-    """Where the checkpoints of one model on one dataset with one configuration go."""
-    stem = f"{name}-{data.content_hash.removeprefix('sha256:')[:8]}-{fingerprint(config)}"
+    """Where the checkpoints of one model on one dataset with one configuration go.
+
+    What has no part in the training does not count: a run that was stopped has a report of its own,
+    and the next one must find its checkpoints.  Those of other code it must not find.
+    """
+    apart = {"output_dir", "export_to", "price_per_hour_usd", "resume", "compare_steps"}
+    config = {key: value for key, value in config.items() if key not in apart}
+    key = fingerprint({**config, "code": code_hash(NOT_TRAINING)})
+    stem = f"{name}-{data.content_hash.removeprefix('sha256:')[:8]}-{key}"
     return project_root() / "runs" / "train" / stem
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fresnel import checkpoints, gate, surroundings
 from fresnel._step import OutOfMemory, Stepper, ema_exponent, finite_names, step_seed
+from fresnel.cache import locked
 
 __all__ = [
     "NonFiniteLoss",
@@ -110,7 +111,8 @@ class TrainResult:
 
     `history`: one row per log interval ("step", the loss terms' means, "grad_norm", "lr",
     "samples_per_s"); `validations`: "step" and the task's figures. `samples_per_s` and
-    `duration_s` are of this call's training steps alone; `compile_s` came before them, `paused_s`
+    `duration_s` are of this call's training steps alone (`samples_per_s` of all steps, where a
+    finished run had none left to do); `compile_s` came before them, `paused_s`
     (validation, previews, checkpoints) in between. `peak_memory_bytes` is of the CUDA allocator,
     or of the process on a CPU. `gate_overridden`: trained on refused data, on purpose.
     """
@@ -160,7 +162,8 @@ def fit(
     """Train `task` on data that the gate let through; go on where an earlier call stopped.
 
     Writes run_dir/log.jsonl, run_dir/checkpoints/{latest,previous,best,step_XXXXXX} and
-    run_dir/previews/. May be killed at any moment: the next call resumes from `latest`.
+    run_dir/previews/. May be killed at any moment: the next call resumes from `latest`. Of two
+    calls with one run_dir at once the second waits for the first.
 
     Args:
         dataset: the data behind the task; its hash is recomputed and compared with the receipt.
@@ -179,11 +182,13 @@ def fit(
     run = _Run(task, config, Path(run_dir), str(dataset.content_hash), bool(receipt.overridden))
     if device is not None and torch.device(device).type != run.device.type:
         raise ValueError(f"device: got {device}, the task's model is on {run.device}")
-    run.resume() if resume else run.clear()
     end = config.steps if stop_at_step is None else min(stop_at_step, config.steps)
-    resumed_at = run.step if run.resumed else None
+    busy = f"{run.folder}: another process trains there; waiting for it"
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(run.folder / ".lock", busy))
+        run.resume() if resume else run.clear()
+        resumed_at = run.step if run.resumed else None
         stack.enter_context(surroundings.kernels(config.deterministic, run.device))
         cuda = [run.device] if run.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(cuda))
@@ -403,6 +408,16 @@ class _Run:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def rate(self) -> float:
+        """Samples per second of training: of this call, or of the log where it trained nothing."""
+        if self.trained_s:
+            return self.trained_samples / self.trained_s
+        rows = [row for row in self.rows if row["event"] == "train"]
+        before = [0, *(row["step"] for row in rows)]
+        steps = [row["step"] - last for row, last in zip(rows, before, strict=False)]
+        seconds = sum(n / row["samples_per_s"] for n, row in zip(steps, rows, strict=True))
+        return sum(steps) / seconds if seconds else 0.0
+
     def result(self) -> TrainResult:
         def of(event: str) -> list[dict[str, Any]]:
             return [row for row in self.rows if row["event"] == event]
@@ -413,7 +428,7 @@ class _Run:
             history=of("train"),
             validations=of("validation"),
             steps=self.step,
-            samples_per_s=self.trained_samples / self.trained_s if self.trained_s else 0.0,
+            samples_per_s=self.rate(),
             duration_s=self.trained_s,
             compile_s=self.compile_s,
             paused_s=self.paused_s,

@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +107,26 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def latest(tmp_path: Path, name: str = "run") -> Path:
     return tmp_path / name / "checkpoints" / "latest.safetensors"
+
+
+def test_of_two_calls_in_one_folder_the_second_waits(tmp_path: Path) -> None:
+    class Slow(Line):
+        def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]:
+            started.set()
+            time.sleep(0.02)
+            return super().batch(step, generator)
+
+    started = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(run, tmp_path, task=Slow())
+        assert started.wait(60)
+        second = Line()
+        result = run(tmp_path, task=second)
+    assert second.batches == [], "the first trained all of it, and nobody wrote in between"
+    assert_same_bits(weights(first.result()), weights(result))
+    assert result.duration_s == 0.0 and result.samples_per_s > 0.0, "the log's rate"
+    rates = [row["samples_per_s"] for row in result.history]
+    assert min(rates) <= result.samples_per_s <= max(rates)
 
 
 # --- determinism and resume -----------------------------------------------------------------
