@@ -1,4 +1,4 @@
-"""The command line: `python -m fresnel run | validate | views | furniture | pages | ...`."""
+"""The command line: `python -m fresnel run | study | validate | views | pages | ...`."""
 
 from __future__ import annotations
 
@@ -87,6 +87,20 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--json", action="store_true", help="print the verdict as JSON")
     validate.add_argument("--fix", metavar="DIR", help="write a mended copy there, and gate that")
     validate.set_defaults(command=_validate)
+
+    study = commands.add_parser(
+        "study",
+        help="run the arms and seeds of a study; several processes share the work",
+        description="Run what is not finished of a study (notebooks/params/study_*.yaml). Call it "
+        "once for each GPU, with CUDA_VISIBLE_DEVICES; call it again to go on.",
+    )
+    study.add_argument("study", help="YAML file")
+    study.add_argument("--only", action="append", default=[], metavar="STEP")
+    study.add_argument("--list", action="store_true", help="show the steps, run none")
+    study.add_argument("--fresh", action="store_true", help="compute finished steps again")
+    study.add_argument("--stop-after", type=float, metavar="SECONDS", help="for the next call")
+    study.add_argument("--reports", type=Path, help="where reports go (default: reports/)")
+    study.set_defaults(command=_study)
 
     views = commands.add_parser(
         "views",
@@ -229,6 +243,28 @@ def _gated(arguments: argparse.Namespace, dataset: Any, gate: Any) -> int:
             return 1
         print(f"{mended.path}: {verdict.summary}", file=sys.stderr if arguments.json else None)
     return int(not verdict.passed)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from fresnel import driver, report
+
+    steps = driver.load(arguments.study)
+    if arguments.list:
+        reports = report.reports_folder(arguments.reports)
+        for step in steps:
+            state = "finished" if driver.finished(step, reports) else "to do"
+            print(f"{step.name}\t{step.notebook.name}\t{state}")
+        return 0
+    problems = driver.run(
+        steps,
+        arguments.reports,
+        only=arguments.only,
+        fresh=arguments.fresh,
+        stop_after_s=arguments.stop_after,
+    )
+    for problem in problems:
+        print(f"fresnel: {problem}", file=sys.stderr)
+    return int(bool(problems))
 
 
 def _views(arguments: argparse.Namespace) -> int:

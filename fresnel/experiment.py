@@ -22,6 +22,7 @@ from fresnel import gate, studies
 from fresnel.bootstrap import CORRECTED, ORIGINAL, BootstrapConfig, bootstrap
 from fresnel.cache import NOT_TRAINING, code_hash
 from fresnel.dataset import InputImages, MultiViewDataset, ViewTensors
+from fresnel.images import as_photographs, holds_images
 from fresnel.provenance import project_root
 from fresnel.record import Recorder
 
@@ -100,10 +101,11 @@ def ground_truth(
     """Multi-view ground truth of 3D objects: rendered once, found again by its configuration.
 
     Args:
-        source: "embedded" (the 24 objects that ship), a .zip of glTF objects with a manifest, or
-            a folder that already is a multi-view dataset (its views are taken as they are; if it
-            states several splits, those of `split`).
-        split: "train" or "held_out" for the embedded objects; "train", "val" or "test" of a zip
+        source: "embedded" (the 24 objects that ship), 3D objects (whatever `meshes.find_assets`
+            reads: a folder, .zip, .sh3f, manifest or mesh), or multi-view data in any format that
+            `dataset.open` reads (its views are taken as they are).  Of a source that states
+            several splits those of `split` are taken.
+        split: "train" or "held_out" for the embedded objects; "train", "val" or "test" of others
             ("held_out" means "test" there).
         images: records, at least one per object: objects are seen from as many input poses as it
             takes (0: one each).
@@ -115,8 +117,8 @@ def ground_truth(
 
     if source == "embedded":
         assets = meshes.embedded_assets(cast(Literal["train", "held_out"], split))
-    elif str(source).endswith(".zip"):
-        assets = meshes.zip_assets(source, "test" if split == "held_out" else split)
+    elif ds.holds_objects(source):
+        assets = _assets(source, split)
     else:
         data = ds.open(source)
         several = len(set(data.meta.get("object_splits", {}).values())) > 1
@@ -152,6 +154,22 @@ def ground_truth(
     )
 
 
+def _assets(source: str | Path, split: str) -> list[Any]:
+    """The 3D objects of a source, of one split if it states several."""
+    from fresnel import meshes
+
+    found = meshes.find_assets(source)
+    if not found:
+        raise ds.DatasetError(f"{source}: neither multi-view data nor 3D objects")
+    if len({asset.split for asset in found}) < 2:
+        return found
+    wanted = "test" if split == "held_out" else split
+    chosen = [asset for asset in found if asset.split == wanted]
+    if not chosen:
+        raise ds.DatasetError(f"{source}: holds no object of split {wanted!r}")
+    return chosen
+
+
 def _without_embedded(assets: list[Any], really: bool) -> list[Any]:
     if not really:
         return assets
@@ -175,22 +193,26 @@ def input_images(
     """Single images for the bootstrap, and a sentence on where they come from.
 
     Args:
-        source: "embedded" or a .zip of glTF objects (input views are rendered from the training
-            objects, their cameras known), a multi-view dataset (the inputs of its training
-            records), or a folder of image files (cameras assumed: see `dataset.load_images`).
+        source: "embedded" or 3D objects (input views are rendered from the training objects, their
+            cameras known), a dataset in our layout (the inputs of its training records), multi-view
+            data in another format (the pictures that act as its inputs), or a folder of image
+            files.  The last two are photographs: their cameras are assumed, as
+            `dataset.load_images` does, because the bootstrap knows one scale and one pivot.
         images: at most so many; rendered objects are seen from as many input poses as it takes.
         image_size: pixels, of photographs as they are read; renders are at least `INPUT_SIZE`.
         elevation_deg: assumed elevation of photographs.
         objects: which objects' images, for sources that know objects: see `studies.part`.
         exclude_embedded: leave out the objects of a .zip that ship with the library.
     """
-    if source == "embedded" or str(source).endswith(".zip"):
+    rendered = source == "embedded" or ds.holds_objects(source)
+    photographs = rendered and holds_images(source)
+    if rendered and not photographs:
         from fresnel import meshes
 
         assets = (
             meshes.embedded_assets("train")
             if source == "embedded"
-            else _without_embedded(meshes.zip_assets(source, "train"), exclude_embedded)
+            else _without_embedded(_assets(source, "train"), exclude_embedded)
         )
         chosen = studies.choose([asset.name for asset in assets], objects)
         few = min(images, len(assets)) if objects == "all" else 0
@@ -220,6 +242,11 @@ def input_images(
         return inputs, f"{len(inputs)} input views of {Path(source).name}, objects: {objects}"
     if objects != "all":
         raise ValueError(f"objects: got {objects!r}, but {source} is a folder of photographs")
+    if not photographs:
+        data = ds.open(source)
+        taken = data.subset(slice(images)).inputs() if len(data) > images else data.inputs()
+        inputs = as_photographs(taken, max(image_size, INPUT_SIZE), elevation_deg)
+        return inputs, f"{len(inputs)} pictures of {Path(source).name}, cameras assumed"
     inputs = ds.load_images(source, max(image_size, INPUT_SIZE), elevation_deg=elevation_deg)
     if len(inputs) > images:
         inputs = inputs[:images]

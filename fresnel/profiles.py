@@ -40,6 +40,11 @@ def load_profile(path: str | Path) -> list[Step]:
     if not source.is_file():
         raise ProfileError(f"no such profile: {source}")
     entries = read_yaml(source)
+    return parse(entries, source)
+
+
+def parse(entries: Any, source: Path) -> list[Step]:
+    """The steps of a profile's content; `source`: its file, for messages and params_file."""
     if not isinstance(entries, list) or not entries:
         raise ProfileError(f"{source}: must be a list of steps with 'name' and 'notebook'")
     steps: list[Step] = []

@@ -114,6 +114,29 @@ def test_smoke_then_full_then_analysis(original, corrected, reports):
     assert len(story.metrics["claims"]) == 5
 
 
+def test_an_arm_with_its_own_decoder_objects_and_render(reports):
+    """What a study's parameters change: see notebooks/params/study_arms.yaml."""
+    weights = reports / "decoder.safetensors"
+    run(
+        "03_full_train", reports, "03-decoder-A", model="decoder", size="tiny", batch_size=2,
+        steps=2, truth_objects=2, objects="A", export_to=str(weights),
+    )  # fmt: skip
+    made, _ = run(
+        "01_validate_data", reports, "01-B", images=16, examples=4, image_size=32, objects="B",
+        decoder_weights=str(weights), dataset_dir=str(reports / "data-B"), on_fail="continue",
+    )  # fmt: skip
+    assert made.provenance["datasets"][0]["objects"] == 16
+    arm, _ = run(
+        "03_full_train", reports, "03-render", model="cvs-render", size="tiny", batch_size=4,
+        steps=2, truth_objects=2, objects="A", drop_worst_views=0.25, compare_steps="2",
+        decoder_weights=str(weights), parameterisation="regression",
+    )  # fmt: skip
+    assert {"cvs-render", "cvs, 2 steps", "decoder render"} < set(arm.metrics["summaries"])
+    assert arm.metrics["pairs"] % 6 == 0 and arm.metrics["pairs"] < 16 * 6, "a quarter left out"
+    assert len(arm.metrics["psnr_by_object"]["cvs-render"]["all"]) == 2
+    assert any("LPIPS" in note for note in arm.notes)
+
+
 def test_decoder_training(reports):
     record, _ = run(
         "03_full_train", reports, "03-decoder", model="decoder", size="tiny", batch_size=2,
