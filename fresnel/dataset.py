@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fresnel import _layouts, formats
+from fresnel import _cached, _layouts, formats
 from fresnel._layouts import MANIFEST, Record
 from fresnel._reading import read_all
 from fresnel._records import (
@@ -33,6 +33,7 @@ from fresnel._records import (
 from fresnel._writing import store
 from fresnel.cameras import Cameras
 from fresnel.formats import capture as captured
+from fresnel.formats import shards
 from fresnel.formats.capture import Capture
 from fresnel.formats.nerfstudio import export
 from fresnel.formats.shards import stream, write_shards
@@ -53,6 +54,7 @@ __all__ = [
     "ObjectViews",
     "ViewTensors",
     "export",
+    "holds_objects",
     "load_image",
     "load_images",
     "open",
@@ -303,12 +305,15 @@ def open(
     * 3D objects (`meshes.find_assets`): a folder, zip file, .sh3f library or JSON manifest of
       glTF, GLB or OBJ files, or one such file.  They are rendered once, into ``cache``.
 
+    * WebDataset shards (`write_shards`), unpacked once, into ``cache``; `stream` needs no disk.
+
     Args:
         image_size: side of the views in pixels, for captures (None: the smallest capture's, at most
             512, less where an object's views would not fit into memory) and objects (None: 128).
         views: take so many evenly spaced views of each capture (None: all); render so many of
             each object (None: 8).
-        cache: folder for rendered objects; None: ~/.cache/fresnel.
+        cache: folder for what is rendered or unpacked; None: ~/.cache/fresnel (or below
+            $XDG_CACHE_HOME).
 
     Raises:
         DatasetError: if nothing is recognised, or a description is damaged.
@@ -318,7 +323,7 @@ def open(
     if not root.exists():
         raise DatasetError(f"{path}: no such folder or file")
     if not root.is_dir():
-        return _open_objects(root, image_size, views, cache)
+        return open(_cached.rendered(root, image_size, views, cache))
     if _layouts.is_ours(root):
         manifest, records = _layouts.parse_manifest(root)
         digest = _layouts.content_hash(records, manifest)
@@ -339,6 +344,8 @@ def open(
             views_per_object=manifest["views_per_object"],
             records=records,
         )
+    if shards.recognises(root):
+        return open(_cached.unpacked(root, cache))
     records = _layouts.scan_original(root)
     if not records:
         inner = sorted(p for p in root.iterdir() if p.is_dir() and _is_stored(root, p))
@@ -347,7 +354,7 @@ def open(
         found = formats.captures(root)
         if found:
             return _open_captures(root, found, image_size, views)
-        return _open_objects(root, image_size, views, cache)
+        return open(_cached.rendered(root, image_size, views, cache))
     folders = view_folders(records[0])
     if not folders:
         raise DatasetError(f"{root / records[0].folder}: has no view_000. Restore or remove it")
@@ -439,33 +446,15 @@ def _open_set(
     )
 
 
-def _open_objects(
-    root: Path, image_size: int | None, views: int | None, cache: str | Path | None
-) -> MultiViewDataset:
-    from fresnel import meshes  # it renders into datasets, so it imports this module
-
-    assets = meshes.find_assets(root)
-    if not assets:
-        raise DatasetError(
-            f"{root}: not a dataset; want a {MANIFEST} of ours, folders image_0000 ... "
-            "with input.png and view_000/rgb.png, a transforms.json, a COLMAP model, CO3D's "
-            "frame_annotations.jgz, a folder of such folders, or 3D objects (.glb .gltf .obj .zip "
-            ".sh3f or a JSON manifest of them)"
-        )
-    views, image_size = views or 8, image_size or 128
-    said = [[a.name, a.member, a.source.resolve().as_posix(), _stamp(a.source)] for a in assets]
-    key = _layouts.sha256(_layouts.canonical_json([said, views, image_size]))[:16]
-    place = Path(cache) if cache is not None else Path.home() / ".cache" / "fresnel"
-    target = place / f"{root.stem}-{key}"
-    if (target / MANIFEST).is_file():
-        return open(target)
-    return meshes.render_set(assets, target, views=views, image_size=image_size)
-
-
-def _stamp(path: Path) -> list[int]:
-    """Size and time of a file: cheap, and enough to know a cached rendering by."""
-    about = path.stat()
-    return [about.st_size, about.st_mtime_ns]
+def holds_objects(path: str | Path) -> bool:
+    """Whether `open` would have to render what is there: 3D objects, or nothing that it knows."""
+    root = Path(path)
+    if not root.is_dir():
+        return root.exists()
+    if _layouts.is_ours(root) or shards.recognises(root) or _layouts.image_folders(root):
+        return False
+    inner = any(_is_stored(root, folder) for folder in root.iterdir() if folder.is_dir())
+    return not inner and not formats.captures(root)
 
 
 def write(

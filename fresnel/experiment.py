@@ -150,7 +150,6 @@ def ground_truth(
         seed=seed,
         samples=samples,
         azimuths=azimuths,
-        split=split,
     )
 
 
@@ -236,7 +235,7 @@ def input_images(
             f"{images} rendered input views of {few} training objects "
             f"({'embedded, CC0' if source == 'embedded' else Path(source).name})",
         )
-    if (Path(source) / "manifest.json").is_file():
+    if not rendered and ds.open(source).layout == "fresnel":
         data = studies.part(ground_truth(source, "train", image_size=image_size), objects)
         inputs = data.subset(slice(images)).inputs() if len(data) > images else data.inputs()
         return inputs, f"{len(inputs)} input views of {Path(source).name}, objects: {objects}"

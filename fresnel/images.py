@@ -278,6 +278,39 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image
 
 
+def holds_images(folder: str | Path) -> bool:
+    """Whether a folder has image files directly in it."""
+    root = Path(folder)
+    return root.is_dir() and any(p.suffix.lower() in IMAGE_SUFFIXES for p in root.iterdir())
+
+
+def as_photographs(images: InputImages, size: int, elevation_deg: float) -> InputImages:
+    """Pictures whose cameras are forgotten and assumed, as `load_images` does."""
+    small = images.resized(size)
+    cameras = _assumed_cameras(len(images), size, elevation_deg, STANDARD_RADIUS, STANDARD_FOCAL)
+    return replace(small, cameras=cameras, depth=None, elevation_is_assumed=True)
+
+
+def _assumed_cameras(
+    count: int, size: int, elevation_deg: float, radius: float, focal: float
+) -> Cameras:
+    camera = orbit(
+        0.0,
+        elevation_deg,
+        radius,
+        pivot=(0.0, 0.0, 0.0),
+        focal_px=focal * size,
+        width=size,
+        height=size,
+    )
+    return Cameras(
+        camera.viewmats.expand(count, 4, 4).clone(),
+        camera.Ks.expand(count, 3, 3).clone(),
+        size,
+        size,
+    )
+
+
 def load_images(
     folder: str | Path,
     size: int,
@@ -316,22 +349,8 @@ def load_images(
     with ThreadPoolExecutor() as pool:
         images = list(pool.map(lambda p: _square(*load_image(p), size, foreground_extent), paths))
     rgba = torch.stack(images)
-    camera = orbit(
-        0.0,
-        elevation_deg,
-        radius,
-        pivot=(0.0, 0.0, 0.0),
-        focal_px=focal * size,
-        width=size,
-        height=size,
-    )
     count = len(paths)
-    cameras = Cameras(
-        camera.viewmats.expand(count, 4, 4).clone(),
-        camera.Ks.expand(count, 3, 3).clone(),
-        size,
-        size,
-    )
+    cameras = _assumed_cameras(count, size, elevation_deg, radius, focal)
     names = tuple(p.stem for p in paths)
     if len(set(names)) < count:
         names = tuple(p.name for p in paths)

@@ -77,6 +77,54 @@ def write_shards(
     return [target / shard["file"] for shard in shards]
 
 
+def recognises(folder: Path) -> bool:
+    return (folder / INDEX).is_file()
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    """What a folder's shards.json says, checked: background, meta, and its shards.
+
+    Raises:
+        DatasetError: if it is damaged, or leads out of the folder.
+    """
+    path = _layouts.inside(folder, INDEX)
+    index = _layouts.read_json(path)
+    if index.get("schema_version") != _layouts.SCHEMA_VERSION:
+        raise DatasetError(f"{path}: schema_version is {index.get('schema_version')!r}")
+    background = _layouts.array(index, "background", (3,), path)
+    if not isinstance(index.get("meta"), dict) or not isinstance(index.get("shards"), list):
+        raise DatasetError(f"{path}: has no meta or no shards")
+    if not index["shards"] or not all(_is_entry(entry) for entry in index["shards"]):
+        raise DatasetError(f"{path}: its list of shards is empty or damaged")
+    return {**index, "background": background.tolist()}
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and bool(re.fullmatch(r"[\w.-]+\.tar", str(entry.get("file"))))
+        and isinstance(entry.get("sha256"), str)
+    )
+
+
+def checked(folder: Path, index: dict[str, Any]) -> Iterator[ObjectViews]:
+    """`stream` of the shards that `index_of` lists, each only after its sha256 has been verified.
+
+    Raises:
+        DatasetError: if one is missing, was changed, or is damaged.
+    """
+    for entry in index["shards"]:
+        path = _layouts.inside(folder, entry["file"])
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DatasetError(f"{path}: can't be read ({error.strerror})") from None
+        if digest != entry["sha256"]:
+            raise DatasetError(f"{path}: is not the shard that {INDEX} lists (sha256 differs)")
+        yield from _stream(path)
+
+
 def _members(
     key: str, views: ObjectViews, background: tuple[float, float, float]
 ) -> Iterator[tuple[str, bytes]]:

@@ -1,0 +1,151 @@
+"""Every kind of source by parameter: ground truth, input images, and notebook 01 as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_dataset import write_original
+from test_formats import co3d, colmap, nerfstudio, truth  # noqa: F401
+
+from fresnel import dataset, experiment, report
+from fresnel.dataset import DatasetError, ObjectViews
+
+ASSETS = Path(dataset.__file__).parent / "assets"
+GLBS = ("red_chair", "teddy_bear", "table")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def objects(folder: Path, _: ObjectViews) -> Path:
+    folder.mkdir()
+    for name in GLBS:
+        shutil.copy(ASSETS / f"{name}.glb", folder)
+    return folder
+
+
+def manifest(folder: Path, views: ObjectViews) -> Path:
+    splits = ("train", "train", "test")
+    listed = [
+        {"file": f"{name}.glb", "split": split} for name, split in zip(GLBS, splits, strict=True)
+    ]
+    (objects(folder, views) / "list.json").write_text(json.dumps(listed))
+    return folder / "list.json"
+
+
+def shards(folder: Path, views: ObjectViews) -> Path:
+    whole = dataset.write(folder.with_name("whole"), [views], meta={"who": "me"})
+    dataset.write_shards(folder, whole)
+    return folder
+
+
+def original(folder: Path, _: ObjectViews) -> Path:
+    write_original(folder, 3)
+    return folder
+
+
+def models(folder: Path, views: ObjectViews) -> Path:
+    colmap(folder, views, "PINHOLE", ".txt")
+    return folder
+
+
+Make = Callable[[Path, ObjectViews], Path]
+VIEWS: dict[str, Make] = {
+    "nerfstudio": lambda folder, views: nerfstudio(_made(folder), views),
+    "colmap": lambda folder, views: models(_made(folder), views),
+    "co3d": lambda folder, views: co3d(_made(folder), views),
+    "original": original,
+    "shards": shards,
+}
+OBJECTS: dict[str, Make] = {"objects": objects, "manifest": manifest}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_multi_view_data_is_taken_as_it_is(kind, truth, tmp_path):  # noqa: F811
+    source = VIEWS[kind](tmp_path / kind, truth)
+    assert not dataset.holds_objects(source)
+    data = experiment.ground_truth(str(source), "train", image_size=32)
+    assert data.content_hash == dataset.open(source).content_hash
+    inputs, said = experiment.input_images(str(source), images=2, image_size=32)
+    assert 1 <= len(inputs) <= 2
+    if kind == "shards":  # our layout: the input's camera is known
+        assert not inputs.elevation_is_assumed and "input views" in said
+        return
+    assert inputs.elevation_is_assumed and "cameras assumed" in said
+    assert inputs.rgb.shape[1] == experiment.INPUT_SIZE
+    assert inputs.cameras.centers.norm(dim=-1).sub(2.2).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_are_rendered_by_split(kind, truth, tmp_path):  # noqa: F811
+    source = OBJECTS[kind](tmp_path / kind, truth)
+    assert dataset.holds_objects(source)
+    data = experiment.ground_truth(
+        str(source), "train", image_size=16, views=2, samples=1, cache=tmp_path
+    )
+    assert len(data) == (2 if kind == "manifest" else 3) and data.views_per_object == 2
+    if kind == "manifest":
+        held = experiment.ground_truth(
+            str(source), "held_out", image_size=16, views=2, samples=1, cache=tmp_path
+        )
+        assert held.names == ("table__0",)
+        with pytest.raises(DatasetError, match="no object of split 'val'"):
+            experiment.ground_truth(str(source), "val", image_size=16)
+    inputs, said = experiment.input_images(
+        str(source), images=2, image_size=16, cache=tmp_path / "inputs"
+    )
+    assert len(inputs) == 2 and not inputs.elevation_is_assumed and "rendered" in said
+
+
+def test_shards_are_unpacked_once_and_only_as_listed(truth, tmp_path):  # noqa: F811
+    source = shards(tmp_path / "shards", truth)
+    opened = dataset.open(source, cache=tmp_path / "cache")
+    assert opened.meta == {"who": "me", "unpacked_from": "shards"}
+    assert opened.content_hash == dataset.open(tmp_path / "whole").content_hash
+    stamp = (opened.path / "manifest.json").stat().st_mtime_ns
+    assert dataset.open(source, cache=tmp_path / "cache").path == opened.path
+    assert (opened.path / "manifest.json").stat().st_mtime_ns == stamp
+    tar = source / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes() + b"\0")
+    with pytest.raises(DatasetError, match="sha256 differs"):
+        dataset.open(source, cache=tmp_path / "other")
+    index = source / "shards.json"
+    for change in ({"shards": [{"file": "../x.tar", "sha256": ""}]}, {"background": [1, 2]}):
+        index.write_text(json.dumps({**json.loads(index.read_text()), **change}))
+        with pytest.raises(DatasetError, match=r"shards\.json"):
+            dataset.open(source)
+
+
+def test_what_is_no_source_is_refused(tmp_path):
+    for read in (experiment.ground_truth, lambda s, _, image_size: dataset.open(s)):
+        with pytest.raises(DatasetError, match="no such"):
+            read(str(tmp_path / "nothing"), "train", image_size=16)
+    with pytest.raises(DatasetError, match="neither multi-view data nor 3D objects"):
+        experiment.ground_truth(str(tmp_path), "train", image_size=16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "preset"),
+    [("co3d", "none"), ("shards", "none"), ("objects", "truth"), ("nerfstudio", "corrected")],
+)
+def test_notebook_01_gates_it(kind, preset, truth, tmp_path):  # noqa: F811
+    source = {**VIEWS, **OBJECTS}[kind](tmp_path / kind, truth)
+    params = {"source": str(source), "preset": preset, "images": 3, "image_size": 32}
+    if preset == "corrected":
+        params["dataset_dir"] = str(tmp_path / "made")
+    notebook = Path(__file__).parent.parent / "notebooks" / "01_validate_data.ipynb"
+    done = report.run(notebook, params, kind, tmp_path / "reports", progress=False)
+    assert not done.crashed, done.record.error
+    assert done.record.verdict in ("PASS", "FAIL") and done.record.metrics["views_seen"] >= 6
+    assert "<h2" in done.report.read_text()
