@@ -199,7 +199,7 @@ def section_cvs(bench: Bench) -> None:
         before = speed
 
     def eager(precision: str, trials: bool, timed: int) -> float:
-        with surroundings.kernels(not trials if not bench.gpu else False, bench.device):
+        with surroundings.kernels(not bench.gpu, bench.device):
             torch.backends.cudnn.benchmark = trials
             surroundings.reset_peak_memory(bench.device)
             task = cvs_task(bench, size, batch, views)
@@ -467,7 +467,11 @@ def section_trial(bench: Bench) -> None:
     for name, limit in limits:
         began = time.perf_counter()
         found = find_batch_size(
-            lambda b: cvs_task(bench, size, b, views), wanted, config_of(bench), limit_bytes=limit
+            lambda b: cvs_task(bench, size, b, views),
+            wanted,
+            config_of(bench),
+            device=bench.device,
+            limit_bytes=limit,
         )
         spent = time.perf_counter() - began
         bench.say(

@@ -60,23 +60,24 @@ class Record:
 # --- bytes -------------------------------------------------------------------------------------
 
 
-def png(image: Tensor) -> bytes:
+def png(image: Tensor | np.ndarray) -> bytes:
     """Lossless PNG of uint8 (H, W, 3) or (H, W), or of uint16 (H, W)."""
     buffer = io.BytesIO()
-    Image.fromarray(image.numpy()).save(buffer, "PNG", compress_level=PNG_LEVEL)
+    Image.fromarray(np.asarray(image)).save(buffer, "PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()
 
 
 def depth_scale(depth: Tensor) -> float:
     """World units of one step: a power of two, so that writing again changes no bit."""
-    largest = float(depth.max())
+    largest = float(depth.numpy().max())
     return 2.0 ** math.ceil(math.log2(largest / 65535)) if largest > 0 else 2.0**-16
 
 
 def depth_png(depth: Tensor) -> bytes:
-    values = (depth.double() / depth_scale(depth)).round()
-    values = torch.where(depth > 0, values.clamp(1, 65535), values)
-    return png(values.to(torch.uint16))
+    # numpy: torch would call all cores together for each of the encoding threads' small pictures
+    values = np.rint(depth.numpy().astype(np.float64) / depth_scale(depth))
+    np.clip(values, 1, 65535, out=values, where=depth.numpy() > 0)
+    return png(values.astype(np.uint16))
 
 
 def read_png(path: Path, mode: str, data: bytes | None = None) -> Tensor:

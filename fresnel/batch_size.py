@@ -39,6 +39,7 @@ def find_batch_size(
     wanted: int,
     config: TrainConfig,
     *,
+    device: torch.device | str,
     reserve: float = 0.1,
     limit_bytes: int | None = None,
 ) -> BatchSize:
@@ -48,7 +49,7 @@ def find_batch_size(
     where a curriculum asks for most. They train throwaway tasks.
 
     Args:
-        make_task: batch size -> a fresh task; its data may be shared.
+        make_task: batch size -> a fresh task on `device`; its data may be shared.
         wanted: samples a step.
         reserve: share of the free memory to leave alone.
         limit_bytes: pretend that no more is free, as a smaller card would have.
@@ -59,21 +60,18 @@ def find_batch_size(
     if wanted < 1:
         raise ValueError(f"wanted: got {wanted}, want at least 1")
     sizes = [size for size in range(wanted, 0, -1) if wanted % size == 0]
-    free = base = 0
-    device: torch.device | None = None
+    device = torch.device(device)
+    surroundings.reset_peak_memory(device)
+    base = surroundings.peak_memory(device)
+    free = min(surroundings.free_memory(device), limit_bytes or 1 << 62)
     trials = 0
 
     def trial(batch_size: int) -> int:
         """Peak bytes above what was taken before."""
-        nonlocal free, base, device, trials
-        task = make_task(batch_size)
-        if device is None:
-            device = next(task.model.parameters()).device
-            free = min(surroundings.free_memory(device), limit_bytes or 1 << 62)
-            surroundings.reset_peak_memory(device)
-            base = surroundings.peak_memory(device)
+        nonlocal trials
         surroundings.reset_peak_memory(device)
         try:
+            task = make_task(batch_size)
             stepper = Stepper(task, replace(config, accumulate=1))
             for _ in range(2):  # the optimizer's state comes with the first
                 stepper.train(config.steps - 1)
@@ -101,10 +99,12 @@ def find_batch_size(
             and measured[last] + (size - last) * slope <= room
         ]
         if not fitting:
-            break
+            return BatchSize(last, wanted // last, measured[last], int(slope), free, trials)
         try:
-            measured[fitting[0]] = trial(fitting[0])
+            peak = trial(fitting[0])
         except OutOfMemory:
+            peak = free + 1
+        if peak <= room:
+            measured[fitting[0]] = peak
+        else:
             ceiling = fitting[0]
-    size = max(size for size, peak in measured.items() if size == 1 or peak <= room)
-    return BatchSize(size, wanted // size, measured[size], int(slope), free, trials)
