@@ -11,9 +11,13 @@ say() { printf '%s\n' "$*" >&2; }
 usage() {
     cat <<'TEXT'
 Usage: ./run_all.sh [--profile auto|cpu|gpu] [--only STEP] [--list] [--reports DIR]
-                                  run the notebooks of a profile, build reports/index.html
+                    [--fresh] [--timeout SECONDS]
+                                  run the notebooks of a profile, build reports/index.html;
+                                  what has not changed is not computed again, unless --fresh
        ./run_all.sh NOTEBOOK.ipynb [-p NAME VALUE]... [-f PARAMS.yaml] [--name RUN]
+                    [--fresh] [--timeout SECONDS]
                                   run one notebook into a report
+       ./run_all.sh pages         make every report's page again, without a new run
        ./run_all.sh validate DATASET [--json]
                                   gate a dataset; exit 0 passes, 1 fails
        ./run_all.sh lab           open the notebooks in JupyterLab
@@ -32,7 +36,8 @@ Variables:
   FRESNEL_BASE     the Python 3.11+ to make .venv with (default: the first of python3.13 ... python3)
 
 Exit status: 0 all well; 1 a notebook crashed, or a verdict was not the expected one, or a test
-failed; 2 wrong use, or no environment; 130 stopped.
+failed; 2 wrong use, or no environment; 130 stopped. Of one notebook, besides: 3 refused by its
+protocol, 4 its Python died, 5 the page is only a plain one, 6 the disk is full, 124 timed out.
 TEXT
 }
 
@@ -171,7 +176,7 @@ case ${1:-} in
     test) shift; choose_python; run_tests "$@" ;;
     lab) shift; choose_python; cd "$root"; exec "$python" -m jupyter lab --notebook-dir "$root/notebooks" "$@" ;;
     validate) shift; choose_python; run_fresnel validate "$@" ;;
-    index) shift; choose_python; cd "$root"; run_fresnel index "$@" ;;
+    index | pages) choose_python; cd "$root"; run_fresnel "$@" ;;
     *.ipynb)
         notebook=$1
         shift
@@ -182,7 +187,8 @@ case ${1:-} in
         cd "$root"
         run_fresnel run "$notebook" "$@"
         ;;
-    "" | --profile | --profile=* | --only | --only=* | --list | --reports | --reports=*)
+    "" | --profile | --profile=* | --only | --only=* | --list | --reports | --reports=* | --fresh | \
+        --timeout | --timeout=*)
         choose_python
         cd "$root"
         run_fresnel run "$@"

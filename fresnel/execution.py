@@ -103,6 +103,7 @@ class _Execution:
             cell.outputs, cell.execution_count = [], None
             cell.metadata.fresnel = {"ran": False}
         self.current: Any = None
+        self.ended: str | None = None  # "stopped" or "timed_out", from outside
         self.begun = self.cell_begun = time.monotonic()
         self.saved, self.saved_messages = time.monotonic(), 0
 
@@ -114,8 +115,8 @@ class _Execution:
         with tempfile.TemporaryFile() as errors, _stoppable() as stopping:
             work = asyncio.ensure_future(self._cells(client, folder, environment, errors))
             try:
-                ended = await self._watch(work, manager, client, stopping)
-                failure = self._failure(work, client, ended, kills, errors)
+                await self._watch(work, manager, client, stopping)
+                failure = self._failure(work, client, kills, errors)
             finally:
                 self.terminal.close()
                 await _shut_down(manager, client)
@@ -134,6 +135,8 @@ class _Execution:
         for index, cell in enumerate(self.notebook.cells):
             if cell.cell_type != "code" or not cell.source.strip():
                 continue
+            if self.ended is not None:  # the cell before took its interrupt for its own affair
+                return
             self.current, self.cell_begun = cell, time.monotonic()
             cell.metadata.fresnel = {"ran": True}
             client.bar = ""
@@ -145,27 +148,25 @@ class _Execution:
 
     async def _watch(
         self, work: asyncio.Future, manager: AsyncKernelManager, client: _Client, stopping: Any
-    ) -> str | None:
-        """Wait for the cells; returns what cut them short: "timed_out", "stopped" or None."""
-        ended = None
-        while not work.done() and ended is None:
+    ) -> None:
+        """Wait for the cells, and cut them short where it is time to."""
+        while not work.done() and self.ended is None:
             # a Ctrl-C is seen at once, a time-out at the next tick
             await asyncio.wait({work, stopping}, timeout=TICK_S, return_when="FIRST_COMPLETED")
             self._show(client)
             if client.messages != self.saved_messages and self._since(self.saved) > AUTOSAVE_S:
                 self.save(client)
             if stopping.done() and not work.done():
-                ended = "stopped"
+                self.ended = "stopped"
             elif self._late() and not work.done():
-                ended = "timed_out"
-        if ended is not None:
+                self.ended = "timed_out"
+        if self.ended is not None:
             with contextlib.suppress(Exception):  # the kernel may be gone, or not yet be there
                 await manager.interrupt_kernel()
             await asyncio.wait({work}, timeout=GRACE_S)
             if not work.done():
                 work.cancel()
                 await asyncio.wait({work}, timeout=GRACE_S)
-        return ended
 
     def _late(self) -> bool:
         too_long = self.timeout_s is not None and self._since(self.begun) > self.timeout_s
@@ -198,14 +199,14 @@ class _Execution:
         return None
 
     def _failure(
-        self, work: asyncio.Future, client: _Client, ended: str | None, kills: int, errors: Any
+        self, work: asyncio.Future, client: _Client, kills: int, errors: Any
     ) -> Failure | None:
         number = self._number(self.current)
         problem = None if work.cancelled() else work.exception() if work.done() else None
         place = f" in code cell {number}" if number else ""
-        if ended == "stopped":
+        if self.ended == "stopped":
             return Failure("stopped", f"The run was stopped from outside{place}.", number)
-        if ended == "timed_out":
+        if self.ended == "timed_out":
             late = self.timeout_s is not None and self._since(self.begun) > self.timeout_s
             what, limit = ("The run", self.timeout_s) if late else ("A cell", self.cell_timeout_s)
             return Failure(
@@ -275,7 +276,7 @@ class _Client(NotebookClient):
                 texts = [widgets.get(child, {}).get("value") for child in children]
                 line = " ".join(t.strip() for t in texts if isinstance(t, str) and t.strip())
                 line = html.unescape(re.sub("<[^>]+>", "", line))
-                self.bar = line or self.bar
+                self.bar = " ".join(line.split()) or self.bar  # tqdm pads with odd spaces
 
 
 def is_progress(line: str) -> bool:

@@ -1,0 +1,304 @@
+"""A report comes out whatever happens: errors, kills, time-outs, full disks, broken templates."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from fresnel import execution, pages, plainpage, profiles, report
+from fresnel.__main__ import main
+from fresnel.record import RunRecord
+
+ROOT = Path(__file__).resolve().parent.parent
+Maker = Callable[..., Path]
+PARAMETERS = 'output_dir = ""'
+START = 'from fresnel import record\nrun = record.start("n", {}, output_dir)\nprint("so" + " far")'
+FINISH = 'run.finish("DONE", "All <well>.")'
+
+
+def make(make_notebook: Maker, *cells: str) -> Path:
+    return make_notebook("n", "# Title", START, *cells, parameters=PARAMETERS)
+
+
+def broken(*_: object, **__: object) -> None:
+    raise RuntimeError("template 'index.html.j2' not found")
+
+
+def test_a_broken_template_costs_no_run(
+    make_notebook: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = "from IPython.display import display\nfrom PIL import Image\n"
+    drawn += 'display(Image.new("RGB", (2, 2)), metadata={"image/png": {"alt": "A black square"}})'
+    notebook = make(make_notebook, drawn, FINISH)
+    steps = [profiles.Step("a", notebook), profiles.Step("b", notebook)]
+    with monkeypatch.context() as patch:
+        patch.setattr(pages, "to_html", broken)
+        problems = profiles.run_profile(steps, tmp_path)
+        assert [problem.split(":")[0] for problem in problems] == ["a", "b"]
+        assert "'index.html.j2' not found). A plain page stands in." in problems[0]
+        assert main(["run", str(notebook), "--name", "a", "--reports", str(tmp_path)]) == 5
+    folders = sorted((tmp_path / "runs").iterdir())
+    for folder in folders:
+        html = (folder / "report.html").read_text()
+        assert html.count("<h1>") == 1 and "All &lt;well&gt;." in html and "so far" in html
+        assert 'alt="A black square"' in html and pages.external_requests(html) == []
+        assert "python -m fresnel pages" in html
+    assert main(["pages", "--reports", str(tmp_path)]) == 0
+    assert all("python -m fresnel pages" not in (f / "report.html").read_text() for f in folders)
+    monkeypatch.setattr(pages, "index", broken)
+    (problem,) = profiles.run_profile(steps[:1], tmp_path)
+    assert problem.startswith("the index could not be made: RuntimeError")
+
+
+def test_a_plain_page_without_pictures_has_their_description() -> None:
+    output = nbformat.v4.new_output(
+        "display_data", {"image/png": "AAAA"}, metadata={"image/png": {"alt": "A <chair>"}}
+    )
+    cell = nbformat.v4.new_code_cell("x < 1", outputs=[output])
+    error = nbformat.v4.new_output("error", ename="E", evalue="<e>", traceback=["line <1>"])
+    cells = [
+        nbformat.v4.new_markdown_cell("# T"),
+        cell,
+        nbformat.v4.new_code_cell("", outputs=[error]),
+    ]
+    record = RunRecord("n", "crashed", error="It broke.", params={"a": "<b>"})
+    html = plainpage.plain_page(record, {"cells": cells}, "no room.", pictures=False)
+    assert "[A &lt;chair&gt;]" in html and "AAAA" not in html and "x &lt; 1" in html
+    assert html.index("It broke.") < html.index("E: &lt;e&gt;") < html.index("line &lt;1&gt;")
+    assert "<b>" not in html
+
+
+@pytest.mark.parametrize(
+    ("cell", "kind", "status", "words"),
+    [
+        ("raise KeyError", "cell_error", 1, "Code cell 3 stopped with KeyError"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "kernel_died", 4,
+         "in the middle of code cell 3: it ran out of memory, or it was killed from outside"),
+        ("import os\nos.abort()", "kernel_died", 4, "it was ended by the signal SIGABRT"),
+        ("import os\nos._exit(7)", "kernel_died", 4, "it left with the exit status 7"),
+        ("raise OSError(28, 'No space left on device')", "disk_full", 6, "The disk is full. Code"),
+        ("1", "no_verdict", 1, "ended without a verdict"),
+    ],
+)  # fmt: skip
+def test_how_a_run_failed_is_said_in_words_and_by_the_exit_status(
+    make_notebook: Maker, tmp_path: Path, cell: str, kind: str, status: int, words: str
+) -> None:
+    notebook = make(make_notebook, cell)
+    assert main(["run", str(notebook), "--reports", str(tmp_path)]) == status
+    (folder,) = (tmp_path / "runs").iterdir()
+    record = RunRecord.read(folder)
+    assert record.failure is not None and record.failure["kind"] == kind
+    assert record.error is not None and words in record.error
+    html = (folder / "report.html").read_text()
+    assert html.index("stopped" if "stopped" in words else words[:12]) < html.index("so far")
+    assert f"runs/{folder.name}/report.html" in (tmp_path / "index.html").read_text()
+    assert not (folder / ".ballast").exists()
+
+
+def test_a_run_that_takes_too_long_is_interrupted_then_killed(
+    make_notebook: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = (
+        "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('sa' + 'ved')"
+    )
+    heeds = make_notebook("heeds", "# T", wait, "print('ne' + 'ver')", parameters=PARAMETERS)
+    done = report.run(heeds, None, "heeds", tmp_path, timeout_s=2.0)
+    assert done.exit_status == 124 and done.record.failure["kind"] == "timed_out"
+    assert done.record.error == "The run took longer than the 2 s it was given in code cell 2."
+    html = done.report.read_text()
+    assert "saved" in html and "never" not in html
+
+    monkeypatch.setattr(execution, "GRACE_S", 0.5)
+    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('de' + 'af')\n"
+    notebook = make_notebook("deaf", "# T", deaf + "time.sleep(60)", parameters=PARAMETERS)
+    done = report.run(notebook, None, "deaf", tmp_path, cell_timeout_s=1.0)
+    assert done.exit_status == 124 and "A cell took longer than the 1 s" in done.record.error
+    assert "deaf" in done.report.read_text()
+
+
+def test_what_ran_is_on_disk_while_it_runs(
+    make_notebook: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "AUTOSAVE_S", 0.2)
+    wait = f"""\
+import time
+from pathlib import Path
+print("half" + " way", flush=True)
+until = time.monotonic() + 30
+while time.monotonic() < until:
+    if any("half way" in p.read_text() for p in Path({str(tmp_path)!r}).glob("runs/*/*.ipynb")):
+        break
+    time.sleep(0.05)
+else:
+    raise TimeoutError"""
+    assert not report.run(make(make_notebook, wait, FINISH), None, "n", tmp_path).crashed
+
+
+def test_progress_shows_the_cell_and_the_kernels_bar(
+    make_notebook: Maker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(execution._Terminal, "every_s", 0.0)
+    bars = """\
+import sys, time
+from tqdm import tqdm as text
+from tqdm.auto import tqdm
+for _ in tqdm(range(4), desc="widgets"):
+    time.sleep(0.3)
+for _ in text(range(4), desc="letters"):
+    time.sleep(0.3)"""
+    done = report.run(
+        make(make_notebook, bars, FINISH), None, "n", tmp_path, progress=True, label="L"
+    )
+    assert not done.crashed, done.record.error
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("L · ") for line in lines)
+    assert any("cell 3/4 · " in line and "widgets:" in line and "/4 [" in line for line in lines)
+    assert any("letters:" in line and "/4 [" in line for line in lines)
+    assert not any("letters" in line or "widgets" in line for line in lines if "cell 4/4" in line)
+
+
+FULL = f"""\
+mount -t tmpfs -o size=24m none "$1" && exec {sys.executable} -m fresnel run "$2" --reports "$1/r"
+"""
+
+
+def test_a_full_disk_still_gives_the_report(make_notebook: Maker, tmp_path: Path) -> None:
+    """On a small disk of its own, which only exists for the processes started here."""
+    unshare = shutil.which("unshare")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    private = [str(unshare), "--user", "--map-root-user", "--mount"]
+    probe = [*private, "mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
+    if unshare is None or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("this system lets no user mount a small disk")
+    kept = tmp_path / "kept"
+    fill = f"""\
+import shutil
+with open({str(disk / "filler")!r}, "wb") as file:
+    while True:
+        file.write(b"0" * (1 << 16))"""
+    notebook = make(make_notebook, fill)
+    # the disk goes with its last process: what is on it is copied before that
+    script = FULL.replace("exec ", "") + 'status=$?; cp -r "$1/r" "$3"; exit $status'
+    command = [*private, "bash", "-c", script, "bash", str(disk), str(notebook), str(kept)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 6, done.stderr + done.stdout
+    (folder,) = (kept / "runs").iterdir()
+    record = RunRecord.read(folder)
+    assert record.failure == {"kind": "disk_full", "cell": 3}
+    html = (folder / "report.html").read_text()
+    assert html.index("The disk is full.") < html.index("so far")
+    assert "plain one" not in html, "the room kept for it was enough for the real page"
+
+
+def test_a_page_that_fits_nowhere_goes_to_the_temporary_folder(
+    make_notebook: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = report.write_atomic
+
+    def full(path: Path, text: str) -> None:
+        if Path(path).name == report.REPORT_NAME:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(path, text)
+
+    monkeypatch.setattr(report, "write_atomic", full)
+    monkeypatch.setattr(pages, "to_html", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    done = report.run(make(make_notebook, FINISH), None, "n", tmp_path / "r")
+    (page,) = tmp_path.glob("*-report.html")
+    assert done.problem is not None and str(page) in done.problem and done.exit_status == 5
+    assert "All &lt;well&gt;." in page.read_text()
+
+
+TRAINING = """\
+import os, signal
+import torch
+from pathlib import Path
+from types import SimpleNamespace
+from fresnel import experiment, gate, train
+
+class Line:
+    name, batch_size = "line", 2
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(2, 1)
+
+    def batch(self, step, generator):
+        if step == 5 and not Path(marker).exists():
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"x": torch.randn(2, 2, generator=generator)}
+
+    def loss(self, batch, **_):
+        return {"loss": self.model(batch["x"]).square().mean()}
+
+    def validation(self, model):
+        return {"loss": 1.0}
+
+    def preview(self, model, generator):
+        import numpy
+        return numpy.zeros((2, 2, 3), numpy.uint8)
+"""
+FIT = """\
+folder = Path(marker).parent
+data = SimpleNamespace(path=folder, content_hash="sha256:" + "0" * 64, verify=lambda: None)
+gate.write_receipt(data, "gate", True, "fine")
+config = train.TrainConfig(steps=8, warmup_steps=0, log_every=1, snapshot_every=2,
+                           validate_every=0, preview_steps=())
+place = folder / experiment.train_dir("line", data, experiment.parameters(globals())).name
+result = train.fit(Line(), data, config=config, run_dir=place, resume=resume)
+starts = [line for line in open(place / "log.jsonl") if '"start"' in line]
+run.metrics({"samples_per_s": result.samples_per_s, "start": starts[-1]})
+run.finish("DONE", "")"""
+
+
+def test_a_training_that_died_goes_on_from_its_checkpoint(
+    make_notebook: Maker, tmp_path: Path
+) -> None:
+    parameters = f'{PARAMETERS}\nresume = True\nmarker = "{tmp_path / "marker"}"'
+    notebook = make_notebook("t", START, TRAINING, FIT, parameters=parameters)
+    died, resumed, fresh = (
+        report.run(notebook, None, "t", tmp_path / "r", fresh=fresh) for fresh in (0, 0, 1)
+    )
+    assert died.record.failure is not None and died.record.failure["kind"] == "kernel_died"
+    assert not resumed.crashed, resumed.record.error
+    start = json.loads(resumed.record.metrics["start"])
+    assert (start["resumed"], start["step"]) == (True, 4)
+    assert resumed.record.resources["samples_per_s"] > 0
+    assert json.loads(fresh.record.metrics["start"])["resumed"] is False
+    assert report.run(notebook, None, "t", tmp_path / "r").directory == fresh.directory
+
+
+def test_stopping_twice_still_leaves_a_report(make_notebook: Maker, tmp_path: Path) -> None:
+    deaf = f"""\
+import signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+open({str(tmp_path / "begun")!r}, "w").close()
+time.sleep(60)"""
+    notebook = make(make_notebook, deaf)
+    command = [sys.executable, "-m", "fresnel", "run", str(notebook), "--reports", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "begun").exists() and process.poll() is None:
+            pass
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.0)  # the kernel is given time to save a checkpoint
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert RunRecord.read(folder).failure["kind"] == "stopped"
+    assert "so far" in (folder / "report.html").read_text()
