@@ -34,6 +34,8 @@ Variables:
   FRESNEL_PYTHON   use this Python as it is and install nothing, e.g. FRESNEL_PYTHON=python3 on a
                    machine whose Python has a working CUDA torch, or that has no network
   FRESNEL_BASE     the Python 3.11+ to make .venv with (default: the first of python3.13 ... python3)
+  FRESNEL_INSTALL_BROWSER=1
+                   let `test`, run by root, install chromium with apt-get where there is none
 
 Exit status: 0 all well; 1 a notebook crashed, or a verdict was not the expected one, or a test
 failed; 2 wrong use, or no environment; 130 stopped. Of one notebook, besides: 3 refused by its
@@ -118,8 +120,22 @@ run_fresnel() {
     exec "$python" -m fresnel "$@"
 }
 
+find_browser() {  # Chromium for tests/test_browser.py; CI, whose machine is its own, installs it
+    local name
+    for name in chromium chromium-browser google-chrome; do
+        if command -v "$name" >/dev/null; then return; fi
+    done
+    if [[ -n ${FRESNEL_INSTALL_BROWSER:-} && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+        say "Installing chromium for the browser tests."
+        if apt-get update -qq >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+            --no-install-recommends chromium >/dev/null; then return; fi
+    fi
+    say "No Chromium: the browser tests are skipped."
+}
+
 run_tests() {
     local status=0
+    find_browser
     cd "$root"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-1}

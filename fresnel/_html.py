@@ -101,8 +101,8 @@ def number(value: Any) -> str:
 
 
 def words(name: str) -> str:
-    """A metric's name for a person; short all-lower acronyms stand in capitals."""
-    plain = re.sub(r"[_.]+", " ", name)
+    """A metric's name for a person: its unit apart, acronyms in capitals."""
+    plain = re.sub(r"(?<! per) (s|deg)$", r", \1", re.sub(r"[_.]+", " ", name))
     return re.sub(r"\b(psnr|ssim|rms|cvs|usd)\b", lambda m: m.group().upper(), plain)
 
 

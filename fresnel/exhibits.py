@@ -7,10 +7,8 @@ within itself, so that it works in JupyterLab, in the report, and without a netw
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +199,7 @@ def _viewpoint(points: Tensor) -> tuple[Tensor, Tensor]:
 
 def _viewer(shown: Scene) -> str:
     """viser's page of the scene: one HTML document with everything in it."""
+    import rich
     import viser
 
     g = shown.gaussians
@@ -211,30 +210,31 @@ def _viewer(shown: Scene) -> str:
     reach = torch.linalg.norm(everything.amax(0) - everything.amin(0)).item()
     _, eye = _viewpoint(g.means)
     eye = target + torch.nn.functional.normalize(eye - g.means.mean(0), dim=0) * 1.1 * reach
-    with contextlib.redirect_stdout(io.StringIO()):  # it greets
-        server = viser.ViserServer(host="127.0.0.1", port=0, verbose=False)
-        try:
-            space = server.scene
-            space.set_up_direction("+y")
-            server.initial_camera.position = tuple(eye.tolist())
-            server.initial_camera.look_at = tuple(target.tolist())
-            space.add_gaussian_splats(
-                "/object",
-                centers=g.means.numpy(),
-                covariances=covariances.numpy(),
-                rgbs=g.colors.numpy(),
-                opacities=g.opacities.numpy()[:, None],
-            )
-            space.add_icosphere(
-                "/pivot", radius=0.012 * reach, color=(0, 0, 0), position=shown.pivot.numpy()
-            )
-            _frustum(space, "/input camera", shown.input_camera, 0.09 * reach, (213, 94, 0))
-            for i in range(len(shown.cameras)):
-                camera = shown.cameras[i]
-                _frustum(space, f"/cameras/{i}", camera, 0.06 * reach, (0, 114, 178))
-            return space.as_html()
-        finally:
-            server.stop()
+    console = rich.get_console()
+    console.quiet, talked = True, console.quiet  # it greets, and says goodbye
+    server = viser.ViserServer(host="127.0.0.1", port=0, verbose=False)
+    try:
+        space = server.scene
+        space.set_up_direction("+y")
+        server.initial_camera.position = tuple(eye.tolist())
+        server.initial_camera.look_at = tuple(target.tolist())
+        space.add_gaussian_splats(
+            "/object",
+            centers=g.means.numpy(),
+            covariances=covariances.numpy(),
+            rgbs=g.colors.numpy(),
+            opacities=g.opacities.numpy()[:, None],
+        )
+        space.add_icosphere(
+            "/pivot", radius=0.012 * reach, color=(0, 0, 0), position=shown.pivot.numpy()
+        )
+        _frustum(space, "/input camera", shown.input_camera, 0.09 * reach, (213, 94, 0))
+        for i in range(len(shown.cameras)):
+            _frustum(space, f"/cameras/{i}", shown.cameras[i], 0.06 * reach, (0, 114, 178))
+        return space.as_html()
+    finally:
+        server.stop()
+        console.quiet = talked
 
 
 def _frustum(space: Any, name: str, camera: Cameras, scale: float, color: tuple) -> None:

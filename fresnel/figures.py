@@ -236,7 +236,7 @@ def camera_frusta(
     reach = 0.22 * float(np.linalg.norm(centers - np.asarray(pivot), axis=-1).mean())
     # matplotlib's third axis is up, the world's second is; +z comes towards the reader
     turn = [0, 2, 1]
-    space.scatter(*points[:, turn].T, s=1.5, color=SKY, alpha=0.5, rasterized=True)
+    space.scatter(*points[:, turn].T, s=1.5, color=SKY, alpha=0.9, rasterized=True)
     for corners in _frusta(cameras, reach):
         space.plot(*corners[:, turn].T, color=BLUE, lw=0.9)
     space.plot(*_frusta(input_camera, 1.25 * reach)[0][:, turn].T, color=VERMILION, lw=1.4)
@@ -308,7 +308,7 @@ def loss_curves(
     for term in terms:
         rows = [(row["step"], row[term]) for row in log if row.get(term) is not None]
         if rows:
-            axis.plot(*np.array(rows, float).T, lw=1.4, label=term)
+            axis.plot(*np.array(rows, float).T, "" if len(rows) > 2 else "o-", lw=1.4, label=term)
     if all(np.min(line.get_ydata()) > 0 for line in axis.lines) and axis.lines:
         axis.set_yscale("log")
     axis.set_xlabel("step")
@@ -362,7 +362,7 @@ def bins_figure(
     axis.set_xlabel("azimuth away from the input, degrees")
     axis.set_ylabel(label)
     axis.grid(axis="x", visible=False)
-    figure.legend(ncols=min(4, len(summaries)), loc="outside upper center")
+    figure.legend(ncols=min(5, len(summaries)), loc="outside upper center")
     return figure
 
 

@@ -82,6 +82,7 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
             for key, value in (record.provenance if record else {}).items()
             if key not in _SHOWN_PROVENANCE and value not in (None, "", [], {})
         },
+        "notes": _notes(record) if record else [],
         "policy": _html.policy(viewer=_has_viewer(notebook)),
         "css": _html.style("page.css", "report.css"),
         "js": _html.text("page.js", "report.js"),
@@ -283,7 +284,27 @@ def _png_size(data: str) -> tuple[int, int]:
     return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
 
 
-def _region(content: str, label: str) -> str:
-    """Tables of `content` in boxes that scroll on their own, by touch and by keyboard."""
-    box = f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(label)}">'
-    return content.replace("<table", f"{box}<table").replace("</table>", "</table></div>")
+def _region(content: str, label: str, most_rows: int = 14) -> str:
+    """Tables of `content` in boxes that scroll on their own, by touch and by keyboard; figures stay
+    on one line with their intervals, and a long table is folded."""
+
+    def box(match: re.Match[str]) -> str:
+        table = re.sub(
+            r"<td>(-?[\d.,]+(?: \[[^\]<]*\])?)</td>", r'<td class="one-line">\1</td>', match[0]
+        )
+        rows = table.count("<tr") - 1
+        name = html.escape(label)
+        boxed = f'<div class="scroll" tabindex="0" role="group" aria-label="{name}">{table}</div>'
+        if rows <= most_rows:
+            return boxed
+        return f'<details class="fold"><summary>{name}, {rows} rows</summary>{boxed}</details>'
+
+    return re.sub(r"<table.*?</table>", box, content, flags=re.DOTALL)
+
+
+def _notes(record: RunRecord) -> list[str]:
+    """The record's notes; those about values that JSON cannot hold, in one line."""
+    ending = re.compile(r"^(?:metrics\.)?(\S+) was (?:nan|-?inf); stored as null$")
+    lost = [match[1] for note in record.notes if (match := ending.match(note))]
+    others = [note for note in record.notes if not ending.match(note)]
+    return [*others, *([f"not a finite number: {', '.join(lost)}"] if lost else [])]

@@ -63,7 +63,7 @@
   const table = (label, head, rows) => make("div", make("table", [
     make("thead", make("tr", head.map((text) => make("th", text, { scope: "col" })))),
     make("tbody", rows),
-  ]), { class: "scroll", tabindex: 0, role: "region", "aria-label": label });
+  ]), { class: "scroll", tabindex: 0, role: "group", "aria-label": label });
   const row = (name, cells, attributes) => make("tr", [make("th", name, { scope: "row" }), ...cells.map((cell) => make("td", cell))], attributes);
   const plain = (name) => name.replaceAll("_", " ");
   const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);

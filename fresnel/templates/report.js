@@ -9,6 +9,13 @@
       cells.forEach((cell) => { cell.open = open; });
     });
   }
+  // paper has nothing to click on: what is folded for want of room comes out there
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("details.params:not([open]), details.fold:not([open])")];
+    opened.forEach((fold) => { fold.open = true; });
+  });
+  addEventListener("afterprint", () => opened.forEach((fold) => { fold.open = false; }));
   const toc = document.querySelector("nav.toc details");
   const wide = matchMedia("(min-width: 62rem)");
   const fit = () => { if (toc) toc.open = wide.matches; };

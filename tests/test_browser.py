@@ -1,0 +1,346 @@
+"""The pages in a real browser: from file://, without a network, by clicking.
+
+Skipped where there is no Chromium or no playwright; `./run_all.sh test` installs the browser where
+it may. Playwright's own browsers are not used.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fresnel import pages, report
+from fresnel.record import RunRecord, Stage
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+if CHROMIUM is None:
+    pytest.skip("no Chromium on this machine: apt-get install chromium", allow_module_level=True)
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+axe = pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is missing")
+
+AXE = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+PUBLISHED = Path(__file__).resolve().parent.parent / "reports" / "published" / "gpu"
+KINDS = ("01-original", "02-corrected", "03-corrected", "04-analysis")
+OURS = ("file:", "data:", "blob:", "about:")
+# viser's splats have no corners, and three.js wonders about that; nothing is wrong with them
+VISER = "THREE.BufferGeometry.computeBoundingSphere"
+
+# what a screen reader would say of each figure: its pictures' descriptions
+TOLD = """(figures) => figures.map((figure) => [...figure.querySelectorAll("img, svg[role=img]")]
+    .map((picture) => picture.getAttribute("alt") || picture.getAttribute("aria-label") || "")
+    .join(""))"""
+
+PARAMETERS = 'image_size = 64  # pixels\nseed = 0  # of the poses\noutput_dir = ""\n'
+SHOW = """\
+import torch
+from fresnel import exhibits, figures, record
+from fresnel.cameras import orbit
+from fresnel.gaussians import Gaussians
+run = record.start("tiny", dict(seed=seed), output_dir)
+torch.manual_seed(seed)
+means, ones = 0.2 * torch.randn(500, 3), torch.ones(500)
+quats = torch.tensor([1.0, 0, 0, 0]).expand(500, 4)
+many = Gaussians(means, quats, 0.02 * torch.ones(500, 3), 0.9 * ones, torch.rand(500, 3))
+size = dict(focal_px=77, width=64, height=64)
+cameras = orbit(torch.arange(8) * 45.0, 10.0, 2.0, pivot=(0, 0, 0), **size)
+scene = exhibits.scene(many, cameras, cameras[0], torch.zeros(3))
+exhibits.show_scene(scene, "A cloud of 500 Gaussians, eight cameras around it.")
+frusta = figures.camera_frusta(cameras, cameras[0], pivot=[0, 0, 0], content=means.numpy())
+figures.show(frusta, "Eight cameras stand around the cloud.")"""
+PICTURES = """\
+views = [torch.rand(64, 64, 3) for _ in range(9)]
+exhibits.show_sheet([views, views], "Nine pictures of noise, twice.", columns=list("abcdefghi"),
+                    labels=["one", "two"])
+exhibits.show_pair(views[0], views[1], ("noise", "more noise"), "Two pictures of noise.")
+rows = [dict(step=i, loss=1 / (i + 1)) for i in range(20)]
+light = {"luminance ratio": ([0, 10, 20], [0.0, 0.0, 0.01])}
+figures.show(figures.loss_curves(rows, against=light), "The loss falls, the light stays at 0.")
+lines = ["| a | b |", "|---|---|", *(f"| {i} | {i}.00 [0.1, 2] |" for i in range(20))]
+figures.show_table("\\n".join(lines))"""
+FINISH = (
+    'run.metric("psnr", 21.5)\nrun.finish("FAIL", "All of it is noise.", ["there is no object"])'
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    # software WebGL, so that a machine without a GPU draws splats too
+    arguments = ["--no-sandbox", "--enable-unsafe-swiftshader"]
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """A page that was opened without a network, and what its console and its requests said."""
+
+    def __init__(self, browser: Any, path: Path, width: int = 1280, **options: Any) -> None:
+        size = {"width": width, "height": 900}
+        self.context = browser.new_context(offline=True, viewport=size, **options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", self._said)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.resolve().as_uri())
+
+    def _said(self, message: Any) -> None:
+        if message.type == "error" and VISER not in message.text:
+            self.errors.append(message.text)
+
+    def __enter__(self) -> Any:
+        return self.page
+
+    def __exit__(self, *exception: Any) -> None:
+        self.context.close()
+        if exception[0] is None:
+            assert self.errors == []
+            assert [url for url in self.requests if not url.startswith(OURS)] == []
+
+
+def violations(page: Any) -> list[str]:
+    """What axe-core finds serious or critical on the page, everything unfolded."""
+    page.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
+    page.evaluate(AXE)
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    return [
+        f"{rule['id']}: {node['html'][:200]}"
+        for rule in found
+        if rule["impact"] in ("serious", "critical")
+        for node in rule["nodes"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a real run of a small notebook with one of everything."""
+    import nbformat
+
+    new = nbformat.v4
+    lead = (
+        "# A tiny run\n\n**Question.** Is it noise?\n\n**Stopping rule, fixed beforehand.** None."
+    )
+    notebook = new.new_notebook(
+        cells=[
+            new.new_markdown_cell(lead),
+            new.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+            new.new_markdown_cell("## In 3D"),
+            new.new_code_cell(SHOW),
+            new.new_markdown_cell("## Pictures"),
+            new.new_code_cell(PICTURES),
+            new.new_markdown_cell("## Verdict"),
+            new.new_code_cell(FINISH),
+        ]
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    nbformat.write(notebook, folder / "tiny.ipynb")
+    done = report.run(folder / "tiny.ipynb", {"seed": 3}, "tiny", folder / "r", progress=False)
+    assert not done.crashed, done.record.error
+    return done.report
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "tiny"])
+def test_a_report_opens_offline_and_is_accessible(
+    kind: str, browser: Any, tiny: Path, tmp_path: Path
+) -> None:
+    if kind == "tiny":
+        path = tiny
+    else:  # the template on notebooks that were executed before it was written
+        for name in ("executed.ipynb", "results.json"):
+            shutil.copy(PUBLISHED / kind / name, tmp_path)
+        path = pages.to_html(tmp_path / "executed.ipynb")
+    assert path.stat().st_size < 3_000_000
+    with Visit(browser, path, color_scheme="dark" if kind == "03-corrected" else "light") as page:
+        assert page.locator("h1").count() == 1
+        assert page.locator(".badge.big").is_visible()
+        assert page.locator(".lead dt").all_inner_texts()[-1] == "Answer"
+        told = page.locator("main figure").evaluate_all(TOLD)
+        assert len(told) >= 2 and all(told) and "Figure without a description" not in told
+        broken = "[...document.images].filter((i) => i.complete && !i.naturalWidth).length"
+        assert page.evaluate(broken) == 0
+        assert violations(page) == []
+        page.set_viewport_size({"width": 390, "height": 800})  # everything unfolded, on a phone
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        if kind == "tiny":
+            assert violations(page) == []
+
+
+def test_contents_code_and_theme_answer_to_clicks(browser: Any, tiny: Path) -> None:
+    with Visit(browser, tiny) as page:
+        page.locator("nav.toc a", has_text="Verdict").click()
+        page.wait_for_function("location.hash === '#verdict' && scrollY > 0")
+        assert page.locator("h2#verdict").is_visible()
+
+        code = page.locator("details.code pre").first
+        assert not code.is_visible()
+        page.locator("#code").click()
+        assert code.is_visible() and page.locator("#code").get_attribute("aria-pressed") == "true"
+        page.locator("#code").press("Enter")
+        assert not code.is_visible()
+
+        def paper() -> str:
+            return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+        light = paper()
+        page.locator("#theme").click(click_count=2, delay=20)
+        assert page.locator("#theme").inner_text() == "Theme: dark" and paper() != light
+        drawn = "getComputedStyle(document.querySelector('.picture svg text')).fill"
+        dark_ink = page.evaluate(drawn)
+        page.reload()
+        assert page.locator("#theme").inner_text() == "Theme: dark"
+        page.locator("#theme").click()
+        assert paper() == light and page.evaluate(drawn) != dark_ink
+        changed = page.locator(".params tr.changed")
+        page.locator(".params summary").click()
+        assert "seed" in changed.inner_text() and "changed" in changed.inner_text()
+        assert "pixels" in page.locator(".params").inner_text()
+
+
+def test_a_slider_parts_two_pictures(browser: Any, tiny: Path) -> None:
+    with Visit(browser, tiny) as page:
+        slider, upper = page.locator(".fresnel-pair input"), page.locator(".fresnel-pair img + img")
+
+        def shown() -> str:
+            return upper.evaluate("(image) => getComputedStyle(image).clipPath")
+
+        middle = shown()
+        slider.focus()
+        slider.press("End")
+        assert slider.input_value() == "100" and shown() != middle
+        slider.click(position={"x": 4, "y": 6})
+        assert float(slider.input_value()) < 10
+
+
+def test_the_viewer_draws_splats_and_gives_way_to_the_still(browser: Any, tiny: Path) -> None:
+    with Visit(browser, tiny) as page:
+        figure = page.locator(".fresnel-viewer")
+        still, frame, button = (figure.locator(name) for name in ("img", "iframe", "button"))
+        assert still.is_visible() and not frame.is_visible()
+        button.click()
+        canvas = page.frame_locator(".fresnel-viewer iframe").locator("canvas").first
+        canvas.wait_for()
+        for _ in range(40):
+            page.wait_for_timeout(250)
+            with Image.open(io.BytesIO(frame.screenshot())) as picture:
+                middle = np.asarray(picture.convert("RGB"))[100:320, 250:600]
+            if len(np.unique(middle.reshape(-1, 3), axis=0)) > 100:
+                break
+        else:
+            pytest.fail("the viewer never drew the cloud")
+        assert not still.is_visible() and button.inner_text() == "Show the still picture"
+        button.click()
+        assert still.is_visible() and not frame.is_visible()
+
+
+@pytest.fixture(scope="module")
+def overview(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index over five runs and a damaged one."""
+    reports = tmp_path_factory.mktemp("reports")
+    summaries = {
+        "cvs": [{"bin": "all", "psnr": 20.0, "psnr_low": 19.0, "psnr_high": 21.0}],
+        "better": [{"bin": "all", "psnr": 25.0, "psnr_low": 24.0, "psnr_high": 26.0}],
+    }
+    for number, (name, verdict, score) in enumerate(
+        [("control", "FAIL", 20.0), ("corrected", "PASS", 25.0), ("control", "FAIL", 18.5)] * 2
+    ):
+        folder = reports / "runs" / f"{number}"
+        folder.mkdir(parents=True)
+        record = RunRecord(
+            "03_full_train" if number % 2 else "01_validate_data",
+            "finished",
+            verdict,
+            f"Run number {number}.",
+            name=name,
+            title=f"What about <{number}>?",
+            params={"steps": 100 * (number // 2), "seed": 0},
+            metrics={"psnr": score, "summaries": summaries},
+            provenance={"git": {"commit": f"{number}" * 40, "dirty": False, "changed": []}},
+            stages=(Stage("train", 1.0, 2**30),),
+            artifacts={"thumbnail": "thumbnail.png", "views": "views.png"},
+            started_utc=f"2026-01-0{number + 1}T00:00:00+00:00",
+            duration_s=10.0 * (6 - number),
+            cost_usd=0.5,
+        )
+        if number == 5:
+            (folder / "results.json").write_text("{")
+            continue
+        record.write(folder)
+        for file in ("thumbnail.png", "views.png"):
+            Image.new("RGB", (90, 30), (40 * number, 90, 120)).save(folder / file)
+    return report.index(reports)
+
+
+def test_the_index_filters_orders_and_compares(browser: Any, overview: Path) -> None:
+    with Visit(browser, overview) as page:
+        runs = page.locator(".run:not([hidden])")
+        assert runs.count() == 5 and "1 damaged" in page.locator("header").inner_text()
+
+        def names() -> list[str]:
+            return page.locator(".run:not([hidden]) .summary").all_text_contents()
+
+        assert names() == [f"Run number {i}." for i in (4, 3, 2, 1, 0)]
+        page.locator("#sort").select_option("metric psnr")
+        assert names() == [f"Run number {i}." for i in (4, 1, 3, 0, 2)]
+        page.locator("#sort").select_option("duration_s")
+        assert names()[0] == "Run number 0."
+        page.locator("#notebook").select_option("03_full_train")
+        assert runs.count() == 2 and page.locator("#shown").inner_text() == "2 of 5 shown"
+        page.locator("#notebook").select_option("")
+        page.locator("[data-verdict=PASS]").click()
+        assert sorted(names()) == ["Run number 1.", "Run number 4."]
+        page.locator("[data-verdict=PASS]").click()
+        page.locator("#search").fill("about <2>")
+        assert names() == ["Run number 2."]
+        page.locator("#search").fill("")
+        assert runs.count() == 5
+        assert page.locator(".histories tbody tr").count() == 2
+        assert page.locator(".histories .spark").count() >= 4
+
+        boxes = {
+            text: box for text, box in zip(names(), page.locator(".pick input").all(), strict=True)
+        }
+        boxes["Run number 1."].check()
+        assert "Pick a second run" in page.locator("#comparison").inner_text()
+        boxes["Run number 0."].check()
+        panel = page.locator("#comparison")
+        text = panel.inner_text()
+        assert "control beside corrected" in text  # the older run first
+        assert "20 [19, 21]" in text and "25 [24, 26]" in text and "+5 *" in text
+        assert "All equal." in text
+        assert panel.locator("figure img").count() == 2
+        panel.locator("figure img").first.scroll_into_view_if_needed()
+        assert panel.locator("figure img").first.evaluate("(image) => image.naturalWidth") == 90
+        assert "000000000000" in text and "111111111111" in text and "differs" in text
+        assert violations(page) == []
+        panel.locator("button").click()
+        assert not panel.is_visible()
+
+
+def test_the_index_fits_a_phone_and_a_dark_room(browser: Any, overview: Path) -> None:
+    with Visit(browser, overview, 390, color_scheme="dark") as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert violations(page) == []
+        seen = page.locator(".thumb").first
+        page.wait_for_function("document.querySelector('.thumb').naturalWidth === 90")
+        assert seen.get_attribute("loading") == "lazy"
+
+
+def test_pages_work_without_scripts(browser: Any, tiny: Path, overview: Path) -> None:
+    with Visit(browser, tiny, java_script_enabled=False) as page:
+        page.locator("details.code summary").first.click()
+        assert page.locator("details.code pre").first.is_visible()
+        assert not page.locator("#theme").is_visible()
+    with Visit(browser, overview, java_script_enabled=False) as page:
+        assert page.locator(".run").count() == 5 and not page.locator(".pick").first.is_visible()
