@@ -4,7 +4,9 @@
 
 Renders an object-like scene (Gaussians on a bumpy shell, wide enough to cover it) and writes
 render.json, render.md (the table) and render.png (time against N). Every figure is the median of
-rounds in which all cases take turns, so that a busy moment does not fall on one of them.
+rounds in which all cases take turns, so that a busy moment does not fall on one of them. At its
+turn a case runs a few times and the last run counts, as in a loop; what cold caches cost the first
+is told apart, for the smallest case.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 
 from fresnel.cameras import Cameras, orbit
 from fresnel.gaussians import Gaussians
-from fresnel.render import Views, reference, render
+from fresnel.render import Views, cpu, reference, render
 from fresnel.render._simd import fma, load, store
 
 SIZES = [(n, size) for n in (1_000, 10_000, 100_000) for size in (128, 256, 512)]
@@ -30,6 +32,7 @@ TARGETS = {(1_000, 128): (0.25, 0.7), (10_000, 256): (2, 5), (100_000, 256): (10
 TARGETS[100_000, 512] = (18, 42)
 # Useful floating-point operations for one (pixel, Gaussian) pair, an FMA counted as two.
 FLOPS_FORWARD, FLOPS_BACKWARD = 32, 78
+TURNS = {1_000: 10, 10_000: 4, 100_000: 2}  # runs of a case at its turn
 REFERENCE_LIMIT = 5e7  # pixels x Gaussians that the dense renderer gets
 
 
@@ -141,10 +144,48 @@ def touched_pairs(gaussians: Gaussians, cameras: Cameras) -> int:
 
 def executed_lanes(views: Views) -> int:
     """Lanes that the forward pass's inner loop ran for the blocks that were reached."""
-    node = views.rgb.grad_fn
-    while not hasattr(node, "touched"):
-        node = node.next_functions[0][0]  # type: ignore[union-attr]
-    return 16 * int(np.bitwise_count(node.touched).sum())
+    return 16 * int(np.bitwise_count(cpu.touched(views.rgb)).sum())
+
+
+class Outside:
+    """Within it, time spent in kernels is counted, so that the rest can be told from it."""
+
+    def __enter__(self) -> Outside:
+        self.run, self.inside_ms = cpu.run, 0.0
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            progress = self.run(*args)
+            self.inside_ms += (time.perf_counter() - start) * 1e3
+            return progress
+
+        cpu.run = timed
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        cpu.run = self.run
+
+
+def turn(
+    case: tuple[Any, ...], count: int, times: dict[tuple[Any, ...], list[float]], key: Any
+) -> None:
+    """Run a case as often as its turn has runs; note the last, and what the remarks want."""
+    gaussians, cameras, slope = case[:3]
+    options = {"threads": count, "backend": "cpu"}
+    for name, function in (("forward", forward_ms), ("both", both_ms)):
+        arguments = (gaussians, cameras, *([slope] if name == "both" else []))
+        for k in range(TURNS[gaussians.num]):
+            with Outside() as outside:
+                elapsed = function(*arguments, **options)  # type: ignore[operator]
+            if k == 0 and name == "forward":
+                times.setdefault((*key, "forward_cold"), []).append(elapsed)
+        times.setdefault((*key, name), []).append(elapsed)
+        times.setdefault((*key, name + "_outside"), []).append(elapsed - outside.inside_ms)
+        reuse, cpu._pool.limit = cpu._pool.limit, 0
+        for _ in range(2):
+            elapsed = function(*arguments, **options)  # type: ignore[operator]
+        cpu._pool.limit = reuse
+        times.setdefault((*key, name + "_fresh"), []).append(elapsed)
 
 
 def measure(rounds: int, threads: list[int]) -> dict[str, Any]:
@@ -156,15 +197,9 @@ def measure(rounds: int, threads: list[int]) -> dict[str, Any]:
         cases[num, size] = (gaussians, cameras, slope, touched_pairs(gaussians, cameras), lanes)
     times: dict[tuple[int, int, Any, str], list[float]] = {}
     for _ in range(rounds):
-        for (num, size), (gaussians, cameras, slope, _, _) in cases.items():
+        for (num, size), case in cases.items():
             for count in threads:
-                key = (num, size, count)
-                options = {"threads": count, "backend": "cpu"}
-                for _ in range(2 if num < 100_000 else 1):  # the first one warms the caches
-                    forward = forward_ms(gaussians, cameras, **options)
-                    both = both_ms(gaussians, cameras, slope, **options)
-                times.setdefault((*key, "forward"), []).append(forward)
-                times.setdefault((*key, "both"), []).append(both)
+                turn(case, count, times, (num, size, count))
     for (num, size), (gaussians, cameras, slope, _, _) in cases.items():
         if num * size**2 <= REFERENCE_LIMIT:
             forward = [forward_ms(gaussians, cameras, backend="reference") for _ in range(3)]
@@ -188,6 +223,10 @@ def measure(rounds: int, threads: list[int]) -> dict[str, Any]:
                 flops = (FLOPS_FORWARD + FLOPS_BACKWARD) * pairs
                 row |= {"peak_share_forward": FLOPS_FORWARD * pairs / forward / 1e6 / peaks[who]}
                 row |= {"peak_share_both": flops / both / 1e6 / peaks[who]}
+                for what in ("cold", "outside", "fresh"):
+                    for name in ("forward", "both"):
+                        if measured := times.get((num, size, who, f"{name}_{what}")):
+                            row[f"{name}_{what}_ms"] = float(np.median(measured))
             rows.append(row)
     return {"machine": processor(), "rounds": rounds, "peak_gflops": peaks, "rows": rows}
 
@@ -227,7 +266,26 @@ def table(result: dict[str, Any]) -> str:
             f"{row['live_lanes']:.0%}" if ours else "", *share,
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *remarks(result)]) + "\n"
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """Beside the table: the time outside kernels, cold caches, and what reusing memory gives."""
+    ours = {(r["gaussians"], r["pixels"]): r for r in result["rows"] if r["who"] == 2}
+    if not ours:
+        return []
+
+    def pair(row: dict[str, Any], what: str) -> str:
+        return f"{row[f'forward{what}_ms']:.2f} / {row[f'both{what}_ms']:.2f} ms"
+
+    small = ours[1_000, 128]
+    fresh = (f"{n:,} at {size} px {pair(ours[n, size], '_fresh')}" for n, size in TARGETS)
+    return [
+        "Two threads, forward / forward + backward. Of 1,000 at 128 px, outside the kernels "
+        f"(argument checks, allocation, autograd): {pair(small, '_outside')}; the first forward "
+        f"call after other sizes, with cold caches, takes {small['forward_cold_ms']:.2f} ms. With "
+        f"fresh memory for every pass instead of reused memory: {'; '.join(fresh)}.",
+    ]
 
 
 def picture(result: dict[str, Any], path: Path, gpu: Path) -> None:

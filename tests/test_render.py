@@ -291,7 +291,7 @@ def test_batches_are_the_scenes_one_by_one() -> None:
 def test_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     from fresnel.render import cpu
 
-    monkeypatch.setattr(cpu._Shape, "threads_for", lambda shape, work, enough: shape.threads)
+    monkeypatch.setattr(cpu, "_threads", lambda asked, projections, pixels: asked)
     gaussians = make_scene(13, num=9000, sizes=(0.003, 0.05), opacities=(0.1, 1.0), coefficients=4)
     cameras = make_cameras(3, 70, 50)
     ones = Views(*(torch.ones(3, 50, 70, k, dtype=torch.float64) for k in (3, 1, 1)))

@@ -95,35 +95,22 @@ def render(
         )
     backdrop = _backdrop(background, views, gaussians)
 
-    B, C, N = batch.numel(), views[-1], gaussians.num
-    scenes = (
-        gaussians.means.reshape(B, N, 3),
-        gaussians.quats.reshape(B, N, 4),
-        gaussians.scales.reshape(B, N, 3),
-        gaussians.opacities.reshape(B, N),
-        gaussians.colors.reshape(B, N, *gaussians.colors.shape[len(batch) + 1 :]),
-    )
-    viewmats, Ks = cameras.viewmats.reshape(B, C, 4, 4), cameras.Ks.reshape(B, C, 3, 3)
-    width, height = cameras.width, cameras.height
     if chosen == "cpu":
         from fresnel.render import cpu
 
         images = cpu.rasterize(
-            *scenes, viewmats, Ks, width, height, backdrop,
+            gaussians, cameras, backdrop,
             near=near, far=far, eps2d=eps2d, alpha_max=alpha_max, threads=threads,
         )  # fmt: skip
     elif chosen == "gsplat":
         from fresnel.render import gpu
 
         images = gpu.rasterize(
-            *scenes, viewmats, Ks, width, height, backdrop,
-            near=near, far=far, eps2d=eps2d, packed=bool(packed),
-        )  # fmt: skip
-    else:
-        images = _reference(
-            (*scenes, viewmats, Ks), width, height, backdrop, near, far, eps2d, alpha_max
+            gaussians, cameras, backdrop, near=near, far=far, eps2d=eps2d, packed=bool(packed)
         )
-    return Views(*(image.reshape(*views, *image.shape[2:]) for image in images))
+    else:
+        images = _reference(gaussians, cameras, backdrop, near, far, eps2d, alpha_max)
+    return Views(*images)
 
 
 def _choose(gaussians: Gaussians, cameras: Cameras, backend: str, alpha_max: float) -> str:
@@ -154,23 +141,39 @@ def _choose(gaussians: Gaussians, cameras: Cameras, backend: str, alpha_max: flo
 def _backdrop(
     background: Tensor | Sequence[float] | None, views: tuple[int, ...], gaussians: Gaussians
 ) -> Tensor | None:
-    """Background colours as (B, C, 3), or None for black."""
+    """Background colours as (..., C, 3), or None for black."""
     if background is None:
         return None
     colors = torch.as_tensor(background, dtype=gaussians.dtype, device=gaussians.device)
     try:
-        colors = colors.broadcast_to(*views, 3)
+        return colors.broadcast_to(*views, 3)
     except RuntimeError:
         raise ValueError(
             f"background: got shape {tuple(colors.shape)}, want one broadcastable to {(*views, 3)}"
         ) from None
-    return colors.reshape(-1, views[-1], 3)
+
+
+def one_batch(
+    gaussians: Gaussians, cameras: Cameras, background: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Everything with one batch dimension, for backends that want B scenes and C views of each.
+
+    Returns:
+        means, quats, scales, opacities and colors (B, N, ...), viewmats (B, C, 4, 4) and Ks
+        (B, C, 3, 3); the background (B, C, 3) or None.
+    """
+    g, batch, C = gaussians, len(gaussians.batch_shape), cameras.batch_shape[-1]
+    B = gaussians.batch_shape.numel()
+    tensors = [
+        t.reshape(B, *t.shape[batch:]) for t in (g.means, g.quats, g.scales, g.opacities, g.colors)
+    ]
+    tensors += [cameras.viewmats.reshape(B, C, 4, 4), cameras.Ks.reshape(B, C, 3, 3)]
+    return tensors, None if background is None else background.reshape(B, C, 3)
 
 
 def _reference(
-    inputs: tuple[Tensor, ...],
-    width: int,
-    height: int,
+    gaussians: Gaussians,
+    cameras: Cameras,
     background: Tensor | None,
     near: float,
     far: float,
@@ -180,13 +183,15 @@ def _reference(
     """Run the dense renderer over the batch, one image at a time."""
     from fresnel.render import reference
 
-    *scenes, viewmats, Ks = (tensor.double() for tensor in inputs)
-    if not all(bool(tensor.isfinite().all()) for tensor in inputs):
+    tensors, background = one_batch(gaussians, cameras, background)
+    *scenes, viewmats, Ks = (tensor.double() for tensor in tensors)
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ValueError("gaussians or cameras: got NaN or infinite values, want finite ones")
+    width, height = cameras.width, cameras.height
     B, C = viewmats.shape[:2]
     if B * C == 0:
-        empty = viewmats.new_zeros(B, C, height, width, 1)
-        return empty.expand(-1, -1, -1, -1, 3), empty, empty
+        empty = viewmats.new_zeros(*cameras.batch_shape, height, width, 1)
+        return empty.expand(*empty.shape[:-1], 3), empty, empty
     behind = viewmats.new_zeros(B, C, 3) if background is None else background.double()
     limits: dict[str, Any] = dict(near=near, far=far, eps2d=eps2d, alpha_max=alpha_max)
     draw: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(reference.rasterize, **limits)
@@ -195,5 +200,8 @@ def _reference(
         for b in range(B)
         for c in range(C)
     ]
-    rgb, alpha, depth = (torch.stack(p).unflatten(0, (B, C)) for p in zip(*images, strict=True))
+    rgb, alpha, depth = (
+        torch.stack(parts).reshape(*cameras.batch_shape, *parts[0].shape)
+        for parts in zip(*images, strict=True)
+    )
     return rgb, alpha, depth

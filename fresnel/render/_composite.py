@@ -1,8 +1,7 @@
-"""Images of the CPU rasteriser: sort and bin the records, composite them, and gradients back.
+"""Images of the CPU rasteriser: composite each tile's records, and gradients back.
 
-Each kernel is run by any number of threads at once. They share the work by claiming tasks from an
-atomic counter, and no result depends on who claimed what: a tile belongs to one thread, and a
-Gaussian's gradient is written entry by entry and summed later, in their order.
+No result depends on which thread claimed what: a tile belongs to one thread, and a Gaussian's
+gradient is written entry by entry and summed later, in their order.
 """
 
 # Numba compiles this file, mypy cannot follow it: every value is typed by the compiler.
@@ -16,19 +15,16 @@ import math
 import numpy as np
 from numba import literal_unroll
 
-from fresnel.render._project import CHUNK, TILE
+from fresnel.render._bins import AHEAD
+from fresnel.render._project import TILE
 from fresnel.render._simd import (
     absolute,
-    aligned,
-    claim,
     deinterleave,
     exp2,
     fma,
     fnma,
     horizontal_sums,
-    inline,
     interleave,
-    kernel,
     lanes,
     load,
     lowest_bit,
@@ -40,115 +36,17 @@ from fresnel.render._simd import (
     store,
     swap_quads,
 )
+from fresnel.render._tasks import aligned, claim, finish, inline, stage
 
 BATCH = 64  # entries of a tile looked at together
-AHEAD = 16  # entries between the one at work and the one being fetched from memory
 CUT = np.float32(math.log2(1 / 255))  # contributions below one 8-bit step are skipped
 STOP = np.float32(1e-4)  # a pixel is finished before its transmittance would fall to this
 _F0, _F1 = np.float32(0), np.float32(1)
-_LOW, _DIGIT = np.uint64(0xFFFFFFFF), np.uint64(2047)
 
 # Lane i of a block is its pixel (i % 4, i // 4); block j of a tile starts at 4 * (j % 4, j // 4).
 _LANE_X = np.array([i % 4 for i in range(16)], np.float32)
 _LANE_Y = np.array([i // 4 for i in range(16)], np.float32)
 _MIDDLE_X, _MIDDLE_Y = 4 * _LANE_X + np.float32(1.5), 4 * _LANE_Y + np.float32(1.5)
-
-
-@kernel
-def sort(counter, images, N, tiles, keys, counts, entries, tile_counts, bases, starts):
-    """Sort each image's visible Gaussians by depth and lay out its lists. One task is one image.
-
-    A radix sort on the bits of the float32 depth (positive, so they order as the floats do);
-    stable, so equal depths keep the order of the Gaussians, as in gsplat. The sorted keys replace
-    the image's first `counts[image * chunks]` ones. `bases` is the first slot of every chunk,
-    `starts[image * tiles + tile]` the first entry of a tile's list.
-    """
-    chunks = (N + CHUNK - 1) // CHUNK
-    near, far = np.empty(N, np.uint64), np.empty(N, np.uint64)
-    histogram = np.empty(3 * 2048, np.int64)
-    while True:
-        image = claim(counter)
-        if image >= images:
-            break
-        total = 0
-        for task in range(image * chunks):
-            total += entries[task]
-        slot = total
-        for tile in range(tiles):
-            starts[image * tiles + tile] = total
-            for chunk in range(chunks):
-                total += tile_counts[(image * chunks + chunk) * tiles + tile]
-        if image == images - 1:
-            starts[images * tiles] = total
-        n = 0
-        histogram[:] = 0
-        for chunk in range(chunks):
-            bases[image * chunks + chunk] = slot
-            slot += entries[image * chunks + chunk]
-            first = image * N + chunk * CHUNK
-            for i in range(first, first + counts[image * chunks + chunk]):
-                key = keys[i]
-                near[n] = key
-                n += 1
-                histogram[np.int64((key >> np.uint64(32)) & _DIGIT)] += 1
-                histogram[2048 + np.int64((key >> np.uint64(43)) & _DIGIT)] += 1
-                histogram[4096 + np.int64(key >> np.uint64(54))] += 1
-        for digit in range(3):
-            shift = np.uint64(32 + 11 * digit)
-            total = 0
-            for i in range(2048 * digit, 2048 * digit + 2048):
-                here = histogram[i]
-                histogram[i] = total
-                total += here
-            for i in range(n):
-                key = near[i]
-                at = 2048 * digit + np.int64((key >> shift) & _DIGIT)
-                far[histogram[at]] = key
-                histogram[at] += 1
-            near, far = far, near
-        for i in range(n):
-            keys[image * N + i] = near[i]
-        if chunks:
-            counts[image * chunks] = n
-
-
-@kernel
-def fill(
-    counter, images, bands, N, tiles_x, tiles, boxes, firsts, keys, counts, bases, starts,
-    entry_ids, slots,
-):
-    """List the sorted Gaussians for every tile, front to back. One task is a band of tile rows.
-
-    `slots`, from a Gaussian's `bases` plus `firsts` on, names that Gaussian's own entries.
-    """
-    chunks = (N + CHUNK - 1) // CHUNK
-    at = np.empty(tiles, np.int64)
-    rows = tiles // tiles_x
-    while True:
-        task = claim(counter)
-        if task >= images * bands:
-            break
-        image, band = task // bands, task % bands
-        top, bottom = band * rows // bands, (band + 1) * rows // bands
-        at[:] = starts[image * tiles : (image + 1) * tiles]
-        n = counts[image * chunks] if chunks else 0
-        for i in range(n):
-            ahead = image * N + np.int64(keys[image * N + min(i + AHEAD, n - 1)] & _LOW)
-            prefetch(boxes, 4 * ahead)
-            prefetch(firsts, ahead)
-            g = np.int64(keys[image * N + i] & _LOW)
-            r = image * N + g
-            x0, y0 = np.int64(boxes[4 * r]), np.int64(boxes[4 * r + 1])
-            x1, y1 = np.int64(boxes[4 * r + 2]), np.int64(boxes[4 * r + 3])
-            first, last = max(y0, top), min(y1, bottom)
-            slot = bases[image * chunks + g // CHUNK] + firsts[r] + (first - y0) * (x1 - x0)
-            for tile_row in range(first * tiles_x, last * tiles_x, tiles_x):
-                for tile in range(tile_row + x0, tile_row + x1):
-                    entry = at[tile]
-                    at[tile] = entry + 1
-                    entry_ids[entry] = r
-                    slots[slot] = entry
-                    slot += 1
 
 
 @inline
@@ -187,12 +85,52 @@ def blocks_within(u, v, a, b, c, slack, limit):
     return lanes(fma(near_u, near_u, near_v * near_v) <= limit + np.float32(1e-3))
 
 
-@kernel
+@inline
+def run_of(tiles):
+    """Tiles in a task: tiles that touch share cache lines, so one thread takes a few."""
+    return max(1, tiles // 64)
+
+
+@inline
+def next_tile(progress, number, tile, last, images, tiles_x, tiles):
+    """The next tile of this thread: it, the end of its task, its image, left and top in pixels.
+
+    Reports a task that is through and claims another; there is none when the end is not beyond it.
+    """
+    if tile == last:
+        if last > 0:
+            finish(progress, number, 1)
+        tile = claim(progress, number) * run_of(tiles)
+        last = min(tile + run_of(tiles), images * tiles)
+    column, row = tile % tiles % tiles_x, tile % tiles // tiles_x
+    return tile, last, tile // tiles, column * TILE, row * TILE
+
+
+@inline
+def blend(state, at, u, v, log2_opacity, alpha_max):
+    """Put one Gaussian over a block whose transmittance is in `state`, and say what became of it.
+
+    Returns which of its pixels it reaches and which of them are not finished, log2 of the opacity
+    before the clamp, the opacity, the transmittance before, and the weight.
+    """
+    power = fnma(v, v, fnma(u, u, log2_opacity))
+    seen = power >= CUT
+    opaque = select(seen, minimum(exp2(power), alpha_max), _F0)
+    before = load(state, at)
+    weight = opaque * before
+    after = before - weight
+    live = after > STOP
+    # A finished pixel keeps its transmittance with a minus sign.
+    store(state, at, select(live, after, -absolute(before)))
+    return seen, live, power, opaque, before, select(live, weight, _F0)
+
+
+@stage
 def composite(
-    counter, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
+    progress, number, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
     alpha_max, background, rgb, alpha, depth, touched,
 ):
-    """Blend every tile's Gaussians front to back. Threads claim runs of tiles.
+    """Blend every tile's Gaussians front to back. A task is a run of tiles.
 
     Notes in `touched` which blocks an entry reached, for the backward pass. The entries are
     taken in batches, first to find which blocks each may reach, then to blend: a processor that
@@ -203,18 +141,15 @@ def composite(
     state = aligned(6 * 256)  # transmittance, weight, r, g, b, depth of each block
     places, slopes = aligned(BATCH * 32), np.empty(BATCH * 3, np.float32)
     reach = np.empty(BATCH, np.int64)
-    run = max(1, tiles // 64)  # tiles that touch share cache lines: one thread takes a few
-    task = last = 0
+    tile = last = 0
     while True:
-        if task == last:
-            task = claim(counter) * run
-            last = min(task + run, images * tiles)
-            if task >= last:
-                break
-        image, tile = task // tiles, task % tiles
-        left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
-        start, end = starts[task], starts[task + 1]
-        task += 1
+        tile, last, image, left, top = next_tile(
+            progress, number, tile, last, images, tiles_x, tiles
+        )
+        if tile >= last:
+            break
+        start, end = starts[tile], starts[tile + 1]
+        tile += 1
         alive = open_tile(state, left, top, width, height)
         while start < end and alive:
             size = min(BATCH, end - start)
@@ -230,6 +165,7 @@ def composite(
             for i in range(size):
                 blocks = reach[i] & alive
                 if blocks == 0:
+                    touched[start + i] = 0
                     continue
                 r = entry_ids[start + i]
                 a, b, c = slopes[3 * i], slopes[3 * i + 1], slopes[3 * i + 2]
@@ -242,27 +178,21 @@ def composite(
                     j = lowest_bit(blocks)
                     blocks &= blocks - 1
                     u, v = u0 + places[32 * i + j], v0 + places[32 * i + 16 + j]
-                    power = fnma(v, v, fnma(u, u, log2_opacity))
-                    seen = power >= CUT
-                    opaque = select(seen, minimum(exp2(power), alpha_max), _F0)
-                    transmittance = load(state, 96 * j)
-                    weight = opaque * transmittance
-                    after = transmittance - weight
-                    live = after > STOP
+                    seen, live, _, _, _, weight = blend(
+                        state, 96 * j, u, v, log2_opacity, alpha_max
+                    )
                     reached |= np.int64(lanes(seen) != 0) << j
-                    # A finished pixel keeps its transmittance with a minus sign.
-                    after = select(live, after, -absolute(transmittance))
-                    weight = select(live, weight, _F0)
-                    store(state, 96 * j, after)
                     store(state, 96 * j + 16, load(state, 96 * j + 16) + weight)
                     store(state, 96 * j + 32, fma(weight, red, load(state, 96 * j + 32)))
                     store(state, 96 * j + 48, fma(weight, green, load(state, 96 * j + 48)))
                     store(state, 96 * j + 64, fma(weight, blue, load(state, 96 * j + 64)))
                     store(state, 96 * j + 80, fma(weight, z, load(state, 96 * j + 80)))
-                    if lanes(after > _F0) == 0:
+                    if lanes(live) == 0:
                         alive &= ~(1 << j)
                 touched[start + i] = reached
             start += size
+        for e in range(start, end):  # behind all that can be seen
+            touched[e] = 0
         close_tile(state, left, top, width, height, image, background, rgb, alpha, depth)
 
 
@@ -333,12 +263,12 @@ def four_blocks(state, stride, blocks, field):
     )
 
 
-@kernel
+@stage
 def composite_backward(
-    counter, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
-    alpha_max, background, rgb, alpha, depth, touched, v_rgb, v_alpha, v_depth, sums,
+    progress, number, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
+    alpha_max, background, rgb, alpha, depth, touched, v_rgb, v_alpha, v_depth, strides, sums,
 ):
-    """Gradients of the images with respect to every entry's record. Threads claim runs of tiles.
+    """Gradients of the images with respect to every entry's record. A task is a run of tiles.
 
     With w_i = T_i alpha_i and s_i = dLoss/dw_i (linear in the colour and depth of Gaussian i),
 
@@ -357,24 +287,20 @@ def composite_backward(
     places = aligned(32)
     zero = splat(_F0)
     clamp = np.float32(math.log2(alpha_max))
-    run = max(1, tiles // 64)  # tiles that touch share cache lines: one thread takes a few
-    task = last = 0
+    tile = last = 0
     while True:
-        if task == last:
-            task = claim(counter) * run
-            last = min(task + run, images * tiles)
-            if task >= last:
-                break
-        image, tile = task // tiles, task % tiles
-        left, top = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
-        start, end = starts[task], starts[task + 1]
-        task += 1
-        if start == end:
-            continue
-        open_gradients(
-            state, left, top, width, height, image, background, rgb, alpha, depth,
-            v_rgb, v_alpha, v_depth,
+        tile, last, image, left, top = next_tile(
+            progress, number, tile, last, images, tiles_x, tiles
         )
+        if tile >= last:
+            break
+        start, end = starts[tile], starts[tile + 1]
+        tile += 1
+        if start < end:
+            open_gradients(
+                state, left, top, width, height, image, background, rgb, alpha, depth,
+                v_rgb, v_alpha, v_depth, strides,
+            )
         for e in range(start, end):
             prefetch(records, 8 * entry_ids[e + AHEAD])
             blocks = np.int64(touched[e])
@@ -394,21 +320,16 @@ def composite_backward(
                 j = lowest_bit(blocks)
                 blocks &= blocks - 1
                 u, v = u0 + places[j], v0 + places[16 + j]
-                power = fnma(v, v, fnma(u, u, log2_opacity))
-                opaque = select(power >= CUT, minimum(exp2(power), alpha_max), _F0)
-                transmittance = load(state, 112 * j)
-                weight = opaque * transmittance
-                after = transmittance - weight
-                live = after > STOP
-                store(state, 112 * j, select(live, after, -absolute(transmittance)))
-                weight = select(live, weight, _F0)
+                _, live, power, opaque, before, weight = blend(
+                    state, 112 * j, u, v, log2_opacity, alpha_max
+                )
                 v_red, v_green = load(state, 112 * j + 32), load(state, 112 * j + 48)
                 v_blue, v_z = load(state, 112 * j + 64), load(state, 112 * j + 80)
                 shade = fma(v_z, z, load(state, 112 * j + 96))
                 shade = fma(v_red, red, fma(v_green, green, fma(v_blue, blue, shade)))
                 remainder = fnma(weight, shade, load(state, 112 * j + 16))
                 store(state, 112 * j + 16, remainder)
-                slope = fma(transmittance, shade, -remainder / (_F1 - opaque))
+                slope = fma(before, shade, -remainder / (_F1 - opaque))
                 g = select(live & (power <= clamp), opaque * slope, _F0)
                 gu, gv = g * u, g * v
                 s, su, sv = s + g, su + gu, sv + gv
@@ -424,37 +345,43 @@ def composite_backward(
 
 @inline
 def open_gradients(
-    state, left, top, width, height, image, background, rgb, alpha, depth, v_rgb, v_alpha, v_depth
+    state, left, top, width, height, image, background, rgb, alpha, depth, v_rgb, v_alpha, v_depth,
+    strides,
 ):
-    """Set up a tile's state for the backward pass from the images and their gradients."""
+    """Set up a tile's state for the backward pass from the images and their gradients.
+
+    `strides` are 1 for gradients as large as their image, 0 for those that are a few zeros.
+    """
+    of_rgb, of_alpha, of_depth = strides
     behind_red, behind_green = background[3 * image], background[3 * image + 1]
     behind_blue = background[3 * image + 2]
     if left + TILE <= width and top + TILE <= height:
-        rows = state[7 * 256:]
+        rows = 7 * 256
         for j in range(16):
             pixel = (image * height + top + j) * width + left
             red, green, blue = deinterleave(
                 load(rgb, 3 * pixel), load(rgb, 3 * pixel + 16), load(rgb, 3 * pixel + 32)
             )
             v_red, v_green, v_blue = deinterleave(
-                load(v_rgb, 3 * pixel), load(v_rgb, 3 * pixel + 16), load(v_rgb, 3 * pixel + 32)
+                load(v_rgb, 3 * pixel * of_rgb), load(v_rgb, (3 * pixel + 16) * of_rgb),
+                load(v_rgb, (3 * pixel + 32) * of_rgb),
             )
-            weight, slope = load(alpha, pixel), load(v_alpha, pixel)
+            weight, slope = load(alpha, pixel), load(v_alpha, pixel * of_alpha)
             remainder = fma(v_red, red - behind_red, weight * slope)
             remainder = fma(v_green, green - behind_green, remainder)
             remainder = fma(v_blue, blue - behind_blue, remainder)
             slope = fnma(v_red, behind_red, fnma(v_green, behind_green, slope))
-            v_z = load(v_depth, pixel) / maximum(weight, np.float32(1e-30))
-            at = 96 * (j & 3)
-            store(rows, at, remainder)
-            store(rows, at + 16, v_red)
-            store(rows, at + 32, v_green)
-            store(rows, at + 48, v_blue)
-            store(rows, at + 64, v_z)
-            store(rows, at + 80, fnma(v_z, load(depth, pixel), fnma(v_blue, behind_blue, slope)))
+            v_z = load(v_depth, pixel * of_depth) / maximum(weight, np.float32(1e-30))
+            at = rows + 96 * (j & 3)
+            store(state, at, remainder)
+            store(state, at + 16, v_red)
+            store(state, at + 32, v_green)
+            store(state, at + 48, v_blue)
+            store(state, at + 64, v_z)
+            store(state, at + 80, fnma(v_z, load(depth, pixel), fnma(v_blue, behind_blue, slope)))
             if j & 3 == 3:
                 for field in range(6):
-                    quads = four_blocks(rows, 96, 0, 16 * field)
+                    quads = four_blocks(state, 96, 0, rows + 16 * field)
                     to = 112 * (j - 3) + 16 * field + 16
                     store(state, to, quads[0])
                     store(state, to + 112, quads[1])
@@ -471,14 +398,15 @@ def open_gradients(
             for column in range(columns):
                 i = at + 4 * row + column
                 pixel = (image * height + y + row) * width + x + column
-                weight, slope = alpha[pixel], v_alpha[pixel]
+                weight, slope = alpha[pixel], v_alpha[pixel * of_alpha]
                 remainder = weight * slope
                 for channel in range(3):
-                    v, behind = v_rgb[3 * pixel + channel], background[3 * image + channel]
+                    v = v_rgb[(3 * pixel + channel) * of_rgb]
+                    behind = background[3 * image + channel]
                     state[i + 32 + 16 * channel] = v
                     slope -= v * behind
                     remainder += v * (rgb[3 * pixel + channel] - behind)
-                v_z = v_depth[pixel] / max(weight, np.float32(1e-30))
+                v_z = v_depth[pixel * of_depth] / max(weight, np.float32(1e-30))
                 state[i] = _F1
                 state[i + 16] = remainder
                 state[i + 80] = v_z

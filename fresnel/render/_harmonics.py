@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from fresnel.render._simd import inline
+from fresnel.render._tasks import BAD, inline
 
 
 @inline
@@ -80,36 +80,35 @@ def sh_slopes(x, y, z, sh, k, slopes):
 
 
 @inline
-def direction_of(means, cameras, image, s):
-    """Unit vector from the camera to Gaussian s, and one over the distance."""
-    c = cameras[image]
-    dx = means[3 * s] - c[20]
-    dy = means[3 * s + 1] - c[21]
-    dz = means[3 * s + 2] - c[22]
+def direction_of(means, camera, s):
+    """Unit vector from the camera (its row) to Gaussian s, and one over the distance."""
+    dx = means[3 * s] - camera[20]
+    dy = means[3 * s + 1] - camera[21]
+    dz = means[3 * s + 2] - camera[22]
     inverse = 1.0 / max(math.sqrt(dx * dx + dy * dy + dz * dz), 1e-12)
     return dx * inverse, dy * inverse, dz * inverse, inverse
 
 
 @inline
-def shade(means, colors, sh, cameras, image, s, out, at, bad, basis):
+def shade(means, colors, sh, camera, s, out, at, progress, basis):
     """Colour of Gaussian s from its spherical harmonics: max(0, 0.5 + sum c Y)."""
-    x, y, z, _ = direction_of(means, cameras, image, s)
+    x, y, z, _ = direction_of(means, camera, s)
     sh_basis(x, y, z, sh, basis)
     for channel in range(3):
         value = 0.5
         for k in range(sh):
             value += basis[k] * colors[3 * (sh * s + k) + channel]
         if not math.isfinite(value):
-            bad[0] = 1
+            progress[BAD] = 1
         out[at + channel] = max(value, 0.0)
 
 
 @inline
 def shade_backward(
-    means, colors, sh, cameras, image, s, records32, at, acc, basis, slopes, v_colors, out, k
+    means, colors, sh, camera, s, records32, at, acc, basis, slopes, v_colors, out, k
 ):
     """Gradients of `shade` for coefficients and (through the direction) the mean."""
-    x, y, z, inverse = direction_of(means, cameras, image, s)
+    x, y, z, inverse = direction_of(means, camera, s)
     sh_basis(x, y, z, sh, basis)
     vx, vy, vz = 0.0, 0.0, 0.0
     for i in range(sh):

@@ -23,12 +23,9 @@ import numpy as np
 from fresnel.render._harmonics import shade, shade_backward
 from fresnel.render._simd import (
     ceiling,
-    claim,
     floor,
     fma,
     fnma,
-    inline,
-    kernel,
     lanes,
     load,
     load_1,
@@ -43,13 +40,15 @@ from fresnel.render._simd import (
     split_exponent,
     store,
 )
+from fresnel.render._tasks import BAD, array_at, claim, finish, inline, stage
 
 TILE = 16  # pixels; a tile is 4 x 4 blocks of 4 x 4 pixels, and a block is one vector
-CHUNK = 4096  # Gaussians projected as one task
 _KAPPA = math.sqrt(0.5 / math.log(2.0))
 _LN2, _LOG2_255 = math.log(2.0), math.log2(255.0)
 _F0 = np.float32(0)
-_HIGH = np.uint64(32)
+# A chunk's row of 8 int64 in the chunk table: its visible Gaussians, their entries, the lowest and
+# the highest bits of a depth, its first slot; in an image's first row, what `sort` says of it all.
+FOUND, ENTRIES, LOW, HIGH, BASE, SORTED, SWAPPED = range(7)
 
 
 @inline
@@ -79,9 +78,30 @@ def rotation_of(qw, qx, qy, qz):
 
 
 @inline
-def camera_of(cameras, image):
-    """A camera's pose (3 x 4, row by row), fx, fy, cx, cy and slope limits: `cpu._camera_rows`."""
-    c = cameras[image]
+def write_camera(viewmats, Ks, image, width, height, row):
+    """A camera as a row of 24 doubles: pose (3 x 4), fx fy cx cy, slope limits, centre, padding.
+
+    Returns whether all of it is finite.
+    """
+    total = 0.0
+    for k in range(12):
+        row[k] = viewmats[16 * image + k]
+    for axis in range(2):
+        f, c = Ks[9 * image + 4 * axis], Ks[9 * image + 3 * axis + 2]
+        size = float(height if axis else width)
+        row[12 + axis], row[14 + axis] = f, c
+        # gsplat evaluates the projection's Jacobian no farther than 15 % outside the image.
+        row[16 + 2 * axis], row[17 + 2 * axis] = -(c + 0.15 * size) / f, (1.15 * size - c) / f
+    for axis in range(3):
+        row[20 + axis] = -(row[axis] * row[3] + row[4 + axis] * row[7] + row[8 + axis] * row[11])
+    for k in range(23):
+        total += row[k]
+    return math.isfinite(total)
+
+
+@inline
+def camera_of(c):
+    """The first 20 numbers of a camera's row, for registers."""
     return (
         c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11],
         c[12], c[13], c[14], c[15], c[16], c[17], c[18], c[19],
@@ -124,33 +144,40 @@ def ellipse_of(camera, mx, my, mz, rotation, sx, sy, sz, eps2d):
     )
 
 
-@kernel
+@stage
 def project(
-    counter, means, quats, scales, opacities, colors, sh, cameras, C, N, width, height,
-    tiles_x, tiles, near, far, eps2d, records, records32, boxes, firsts, keys, counts, entries,
-    tile_counts, bad,
+    progress, number, means, quats, scales, opacities, colors, sh, viewmats, Ks, images, C, N,
+    chunks, chunk_size, width, height, tiles_x, tiles, near, far, eps2d, cameras, records,
+    records32, boxes, firsts, keys, chunk_table, tile_counts,
 ):
     """Project every Gaussian into every image. One task is one chunk of one image.
 
     Writes the record, the range of tiles (x0, y0, x1, y1) and the first slot within the chunk of
     every Gaussian that can touch a pixel; an empty range for all others; per chunk the sorting
-    keys of the visible Gaussians and the number of (Gaussian, tile) entries, in all and for each
-    tile. Sets `bad` where a value is not finite.
+    keys of the visible Gaussians, their number and range, and the number of (Gaussian, tile)
+    entries, in all and for each tile. Reports values that are not finite.
     """
-    chunks = (N + CHUNK - 1) // CHUNK
     scratch, basis = np.empty(12 * 8, np.float64), np.empty(16, np.float64)
     depth_bits = records32.view(np.uint32)
+    row = np.empty(24, np.float64)
     while True:
-        task = claim(counter)
-        if task >= counts.size:
+        task = claim(progress, number)
+        if task >= images * chunks:
             break
         image, chunk = task // chunks, task % chunks
         scene = image // C
-        camera = camera_of(cameras, image)
+        if not write_camera(viewmats, Ks, image, width, height, row):
+            progress[BAD] = 2
+        if chunk == 0:
+            for k in range(24):
+                cameras[24 * image + k] = row[k]
+        camera = camera_of(row)
         fx, fy, cx, cy = camera[12:16]
+        low, high = 0xFFFFFFFF, 0
         found, slots = 0, 0
-        tile_counts[task * tiles : (task + 1) * tiles] = 0
-        for g0 in range(chunk * CHUNK, min(N, (chunk + 1) * CHUNK), 8):
+        for tile in range(task * tiles, (task + 1) * tiles):
+            tile_counts[tile] = 0
+        for g0 in range(chunk * chunk_size, min(N, (chunk + 1) * chunk_size), 8):
             count = min(8, N - g0)
             s = scene * N + g0
             mx, my, mz = load_3(means, s, count)
@@ -164,7 +191,7 @@ def project(
                 total = total + red + green + blue
             total = total - total
             if lanes(total >= 0.0) != 255:
-                bad[0] = 1
+                progress[BAD] = 1
             rotation = rotation_of(qw, qx, qy, qz)
             ellipse = ellipse_of(camera, mx, my, mz, rotation, sx, sy, sz, eps2d)
             z, slope_x, slope_y = ellipse[0], ellipse[2], ellipse[3]
@@ -213,9 +240,7 @@ def project(
                     for channel in range(3):
                         records32[16 * g + 11 + channel] = colors[3 * (s + k) + channel]
                 else:
-                    shade(
-                        means, colors, sh, cameras, image, s + k, records32, 16 * g + 11, bad, basis
-                    )
+                    shade(means, colors, sh, row, s + k, records32, 16 * g + 11, progress, basis)
                 bx0, by0 = int(scratch[64 + k]) // TILE, int(scratch[72 + k]) // TILE
                 bx1 = (int(scratch[80 + k]) + TILE - 1) // TILE
                 by1 = (int(scratch[88 + k]) + TILE - 1) // TILE
@@ -226,35 +251,39 @@ def project(
                 for ty in range(by0, by1):
                     for tx in range(bx0, bx1):
                         tile_counts[task * tiles + ty * tiles_x + tx] += 1
-                bits_of_z = np.uint64(depth_bits[16 * g + 14])
-                keys[image * N + chunk * CHUNK + found] = (bits_of_z << _HIGH) | np.uint64(g0 + k)
+                bits_of_z = np.int64(depth_bits[16 * g + 14])
+                low, high = min(low, bits_of_z), max(high, bits_of_z)
+                keys[image * N + chunk * chunk_size + found] = (bits_of_z << 32) | (g0 + k)
                 found += 1
-        counts[task] = found
-        entries[task] = slots
+        chunk_table[8 * task + FOUND], chunk_table[8 * task + ENTRIES] = found, slots
+        chunk_table[8 * task + LOW], chunk_table[8 * task + HIGH] = low, high
+        finish(progress, number, 1)
 
 
-@kernel
+@stage
 def project_backward(
-    counter, means, quats, scales, opacities, colors, sh, cameras, C, N, width, height, eps2d,
-    records, records32, boxes, firsts, bases, slots, touched, sums, tasks,
+    progress, number, means, quats, scales, opacities, colors, sh, scenes, C, N, chunks,
+    chunk_size, eps2d, cameras, records32, boxes, firsts, chunk_table, slots, touched, sums,
     v_means, v_quats, v_scales, v_opacities, v_colors,
 ):
     """Carry the entries' gradients back to the Gaussians. One task is one chunk of one scene.
 
     Every Gaussian sums its own entries, tile by tile and camera by camera, in a fixed order.
     """
-    chunks = (N + CHUNK - 1) // CHUNK
     acc = np.empty(16, np.float32)
     grads, out = np.zeros(10 * 8, np.float64), np.zeros(7 * 8, np.float64)
     basis, slopes = np.empty(16, np.float64), np.empty(3, np.float64)
     zero = load(grads, 0)
     while True:
-        task = claim(counter)
-        if task >= tasks:
+        task = claim(progress, number)
+        if task >= scenes * chunks:
             break
         scene, chunk = task // chunks, task % chunks
-        last = min(N, (chunk + 1) * CHUNK)
-        for g0 in range(chunk * CHUNK, last, 8):
+        last = min(N, (chunk + 1) * chunk_size)
+        width = 3 * max(sh, 1)
+        for i in range(width * (scene * N + chunk * chunk_size), width * (scene * N + last)):
+            v_colors[i] = 0.0
+        for g0 in range(chunk * chunk_size, last, 8):
             count = min(8, N - g0)
             first = scene * N + g0
             mx, my, mz = load_3(means, first, count)
@@ -268,7 +297,8 @@ def project_backward(
             out[:] = 0.0
             for view in range(C):
                 image = scene * C + view
-                base = bases[image * chunks + chunk]
+                base = chunk_table[8 * (image * chunks + chunk) + BASE]
+                row = array_at(cameras.ctypes.data + 192 * image, 24, np.float64)
                 any_seen = False
                 grads[:] = 0.0
                 for k in range(count):
@@ -303,12 +333,12 @@ def project_backward(
                             v_colors[3 * (first + k) + channel] += acc[6 + channel]
                     else:
                         shade_backward(
-                            means, colors, sh, cameras, image, first + k, records32, 16 * r + 11,
+                            means, colors, sh, row, first + k, records32, 16 * r + 11,
                             acc, basis, slopes, v_colors, out, k,
                         )
                 if not any_seen:
                     continue
-                camera = camera_of(cameras, image)
+                camera = camera_of(row)
                 w00, w01, w02, _, w10, w11, w12, _, w20, w21, w22, _, fx, fy = camera[:14]
                 low_x, high_x, low_y, high_y = camera[16:20]
                 (
@@ -391,3 +421,4 @@ def project_backward(
                     v_scales[3 * (first + k) + axis] = out[32 + 8 * axis + k]
                 for axis in range(4):
                     v_quats[4 * (first + k) + axis] = grads[8 * axis + k]
+        finish(progress, number, 1)

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import operator
 
-import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -441,26 +439,3 @@ deinterleave = _shuffled(
     [[3 * k + channel for k in range(16)] for channel in range(3)],
     "The other way round.",
 )
-
-
-@intrinsic
-def claim(typingctx, counter):
-    """Atomically take the next number from a one-element int64 array."""
-
-    def codegen(context, builder, sig, values):
-        data = context.make_array(counter)(context, builder, values[0]).data
-        return builder.atomic_rmw("add", data, ir.Constant(I64, 1), "monotonic")
-
-    return types.int64(counter), codegen
-
-
-kernel = numba.njit(cache=True, nogil=True, error_model="numpy")
-inline = numba.njit(forceinline=True, nogil=True, error_model="numpy")
-
-
-@inline
-def aligned(floats):
-    """Uninitialised float32 memory that starts at a cache line: vectors never straddle two."""
-    memory = np.empty(floats + 16, np.float32)
-    skip = (-memory.ctypes.data // 4) % 16
-    return memory[skip : skip + floats]

@@ -1,42 +1,35 @@
 """The CPU rasteriser: Numba kernels behind one autograd function.
 
 Tiles, front-to-back blending and the cut-offs are 3DGS's (arXiv 2308.04079) as gsplat 1.5.3 has
-them. See `_project` and `_composite` for what runs, and why its results have the same bits on any
-number of threads.
+them. See `_passes` for what runs, `_tasks` for why its results have the same bits on any number of
+threads, and `_scratch` for where its memory comes from.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-import os
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
-import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fresnel.render import _composite, _project
+from fresnel.cameras import Cameras
+from fresnel.gaussians import Gaussians
+from fresnel.render import _passes
+from fresnel.render._scratch import Array, Pool
+from fresnel.render._tasks import BAD, TOTAL, run
 
-Array = np.ndarray[Any, Any]
+_pool = Pool(limit=256 << 20)  # idle memory only; a pass of 100k Gaussians at 512 px takes 40 MB
+ROOM = 8  # entries for each Gaussian that there is room for at first
+_ZEROS = torch.zeros(48)  # stands for a gradient that is zero everywhere
 
 
 def rasterize(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    colors: Tensor,
-    viewmats: Tensor,
-    Ks: Tensor,
-    width: int,
-    height: int,
+    gaussians: Gaussians,
+    cameras: Cameras,
     background: Tensor | None,
     *,
     near: float,
@@ -45,214 +38,156 @@ def rasterize(
     alpha_max: float,
     threads: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Render B scenes from C cameras each; shapes as in `fresnel.render.gpu.rasterize`.
+    """Render; parameters and results as in `fresnel.render.render`.
 
     Raises:
         ValueError: for NaN or infinite values.
     """
-    scenes = [t.float().contiguous() for t in (means, quats, scales, opacities, colors)]
-    B, C = viewmats.shape[:2]
+    g = gaussians
+    tensors = [t.float().contiguous() for t in (g.means, g.quats, g.scales, g.opacities, g.colors)]
+    views = cameras.viewmats.shape[:-2]
+    images, N, pixels = views.numel(), g.means.shape[-2], cameras.width * cameras.height
     if background is None:
-        background = torch.zeros(B, C, 3)
-    shape = _Shape(
-        images=B * C,
-        views=C,
-        gaussians=means.shape[1],
-        coefficients=0 if colors.ndim == 3 else colors.shape[-2],
-        width=width,
-        height=height,
+        background = torch.zeros(*views, 3)
+    job = _Job(
+        views=views,
+        scenes=views[:-1].numel(),
+        C=views[-1],
+        N=N,
+        coefficients=0 if g.colors.ndim == g.means.ndim else g.colors.shape[-2],
+        # Enough chunks to share, and few enough: each counts the entries of every tile.
+        chunk=min(4096, max(256, 1 << (images * N >> 3).bit_length())),
+        width=cameras.width,
+        height=cameras.height,
+        viewmats=cameras.viewmats.double().contiguous(),
+        Ks=cameras.Ks.double().contiguous(),
         near=float(near),
         far=float(far),
         eps2d=float(eps2d),
-        alpha_max=float(np.float32(alpha_max)),
-        threads=threads or numba.config.NUMBA_NUM_THREADS,  # type: ignore[attr-defined]
+        alpha_max=float(alpha_max),
+        threads=_threads(threads, images * N, images * pixels),
     )
-    cameras = _camera_rows(viewmats, Ks, width, height)
-    images: tuple[Tensor, Tensor, Tensor] = _Rasterize.apply(
-        *scenes, background.float().contiguous(), cameras, shape
-    )
-    return images
+    result: tuple[Tensor, Tensor, Tensor]
+    if torch.is_grad_enabled():
+        result = _Rasterize.apply(job, *tensors, background.float().contiguous())
+    else:
+        result = _forward(job, *tensors, background.float().contiguous())[0]
+    return result
 
 
-@dataclass(frozen=True)
-class _Shape:
-    images: int
-    views: int
-    gaussians: int
+def _threads(asked: int | None, projections: int, pixels: int) -> int:
+    """How many threads to wake: each should find as much to do as waking it costs."""
+    limit = asked or numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    microseconds = 0.08 * projections + 0.002 * pixels
+    return max(1, min(limit, int(microseconds / 20)))
+
+
+class _Job(NamedTuple):
+    views: torch.Size
+    scenes: int
+    C: int
+    N: int
     coefficients: int
+    chunk: int
     width: int
     height: int
+    viewmats: Tensor
+    Ks: Tensor
     near: float
     far: float
     eps2d: float
     alpha_max: float
     threads: int
 
-    def threads_for(self, work: int, enough: int) -> int:
-        """How many threads to wake: none for work that is done before they are awake."""
-        return self.threads if work >= enough else 1
 
-    @property
-    def tiles_x(self) -> int:
-        return -(-self.width // _project.TILE)
+def _forward(
+    job: _Job, *tensors: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, tuple[int, int]]:
+    """Images; memory that the backward pass needs; the entries it has room for and those it holds.
 
-    @property
-    def tiles(self) -> int:
-        return self.tiles_x * -(-self.height // _project.TILE)
+    Where the entries do not fit, which is rare, there is enough to do to come a second time.
+    """
+    images, N, tiles = job.scenes * job.C, job.N, -(-job.width // 16) * -(-job.height // 16)
+    *scenes, background = (t.data_ptr() for t in tensors)
+    rgb, alpha, depth = (torch.empty(*job.views, job.height, job.width, k) for k in (3, 1, 1))
+    total, capacity = 0, ROOM * images * N
+    fixed, size = _passes.memory_size(images, N, job.chunk, tiles, capacity)
+    memory = torch.from_numpy(_pool.take(size))
+    while True:
+        with _compiling_notice(_passes.forward):
+            progress = run(
+                _passes.forward, job.threads, total > 0, *scenes, job.coefficients, background,
+                job.viewmats.data_ptr(), job.Ks.data_ptr(), images, job.C, N, job.chunk,
+                job.width, job.height, job.near, job.far, job.eps2d, job.alpha_max,
+                1 if job.threads <= images else job.threads, memory.data_ptr(), capacity,
+                rgb.data_ptr(), alpha.data_ptr(), depth.data_ptr(),
+            )  # fmt: skip
+        if progress[BAD]:
+            what = "gaussians" if progress[BAD] == 1 else "cameras"
+            raise ValueError(f"{what}: got NaN or infinite values, want finite ones")
+        total = total or int(progress[TOTAL])
+        if total <= capacity:
+            return (rgb, alpha, depth), memory, (capacity, total)
+        capacity, smaller = total, memory
+        size = _passes.memory_size(images, N, job.chunk, tiles, capacity)[1]
+        memory = torch.from_numpy(_pool.take(size))
+        memory[:fixed] = smaller[:fixed]
 
 
-def _camera_rows(viewmats: Tensor, Ks: Tensor, width: int, height: int) -> Array:
-    """Cameras as rows of 24 doubles: the 3x4 pose, fx fy cx cy, slope limits, centre, padding."""
-    pose = viewmats.detach().double().numpy().reshape(-1, 4, 4)
-    K = Ks.detach().double().numpy().reshape(-1, 3, 3)
-    rows = np.zeros((len(pose), 24))
-    rows[:, :12] = pose[:, :3].reshape(-1, 12)
-    for at, (f, c, size) in enumerate(
-        ((K[:, 0, 0], K[:, 0, 2], width), (K[:, 1, 1], K[:, 1, 2], height))
-    ):
-        rows[:, 12 + at], rows[:, 14 + at] = f, c
-        # gsplat evaluates the projection's Jacobian no farther than 15 % outside the image.
-        rows[:, 16 + 2 * at] = -(c + 0.15 * size) / f
-        rows[:, 17 + 2 * at] = (size - c + 0.15 * size) / f
-    rows[:, 20:23] = -(pose[:, None, :3, 3] @ pose[:, :3, :3])[:, 0]
-    if not np.isfinite(rows).all():
-        raise ValueError("cameras: got NaN or infinite values, want finite ones")
-    return rows
+def touched(image: Tensor) -> Array:
+    """Which blocks of its tile each (Gaussian, tile) entry of an image reached: 16 bits an entry.
+
+    What a benchmark counts, of an image whose graph has not been used yet.
+    """
+    node: Any = image.grad_fn
+    job, (capacity, total) = node.job, node.entries
+    images, tiles = job.scenes * job.C, -(-job.width // 16) * -(-job.height // 16)
+    fixed, _ = _passes.memory_size(images, job.N, job.chunk, tiles, capacity)
+    return _passes.touched_in(node.saved_tensors[-1].numpy(), fixed, capacity, total)
 
 
 class _Rasterize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, cameras, s = args
-        means, quats, scales, opacities, colors, background = (
-            t.detach().numpy().reshape(-1) for t in tensors
-        )
-        M, N = s.images, s.gaussians
-        size = (s.tiles_x, s.tiles, s.width, s.height)
-        records = _aligned(8 * M * N)
-        records32 = records.view(np.float32)
-        boxes, firsts = np.empty(4 * M * N, np.int16), np.empty(M * N, np.int32)
-        keys = np.empty(M * N, np.uint64)
-        chunks = -(-N // _project.CHUNK)
-        counts, entries, bases = (np.empty(M * chunks, np.int64) for _ in range(3))
-        tile_counts = np.empty(M * chunks * s.tiles, np.int32)
-        bad = np.zeros(1, np.int64)
-        with _compiling_notice(_composite.composite):
-            many = s.threads_for(M * N, 20_000)
-            _run(
-                _project.project, many,
-                means, quats, scales, opacities, colors, s.coefficients, cameras, s.views, N,
-                s.width, s.height, s.tiles_x, s.tiles, s.near, s.far, s.eps2d,
-                records, records32, boxes, firsts, keys, counts, entries, tile_counts, bad,
-            )  # fmt: skip
-            if bad[0]:
-                raise ValueError("gaussians: got NaN or infinite values, want finite ones")
-            total = int(entries.sum())
-            starts = np.zeros(M * s.tiles + 1, np.int64)
-            _run(
-                _composite.sort, min(M, many),
-                M, N, s.tiles, keys, counts, entries, tile_counts, bases, starts,
-            )  # fmt: skip
-            entry_ids = np.zeros(total + _composite.AHEAD, np.int32)
-            slots = np.empty(total, np.int32)
-            bands = 1 if many <= M else many
-            _run(
-                _composite.fill, many,
-                M, bands, N, s.tiles_x, s.tiles, boxes, firsts, keys, counts, bases, starts,
-                entry_ids, slots,
-            )  # fmt: skip
-            touched = np.zeros(total, np.uint16)
-            rgb = _aligned_images(M // max(s.views, 1), s.views, s.height, s.width, 3)
-            alpha = _aligned_images(M // max(s.views, 1), s.views, s.height, s.width, 1)
-            depth = _aligned_images(M // max(s.views, 1), s.views, s.height, s.width, 1)
-            _run(
-                _composite.composite, s.threads_for(total + 8 * M * s.tiles, 5_000),
-                M, *size, records, records32, starts, entry_ids,
-                np.float32(s.alpha_max), background,
-                rgb.reshape(-1), alpha.reshape(-1), depth.reshape(-1), touched,
-            )  # fmt: skip
-        images = (torch.from_numpy(rgb), torch.from_numpy(alpha), torch.from_numpy(depth))
-        ctx.save_for_backward(*tensors, *images)
-        ctx.touched = touched
-        ctx.rest = (cameras, s, records, boxes, firsts, bases, starts, entry_ids, slots)
+    def forward(ctx: Any, job: _Job, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        images, memory, ctx.entries = _forward(job, *tensors)
+        # Saved, not an attribute: so autograd lets the memory go as soon as the graph was used.
+        ctx.save_for_backward(*tensors, *images, memory)
+        ctx.job = job
+        ctx.set_materialize_grads(False)
         return images
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, background, rgb, alpha, depth = ctx.saved_tensors
-        cameras, s, records, boxes, firsts, bases, starts, entry_ids, slots = ctx.rest
-        touched = ctx.touched
-        M, N = s.images, s.gaussians
-        records32 = records.view(np.float32)
-        flat = [t.contiguous().numpy().reshape(-1) for t in slopes]
-        images = [t.numpy().reshape(-1) for t in (background, rgb, alpha, depth)]
-        sums = _aligned(8 * len(touched)).view(np.float32)
-        scenes = [t.detach().numpy().reshape(-1) for t in tensors]
-        grads = [np.zeros_like(t) for t in scenes]
-        chunks = -(-N // _project.CHUNK)
-        scenes_total = M // max(s.views, 1)
-        with _compiling_notice(_project.project_backward):
-            _run(
-                _composite.composite_backward, s.threads_for(len(touched) + 8 * M * s.tiles, 3_000),
-                M, s.tiles_x, s.tiles, s.width, s.height, records, records32, starts, entry_ids,
-                np.float32(s.alpha_max), *images, touched, *flat, sums,
-            )  # fmt: skip
-            _run(
-                _project.project_backward, s.threads_for(M * N, 10_000),
-                *scenes, s.coefficients, cameras, s.views, N, s.width, s.height, s.eps2d,
-                records, records32, boxes, firsts, bases, slots, touched, sums,
-                scenes_total * chunks, *grads,
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, background, rgb, alpha, depth, memory = ctx.saved_tensors
+        job, (capacity, total) = ctx.job, ctx.entries
+        given = [_ZEROS if v is None else v.contiguous() for v in slopes]
+        sums = torch.from_numpy(_pool.take(8 * total))
+        grads = [torch.empty_like(t) for t in tensors]
+        with _compiling_notice(_passes.backward):
+            run(
+                _passes.backward, job.threads,
+                *(t.data_ptr() for t in tensors), job.coefficients, background.data_ptr(),
+                job.scenes, job.C, job.N, job.chunk, job.width, job.height, job.eps2d,
+                job.alpha_max, memory.data_ptr(), capacity,
+                rgb.data_ptr(), alpha.data_ptr(), depth.data_ptr(),
+                *(v.data_ptr() for v in given), *(int(v is not None) for v in slopes),
+                sums.data_ptr(), total, *(v.data_ptr() for v in grads),
             )  # fmt: skip
         v_background = None
-        if ctx.needs_input_grad[5]:
-            v_background = ((1 - alpha) * slopes[0]).sum((2, 3))
-        v_scenes = (
-            torch.from_numpy(v).reshape(t.shape) for v, t in zip(grads, tensors, strict=True)
-        )
-        return (*v_scenes, v_background, None, None)
-
-
-def _aligned(doubles: int) -> Array:
-    """Uninitialised float64 memory that starts at a cache line."""
-    memory = np.empty(doubles + 8)
-    skip = -memory.ctypes.data // 8 % 8
-    return memory[skip : skip + doubles]
-
-
-def _aligned_images(*shape: int) -> Array:
-    size = math.prod(shape)
-    return _aligned((size + 1) // 2).view(np.float32)[:size].reshape(shape)
-
-
-def _run(kernel: Callable[..., None], threads: int, *args: Any) -> None:
-    """Run a kernel on this thread and `threads - 1` others until its tasks are done."""
-    counter = np.zeros(1, np.int64)
-    if threads <= 1:
-        kernel(counter, *args)
-        return
-    pool = _pool(os.getpid(), threads - 1)
-    helpers = [pool.submit(kernel, counter, *args) for _ in range(threads - 1)]
-    kernel(counter, *args)
-    for helper in helpers:
-        helper.result()
-
-
-@functools.lru_cache(maxsize=4)
-def _pool(process: int, workers: int) -> ThreadPoolExecutor:
-    """Threads that live as long as the process (a forked child, with its own id, gets its own)."""
-    return ThreadPoolExecutor(workers, thread_name_prefix="fresnel-render")
+        if ctx.needs_input_grad[6] and slopes[0] is not None:
+            v_background = ((1 - alpha) * slopes[0]).sum((-3, -2))
+        return (None, *grads, v_background)
 
 
 class _compiling_notice:
-    """Say what takes so long when kernels are compiled rather than loaded from Numba's cache.
-
-    Takes the last kernel of a pass: once that has been compiled, all of them have.
-    """
+    """Say what takes so long when kernels are compiled rather than loaded from Numba's cache."""
 
     def __init__(self, kernel: Any) -> None:
         self.timer: threading.Timer | None = None
         if not kernel.overloads:
-            text = "fresnel: compiling the CPU renderer, once per machine (about 10 s) ..."
+            what = f"the CPU renderer's {kernel.__name__} pass"
+            text = f"fresnel: compiling {what}, once per machine (about 10 s) ..."
             self.timer = threading.Timer(2.0, print, (text,), {"file": sys.stderr, "flush": True})
             self.timer.daemon = True
 

@@ -11,17 +11,14 @@ import math
 import torch
 from torch import Tensor
 
+from fresnel.cameras import Cameras
+from fresnel.gaussians import Gaussians
+from fresnel.render import one_batch
+
 
 def rasterize(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    colors: Tensor,
-    viewmats: Tensor,
-    Ks: Tensor,
-    width: int,
-    height: int,
+    gaussians: Gaussians,
+    cameras: Cameras,
     background: Tensor | None,
     *,
     near: float,
@@ -29,49 +26,35 @@ def rasterize(
     eps2d: float,
     packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Render B scenes from C cameras each.
-
-    Args:
-        means, quats, scales, opacities, colors: (B, N, ...) float32 on a CUDA device; colors
-            (B, N, 3) or SH (B, N, K, 3).
-        viewmats, Ks: (B, C, 4, 4) and (B, C, 3, 3).
-        background: (B, C, 3) or None.
-
-    Returns:
-        rgb (B, C, H, W, 3), alpha (B, C, H, W, 1), expected depth (B, C, H, W, 1).
+    """Render tensors on a GPU; parameters and results as in `fresnel.render.render`.
 
     Raises:
         ValueError: where there is no GPU.
     """
     if not torch.cuda.is_available():
         raise ValueError("backend: gsplat needs a GPU and PyTorch sees none; want 'cpu'")
-    B, C = viewmats.shape[:2]
-    if means.shape[1] == 0 or B * C == 0:  # gsplat's kernels do not launch on nothing
-        empty = means.new_zeros(B, C, height, width, 1)
-        rgb = empty.expand(-1, -1, -1, -1, 3)
-        return rgb if background is None else rgb + background[:, :, None, None], empty, empty
+    tensors, background = one_batch(gaussians, cameras, background)
+    means, quats, scales, opacities, colors, viewmats, Ks = (t.float() for t in tensors)
+    views, width, height = cameras.batch_shape, cameras.width, cameras.height
+    if means.shape[1] == 0 or views.numel() == 0:  # gsplat's kernels do not launch on nothing
+        empty = means.new_zeros(*views, height, width, 1)
+        rgb = empty.expand(*empty.shape[:-1], 3)
+        if background is not None:
+            rgb = rgb + background.reshape(*views, 1, 1, 3)
+        return rgb, empty, empty
     from gsplat import rasterization
 
     image, alpha, _ = rasterization(
-        means.float(),
-        quats.float(),
-        scales.float(),
-        opacities.float(),
-        colors.float(),
-        viewmats.float(),
-        Ks.float(),
-        width,
-        height,
-        near_plane=near,
-        far_plane=far,
-        eps2d=eps2d,
+        means, quats, scales, opacities, colors, viewmats, Ks, width, height,
+        near_plane=near, far_plane=far, eps2d=eps2d,
         sh_degree=None if colors.ndim == 3 else math.isqrt(colors.shape[-2]) - 1,
         packed=packed,
         # packed, gsplat 1.5.3 takes no background for more than one image
         backgrounds=None if background is None or packed else background.float(),
         render_mode="RGB+ED",
-    )
-    rgb = image[..., :3]
+    )  # fmt: skip
+    rgb, depth = image[..., :3], image[..., 3:]
     if packed and background is not None:
         rgb = rgb + (1 - alpha) * background.float()[:, :, None, None]
-    return rgb, alpha, image[..., 3:]
+    rgb, alpha, depth = (t.reshape(*views, *t.shape[2:]) for t in (rgb, alpha, depth))
+    return rgb, alpha, depth

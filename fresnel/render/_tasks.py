@@ -1,0 +1,200 @@
+"""How kernels are compiled, cached, and run by several threads at once.
+
+A kernel is a pass in stages, and a stage a number of tasks. Every thread that runs the kernel
+claims tasks from an atomic counter until none are left, then waits for those still in the hands of
+others. Nobody waits for a thread to arrive: a helper that wakes up late finds nothing to claim and
+goes, having touched nothing but the counters. So small passes lose nothing by asking for help, no
+result depends on who did what, and when the caller's thread is done, the pass's memory is free.
+"""
+
+# Numba compiles most of this file, mypy cannot follow it.
+# mypy: ignore-errors
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+STAGES = 4
+BAD, TOTAL = 16 * STAGES, 16 * STAGES + 8  # what a pass reports back, after its counters
+LINES = 16 * STAGES + 16  # int64 of a pass's progress: one cache line for every number
+
+_internal = {
+    "nogil": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+inline = numba.njit(forceinline=True, **_internal)
+stage = numba.njit(**_internal)
+
+
+class _Cache(FunctionCache):
+    """Numba's cache on disk, told that a kernel is made of all the files beside it.
+
+    By itself it looks at the file of the function that it keeps, and would go on using machine
+    code whose callees have been edited in another.
+    """
+
+    def _index_key(self, sig, codegen):
+        folder = Path(self._py_func.__code__.co_filename).parent
+        return (*super()._index_key(sig, codegen), _digest(folder))
+
+
+@functools.lru_cache(maxsize=4)
+def _digest(folder: Path) -> str:
+    """Content hash of the modules in a folder whose names start with one underscore."""
+    names = sorted(path for path in folder.glob("_*.py") if not path.name.startswith("__"))
+    parts = [f"{path.name}\0".encode() + path.read_bytes() for path in names]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function that threads run without the GIL, and keep the result on disk."""
+    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    dispatcher._cache = _Cache(function)
+    return dispatcher
+
+
+@intrinsic
+def _add(typingctx, array, index, number):
+    """Atomically add to an element of an int64 array; returns what it was.
+
+    A release, as the load below is an acquire: who sees the sum sees what was written before it.
+    """
+
+    def codegen(context, builder, sig, values):
+        data = context.make_array(array)(context, builder, values[0]).data
+        return builder.atomic_rmw("add", builder.gep(data, [values[1]]), values[2], "acq_rel")
+
+    return types.int64(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def _look(typingctx, array, index):
+    """Atomically load an element of an int64 array."""
+
+    def codegen(context, builder, sig, values):
+        data = context.make_array(array)(context, builder, values[0]).data
+        return builder.load_atomic(builder.gep(data, [values[1]]), "acquire", 8)
+
+    return types.int64(array, types.intp), codegen
+
+
+_give_way = types.ExternalFunction(
+    "SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32()
+)
+
+
+@inline
+def claim(progress, number):
+    """The next task of stage `number` for this thread; counts on past the last one."""
+    return _add(progress, 16 * number, 1)
+
+
+@inline
+def finish(progress, number, tasks):
+    """Report `tasks` claimed tasks of a stage as done."""
+    _add(progress, 16 * number + 8, tasks)
+
+
+@inline
+def wait(progress, number, tasks):
+    """Return once all `tasks` of a stage are done."""
+    looks = 0
+    while _look(progress, 16 * number + 8) < tasks:
+        looks += 1
+        if looks > 500:  # whoever holds the last task may be waiting for this very core
+            _give_way()
+
+
+@intrinsic
+def array_at(typingctx, address, size, dtype):
+    """The array of `size` elements at an address. Free, where unpacking an object is not."""
+    kind = types.Array(dtype.dtype, 1, "C")
+
+    def codegen(context, builder, sig, values):
+        array = context.make_array(kind)(context, builder)
+        width = context.get_constant(
+            types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype))
+        )
+        data = builder.inttoptr(values[0], array.data.type)
+        populate_array(array, data, [values[1]], [width], width, None)
+        return array._getvalue()
+
+    return kind(types.intp, types.intp, dtype), codegen
+
+
+@inline
+def floats(address, size):
+    return array_at(address, size, np.float32)
+
+
+@inline
+def doubles(address, size):
+    return array_at(address, size, np.float64)
+
+
+@inline
+def aligned(size):
+    """Uninitialised float32 memory that starts at a cache line: vectors never straddle two."""
+    memory = np.empty(size + 16, np.float32)
+    skip = (-memory.ctypes.data // 4) % 16
+    return memory[skip : skip + size]
+
+
+class _Crew:
+    """Threads that help with passes. They start when first asked for and end with the process."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[tuple[Any, tuple[Any, ...]]] = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.size = 0
+
+    def help(self, function: Any, args: tuple[Any, ...], hands: int) -> None:
+        if self.size < hands:
+            with self.lock:
+                while self.size < hands:
+                    self.size += 1
+                    name = f"fresnel-render-{self.size}"
+                    threading.Thread(target=self._serve, name=name, daemon=True).start()
+        if self.jobs.qsize() < hands:  # else they are held up, and would only come too late
+            for _ in range(hands):
+                self.jobs.put((function, args))
+
+    def _serve(self) -> None:
+        while True:
+            function, args = self.jobs.get()
+            function(*args)
+            del args  # hold on to no one's counters while asleep
+
+
+_crews: dict[int, _Crew] = {}
+
+
+def run(function: Any, threads: int, *args: Any) -> np.ndarray[Any, Any]:
+    """Run a kernel on this thread and up to `threads - 1` others; returns its progress.
+
+    The kernel's first parameter is that progress. Others may still be on their way in when this
+    returns, so the rest must be numbers (addresses of memory among them), not arrays.
+    """
+    progress = np.zeros(LINES, np.int64)
+    if threads > 1 and function.overloads:  # the first call compiles: once is enough
+        # A forked child has none of its parent's threads, so every process has a crew of its own.
+        crew = _crews.get(os.getpid()) or _crews.setdefault(os.getpid(), _Crew())
+        crew.help(function, (progress, *args), threads - 1)
+    function(progress, *args)
+    return progress

@@ -1,0 +1,307 @@
+"""What lies under the CPU renderer: memory that is used again, helping threads, the cache on disk.
+
+Whatever is kept alive must stay as it was, however often, deeply and concurrently one renders.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_render import NAMES, gradients, make_cameras, make_scene
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fresnel.cameras import Cameras
+from fresnel.gaussians import Gaussians
+from fresnel.render import Views, cpu, render
+from fresnel.render._scratch import Pool
+
+SIZE = 40
+
+
+def leaves(seed: int, num: int = 60) -> list[Tensor]:
+    scene = make_scene(seed, num=num, sizes=(0.02, 0.2))
+    return [getattr(scene, name).clone().requires_grad_() for name in NAMES]
+
+
+def images(tensors: list[Tensor], cameras: Cameras | None = None, threads: int = 2) -> Views:
+    cameras = make_cameras(1, SIZE, SIZE) if cameras is None else cameras
+    return render(Gaussians(*tensors), cameras, backend="cpu", threads=threads)
+
+
+def loss(views: Views) -> Tensor:
+    return (views.rgb**2).sum() + (views.alpha * views.depth).sum()
+
+
+def fresh_gradients(seed: int, num: int = 60) -> list[Tensor]:
+    tensors = leaves(seed, num)
+    with torch.enable_grad():  # autograd turns it off while it calls hooks
+        return list(torch.autograd.grad(loss(images(tensors, threads=1)), tensors))
+
+
+def same(a: list[Tensor] | tuple[Tensor, ...], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def always_ask_for_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenes of a test's size would otherwise be left to one thread."""
+    monkeypatch.setattr(cpu, "_threads", lambda asked, projections, pixels: asked or 2)
+
+
+def test_images_stay_as_they_were_while_others_are_rendered() -> None:
+    kept = [images(leaves(seed)) for seed in range(12)]
+    copies = [tuple(t.detach().clone() for t in (v.rgb, v.alpha, v.depth)) for v in kept]
+    for seed in range(12, 30):
+        torch.autograd.grad(loss(images(tensors := leaves(seed))), tensors)
+    for views, copy in zip(kept, copies, strict=True):
+        assert same([views.rgb, views.alpha, views.depth], list(copy))
+
+
+def test_graphs_that_wait_give_the_gradients_of_graphs_that_do_not() -> None:
+    """Twelve forward passes first, then their backward passes, out of order."""
+    seeds = list(range(12))
+    sets = {seed: leaves(seed, num=20 + 10 * seed) for seed in seeds}
+    losses = {seed: loss(images(tensors)) for seed, tensors in sets.items()}
+    for seed in seeds[::2] + seeds[1::2]:
+        got = torch.autograd.grad(losses.pop(seed), sets[seed])
+        assert same(got, fresh_gradients(seed, num=20 + 10 * seed))
+
+
+def test_a_retained_graph_can_be_used_again_and_again() -> None:
+    tensors = leaves(1)
+    value = loss(images(tensors))
+    for other in range(2, 5):
+        assert same(torch.autograd.grad(value, tensors, retain_graph=True), fresh_gradients(1))
+        fresh_gradients(other)
+    assert same(torch.autograd.grad(value, tensors), fresh_gradients(1))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(value, tensors)
+
+
+def test_a_render_within_a_backward_pass() -> None:
+    tensors, inner = leaves(3), []
+    views = images(tensors)
+    views.rgb.register_hook(lambda slope: inner.append(fresh_gradients(4)))
+    got = torch.autograd.grad(loss(views), tensors)
+    assert same(got, fresh_gradients(3)) and same(inner[0], fresh_gradients(4))
+
+
+def test_graphs_used_from_several_threads_at_once() -> None:
+    want = {seed: fresh_gradients(seed) for seed in range(6)}
+
+    def work(k: int) -> bool:
+        tensors = leaves(k % 6)
+        value = loss(images(tensors, threads=3))
+        return all(
+            same(torch.autograd.grad(value, tensors, retain_graph=True), want[k % 6])
+            for _ in range(2)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(200)))
+
+
+def test_checkpointing_and_saving_elsewhere() -> None:
+    """Autograd may render again, or hand back copies of what was saved."""
+    tensors = leaves(5)
+    again = checkpoint(lambda *t: loss(images(list(t))), *tensors, use_reentrant=False)
+    assert same(torch.autograd.grad(again, tensors), fresh_gradients(5))
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        value = loss(images(tensors))
+    fresh_gradients(6)
+    assert same(torch.autograd.grad(value, tensors), fresh_gradients(5))
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    tensors = leaves(7)
+    (slope,) = torch.autograd.grad(loss(images(tensors)), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize("used", ["rgb", "alpha", "depth"])
+@pytest.mark.parametrize("size", [(32, 32), (21, 19)])
+def test_a_loss_on_one_image_alone(used: str, size: tuple[int, int]) -> None:
+    """What the loss leaves out has no gradient, rather than one of zeros."""
+    scene, cameras = make_scene(8, num=30, sizes=(0.02, 0.2)), make_cameras(2, *size)
+    shapes = {"rgb": 3, "alpha": 1, "depth": 1}
+    weights = {n: torch.zeros(2, size[1], size[0], k).double() for n, k in shapes.items()}
+    weights[used] += 1.0
+    _, want = gradients(scene, cameras, Views(**weights), "cpu")
+    tensors = [getattr(scene, name).clone().requires_grad_() for name in NAMES]
+    value = getattr(render(Gaussians(*tensors), cameras), used).double().sum()
+    assert same(torch.autograd.grad(value, tensors), want)
+
+
+def test_entries_that_do_not_fit_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gaussians over the whole image have more entries than the first guess has room for."""
+    tensors = [t.detach().clone() for t in leaves(9, num=30)]
+    tensors[2] *= 20
+    for t in tensors:
+        t.requires_grad_()
+    cameras = make_cameras(2, 100, 70)
+    views = images(tensors, cameras)
+    capacity, total = views.rgb.grad_fn.entries  # type: ignore[union-attr]
+    assert capacity == total > 8 * 2 * 30
+    got = torch.autograd.grad(loss(views), tensors)
+    monkeypatch.setattr(cpu, "ROOM", 1000)
+    roomy = images(tensors, cameras)
+    assert roomy.rgb.grad_fn.entries == (1000 * 2 * 30, total)  # type: ignore[union-attr]
+    assert torch.equal(roomy.rgb, views.rgb) and torch.equal(roomy.depth, views.depth)
+    assert same(torch.autograd.grad(loss(roomy), tensors), list(got))
+
+
+def test_more_than_one_batch_dimension() -> None:
+    scene, single = make_scene(10, batch=(2, 3), num=15), make_cameras(2, 21, 19)
+    cameras = Cameras(
+        single.viewmats.expand(2, 3, 2, 4, 4), single.Ks.expand(2, 3, 2, 3, 3), 21, 19
+    )
+    for backend in ("cpu", "reference"):
+        views = render(scene, cameras, background=[0.1, 0.2, 0.3], backend=backend)  # type: ignore[arg-type]
+        assert views.rgb.shape == (2, 3, 2, 19, 21, 3) and views.depth.shape[-1] == 1
+        alone = render(scene[1, 2], single, background=[0.1, 0.2, 0.3], backend=backend)  # type: ignore[arg-type]
+        assert torch.equal(views.rgb[1, 2], alone.rgb)
+
+
+def test_no_views_have_gradients_of_zero() -> None:
+    tensors = leaves(11)
+    views = images(tensors, make_cameras(2, SIZE, SIZE)[:0])
+    assert views.rgb.shape == (0, SIZE, SIZE, 3)
+    assert all((g == 0).all() for g in torch.autograd.grad(views.rgb.sum(), tensors))
+
+
+def test_memory_comes_back_as_soon_as_autograd_lets_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(limit=1 << 30)
+    monkeypatch.setattr(cpu, "_pool", pool)
+    tensors = leaves(12)
+    views = images(tensors)
+    assert len(pool.lent) == 1 and not pool.idle
+    torch.autograd.grad(loss(views), tensors, retain_graph=True)
+    assert len(pool.lent) == 1 and len(pool.idle) == 1  # the sums are back, the pass is not
+    torch.autograd.grad(loss(views), tensors)
+    assert not pool.lent  # although the images still live
+    size = pool.idle_bytes
+    for _ in range(20):
+        torch.autograd.grad(loss(images(tensors)), tensors)
+        with torch.no_grad():
+            images(tensors)
+    assert pool.idle_bytes == size and not pool.lent
+    with pytest.raises(ValueError, match="NaN"):
+        images([tensors[0] * float("nan"), *tensors[1:]])
+    gc.collect()
+    assert not pool.lent
+
+
+@pytest.mark.parametrize("coefficients", [0, 4])
+def test_what_is_left_in_reused_memory_does_not_matter(
+    coefficients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Used(Pool):
+        left = 0
+
+        def take(self, size: int) -> np.ndarray:
+            loan = super().take(size)
+            loan.view(np.uint8)[:] = self.left
+            return loan
+
+    scene = make_scene(14, num=700, sizes=(0.005, 0.2), coefficients=coefficients)
+    pool, results = Used(limit=1 << 30), []
+    monkeypatch.setattr(cpu, "_pool", pool)
+    for pool.left in (0, 255, 0x5A):
+        tensors = [getattr(scene, name).clone().requires_grad_() for name in NAMES]
+        views = images(tensors, make_cameras(2, 100, 70))
+        touched = torch.from_numpy(cpu.touched(views.rgb).astype(np.int64))
+        assert 0 < (touched == 0).sum() < len(touched)
+        grads = torch.autograd.grad(loss(views), tensors)
+        results.append([views.rgb, views.alpha, views.depth, touched, *grads])
+    assert same(results[0], results[1]) and same(results[0], results[2])
+
+
+def test_the_pool_lends_what_fits_and_keeps_no_more_than_its_limit() -> None:
+    pool = Pool(limit=1 << 20)
+    loans = [pool.take(10_000) for _ in range(20)]
+    spans = sorted((loan.ctypes.data, loan.nbytes) for loan in loans)
+    assert all(at % 64 == 0 and size >= 80_000 for at, size in spans)
+    assert all(a + size <= b for (a, size), (b, _) in pairwise(spans))
+    alive = weakref.ref(loans[0])
+    loans.clear()
+    assert alive() is None and 0 < pool.idle_bytes <= pool.limit
+    assert pool.idle_bytes == sum(memory.nbytes for memory in pool.idle)
+    before, warm = len(pool.idle), pool.idle[-1].ctypes.data
+    small = pool.take(100)  # not out of something a hundred times as large
+    assert len(pool.idle) == before
+    assert pool.take(9_000).ctypes.data == warm
+    del small
+    huge = pool.take(1 << 20)
+    del huge
+    assert pool.idle_bytes <= pool.limit
+
+
+def test_the_pool_does_not_wait_for_its_lock() -> None:
+    """A collector that runs while the lock is held, or a fork then, must not be the end."""
+    pool = Pool(limit=1 << 30)
+    del (loan := [pool.take(1000)])[0]
+    assert len(pool.idle) == 1
+    with pool.lock:
+        loan = [pool.take(1000)]
+        assert len(pool.idle) == 1 and len(pool.lent) == 1
+        loan.clear()
+        assert len(pool.idle) == 1 and not pool.lent
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_child_has_helpers_of_its_own() -> None:
+    want = images(leaves(13)).rgb.detach()
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def child() -> None:
+        queue.put(torch.equal(images(leaves(13)).rgb, want))
+
+    process = context.Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and queue.get()
+
+
+MODULES = {
+    "_callee.py": "from fresnel.render._tasks import stage\n@stage\ndef number():\n    return 1\n",
+    "caller.py": """
+from _callee import number
+from fresnel.render._tasks import kernel
+@kernel
+def twice(x):
+    return 2 * number() * x
+value = twice(1)
+print(value, sum(twice.stats.cache_hits.values()))
+""",
+}
+
+
+def test_an_edited_callee_is_compiled_again(tmp_path: Path) -> None:
+    """Numba looks at the caller's own file, which an update need not have touched."""
+    for name, text in MODULES.items():
+        (tmp_path / name).write_text(text)
+
+    def answer() -> list[int]:
+        command = [sys.executable, str(tmp_path / "caller.py")]
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return [int(word) for word in done.stdout.split()]
+
+    assert answer() == [2, 0]
+    (tmp_path / "_callee.py").write_text(MODULES["_callee.py"].replace("return 1", "return 3"))
+    assert answer() == [6, 0]
+    assert answer() == [6, 1]
