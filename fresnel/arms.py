@@ -6,6 +6,7 @@ parameters say and in nothing else.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -249,12 +250,36 @@ def steps_per_epoch(views: ViewTensors, batch_size: int) -> int:
     return max(1, views.rgb.shape[0] * views.rgb.shape[1] // batch_size)
 
 
-def loss_fall(history: Sequence[Mapping[str, Any]]) -> float:
-    """First over last loss, each the mean of a tenth of the logged steps."""
+def loss_fall(history: Sequence[Mapping[str, Any]], first: float | None = None) -> float:
+    """First over last loss, each the mean of a tenth of the logged steps.
+
+    Args:
+        first: take this as the first loss, such as `untrained_loss` where training went on from
+            other weights.
+    """
     losses = [row["loss"] for row in history if row.get("loss") is not None]
     tenth = max(1, len(losses) // 10)
     last = sum(losses[-tenth:]) / tenth
-    return sum(losses[:tenth]) / tenth / last if last else float("inf")
+    if first is None:
+        first = sum(losses[:tenth]) / tenth
+    return first / last if last else float("inf")
+
+
+@torch.no_grad()
+def untrained_loss(task: Any, seed: int, *, batches: int = 4) -> float:
+    """A CVS task's loss for a network that has learned nothing: its last layer is zero."""
+    model = copy.deepcopy(task.model)
+    for weights in model.unet.head.parameters():
+        weights.zero_()
+    blank, losses = copy.copy(task), []
+    blank.model = model
+    for step in range(batches):
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(seed + step)
+        terms = blank.loss(
+            blank.batch(step, generator), progress=0.0, generator=generator, ema=model
+        )
+        losses.append(float(terms["loss"]))
+    return sum(losses) / len(losses)
 
 
 def loss_terms(history: Sequence[Mapping[str, Any]]) -> list[str]:

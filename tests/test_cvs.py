@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fresnel import arms
 from fresnel.cameras import Cameras, orbit
 from fresnel.cvs import (
     CONDITION_CHANNELS,
@@ -526,3 +527,19 @@ def test_training_can_start_from_other_weights() -> None:
     assert torch.allclose(original(x, sigma, cond), source(x, sigma, cond), atol=0.02)
     with pytest.raises(ValueError, match="base_channels 8; want 16"):
         CVS(CVSConfig.preset("tiny", base_channels=16)).start_from(source)
+
+
+def test_the_loss_of_a_network_that_has_learned_nothing() -> None:
+    fresh, trained = (
+        CVSTask(CVS(CVSConfig.preset("tiny")), views(2, 2), batch_size=4) for _ in range(2)
+    )
+    with torch.no_grad():
+        for p in trained.model.unet.head.parameters():
+            p.add_(1.0)
+    at_first = arms.untrained_loss(fresh, 3)
+    assert at_first == arms.untrained_loss(trained, 3)
+    generator = torch.Generator().manual_seed(3)
+    batch = fresh.batch(0, generator)
+    loss = fresh.loss(batch, progress=0.0, generator=generator, ema=fresh.model)["loss"]
+    assert arms.untrained_loss(fresh, 3, batches=1) == pytest.approx(float(loss))
+    assert arms.loss_fall([{"loss": 0.2}, {"loss": 0.1}], at_first) == pytest.approx(at_first / 0.1)
