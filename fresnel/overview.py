@@ -200,22 +200,26 @@ def _measured(metrics: Mapping[str, Any]) -> Iterable[tuple[str, list[float | st
         for name, entries in (summaries if isinstance(summaries, dict) else {}).items()
         if isinstance(entries, list) and entries and isinstance(entries[-1], dict)
     }
+    # the run's own figures stand in the summary of whatever it trained
+    shared = [name for name in _COMPARED if name in metrics]
+    own = {
+        model
+        for model, entry in overall.items()
+        if shared and all(metrics[name] == entry.get(name) for name in shared)
+    }
+    ends = overall[min(own)] if own else {}
     for name, value in metrics.items():
         if isinstance(value, (bool, int, float, str)) or value is None:
-            # the run's own figure stands in the summary of whatever it trained
-            own = next(
-                (e for e in overall.values() if value is not None and e.get(name) == value), {}
-            )
-            yield name, [value, own.get(f"{name}_low"), own.get(f"{name}_high")]
+            yield name, [value, ends.get(f"{name}_low"), ends.get(f"{name}_high")]
         elif isinstance(value, dict):
             for key, item in value.items():
                 if isinstance(item, (int, float)) and not isinstance(item, bool):
                     yield f"{name}: {key}", [item, None, None]
     for model, entry in overall.items():
         for name in _COMPARED:
-            if isinstance(entry.get(name), (int, float)):
-                ends = entry.get(f"{name}_low"), entry.get(f"{name}_high")
-                yield f"{model}: {name}", [entry[name], *ends]
+            if model not in own and isinstance(entry.get(name), (int, float)):
+                low, high = entry.get(f"{name}_low"), entry.get(f"{name}_high")
+                yield f"{model}: {name}", [entry[name], low, high]
 
 
 def _sortable(records: Sequence[RunRecord], most: int = 8) -> list[str]:
