@@ -28,7 +28,10 @@ from fresnel.gaussians import Gaussians
 from fresnel.patches import FARTHEST, NEAREST
 
 FACTORS = ("path", "decoder", "position", "exposure")
-"""Bits of a cell's name, in this order: "0000" is the original's, "1111" has all four mended."""
+"""Bits of a cell's name, in this order: in "0000" nothing is mended, in "1111" all four are."""
+AS_IT_WAS = "0010"
+"""The original's own cell: its Gaussians could leave ray and depth by up to a quarter unit."""
+PATH_ALONE = "1010"
 LABELS = {
     "path": ("cameras orbit the input camera's place", "cameras orbit the object"),
     "decoder": ("decoder trained on frontal views", "decoder trained on many views"),
@@ -215,7 +218,8 @@ def attribute(
     """What `factorial` measured, split among the factors, with bootstrap intervals over objects.
 
     Returns:
-        For "light" and "coverage": "original", "mended" and "truth" (each value, low, high);
+        For "light" and "coverage": "original" (`AS_IT_WAS`), "none" mended (and positions locked),
+        all "mended", and "truth" (each value, low, high);
         "factors": factor -> {"gain" (Shapley value), "share" of the whole way, "alone" (mended
         first, nothing else), "last" (everything else mended before), each with _low and _high}.
         "cells": a row a cell: name, light, coverage with intervals, the gate's verdict.
@@ -256,7 +260,8 @@ def attribute(
             }
         result[outcome] = {
             "factors": factors,
-            **with_interval("original", values[none]),
+            **with_interval("original", values[AS_IT_WAS]),
+            **with_interval("none", values[none]),
             **with_interval("mended", values[everything]),
             **with_interval("truth", member @ np.array(measured["truth"][outcome])),
         }
@@ -307,9 +312,9 @@ def sentence(found: Mapping[str, Any]) -> str:
         shares = sorted(part["factors"].items(), key=lambda item: -item[1]["share"])
         split = ", ".join(f"{name} {_text(entry, 'share', percent=True)}" for name, entry in shares)
         parts.append(
-            f"Of the input's {outcome} the original's views hold {part['original']:.2f}, the "
-            f"mended ones {part['mended']:.2f} (true views: {part['truth']:.2f}); "
-            f"of that gain: {split}."
+            f"Of the input's {outcome} the original's views hold {part['original']:.2f} "
+            f"({part['none']:.2f} with its Gaussians locked), the mended ones "
+            f"{part['mended']:.2f}, true views {part['truth']:.2f}; of the gain: {split}."
         )
     return " ".join(parts) + f" {found['objects']} held-out objects."
 

@@ -425,24 +425,24 @@ def by_azimuth(
 
 @_styled
 def waterfall(parts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
-    """From the original's value to the mended one, a step a factor; one panel an outcome.
+    """From nothing mended to all of it, a step a factor; one panel an outcome.
 
     Args:
-        parts: outcome -> its entry of `attribution.attribute`: "original", "mended", "truth", each
+        parts: outcome -> its entry of `attribution.attribute`: "none", "mended", "truth", each
             with an interval, and "factors" with their "gain".
         labels: factor -> what stands at its step.
     """
     figure, axes = _figure(1, len(parts), figsize=(7.2, 3.4), squeeze=False, sharey=True)
     for axis, (outcome, part) in zip(axes[0], parts.items(), strict=True):
-        names = ["original", *(labels[name] for name in part["factors"]), "all mended"]
+        names = ["none mended", *(labels[name] for name in part["factors"]), "all mended"]
         gains = [entry["gain"] for entry in part["factors"].values()]
-        bottoms = part["original"] + np.cumsum([0.0, *gains[:-1]])
+        bottoms = part["none"] + np.cumsum([0.0, *gains[:-1]])
         places = np.arange(len(names))
-        axis.bar(places[[0, -1]], [part["original"], part["mended"]], color=[VERMILION, GREEN])
+        axis.bar(places[[0, -1]], [part["none"], part["mended"]], color=[VERMILION, GREEN])
         colors = [BLUE if gain >= 0 else ORANGE for gain in gains]
         axis.bar(places[1:-1], gains, bottom=bottoms, color=colors)
-        tops = np.array([part["original"], *(bottoms + gains), part["mended"]])
-        entries = [(part, "original"), *((e, "gain") for e in part["factors"].values())]
+        tops = np.array([part["none"], *(bottoms + gains), part["mended"]])
+        entries = [(part, "none"), *((e, "gain") for e in part["factors"].values())]
         entries.append((part, "mended"))
         spread = [
             [max(entry[key] - entry[f"{key}_low"], 0), max(entry[f"{key}_high"] - entry[key], 0)]

@@ -76,7 +76,7 @@ def test_attribution_splits_the_way_and_says_how_sure(capsys: pytest.CaptureFixt
     coverage = found["coverage"]["factors"]
     assert coverage["path"]["share"] == pytest.approx(1.0) == coverage["path"]["share_low"]
     assert sum(entry["gain"] for entry in light.values()) == pytest.approx(
-        found["light"]["mended"] - found["light"]["original"]
+        found["light"]["mended"] - found["light"]["none"]
     )
     table = at.cells_table(found)
     assert table.count("\n") == 17 and table.count("FAIL: pivot_offset") == 8

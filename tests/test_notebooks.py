@@ -109,9 +109,17 @@ def test_smoke_then_full_then_analysis(original, corrected, reports):
     assert names == {"cvs", "copy_input", "mean_image", "black_image", "decoder render"}
     assert (reports / "cvs.safetensors").is_file() and (directory / "held_out.png").is_file()
 
-    story, _ = run("04_analyze_negative_results", reports, "04", reports_dir=str(reports))
+    story, directory = run(
+        "04_analyze_negative_results", reports, "04", reports_dir=str(reports),
+        attribution_objects=2, attribution_size=32,
+    )  # fmt: skip
     assert story.verdict == "DONE" and story.metrics["missing_runs"] == []
-    assert len(story.metrics["claims"]) == 5
+    assert len(story.metrics["claims"]) == 10
+    path = story.metrics["attribution"]["light"]["factors"]["path"]
+    assert path["share"] > 0.5, "the camera path explains most of the darkness"
+    page = (directory / "report.html").read_text()
+    for text in ("pivot_offset", "@software", "stops it after", "fresnel.gate.validate"):
+        assert text in page
 
 
 def test_an_arm_with_its_own_decoder_objects_and_render(reports):
@@ -148,8 +156,13 @@ def test_decoder_training(reports):
 
 
 def test_analysis_of_nothing_leaves_every_claim_open(tmp_path):
-    record, _ = run("04_analyze_negative_results", tmp_path, "04", reports_dir=str(tmp_path))
-    assert set(record.metrics["claims"].values()) == {"open"}
+    record, _ = run(
+        "04_analyze_negative_results", tmp_path, "04", reports_dir=str(tmp_path),
+        attribution_source="",
+    )  # fmt: skip
+    decided = {claim for claim, verdict in record.metrics["claims"].items() if verdict != "open"}
+    assert len(record.metrics["claims"]) == 10
+    assert decided == {"Quality-aware loss masking is implemented properly."}, "its formula says"
     assert len(record.metrics["missing_runs"]) == 6
 
 
