@@ -143,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    # jsonschema, which nbformat imports, builds a grammar of web addresses for a second where it
+    # finds this; no notebook's schema has any, and an unchanged report is to be there by then
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     from fresnel import profiles, report
     from fresnel.provenance import project_root
 
