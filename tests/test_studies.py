@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from boxes import views_of
+from PIL import Image
 
 from fresnel import dataset, experiment, furniture, studies
 from fresnel.dataset import DatasetError, MultiViewDataset
@@ -64,6 +65,7 @@ def test_a_dataset_is_a_source_of_truth_and_of_inputs(boxes: MultiViewDataset) -
 
 
 def test_photographs_have_no_parts(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "photo.png")
     with pytest.raises(ValueError, match="folder of photographs"):
         experiment.input_images(str(tmp_path), images=1, image_size=16, objects="B")
 
