@@ -119,7 +119,7 @@ def trial(task: Task) -> dict[str, Any]:
         records = draw(dataset.open(task.source), seed)
         if task.fault:
             meta = faults.said([r.name for r in records], task.fault, task.strength)
-            one = task.seed * 100_000 + task.number
+            one = task.seed * 1_000_000 + task.number
             records = list(faults.corrupt(records, task.fault, task.strength, seed=one))
         rng = np.random.default_rng(seed)
         if task.scene != "black":
@@ -144,7 +144,7 @@ def trial(task: Task) -> dict[str, Any]:
 
 def faulty_tasks(sources: Sequence[str], arguments: argparse.Namespace) -> Iterator[Task]:
     for number, (fault, (_, practical)) in enumerate(faults.EXPECTED.items()):
-        for strength in gate_report.STRENGTHS:
+        for step, strength in enumerate(gate_report.STRENGTHS):
             if arguments.quick and strength != practical:
                 continue
             count = arguments.sets if strength >= practical else max(2, arguments.sets // 2)
@@ -155,13 +155,14 @@ def faulty_tasks(sources: Sequence[str], arguments: argparse.Namespace) -> Itera
                 # Strengths meet different sources and backgrounds.
                 scene = SCENES[(k + round(20 * strength)) % 3]
                 scene = "black" if fault in _BLACK_ONLY else scene
-                yield Task(source, 100 * number + k, fault, strength, scene, seed=arguments.seed)
+                one = 10_000 * number + 1000 * step + k
+                yield Task(source, one, fault, strength, scene, seed=arguments.seed)
 
 
 def healthy_tasks(sources: Sequence[str], arguments: argparse.Namespace) -> Iterator[Task]:
     for s, source in enumerate(sources):
         for k in range(arguments.healthy):
-            yield Task(source, 10_000 * (s + 1) + k, scene=SCENES[k % 3], seed=arguments.seed)
+            yield Task(source, 1_000_000 * (s + 1) + k, scene=SCENES[k % 3], seed=arguments.seed)
     for name in HARD:
         for k in range(arguments.hard):
             yield Task(name, k // 2, opaque=bool(k % 2), seed=arguments.seed)

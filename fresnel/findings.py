@@ -38,7 +38,7 @@ class GateConfig:
     min_coverage_ratio: float = 0.5
     max_pivot_offset: float = 0.2
     max_stray: float = 0.03
-    max_hull_miss: float = 0.01
+    max_hull_miss: float = 0.005
     max_input_miss: float = 0.005
     max_centroid_residual: float = 0.1
     max_floating: float = 0.15
