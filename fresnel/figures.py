@@ -109,10 +109,10 @@ def show(picture: Figure | np.ndarray, alt: str, *, vector: bool = True) -> None
 
 
 def show_table(markdown: str) -> None:
-    """Put a Markdown table into the notebook's output."""
+    """Put a Markdown table into the notebook's output; a dollar in it is money, not mathematics."""
     from IPython.display import Markdown, display
 
-    display(Markdown(markdown))
+    display(Markdown(markdown.replace("$", r"\$")))
 
 
 def azimuth_labels(azimuth_deg: Sequence[float]) -> list[str]:
