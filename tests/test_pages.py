@@ -1,0 +1,274 @@
+"""What the pages make of notebooks and records, without a browser (test_browser.py has one)."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fresnel import _html, exhibits, figures, overview, pages
+from fresnel.cameras import orbit
+from fresnel.gaussians import Gaussians
+from fresnel.record import RunRecord
+
+Shown = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """What was put into the notebook's output: (data, metadata) each."""
+    outputs: Shown = []
+    monkeypatch.setattr(
+        "IPython.display.display",
+        lambda data, raw=False, metadata=None: outputs.append((data, metadata or {})),
+    )
+    return outputs
+
+
+def page_of(tmp_path: Path, shown: Shown, text: str = "# T", **record: Any) -> str:
+    cell = nbformat.v4.new_code_cell("1")
+    cell.outputs = [
+        nbformat.v4.new_output("display_data", data=data, metadata=about) for data, about in shown
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text), cell])
+    nbformat.write(notebook, tmp_path / "executed.ipynb")
+    if record:
+        RunRecord("n", "finished", "PASS", **record).write(tmp_path)
+    return pages.to_html(tmp_path / "executed.ipynb").read_text()
+
+
+def cloud(count: int = 50) -> exhibits.Scene:
+    generator = torch.Generator().manual_seed(0)
+    gaussians = Gaussians(
+        0.2 * torch.randn(count, 3, generator=generator),
+        torch.tensor([1.0, 0, 0, 0]).expand(count, 4),
+        torch.full((count, 3), 0.03),
+        torch.linspace(0, 1, count),
+        torch.rand(count, 3, generator=generator),
+    )
+    azimuth = torch.arange(4) * 90.0
+    cameras = orbit(azimuth, 10.0, 2.0, pivot=(0, 0, 0), focal_px=40, width=32, height=32)
+    return exhibits.scene(gaussians, cameras, cameras[0], torch.zeros(3), most=40)
+
+
+def test_question_rule_and_answer_come_first(tmp_path: Path) -> None:
+    text = "# T\n\n**Question.** Is it *so*?\n\n**Rule, fixed beforehand.** If not, `stop`.\n\nWhy."
+    html = page_of(tmp_path, [], text, summary="It is <so>.", reasons=("a & b",))
+    order = ["<h1>", "PASS", "Is it <em>so</em>?", "<code>stop</code>", "It is &lt;so&gt;.", "Why."]
+    places = [html.index(part, html.index("<h1>")) for part in order]
+    assert places == sorted(places) and "a &amp; b" in html
+    assert html.count("Is it <em>so</em>?") == 1
+
+
+def test_a_page_without_a_record_or_a_lead_is_still_one(tmp_path: Path) -> None:
+    html = page_of(tmp_path, [], "Just text.")
+    assert "Just text." in html and "How this was made" not in html and "<dl" not in html
+
+
+def test_a_cached_report_says_so_and_where_its_figures_are_from(tmp_path: Path) -> None:
+    cached = {
+        "reused_utc": "2026-02-02T10:00:00+00:00",
+        "computed_utc": "2026-01-01T09:00:00+00:00",
+        "commit": "0123456789abcdef",
+        "dirty": True,
+    }
+    html = page_of(tmp_path, [], summary="S", cached=cached)
+    assert "from the cache" in html and "2026-01-01 09:00 UTC" in html
+    assert "0123456789ab" in html and "with uncommitted changes" in html
+
+
+def test_provenance_shows_what_is_known(tmp_path: Path) -> None:
+    provenance = {
+        "git": {"commit": "a" * 40, "dirty": True, "changed": ["x.py"], "diff": "-old <b>"},
+        "seed": 7,
+        "something_new": {"later": 1},
+    }
+    notes = ("metrics.a was nan; stored as null", "metrics.b[2] was nan; stored as null", "Look.")
+    html = page_of(tmp_path, [], provenance=provenance, notes=notes, price_per_hour_usd=2.0)
+    assert "x.py" in html and "-old &lt;b&gt;" in html
+    assert "something new" in html and '{"later": 1}' in html
+    assert "not a finite number: a, b[2]" in html and "Look." in html
+    assert "energy</th><td>not measured" in html
+
+
+def test_drawings_take_the_pages_ink_and_keep_their_names_apart(
+    tmp_path: Path, shown: Shown
+) -> None:
+    for alt in ("first <one>", "second"):
+        figures.show(figures.loss_curves([{"step": i, "loss": 2.0 - i} for i in range(2)]), alt)
+    figures.show(figures.to_uint8(np.zeros((2, 3, 3))), "black")
+    html = page_of(tmp_path, shown)
+    assert 'aria-label="first &lt;one&gt;"' in html and 'aria-label="second"' in html
+    assert 'alt="black"' in html and 'width="3"' in html and 'height="2"' in html
+    drawn = "".join(re.findall(r"<svg aria-label.*?</svg>", html, re.DOTALL))
+    assert "currentColor" in drawn and "#000000" not in drawn and "#ffffff" not in drawn
+    assert "<style" not in drawn and "<metadata" not in drawn
+    names = re.findall(r'\bid="([^"]+)"', html)
+    assert len(names) == len(set(names))
+    used = set(re.findall(r'(?:url\(#|href="#)(d\d[^")]+)', drawn))
+    assert used and used <= set(names)
+
+
+def test_another_programs_drawing_stays_a_picture() -> None:
+    svg = "<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>"
+    html = pages._drawing(svg, 'a "b"', 1)
+    assert html.startswith("<img ") and 'alt="a &quot;b&quot;"' in html and "<script" not in html
+
+
+def test_figures_are_drawn_in_our_style() -> None:
+    figure = figures.loss_curves(
+        [{"step": 1, "loss": 1.0, "rgb": 0.5}, {"step": 2, "loss": 0.5, "rgb": 0.1}],
+        terms=("loss", "rgb"),
+        against={"luminance ratio": ([1, 2], [0.0, 0.1])},
+    )
+    left, right = figure.axes
+    assert left.get_title(loc="left") and right.get_title(loc="left")
+    assert [line.get_color() for line in left.lines] == [figures.BLUE, figures.VERMILION]
+    assert not left.get_legend().get_frame_on() and left.get_yscale() == "log"
+    # the acceptable band is in sight even where the light never reaches it
+    assert right.get_ylim()[0] == 0 and right.patches
+
+
+def test_cameras_are_drawn_in_three_dimensions() -> None:
+    scene = cloud()
+    figure = figures.camera_frusta(
+        scene.cameras, scene.input_camera, pivot=[0, 0, 0], content=scene.gaussians.means.numpy()
+    )
+    space, above, front = figure.axes
+    assert space.name == "3d" and len(space.lines) == len(scene.cameras) + 1
+    assert above.yaxis_inverted() and not front.yaxis_inverted()
+    # a pyramid's lines start in the camera and end `depth` in front of it
+    (line, *_) = figures._frusta(scene.cameras, 0.5)
+    np.testing.assert_allclose(line[0], scene.cameras.centers[0], atol=1e-6)
+    ahead = (line[1:3] - line[0]) @ scene.cameras.forward[0].numpy()
+    np.testing.assert_allclose(ahead, 0.5, atol=1e-6)
+
+
+def test_a_sheet_holds_every_picture_once_in_its_own_pixels(shown: Shown) -> None:
+    one, two = np.zeros((4, 4, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
+    exhibits.show_sheet([[one, two], [one]], "Two.", columns=["a<", "b"], labels=["r", "s"])
+    ((data, about),) = shown
+    svg = data["image/svg+xml"]
+    assert about["image/svg+xml"]["alt"] == "Two." and ">a&lt;</text>" in svg
+    found = re.findall(r"data:image/png;base64,([^\"]+)", svg)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in found]
+    assert sizes == [(4, 4), (8, 8)] and svg.count("<use ") == 3
+    with pytest.raises(ValueError, match="pictures: got none"):
+        exhibits.show_sheet([[]], "x")
+    with pytest.raises(ValueError, match="alt: want a sentence"):
+        exhibits.show_sheet([[one]], " ")
+
+
+def test_a_pair_wants_two_pictures_of_one_size(shown: Shown) -> None:
+    one = np.zeros((4, 6, 3))
+    exhibits.show_pair(one, one + 1, ("a & b", "c"), "Dark, then light.")
+    html = shown[0][0]["text/html"]
+    assert 'alt="Dark, then light."' in html and "a &amp; b" in html
+    assert 'type="range"' in html and 'aria-label="How much of a &amp; b to show, over c"' in html
+    with pytest.raises(ValueError, match="different sizes"):
+        exhibits.show_pair(one, one[:2], ("a", "b"), "x")
+    assert exhibits.tile([one] * 5, columns=2).shape == (12, 12, 3)
+
+
+def test_a_scene_keeps_what_can_be_seen_and_survives_its_file(tmp_path: Path) -> None:
+    scene = cloud()
+    assert scene.gaussians.num == 40 and scene.gaussians.opacities.min() >= 0.02
+    again = exhibits.Scene.load(scene.save(tmp_path / "scene.npz"))
+    torch.testing.assert_close(again.gaussians.means, scene.gaussians.means, atol=1e-3, rtol=0)
+    torch.testing.assert_close(again.gaussians.colors, scene.gaussians.colors, atol=3e-3, rtol=0)
+    torch.testing.assert_close(again.cameras.viewmats, scene.cameras.viewmats)
+    torch.testing.assert_close(again.input_camera.Ks, scene.input_camera.Ks)
+    picture = exhibits.still(again, 48)
+    assert picture.shape == (48, 48, 3) and picture.max() > 60
+
+
+def test_a_viewer_is_complete_in_itself_and_silent(
+    tmp_path: Path, shown: Shown, capfd: pytest.CaptureFixture[str]
+) -> None:
+    exhibits.show_scene(cloud(), 'A "cloud".')
+    assert "viser" not in "".join(capfd.readouterr())
+    html = page_of(tmp_path, shown)
+    assert pages.external_requests(html) == [] and len(html) < 1_500_000
+    assert "data-document=" in html and "alt='A \"cloud\".'" in html
+    assert "'unsafe-eval'" in html.split("</head>")[0]
+    assert "'unsafe-eval'" not in page_of(tmp_path, []).split("</head>")[0]
+
+
+def test_long_tables_fold_and_figures_keep_their_intervals() -> None:
+    table = "<table><tr><th>a</th></tr>{}</table>"
+    short = pages._region(table.format("<tr><td>1.00 [0.50, 2.00]</td></tr>"), "T")
+    assert '<td class="one-line">1.00 [0.50, 2.00]</td>' in short and "<details" not in short
+    long = pages._region(table.format("<tr><td>text</td></tr>" * 20), "T")
+    assert "<summary>T, 20 rows</summary>" in long and "one-line" not in long
+
+
+def test_units_stand_apart_from_the_meaning(make_notebook: Callable[..., Path]) -> None:
+    source = make_notebook("p", parameters="a = 1.0  # degrees; of the camera\nb = 2  # a number")
+    rows = pages._parameter_rows(nbformat.read(source, 4), None)
+    assert [(row["unit"], row["comment"]) for row in rows] == [
+        ("degrees", "of the camera"),
+        ("", "a number"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("psnr", "PSNR"), ("gate_duration_s", "gate duration, s"), ("samples_per_s", "samples per s")],
+)
+def test_names_for_people(name: str, text: str) -> None:
+    assert _html.words(name) == text
+
+
+def test_figures_over_time_oldest_first() -> None:
+    runs = [
+        RunRecord("n", "finished", "PASS", name="a", metrics={"psnr": float(value)}, cost_usd=0.1)
+        for value in (3, 2, 1)  # newest first
+    ]
+    once = RunRecord("n", "finished", "GO", name="b", metrics={"psnr": 9.0})
+    refused = RunRecord("n", "finished", "REFUSED", name="a", metrics={"psnr": 9.0})
+    (row,) = overview.histories([refused, *runs, once])
+    assert (row["name"], row["runs"]) == ("a", 3)
+    psnr, cost = row["lines"]
+    assert psnr["values"] == [1.0, 2.0, 3.0] and cost["name"] == "cost, USD"
+    heights = [float(point.split(",")[1]) for point in psnr["points"].split()]
+    assert heights == sorted(heights, reverse=True)  # a rising figure rises: y grows downwards
+
+
+def test_the_index_of_500_runs_is_small_and_asks_for_pictures_late(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 3)).save(tmp_path / "one.png")
+    summary = {"bin": "all", "psnr": 20.0, "psnr_low": 19.0, "psnr_high": 21.0}
+    for number in range(500):
+        folder = tmp_path / "r" / "runs" / f"{number:03d}"
+        folder.mkdir(parents=True)
+        record = RunRecord(
+            "03_full_train",
+            "finished",
+            "PASS",
+            "</script><b>",
+            name=f"name-{number % 7}",
+            params={"steps": number},
+            metrics={"psnr": 20.0, "summaries": {"cvs": [summary]}, "gate": {"empty": 0.5}},
+            artifacts={"thumbnail": "thumbnail.png", "secret": "../../../one.png"},
+            started_utc=f"2026-01-01T{number // 60:02d}:{number % 60:02d}:00+00:00",
+        )
+        record.write(folder)
+        (folder / "thumbnail.png").write_bytes((tmp_path / "one.png").read_bytes())
+    html = overview.index(tmp_path / "r").read_text()
+    assert len(html) < 2_500_000 and html.count('loading="lazy"') == 500
+    assert "data:image" not in html and pages.external_requests(html) == []
+    assert html.count("</script>") == 2  # no record's text can end the data
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])  # type: ignore[index]
+    first = data["runs"][0]
+    assert first["params"] == {"steps": 499} and first["name"] == f"name-{499 % 7}"
+    assert first["metrics"] == {"psnr": [20.0, 19.0, 21.0], "gate: empty": [0.5, None, None]}
+    assert first["pictures"] == {} and first["thumbnail"] == "runs/499/thumbnail.png"
