@@ -27,7 +27,8 @@ from fresnel.record import RecordError, RunRecord, write_atomic
 __all__ = ["INDEX_NAME", "external_requests", "index", "notebook_title", "to_html"]
 
 _UNITS = re.compile(
-    r"^(pixels|degrees|seconds|hours|dB|USD per hour|steps|images|views|objects|pairs)\b[;,]?\s*"
+    r"^(pixels|degrees|seconds|hours|dB|USD per hour|steps|images|views|objects|pairs)"
+    r"(?=$|[;,\s])[;,]?\s*"
 )
 _LEAD = re.compile(r"^\*\*(Question|(?:Stopping rule|Rule)[^*.]*)\.\*\*\s*(.+)$", re.DOTALL)
 _SHOWN_PROVENANCE = {"git", "python", "packages", "os", "cpu", "gpu", "seed", "datasets"}

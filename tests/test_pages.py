@@ -213,11 +213,13 @@ def test_long_tables_fold_and_figures_keep_their_intervals() -> None:
 
 
 def test_units_stand_apart_from_the_meaning(make_notebook: Callable[..., Path]) -> None:
-    source = make_notebook("p", parameters="a = 1.0  # degrees; of the camera\nb = 2  # a number")
+    cell = "a = 1.0  # degrees; of the camera\nb = 2  # a number\nc = 0.0  # views' coverage"
+    source = make_notebook("p", parameters=cell)
     rows = pages._parameter_rows(nbformat.read(source, 4), None)
     assert [(row["unit"], row["comment"]) for row in rows] == [
         ("degrees", "of the camera"),
         ("", "a number"),
+        ("", "views' coverage"),
     ]
 
 
