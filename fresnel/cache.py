@@ -198,14 +198,14 @@ def lock_file(reports: Path, wanted: Mapping[str, Any]) -> Path:
     return reports / CACHE_NAME / "locks" / f"{key}.lock"
 
 
-def _outcome(key: str, outcome: Any) -> Any:
-    return outcome
-
-
 def _memory(reports: Path) -> Any:
     from joblib import Memory
 
-    return Memory(reports / CACHE_NAME, verbose=0).cache(_outcome, ignore=["outcome"])
+    # a new function each time: joblib remembers of one that its code is on disk, whatever the disk
+    def outcome(key: str, value: Any) -> Any:
+        return value
+
+    return Memory(reports / CACHE_NAME, verbose=0).cache(outcome, ignore=["value"])
 
 
 def _keepable(record: RunRecord) -> bool:
