@@ -156,14 +156,25 @@ def scene(
 
 def show_scene(shown: Scene, alt: str, *, height_px: int = 420) -> None:
     """Put a scene into the notebook's output: a still picture, and a button that makes of it an
-    interactive viewer (viser's, complete in the page; it needs WebGL).
+    interactive viewer (viser's, complete in the page; it needs WebGL). Where viser is missing or
+    finds no port to make its page through, the picture stands alone and says so.
 
     In the viewer the input camera is vermilion, the others are blue, and the pivot is a black dot.
     """
     from IPython.display import display
 
     _check(alt, shown.gaussians.num > 0)
-    document = html.escape(_viewer(shown))
+    picture = (
+        f'<img src="{_uri(still(shown))}" alt="{html.escape(alt)}" '
+        f'style="width:{height_px}px;max-width:100%;border-radius:8px">'
+    )
+    try:
+        document = html.escape(_viewer(shown))
+    except (ImportError, OSError) as error:
+        lost = html.escape(f"There is no viewer here: {error}. To get one: pip install viser")
+        text = f'<figure class="fresnel-viewer">{picture}<figcaption>{lost}</figcaption></figure>'
+        display({"text/html": text, "text/plain": alt}, raw=True)
+        return
     # the button stays where it was, so that the focus does too
     script = (
         "const f=this.closest('figure'),v=f.querySelector('iframe'),s=f.querySelector('img');"
@@ -172,10 +183,8 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420) -> None:
     )
     text = (
         '<figure class="fresnel-viewer" style="margin:.75rem 0;max-width:56rem">'
-        f'<img src="{_uri(still(shown))}" alt="{html.escape(alt)}" '
-        f'style="width:{height_px}px;max-width:100%;border-radius:8px">'
-        f'<iframe hidden title="{html.escape(alt)}" data-document="{document}" style="width:100%;'
-        f'height:{height_px}px;border:1px solid #868f9b;border-radius:8px"></iframe>'
+        f'{picture}<iframe hidden title="{html.escape(alt)}" data-document="{document}" '
+        f'style="width:100%;height:{height_px}px;border:1px solid #868f9b;border-radius:8px"></iframe>'
         f'<div><button type="button" class="button viewer-open" style="margin-top:.4rem" '
         f'onclick="{html.escape(script)}">Turn it in 3D</button></div></figure>'
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +203,15 @@ def test_a_viewer_is_complete_in_itself_and_silent(
     assert "data-document=" in html and "alt='A \"cloud\".'" in html
     assert "'unsafe-eval'" in html.split("</head>")[0]
     assert "'unsafe-eval'" not in page_of(tmp_path, []).split("</head>")[0]
+
+
+def test_without_viser_the_still_picture_stands_alone(
+    tmp_path: Path, shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "viser", None)
+    exhibits.show_scene(cloud(), "A cloud.")
+    html = page_of(tmp_path, shown)
+    assert "pip install viser" in html and "data-document=" not in html
 
 
 def test_long_tables_fold_and_figures_keep_their_intervals() -> None:
