@@ -184,7 +184,8 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420) -> None:
     text = (
         '<figure class="fresnel-viewer" style="margin:.75rem 0;max-width:56rem">'
         f'{picture}<iframe hidden title="{html.escape(alt)}" data-document="{document}" '
-        f'style="width:100%;height:{height_px}px;border:1px solid #868f9b;border-radius:8px"></iframe>'
+        f'style="width:100%;height:{height_px}px;border:1px solid #868f9b;border-radius:8px">'
+        f"</iframe>"
         f'<div><button type="button" class="button viewer-open" style="margin-top:.4rem" '
         f'onclick="{html.escape(script)}">Turn it in 3D</button></div></figure>'
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import sys
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -6,14 +6,41 @@ only rearranges arguments, so that rendering through it costs what calling gspla
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.utils.cpp_extension
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from fresnel.cameras import Cameras
 from fresnel.gaussians import Gaussians
 from fresnel.render import one_batch
+
+
+def _rasterization() -> Any:
+    """gsplat's entry point. The first use on a machine compiles for a minute or two.
+
+    One process at a time: gsplat takes another's lock away, and both then break each other's build.
+    """
+    if "gsplat.cuda._backend" not in sys.modules:
+        folder = Path(torch.utils.cpp_extension.get_default_build_root())
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "gsplat.lock").open("w") as lock:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            importlib.import_module("gsplat.cuda._backend")
+    from gsplat import rasterization
+
+    return rasterization
 
 
 def rasterize(
@@ -42,8 +69,7 @@ def rasterize(
         if background is not None:
             rgb = rgb + background.reshape(*views, 1, 1, 3)
         return rgb, empty, empty
-    from gsplat import rasterization
-
+    rasterization = _rasterization()
     image, alpha, _ = rasterization(
         means, quats, scales, opacities, colors, viewmats, Ks, width, height,
         near_plane=near, far_plane=far, eps2d=eps2d,
