@@ -55,7 +55,8 @@ def render(
     """Render scenes from cameras, differentiably.
 
     Gradients reach means, quaternions, scales, opacities, colours and the background; camera poses
-    and intrinsics too, except in the ``cpu`` backend, which refuses cameras that require them.
+    and intrinsics too, except in the ``cpu`` backend, which refuses cameras that require them, and
+    to differentiate a gradient again.
 
     Args:
         gaussians: scenes of batch shape (...), usually () or (B,). Colours may be RGB or spherical

@@ -94,9 +94,9 @@ def _look(typingctx, array, index):
     return types.int64(array, types.intp), codegen
 
 
-_give_way = types.ExternalFunction(
-    "SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32()
-)
+_WINDOWS = sys.platform == "win32"
+_sleep = types.ExternalFunction("Sleep" if _WINDOWS else "usleep", types.int32(types.uint32))
+_NAP = np.uint32(1 if _WINDOWS else 50)  # milliseconds there, microseconds elsewhere
 
 
 @inline
@@ -113,12 +113,16 @@ def finish(progress, number, tasks):
 
 @inline
 def wait(progress, number, tasks):
-    """Return once all `tasks` of a stage are done."""
+    """Return once all `tasks` of a stage are done.
+
+    Most waits are shorter than falling asleep takes. A long one means that whoever has the last
+    task has no core: looking on would keep this one from it, and so would yielding, mostly.
+    """
     looks = 0
     while _look(progress, 16 * number + 8) < tasks:
         looks += 1
-        if looks > 500:  # whoever holds the last task may be waiting for this very core
-            _give_way()
+        if looks > 100_000:
+            _sleep(_NAP)
 
 
 @intrinsic
