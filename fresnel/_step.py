@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import math
 import time
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,26 +60,77 @@ class Stepper:
         self.count = 0
         self.first_bad = torch.full((), -1, device=self.device)
 
-    def compile(self) -> float:
-        """Compile the task's step and run what that takes, changing nothing; returns seconds.
+    def compile(self, parts: Sequence[str] | None = None) -> float:
+        """Compile what every step runs and run it, changing nothing; returns seconds.
 
-        A task says what to compile by a method `compile`; of others the model is. Both ends of the
-        run are tried, as a curriculum may switch on more work on its way.
+        That is what a task lists under `hot`, by name (`parts`: these of them); of other tasks the
+        model. A part that can't be compiled here, or does not give the loss and gradient that it
+        gave before, stays as it was, with a warning.
         """
         began = time.perf_counter()
         surroundings.keep_compiled_code()
-        if hasattr(self.task, "compile"):
-            self.task.compile()
-        else:
-            self.model.compile(dynamic=False)
+        hot = getattr(self.task, "hot", None)
+        if hot is None:
+            hot = {"model": self.model}
+        graphs = self.device.type == "cuda" and getattr(self.task, "cuda_graphs", False)
+        # a graph's gradients live where its next run writes: nothing can be added to them
+        graphs = graphs and self.config.accumulate == 1 and not self.config.deterministic
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        for progress in (0.0, 1.0):
-            self.forward(0, 0, progress)["loss"].backward()
+        try:
+            with self.explained_memory_errors(0):
+                wanted = self.probe()
+                for part in [name for name in hot if parts is None or name in parts]:
+                    self.compile_part(hot, part, wanted, graphs and part != "batch")
+        finally:
             self.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        self.synchronize()
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         return time.perf_counter() - began
+
+    def compile_part(
+        self, hot: dict[str, Any], part: str, wanted: list[list[float]], graphs: bool
+    ) -> None:
+        """Put a compiled version into `hot`, or leave what is there, with a warning."""
+        plain, reasons = hot[part], []
+        # a late loss compares two passes, whose small difference bf16 rounds coarsely
+        tolerance = 0.2 if self.config.precision == "bf16" else 0.02
+        for way in surroundings.ways_to_compile(graphs, tiling=part == "network"):
+            try:
+                if part == "model":
+                    plain.compile(dynamic=False, **way)
+                else:
+                    hot[part] = torch.compile(plain, dynamic=False, **way)
+                # a graph is recorded in the second run, and used from the third on
+                for _ in range(4 if graphs else 1):
+                    got = self.probe()
+                    if not np.allclose(got, wanted, rtol=tolerance, atol=1e-4, equal_nan=True):
+                        raise ArithmeticError(f"loss and gradient {got}, uncompiled {wanted}")
+                return
+            except Exception as error:  # compilers fail in many ways, and none may end a run
+                if surroundings.is_out_of_memory(error):
+                    raise
+                reasons.append(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+                self.optimizer.zero_grad(set_to_none=True)
+                hot[part] = plain
+                if part == "model":
+                    plain._compiled_call_impl = None  # what nn.Module.compile sets
+        warnings.warn(
+            f"compile: the {part} of {self.task.__class__.__name__} runs uncompiled, slower but "
+            f"the same ({reasons[-1][:300]})",
+            stacklevel=2,
+        )
+
+    def probe(self) -> list[list[float]]:
+        """Loss and gradient norm of the first batch at both ends of the run, as a curriculum may
+        switch on more work on its way."""
+        found = []
+        for progress in (0.0, 1.0):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.forward(0, 0, progress)["loss"]
+            loss.backward()
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            found.append(torch.stack([loss.detach().double(), norm.double()]).tolist())
+        return found
 
     def train(self, step: int) -> None:
         """Do step number `step`, from 0.
@@ -87,19 +141,22 @@ class Stepper:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)
-        try:
+        with self.explained_memory_errors(step):
             self.optimizer.zero_grad(set_to_none=True)
             total: Tensor | None = None
             for micro in range(config.accumulate):
                 terms = self.forward(step, micro, step / config.steps)
-                (terms["loss"] / config.accumulate).backward()
-                self.note_bad(step * config.accumulate + micro, terms["loss"])
+                loss = terms["loss"]
+                (loss / config.accumulate if config.accumulate > 1 else loss).backward()
+                if micro < config.accumulate - 1:
+                    self.note_bad(step * config.accumulate + micro, loss)
                 self.names = [*terms, "grad_norm"]
-                values = torch.stack([value.detach().double() for value in terms.values()])
+                values = torch.stack([value.detach() for value in terms.values()]).double()
                 total = values if total is None else total + values
             assert total is not None
             norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
-            self.note_bad((step + 1) * config.accumulate - 1, norm)
+            # no sum of the two is finite unless both are, as a norm isn't negative
+            self.note_bad((step + 1) * config.accumulate - 1, loss.detach() + norm.detach())
             values = torch.cat([total / config.accumulate, norm.detach().double()[None]])
             self.sums = values if self.sums is None else self.sums + values
             self.count += 1
@@ -108,6 +165,11 @@ class Stepper:
                 return
             self.optimizer.step()
             self.update_ema(step + 1)
+
+    @contextlib.contextmanager
+    def explained_memory_errors(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not surroundings.is_out_of_memory(error):
                 raise

@@ -122,7 +122,7 @@ class Cameras:
 
     def transformed(self, new_from_world: Tensor) -> Cameras:
         """The same cameras with the world re-expressed by a rigid transform, shape (..., 4, 4)."""
-        return replace(self, viewmats=self.viewmats @ inverse(new_from_world))
+        return replace(self, viewmats=self.viewmats @ rigid_inverse(new_from_world))
 
     def rays(self) -> tuple[Tensor, Tensor]:
         """Ray origins and unit directions in the world, each of shape (..., H, W, 3)."""
@@ -132,8 +132,9 @@ class Cameras:
             indexing="ij",
         )
         pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1)
-        camera_from_pixel = inverse(self.Ks)
-        world_from_pixel = self.viewmats[..., :3, :3].transpose(-1, -2) @ camera_from_pixel
+        world_from_pixel = self.viewmats[..., :3, :3].transpose(-1, -2) @ _camera_from_pixel(
+            self.Ks
+        )
         directions = torch.einsum("...ij,hwj->...hwi", world_from_pixel, pixels)
         directions = normalize(directions, dim=-1)
         return self.centers[..., None, None, :].expand_as(directions), directions
@@ -187,6 +188,21 @@ def rigid(rotation: Tensor, translation: Tensor) -> Tensor:
     top = torch.cat([rotation, translation[..., None]], dim=-1)
     bottom = torch.eye(4, dtype=top.dtype, device=top.device)[3:]
     return torch.cat([top, bottom.expand(*top.shape[:-2], 1, 4)], dim=-2)
+
+
+def rigid_inverse(matrices: Tensor) -> Tensor:
+    """Inverses of rigid transforms (..., 4, 4); a few products, which a compiler can fuse."""
+    rotation = matrices[..., :3, :3].transpose(-1, -2)
+    return rigid(rotation, -(rotation @ matrices[..., :3, 3:])[..., 0])
+
+
+def _camera_from_pixel(Ks: Tensor) -> Tensor:
+    """Inverses of intrinsics (..., 3, 3), which are upper triangular with a one below."""
+    (fx, skew, cx), (fy, cy) = Ks[..., 0, :].unbind(-1), Ks[..., 1, 1:].unbind(-1)
+    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+    rows = [1 / fx, -skew / (fx * fy), (skew * cy / fy - cx) / fx]
+    rows += [zero, 1 / fy, -cy / fy, zero, zero, one]
+    return torch.stack(rows, dim=-1).reshape(Ks.shape)
 
 
 def inverse(matrices: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,24 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fresnel import rendered
-from fresnel.cvs import CONDITION_CHANNELS, CVS, CVSConfig, condition_tensors, randn, rgba, sample
+from fresnel.cvs import CONDITION_CHANNELS, CVS, CVSConfig, randn, sample
+from fresnel.cvs_pairs import condition_and_target, mirror, picked, tinted
 from fresnel.dataset import ViewTensors
 from fresnel.evaluate import Predictor, luminance, srgb_to_linear
-
-
-def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The pair as seen in a mirror at the canonical frame's x = 0 plane: left and right swap.
-
-    A reflection X takes a ray (d, o x d) to (X d, (X o) x (X d)) = (X d, -X (o x d)), and the
-    image column u to W - 1 - u; cameras must have a centred principal point and no roll.
-    """
-    cond = cond.flip(-1)
-    # no tensor of signs: to bring one from the host would wait for a GPU's queue
-    mirrored = [cond[:, :4]]
-    for rays in cond[:, 4:CONDITION_CHANNELS].split(6, dim=1):
-        mirrored += [-rays[:, :1], rays[:, 1:4], -rays[:, 4:]]
-    mirrored.append(cond[:, CONDITION_CHANNELS:])  # a render of the target view, if there is one
-    return torch.cat(mirrored, dim=1), target.flip(-1)
 
 
 def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None) -> Tensor:
@@ -115,6 +101,11 @@ def ect_earlier(sigma: Tensor, stage: int, config: CVSConfig) -> Tensor:
     return (sigma * (1 - n / config.ect_q**stage)).clamp_min(config.sigma_min)
 
 
+def denoised(model: CVS, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+    """One pass of the network, as a function that a compiled one can replace."""
+    return model(x, sigma, cond)
+
+
 def consistency_loss(
     model: CVS,
     target: Tensor,
@@ -123,6 +114,7 @@ def consistency_loss(
     *,
     progress: float,
     generator: torch.Generator,
+    network: Callable[..., Tensor] = denoised,
     terms: Callable[..., dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """ECT loss of D(x_t, t) against a stop-gradient D(x_r, r) with the same noise and dropout.
@@ -135,7 +127,7 @@ def consistency_loss(
     anything along, and without the anchor the one step drifts off as soon as stage 1 begins.
 
     Args:
-        terms: `consistency_terms`, or the same compiled.
+        network: calls the model; perhaps compiled. So `terms`; None: `consistency_terms`.
 
     Returns:
         `consistency_terms`.
@@ -153,19 +145,19 @@ def consistency_loss(
     noise = randn(target, generator)
     x_t, x_r = (target + level.reshape(-1, 1, 1, 1) * noise for level in (t, r))
     seed = _seed(generator) if config.dropout else None
-    denoised = _seeded(model, seed, x_t, t, cond)
+    output = _seeded(network, seed, model, x_t, t, cond)
     with torch.no_grad():
         # D(x, sigma_min) = x, so stage 0 needs no second pass, and a CPU only some of its rows
         reference = x_r
         if stage and (x_r.is_cuda or seed is not None):
-            reference = _seeded(model, seed, x_r, r, cond)
+            reference = _seeded(network, seed, model, x_r, r, cond)
         elif stage:
             rows = r > config.sigma_min
             reference = x_r.clone()
             if rows.any():
                 reference[rows] = model(x_r[rows], r[rows], cond[rows]).to(x_r.dtype)
     c_out = model.scalings(t)[1]
-    return (terms or consistency_terms)(config, denoised, reference, target, weights, c_out, at_max)
+    return (terms or consistency_terms)(config, output, reference, target, weights, c_out, at_max)
 
 
 def consistency_terms(
@@ -207,13 +199,13 @@ def _seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
 
 
-def _seeded(model: CVS, seed: int | None, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+def _seeded(network: Callable[..., Tensor], seed: int | None, model: CVS, *given: Tensor) -> Tensor:
     """One pass whose dropout masks follow from `seed` (None: the model has no dropout)."""
     if seed is None:
-        return model(x, sigma, cond)
-    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        return network(model, *given)
+    with torch.random.fork_rng([given[0].device] if given[0].is_cuda else []):
         torch.manual_seed(seed)
-        return model(x, sigma, cond)
+        return network(model, *given)
 
 
 def original_loss(
@@ -225,6 +217,7 @@ def original_loss(
     *,
     progress: float,
     generator: torch.Generator,
+    network: Callable[..., Tensor] = denoised,
 ) -> dict[str, Tensor]:
     """The original experiment's loss: weighted L1 + w |D(x_t) - EMA D(x_t')| at the next level.
 
@@ -239,11 +232,11 @@ def original_loss(
         for step in (0.0, 1e-3)
     )
     noise = randn(target, generator)
-    denoised = model(target + t.reshape(-1, 1, 1, 1) * noise, t, cond)
+    output = network(model, target + t.reshape(-1, 1, 1, 1) * noise, t, cond)
     with torch.no_grad():
         neighbour = ema(target + lower.reshape(-1, 1, 1, 1) * noise, lower, cond)
-    l1 = (weights * (denoised - target).abs()).mean()
-    consistency = (denoised - neighbour).abs().mean()
+    l1 = (weights * (output - target).abs()).mean()
+    consistency = (output - neighbour).abs().mean()
     w = (0.1, 0.3, 1.0)[min(int(3 * progress), 2)]
     return {"loss": l1 + w * consistency, "l1": l1, "consistency": consistency}
 
@@ -310,8 +303,12 @@ class CVSTask:
         if model.config.render_condition and renderer is not None:
             self._renders = rendered.prepared(renderer, self.views, any_input=any_input)
             self._held_out_renders = rendered.prepared(renderer, self.held_out)
-        self._assemble: Callable[..., dict[str, Tensor]] = assemble
-        self._terms: Callable[..., dict[str, Tensor]] = consistency_terms
+        # what every step runs, by name; `Stepper.compile` puts compiled versions here
+        self.hot: dict[str, Callable[..., Any]] = {
+            "network": denoised,
+            "loss": consistency_terms,
+            "batch": assemble,
+        }
 
     @property
     def config(self) -> dict[str, Any]:
@@ -348,9 +345,8 @@ class CVSTask:
             gain = torch.exp((2 * uniform(b, 3, 1, 1) - 1) * self.colour_jitter)
         if self.mirror:
             flipped = (uniform(b) < 0.5)[:, None, None, None]
-        made = self._assemble(
-            self.model.config, views, record, view, source, gain, flipped, self._renders
-        )
+        stored = picked(views, record, view, source, self._renders)
+        made = self.hot["batch"](self.model.config, stored, gain, flipped)
         return {**made, "record": record, "view": view}
 
     def loss(
@@ -364,14 +360,10 @@ class CVSTask:
         tensors = (batch["target"], batch["cond"], batch["weights"])
         options: dict[str, Any] = {"progress": progress, "generator": generator}
         if self.model.config.parameterisation == "original":
-            return original_loss(self.model, ema, *tensors, **options)
-        return consistency_loss(self.model, *tensors, **options, terms=self._terms)
-
-    def compile(self) -> None:
-        """Compile what every step runs: the assembly of a batch, the network, the loss."""
-        self.model.compile(dynamic=False)
-        self._assemble = torch.compile(assemble, dynamic=False)
-        self._terms = torch.compile(consistency_terms, dynamic=False)
+            return original_loss(self.model, ema, *tensors, **options, network=self.hot["network"])
+        return consistency_loss(
+            self.model, *tensors, **options, network=self.hot["network"], terms=self.hot["loss"]
+        )
 
     @torch.no_grad()
     def validation(self, model: nn.Module) -> dict[str, float]:
@@ -418,35 +410,30 @@ class CVSTask:
         m, v = self.held_out.rgb.shape[:2]
         flat = torch.linspace(0, m * v - 1, min(pairs, m * v)).round().long()
         for chunk in flat.to(self.held_out.rgb.device).split(max(self.batch_size, 8)):
-            yield _pairs(self.held_out, chunk // v, chunk % v, None, self._held_out_renders)
+            renders = self._held_out_renders
+            yield condition_and_target(picked(self.held_out, chunk // v, chunk % v, None, renders))
 
 
 def assemble(
     config: CVSConfig,
-    views: ViewTensors,
-    record: Tensor,
-    view: Tensor,
-    source: Tensor | None = None,
+    stored: dict[str, Any],
     gain: Tensor | None = None,
     flipped: Tensor | None = None,
-    renders: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """ "cond", "target" and "weights" of the pairs (record, view), augmented as the draws say.
+    """ "cond", "target" and "weights" of what was `picked`, augmented as the draws say.
 
     Args:
-        source: which view is the input; -1: the record's own. None: always that.
         gain: factors (B, 3, 1, 1) for the colour channels.
         flipped: which pairs to mirror, bool (B, 1, 1, 1).
-        renders: what `rendered.prepared` made of the same views.
     """
-    pair = _pairs(views, record, view, source, renders)
+    pair = condition_and_target(stored)
     cond, target = pair["cond"], pair["target"]
     if gain is not None:
         at = CONDITION_CHANNELS
-        parts = [_tint(cond[:, :4], gain), cond[:, 4:at]]
-        if renders is not None:
-            parts += [_tint(cond[:, at : at + 4], gain), cond[:, at + 4 :]]
-        cond, target = torch.cat(parts, dim=1), _tint(target, gain)
+        parts = [tinted(cond[:, :4], gain), cond[:, 4:at]]
+        if stored["render"] is not None:
+            parts += [tinted(cond[:, at : at + 4], gain), cond[:, at + 4 :]]
+        cond, target = torch.cat(parts, dim=1), tinted(target, gain)
     weights = pixel_weights(config, target, pair["depth"])
     if flipped is not None:
         mirrored = mirror(cond, target)
@@ -454,44 +441,6 @@ def assemble(
         target = torch.where(flipped, mirrored[1], target)
         weights = torch.where(flipped, weights.flip(-1), weights)
     return {"cond": cond, "target": target, "weights": weights}
-
-
-def _tint(image: Tensor, gain: Tensor) -> Tensor:
-    colour = torch.minimum((image[:, :3] + 1) * gain, image[:, 3:] + 1) - 1
-    return torch.cat([colour, image[:, 3:]], dim=1)
-
-
-def _pairs(
-    views: ViewTensors,
-    record: Tensor,
-    view: Tensor,
-    source: Tensor | None = None,
-    renders: Tensor | None = None,
-) -> dict[str, Any]:
-    """Condition and target of the pairs (record, view); input `source` (-1: the record's own)."""
-    rgb, alpha = views.inputs.rgb[record], views.inputs.alpha[record]
-    cameras = views.inputs.cameras[record]
-    if source is not None:
-        other = source >= 0
-        choice = source.clamp_min(0)
-        rgb = torch.where(other[:, None, None, None], views.rgb[record, choice], rgb)
-        alpha = torch.where(other[:, None, None], views.alpha[record, choice], alpha)
-        there = views.cameras[record, choice]
-        cameras = replace(
-            cameras,
-            viewmats=torch.where(other[:, None, None], there.viewmats, cameras.viewmats),
-            Ks=torch.where(other[:, None, None], there.Ks, cameras.Ks),
-        )
-    targets = views.cameras[record, view].reshape(len(record), 1)
-    cond = condition_tensors(rgba(rgb, alpha), cameras, targets, views.pivots[record])
-    if renders is not None:
-        seen = renders[record, 0 if source is None else source + 1, view]
-        cond = torch.cat([cond, rendered.restored(seen)], dim=1)
-    return {
-        "cond": cond,
-        "target": rgba(views.rgb[record, view], views.alpha[record, view]),
-        "depth": None if views.depth is None else views.depth[record, view],
-    }
 
 
 def _light(images: Tensor) -> float:

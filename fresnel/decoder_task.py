@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fresnel.cameras import Cameras, inverse
+from fresnel.cameras import Cameras, rigid_inverse
 from fresnel.dataset import ViewTensors
 from fresnel.decoder import Decoder, DecoderConfig, resize
 from fresnel.evaluate import luminance
@@ -45,6 +46,7 @@ def multiview_loss(
     target_depth: Tensor | None = None,
     gaussians: Gaussians | None = None,
     weights: LossWeights | None = None,
+    windows: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """How far rendered views are from the truth, in named terms (unweighted) and their sum.
 
@@ -58,6 +60,7 @@ def multiview_loss(
         target_depth: z-depth, (B, V, H, W), 0 where unknown; None: no depth term.
         gaussians: the scenes, for the regularisers; None: none.
         weights: None: the defaults.
+        windows: see `similarity`.
 
     Returns:
         "rgb_l1", "rgb_mse", "ssim" (1 - SSIM), "alpha_l1", perhaps "depth_l1", "scale",
@@ -72,7 +75,7 @@ def multiview_loss(
         "alpha_l1": F.l1_loss(views.alpha, target[..., 3:]),
     }
     if weights.ssim > 0:
-        terms["ssim"] = 1 - similarity(ours, truth)
+        terms["ssim"] = 1 - similarity(ours, truth, windows)
     if target_depth is not None:
         depth, alpha = views.depth[..., 0], views.alpha[..., 0].detach()
         valid = ((target_depth > 0) & (target[..., 3] > 0.5) & (alpha > 0.5)).float()
@@ -87,18 +90,21 @@ def multiview_loss(
     return terms
 
 
-def similarity(image: Tensor, truth: Tensor) -> Tensor:
+def similarity(
+    image: Tensor, truth: Tensor, windows: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Mean SSIM of images (..., H, W, 3) in [0, 1], of at least 6 pixels a side.
 
     The value of `evaluate.ssim` (torchmetrics'), for training: the 11 x 11 Gaussian window is
     separable, and as two products with banded matrices it costs a hundredth of the convolution.
+    `windows`: `window` of the height and of the width, where they are at hand.
     """
 
     def mean(values: Tensor) -> Tensor:
         return rows @ (values @ columns.mT)
 
     x, y = (value.movedim(-1, -3) for value in (image, truth))
-    rows, columns = (_window(size, x) for size in x.shape[-2:])
+    rows, columns = windows or (window(size, x) for size in x.shape[-2:])
     mean_x, mean_y = mean(x), mean(y)
     var_x, var_y, covariance = (
         mean(a * b) - mean_a * mean_b
@@ -114,7 +120,7 @@ def similarity(image: Tensor, truth: Tensor) -> Tensor:
     return (alike / ((mean_x.square() + mean_y.square() + c1) * spread)).mean()
 
 
-def _window(size: int, like: Tensor, *, reach: int = 5, sigma: float = 1.5) -> Tensor:
+def window(size: int, like: Tensor, *, reach: int = 5, sigma: float = 1.5) -> Tensor:
     """Matrix (size, size) that averages neighbours by a Gaussian; edges are reflected."""
     place = torch.arange(size, device=like.device)
     outer = torch.arange(-reach, size + reach, device=like.device)
@@ -123,6 +129,78 @@ def _window(size: int, like: Tensor, *, reach: int = 5, sigma: float = 1.5) -> T
     inner = (size - 1) - ((size - 1) - outer.abs()).abs()
     weights = weights @ (inner[:, None] == place).to(like.dtype)
     return weights / weights.sum(dim=1, keepdim=True)
+
+
+def floats(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored in 8 and 16 bits, as the numbers that the loss takes."""
+    batch = {**stored, "rgba": stored["rgba"].float() / 255}
+    if "depth" in batch:
+        batch["depth"] = batch["depth"].float()
+    return batch
+
+
+def augmented(
+    stored: dict[str, Tensor],
+    draws: Tensor,
+    order: Tensor,
+    mirroring: tuple[Tensor, Tensor, Tensor],
+) -> dict[str, Tensor]:
+    """`floats`, half of the objects mirrored left-right; the colours of half permuted and scaled.
+
+    Args:
+        draws: (B, 8), uniform in [0, 1).
+        order: (B, 3), permutations of the channels.
+        mirroring: `mirror_signs`.
+    """
+    batch = floats(stored)
+    mirror, recolour = (draws[:, k, None, None, None, None] < 0.5 for k in (0, 1))
+    rgb, alpha = batch["rgba"].split([3, 1], dim=-1)
+    gain = 0.7 + 0.5 * draws[:, None, None, None, 5:]
+    red, green, blue = rgb.split(1, dim=-1)
+    place = order[:, None, None, None]
+    permuted = torch.where(place == 0, red, torch.where(place == 1, green, blue))
+    mixed = torch.minimum(permuted * gain, alpha)  # premultiplied
+    rgba = torch.cat([torch.where(recolour, mixed, rgb), alpha], dim=-1)
+    batch["rgba"] = torch.where(mirror, rgba.flip(3), rgba)
+
+    mirror = mirror[..., 0]
+    if "depth" in batch:
+        batch["depth"] = torch.where(mirror, batch["depth"].flip(3), batch["depth"])
+    # The world mirrored in x, seen by mirrored cameras, is the mirrored picture.
+    of_views, of_pixels, across = mirroring
+    viewmats, Ks = batch["viewmats"], batch["Ks"]
+    batch["viewmats"] = torch.where(mirror, viewmats * of_views, viewmats)
+    batch["Ks"] = torch.where(mirror, Ks * of_pixels + across * rgba.shape[3], Ks)
+    return batch
+
+
+def mirror_signs(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """What mirroring in x does to cameras: the signs of view matrices (4, 4) and of intrinsics
+    (3, 3), and where the image's width is added to the latter."""
+    flip = torch.tensor([-1.0, 1.0, 1.0, 1.0])
+    across = torch.zeros(3, 3)
+    across[0, 2] = 1.0
+    return (flip * flip[:, None]).to(device), (1 - 2 * across).to(device), across.to(device)
+
+
+def decoded(
+    model: Decoder, batch: dict[str, Tensor]
+) -> tuple[Gaussians, dict[str, Tensor], Cameras]:
+    """Gaussians in the input camera's frame, and all cameras of the batch in that frame."""
+    size, network_size = batch["rgba"].shape[2], model.config.image_size
+    rgba = resize(batch["rgba"][:, 0].permute(0, 3, 1, 2), network_size)
+    inputs = Cameras(batch["viewmats"][:, 0], batch["Ks"][:, 0], size, size)
+    depth, Ks = None, batch["Ks"]
+    if model.config.kind == "patch":
+        Ks = Ks.clone()
+        Ks[..., 0, 0] = Ks[..., 1, 1] = float(size)
+        if "depth" in batch:
+            depth = normalised_depth(batch["depth"][:, 0], batch["rgba"][:, 0, :, :, 3])
+            depth = resize(depth[:, None], network_size)[:, 0]
+    gaussians, aux = model.decode(rgba, inputs.resized(network_size, network_size), depth)
+    with torch.autocast(rgba.device.type, enabled=False):
+        viewmats = batch["viewmats"] @ rigid_inverse(inputs.viewmats)[:, None]
+    return gaussians, aux, Cameras(viewmats, Ks, size, size)
 
 
 class DecoderTask:
@@ -170,8 +248,16 @@ class DecoderTask:
         self._train = _Pool(views, self.device)
         self._held_out = _Pool(validation, self.device) if validation else self._train
         self.target_views = min(target_views, self._train.views - 1)
-        self._decoded: Callable[..., tuple[Gaussians, dict[str, Tensor]]] | None = None
-        self._terms: Callable[..., dict[str, Tensor]] = multiview_loss
+        size = self._train.size
+        self._windows = (window(size, torch.zeros((), device=self.device)),) * 2
+        self._mirroring = mirror_signs(self.device)
+        # what every step runs, by name; `Stepper.compile` puts compiled versions here
+        self.hot: dict[str, Callable[..., Any]] = {
+            "network": decoded,
+            "loss": multiview_loss,
+            "batch": augmented,
+        }
+        self.cuda_graphs = True  # a thousand small kernels a step: launching them took 2/3 of it
         # What a resumed run must agree on.
         self.config = {
             **asdict(self.model.config),
@@ -190,8 +276,12 @@ class DecoderTask:
         if not self.any_input:
             order[:, 0] = -1.0  # the record's own input comes first
         picks = order.argsort(dim=1)[:, : 1 + (0 if self.frontal_only else self.target_views)]
-        batch = pool.pick(objects, picks)
-        return self._augmented(batch, generator) if self.augment else batch
+        stored = pool.pick(objects, picks)
+        if not self.augment:
+            return floats(stored)
+        draws = self._uniform(generator, count, 8)
+        order = draws[:, 2:5].argsort(dim=1)
+        return self.hot["batch"](stored, draws, order, self._mirroring)
 
     def _uniform(self, generator: torch.Generator | None, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1) on the task's device, drawn where the generator lives."""
@@ -211,26 +301,23 @@ class DecoderTask:
         background = self._uniform(generator, *batch["rgba"].shape[:2], 1, 1, 3)
         return self._loss(model or self.model, batch, background)[0]
 
-    def compile(self) -> None:
-        """Compile what every step runs on either side of the renderer."""
-        self._decoded = torch.compile(self.model.decode, dynamic=False)
-        self._terms = torch.compile(multiview_loss, dynamic=False)
-
     def _loss(
         self, model: Decoder, batch: dict[str, Tensor], background: Tensor
     ) -> tuple[dict[str, Tensor], Views]:
-        gaussians, aux, cameras = self._decode(model, batch)
+        own = model is self.model
+        gaussians, aux, cameras = (self.hot["network"] if own else decoded)(model, batch)
         with torch.autocast(self.device.type, enabled=False):
             views = render(gaussians, cameras)
             # The patch kind lives in its own units: its depths are not the record's.
             depth = None if model.config.kind == "patch" else batch.get("depth")
-            terms = (self._terms if model is self.model else multiview_loss)(
+            terms = (self.hot["loss"] if own else multiview_loss)(
                 views,
                 batch["rgba"],
                 background,
                 target_depth=depth,
                 gaussians=gaussians,
                 weights=self.weights,
+                windows=self._windows,
             )
             if "depth_known" in aux:
                 error = F.l1_loss(aux["depth_predicted"], aux["depth_known"])
@@ -238,61 +325,13 @@ class DecoderTask:
                 terms["loss"] = terms["loss"] + self.weights.predicted_depth * error
         return terms, views
 
-    def _decode(
-        self, model: Decoder, batch: dict[str, Tensor]
-    ) -> tuple[Gaussians, dict[str, Tensor], Cameras]:
-        """Gaussians in the input camera's frame, and all cameras of the batch in that frame."""
-        size, network_size = self._train.size, model.config.image_size
-        rgba = resize(batch["rgba"][:, 0].permute(0, 3, 1, 2), network_size)
-        inputs = Cameras(batch["viewmats"][:, 0], batch["Ks"][:, 0], size, size)
-        depth, Ks = None, batch["Ks"]
-        if model.config.kind == "patch":
-            Ks = Ks.clone()
-            Ks[..., 0, 0] = Ks[..., 1, 1] = float(size)
-            if "depth" in batch:
-                depth = normalised_depth(batch["depth"][:, 0], batch["rgba"][:, 0, :, :, 3])
-                depth = resize(depth[:, None], network_size)[:, 0]
-        resized = inputs.resized(network_size, network_size)
-        decode = (self._decoded if model is self.model else None) or model.decode
-        gaussians, aux = decode(rgba, resized, depth)
-        with torch.autocast(self.device.type, enabled=False):
-            viewmats = batch["viewmats"] @ inverse(inputs.viewmats)[:, None]
-        return gaussians, aux, Cameras(viewmats, Ks, size, size)
-
-    def _augmented(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Mirror half of the objects left-right; permute and scale the colours of half."""
-        draws = self._uniform(generator, self.batch_size, 8)
-        mirror, recolour = draws[:, 0] < 0.5, draws[:, 1] < 0.5
-        batch = dict(batch)
-
-        order = draws[:, 2:5].argsort(dim=1)[:, None, None, None]
-        rgb, alpha = batch["rgba"].split([3, 1], dim=-1)
-        gain = 0.7 + 0.5 * draws[:, None, None, None, 5:]
-        mixed = torch.minimum(rgb.gather(-1, order.expand_as(rgb)) * gain, alpha)  # premultiplied
-        rgb = torch.where(recolour[:, None, None, None, None], mixed, rgb)
-        rgba = torch.cat([rgb, alpha], dim=-1)
-
-        batch["rgba"] = torch.where(mirror[:, None, None, None, None], rgba.flip(3), rgba)
-        if "depth" in batch:
-            flipped = batch["depth"].flip(3)
-            batch["depth"] = torch.where(mirror[:, None, None, None], flipped, batch["depth"])
-        # The world mirrored in x, seen by mirrored cameras, is the mirrored picture.
-        flip = torch.eye(4, device=rgba.device)
-        flip[0, 0] = -1.0
-        pick = mirror[:, None, None, None]
-        batch["viewmats"] = torch.where(pick, flip @ batch["viewmats"] @ flip, batch["viewmats"])
-        Ks = batch["Ks"].clone()
-        Ks[..., 0, 2] = self._train.size - Ks[..., 0, 2]
-        batch["Ks"] = torch.where(pick, Ks, batch["Ks"])
-        return batch
-
     def _fixed(self, objects: int, views: int) -> dict[str, Tensor]:
         """The record's input and its first views of evenly spread held-out objects."""
         pool = self._held_out
         index = torch.linspace(0, len(pool) - 1, min(objects, len(pool))).round().long()
         order = torch.arange(1 + (0 if self.frontal_only else min(views, pool.views - 1)))
         index = index.to(self.device)
-        return pool.pick(index, order.to(self.device).expand(len(index), -1))
+        return floats(pool.pick(index, order.to(self.device).expand(len(index), -1)))
 
     @torch.no_grad()
     def preview(
@@ -368,13 +407,9 @@ class _Pool:
         return len(self.rgba)
 
     def pick(self, objects: Tensor, views: Tensor) -> dict[str, Tensor]:
-        """Images `views` (B, T) of `objects` (B,), as floats: the batch that `loss` takes."""
+        """Images `views` (B, T) of `objects` (B,), as they are stored."""
         index = (objects[:, None], views)
-        batch = {
-            "rgba": self.rgba[index].float() / 255,
-            "viewmats": self.viewmats[index],
-            "Ks": self.Ks[index],
-        }
+        batch = {"rgba": self.rgba[index], "viewmats": self.viewmats[index], "Ks": self.Ks[index]}
         if self.depth is not None:
-            batch["depth"] = self.depth[index].float()
+            batch["depth"] = self.depth[index]
         return batch

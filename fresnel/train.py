@@ -39,8 +39,10 @@ __all__ = [
 
 class Task(Protocol):
     """What is trained and on what. `config` (a dict or dataclass), where there is one, goes into
-    the checkpoints and must be the same on a resume. Model and data live on one device. A method
-    `compile`, where there is one, compiles what every step runs (else the model is compiled)."""
+    the checkpoints and must be the same on a resume. Model and data live on one device. `hot`,
+    where there is one, holds by name the functions of tensors that every step calls through it, so
+    that compiled ones can take their place (else the model is compiled); `cuda_graphs`, that those
+    called with gradients may run as CUDA graphs."""
 
     model: Any
     batch_size: int

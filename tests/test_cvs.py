@@ -23,6 +23,7 @@ from fresnel.cvs import (
     sample,
     sampling_sigmas,
 )
+from fresnel.cvs_pairs import mirror
 from fresnel.cvs_task import (
     CVSTask,
     consistency_loss,
@@ -30,7 +31,6 @@ from fresnel.cvs_task import (
     ect_stage,
     grown,
     light_error,
-    mirror,
     original_loss,
     pixel_weights,
 )

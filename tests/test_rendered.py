@@ -11,7 +11,8 @@ from test_cvs import SIZE, disc, generator, views
 from fresnel import rendered
 from fresnel.cameras import Cameras
 from fresnel.cvs import CVS, CVSConfig, predictor
-from fresnel.cvs_task import CVSTask, mirror
+from fresnel.cvs_pairs import mirror
+from fresnel.cvs_task import CVSTask
 from fresnel.dataset import InputImages
 from fresnel.evaluate import Predictor
 from fresnel.render import Views
