@@ -179,6 +179,7 @@ def curves(result: Mapping[str, Any]) -> Any:
     return figure
 
 
+_TITLE = "How often is the gate right?"
 _CURVES = (
     "Share of sets refused (solid, with 95% intervals) and refused for the right cause (dashed) "
     "against the fault's strength; a vertical line marks where practical strength begins."
@@ -210,11 +211,12 @@ def publish(run: Recorder, result: dict[str, Any]) -> Path:
     for key in ("recall", "correct_cause", "false_alarms"):
         run.metrics({key: result[key]["share"], f"{key}_interval": result[key]["interval"]})
     run.metrics({"kinds_of_fault": result["kinds"], "sets": result["sets"]})
-    done = run.finish("FAIL" if short else "PASS", said, short)
+    done = run.finish("FAIL" if short else "PASS", said, short).replace(title=_TITLE)
+    done.write(folder)
     wrong = [*result["missed"], *(f"{r['key']}: {r['codes']}" for r in result["miscalled"])]
     return sheet.write(
         folder / "report.html",
-        title="How often is the gate right?",
+        title=_TITLE,
         badge=done.badge,
         kicker=f"{run.record.name} · {done.started_utc} · seed {result['parameters']['seed']}",
         summary=said,
