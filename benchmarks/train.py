@@ -55,6 +55,8 @@ PREDICTED = {
     "+ network compiled": 2.0,
     "+ batch and loss compiled": 1.2,
     "+ second pass (consistency)": 0.75,
+    "compiled": 1.5,
+    "compiled, CUDA graphs": 2.2,
     "fused AdamW over foreach": 1.5,
     "foreach average over a loop": 3.0,
     "checkpointing": 0.77,
@@ -205,38 +207,60 @@ def section_cvs(bench: Bench) -> None:
             task = cvs_task(bench, size, batch, views)
             return per_step(bench, Stepper(task, config_of(bench, precision=precision)), 0, timed)
 
-    row("eager, fp32", eager("fp32", False, 4 if bench.gpu else steps))
-    row("eager, bf16", eager("bf16", False, 8 if bench.gpu else steps))
-    if bench.gpu:
-        row("+ cuDNN tries its algorithms", eager("bf16", True, 8))
-    if bench.quick and not bench.gpu:
-        bench.say("")
-        profiled(bench, Stepper(cvs_task(bench, size, batch, views), config_of(bench)), 9_000)
-        return
+    def uncompiled(name: str, precision: str, trials: bool) -> None:
+        row(name, eager(precision, trials, 8 if bench.gpu else steps))
+
+    if not bench.quick:
+        attempt(bench, "eager, fp32", uncompiled, "eager, fp32", "fp32", False)
+        attempt(bench, "eager, bf16", uncompiled, "eager, bf16", "bf16", False)
+    name = "+ cuDNN tries its algorithms" if bench.gpu else "eager, fp32"
+    if bench.quick or bench.gpu:
+        attempt(bench, name, uncompiled, name, "bf16" if bench.gpu else "fp32", True)
     with surroundings.kernels(False, bench.device):
-        surroundings.keep_compiled_code()
+        compiled_levers(bench, cvs_task(bench, size, batch, views), row, both, forward)
+    if bench.gpu or not bench.quick:
+        loop(bench, size, batch, views, both, forward)
+
+
+def compiled_levers(
+    bench: Bench, task: CVSTask, row: Callable[..., None], both: int, forward: int
+) -> None:
+    steps, compile_s = scale(bench)[3], {}
+    fast = bench.gpu or not bench.quick
+    stepper = Stepper(task, config_of(bench, precision="bf16" if fast else "fp32"))
+
+    def compiled(name: str, parts: list[str]) -> None:
         surroundings.reset_peak_memory(bench.device)
-        stepper = Stepper(cvs_task(bench, size, batch, views), config_of(bench, precision="bf16"))
-        began = time.perf_counter()
-        stepper.model.compile(dynamic=False)
-        seconds = per_step(bench, stepper, 0, steps)
-        network_s = time.perf_counter() - began
-        row("+ network compiled", seconds)
-        surroundings.reset_peak_memory(bench.device)
-        compile_s = stepper.compile()
-        row("+ batch and loss compiled", per_step(bench, stepper, 0, steps))
-        # the second pass is forward only
-        late = per_step(bench, stepper, 9_000, steps)
-        row("+ second pass (consistency)", late, both + forward)
+        compile_s[name] = stepper.compile(parts)
+        row(name, per_step(bench, stepper, 0, steps))
+
+    def late(name: str) -> None:
+        row(name, per_step(bench, stepper, 9_000, steps), both + forward)  # forward only
+
+    if fast:
+        name = "+ network compiled"
+        attempt(bench, name, compiled, name, ["network"])
+        name = "+ batch and loss compiled"
+        attempt(bench, name, compiled, name, ["batch", "loss"])
+        name = "+ second pass (consistency)"
+        attempt(bench, name, late, name)
+        spent = ", ".join(f"{name[2:]} {seconds:.0f} s" for name, seconds in compile_s.items())
+        bench.say("")
+        bench.say(f"Compiling, at first: {spent}; {stepper.compiled}.")
+        bench.figures["compile_s"] = compile_s
     bench.say("")
-    bench.say(
-        f"Compiling: {network_s:.0f} s for the network, {compile_s:.0f} s for the rest and the "
-        "second pass, at first; afterwards from the cache (below)."
-    )
-    bench.say("")
-    profiled(bench, stepper, 9_000)
-    del stepper
-    loop(bench, size, batch, views, both, forward)
+    attempt(bench, "profile", profiled, bench, stepper, 9_000)
+
+
+def attempt(bench: Bench, name: str, act: Callable[..., Any], *given: Any, **named: Any) -> None:
+    """Go on with the next line of a table where one can't be measured."""
+    try:
+        act(*given, **named)
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        bench.say(f"| {name} | failed: {reason} |")
+        bench.figures[name] = {"failed": reason}
 
 
 def loop(bench: Bench, size: str, batch: int, views: ViewTensors, both: int, forward: int) -> None:
@@ -252,7 +276,9 @@ def loop(bench: Bench, size: str, batch: int, views: ViewTensors, both: int, for
         "| run | samples/s in steps | samples/s in all | TFLOP/s | compile, cached, s | paused, s |"
     )
     bench.say("|:--|--:|--:|--:|--:|--:|")
-    for name, share, flops in (("denoising", 1.0, both), ("consistency", 0.0, both + forward)):
+    runs = [("denoising", 1.0, both), ("consistency", 0.0, both + forward)]
+
+    def measured(name: str, share: float, flops: int) -> None:
         task = cvs_task(bench, size, batch, views, denoising_share=share)
         config = config_of(
             bench, steps=steps, compile=True, precision="bf16", warmup_steps=10,
@@ -277,6 +303,9 @@ def loop(bench: Bench, size: str, batch: int, views: ViewTensors, both: int, for
             "peak_gb": result.peak_memory_bytes / 1e9,
         }
 
+    for name, share, flops in runs[1:] if bench.quick else runs:
+        attempt(bench, name, measured, name, share, flops)
+
 
 def passing(folder: Path) -> Any:
     """A dataset that `fit` takes: the data are in memory here, and fit for timing only."""
@@ -285,40 +314,64 @@ def passing(folder: Path) -> Any:
     return data
 
 
-def decoder_stepper(bench: Bench) -> tuple[Stepper, int]:
+def decoder_task(bench: Bench, objects: int, pixels: int, channels: int) -> Any:
     from fresnel.decoder import DecoderConfig
     from fresnel.decoder_task import DecoderTask
 
-    objects, pixels = (16, 128) if bench.gpu else (4, 64)
     views = synthetic(64, 8, pixels, bench.device)
     torch.manual_seed(0)
-    network = DecoderConfig() if bench.gpu else DecoderConfig(image_size=64, base_channels=24)
-    task = DecoderTask(views, network, batch_size=objects, target_views=3, device=bench.device)
-    return Stepper(task, config_of(bench)), objects * 4
+    network = DecoderConfig(image_size=pixels, base_channels=channels)
+    return DecoderTask(views, network, batch_size=objects, target_views=3, device=bench.device)
 
 
 def section_decoder(bench: Bench) -> None:
+    objects, pixels, channels = (16, 128, 40) if bench.gpu else (4, 64, 24)
+    views = objects * 4
     bench.say(
-        "| decoder, two Gaussians a pixel, 4 views an object | views/s | ms a step | peak GB |"
+        f"Decoder, {objects} objects x 4 views, {pixels} px, two Gaussians a pixel; wanted on an "
+        f"H100: {DECODER_TARGET:,} views/s."
     )
-    bench.say("|:--|--:|--:|--:|")
+    bench.say("")
+    bench.say("| lever | views/s | ms a step | predicted | measured | peak GB |")
+    bench.say("|:--|--:|--:|--:|--:|--:|")
+    first = 0.0
 
-    def row(name: str, seconds: float, views: int) -> None:
+    def row(name: str, stepper: Stepper) -> None:
+        nonlocal first
+        seconds = per_step(bench, stepper, 0, 50 if bench.gpu else 5)
+        first = first or seconds
         memory = surroundings.peak_memory(bench.device) / 1e9
-        bench.say(f"| {name} | {views / seconds:,.0f} | {seconds * 1e3:.1f} | {memory:.1f} |")
-        bench.figures[name] = {"views_per_s": views / seconds, "step_s": seconds}
+        bench.say(
+            f"| {name} | {views / seconds:,.0f} | {seconds * 1e3:.1f} | "
+            f"{PREDICTED.get(name, 1.0):.1f}x | {first / seconds:.2f}x | {memory:.1f} |"
+        )
+        bench.figures[name] = {"views_per_s": views / seconds, "step_s": seconds, "gb": memory}
 
+    def compiled(name: str, graphs: bool) -> None:
+        nonlocal stepper
+        torch.compiler.reset()
+        surroundings.reset_peak_memory(bench.device)
+        stepper = Stepper(decoder_task(bench, objects, pixels, channels), config_of(bench))
+        stepper.task.cuda_graphs = graphs  # type: ignore[attr-defined]
+        compile_s = stepper.compile()
+        row(name, stepper)
+        notes.append(f"{name}: compiling took {compile_s:.0f} s; {stepper.compiled}.")
+
+    notes: list[str] = []
     with surroundings.kernels(False, bench.device):
         surroundings.reset_peak_memory(bench.device)
-        stepper, views = decoder_stepper(bench)
-        row("eager", per_step(bench, stepper, 0, 30 if bench.gpu else 5), views)
+        stepper = Stepper(decoder_task(bench, objects, pixels, channels), config_of(bench))
+        attempt(bench, "eager", row, "eager", stepper)
+        if not bench.quick:
+            attempt(bench, "compiled", compiled, "compiled", False)
         if bench.gpu:
-            compile_s = stepper.compile()
-            row("compiled", per_step(bench, stepper, 0, 50), views)
+            name = "compiled, CUDA graphs"
+            attempt(bench, name, compiled, name, True)
+        for note in notes:
             bench.say("")
-            bench.say(f"Compiling took {compile_s:.0f} s.")
-            bench.say("")
-            profiled(bench, stepper, 0)
+            bench.say(note)
+        bench.say("")
+        attempt(bench, "profile", profiled, bench, stepper, 0)
 
 
 def profiled(bench: Bench, stepper: Stepper, first: int, rows: int = 14) -> None:
@@ -486,11 +539,10 @@ def section_agree(bench: Bench) -> None:
     views = synthetic(16, 8, 32, bench.device)
     steps = 200
 
-    def losses(batch: int = 16, **changes: Any) -> tuple[torch.Tensor, Stepper]:
-        config = TrainConfig(steps=steps, lr=1e-3, **changes)
-        stepper = Stepper(cvs_task(bench, "tiny", batch, views), config)
-        with surroundings.kernels(config.deterministic, bench.device):
-            if config.compile:
+    def losses(task: Any, **changes: Any) -> tuple[torch.Tensor, Stepper]:
+        stepper = Stepper(task, TrainConfig(steps=steps, lr=1e-3, **changes))
+        with surroundings.kernels(stepper.config.deterministic, bench.device):
+            if stepper.config.compile:
                 stepper.compile()
             rows = []
             for k in range(steps):
@@ -499,28 +551,22 @@ def section_agree(bench: Bench) -> None:
                     rows.append(stepper.take_terms()["loss"])
         return torch.tensor(rows), stepper
 
-    plain, _ = losses(deterministic=True)
-    bench.say("| losses, ten means of 20 steps | largest relative difference | tolerance |")
-    bench.say("|:--|--:|--:|")
-    cases: dict[str, tuple[float, dict[str, Any]]] = {
-        "cuDNN's choice of kernels": (0.02, {"deterministic": False}),
-        "bf16": (0.05, {"precision": "bf16"}),
-        "checkpointing": (0.02, {"checkpointing": True}),
-        "compiled": (0.02, {"compile": True}),
-        "compiled, bf16": (0.05, {"compile": True, "precision": "bf16"}),
-    }
-    for name, (tolerance, changes) in cases.items():
-        if bench.quick and "compile" in changes and not (bench.gpu and "precision" in changes):
-            continue
-        found, _ = losses(**changes)
+    def cvs() -> CVSTask:
+        return cvs_task(bench, "tiny", 16, views)
+
+    def compare(
+        name: str, tolerance: float, plain: torch.Tensor, task: Any, **changes: Any
+    ) -> None:
+        found, stepper = losses(task, **changes)
         worst = float(((found - plain) / plain).abs().max())
         verdict = "" if worst <= tolerance else " **exceeded**"
-        bench.say(f"| {name} | {worst:.2%} | {tolerance:.0%}{verdict} |")
+        how = "; ".join(f"{part}: {way}" for part, way in stepper.compiled.items())
+        bench.say(f"| {name} | {worst:.2%} | {tolerance:.0%}{verdict} | {how} |")
         bench.figures[name] = worst
-    bench.say("")
-    again, first = losses(deterministic=True)
-    third, second = losses(deterministic=True)
-    same = torch.equal(again, third) and all(
+
+    plain, first = losses(cvs(), deterministic=True)
+    again, second = losses(cvs(), deterministic=True)
+    same = torch.equal(plain, again) and all(
         torch.equal(a, b)
         for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True)
     )
@@ -528,6 +574,26 @@ def section_agree(bench: Bench) -> None:
         f"Deterministic mode, twice 200 steps: {'the same bits' if same else 'NOT the same'}."
     )
     bench.figures["same_bits"] = same
+    bench.say("")
+    bench.say("| losses, ten means of 20 steps | largest relative difference | tolerance | |")
+    bench.say("|:--|--:|--:|:--|")
+    cases: dict[str, tuple[float, dict[str, Any]]] = {
+        "cuDNN's choice of kernels": (0.02, {"deterministic": False}),
+        "bf16": (0.05, {"precision": "bf16"}),
+        "checkpointing": (0.02, {"checkpointing": True}),
+        "compiled": (0.02, {"compile": True}),
+        "compiled, bf16": (0.05, {"compile": True, "precision": "bf16"}),
+    }
+    if bench.quick:
+        cases = (
+            {"compiled, bf16": cases["compiled, bf16"]} if bench.gpu else {"bf16": cases["bf16"]}
+        )
+    for name, (tolerance, changes) in cases.items():
+        attempt(bench, name, compare, name, tolerance, plain, cvs(), **changes)
+    if bench.gpu:
+        eager, _ = losses(decoder_task(bench, 8, 32, 16))
+        name, task = "decoder: compiled, CUDA graphs", decoder_task(bench, 8, 32, 16)
+        attempt(bench, name, compare, name, 0.05, eager, task, compile=True)
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
@@ -560,6 +626,7 @@ def table(out: Path) -> Iterator[str]:
         yield from ("", f"Large matrix product: {found['matrix_flop_per_s'] / 1e12:.1f} TFLOP/s.")
         for name, section in found["sections"].items():
             yield from ("", f"### {name}", "", *section["lines"])
+            yield from ("", f"Commit {section['commit'][:7]}, {section['duration_s']:.0f} s.")
 
 
 def main() -> None:
@@ -591,11 +658,15 @@ def main() -> None:
         if bench.gpu:
             torch.cuda.empty_cache()
         torch.compiler.reset()
-        kept[name] = {"lines": bench.lines, "figures": bench.figures, "duration_s": took}
+        kept[name] = {
+            "lines": bench.lines,
+            "figures": bench.figures,
+            "duration_s": took,
+            "commit": git_state()["commit"],
+        }
         kept = {key: kept[key] for key in SECTIONS if key in kept}
         record = {
             "machine": machine(device),
-            "commit": git_state()["commit"],
             "matrix_flop_per_s": bench.rate,
             "sections": kept,
         }

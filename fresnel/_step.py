@@ -35,6 +35,7 @@ class Stepper:
     Attributes:
         sums: of the loss terms and the gradient's norm since `take_terms`, float64, in the order of
             `names`; count: over how many steps.
+        compiled: part of the task -> how it was compiled, for what `compile` was called for.
         first_bad: the first micro-batch (step * accumulate + index) whose loss or gradient was not
             finite, on the device; -1: none.
     """
@@ -55,6 +56,7 @@ class Stepper:
         for module in self.model.modules():
             if isinstance(module, UNet):
                 module.checkpointing = config.checkpointing
+        self.compiled: dict[str, str] = {}
         self.names: list[str] = []
         self.sums: Tensor | None = None
         self.count = 0
@@ -105,18 +107,22 @@ class Stepper:
                     got = self.probe()
                     if not np.allclose(got, wanted, rtol=tolerance, atol=1e-4, equal_nan=True):
                         raise ArithmeticError(f"loss and gradient {got}, uncompiled {wanted}")
+                self.compiled[part] = (
+                    "CUDA graphs" if "triton.cudagraphs" in str(way) else "compiled"
+                )
                 return
             except Exception as error:  # compilers fail in many ways, and none may end a run
                 if surroundings.is_out_of_memory(error):
                     raise
-                reasons.append(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+                reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:300])
                 self.optimizer.zero_grad(set_to_none=True)
                 hot[part] = plain
                 if part == "model":
                     plain._compiled_call_impl = None  # what nn.Module.compile sets
+        self.compiled[part] = f"not compiled: {reasons[-1]}"
         warnings.warn(
             f"compile: the {part} of {self.task.__class__.__name__} runs uncompiled, slower but "
-            f"the same ({reasons[-1][:300]})",
+            f"the same ({reasons[-1]})",
             stacklevel=2,
         )
 

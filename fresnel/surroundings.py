@@ -86,7 +86,9 @@ def ways_to_compile(graphs: bool, *, tiling: bool) -> list[dict[str, Any]]:
         tiling: with torch's analysis of memory access first. Until 2.12 it broke down on some
             code; it pays where layouts differ, as between convolutions.
     """
-    known = torch._inductor.list_options()
+    from torch._inductor import list_options
+
+    known = list_options()
     plain: dict[str, Any] = {}
     careful = {k: False for k in ("triton.coalesce_tiling_analysis",) if k in known}
     ways = [plain, careful] if tiling and careful else [careful or plain]

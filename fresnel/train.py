@@ -200,6 +200,7 @@ def fit(
         run.start_log()
         if config.compile and run.step < end:
             run.compile_s = run.stepper.compile()
+            run.log("compile", seconds=run.compile_s, parts=run.stepper.compiled)
         while True:
             done = run.step >= end
             if run.step != resumed_at:  # else all of this was done before the checkpoint

@@ -311,6 +311,45 @@ def test_compiling_and_checkpointing_change_nothing_but_rounding(
         torch.testing.assert_close(weights(result)[name], value, atol=1e-6, rtol=1e-5)
 
 
+def test_what_cannot_be_compiled_or_comes_out_different_runs_as_it_was(
+    tmp_path: Path, monkeypatch
+) -> None:
+    class Hot(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hot = {"network": type(self.model).forward, "loss": torch.nn.functional.mse_loss}
+
+        def loss(self, batch, **_):
+            output = self.hot["network"](self.model, batch["x"])
+            return {"loss": self.hot["loss"](output, batch["x"])}
+
+    def refused(graph, inputs):
+        raise TypeError("Expected a number but got Add:")
+
+    def doubled(graph, inputs):
+        return lambda *given: [2 * out for out in graph(*given)]
+
+    config = dataclasses.replace(CONFIG, steps=4)
+    plain = run(tmp_path, "plain", Hot(), config=config)
+    for backend, reason in ((refused, "Expected a number"), (doubled, "loss and gradient")):
+        ways = {"network": [{"backend": "eager"}], "loss": [{"backend": backend}]}
+        monkeypatch.setattr(
+            surroundings,
+            "ways_to_compile",
+            lambda graphs, tiling, ways=ways: ways["network" if tiling else "loss"],
+        )
+        torch.compiler.reset()
+        with pytest.warns(UserWarning, match=f"the loss of Hot runs uncompiled.*{reason}"):
+            result = run(
+                tmp_path, backend.__name__, Hot(), config=dataclasses.replace(config, compile=True)
+            )
+        rows = [json.loads(row) for row in (result.run_dir / "log.jsonl").read_text().splitlines()]
+        (row,) = [row for row in rows if row["event"] == "compile"]
+        assert row["parts"]["network"] == "compiled" and reason in row["parts"]["loss"]
+        for name, value in weights(plain).items():
+            torch.testing.assert_close(weights(result)[name], value, atol=1e-6, rtol=1e-5)
+
+
 def test_a_background_writer_keeps_what_it_was_given_and_reports_failures(
     tmp_path: Path, monkeypatch
 ) -> None:
