@@ -127,7 +127,8 @@ def check_epipolar(seen: Seen) -> Finding | None:
     """Photographs whose matched features contradict the poses: see `epipolar.misfit`.
 
     Asked of opaque photographs only.  51 synthetic rooms (four kinds of texture, three focal
-    lengths, three steps) stay below 0.84; inverted, OpenGL's and reversed poses reach 1.45.
+    lengths, three steps) stay below 0.84; inverted, OpenGL's and reversed poses reach 1.45.  Of 31
+    other rooms one is flagged (a repeating brick wall), and every one with such poses.
     """
     marks, value = beyond(seen.record("epipolar"), seen.config.max_epipolar)
     return Finding(
