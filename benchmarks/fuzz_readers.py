@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SEEDS = Path(__file__).parent.parent / "fresnel" / "assets" / "table.glb"
 Target = tuple[bytes, Callable[[bytes], Any]]
 _POSE = [[1.0, 0, 0, 0], [0, 1, 0, 0.5], [0, 0, 1, 3], [0, 0, 0, 1]]
 
@@ -137,9 +136,13 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
         return b"id=x\nname#1=A\nmodel#1=/a.obj\nlicense#1=CC0\ncreator#1=me\n", packed
 
     def mesh() -> Target:
+        import trimesh
+
         from fresnel._surfaces import surface
 
-        return SEEDS.read_bytes()[:20_000], lambda data: surface(meshes.load(data))
+        box = trimesh.creation.box()
+        box.visual.face_colors = [200, 90, 30, 255]
+        return box.export(file_type="glb"), lambda data: surface(meshes.load(data))
 
     def picture() -> Target:
         _pictures(folder)
