@@ -170,7 +170,9 @@ def fuzz(name: str, seconds: int, work: Path) -> None:
     """One target, in this process, which libFuzzer ends."""
     import atheris
 
-    with atheris.instrument_imports(include=["fresnel"]):
+    with atheris.instrument_imports(include=["fresnel", "trimesh.exchange"]):
+        from fresnel import _surfaces, dataset, meshes  # noqa: F401
+        from fresnel.formats import co3d, colmap, nerfstudio, shards  # noqa: F401
         from fresnel.images import DatasetError
     (work / "data").mkdir(parents=True)
     (work / "corpus").mkdir()
