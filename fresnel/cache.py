@@ -13,7 +13,6 @@ Only a run that finished with a verdict is kept; REFUSED is none.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -23,7 +22,7 @@ import site
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ CACHE_NAME = ".cache"
 _SHOWS_ONLY = {
     *("__main__.py", "driver.py", "report.py", "profiles.py", "pages.py", "overview.py"),
     *("plainpage.py", "_html.py", "execution.py", "cache.py", "_touched.py", "ledger.py"),
+    "locks.py",
     *("templates", "schema", "__pycache__"),
 }
 """Of this package, what runs or shows a report but has no part in its figures."""
@@ -175,21 +175,6 @@ def state(path: str, before: list[Any] | None = None) -> list[Any]:
     except OSError:
         return ["none", None, None]
     return ["file", [*stamp, settled], digest]
-
-
-@contextlib.contextmanager
-def locked(path: Path, waiting: str = "") -> Iterator[None]:
-    """Hold the lock file at `path`; waits while another process or thread has it, after saying
-    `waiting` on stderr. The lock goes with its process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting:
-                print(waiting, file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def lock_file(reports: Path, wanted: Mapping[str, Any]) -> Path:

@@ -10,15 +10,15 @@ resumes from its checkpoint.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from fresnel import profiles, report
+from fresnel.locks import lock_if_free
 from fresnel.parameters import check_parameters, read_parameters
 from fresnel.profiles import ProfileError, Step
 
@@ -158,18 +158,9 @@ def finished(step: Step, reports: Path) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _mine(reports: Path, name: str) -> Iterator[bool]:
-    """Whether no other process has the step; a lock that goes with its process."""
-    path = reports / ".study" / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+def _mine(reports: Path, name: str) -> AbstractContextManager[bool]:
+    """Whether no other process has the step."""
+    return lock_if_free(reports / ".study" / f"{name}.lock")
 
 
 def _stem(name: str) -> str:

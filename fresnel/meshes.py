@@ -35,12 +35,8 @@ from fresnel._trace import load, render
 from fresnel._writing import assemble, check_target
 from fresnel.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
 from fresnel.dataset import DatasetError, MultiViewDataset, ObjectViews
+from fresnel.locks import lock_if_free
 from fresnel.provenance import core_count
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock, so don't start two renderings of one dataset
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "Asset",
@@ -181,13 +177,9 @@ def _workplace(target: Path, jobs: Sequence[_Job]) -> Iterator[Path]:
         stamp = (about.st_size, about.st_mtime_ns) if about else ()
         said.update(f"{job!r}{stamp}\n".encode())
     folder = target.parent / f".{target.name}.rendering-{said.hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DatasetError(f"{target}: another process is rendering it") from None
+    with lock_if_free(folder / _LOCK) as mine:
+        if not mine:
+            raise DatasetError(f"{target}: another process is rendering it")
         for old in target.parent.glob(f".{target.name}.rendering-*"):
             if old != folder and not _is_locked(old):
                 shutil.rmtree(old, ignore_errors=True)  # of other settings: never to be resumed
@@ -205,16 +197,10 @@ def _tidy(folder: Path) -> None:
 
 
 def _is_locked(folder: Path) -> bool:
-    if fcntl is None:
+    if not (folder / _LOCK).exists():
         return False
-    try:
-        with (folder / _LOCK).open("r") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+    with lock_if_free(folder / _LOCK) as free:
+        return not free
 
 
 def _render_all(

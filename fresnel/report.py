@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fresnel import cache
+from fresnel import cache, locks
 from fresnel.parameters import check_parameters, read_parameters
 from fresnel.plainpage import plain_page
 from fresnel.provenance import project_root
@@ -181,7 +181,7 @@ def index(reports_dir: str | Path | None = None) -> Path:
     from fresnel import pages
 
     reports = reports_folder(reports_dir)
-    with cache.locked(reports / cache.CACHE_NAME / "index.lock"):
+    with locks.locked(reports / cache.CACHE_NAME / "index.lock"):
         return pages.index(reports)
 
 
@@ -393,7 +393,7 @@ def _page(directory: Path, record: RunRecord, notebook: Any = None) -> str | Non
 @contextlib.contextmanager
 def _alone(reports: Path, wanted: Mapping[str, Any], name: str) -> Iterator[None]:
     waiting = f"{name}: another process is computing this very report; waiting for it"
-    with cache.locked(cache.lock_file(reports, wanted), waiting):
+    with locks.locked(cache.lock_file(reports, wanted), waiting):
         yield
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fresnel import checkpoints, gate, surroundings
 from fresnel._step import OutOfMemory, Stepper, ema_exponent, finite_names, step_seed
-from fresnel.cache import locked
+from fresnel.locks import locked
 
 __all__ = [
     "NonFiniteLoss",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fresnel import cache, report
+from fresnel import cache, locks, report
 from fresnel.record import RunRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,8 +185,8 @@ def test_a_second_holder_of_a_lock_waits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = tmp_path / "locks" / "a.lock"
-    code = "import sys, time\nfrom pathlib import Path\nfrom fresnel import cache\n"
-    code += f"with cache.locked(Path({str(lock)!r})):\n    print('held', flush=True)\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom fresnel import locks\n"
+    code += f"with locks.locked(Path({str(lock)!r})):\n    print('held', flush=True)\n"
     code += "    sys.stdin.read()\n"
     command = [sys.executable, "-c", code]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -194,7 +194,7 @@ def test_a_second_holder_of_a_lock_waits(
         assert other.stdout.readline() == "held\n"
         other.kill()  # the lock goes with its holder
         other.wait()
-    with cache.locked(lock, "waiting"):
+    with locks.locked(lock, "waiting"):
         pass
     assert capsys.readouterr().err == ""
 

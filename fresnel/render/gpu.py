@@ -16,13 +16,9 @@ import torch
 import torch.utils.cpp_extension
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 from fresnel.cameras import Cameras
 from fresnel.gaussians import Gaussians
+from fresnel.locks import locked
 from fresnel.render import one_batch
 
 
@@ -33,10 +29,7 @@ def _rasterization() -> Any:
     """
     if "gsplat.cuda._backend" not in sys.modules:
         folder = Path(torch.utils.cpp_extension.get_default_build_root())
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "gsplat.lock").open("w") as lock:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(folder / "gsplat.lock"):
             importlib.import_module("gsplat.cuda._backend")
     from gsplat import rasterization
 
