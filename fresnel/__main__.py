@@ -91,11 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     study = commands.add_parser(
         "study",
         help="run the arms and seeds of a study; several processes share the work",
-        description="Run what is not finished of a study (notebooks/params/study_*.yaml). Call it "
+        description="Run what is not finished of a study (notebooks/params/study.yaml). Call it "
         "once for each GPU, with CUDA_VISIBLE_DEVICES; call it again to go on.",
     )
     study.add_argument("study", help="YAML file")
     study.add_argument("--only", action="append", default=[], metavar="STEP")
+    study.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="a parameter of every step whose notebook has it, to rehearse a study (repeat)",
+    )  # fmt: skip
+    study.add_argument("--runs", default="runs", help="folder of its data and weights")
     study.add_argument("--list", action="store_true", help="show the steps, run none")
     study.add_argument("--fresh", action="store_true", help="compute finished steps again")
     study.add_argument("--stop-after", type=float, metavar="SECONDS", help="for the next call")
@@ -251,7 +256,9 @@ def _gated(arguments: argparse.Namespace, dataset: Any, gate: Any) -> int:
 def _study(arguments: argparse.Namespace) -> int:
     from fresnel import driver, report
 
-    steps = driver.load(arguments.study)
+    steps = driver.load(arguments.study, runs=arguments.runs)
+    values = dict(text.partition("=")[::2] for text in arguments.set)
+    steps = driver.override(steps, values)
     if arguments.list:
         reports = report.reports_folder(arguments.reports)
         for step in steps:

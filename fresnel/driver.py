@@ -1,7 +1,7 @@
 """A study: many runs and their seeds, from one YAML file, shared by as many processes as there are.
 
-    CUDA_VISIBLE_DEVICES=0 python -m fresnel study notebooks/params/study_arms.yaml &
-    CUDA_VISIBLE_DEVICES=1 python -m fresnel study notebooks/params/study_arms.yaml
+    CUDA_VISIBLE_DEVICES=0 python -m fresnel study notebooks/params/study.yaml &
+    CUDA_VISIBLE_DEVICES=1 python -m fresnel study notebooks/params/study.yaml
 
 Each process takes the next step that is neither finished nor in another's hands and whose needs
 are finished.  Stopped ones are called again and go on: finished steps stay finished, a training
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,17 @@ from fresnel.profiles import ProfileError, Step
 _WAIT_S = 3.0
 
 
-def load(path: str | Path) -> list[Step]:
-    """Read a study: a profile whose steps may have "seeds".
+def load(path: str | Path, *, runs: str | Path = "runs") -> list[Step]:
+    """Read a study: a profile whose steps may have "seeds", in stages.
 
-    The file is a list of steps as `profiles.load_profile` reads them, or a mapping with that list
-    under "steps" (its other keys hold YAML anchors).  A step with seeds: [0, 1] becomes the steps
-    NAME-s0 and NAME-s1 with the parameter `seed`; in its texts {seed} is the seed.  A `needs`
-    that names a step with seeds means that of the same seed, or all of them.
+    The file is a list of steps as `profiles.load_profile` reads them, or a mapping with such lists
+    under "stages", by name (its other keys hold YAML anchors).  A step with seeds: [0, 1] becomes
+    the steps NAME-s0 and NAME-s1 with the parameter `seed`.  A `needs` that names a step with seeds
+    means that of the same seed, or all of them.  In texts {seed} is the seed and {runs} the folder
+    of data and weights.
+
+    Order is priority: stage by stage, and in a stage all steps of a seed before those of the next,
+    so that a study which is stopped has every arm once rather than the first arms three times.
 
     Raises:
         ProfileError: if the file is no study.
@@ -40,32 +46,75 @@ def load(path: str | Path) -> list[Step]:
     if not source.is_file():
         raise ProfileError(f"no such study: {source}")
     content = profiles.read_yaml(source)
-    entries = content.get("steps") if isinstance(content, dict) else content
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ProfileError(f"{source}: must hold a list of steps, or a mapping with 'steps'")
-    seeds = {entry.get("name"): entry.get("seeds") or () for entry in entries}
+    named = content.get("stages") if isinstance(content, dict) else {"": content}
+    stages: list[Any] = list(named.values()) if isinstance(named, dict) else [None]
+    for stage in stages:
+        if not isinstance(stage, list) or not all(isinstance(entry, dict) for entry in stage):
+            raise ProfileError(f"{source}: must hold a list of steps, or lists of them in 'stages'")
+    seeds = {entry.get("name"): entry.get("seeds") or () for stage in stages for entry in stage}
     expanded = []
-    for entry in entries:
-        own = {key: value for key, value in entry.items() if key != "seeds"}
-        needs = own.get("needs") or ()
-        needs = (needs,) if isinstance(needs, str) else tuple(needs)
-        for seed in entry.get("seeds") or (None,):
-            step = _seeded(own, seed) if seed is not None else dict(own)
-            step["needs"] = []
-            for need in needs:
-                theirs = seeds.get(need) or ()
-                same = [seed] if seed in theirs else theirs
-                step["needs"] += [f"{need}-s{one}" for one in same] if theirs else [need]
-            expanded.append(step)
+    for stage in stages:
+        turn = dict[str, int]()  # the seed whose turn it is, or a later one's that it needs
+        made = []
+        for entry in stage:
+            needs = entry.get("needs") or ()
+            needs = (needs,) if isinstance(needs, str) else tuple(needs)
+            for seed in entry.get("seeds") or (None,):
+                step = _seeded(entry, seed, str(runs))
+                step["needs"] = []
+                for need in needs:
+                    theirs = seeds.get(need) or ()
+                    same = [seed] if seed in theirs else theirs
+                    step["needs"] += [f"{need}-s{one}" for one in same] if theirs else [need]
+                turns = [turn.get(need, -1) for need in step["needs"]]
+                turn[step.get("name", "")] = max([-1 if seed is None else seed, *turns])
+                made.append(step)
+        expanded += sorted(made, key=lambda step: turn[step.get("name", "")])
     return profiles.parse(expanded, source)
 
 
-def _seeded(entry: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def _seeded(entry: Mapping[str, Any], seed: int | None, runs: str) -> dict[str, Any]:
     def fill(value: Any) -> Any:
-        return value.replace("{seed}", str(seed)) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return value.replace("{runs}", runs).replace("{seed}", str(seed))
 
-    params = {key: fill(value) for key, value in (entry.get("params") or {}).items()}
-    return {**entry, "name": f"{entry['name']}-s{seed}", "params": {**params, "seed": seed}}
+    step = {key: value for key, value in entry.items() if key != "seeds"}
+    step["params"] = {key: fill(value) for key, value in (entry.get("params") or {}).items()}
+    if seed is not None:
+        step["name"] = f"{entry.get('name')}-s{seed}"
+        step["params"]["seed"] = seed
+    return step
+
+
+def override(steps: Sequence[Step], values: Mapping[str, str]) -> list[Step]:
+    """The steps with other parameters, each in every step whose notebook has it: a rehearsal.
+
+    Args:
+        values: name -> text, as on a command line.
+
+    Raises:
+        ProfileError: for a name that no step's notebook has, or the seed, which the study sets.
+        ParameterError: for a value that it cannot take.
+    """
+    known = {step.notebook: read_parameters(step.notebook) for step in steps}
+    for name in values:
+        if name == "seed" or not any(name in parameters for parameters in known.values()):
+            raise ProfileError(f"{name}: no notebook of this study has it, or the study sets it")
+    return [
+        replace(
+            step,
+            params={
+                **step.params,
+                **{
+                    name: known[step.notebook][name].parse(text)
+                    for name, text in values.items()
+                    if name in known[step.notebook]
+                },
+            },
+        )
+        for step in steps
+    ]
 
 
 def run(
@@ -79,8 +128,9 @@ def run(
     """Run what is to be done of a study, in this process; see the module.
 
     A step is finished when a run of its name with its very parameters has a verdict (not REFUSED),
-    whatever the code was then: GPU hours are not spent again for a changed comment.  Each process
-    tries a step once.
+    whatever the code was then: GPU hours are not spent again for a changed comment.  A step that
+    failed is not tried again by this call, nor by those that run beside it; others go on, but for
+    what needs it.  An unexpected verdict is a problem to report and stops nothing.
 
     Args:
         only: names of steps (with or without their seed); what they need must be finished.
@@ -101,39 +151,49 @@ def run(
         except (ValueError, OSError) as error:
             raise ProfileError(f"step {step.name}: {error}") from error
     end = None if stop_after_s is None else time.monotonic() + stop_after_s
-    by_name = {step.name: step for step in steps}
-    waiting, problems = list(chosen), list[str]()
+    by_name, begun = {step.name: step for step in steps}, datetime.now(UTC)
+    waiting, problems, done = list(chosen), list[str](), set[str]()
+
+    def ready(step: Step) -> bool:
+        done.update(
+            need for need in step.needs if need not in done and finished(by_name[need], reports)
+        )
+        return done.issuperset(step.needs)
+
     while waiting:
-        progress = busy = False
-        for step in list(waiting):
-            left = None if end is None else end - time.monotonic()
-            if left is not None and left <= 0:
-                print(f"time is up; left for the next call: {_names(waiting)}", flush=True)
-                return problems
-            if not all(finished(by_name[need], reports) for need in step.needs):
-                continue
+        taken = busy = False
+        left = None if end is None else end - time.monotonic()
+        if left is not None and left <= 0:
+            print(f"time is up; left for the next call: {_names(waiting)}", flush=True)
+            return problems
+        for step in filter(ready, list(waiting)):
             with _mine(reports, step.name) as mine:
                 busy |= not mine
-                if mine:
-                    waiting.remove(step)
-                    progress = True
-                    if fresh or not finished(step, reports):
-                        problems += _one(step, reports, fresh, left)
-        if not progress and not busy:
+                if not mine:
+                    continue
+                taken = True
+                waiting.remove(step)
+                if fresh or not (finished(step, reports) or _failed(step, reports, begun)):
+                    problems += _one(step, reports, fresh, left)
+            break  # what it made ready may come before what follows
+        if not taken and not busy:
             problems.append(f"left out, as what they need is not finished: {_names(waiting)}")
             break
-        if not progress:
+        if not taken:
             time.sleep(_WAIT_S)
     report.try_index(reports)
     return problems
 
 
 def _one(step: Step, reports: Path, fresh: bool, timeout_s: float | None) -> list[str]:
-    done = report.run(
-        step.notebook, step.params, step.name, reports,
-        fresh=fresh, timeout_s=timeout_s, label=step.name,
-    )  # fmt: skip
-    print(f"{step.name:<32} {report.line(done)}", flush=True)
+    try:
+        done = report.run(
+            step.notebook, step.params, step.name, reports,
+            fresh=fresh, timeout_s=timeout_s, label=step.name,
+        )  # fmt: skip
+    except Exception as error:  # such as a full disk: the steps that are left may fare better
+        return [f"{step.name}: {type(error).__name__}: {error}"]
+    print(f"{step.name:<40} {report.line(done)}", flush=True)
     if done.crashed and (done.record.failure or {}).get("kind") == "timed_out":
         return []
     if done.crashed or done.record.verdict == "REFUSED":
@@ -145,17 +205,34 @@ def _one(step: Step, reports: Path, fresh: bool, timeout_s: float | None) -> lis
 
 def finished(step: Step, reports: Path) -> bool:
     """Whether a run of the step's name and parameters has a verdict."""
+    return any(
+        record.get("status") == "finished" and record.get("verdict") != "REFUSED"
+        for record in _records(step, reports)
+    )
+
+
+def _failed(step: Step, reports: Path, since: datetime) -> bool:
+    """Whether another process has tried the step since then, in vain."""
+    for record in _records(step, reports):
+        ended = (record.get("failure") or {}).get("kind") in ("timed_out", "stopped")
+        bad = record.get("status") == "crashed" or record.get("verdict") == "REFUSED"
+        if bad and not ended and record.get("started_utc", "") >= f"{since:%Y-%m-%dT%H:%M:%S}":
+            print(f"{step.name:<40} failed in another process; see there", flush=True)
+            return True
+    return False
+
+
+def _records(step: Step, reports: Path) -> Iterator[dict[str, Any]]:
+    """What the runs of the step's name and parameters left."""
     for results in reports.glob(f"runs/*Z-{step.name}*/results.json"):
         try:
             record = json.loads(results.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        same = record.get("name") == step.name and all(
+        if record.get("name") == step.name and all(
             record.get("params", {}).get(key) == value for key, value in step.params.items()
-        )
-        if same and record.get("status") == "finished" and record.get("verdict") != "REFUSED":
-            return True
-    return False
+        ):
+            yield record
 
 
 def _mine(reports: Path, name: str) -> AbstractContextManager[bool]:

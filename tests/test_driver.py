@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fresnel import driver, report
 from fresnel.__main__ import main
 from fresnel.profiles import ProfileError, Step
 from fresnel.report import Run
 
+SHIPPED = Path(__file__).parent.parent / "notebooks" / "params" / "study.yaml"
 STUDY = """
 anchors:
   long: &long {steps: 100, size: base}
-steps:
-  - {name: data, notebook: notebooks/01_validate_data.ipynb}
-  - name: decoder
-    notebook: notebooks/03_full_train.ipynb
-    seeds: [0, 1]
-    needs: data
-    params: {<<: *long, export_to: "runs/decoder-s{seed}.safetensors"}
-  - name: arm
-    notebook: notebooks/03_full_train.ipynb
-    seeds: [1, 2]
-    needs: [data, decoder]
-    params: {<<: *long, decoder_weights: runs/decoder-s0.safetensors}
+stages:
+  decoders:
+    - {name: data, notebook: notebooks/01_validate_data.ipynb}
+    - name: decoder
+      notebook: notebooks/03_full_train.ipynb
+      seeds: [0, 1]
+      needs: data
+      params: {<<: *long, export_to: "{runs}/decoder-s{seed}.safetensors"}
+  arms:
+    - name: arm
+      notebook: notebooks/03_full_train.ipynb
+      seeds: [1, 2]
+      needs: [data, decoder]
+      params: {<<: *long, decoder_weights: runs/decoder-s0.safetensors}
 """
 
 
@@ -49,12 +55,42 @@ def test_seeds_become_steps_that_need_their_own_kind(study: Path) -> None:
     assert steps["decoder-s1"].needs == ("data",)
     assert steps["arm-s1"].needs == ("data", "decoder-s1")
     assert steps["arm-s2"].needs == ("data", "decoder-s0", "decoder-s1")
+    elsewhere = driver.load(study, runs="/tmp/x")[2].params["export_to"]
+    assert elsewhere == "/tmp/x/decoder-s1.safetensors"
+
+
+def test_a_stage_does_all_steps_of_a_seed_before_those_of_the_next(study: Path) -> None:
+    line = "{{name: {}, notebook: notebooks/03_full_train.ipynb, seeds: {}, needs: {}}}"
+    study.write_text(
+        "\n- ".join(
+            [
+                "- " + line.format("a", [0, 1], []),
+                line.format("b", [0, 1], "a"),
+                line.format("all", [], "b"),
+                line.format("c", [0], "all"),
+                line.format("free", [], []),
+            ]
+        )
+    )
+    names = [step.name for step in driver.load(study)]
+    assert names == ["free", "a-s0", "b-s0", "a-s1", "b-s1", "all", "c-s0"]
+
+
+def test_a_rehearsal_overrides_what_the_notebooks_have(study: Path) -> None:
+    steps = driver.override(driver.load(study), {"steps": "4", "images": "8"})
+    assert steps[0].params == {"images": 8}
+    assert [step.params["steps"] for step in steps[1:]] == [4] * 4
+    assert steps[1].params["size"] == "base" and steps[1].name == "decoder-s0"
+    for wrong in ({"stepz": "4"}, {"seed": "1"}, {"steps": "many"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            driver.override(steps, wrong)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("{}", "a mapping with 'steps'"),
+        ("{}", "lists of them in 'stages'"),
+        ("stages: {a: 3}", "lists of them in 'stages'"),
         ("- {name: a}", "needs 'name' and 'notebook'"),
         ("- {name: a, notebook: x.ipynb, needs: b}", "no step before it"),
     ],
@@ -81,6 +117,7 @@ class Runner:
         record = report.RunRecord(
             notebook.stem, "crashed" if crashed else "finished", None if crashed else "PASS",
             name=name, params={**params, "device": "auto"}, error="it broke" if crashed else None,
+            started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         record.write(folder)
         return Run(record, folder)
@@ -115,6 +152,65 @@ def test_a_crash_stops_only_what_needs_it(study: Path, runner: Runner) -> None:
         "decoder-s0: it broke",
         "left out, as what they need is not finished: arm-s2",
     ]
+    for results in runner.reports.glob("runs/*/results.json"):
+        results.write_text(re.sub(r"\d{4}-\d\d-\d\dT", "2000-01-01T", results.read_text()))
+    driver.run(driver.load(study), runner.reports)
+    assert runner.ran[4:] == ["decoder-s0"], "a later call tries again"
+
+
+def test_what_fails_in_one_process_is_not_tried_by_those_beside_it(
+    study: Path, runner: Runner
+) -> None:
+    steps = driver.load(study)
+    runner.failing = {"decoder-s0"}
+    beside = list[str]()
+
+    def meanwhile(name: str) -> None:
+        if name == "data" and not beside:
+            beside.append("began")
+            steps_but_data = [replace(step, needs=()) for step in steps]
+            driver.run(steps_but_data, runner.reports, only=["decoder-s0"])
+
+    runner.during = meanwhile
+    problems = driver.run(steps, runner.reports)
+    assert runner.ran == ["data", "decoder-s0", "decoder-s1", "arm-s1"]
+    assert problems == ["left out, as what they need is not finished: arm-s2"]
+
+
+def test_an_unexpected_verdict_or_an_error_of_the_driver_stops_nothing(
+    study: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [
+        replace(step, expect="FAIL" if step.name == "data" else None) for step in driver.load(study)
+    ]
+
+    def run(notebook: Path, params: Any, name: str, *given: Any, **options: Any) -> Run:
+        if name == "decoder-s0":
+            raise OSError("no room")
+        return runner(notebook, params, name, *given, **options)
+
+    monkeypatch.setattr(report, "run", run)
+    assert driver.run(steps, runner.reports) == [
+        "data ended with PASS, but FAIL was expected.",
+        "decoder-s0: OSError: no room",
+        "left out, as what they need is not finished: arm-s2",
+    ]
+    assert runner.ran == ["data", "decoder-s1", "arm-s1"]
+
+
+def test_what_a_step_makes_ready_comes_before_what_follows(study: Path, runner: Runner) -> None:
+    """Another process finishes decoder-s1 while this one computes data; arm-s1 then comes first."""
+    steps = {step.name: step for step in driver.load(study)}
+    order = [steps["data"], steps["decoder-s1"], steps["arm-s1"], steps["decoder-s0"]]
+
+    def meanwhile(name: str) -> None:
+        if name == "data":
+            runner.during = lambda name: None
+            driver.run([replace(order[1], needs=())], runner.reports)
+
+    runner.during = meanwhile
+    assert driver.run(order, runner.reports) == []
+    assert runner.ran == ["data", "decoder-s1", "arm-s1", "decoder-s0"]
 
 
 def test_two_processes_share_the_steps(study: Path, runner: Runner) -> None:
@@ -171,12 +267,57 @@ def test_the_command_lists_runs_and_reports_trouble(
 
 
 def test_the_studies_that_ship_name_real_parameters() -> None:
-    folder = Path(__file__).parent.parent / "notebooks" / "params"
-    studies = sorted(folder.glob("study_*.yaml"))
-    assert studies
-    for path in studies:
-        steps = driver.load(path)
-        for step in steps:
-            report.check_parameters(report.read_parameters(step.notebook), step.params)
-            assert step.expect in {"PASS", "FAIL", "GO", "NO-GO", "DONE", None}
-        assert yaml.safe_load(path.read_text()) and json.dumps([dict(s.params) for s in steps])
+    steps = driver.load(SHIPPED)
+    for step in steps:
+        report.check_parameters(report.read_parameters(step.notebook), step.params)
+        assert step.expect in {"PASS", "FAIL", "GO", "NO-GO", "DONE", None}
+    json.dumps([dict(step.params) for step in steps])
+
+
+def test_the_study_that_ships_needs_whatever_it_reads() -> None:
+    """Weights and data of a step are made by a step that it needs, directly or not."""
+    steps = {step.name: step for step in driver.load(SHIPPED)}
+    made = {step.params.get("export_to"): name for name, step in steps.items()}
+    made |= {
+        s.params["dataset_dir"]: n
+        for n, s in steps.items()
+        if s.params.get("preset", "none") != "none"
+    }
+    made["runs/data/furniture"] = "01-furniture"
+
+    def needed(name: str) -> set[str]:
+        return {name}.union(*(needed(need) for need in steps[name].needs))
+
+    for name, step in steps.items():
+        for parameter in ("decoder_weights", "dataset_dir", "truth_source", "source"):
+            if step.params.get(parameter):
+                assert made[step.params[parameter]] in needed(name), (name, parameter)
+        if name.startswith("03-") and step.params["model"].startswith("cvs"):
+            smoked = {steps[need].params["dataset_dir"] for need in needed(name) if "02-" in need}
+            assert step.params["dataset_dir"] in smoked, name
+
+
+def test_cells_of_the_study_differ_in_what_their_names_say() -> None:
+    """Two cells of the loss table are arms: the tables read these instead."""
+    steps = {step.name.removesuffix("-s0"): step.params for step in driver.load(SHIPPED)}
+    cells = {
+        "original-laplacian-onestep": "03-original",
+        "corrected-alpha-consistency": "03-ungated",
+    }
+    for cell in itertools.product(
+        ("original", "corrected"), ("laplacian", "alpha"), ("onestep", "consistency")
+    ):
+        name = "-".join(cell)
+        assert (f"03-loss-{name}" in steps) == (name not in cells)
+        params = steps[cells.get(name, f"03-loss-{name}")]
+        data = "original" if cell[0] == "original" else "bootstrap"
+        assert params["dataset_dir"] == f"runs/data/study-{data}-B-s0"
+        assert (params.get("loss_mask") == "depth_laplacian") == (cell[1] == "laplacian")
+        assert (params.get("parameterisation") == "original") == (cell[2] == "onestep")
+        assert params["allow_failed_gate"] and "drop_worst_views" not in params
+        assert params.get("augment", True) == (cell[0] == "corrected")
+    free = {"loss_mask", "parameterisation", "steps"}
+    fixed = {k: v for k, v in steps["03-original"].items() if k not in free}
+    for name, params in steps.items():
+        if name.startswith("03-loss-original") and params["seed"] == 0:
+            assert {k: v for k, v in params.items() if k not in free} == fixed

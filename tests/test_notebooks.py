@@ -123,7 +123,7 @@ def test_smoke_then_full_then_analysis(original, corrected, reports):
 
 
 def test_an_arm_with_its_own_decoder_objects_and_render(reports):
-    """What a study's parameters change: see notebooks/params/study_arms.yaml."""
+    """What a study's parameters change: see notebooks/params/study.yaml."""
     weights = reports / "decoder.safetensors"
     run(
         "03_full_train", reports, "03-decoder-A", model="decoder", size="tiny", batch_size=2,
