@@ -40,7 +40,8 @@ _SHOWS_ONLY = {
 """Of this package, what runs or shows a report but has no part in its figures."""
 NOT_TRAINING = {
     *("figures.py", "exhibits.py", "sheet.py", "autopsy.py", "evidence.py", "experiment.py"),
-    *("studies.py", "record.py", "meters.py", "furniture.py", "sampling.py"),
+    *("studies.py", "record.py", "meters.py", "furniture.py", "sampling.py", "credits.py"),
+    *("attribution.py", "comparison.py", "figures_study.py", "targets.py", "timeline.py"),
 }
 """What else has no part in a training: a checkpoint outlives a change to these."""
 _FORMAT = 1

@@ -16,6 +16,7 @@ import torch
 from fresnel import arms, evaluate, exhibits, figures
 from fresnel.bootstrap import ORIGINAL, place
 from fresnel.cameras import Cameras, relative_azimuth_deg
+from fresnel.credits import show_credits as show_credits  # a line of the notebooks, like these
 from fresnel.dataset import MultiViewDataset, ObjectViews, ViewTensors
 from fresnel.gate import Verdict
 from fresnel.gaussians import Gaussians
@@ -230,8 +231,8 @@ def describe_training(
 
 def worst_views(
     data: MultiViewDataset, verdict: Verdict, count: int = 8
-) -> tuple[list[np.ndarray], list[str]]:
-    """Pictures and captions of the views with the least of their input's light."""
+) -> tuple[list[np.ndarray], list[str], list[str]]:
+    """Pictures, captions and names of the views with the least of their input's light."""
     rows = sorted(
         verdict.measurements,
         key=lambda r: r["coverage_ratio"] * np.nan_to_num(r["luminance_ratio"]),
@@ -241,7 +242,7 @@ def worst_views(
         record = data[data.names.index(row["object"])]
         pictures.append(record.rgb[row["view"]].numpy())
         captions.append(f"{row['azimuth_deg']:+.0f}\N{DEGREE SIGN}, {row['coverage_ratio']:.2f}")
-    return pictures, captions
+    return pictures, captions, [row["object"] for row in rows[:count]]
 
 
 def reasons_table(verdict: Verdict) -> str:

@@ -59,9 +59,7 @@ def assets(sh3f: str | Path, split: str | None = None) -> list[Asset]:
             source=folder / f"{entry['library']}.sh3f",
             split=entry["split"],
             licence=libraries[entry["library"]]["licence"],
-            attribution=f"{entry['name']} by {entry['creator']}, "
-            f"{libraries[entry['library']]['copyright']} "
-            f"({libraries[entry['library']]['licence']})",
+            attribution=attribution(entry, libraries[entry["library"]]),
             category=entry["category"],
             member=entry["model"],
             origin=f"{entry['library']}/{entry['model']}",
@@ -69,6 +67,12 @@ def assets(sh3f: str | Path, split: str | None = None) -> list[Asset]:
         for entry in known["objects"]
         if split in (None, entry["split"])
     ]
+
+
+def attribution(entry: dict[str, Any], library: dict[str, Any]) -> str:
+    """Title, author, holder of the rights and licence of an object of the list, in one line."""
+    who = f"{entry['creator']}, {library['copyright']}"
+    return f"{entry['name']} by {who} ({library['licence']})"
 
 
 def _check(path: Path, want: dict[str, Any]) -> None:
