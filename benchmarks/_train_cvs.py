@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,15 +73,14 @@ def section_cvs(bench: Bench) -> None:
         bench.figures[name] = {"samples_per_s": speed, "flop_per_s": rate, "peak_gb": memory}
         before = speed
 
-    def eager(precision: str, trials: bool, timed: int) -> float:
+    def uncompiled(name: str, precision: str, trials: bool, graphs: bool = False) -> None:
         with surroundings.kernels(not bench.gpu, bench.device):
             torch.backends.cudnn.benchmark = trials
             surroundings.reset_peak_memory(bench.device)
-            task = cvs_task(bench, size, batch, views)
-            return per_step(bench, Stepper(task, config_of(bench, precision=precision)), 0, timed)
-
-    def uncompiled(name: str, precision: str, trials: bool) -> None:
-        row(name, eager(precision, trials, 8 if bench.gpu else steps))
+            config = config_of(bench, precision=precision, graphs=graphs)
+            stepper = Stepper(cvs_task(bench, size, batch, views), config)
+            row(name, per_step(bench, stepper, 0, 8 if bench.gpu else steps))
+            said_of(bench, stepper)
 
     if not bench.quick:
         attempt(bench, "eager, fp32", uncompiled, "eager, fp32", "fp32", False)
@@ -88,6 +88,8 @@ def section_cvs(bench: Bench) -> None:
     name = "+ cuDNN tries its algorithms" if bench.gpu else "eager, fp32"
     if bench.quick or bench.gpu:
         attempt(bench, name, uncompiled, name, "bf16" if bench.gpu else "fp32", True)
+    if bench.gpu:
+        attempt(bench, "recorded", uncompiled, "+ steps recorded", "bf16", True, graphs=True)
     with surroundings.kernels(False, bench.device):
         compiled_levers(bench, cvs_task(bench, size, batch, views), row, both, forward)
     if bench.gpu or not bench.quick:
@@ -99,12 +101,20 @@ def compiled_levers(
 ) -> None:
     steps, compile_s = scale(bench)[3], {}
     fast = bench.gpu or not bench.quick
-    stepper = Stepper(task, config_of(bench, precision="bf16" if fast else "fp32"))
+    config = config_of(bench, precision="bf16" if fast else "fp32", graphs=False)
+    stepper = Stepper(task, config)
 
     def compiled(name: str, parts: list[str]) -> None:
         surroundings.reset_peak_memory(bench.device)
         compile_s[name] = stepper.compile(parts)
         row(name, per_step(bench, stepper, 0, steps))
+
+    def recorded(name: str) -> None:
+        nonlocal stepper
+        stepper = Stepper(task, replace(config, graphs=True))
+        surroundings.reset_peak_memory(bench.device)
+        row(name, per_step(bench, stepper, 0, steps))
+        said_of(bench, stepper)
 
     def late(name: str) -> None:
         row(name, per_step(bench, stepper, 9_000, steps), both + forward)  # forward only
@@ -114,6 +124,9 @@ def compiled_levers(
         attempt(bench, name, compiled, name, ["network"])
         name = "+ batch and loss compiled"
         attempt(bench, name, compiled, name, ["batch", "loss"])
+        if bench.gpu:
+            name = "compiled, steps recorded"
+            attempt(bench, name, recorded, name)
         name = "+ second pass (consistency)"
         attempt(bench, name, late, name)
         spent = ", ".join(f"{name[2:]} {seconds:.0f} s" for name, seconds in compile_s.items())
@@ -124,12 +137,46 @@ def compiled_levers(
     attempt(bench, "profile", profiled, bench, stepper, 9_000)
 
 
+def said_of(bench: Bench, stepper: Stepper) -> None:
+    if stepper.recorder and stepper.recorder.refused:
+        bench.say(f"| (not recorded: {stepper.recorder.refused.replace('|', '/')}) |")
+
+
+def section_recording(bench: Bench) -> None:
+    """Whole steps as CUDA graphs, uncompiled: what launching kernels costs by network and batch."""
+    if not bench.gpu:
+        bench.say("CUDA graphs need a GPU.")
+        return
+    sizes = [("compact", 128, 64), ("compact", 128, 256), ("base", 128, 128), ("large", 256, 64)]
+    if bench.quick:
+        sizes = sizes[1:3]
+    bench.say("| size | px | batch | eager, samples/s | recorded | predicted | measured | late |")
+    bench.say("|:--|--:|--:|--:|--:|--:|--:|--:|")
+
+    def measured(size: str, pixels: int, batch: int) -> None:
+        views, speeds = synthetic(64, 8, pixels, bench.device), []
+        for graphs, first in ((False, 0), (True, 0), (True, 9_000)):
+            config = config_of(bench, precision="bf16", graphs=graphs)
+            stepper = Stepper(cvs_task(bench, size, batch, views), config)
+            speeds.append(batch / per_step(bench, stepper, first, 20))
+            said_of(bench, stepper)
+        bench.say(
+            f"| {size} | {pixels} | {batch} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | "
+            f"{PREDICTED[size]:.1f}x | {speeds[1] / speeds[0]:.2f}x | {speeds[2]:,.0f} |"
+        )
+        bench.figures[f"{size}, {pixels} px, {batch}"] = speeds
+
+    with surroundings.kernels(False, bench.device):
+        for row in sizes:
+            attempt(bench, row[0], measured, *row)
+
+
 def loop(bench: Bench, size: str, batch: int, views: ViewTensors, both: int, forward: int) -> None:
     """The whole of `fit`: data, average, log, validation, checkpoints, preview; wall time."""
     steps = (80 if bench.quick else 200) if bench.gpu else 30
     bench.say("")
     bench.say(
-        f"`fit`, compiled, {steps} steps, one checkpoint each {steps // 2} steps "
+        f"`fit`, compiled and recorded, {steps} steps, one checkpoint each {steps // 2} steps "
         "(wall time, less compiling):"
     )
     bench.say("")

@@ -34,6 +34,7 @@ def section_decoder(bench: Bench) -> None:
     bench.say("| lever | views/s | ms a step | predicted | measured | peak GB |")
     bench.say("|:--|--:|--:|--:|--:|--:|")
     first = 0.0
+    stepper: Any = None
 
     def row(name: str, stepper: Stepper) -> None:
         nonlocal first
@@ -46,26 +47,30 @@ def section_decoder(bench: Bench) -> None:
         )
         bench.figures[name] = {"views_per_s": views / seconds, "step_s": seconds, "gb": memory}
 
-    def compiled(name: str, graphs: bool) -> None:
+    def measured(name: str, graphs: bool, compiled: bool) -> None:
         nonlocal stepper
         torch.compiler.reset()
         surroundings.reset_peak_memory(bench.device)
-        stepper = Stepper(decoder_task(bench, objects, pixels, channels), config_of(bench))
-        stepper.task.cuda_graphs = graphs  # type: ignore[attr-defined]
-        compile_s = stepper.compile()
+        config = config_of(bench, graphs=graphs)
+        stepper = Stepper(decoder_task(bench, objects, pixels, channels), config)
+        if compiled:
+            compile_s = stepper.compile()
+            notes.append(f"{name}: compiling took {compile_s:.0f} s; {stepper.compiled}.")
         row(name, stepper)
-        notes.append(f"{name}: compiling took {compile_s:.0f} s; {stepper.compiled}.")
+        for part, function in getattr(stepper.task, "hot", {}).items():
+            if getattr(function, "refused", None):
+                notes.append(f"{name}: {part} not recorded: {function.refused}")
 
     notes: list[str] = []
     with surroundings.kernels(False, bench.device):
-        surroundings.reset_peak_memory(bench.device)
-        stepper = Stepper(decoder_task(bench, objects, pixels, channels), config_of(bench))
-        attempt(bench, "eager", row, "eager", stepper)
+        attempt(bench, "eager", measured, "eager", False, False)
         if not bench.quick:
-            attempt(bench, "compiled", compiled, "compiled", False)
+            attempt(bench, "compiled", measured, "compiled", False, True)
         if bench.gpu:
-            name = "compiled, CUDA graphs"
-            attempt(bench, name, compiled, name, True)
+            attempt(bench, "parts recorded", measured, "parts recorded", True, False)
+            if not bench.quick:
+                name = "compiled, parts recorded"
+                attempt(bench, name, measured, name, True, True)
         for note in notes:
             bench.say("")
             bench.say(note)

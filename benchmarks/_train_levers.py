@@ -128,7 +128,8 @@ def section_agree(bench: Bench) -> None:
     steps = 200
 
     def losses(task: Any, **changes: Any) -> tuple[torch.Tensor, Stepper]:
-        stepper = Stepper(task, TrainConfig(steps=steps, lr=1e-3, **changes))
+        config = TrainConfig(**{"steps": steps, "lr": 1e-3, "graphs": False, **changes})
+        stepper = Stepper(task, config)
         with surroundings.kernels(stepper.config.deterministic, bench.device):
             if stepper.config.compile:
                 stepper.compile()
@@ -165,6 +166,7 @@ def section_agree(bench: Bench) -> None:
     bench.say("")
     bench.say("| losses, ten means of 20 steps | largest relative difference | tolerance | |")
     bench.say("|:--|--:|--:|:--|")
+    whole: dict[str, Any] = {"graphs": True, "precision": "bf16"}
     cases: dict[str, tuple[float, dict[str, Any]]] = {
         "cuDNN's choice of kernels": (0.02, {"deterministic": False}),
         "bf16": (0.05, {"precision": "bf16"}),
@@ -172,13 +174,20 @@ def section_agree(bench: Bench) -> None:
         "compiled": (0.02, {"compile": True}),
         "compiled, bf16": (0.05, {"compile": True, "precision": "bf16"}),
     }
+    if bench.gpu:
+        cases["recorded"] = (0.02, {"graphs": True})
+        cases["recorded, bf16"] = (0.05, whole)
+        cases["compiled, recorded, bf16"] = (0.05, {"compile": True, **whole})
     if bench.quick:
-        cases = (
-            {"compiled, bf16": cases["compiled, bf16"]} if bench.gpu else {"bf16": cases["bf16"]}
-        )
+        quick = ("recorded", "recorded, bf16") if bench.gpu else ("bf16",)
+        cases = {name: cases[name] for name in quick}
     for name, (tolerance, changes) in cases.items():
         attempt(bench, name, compare, name, tolerance, plain, cvs(), **changes)
     if bench.gpu:
         eager, _ = losses(decoder_task(bench, 8, 32, 16))
-        name, task = "decoder: compiled, CUDA graphs", decoder_task(bench, 8, 32, 16)
-        attempt(bench, name, compare, name, 0.05, eager, task, compile=True)
+        rows = {"decoder: parts recorded": {"graphs": True}}
+        if not bench.quick:
+            rows["decoder: compiled, parts recorded"] = {"graphs": True, "compile": True}
+        for name, changes in rows.items():
+            task = decoder_task(bench, 8, 32, 16)
+            attempt(bench, name, compare, name, 0.05, eager, task, **changes)

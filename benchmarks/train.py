@@ -8,6 +8,7 @@ that is not run keeps what it had. Predictions were written before the measureme
 
     cvs        samples/s of the CVS: levers one by one; what a step's time goes to, and whether
                anything in it waits for the device; then the whole loop of `train.fit`
+    recording  whole steps as CUDA graphs, by network and batch (on a GPU)
     decoder    views/s of the decoder, through the renderer, and what a step's time goes to
     optimizer  fused AdamW and foreach averages against plain ones
     memory     peak memory and samples/s by size and batch; gradient checkpointing
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import torch
 from _train_bench import Bench, matrix_rate
-from _train_cvs import section_cvs
+from _train_cvs import section_cvs, section_recording
 from _train_decoder import section_decoder
 from _train_levers import section_agree, section_memory, section_optimizer, section_trial
 
@@ -37,6 +38,7 @@ from fresnel.provenance import git_state
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "cvs": section_cvs,
+    "recording": section_recording,
     "decoder": section_decoder,
     "optimizer": section_optimizer,
     "memory": section_memory,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fresnel import surroundings
+from fresnel._recording import Recorded, Recorder
 from fresnel.networks import UNet
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Stepper:
         sums: of the loss terms and the gradient's norm since `take_terms`, float64, in the order of
             `names`; count: over how many steps.
         compiled: part of the task -> how it was compiled, for what `compile` was called for.
+        recorder: records whole steps as CUDA graphs; None where that is not possible.
         first_bad: the first micro-batch (step * accumulate + index) whose loss or gradient was not
             finite, on the device; -1: none.
     """
@@ -46,12 +48,15 @@ class Stepper:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.device = next(self.model.parameters()).device
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        cuda = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=config.lr,
+            # a recorded step reads the rate from where it lies
+            lr=torch.tensor(config.lr, device=self.device) if cuda else config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
             fused=True,
+            capturable=cuda,
         )
         for module in self.model.modules():
             if isinstance(module, UNet):
@@ -61,6 +66,19 @@ class Stepper:
         self.sums: Tensor | None = None
         self.count = 0
         self.first_bad = torch.full((), -1, device=self.device)
+        self.at = torch.zeros((), dtype=torch.long, device=self.device)  # the micro-batch under way
+        self.generator = torch.Generator(self.device)
+        # a recorded gradient lives where the next run writes: nothing can be added to it
+        record = cuda and config.graphs and config.accumulate == 1 and not config.deterministic
+        self.phase: Any = getattr(task, "phase", None)
+        whole = record and self.phase is not None
+        self.recorder = Recorder(self.generator) if whole else None
+        hot = getattr(task, "hot", {})
+        if record and not whole:
+            for part, function in hot.items():
+                if not isinstance(function, Recorded):
+                    model = self.model if part == "network" else None
+                    hot[part] = Recorded(function, model)
 
     def compile(self, parts: Sequence[str] | None = None) -> float:
         """Compile what every step runs and run it, changing nothing; returns seconds.
@@ -74,49 +92,43 @@ class Stepper:
         hot = getattr(self.task, "hot", None)
         if hot is None:
             hot = {"model": self.model}
-        graphs = self.device.type == "cuda" and getattr(self.task, "cuda_graphs", False)
-        # a graph's gradients live where its next run writes: nothing can be added to them
-        graphs = graphs and self.config.accumulate == 1 and not self.config.deterministic
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         try:
             with self.explained_memory_errors(0):
                 wanted = self.probe()
                 for part in [name for name in hot if parts is None or name in parts]:
-                    self.compile_part(hot, part, wanted, graphs and part != "batch")
+                    self.compile_part(hot, part, wanted)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
         return time.perf_counter() - began
 
-    def compile_part(
-        self, hot: dict[str, Any], part: str, wanted: list[list[float]], graphs: bool
-    ) -> None:
+    def compile_part(self, hot: dict[str, Any], part: str, wanted: list[list[float]]) -> None:
         """Put a compiled version into `hot`, or leave what is there, with a warning."""
-        plain, reasons = hot[part], []
+        before, reasons = hot[part], list[str]()
+        plain: Any = before.function if isinstance(before, Recorded) else before
         # a late loss compares two passes, whose small difference bf16 rounds coarsely
         tolerance = 0.2 if self.config.precision == "bf16" else 0.02
-        for way in surroundings.ways_to_compile(graphs, tiling=part == "network"):
+        for way in surroundings.ways_to_compile(tiling=part == "network"):
             try:
                 if part == "model":
                     plain.compile(dynamic=False, **way)
                 else:
                     hot[part] = torch.compile(plain, dynamic=False, **way)
-                # a graph is recorded in the second run, and used from the third on
-                for _ in range(4 if graphs else 1):
-                    got = self.probe()
-                    if not np.allclose(got, wanted, rtol=tolerance, atol=1e-4, equal_nan=True):
-                        raise ArithmeticError(f"loss and gradient {got}, uncompiled {wanted}")
-                self.compiled[part] = (
-                    "CUDA graphs" if "triton.cudagraphs" in str(way) else "compiled"
-                )
+                got = self.probe()
+                if not np.allclose(got, wanted, rtol=tolerance, atol=1e-4, equal_nan=True):
+                    raise ArithmeticError(f"loss and gradient {got}, uncompiled {wanted}")
+                if isinstance(before, Recorded):
+                    hot[part] = Recorded(hot[part], before.model)
+                self.compiled[part] = "compiled"
                 return
             except Exception as error:  # compilers fail in many ways, and none may end a run
                 if surroundings.is_out_of_memory(error):
                     raise
                 reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:300])
                 self.optimizer.zero_grad(set_to_none=True)
-                hot[part] = plain
+                hot[part] = before
                 if part == "model":
                     plain._compiled_call_impl = None  # what nn.Module.compile sets
         self.compiled[part] = f"not compiled: {reasons[-1]}"
@@ -132,7 +144,8 @@ class Stepper:
         found = []
         for progress in (0.0, 1.0):
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self.forward(0, 0, progress)["loss"]
+            self.seed(0, 0)
+            loss = self.forward(0, progress)["loss"]
             loss.backward()
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             found.append(torch.stack([loss.detach().double(), norm.double()]).tolist())
@@ -144,33 +157,52 @@ class Stepper:
         Raises:
             OutOfMemory: says what to lower.
         """
-        config = self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(step)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.lr(step))
+            else:
+                group["lr"] = self.lr(step)
         with self.explained_memory_errors(step):
-            self.optimizer.zero_grad(set_to_none=True)
-            total: Tensor | None = None
-            for micro in range(config.accumulate):
-                terms = self.forward(step, micro, step / config.steps)
-                loss = terms["loss"]
-                (loss / config.accumulate if config.accumulate > 1 else loss).backward()
-                if micro < config.accumulate - 1:
-                    self.note_bad(step * config.accumulate + micro, loss)
-                self.names = [*terms, "grad_norm"]
-                values = torch.stack([value.detach() for value in terms.values()]).double()
-                total = values if total is None else total + values
-            assert total is not None
-            norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
-            # no sum of the two is finite unless both are, as a norm isn't negative
-            self.note_bad((step + 1) * config.accumulate - 1, loss.detach() + norm.detach())
-            values = torch.cat([total / config.accumulate, norm.detach().double()[None]])
-            self.sums = values if self.sums is None else self.sums + values
+            phase = self.phase(step / self.config.steps) if self.recorder else None
+            if self.recorder and phase is not None:
+                self.seed(step, 0)
+                self.recorder.run(phase, lambda: self.optimise(step, seeded=True))
+            else:
+                self.optimise(step)
             self.count += 1
             # on a GPU this would wait for the queue
             if self.device.type == "cpu" and int(self.first_bad) >= 0:
                 return
-            self.optimizer.step()
             self.update_ema(step + 1)
+
+    def optimise(self, step: int, *, seeded: bool = False) -> None:
+        """Gradients and update. Where this is recorded, what differs between steps is in tensors:
+        the generator's `seed`, `at` and the learning rate."""
+        config = self.config
+        self.optimizer.zero_grad(set_to_none=True)
+        total: Tensor | None = None
+        for micro in range(config.accumulate):
+            if not seeded:
+                self.seed(step, micro)
+            terms = self.forward(step, step / config.steps)
+            loss = terms["loss"]
+            (loss / config.accumulate if config.accumulate > 1 else loss).backward()
+            if micro < config.accumulate - 1:
+                self.note_bad(loss)
+            self.names = [*terms, "grad_norm"]
+            values = torch.stack([value.detach() for value in terms.values()]).double()
+            total = values if total is None else total + values
+        assert total is not None
+        norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        # no sum of the two is finite unless both are, as a norm isn't negative
+        self.note_bad(loss.detach() + norm.detach())
+        values = torch.cat([total / config.accumulate, norm.detach().double()[None]])
+        if self.sums is None:
+            self.sums = torch.zeros_like(values)
+        self.sums += values
+        if self.device.type == "cpu" and int(self.first_bad) >= 0:
+            return
+        self.optimizer.step()
 
     @contextlib.contextmanager
     def explained_memory_errors(self, step: int) -> Iterator[None]:
@@ -186,30 +218,36 @@ class Stepper:
                 "keeps its configuration"
             ) from error
 
-    def forward(self, step: int, micro: int, progress: float) -> dict[str, Tensor]:
-        """The loss terms of one micro-batch."""
-        batch, generator = self.batch(step, micro)
+    def forward(self, step: int, progress: float) -> dict[str, Tensor]:
+        """The loss terms of the micro-batch that was seeded."""
+        batch = self.task.batch(step, self.generator)
         self.model.train()
         with self.autocast():
-            return self.task.loss(batch, progress=progress, generator=generator, ema=self.ema)
+            return self.task.loss(batch, progress=progress, generator=self.generator, ema=self.ema)
 
-    def batch(self, step: int, micro: int = 0) -> tuple[dict[str, Any], torch.Generator]:
-        """A micro-batch, and the generator that its loss goes on with."""
+    def batch(self, step: int, micro: int = 0) -> dict[str, Any]:
+        """A micro-batch once more, as training had it."""
+        self.seed(step, micro)
+        return self.task.batch(step, self.generator)
+
+    def seed(self, step: int, micro: int) -> None:
+        """Every draw of a micro-batch follows from this."""
         seed = step_seed(self.config.seed, step, micro)
         torch.manual_seed(seed)  # layers that take no generator, such as dropout
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return self.task.batch(step, generator), generator
+        self.generator.manual_seed(seed)
+        self.at.fill_(step * self.config.accumulate + micro)
 
-    def note_bad(self, micro_step: int, value: Tensor) -> None:
+    def note_bad(self, value: Tensor) -> None:
         bad = ~value.detach().isfinite()
-        self.first_bad = torch.where((self.first_bad < 0) & bad, micro_step, self.first_bad)
+        self.first_bad.copy_(torch.where((self.first_bad < 0) & bad, self.at, self.first_bad))
 
     def take_terms(self) -> dict[str, float]:
         """Means of the loss terms since the last call. Waits for the device, once."""
-        if self.sums is None:
+        if self.sums is None or not self.count:
             return {}
         means = (self.sums / self.count).tolist()
-        self.sums, self.count = None, 0
+        self.sums.zero_()
+        self.count = 0
         return dict(zip(self.names, means, strict=True))
 
     def lr(self, step: int) -> float:

@@ -21,6 +21,8 @@ from fresnel.cvs_pairs import condition_and_target, mirror, picked, tinted
 from fresnel.dataset import ViewTensors
 from fresnel.evaluate import Predictor, luminance, srgb_to_linear
 
+_BESIDE = (1, 1, 0, 0), (0, 0, 1, 1)  # padding left and right, above and below
+
 
 def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None) -> Tensor:
     """Loss weights (B, 1, H, W) of target views (B, 4, H, W) in [-1, 1].
@@ -38,9 +40,11 @@ def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None
     if config.loss_weight == "depth_laplacian":
         if depth is None:
             raise ValueError("depth: got None, want depth maps for loss_weight 'depth_laplacian'")
-        kernel = depth.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
-        padded = F.pad(depth[:, None], (1, 1, 1, 1), mode="replicate")
-        return torch.sigmoid(-100 * (F.conv2d(padded, kernel[None, None]).abs() - 0.01))
+        across, down = (F.pad(depth[:, None], pad, mode="replicate") for pad in _BESIDE)
+        laplacian = (
+            across[..., :-2] + across[..., 2:] + down[..., :-2, :] + down[..., 2:, :]
+        ) - 4 * depth[:, None]
+        return torch.sigmoid(-100 * (laplacian.abs() - 0.01))
     share = config.foreground_share
     near = grown(alpha, target.shape[-1] // 8)
     covered = near.mean(dim=(1, 2, 3), keepdim=True)
@@ -237,8 +241,13 @@ def original_loss(
         neighbour = ema(target + lower.reshape(-1, 1, 1, 1) * noise, lower, cond)
     l1 = (weights * (output - target).abs()).mean()
     consistency = (output - neighbour).abs().mean()
-    w = (0.1, 0.3, 1.0)[min(int(3 * progress), 2)]
+    w = (0.1, 0.3, 1.0)[original_third(progress)]
     return {"loss": l1 + w * consistency, "l1": l1, "consistency": consistency}
+
+
+def original_third(progress: float) -> int:
+    """Which third of the original's training `progress` in [0, 1] is in."""
+    return min(int(3 * progress), 2)
 
 
 class CVSTask:
@@ -303,7 +312,7 @@ class CVSTask:
         if model.config.render_condition and renderer is not None:
             self._renders = rendered.prepared(renderer, self.views, any_input=any_input)
             self._held_out_renders = rendered.prepared(renderer, self.held_out)
-        # what every step runs, by name; `Stepper.compile` puts compiled versions here
+        # what every step runs, by name; the stepper puts compiled versions here
         self.hot: dict[str, Callable[..., Any]] = {
             "network": denoised,
             "loss": consistency_terms,
@@ -322,6 +331,15 @@ class CVSTask:
             "colour_jitter": self.colour_jitter,
             "pairs": None if self._pairs is None else len(self._pairs),
         }
+
+    def phase(self, progress: float) -> int | None:
+        """Steps of one phase do the same work; None: dropout, whose seed the host draws."""
+        config = self.model.config
+        if config.dropout:
+            return None
+        if config.parameterisation == "original":
+            return original_third(progress)
+        return ect_stage(progress, config)
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]:
         """Random pairs: "cond", "target", "weights" and the "record", "view" they came from."""

@@ -251,13 +251,12 @@ class DecoderTask:
         size = self._train.size
         self._windows = (window(size, torch.zeros((), device=self.device)),) * 2
         self._mirroring = mirror_signs(self.device)
-        # what every step runs, by name; `Stepper.compile` puts compiled versions here
+        # what every step runs, by name; the stepper puts compiled or recorded versions here
         self.hot: dict[str, Callable[..., Any]] = {
             "network": decoded,
             "loss": multiview_loss,
             "batch": augmented,
         }
-        self.cuda_graphs = True  # a thousand small kernels a step: launching them took 2/3 of it
         # What a resumed run must agree on.
         self.config = {
             **asdict(self.model.config),

@@ -154,7 +154,7 @@ class UNet(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.embedding_dim, self.patch = embedding_dim, patch
         self.divisor = patch * 2 ** (len(multipliers) - 1)
-        self.checkpointing = False
+        self.dropout, self.checkpointing = dropout, False
 
         def block(cin: int, cout: int) -> ResidualBlock:
             return ResidualBlock(cin, cout, embedding_dim, dropout)
@@ -236,7 +236,10 @@ class UNet(nn.Module):
             return h if attention is None else attention(h)
 
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, h, embedding, use_reentrant=False)
+            # without dropout there is no random state to restore, which would wait for a GPU
+            return checkpoint(
+                run, h, embedding, use_reentrant=False, preserve_rng_state=self.dropout > 0
+            )
         return run(h, embedding)
 
     def _check(self, x: Tensor, embedding: Tensor | None) -> None:

@@ -78,11 +78,10 @@ def keep_compiled_code() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "fresnel" / "inductor"))
 
 
-def ways_to_compile(graphs: bool, *, tiling: bool) -> list[dict[str, Any]]:
+def ways_to_compile(*, tiling: bool) -> list[dict[str, Any]]:
     """Arguments of torch.compile, to be tried in this order.
 
     Args:
-        graphs: record CUDA graphs first of all: no time goes to launching kernels.
         tiling: with torch's analysis of memory access first. Until 2.12 it broke down on some
             code; it pays where layouts differ, as between convolutions.
     """
@@ -92,8 +91,6 @@ def ways_to_compile(graphs: bool, *, tiling: bool) -> list[dict[str, Any]]:
     plain: dict[str, Any] = {}
     careful = {k: False for k in ("triton.coalesce_tiling_analysis",) if k in known}
     ways = [plain, careful] if tiling and careful else [careful or plain]
-    if graphs:
-        ways.insert(0, {**ways[0], "triton.cudagraphs": True})
     return [{"options": way} for way in ways]
 
 

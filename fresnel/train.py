@@ -41,8 +41,10 @@ class Task(Protocol):
     """What is trained and on what. `config` (a dict or dataclass), where there is one, goes into
     the checkpoints and must be the same on a resume. Model and data live on one device. `hot`,
     where there is one, holds by name the functions of tensors that every step calls through it, so
-    that compiled ones can take their place (else the model is compiled); `cuda_graphs`, that those
-    called with gradients may run as CUDA graphs."""
+    that compiled or recorded ones can take their place (else the model is compiled). `phase`, where
+    there is one, takes `progress` and says what kind of step that is: steps of one kind do the same
+    work on other random numbers, and wait for nothing, so that a GPU can be given them as one CUDA
+    graph; None: not such a step. Without it, on a GPU, the functions in `hot` become graphs."""
 
     model: Any
     batch_size: int
@@ -79,6 +81,9 @@ class TrainConfig:
     seed: int = 0
     precision: str = "fp32"  # "fp32" | "bf16" (autocast; weights stay float32)
     compile: bool = False  # torch.compile what every step runs: minutes at first, then cached
+    graphs: bool = (
+        True  # record steps as CUDA graphs where the task allows it, but if deterministic
+    )
     accumulate: int = 1  # batches of the task's batch_size a step, where no larger one fits
     checkpointing: bool = False  # recompute activations: less memory, slower
     deterministic: bool | None = None  # None: on CPU only
@@ -327,7 +332,7 @@ class _Run:
         from safetensors.torch import save_file
 
         step, micro = divmod(found, self.config.accumulate)
-        batch, _ = self.stepper.batch(step, micro)
+        batch = self.stepper.batch(step, micro)
         path = self.folder / f"nonfinite_step_{step:06d}.safetensors"
         tensors = {k: v.detach().cpu().clone() for k, v in batch.items() if isinstance(v, Tensor)}
         names = finite_names(self.stepper.take_terms())

@@ -336,7 +336,7 @@ def test_what_cannot_be_compiled_or_comes_out_different_runs_as_it_was(
         monkeypatch.setattr(
             surroundings,
             "ways_to_compile",
-            lambda graphs, tiling, ways=ways: ways["network" if tiling else "loss"],
+            lambda tiling, ways=ways: ways["network" if tiling else "loss"],
         )
         torch.compiler.reset()
         with pytest.warns(UserWarning, match=f"the loss of Hot runs uncompiled.*{reason}"):

@@ -1,0 +1,115 @@
+"""CUDA graphs: what can be tested without a GPU, and that a GPU's recorded steps change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from fresnel import arms, experiment
+from fresnel._recording import Recorded, Recorder, put_together, taken_apart
+from fresnel._step import Stepper
+from fresnel.cameras import Cameras, orbit
+from fresnel.train import TrainConfig
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+def test_nested_values_are_taken_apart_and_put_together() -> None:
+    cameras = orbit(
+        torch.zeros(2), torch.zeros(2), 2.0, pivot=(0.0, 0.0, 0.0), focal_px=9.0, width=8, height=8
+    )
+    given = {"a": (torch.ones(2), 3, None), "b": [cameras, {"c": torch.zeros(1)}]}
+    tensors, left = taken_apart(given)
+    assert len(tensors) == 4
+    again = put_together([t + 1 for t in tensors], left)
+    assert again["a"][1:] == (3, None) and torch.equal(again["a"][0], torch.full((2,), 2.0))
+    assert isinstance(again["b"][0], Cameras) and again["b"][0].width == 8
+    assert torch.equal(again["b"][0].Ks, cameras.Ks + 1)
+
+
+def test_a_recorded_part_gives_what_the_function_gives(monkeypatch) -> None:
+    """With a recorder that only calls the module: the bookkeeping around it."""
+    recordings: list[Any] = []
+    monkeypatch.setattr(
+        torch.cuda,
+        "make_graphed_callables",
+        lambda module, samples, **_: (recordings.append(module), module(*samples)),
+    )
+    layer = torch.nn.Linear(3, 2)
+
+    def function(model, batch, *, factor):
+        return {"out": model(batch["x"]) * factor, "same": batch["x"]}
+
+    recorded = Recorded(function, layer)
+    for _ in range(5):
+        x = torch.randn(4, 3)
+        got, want = recorded(layer, {"x": x}, factor=2.0), function(layer, {"x": x}, factor=2.0)
+        assert torch.equal(got["out"], want["out"]) and got["out"].requires_grad
+        assert torch.equal(got["same"], x) and not got["same"].requires_grad
+    assert len(recordings) == 1
+    other = torch.randn(7, 3)  # another shape runs as it is
+    assert recorded(layer, {"x": other}, factor=2.0)["out"].shape == (7, 2)
+    with torch.no_grad():
+        assert not recorded(layer, {"x": x}, factor=2.0)["out"].requires_grad
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuse)
+    part = Recorded(lambda x: x * 2)
+    with pytest.warns(UserWarning, match="runs unrecorded.*not permitted"):
+        for _ in range(5):
+            assert part(torch.ones(1)).item() == 2
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", refuse)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
+    recorder, calls = Recorder(torch.Generator()), []
+    with pytest.warns(UserWarning, match="steps run unrecorded.*not permitted"):
+        for _ in range(6):
+            recorder.run("a", lambda: calls.append(1))
+    assert len(calls) == 6 and recorder.refused
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "consistency": {},
+    "any input": {"ground_truth": True},
+    "original": {"loss_mask": "depth_laplacian", "parameterisation": "original", "augment": False},
+    "regression": {"parameterisation": "regression"},
+    "some pairs": {"pairs": torch.tensor([[0, 1], [1, 0], [1, 2], [2, 1]])},
+    "render": {"model": "cvs-render", "ground_truth": True},
+    "decoder": {"model": "decoder", "ground_truth": True},
+    "frontal": {"model": "decoder-frontal"},
+}
+
+
+@needs_gpu
+@pytest.mark.parametrize("arm", ARMS)
+def test_recorded_steps_are_the_steps(arm: str) -> None:
+    options = {"model": "cvs", **ARMS[arm]}
+    truth = experiment.demo_dataset("decoder")
+    views = truth.tensors(device="cuda")
+    if "renderer" not in options and options["model"] == "cvs-render":
+        options["renderer"] = arms.renderer("cvs-render", "cuda")
+    runs = []
+    for graphs in (False, True):
+        task = arms.make_task(
+            size="tiny", data=views, batch_size=4, seed=0, device="cuda", **options
+        )
+        if "decoder" not in options["model"]:
+            assert dataclasses.asdict(task.model.config)["dropout"] == 0
+        stepper = Stepper(task, TrainConfig(steps=24, lr=1e-3, graphs=graphs))
+        losses = []
+        for step in range(24):
+            stepper.train(step)
+            losses.append(stepper.take_terms()["loss"])
+        if graphs and stepper.recorder:
+            assert stepper.recorder.refused is None and len(stepper.recorder) >= 1
+        elif graphs:
+            assert all(part.refused is None for part in task.hot.values())
+        runs.append(losses)
+    assert runs[1] == pytest.approx(runs[0], rel=2e-2)
+    assert runs[1][5:] != runs[1][4:-1]  # each recorded step has its own draws
