@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fresnel import gate
+from fresnel import arms, gate
 from fresnel.bootstrap import CORRECTED, ORIGINAL, _records
 from fresnel.cameras import Cameras
 from fresnel.dataset import MultiViewDataset, ObjectViews
@@ -26,6 +27,7 @@ from fresnel.decoder import Decoder
 from fresnel.evaluate import format_rows, luminance, object_name, srgb_to_linear
 from fresnel.gaussians import Gaussians
 from fresnel.patches import FARTHEST, NEAREST
+from fresnel.provenance import project_root
 
 FACTORS = ("path", "decoder", "position", "exposure")
 """Bits of a cell's name, in this order: in "0000" nothing is mended, in "1111" all four are."""
@@ -98,6 +100,52 @@ class _InMemory:
 
     def __getitem__(self, index: int) -> ObjectViews:
         return self.records[index]
+
+
+def decoder_pairs(
+    frontal_weights: str, multiview_weights: str, device: str
+) -> dict[str, dict[str, Decoder]]:
+    """What `factorial` exchanges, for every seed that both kinds were trained with.
+
+    Args:
+        frontal_weights, multiview_weights: files that notebook 03 exported, below the project where
+            not absolute; "{seed}" stands for whatever numbers there are; "": the one that ships.
+
+    Returns:
+        Seed -> {"frontal", "multi-view"}; a kind without "{seed}" serves every seed, and without
+        any the only key is "".
+
+    Raises:
+        ValueError: if a file is missing, or the two have no seed in common.
+    """
+    found = [_by_seed(text) for text in (frontal_weights, multiview_weights)]
+    named = [set(files) for files in found if "" not in files]
+    seeds = sorted(set.intersection(*named), key=int) if named else [""]
+    if not seeds:
+        raise ValueError(f"no seed in common: {frontal_weights!r} and {multiview_weights!r}")
+    frontal, many = found
+    return {
+        seed: {
+            "frontal": arms.load_decoder("patch", device, frontal.get(seed, frontal.get("", ""))),
+            "multi-view": arms.load_decoder("pixel", device, many.get(seed, many.get("", ""))),
+        }
+        for seed in seeds
+    }
+
+
+def _by_seed(text: str) -> dict[str, str]:
+    """Seed -> file; the key "" where the text names no seed."""
+    if "{seed}" not in text:
+        return {"": text}
+    path = project_root() / text
+    pattern = re.escape(path.name).replace(re.escape("{seed}"), r"(\d+)")
+    files = {}
+    for file in path.parent.glob(path.name.replace("{seed}", "*")):
+        if match := re.fullmatch(pattern, file.name):
+            files[match[1]] = str(file)
+    if not files:
+        raise ValueError(f"no weights at {text}: train them (notebooks/params/study.yaml)")
+    return files
 
 
 def factorial(
@@ -209,7 +257,7 @@ def shapley(values: Mapping[str, Any], factors: int = len(FACTORS)) -> np.ndarra
 
 
 def attribute(
-    measured: Mapping[str, Any],
+    measured: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     confidence: float = 0.95,
     resamples: int = 2000,
@@ -217,35 +265,51 @@ def attribute(
 ) -> dict[str, Any]:
     """What `factorial` measured, split among the factors, with bootstrap intervals over objects.
 
+    Args:
+        measured: of one pair of decoders, or of several (seeds), of the same objects: means over
+            seeds are split, and the spread over them (standard deviation) stands beside.
+
     Returns:
         For "light" and "coverage": "original" (`AS_IT_WAS`), "none" mended (and positions locked),
-        all "mended", and "truth" (each value, low, high);
+        all "mended", and "truth" (each value, low, high, sd);
         "factors": factor -> {"gain" (Shapley value), "share" of the whole way, "alone" (mended
-        first, nothing else), "last" (everything else mended before), each with _low and _high}.
-        "cells": a row a cell: name, light, coverage with intervals, the gate's verdict.
+        first, nothing else), "last" (everything else mended before), each with _low, _high, _sd}.
+        "cells": a row a cell: name, light, coverage with intervals, the gate's verdict and in how
+        many seeds it failed. "objects", "seeds": how many.  _sd of one seed is NaN.
+
+    Raises:
+        ValueError: if the seeds are of different objects.
     """
-    objects = [object_name(name) for name in measured["objects"]]
+    runs = [measured] if isinstance(measured, Mapping) else list(measured)
+    if any(run["objects"] != runs[0]["objects"] for run in runs):
+        raise ValueError("measured: seeds of different objects")
+    objects = [object_name(name) for name in runs[0]["objects"]]
     unique = list(dict.fromkeys(objects))
     member = np.array([[name == one for name in objects] for one in unique], float)
     member /= member.sum(axis=1, keepdims=True)  # poses of one object count once
     draws = np.random.default_rng(seed).integers(len(unique), size=(resamples, len(unique)))
     tail = 100 * (1 - confidence) / 2
 
-    def with_interval(name: str, per_object: np.ndarray, over: np.ndarray | None = None) -> Any:
-        """Mean, or ratio of means, over objects."""
+    def summary(name: str, values: np.ndarray, over: np.ndarray | None = None) -> dict[str, float]:
+        """Of (seeds, objects): the mean, or ratio of means, its interval and its spread."""
+        below = np.ones_like(values) if over is None else over
         with np.errstate(invalid="ignore", divide="ignore"):  # no gain has no shares
-            mean = per_object.mean() / (over.mean() if over is not None else 1.0)
-            spread = per_object[draws].mean(axis=1)
-            if over is not None:
-                spread = spread / over[draws].mean(axis=1)
-        low, high = np.percentile(spread, [tail, 100 - tail]) if len(unique) > 1 else (np.nan,) * 2
-        return {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
+            each = values.mean(axis=1) / below.mean(axis=1)
+            mean = values.mean() / below.mean()
+            drawn = values.mean(0)[draws].mean(axis=1) / below.mean(0)[draws].mean(axis=1)
+        low, high = np.percentile(drawn, [tail, 100 - tail]) if len(unique) > 1 else (np.nan,) * 2
+        sd = each.std(ddof=1) if len(each) > 1 else np.nan
+        found = {"": mean, "_low": low, "_high": high, "_sd": sd}
+        return {name + ending: float(value) for ending, value in found.items()}
 
-    result: dict[str, Any] = {"objects": len(unique)}
-    cells = {name: dict(cell) for name, cell in measured["cells"].items()}
+    def per_object(cells: Sequence[Mapping[str, Any]], outcome: str) -> np.ndarray:
+        return np.stack([member @ np.array(cell[outcome]) for cell in cells])
+
+    names = list(runs[0]["cells"])
     none, everything = "0" * len(FACTORS), "1" * len(FACTORS)
+    result: dict[str, Any] = {"objects": len(unique), "seeds": len(runs)}
     for outcome in OUTCOMES:
-        values = {name: member @ np.array(cell[outcome]) for name, cell in cells.items()}
+        values = {name: per_object([run["cells"][name] for run in runs], outcome) for name in names}
         gains = shapley(values)
         whole = values[everything] - values[none]
         factors: dict[str, Any] = {}
@@ -253,28 +317,28 @@ def attribute(
             alone = "".join("1" if k == i else "0" for k in range(len(FACTORS)))
             last = "".join("0" if k == i else "1" for k in range(len(FACTORS)))
             factors[factor] = {
-                **with_interval("gain", gains[i]),
-                **with_interval("share", gains[i], whole),
-                **with_interval("alone", values[alone] - values[none]),
-                **with_interval("last", values[everything] - values[last]),
+                **summary("gain", gains[i]),
+                **summary("share", gains[i], whole),
+                **summary("alone", values[alone] - values[none]),
+                **summary("last", values[everything] - values[last]),
             }
         result[outcome] = {
             "factors": factors,
-            **with_interval("original", values[AS_IT_WAS]),
-            **with_interval("none", values[none]),
-            **with_interval("mended", values[everything]),
-            **with_interval("truth", member @ np.array(measured["truth"][outcome])),
+            **summary("original", values[AS_IT_WAS]),
+            **summary("none", values[none]),
+            **summary("mended", values[everything]),
+            **summary("truth", per_object([run["truth"] for run in runs], outcome)),
         }
-    result["cells"] = [
-        {
-            "cell": name,
-            **with_interval("light", member @ np.array(cell["light"])),
-            **with_interval("coverage", member @ np.array(cell["coverage"])),
-            "verdict": cell["verdict"],
-            "codes": cell["codes"],
-        }
-        for name, cell in cells.items()
-    ]
+    result["cells"] = []
+    for name in names:
+        same = [run["cells"][name] for run in runs]
+        codes = [code for cell in same for code in cell["codes"]]
+        failed = sum(cell["verdict"] == "FAIL" for cell in same)
+        row: dict[str, Any] = {"cell": name, "verdict": "FAIL" if failed else "PASS"}
+        row |= {"failed": failed, "codes": list(dict.fromkeys(codes))}
+        for outcome in OUTCOMES:
+            row |= summary(outcome, per_object(same, outcome))
+        result["cells"].append(row)
     return result
 
 
@@ -298,6 +362,8 @@ def cells_table(found: Mapping[str, Any]) -> str:
     for cell in found["cells"]:
         marks = {f: "x" if bit == "1" else "" for f, bit in zip(FACTORS, cell["cell"], strict=True)}
         said = cell["verdict"] + (f": {cell['codes'][0]}" if cell["codes"] else "")
+        if 0 < cell["failed"] < found["seeds"]:
+            said += f" ({cell['failed']} of {found['seeds']} seeds)"
         rows.append(
             {**marks, **{o: _text(cell, o) for o in OUTCOMES}, "the gate says": said}
         )  # fmt: skip
@@ -316,13 +382,17 @@ def sentence(found: Mapping[str, Any]) -> str:
             f"({part['none']:.2f} with its Gaussians locked), the mended ones "
             f"{part['mended']:.2f}, true views {part['truth']:.2f}; of the gain: {split}."
         )
-    return " ".join(parts) + f" {found['objects']} held-out objects."
+    seeds = f", {found['seeds']} seeds (± their spread)" if found["seeds"] > 1 else ""
+    return " ".join(parts) + f" {found['objects']} held-out objects{seeds}."
 
 
 def _text(entry: Mapping[str, Any], name: str, *, percent: bool = False) -> str:
     scale, unit, digits = (100, " %", 0) if percent else (1, "", 2)
-    value, low, high = (entry[name + end] for end in ("", "_low", "_high"))
-    text = f"{scale * value:.{digits}f}{unit}"
+    value, low, high, sd = (entry[name + end] for end in ("", "_low", "_high", "_sd"))
+    text = f"{scale * value:.{digits}f}"
+    if math.isfinite(sd):
+        text += f" ± {scale * sd:.{digits}f}"
+    text += unit
     if low is None or not math.isfinite(low):
         return text
     return f"{text} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"

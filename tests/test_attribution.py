@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +140,52 @@ def test_every_cell_of_a_small_factorial_is_measured(
     assert found["coverage"]["factors"]["path"]["share"] > 0.5
     assert measured["cells"]["0000"]["verdict"] == "FAIL"
     assert all(math.isfinite(found[o]["truth"]) for o in at.OUTCOMES)
+
+
+def test_several_seeds_are_averaged_and_their_spread_stands_beside() -> None:
+    def one(strength: float, failed: bool) -> dict:
+        cells = {
+            "".join(bits): {
+                "light": [0.1 + strength * int(bits[0]) + 0.01 * i for i in range(4)],
+                "coverage": [0.5] * 4,
+                "verdict": "FAIL" if failed else "PASS",
+                "codes": ["views_dark"] if failed else [],
+            }
+            for bits in itertools.product("01", repeat=4)
+        }
+        truth = {"light": [1.0] * 4, "coverage": [1.0] * 4}
+        return {"objects": list("abcd"), "cells": cells, "truth": truth}
+
+    seeds = [one(0.4, True), one(0.5, False), one(0.6, False)]
+    found = at.attribute(seeds)
+    gain = found["light"]["factors"]["path"]
+    assert found["seeds"] == 3 and gain["gain"] == pytest.approx(0.5)
+    assert gain["gain_sd"] == pytest.approx(0.1) and gain["share_sd"] == pytest.approx(0.0)
+    assert "0.50 ± 0.10 [0.50, 0.50]" in at.shares_table(found)
+    assert at.cells_table(found).count("FAIL: views_dark (1 of 3 seeds)") == 16
+    assert "3 seeds" in at.sentence(found)
+    assert at.sentence(at.attribute(seeds[:1])) == at.sentence(at.attribute(seeds[0]))
+    with pytest.raises(ValueError, match="different objects"):
+        at.attribute([seeds[0], {**seeds[1], "objects": list("abce")}])
+
+
+def test_decoders_pair_by_seed(tmp_path: Path, decoders: dict[str, Decoder]) -> None:
+    for seed in (0, 2, 10):
+        decoders["frontal"].save(tmp_path / f"frontal-s{seed}.safetensors", half=True)
+    for seed in (2, 10, 11):
+        decoders["multi-view"].save(tmp_path / f"A-s{seed}.safetensors", half=True)
+    many = str(tmp_path / "A-s{seed}.safetensors")
+    pairs = at.decoder_pairs(str(tmp_path / "frontal-s{seed}.safetensors"), many, "cpu")
+    assert list(pairs) == ["2", "10"]
+    assert {d.config.kind for d in pairs["2"].values()} == {"patch", "pixel"}
+    assert list(at.decoder_pairs("", many, "cpu")) == ["2", "10", "11"], "what ships serves all"
+    assert list(at.decoder_pairs("", "", "cpu")) == [""]
+    with pytest.raises(ValueError, match="no weights at"):
+        at.decoder_pairs("", str(tmp_path / "B-s{seed}.safetensors"), "cpu")
+    decoders["multi-view"].save(tmp_path / "C-s5.safetensors", half=True)
+    frontal, apart = (str(tmp_path / f"{n}-s{{seed}}.safetensors") for n in ("frontal", "C"))
+    with pytest.raises(ValueError, match="no seed in common"):
+        at.decoder_pairs(frontal, apart, "cpu")
 
 
 def test_one_object_has_no_interval(boxes: MultiViewDataset, decoders: dict[str, Decoder]) -> None:
