@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_cvs import views
 
-from fresnel import arms, experiment
+from fresnel import arms
 from fresnel._recording import Recorded, Recorder, put_together, taken_apart
 from fresnel._step import Stepper
 from fresnel.cameras import Cameras, orbit
@@ -90,14 +91,13 @@ ARMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("arm", ARMS)
 def test_recorded_steps_are_the_steps(arm: str) -> None:
     options = {"model": "cvs", **ARMS[arm]}
-    truth = experiment.demo_dataset("decoder")
-    views = truth.tensors(device="cuda")
-    if "renderer" not in options and options["model"] == "cvs-render":
+    data = views(objects=4, depth=True)
+    if options["model"] == "cvs-render":
         options["renderer"] = arms.renderer("cvs-render", "cuda")
     runs = []
     for graphs in (False, True):
         task = arms.make_task(
-            size="tiny", data=views, batch_size=4, seed=0, device="cuda", **options
+            size="tiny", data=data, batch_size=4, seed=0, device="cuda", **options
         )
         if "decoder" not in options["model"]:
             assert dataclasses.asdict(task.model.config)["dropout"] == 0
