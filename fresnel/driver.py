@@ -129,8 +129,8 @@ def run(
 
     A step is finished when a run of its name with its very parameters has a verdict (not REFUSED),
     whatever the code was then: GPU hours are not spent again for a changed comment.  A step that
-    failed is not tried again by this call, nor by those that run beside it; others go on, but for
-    what needs it.  An unexpected verdict is a problem to report and stops nothing.
+    crashes is tried by one process more, a refused one by none until the next call; all others go
+    on, but for what needs it.  An unexpected verdict is a problem to report and stops nothing.
 
     Args:
         only: names of steps (with or without their seed); what they need must be finished.
@@ -173,7 +173,7 @@ def run(
                     continue
                 taken = True
                 waiting.remove(step)
-                if fresh or not (finished(step, reports) or _failed(step, reports, begun)):
+                if fresh or not (finished(step, reports) or _given_up(step, reports, begun)):
                     problems += _one(step, reports, fresh, left)
             break  # what it made ready may come before what follows
         if not taken and not busy:
@@ -211,15 +211,21 @@ def finished(step: Step, reports: Path) -> bool:
     )
 
 
-def _failed(step: Step, reports: Path, since: datetime) -> bool:
-    """Whether another process has tried the step since then, in vain."""
+def _given_up(step: Step, reports: Path, since: datetime) -> bool:
+    """Whether other processes have tried the step since then in vain: twice, as a crash may come
+    of sharing a GPU's memory; once, where the protocol refused it."""
+    tries = 0
     for record in _records(step, reports):
-        ended = (record.get("failure") or {}).get("kind") in ("timed_out", "stopped")
-        bad = record.get("status") == "crashed" or record.get("verdict") == "REFUSED"
-        if bad and not ended and record.get("started_utc", "") >= f"{since:%Y-%m-%dT%H:%M:%S}":
-            print(f"{step.name:<40} failed in another process; see there", flush=True)
-            return True
-    return False
+        if record.get("started_utc", "") < f"{since:%Y-%m-%dT%H:%M:%S}":
+            continue
+        cut_short = (record.get("failure") or {}).get("kind") in ("timed_out", "stopped")
+        if record.get("verdict") == "REFUSED":
+            tries += 2
+        elif record.get("status") == "crashed" and not cut_short:
+            tries += 1
+    if tries > 1:
+        print(f"{step.name:<40} failed in another process; see there", flush=True)
+    return tries > 1
 
 
 def _records(step: Step, reports: Path) -> Iterator[dict[str, Any]]:

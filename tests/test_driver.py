@@ -105,7 +105,8 @@ class Runner:
     """Stands for `report.run`: writes what it leaves, and remembers what it was asked."""
 
     def __init__(self, reports: Path) -> None:
-        self.reports, self.ran, self.failing = reports, list[str](), set[str]()
+        self.reports, self.ran = reports, list[str]()
+        self.failing, self.refused = set[str](), set[str]()
         self.during: Callable[[str], None] = lambda name: None
 
     def __call__(self, notebook: Path, params: Any, name: str, *_: Any, **options: Any) -> Run:
@@ -114,8 +115,9 @@ class Runner:
         folder = self.reports / "runs" / f"2026Z-{name}-{len(self.ran)}"
         folder.mkdir(parents=True)
         crashed = name in self.failing
+        verdict = "REFUSED" if name in self.refused else "PASS"
         record = report.RunRecord(
-            notebook.stem, "crashed" if crashed else "finished", None if crashed else "PASS",
+            notebook.stem, "crashed" if crashed else "finished", None if crashed else verdict,
             name=name, params={**params, "device": "auto"}, error="it broke" if crashed else None,
             started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
@@ -158,23 +160,22 @@ def test_a_crash_stops_only_what_needs_it(study: Path, runner: Runner) -> None:
     assert runner.ran[4:] == ["decoder-s0"], "a later call tries again"
 
 
-def test_what_fails_in_one_process_is_not_tried_by_those_beside_it(
+def test_what_crashed_twice_or_was_refused_beside_is_left_alone(
     study: Path, runner: Runner
 ) -> None:
     steps = driver.load(study)
-    runner.failing = {"decoder-s0"}
-    beside = list[str]()
+    runner.failing, runner.refused = {"decoder-s0"}, {"decoder-s1"}
+    alone = [replace(step, needs=()) for step in steps]
 
     def meanwhile(name: str) -> None:
-        if name == "data" and not beside:
-            beside.append("began")
-            steps_but_data = [replace(step, needs=()) for step in steps]
-            driver.run(steps_but_data, runner.reports, only=["decoder-s0"])
+        if name == "data":
+            driver.run(alone, runner.reports, only=["decoder"])
+            driver.run(alone, runner.reports, only=["decoder"])
 
     runner.during = meanwhile
     problems = driver.run(steps, runner.reports)
-    assert runner.ran == ["data", "decoder-s0", "decoder-s1", "arm-s1"]
-    assert problems == ["left out, as what they need is not finished: arm-s2"]
+    assert runner.ran == ["data", "decoder-s0", "decoder-s1", "decoder-s0"]
+    assert problems == ["left out, as what they need is not finished: arm-s1, arm-s2"]
 
 
 def test_an_unexpected_verdict_or_an_error_of_the_driver_stops_nothing(
