@@ -312,10 +312,19 @@ def training_metrics(result: TrainResult, held_out: Mapping[str, Any]) -> dict[s
         "loss_fall": loss_fall(result.history),
         "loss_history": [[row["step"], row["loss"]] for row in result.history if "loss" in row],
         "steps": result.steps,
+        "gate_overridden": result.gate_overridden,
+        **speed_metrics(result),
+    }
+
+
+def speed_metrics(result: TrainResult) -> dict[str, Any]:
+    """What a training took, for results.json."""
+    return {
         "samples_per_s": result.samples_per_s,
         "train_duration_s": result.duration_s,
+        "compile_s": result.compile_s,
+        "paused_s": result.paused_s,
         "peak_memory_bytes": result.peak_memory_bytes,
-        "gate_overridden": result.gate_overridden,
     }
 
 

@@ -40,6 +40,7 @@ _SHOWS_ONLY = {
 """Of this package, what runs or shows a report but has no part in its figures."""
 NOT_TRAINING = {
     *("figures.py", "exhibits.py", "sheet.py", "autopsy.py", "evidence.py", "experiment.py"),
+    "planning.py",
     *("studies.py", "record.py", "meters.py", "furniture.py", "sampling.py", "credits.py"),
     *("attribution.py", "comparison.py", "figures_study.py", "targets.py", "timeline.py"),
 }

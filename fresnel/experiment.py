@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -307,11 +308,15 @@ def require(
         Refused: says which check is missing or failed and what to run.
     """
     try:
-        receipts = [gate.require_receipt(data, kind, allow_failed) for kind in kinds]
+        first = gate.require_receipt(data, kinds[0], allow_failed)
+        # the files were hashed for the first one
+        same = types.SimpleNamespace(path=data.path, content_hash=data.content_hash)
+        for kind in kinds[1:]:
+            gate.require_receipt(same, kind, allow_failed)
     except gate.GateRefusal as refusal:
         run.finish("REFUSED", str(refusal), [str(refusal)])
         raise Refused(str(refusal)) from None
-    return receipts[0]
+    return first
 
 
 def light_of_targets(data: ViewTensors) -> dict[str, float]:
@@ -385,46 +390,6 @@ def smoke_verdict(
                 f"the outputs' {name} is {value:.2f} of the targets' (want {low:g} to {high:g})"
             )
     return not reasons, reasons
-
-
-def forecast(
-    samples_per_s: float,
-    *,
-    steps: int,
-    batch_size: int,
-    overhead_s: float,
-    price_per_hour_usd: float,
-) -> dict[str, float]:
-    """Time and cost of a full run, from the smoke test's measured throughput.
-
-    Args:
-        overhead_s: measured time outside the steps (start, validation, evaluation).
-    """
-    duration_s = steps * batch_size / samples_per_s + overhead_s
-    return {
-        "steps": steps,
-        "samples": steps * batch_size,
-        "samples_per_s": samples_per_s,
-        "duration_s": duration_s,
-        "cost_usd": duration_s / 3600 * price_per_hour_usd,
-    }
-
-
-def find_runs(reports: str | Path, names: Sequence[str]) -> dict[str, dict[str, Any] | None]:
-    """The newest run of each name below a reports folder that was not refused, or None."""
-    found: dict[str, dict[str, Any] | None] = dict.fromkeys(names)
-    for path in Path(reports).glob("**/results.json"):
-        try:
-            record = json.loads(path.read_text())
-            name, started = record["name"], record["started_utc"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # the index lists damaged records; the analysis has no use for them
-        done = record.get("status") == "finished" and record.get("verdict") != "REFUSED"
-        if name in found and done:
-            best = found[name]
-            if best is None or started > best["started_utc"]:
-                found[name] = {**record, "folder": str(path.parent)}
-    return found
 
 
 def usefulness(trained: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

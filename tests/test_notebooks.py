@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fresnel import profiles, report
+from fresnel import planning, profiles, report
 from fresnel.parameters import check_parameters, read_parameters
 from fresnel.record import RunRecord
 
@@ -83,7 +83,7 @@ def test_smoke_then_full_then_analysis(original, corrected, reports):
     control, _ = run(
         "02_smoke_train", reports, "02-control", dataset_dir=str(original[2]),
         allow_failed_gate=True, loss_mask="depth_laplacian", parameterisation="original",
-        augment=False, **small,
+        augment=False, full_steps=6, truth_objects=2, **small,
     )  # fmt: skip
     assert control.verdict == "NO-GO"
     assert any("empty" in reason for reason in control.reasons)
@@ -91,6 +91,7 @@ def test_smoke_then_full_then_analysis(original, corrected, reports):
         "02_smoke_train", reports, "02-corrected", dataset_dir=str(corrected[2]), **small
     )
     assert smoke.metrics["forecast"]["duration_s"] > 0
+    assert set(smoke.metrics["forecast"]["parts"]) == set(planning.PARTS)
     assert smoke.metrics["target_luminance"] > 0.5
 
     control, _ = run(
@@ -99,12 +100,19 @@ def test_smoke_then_full_then_analysis(original, corrected, reports):
         loss_mask="depth_laplacian", parameterisation="original", augment=False,
     )  # fmt: skip
     assert control.metrics["gate_overridden"] is True
+    assert set(control.metrics["forecast_error"]) == {"duration_s", "peak_memory_bytes"}
     # Six steps can't earn a GO; what this test needs is that the full run works on healthy data.
     trained, directory = run(
         "03_full_train", reports, "03-corrected", dataset_dir=str(corrected[2]), size="tiny",
         batch_size=4, steps=6, truth_objects=2, allow_failed_gate=smoke.verdict != "GO",
-        export_to=str(reports / "cvs.safetensors"),
+        export_to=str(reports / "cvs.safetensors"), accumulate=2,
     )  # fmt: skip
+    assert "forecast_error" not in trained.metrics, "02 spoke of other settings"
+    for record in (smoke, trained):
+        assert {"samples_per_s", "peak_memory_bytes", "compile_s", "paused_s"} <= set(
+            record.metrics
+        )
+        assert record.metrics["samples_per_s"] > 0 and record.metrics["peak_memory_bytes"] > 1e6
     names = set(trained.metrics["summaries"])
     assert names == {"cvs", "copy_input", "mean_image", "black_image", "decoder render"}
     assert (reports / "cvs.safetensors").is_file() and (directory / "held_out.png").is_file()
@@ -125,10 +133,11 @@ def test_smoke_then_full_then_analysis(original, corrected, reports):
 def test_an_arm_with_its_own_decoder_objects_and_render(reports):
     """What a study's parameters change: see notebooks/params/study.yaml."""
     weights = reports / "decoder.safetensors"
-    run(
+    decoder, _ = run(
         "03_full_train", reports, "03-decoder-A", model="decoder", size="tiny", batch_size=2,
         steps=2, truth_objects=2, objects="A", export_to=str(weights),
     )  # fmt: skip
+    assert {"samples_per_s", "peak_memory_bytes", "compile_s", "paused_s"} <= set(decoder.metrics)
     made, _ = run(
         "01_validate_data", reports, "01-B", images=16, examples=4, image_size=32, objects="B",
         decoder_weights=str(weights), dataset_dir=str(reports / "data-B"), on_fail="continue",

@@ -1,0 +1,359 @@
+"""How the full training is set up, and what it will take, from what a smoke test measures.
+
+A notebook's time is grouped by what its stages begin with ("open the data"), so that the forecast
+of 02 and the account of 03 speak of the same parts: see `PARTS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fresnel import checkpoints, evaluate
+from fresnel._step import Stepper
+from fresnel.batch_size import find_batch_size
+from fresnel.dataset import ViewTensors
+from fresnel.experiment import fingerprint
+from fresnel.record import Stage
+from fresnel.train import Task, TrainConfig, TrainResult
+
+PARTS = {
+    "start": "the kernel's start and the imports",
+    "data": "opening the data and checking their receipts",
+    "compile": "compiling, from the cache",
+    "steps": "the training's steps",
+    "pauses": "set-up, validations, checkpoints, log",
+    "pictures": "loading the rivals, drawing",
+    "evaluation": "held-out views of the model and its rivals",
+}
+_WORDS = {
+    **dict.fromkeys(("open", "check", "render"), "data"),
+    **dict.fromkeys(("load", "draw"), "pictures"),
+    "try": "pauses",
+    "evaluate": "evaluation",
+}
+
+
+def pick_precision(precision: str, device: str) -> str:
+    """Resolve "auto" to "bf16" on a GPU that has it, else "fp32".
+
+    On CPUs with AVX512-BF16 alone, without matrix units, bf16 trains no faster: the backward pass
+    of narrow convolutions loses what the forward pass gains (`benchmarks/train.py`).
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if precision not in {"auto", "fp32", "bf16"}:
+        raise ValueError(f"precision: got {precision!r}, want 'auto', 'fp32' or 'bf16'")
+    if precision != "auto":
+        return precision
+    return "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def full_config(steps: int, **settings: Any) -> TrainConfig:
+    """How 03 trains and 02 forecasts: by the length of the run, ten validations, a hundred rows."""
+    return TrainConfig(
+        steps=steps,
+        warmup_steps=min(50, steps // 5),
+        log_every=max(1, steps // 100),
+        validate_every=max(1, steps // 10),
+        snapshot_every=max(1, steps // 5),
+        preview_steps=(),
+        **settings,
+    )
+
+
+def split_batch(
+    accumulate: int,
+    batch_size: int,
+    make_task: Callable[..., Task],
+    config: TrainConfig,
+    *,
+    device: str,
+    run_dir: Path | None = None,
+) -> int:
+    """In how many parts the batch of a step is computed, one after the other.
+
+    Args:
+        accumulate: so many; 0: as few as fit the free memory, found by trial.
+        make_task: called with batch_size=...; see `fresnel.batch_size.find_batch_size`.
+        run_dir: what was found is kept there, so that a run can go on when less memory is free.
+
+    Raises:
+        ValueError: if `batch_size` is not a multiple of `accumulate`.
+        OutOfMemory: if not even one sample fits.
+    """
+    if accumulate < 0 or batch_size % max(accumulate, 1):
+        raise ValueError(
+            f"accumulate: got {accumulate}, want 0 or a divisor of batch_size {batch_size}"
+        )
+    if accumulate:
+        return accumulate
+    kept = run_dir / "accumulate.json" if run_dir else None
+    if kept and kept.exists():
+        return int(json.loads(kept.read_text()))
+    found = find_batch_size(lambda b: make_task(batch_size=b), batch_size, config, device=device)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found.accumulate))
+    return found.accumulate
+
+
+def start_s() -> float:
+    """Seconds since this kernel was started; of one in which a person has idled, its busy time."""
+    import psutil
+
+    process = psutil.Process(os.getpid())
+    used = process.cpu_times()
+    busy = used.user + used.system
+    age = time.time() - process.create_time()
+    return age if age < 3 * busy + 5 else busy
+
+
+def by_part(stages: Iterable[Stage]) -> dict[str, float]:
+    """Seconds of the stages whose first word says which of `PARTS` they belong to."""
+    parts: dict[str, float] = {}
+    for stage in stages:
+        part = _WORDS.get(stage.name.split()[0])
+        if part:
+            parts[part] = parts.get(part, 0.0) + stage.duration_s
+    return parts
+
+
+def pace(history: Sequence[Mapping[str, Any]], samples: int) -> tuple[float, float]:
+    """Seconds a step over a run's curriculum, and what it took beyond that, once.
+
+    A curriculum may switch on more work half way, so either half has its median. What lies above,
+    such as choosing kernels and recording graphs, happens as often in a long run.
+
+    Args:
+        history: rows with "step" and "samples_per_s", evenly spaced over the run.
+        samples: samples a step.
+    """
+    steps = [row["step"] for row in history]
+    counts = np.diff([0, *steps])
+    each = np.array([samples / row["samples_per_s"] for row in history])
+    late = np.array(steps) > steps[-1] / 2
+    typical = np.full(len(each), np.median(each))
+    for half in (late, ~late):
+        if half.any():
+            typical[half] = np.median(each[half])
+    usual = float((typical * counts).sum())
+    return usual / steps[-1], max(0.0, float((each * counts).sum()) - usual)
+
+
+def timed(act: Callable[[], Any], times: int = 1) -> float:
+    """Seconds a call, until the GPU has done its part."""
+    began = time.perf_counter()
+    for _ in range(times):
+        act()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / times
+
+
+def rehearse(
+    task: Any,
+    result: TrainResult,
+    config: TrainConfig,
+    truth: ViewTensors,
+    contenders: Mapping[str, evaluate.Predictor],
+) -> dict[str, float]:
+    """Seconds of single acts of the full run, each done once or twice.
+
+    Args:
+        task: a fresh one, as the smoke run's may already be compiled.
+        result: of the smoke run, whose `compile_s` may be for an empty cache.
+        config: of the full run.
+        truth: held-out views.
+        contenders: what the full run will evaluate on them.
+
+    Returns:
+        "compile", "validation", "preview", "checkpoint"; "evaluate_first", the contenders' first
+        record, with what they load for it; "evaluate_record", every further record.
+    """
+    stepper = Stepper(task, config)
+    compile_s = 0.0
+    if config.compile:
+        torch.compiler.reset()  # as a new process would start
+        compile_s = stepper.compile()
+    model = result.ema_model
+    generator = torch.Generator(stepper.device).manual_seed(0)
+    with torch.no_grad(), stepper.autocast():
+        task.validation(model)  # the first one chooses kernels
+        validation_s = timed(lambda: task.validation(model), 2)
+        preview_s = timed(lambda: task.preview(model, generator))
+    tensors = checkpoints.pack(result.model, model, stepper.optimizer)
+    tensors |= {f"moment of {name}": tensor.clone() for name, tensor in tensors.items()}
+    with tempfile.TemporaryDirectory(dir=result.run_dir) as folder:
+        if stepper.device.type == "cuda":  # written in the background
+            checkpoint_s = timed(lambda: {name: t.cpu() for name, t in tensors.items()})
+        else:
+            checkpoint_s = timed(lambda: checkpoints.save(Path(folder), tensors, {}), 2)
+    perceptual, _ = evaluate.find_lpips(stepper.device)
+    few = truth[list(range(min(4, len(truth))))]
+
+    def judge(records: ViewTensors) -> float:
+        return sum(
+            timed(lambda p=p: evaluate.evaluate(p, records, perceptual=perceptual, progress=False))  # type: ignore[misc]
+            for p in contenders.values()
+        )
+
+    return {
+        "compile": compile_s,
+        "validation": validation_s,
+        "preview": preview_s,
+        "checkpoint": checkpoint_s,
+        "evaluate_first": judge(truth[[0]]),
+        "evaluate_record": judge(few) / len(few),
+    }
+
+
+def full_run(
+    acts: Mapping[str, float],
+    result: TrainResult,
+    stages: Sequence[Stage],
+    config: TrainConfig,
+    *,
+    batch_size: int,
+    records: int,
+    fit_s: float,
+    start_s: float,
+    price_per_hour_usd: float,
+) -> dict[str, Any]:
+    """Time, memory and cost of the whole notebook 03.
+
+    Args:
+        acts: from `rehearse`.
+        result: of the smoke run, which went through the whole curriculum; `fit_s`: of that call.
+        stages: of this notebook so far; the full run will open and draw as much.
+        config: of the full run.
+        batch_size: samples a step.
+        records: how many held-out records will be evaluated.
+
+    Returns:
+        "steps", "samples", "samples_per_s", "duration_s", "cost_usd", "peak_memory_bytes" of the
+        training, and "parts", the seconds of each of `PARTS`.
+    """
+    step_s, warm_up_s = pace(result.history, batch_size)
+    ending = acts["validation"] + acts["preview"] + acts["checkpoint"]
+    set_up = max(0.0, fit_s - result.compile_s - result.duration_s - result.paused_s - ending)
+    steps = config.steps
+    stops = {0, steps, *range(0, steps, config.validate_every)}
+    rows = steps // config.log_every
+    opened = by_part(stages)
+    parts = {
+        "start": start_s,
+        **opened,
+        "compile": acts["compile"],
+        "steps": steps * step_s + warm_up_s,
+        "pauses": opened.get("pauses", 0.0)
+        + set_up
+        + len(stops) * (acts["validation"] + acts["checkpoint"])
+        + rows * result.paused_s / max(1, len(result.history) - 1)
+        + acts["preview"],
+        "evaluation": opened.get("evaluation", 0.0)
+        + acts["evaluate_first"]
+        + (records - 1) * acts["evaluate_record"],
+    }
+    duration_s = sum(parts.values())
+    return {
+        "steps": steps,
+        "samples": steps * batch_size,
+        "samples_per_s": batch_size / step_s,
+        "duration_s": duration_s,
+        "cost_usd": duration_s / 3600 * price_per_hour_usd,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "parts": {name: parts.get(name, 0.0) for name in PARTS},
+    }
+
+
+def spent(
+    stages: Sequence[Stage], result: TrainResult, *, start_s: float, price_per_hour_usd: float
+) -> dict[str, Any]:
+    """The same figures as `full_run`'s, of a run whose figures are drawn."""
+    train_s = next(stage.duration_s for stage in stages if stage.name == "train")
+    opened = by_part(stages)
+    paused_s = opened.get("pauses", 0.0) + train_s - result.compile_s - result.duration_s
+    parts = {
+        "start": start_s,
+        **opened,
+        "compile": result.compile_s,
+        "steps": result.duration_s,
+        "pauses": paused_s,
+    }
+    duration_s = sum(parts.values())
+    return {
+        "samples_per_s": result.samples_per_s,
+        "duration_s": duration_s,
+        "cost_usd": duration_s / 3600 * price_per_hour_usd,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "parts": {name: parts.get(name, 0.0) for name in PARTS},
+    }
+
+
+def compared(plan: Mapping[str, Any] | None, actual: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of a full run: "spent" and, where there was a forecast, "forecast_error": by how much
+    it was too low, as a share of it, in time and in memory."""
+    if plan is None:
+        return {"spent": actual}
+    errors = {
+        name: actual[name] / plan[name] - 1
+        for name in ("duration_s", "peak_memory_bytes")
+        if plan[name]
+    }
+    return {"spent": actual, "planned": plan, "forecast_error": errors}
+
+
+def settings_of(config: TrainConfig, **what: Any) -> dict[str, Any]:
+    """What makes a full run the one that was forecast."""
+    names = ("steps", "precision", "compile", "accumulate", "checkpointing")
+    return {**what, **{name: getattr(config, name) for name in names}}
+
+
+def keep(data: Any, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> Path:
+    """Write a forecast beside the data's receipts, for the full run with these settings."""
+    path = _path(data, settings)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({**plan, "settings": dict(settings)}, indent=2) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def kept(data: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The forecast for these settings on this data, or None."""
+    path = _path(data, settings)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _path(data: Any, settings: Mapping[str, Any]) -> Path:
+    return Path(data.path) / "receipts" / f"forecast-{fingerprint(settings)}.json"
+
+
+def table(plan: Mapping[str, Any] | None, actual: Mapping[str, Any] | None = None) -> str:
+    """Markdown: forecast and actual by part, and in all."""
+    columns = {name: found for name, found in (("forecast", plan), ("actual", actual)) if found}
+    lines = [(f"{meaning}, s", "parts", name, 1.0) for name, meaning in PARTS.items()]
+    lines += [
+        ("**in all, s**", "", "duration_s", 1.0),
+        ("samples/s in the steps", "", "samples_per_s", 1.0),
+        ("peak memory of the training, MB", "", "peak_memory_bytes", 1e-6),
+    ]
+    rows = [
+        {"": text}
+        | {
+            title: f"{(found[group] if group else found)[name] * scale:,.1f}"
+            for title, found in columns.items()
+        }
+        for text, group, name, scale in lines
+    ]
+    return evaluate.format_rows(rows)

@@ -1,0 +1,123 @@
+"""Each part of the forecast, and the set-up that 02 and 03 share."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fresnel import planning
+from fresnel.record import Stage
+from fresnel.train import TrainConfig
+
+
+def history(*rates: float, every: int = 5) -> list[dict[str, float]]:
+    return [{"step": every * (k + 1), "samples_per_s": rate} for k, rate in enumerate(rates)]
+
+
+def test_pace_counts_what_happens_once_apart_from_the_steps():
+    # ten samples a step: 0.1 s each in the first half, 0.2 s in the second, after a slow start
+    rows = history(10, 100, 100, 100, 50, 50, 50, 50)
+    step_s, once_s = planning.pace(rows, 10)
+    assert step_s == pytest.approx(0.15)
+    assert once_s == pytest.approx(5 * (1.0 - 0.1))
+    assert planning.pace(history(100), 10) == pytest.approx((0.1, 0.0))
+
+
+def test_a_forecast_is_the_sum_of_its_parts():
+    result = SimpleNamespace(
+        history=history(100, 100, 50, 50), compile_s=7.0, duration_s=3.0, paused_s=0.6,
+        peak_memory_bytes=123,
+    )  # fmt: skip
+    stages = [
+        Stage("open the data", 1.0, 0),
+        Stage("check the receipt", 0.5, 0),
+        Stage("draw the loss", 0.25, 0),
+        Stage("overfit one batch", 99.0, 0),
+    ]
+    acts = {
+        "compile": 2.0, "validation": 0.5, "preview": 0.3, "checkpoint": 0.1,
+        "evaluate_first": 4.0, "evaluate_record": 1.0,
+    }  # fmt: skip
+    config = planning.full_config(1000)
+    plan = planning.full_run(
+        acts, result, stages, config, batch_size=10, records=8, fit_s=7 + 3 + 0.6 + 0.9 + 1.5,
+        start_s=3.0, price_per_hour_usd=3600.0,
+    )  # fmt: skip
+    assert set(plan["parts"]) == set(planning.PARTS)
+    assert plan["parts"]["data"] == pytest.approx(1.5)
+    assert plan["parts"]["pictures"] == pytest.approx(0.25), "another stage is not repeated"
+    assert plan["parts"]["compile"] == 2.0, "what a cache holds is not compiled again"
+    assert plan["parts"]["steps"] == pytest.approx(150)
+    # set-up, eleven stops, a hundred rows of the log, a preview
+    assert plan["parts"]["pauses"] == pytest.approx(1.5 + 11 * 0.6 + 100 * 0.2 + 0.3)
+    assert plan["parts"]["evaluation"] == pytest.approx(11)
+    assert plan["duration_s"] == pytest.approx(sum(plan["parts"].values()))
+    assert plan["cost_usd"] == pytest.approx(plan["duration_s"])
+    assert plan["samples"] == 10_000 and plan["peak_memory_bytes"] == 123
+
+
+def test_what_a_run_took_stands_beside_its_forecast(tmp_path):
+    data = SimpleNamespace(path=tmp_path)
+    config = planning.full_config(20, precision="bf16")
+    settings = planning.settings_of(config, model="cvs", batch_size=16)
+    assert planning.kept(data, settings) is None
+    result = SimpleNamespace(
+        samples_per_s=10.0, compile_s=0.0, duration_s=8.0, peak_memory_bytes=2 * 10**6
+    )
+    stages = [Stage("open the data", 1.0, 0), Stage("train", 10.0, 0)]
+    spent = planning.spent(stages, result, start_s=2.0, price_per_hour_usd=1.0)
+    assert spent["parts"]["pauses"] == pytest.approx(2.0) and spent["duration_s"] == 13
+    plan = {**spent, "duration_s": 10.0}
+    planning.keep(data, settings, plan)
+    found = planning.kept(data, settings)
+    assert found is not None and found["settings"] == settings
+    other = planning.settings_of(planning.full_config(21, precision="bf16"), model="cvs")
+    assert planning.kept(data, other) is None, "another run's forecast is not this one's"
+    metrics = planning.compared(found, spent)
+    assert metrics["forecast_error"]["duration_s"] == pytest.approx(0.3)
+    assert metrics["forecast_error"]["peak_memory_bytes"] == pytest.approx(0)
+    assert "forecast_error" not in planning.compared(None, spent)
+    text = planning.table(found, spent)
+    assert "| **in all, s** | 10.0 | 13.0 |" in text
+    assert "2.0 |" in text.splitlines()[-1]
+
+
+class Greedy:
+    """A task that takes 100 bytes a sample, of a card that has no more than it is told."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.model, self.batch_size = nn.Linear(2, 1), batch_size
+
+    def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"x": torch.ones(self.batch_size, 2)}
+
+    def loss(self, batch, **_):
+        if self.batch_size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"loss": self.model(batch["x"]).square().mean()}
+
+
+def test_a_batch_is_split_as_asked_or_as_it_fits(tmp_path):
+    config = TrainConfig(steps=10)
+
+    def split(accumulate: int, **options) -> int:
+        return planning.split_batch(accumulate, 16, Greedy, config, device="cpu", **options)
+
+    assert split(2) == 2
+    assert split(0, run_dir=tmp_path / "run") == 4, "four parts of four samples"
+    (tmp_path / "run" / "accumulate.json").write_text(json.dumps(8))
+    assert split(0, run_dir=tmp_path / "run") == 8, "a run goes on as it began"
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match="divisor of batch_size 16"):
+            split(wrong)
+
+
+def test_precision_is_chosen_by_device():
+    assert planning.pick_precision("auto", "cpu") == "fp32"
+    assert planning.pick_precision("bf16", "cpu") == "bf16"
+    with pytest.raises(ValueError, match="want 'auto', 'fp32' or 'bf16'"):
+        planning.pick_precision("fp16", "cpu")
