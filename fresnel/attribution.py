@@ -275,7 +275,7 @@ def attribute(
         "factors": factor -> {"gain" (Shapley value), "share" of the whole way, "alone" (mended
         first, nothing else), "last" (everything else mended before), each with _low, _high, _sd}.
         "cells": a row a cell: name, light, coverage with intervals, the gate's verdict and in how
-        many seeds it failed. "objects", "seeds": how many.  _sd of one seed is NaN.
+        many seeds it failed. "objects", "seeds": how many.  One seed has no _sd.
 
     Raises:
         ValueError: if the seeds are of different objects.
@@ -298,8 +298,9 @@ def attribute(
             mean = values.mean() / below.mean()
             drawn = values.mean(0)[draws].mean(axis=1) / below.mean(0)[draws].mean(axis=1)
         low, high = np.percentile(drawn, [tail, 100 - tail]) if len(unique) > 1 else (np.nan,) * 2
-        sd = each.std(ddof=1) if len(each) > 1 else np.nan
-        found = {"": mean, "_low": low, "_high": high, "_sd": sd}
+        found = {"": mean, "_low": low, "_high": high}
+        if len(each) > 1:
+            found["_sd"] = each.std(ddof=1)
         return {name + ending: float(value) for ending, value in found.items()}
 
     def per_object(cells: Sequence[Mapping[str, Any]], outcome: str) -> np.ndarray:
@@ -343,17 +344,23 @@ def attribute(
 
 
 def shares_table(found: Mapping[str, Any]) -> str:
-    """The split as a Markdown table, a row a factor."""
-    rows = []
-    for factor, (_, mended) in LABELS.items():
-        row = {"factor": factor, "mended means": mended}
-        for outcome in OUTCOMES:
+    """The split as Markdown, a table an outcome, a row a factor."""
+    tables = []
+    for outcome in OUTCOMES:
+        rows = []
+        for factor, (_, mended) in LABELS.items():
             entry = found[outcome]["factors"][factor]
-            row[f"{outcome} gained"] = _text(entry, "gain")
-            row[f"share of {outcome}"] = _text(entry, "share", percent=True)
-            row[f"{outcome}, mended alone"] = _text(entry, "alone")
-        rows.append(row)
-    return format_rows(rows)
+            rows.append(
+                {
+                    f"{outcome}: factor, mended": f"{SHORT[factor]}: {mended}",
+                    "share": _text(entry, "share", percent=True),
+                    "gained": _text(entry, "gain"),
+                    "mended alone": _text(entry, "alone"),
+                    "mended last": _text(entry, "last"),
+                }
+            )
+        tables.append(format_rows(rows))
+    return "\n\n".join(tables)
 
 
 def cells_table(found: Mapping[str, Any]) -> str:
@@ -388,10 +395,10 @@ def sentence(found: Mapping[str, Any]) -> str:
 
 def _text(entry: Mapping[str, Any], name: str, *, percent: bool = False) -> str:
     scale, unit, digits = (100, " %", 0) if percent else (1, "", 2)
-    value, low, high, sd = (entry[name + end] for end in ("", "_low", "_high", "_sd"))
+    value, low, high = (entry[name + end] for end in ("", "_low", "_high"))
     text = f"{scale * value:.{digits}f}"
-    if math.isfinite(sd):
-        text += f" ± {scale * sd:.{digits}f}"
+    if f"{name}_sd" in entry:
+        text += f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{scale * entry[f'{name}_sd']:.{digits}f}"
     text += unit
     if low is None or not math.isfinite(low):
         return text

@@ -6,6 +6,9 @@ Everything is computed from the `results.json` of finished runs; a missing run m
 
 from __future__ import annotations
 
+import html
+import importlib
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,19 +18,66 @@ from typing import Any
 import torch
 
 from fresnel.attribution import PATH_ALONE
-from fresnel.comparison import Study, difference, in_bin, mean
-from fresnel.evaluate import AZIMUTH_BINS, format_rows
+from fresnel.comparison import BINS, Run, Study, difference, in_bin, loss_cell, mean
+from fresnel.evaluate import format_rows
 
-ROLES = ("01-original", "01-corrected", "02-control", "02-corrected", "03-control", "03-corrected")
-"""Names of the runs that the analysis reads, as the profiles give them."""
+ROLES = {
+    "01-original": "01-original-B-s0",
+    "01-corrected": "01-bootstrap-B-s0",
+    "02-control": "02-original-B-s0",
+    "02-corrected": "02-bootstrap-B-s0",
+    "03-control": "03-original-s0",
+    "03-corrected": "03-gated-s0",
+}
+"""Names of the runs that the analysis reads, as the profiles give them, and which run of
+notebooks/params/study.yaml speaks where the main job has not."""
 
-Runs = Mapping[str, dict[str, Any] | None]
+Runs = Mapping[str, Run | None]
 
 
 def original() -> dict[str, Any]:
     """The original experiment in the numbers of its own report."""
     text = (resources.files("fresnel") / "assets" / "original_experiment.json").read_text()
     return json.loads(text)
+
+
+def roles(everything: Mapping[str, Run], prefix: str = "") -> dict[str, Run | None]:
+    """The run of every role among `comparison.newest_runs`; None where there is none.
+
+    Args:
+        prefix: of the main job's names.
+    """
+    return {
+        role: everything.get(prefix + role) or everything.get(stand_in)
+        for role, stand_in in ROLES.items()
+    }
+
+
+def summary(runs: Runs, found: Mapping[str, Any] | None, reached: Sequence[Any]) -> str:
+    """The analysis in three or four sentences.
+
+    Args:
+        found: what `attribution.attribute` returned, or None.
+        reached: what `targets.targets` returned.
+    """
+    from fresnel.timeline import first_refusal
+
+    parts = [first_refusal(runs)]
+    if found:
+        share = _percent(found["light"]["factors"]["path"])
+        parts.append(f"The camera path accounts for {share} of the lost light.")
+    both = [runs.get(role) for role in ("03-corrected", "03-control")]
+    if all(both):
+        light = [run["metrics"]["luminance_ratio"] for run in both if run]
+        parts.append(
+            f"On held-out objects the corrected run's views hold {light[0]:.2f} of the true light, "
+            f"the control's {light[1]:.2f}."
+        )
+    met = sum(target.verdict == "met" for target in reached)
+    missed = sum(target.verdict.startswith("missed") for target in reached)
+    open_ = len(reached) - met - missed
+    parts.append(f"Targets: {met} met, {missed} missed, {open_} not run.")
+    return " ".join(parts)
 
 
 def runs_table(runs: Runs) -> str:
@@ -39,9 +89,10 @@ def runs_table(runs: Runs) -> str:
                 {"run": role, "verdict": "missing", "what it found": "", "s": "", "USD": ""}
             )
             continue
+        stands_in = "" if run["name"].endswith(role) else f" ({run['name']})"
         rows.append(
             {
-                "run": role,
+                "run": role + stands_in,
                 "verdict": run["verdict"] or run["status"],
                 "what it found": run["summary"],
                 "s": f"{run['duration_s']:.0f}",
@@ -49,57 +100,6 @@ def runs_table(runs: Runs) -> str:
             }
         )
     return format_rows(rows)
-
-
-def cost_table(runs: Runs) -> str:
-    """The original's costs beside ours, in the manner of its report (Markdown).
-
-    Our times are wall times of the control's and the corrected run's notebooks; at a price of
-    0 USD per hour (a machine one owns) the costs are 0, the times are not.
-    """
-    then = original()
-    rows = [
-        {"item": cost["item"], "then": f"{cost['hours']:g} h, ${cost['usd']:g}", "now": "-"}
-        for cost in then["costs"]
-    ]
-    ours = {
-        "Dataset generation (local)": ("01-original", "01-corrected"),
-        "10-epoch test (local)": ("02-control", "02-corrected"),
-        "Cloud training (150 epochs)": ("03-control", "03-corrected"),
-    }
-    total_s = total_usd = 0.0
-    for row in rows:
-        found = [run for role in ours.get(row["item"], ()) if (run := runs.get(role))]
-        if found:
-            seconds = sum(run["duration_s"] for run in found)
-            usd = sum(run["cost_usd"] for run in found)
-            row["now"] = f"{seconds:.0f} s, ${usd:.4f}"
-            total_s, total_usd = total_s + seconds, total_usd + usd
-    total = then["total"]
-    rows.append(
-        {
-            "item": "Total",
-            "then": f"{total['hours']:g} h, ${total['usd']:g}",
-            "now": f"{total_s:.0f} s, ${total_usd:.4f}",
-        }
-    )
-    return format_rows(rows)
-
-
-def first_refusal(runs: Runs) -> str:
-    """When the gate says no to the original's data, in words."""
-    run = runs.get("01-original")
-    if run is None:
-        return "The gate's run on the original's data is missing."
-    if run["verdict"] != "FAIL":
-        return f"The gate did NOT refuse the original's data: {run['summary']}"
-    seconds = run["metrics"].get("gate_duration_s")
-    took = f"in {seconds:.1f} s, " if seconds is not None else ""
-    return (
-        f"The gate refused the original's data {took}on the first examples, "
-        f"{run['duration_s']:.0f} s after the notebook began. "
-        f"Its first reason: {run['reasons'][0]}."
-    )
 
 
 def claims(
@@ -120,11 +120,11 @@ def claims(
         "decoder": _decoder(found),
         "frontal": _frontal(study or {}),
         "exposure": _exposure(found),
-        "loss": _loss(runs.get("03-control")),
+        "loss": _loss(runs.get("03-control"), study or {}),
         "mask": _mask(),
         "cvs": _cvs(study or {}),
         "epochs": _epochs(runs.get("02-control")),
-        "viable": _viable(runs.get("03-corrected")),
+        "viable": _viable(runs.get("03-corrected"), study or {}),
         "external": _external(study or {}),
         "early": _early(runs),
     }
@@ -215,14 +215,26 @@ def _frontal(study: Study) -> _Said:
     return ("confirmed" if mean(near) - mean(far) > 1 else "refuted"), words
 
 
-def _loss(control: dict[str, Any] | None) -> _Said:
-    if not control:
+def _loss(control: Run | None, study: Study) -> _Said:
+    runs = _seeds_or(study, "original", control)
+    if not runs:
         return "open", _OPEN
-    metrics = control["metrics"]
-    return "confirmed, and misleading", (
-        f"the control's loss fell {metrics['loss_fall']:.1f}-fold while its held-out views hold "
-        f"{metrics['luminance_ratio']:.2f} of the true light"
+    fall, light = (
+        mean([run["metrics"][name] for run in runs]) for name in ("loss_fall", "luminance_ratio")
     )
+    return "confirmed, and misleading", (
+        f"the control's loss fell {fall:.1f}-fold while its held-out views hold {light:.2f} of the "
+        f"true light ({_count(runs)})"
+    )
+
+
+def _seeds_or(study: Study, arm: str, run: Run | None) -> list[Run]:
+    """The study's runs of an arm, or else the main job's one."""
+    return list(study.get(arm, {}).values()) or ([run] if run else [])
+
+
+def _count(runs: Sequence[Run]) -> str:
+    return f"{len(runs)} seed{'s' if len(runs) != 1 else ''}"
 
 
 def _mask() -> _Said:
@@ -242,13 +254,13 @@ def _mask() -> _Said:
 
 
 def _cvs(study: Study) -> _Said:
-    names = {k: f"loss-corrected-{k}" for k in ("laplacian-onestep", "alpha-consistency")}
-    if not all(name in study for name in names.values()):
+    cells = [
+        list(loss_cell(study, "corrected", *cell).values())
+        for cell in (("laplacian", "onestep"), ("alpha", "consistency"))
+    ]
+    if not all(cells):
         return "open", _OPEN
-    theirs, ours = (
-        [in_bin(run, "cvs", "all", "psnr") for run in study[name].values()]
-        for name in names.values()
-    )
+    theirs, ours = ([in_bin(run, "cvs", "all", "psnr") for run in runs] for runs in cells)
     gain = mean(ours) - mean(theirs)
     words = (
         f"on the same corrected data its network and mask reach {mean(theirs):.1f} dB, ours "
@@ -257,7 +269,7 @@ def _cvs(study: Study) -> _Said:
     return ("refuted in part" if gain > 0.5 else "confirmed"), words
 
 
-def _epochs(smoke: dict[str, Any] | None) -> _Said:
+def _epochs(smoke: Run | None) -> _Said:
     if not smoke:
         return "open", _OPEN
     words = (
@@ -267,77 +279,39 @@ def _epochs(smoke: dict[str, Any] | None) -> _Said:
     return ("refuted" if smoke["verdict"] == "NO-GO" else "open"), words
 
 
-def _viable(mended: dict[str, Any] | None) -> _Said:
-    if not mended:
+def _viable(mended: Run | None, study: Study) -> _Said:
+    runs = _seeds_or(study, "gated", mended)
+    if not runs:
         return "open", _OPEN
-    metrics = mended["metrics"]
-    good = 0.8 <= metrics["luminance_ratio"] <= 1.25
-    return ("refuted for light and area" if good else "open"), (
-        f"held-out views hold {metrics['luminance_ratio']:.2f} of the true light and "
-        f"{metrics['coverage_ratio']:.2f} of the area, at {metrics['psnr']:.1f} dB; "
-        f"sharpness is another question"
+    light, area, psnr = (
+        mean([run["metrics"][name] for run in runs])
+        for name in ("luminance_ratio", "coverage_ratio", "psnr")
+    )
+    return ("refuted for light and area" if 0.8 <= light <= 1.25 else "open"), (
+        f"held-out views hold {light:.2f} of the true light and {area:.2f} of the area, at "
+        f"{psnr:.1f} dB ({_count(runs)}); sharpness is another question"
     )
 
 
 def _external(study: Study) -> _Said:
     if not {"gated", "oracle"} <= study.keys():
         return "open", _OPEN
-    worst = min(
-        (difference(study["gated"], study["oracle"], b), b) for b, _ in AZIMUTH_BINS
-    )  # the bin in which the bootstrap falls furthest behind
-    (gap, low, high), where = worst
+    gaps = {b: difference(study["gated"], study["oracle"], b) for b in BINS}
+    where = min(gaps, key=lambda b: gaps[b].mean)  # the bin in which it falls furthest behind
+    gap = gaps[where]
     words = (
         f"in the bin where it is furthest behind ({where} degrees) the gated bootstrap is "
-        f"{gap:+.2f} dB [{low:+.2f}, {high:+.2f}] against true views of the same objects"
+        f"{gap.text(2, '+')} dB against true views of the same objects"
     )
-    return ("refuted" if low > -0.5 else "confirmed" if high < -0.5 else "open"), words
+    verdict = "refuted" if gap.low > -0.5 else "confirmed" if gap.high < -0.5 else "open"
+    return verdict, words
 
 
 def _early(runs: Runs) -> _Said:
+    from fresnel.timeline import first_refusal
+
     gate = runs.get("01-original")
     return ("confirmed" if gate and gate["verdict"] == "FAIL" else "open"), first_refusal(runs)
-
-
-# --- the original's hours, and what follows ----------------------------------------------------
-
-
-def first_stop(runs: Runs) -> dict[str, float]:
-    """When the gate would have stopped the original: ten of its 500 images, and the gate's time.
-
-    Returns:
-        "hours" from its start at its own pace (one hour for 500 images), "hours_saved",
-        "usd_saved"; NaN where no gate ran.
-    """
-    then, run = original(), runs.get("01-original")
-    gate_s = run["metrics"].get("gate_duration_s") if run else None
-    if gate_s is None or (run and run["verdict"] != "FAIL"):
-        return {"hours": math.nan, "hours_saved": math.nan, "usd_saved": math.nan}
-    making = then["costs"][0]["hours"] * 10 / then["dataset"]["images"]
-    hours = making + gate_s / 3600
-    return {
-        "hours": hours,
-        "hours_saved": then["total"]["hours"] - hours,
-        "usd_saved": then["total"]["usd"],
-    }
-
-
-def timeline_table(runs: Runs) -> str:
-    """Where each of the original's hours and dollars went, and where it would have ended."""
-    stop, rows = first_stop(runs), []
-    hours = usd = 0.0
-    for cost in original()["costs"]:
-        began = hours
-        hours, usd = hours + cost["hours"], usd + cost["usd"]
-        here = began <= stop["hours"] < hours
-        rows.append(
-            {
-                "hours": f"{began:.2f} - {hours:.2f}",
-                "what": cost["item"],
-                "USD by then": f"{usd:.0f}",
-                "the gate": f"stops it after {3600 * stop['hours']:.0f} s" if here else "",
-            }
-        )
-    return format_rows(rows)
 
 
 LESSONS = (
@@ -368,7 +342,7 @@ LESSONS = (
     ),
     (
         "Ask what a cloud run would cost before renting it.",
-        "fresnel.experiment.forecast",
+        "fresnel.planning.full_run",
         "02_smoke_train states time and price of the full run",
     ),
     (
@@ -391,26 +365,60 @@ LESSONS = (
 
 
 def lessons_table() -> str:
-    """The rules and the checks that enforce them (Markdown)."""
+    """The rules, each linked to its check as `enforcement` shows it (Markdown)."""
     rows = [
-        {"rule": rule, "enforced by": f"`{function}`", "how": how}
+        {
+            "rule": rule,
+            "enforced by": f"[`{function.removeprefix('fresnel.')}`](#{_anchor(function)})",
+            "how": how,
+        }
         for rule, function, how in LESSONS
     ]
     return format_rows(rows)
 
 
-def citation(provenance: Mapping[str, Any]) -> str:
-    """How to cite this analysis: a BibTeX entry with version and commit."""
+def enforcement() -> str:
+    """The code of every check that a lesson names, folded, as HTML with an anchor each.
+
+    The page holds it, rather than point to a file: it works offline, wherever the report goes, and
+    shows the check as it was when the report was made.
+    """
+    parts = []
+    for _, function, _ in LESSONS:
+        module, _, name = function.rpartition(".")
+        found = getattr(importlib.import_module(module), name)
+        _, line = inspect.getsourcelines(found)
+        code = html.escape(inspect.getsource(inspect.unwrap(found)))
+        parts.append(
+            f"<details class='fold'><summary><code>{function}</code>, "
+            f"{module.replace('.', '/')}.py, line {line}</summary>"
+            f"<pre id='{_anchor(function)}' tabindex='0'>{code}</pre></details>"
+        )
+    return "\n".join(dict.fromkeys(parts))
+
+
+def _anchor(function: str) -> str:
+    return "check-" + function.replace(".", "-").replace("_", "-")
+
+
+def citation(provenance: Mapping[str, Any], started_utc: str = "") -> str:
+    """How to cite this analysis: in words, and as BibTeX, with version, commit and date."""
     from fresnel import __version__
 
     commit = str((provenance.get("git") or {}).get("commit") or "unknown")[:12]
+    title = "How a Gaussian bootstrap went black: an autopsy by experiment"
+    year, month = (started_utc[:4] or "n.d."), started_utc[5:7]
+    entry = {
+        "title": "{How a {G}aussian bootstrap went black: an autopsy by experiment}",
+        "author": "{{The fresnel contributors}}",
+        "year": f"{{{year}}}",
+        **({"month": f"{{{int(month)}}}"} if month else {}),
+        "version": f"{{{__version__}}}",
+        "note": f"{{Notebook 04\\_analyze\\_negative\\_results, commit {commit}}}",
+    }
+    lines = "\n".join(f"  {key:<7} = {value}," for key, value in entry.items())
     return (
-        "```bibtex\n"
-        "@software{fresnel_autopsy,\n"
-        "  title   = {How a {G}aussian bootstrap went black: an autopsy by experiment},\n"
-        "  author  = {{The fresnel contributors}},\n"
-        f"  version = {{{__version__}}},\n"
-        f"  note    = {{Notebook 04\\_analyze\\_negative\\_results, commit {commit}}},\n"
-        "}\n"
-        "```"
+        f"The fresnel contributors ({year}). *{title}.* fresnel {__version__}, notebook "
+        f"04_analyze_negative_results, commit {commit}.\n\n"
+        f"```bibtex\n@software{{fresnel_autopsy,\n{lines}\n}}\n```"
     )

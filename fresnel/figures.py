@@ -367,31 +367,6 @@ def bins_figure(
 
 
 @_styled
-def loss_against_usefulness(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Two runs' falling losses, and what their outputs are worth on held-out objects.
-
-    Args:
-        runs: name -> {"steps", "loss": the training log; "luminance_ratio": by-bin means,
-            "bins": their names}.
-    """
-    figure, (left, right) = _figure(1, 2, figsize=(7.2, 3.0))
-    for color, (name, run) in zip([VERMILION, GREEN, BLUE], runs.items(), strict=False):
-        loss = np.asarray(run["loss"], float)
-        left.plot(run["steps"], loss / loss[0], color=color, lw=1.4, label=name)
-        right.plot(range(len(run["bins"])), run["luminance_ratio"], "o-", color=color, label=name)
-        right.set_xticks(range(len(run["bins"])), run["bins"])
-    left.set_title("Loss, relative to its start")
-    left.set_yscale("log")
-    left.set_xlabel("step")
-    right.axhspan(0.8, 1.25, color=GREEN, alpha=0.12, lw=0)
-    right.set_ylim(bottom=0)
-    right.set_title("Held-out light, output / truth")
-    right.set_xlabel("azimuth away from the input, degrees")
-    left.legend()
-    return figure
-
-
-@_styled
 def by_azimuth(
     azimuth_deg: Sequence[float],
     series: Mapping[str, Sequence[float]],
@@ -420,39 +395,4 @@ def by_azimuth(
     else:
         axis.set_ylim(bottom=0)
     axis.legend()
-    return figure
-
-
-@_styled
-def waterfall(parts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
-    """From nothing mended to all of it, a step a factor; one panel an outcome.
-
-    Args:
-        parts: outcome -> its entry of `attribution.attribute`: "none", "mended", "truth", each
-            with an interval, and "factors" with their "gain".
-        labels: factor -> what stands at its step.
-    """
-    figure, axes = _figure(1, len(parts), figsize=(7.2, 3.4), squeeze=False, sharey=True)
-    for axis, (outcome, part) in zip(axes[0], parts.items(), strict=True):
-        names = ["none mended", *(labels[name] for name in part["factors"]), "all mended"]
-        gains = [entry["gain"] for entry in part["factors"].values()]
-        bottoms = part["none"] + np.cumsum([0.0, *gains[:-1]])
-        places = np.arange(len(names))
-        axis.bar(places[[0, -1]], [part["none"], part["mended"]], color=[VERMILION, GREEN])
-        colors = [BLUE if gain >= 0 else ORANGE for gain in gains]
-        axis.bar(places[1:-1], gains, bottom=bottoms, color=colors)
-        tops = np.array([part["none"], *(bottoms + gains), part["mended"]])
-        entries = [(part, "none"), *((e, "gain") for e in part["factors"].values())]
-        entries.append((part, "mended"))
-        spread = [
-            [max(entry[key] - entry[f"{key}_low"], 0), max(entry[f"{key}_high"] - entry[key], 0)]
-            for entry, key in entries
-        ]
-        error = np.nan_to_num(np.array(spread, float)).T
-        axis.errorbar(places, tops, error, fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2)
-        axis.axhline(part["truth"], color=GREY, ls="--", lw=1)
-        axis.text(0, part["truth"], "true views", color=GREY, fontsize=8, va="bottom")
-        axis.set_xticks(places, names, rotation=35, ha="right", fontsize=8)
-        axis.grid(axis="x", visible=False)
-        axis.set_title(f"Share of the input's {outcome}", fontsize=10)
     return figure

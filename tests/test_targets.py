@@ -1,0 +1,161 @@
+"""Targets, timeline and costs against a study whose figures are known, and notebook 04 over it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import synthetic
+
+from fresnel import autopsy, comparison, figures, figures_study, report, targets, timeline
+from fresnel.comparison import BINS, Estimate
+
+NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "04_analyze_negative_results.ipynb"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study")
+    synthetic.write_study(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, Any]:
+    return comparison.newest_runs(folder)
+
+
+def found(runs: dict[str, Any], **changed: Any) -> dict[str, targets.Target]:
+    study = comparison.study_runs(runs) | changed
+    listed = targets.targets(study, runs, autopsy.roles(runs))
+    return {target.text: target for target in listed}
+
+
+def test_a_known_study_gets_its_verdicts(runs: dict[str, Any]) -> None:
+    by_text = found(runs)
+    verdicts = {text: target.verdict for text, target in by_text.items()}
+    assert len(verdicts) == 11
+    assert verdicts["the decoder: copying the input + 3 dB"] == "met"  # 19.8 + 0.1 - 16
+    assert verdicts["the decoder's aim: + 4 dB"].startswith("missed (over white: every bin")
+    assert verdicts["the gated bootstrap within 0.5 dB of true views"] == "met"
+    assert verdicts["the same, the decoder saw 50 objects"].startswith("missed")
+    assert verdicts["above the truth alone where that is scarce"] == "met"
+    best = next(t for text, t in by_text.items() if text.startswith("the best CVS"))
+    assert best.who == "oracle-any - decoder render" and best.verdict == "met"
+    assert all(v == "met" for text, v in verdicts.items() if "control" in text or "gate" in text)
+    gap = by_text["the gated bootstrap within 0.5 dB of true views"].rows["over white"]["60-90"]
+    assert gap.mean == pytest.approx(-0.3) and gap.low <= -0.3 <= gap.high
+    assert gap.sd == pytest.approx(0.0, abs=1e-9) and len(gap.seeds) == 3
+    table = targets.targets_table(list(by_text.values()))
+    assert table.count("3 seeds") == 11 and "chosen as best" in table
+    assert targets.detail_table(list(by_text.values())).count("over white, dB") == 5
+
+
+def test_a_target_is_missed_where_one_bin_is(runs: dict[str, Any]) -> None:
+    band = dict.fromkeys(BINS, (-0.5, math.inf))
+    level = dict.fromkeys(BINS, Estimate(0.0, (0.0, 0.1), -0.2, 0.2))
+    target = targets.Target("t", "a - b", {"over white": level}, band)
+    assert target.verdict == "met" and target.certain and target.seeds == 2
+    below = {**level, "60-90": Estimate(-0.6, (-0.6,), -0.7, -0.4)}
+    target = targets.Target("t", "a - b", {"over white": level, "over black": below}, band)
+    assert target.verdict == "missed (over black: 60-90)" and target.seeds == 1
+    assert "-0.60 [-0.70," in targets.targets_table([target])
+    unsure = {**level, "0-30": Estimate(-0.4, (-0.4, -0.4), -0.8, 0.1)}
+    target = targets.Target("t", "a - b", {"over white": unsure}, band)
+    assert target.verdict == "met" and not target.certain
+    assert "its intervals reach beyond" in targets.targets_table([target])
+    unknown = dict.fromkeys(BINS, Estimate(math.nan))
+    assert targets.Target("t", "a - b", {"": unknown}, band).verdict == "not run"
+
+
+def test_without_runs_no_target_is_met() -> None:
+    listed = targets.targets({}, {}, {})
+    assert {target.verdict for target in listed[:6]} == {"not run"}
+    assert {target.verdict for target in listed} == {"not run"}
+    assert targets.targets_table(listed).count("**not run**") == 11
+    assert timeline.stages_table({}) == "No run has finished."
+
+
+def test_a_control_that_the_gate_let_through_was_not_refused(runs: dict[str, Any]) -> None:
+    through = {**runs, "01-original-B-s1": {**runs["01-original-B-s1"], "verdict": "PASS"}}
+    assert found(through)["the gate refuses it in seconds"].verdict != "met"
+
+
+def test_study_runs_speak_where_the_main_job_has_not(runs: dict[str, Any]) -> None:
+    roles = autopsy.roles(runs)
+    assert roles["03-control"] and roles["03-control"]["name"] == "03-original-s0"
+    assert "01-corrected (01-bootstrap-B-s0)" in autopsy.runs_table(roles)
+    main = {**runs, "x-03-control": {**runs["03-original-s0"], "name": "x-03-control"}}
+    chosen = autopsy.roles(main, "x-")["03-control"]
+    assert chosen and chosen["name"] == "x-03-control"
+
+
+def test_the_timeline_ends_at_the_gate(runs: dict[str, Any]) -> None:
+    roles = autopsy.roles(runs)
+    stop = timeline.first_stop(roles)
+    assert stop["hours"] * 3600 == pytest.approx(72.9) and stop["usd_saved"] == 6.0
+    table = timeline.timeline_table(roles)
+    assert table.splitlines()[2].endswith("stops it after 73 s |") and table.count("stops") == 1
+    assert timeline.spans()[-1]["ended"] == 5.25, "the report's rows sum to less than its total"
+    assert math.isnan(timeline.first_stop({})["hours"])
+    text = timeline.describe_timeline(roles)
+    assert "73 s after its start" in text and "Cloud training (150 epochs): 2.5 h, $5" in text
+    ours = timeline.ours(roles)
+    assert list(ours.values()) == [460.0, 460.0]
+    for hours in (stop["hours"], math.nan):
+        figure = figures_study.timeline(timeline.spans(), hours, ours)
+        words = [text.get_text() for axis in figure.axes for text in axis.texts]
+        assert any("73 s" in word for word in words) == math.isfinite(hours)
+        assert figures.to_png(figure, 40)
+
+
+def test_costs_are_summed_and_priced(runs: dict[str, Any]) -> None:
+    table = timeline.cost_table(autopsy.roles(runs), runs)
+    total = table.splitlines()[-1]
+    seconds = 63 * 360 + 6 * 60 + 6 * 40
+    assert "5.5 h, $6" in total and "460 s, $0.46" in total
+    assert f"{seconds / 3600:.1f} h, ${seconds / 1000:.2f}" in total
+    dearer = timeline.cost_table(autopsy.roles(runs), runs, 36.0).splitlines()[-1]
+    assert f"${seconds / 100:.2f}" in dearer
+    stages = timeline.stages_table(runs)
+    train = next(line for line in stages.splitlines() if "| train |" in line)
+    assert train == "| 03_full_train | train | 63 | 5.0 h | 18.14 |"
+
+
+def test_arms_stand_beside_what_needs_no_training(runs: dict[str, Any]) -> None:
+    study = comparison.study_runs(runs)
+    rows = comparison.by_bin(study, "psnr")
+    assert list(rows)[-4:] == list(comparison.BASELINES.values())
+    assert rows["gated"]["0-30"].mean == pytest.approx(19.7) and rows["gated"]["0-30"].low < 19.7
+    assert rows["copy the input"]["90-180"].mean == pytest.approx(16.0 - 3 * 0.8)
+    figure = figures_study.dots(rows, label="dB", apart=tuple(comparison.BASELINES.values()))
+    assert len(figure.axes) == len(BINS) and figures.to_png(figure, 40)
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert "9.1" in words, "what lies far from the rest stands at the edge with its value"
+    gaps = comparison.contrasts(study)
+    assert len(gaps) == len(comparison.CONTRASTS)
+    assert gaps["rest50-gated - A50-only"]["all"].mean == pytest.approx(0.9)
+    assert comparison.contrasts({"gated": study["gated"]}).keys() == {
+        "gated - decoder's own render"
+    }
+    steps = comparison.steps_table({"gated": study["gated"]}).replace("\N{NO-BREAK SPACE}", " ")
+    assert "+0.20 ± 0.00" in steps and "+0.40 ± 0.00" in steps
+
+
+def test_notebook_04_tells_the_whole_story(folder: Path, tmp_path: Path) -> None:
+    parameters = {
+        "reports_dir": str(folder), "attribution_objects": 2, "attribution_size": 32,
+        "price_per_hour_usd": 3.6,
+    }  # fmt: skip
+    done = report.run(NOTEBOOK, parameters, "04", tmp_path, progress=False)
+    assert not done.crashed, done.record.error
+    assert done.record.verdict == "DONE" and done.record.metrics["missing_runs"] == []
+    assert "9 met, 2 missed, 0 not run" in done.record.summary
+    assert "open" not in done.record.metrics["claims"].values()
+    gap = done.record.metrics["differences_db"]["gated - oracle"]["all"]
+    assert gap["mean"] == pytest.approx(-0.3)
+    page = done.report.read_text()
+    for text in ("@software", "check-fresnel-gate-validate", "Objects pictured", "Chair"):
+        assert text in page
