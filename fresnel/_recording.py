@@ -38,7 +38,9 @@ class Recorder:
         self._runs: Counter[Hashable] = Counter()
         self._pool: Any = None
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many kinds of work are recorded."""
         return len(self._graphs)
 
     def run(self, kind: Hashable, work: Callable[[], None]) -> None:

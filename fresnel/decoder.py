@@ -169,7 +169,7 @@ class Decoder(nn.Module):
         if isinstance(self.network, PatchNetwork):
             return self.network(rgba, depth)
         with torch.autocast(rgba.device.type, enabled=False):  # geometry needs float32
-            frame = gravity_frame(cameras, (0.0, 0.0, 0.0))
+            frame = gravity_frame(cameras, cameras.viewmats.new_zeros(3))
             rays = cameras.pluecker(frame).permute(0, 3, 1, 2)
         x = torch.cat([rgba * 2 - 1, rays], dim=1)
         if self.config.gaussian_grid == "half":

@@ -212,7 +212,8 @@ def original_parametrisation(raw: Tensor, depth: Tensor) -> Gaussians:
     z = -NEAREST - (FARTHEST - NEAREST) * depth
     centre = torch.stack([x.expand_as(z), y.expand_as(z), z], dim=-1)[:, :, :, None]
     means = centre + _OFFSET * torch.tanh(offset)
-    flip = raw.new_tensor([1.0, -1.0, -1.0])
+    # no list of numbers: to bring it from the host would wait for a GPU's queue
+    flip = 1.0 - 2.0 * (torch.arange(3, device=raw.device) > 0).to(raw.dtype)
     matrices = flip[:, None] * rotation_6d(rotation)  # rows flip: OpenGL to OpenCV
     return Gaussians(
         means=(means * flip).flatten(1, 3),
@@ -225,7 +226,8 @@ def original_parametrisation(raw: Tensor, depth: Tensor) -> Gaussians:
 
 def rotation_6d(raw: Tensor) -> Tensor:
     """Rotation matrices (..., 3, 3) from six numbers, identity at zero (arXiv 1812.07035)."""
-    first, second = (raw + raw.new_tensor([1.0, 0, 0, 0, 1.0, 0])).split(3, dim=-1)
+    identity = torch.arange(6, device=raw.device) % 4 == 0  # its first two columns
+    first, second = (raw + identity).split(3, dim=-1)
     x = F.normalize(first, dim=-1)
     y = F.normalize(second - (x * second).sum(-1, keepdim=True) * x, dim=-1)
     return torch.stack([x, y, torch.linalg.cross(x, y)], dim=-1)
