@@ -37,7 +37,7 @@ def test_a_recorded_part_gives_what_the_function_gives(monkeypatch) -> None:
     monkeypatch.setattr(
         torch.cuda,
         "make_graphed_callables",
-        lambda module, samples, **_: (recordings.append(module), module(*samples)),
+        lambda module, samples, *_, **__: (recordings.append(module), module(*samples)),
     )
     layer = torch.nn.Linear(3, 2)
 
