@@ -135,8 +135,9 @@ class Cameras:
         world_from_pixel = self.viewmats[..., :3, :3].transpose(-1, -2) @ _camera_from_pixel(
             self.Ks
         )
-        directions = torch.einsum("...ij,hwj->...hwi", world_from_pixel, pixels)
-        directions = normalize(directions, dim=-1)
+        # contiguous, which einsum's result is not: norm and cross product are ten times as fast
+        directions = pixels.reshape(-1, 3) @ world_from_pixel.transpose(-1, -2)
+        directions = normalize(directions, dim=-1).unflatten(-2, (self.height, self.width))
         return self.centers[..., None, None, :].expand_as(directions), directions
 
     def pluecker(self, frame: Tensor | None = None) -> Tensor:

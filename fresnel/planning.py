@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fresnel import checkpoints, evaluate
+from fresnel import checkpoints, evaluate, surroundings
 from fresnel._step import Stepper
 from fresnel.batch_size import find_batch_size
 from fresnel.dataset import ViewTensors
@@ -181,16 +181,17 @@ def rehearse(
         record, with what they load for it; "evaluate_record", every further record.
     """
     stepper = Stepper(task, config)
-    compile_s = 0.0
-    if config.compile:
-        torch.compiler.reset()  # as a new process would start
-        compile_s = stepper.compile()
-    model = result.ema_model
-    generator = torch.Generator(stepper.device).manual_seed(0)
-    with torch.no_grad(), stepper.autocast():
-        task.validation(model)  # the first one chooses kernels
-        validation_s = timed(lambda: task.validation(model), 2)
-        preview_s = timed(lambda: task.preview(model, generator))
+    # compiled code is cached by how exact it must be
+    with surroundings.kernels(config.deterministic, stepper.device):
+        if config.compile:
+            torch.compiler.reset()  # as a new process would start
+        compile_s = stepper.compile() if config.compile else 0.0
+        model = result.ema_model
+        generator = torch.Generator(stepper.device).manual_seed(0)
+        with torch.no_grad(), stepper.autocast():
+            task.validation(model)  # the first one chooses kernels
+            validation_s = timed(lambda: task.validation(model), 2)
+            preview_s = timed(lambda: task.preview(model, generator))
     tensors = checkpoints.pack(result.model, model, stepper.optimizer)
     tensors |= {f"moment of {name}": tensor.clone() for name, tensor in tensors.items()}
     with tempfile.TemporaryDirectory(dir=result.run_dir) as folder:
