@@ -402,4 +402,4 @@ def _text(entry: Mapping[str, Any], name: str, *, percent: bool = False) -> str:
     text += unit
     if low is None or not math.isfinite(low):
         return text
-    return f"{text} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+    return f"{text} [{scale * low:.{digits}f},\N{NO-BREAK SPACE}{scale * high:.{digits}f}]"

@@ -53,7 +53,9 @@ def roles(everything: Mapping[str, Run], prefix: str = "") -> dict[str, Run | No
     }
 
 
-def summary(runs: Runs, found: Mapping[str, Any] | None, reached: Sequence[Any]) -> str:
+def summary(
+    runs: Runs, found: Mapping[str, Any] | None, study: Study, reached: Sequence[Any]
+) -> str:
     """The analysis in three or four sentences.
 
     Args:
@@ -66,12 +68,17 @@ def summary(runs: Runs, found: Mapping[str, Any] | None, reached: Sequence[Any])
     if found:
         share = _percent(found["light"]["factors"]["path"])
         parts.append(f"The camera path accounts for {share} of the lost light.")
-    both = [runs.get(role) for role in ("03-corrected", "03-control")]
-    if all(both):
-        light = [run["metrics"]["luminance_ratio"] for run in both if run]
+    mended, control = (
+        _seeds_or(study, arm, runs.get(role))
+        for arm, role in (("gated", "03-corrected"), ("original", "03-control"))
+    )
+    if mended and control:
+        light = [
+            mean([r["metrics"]["luminance_ratio"] for r in seen]) for seen in (mended, control)
+        ]
         parts.append(
             f"On held-out objects the corrected run's views hold {light[0]:.2f} of the true light, "
-            f"the control's {light[1]:.2f}."
+            f"the control's {light[1]:.2f} ({_count(mended)} and {len(control)})."
         )
     met = sum(target.verdict == "met" for target in reached)
     missed = sum(target.verdict.startswith("missed") for target in reached)

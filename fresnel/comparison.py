@@ -294,24 +294,22 @@ def contrasts_table(study: Study, metric: str = "psnr") -> str:
 
 
 def steps_table(study: Study) -> str:
-    """One, two and four network calls a view: dB over all azimuths, and what the further calls
-    gain over one, paired by object (Markdown)."""
+    """One, two and four network calls a view: dB over all azimuths, what the further calls gain
+    over one, paired by object, and the light of each (Markdown)."""
     rows = []
     for arm, seeds in study.items():
-        more = sorted(
-            {name for run in seeds.values() for name in _summaries(run) if "steps" in name}
-        )
+        names = {name for run in seeds.values() for name in _summaries(run)}
+        more = sorted(name for name in names if re.fullmatch(r"cvs, \d+ steps", name))
         if not more:
             continue
-        first = estimate(seeds, "all")
-        row = {"arm": arm, "1 step, dB": _level(first)}
+        row = {"arm": arm, "1 step, dB": _level(estimate(seeds, "all"))}
         for name in more:
             count = name.removeprefix("cvs, ")
             row[f"{count}, dB"] = _level(estimate(seeds, "all", which=name))
-            gain = difference(seeds, seeds, "all", against=name)
-            row[f"{count} - 1 step"] = _negative(gain).text(2, "+")
-            light = estimate(seeds, "all", "luminance_ratio", name)
-            row[f"light, {count}"] = _level(light)
+            gain = _negative(difference(seeds, seeds, "all", against=name))
+            row[f"{count} - 1, dB"] = gain.text(2, "+")
+        light = [estimate(seeds, "all", "luminance_ratio", which).mean for which in ("", *more)]
+        row["light"] = " / ".join(f"{value:.2f}" for value in light)
         rows.append(row)
     return format_rows(rows) or "No arm was sampled in several steps."
 

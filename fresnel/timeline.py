@@ -95,7 +95,9 @@ def timeline_table(runs: Runs) -> str:
                 "what": span["what"],
                 "USD by then": f"{usd:.0f}",
                 "what could be seen": span["warning"],
-                "the gate": f"stops it after {3600 * stop['hours']:.0f} s" if here else "",
+                "the gate": f"stops it after {3600 * stop['hours']:.0f}\N{NO-BREAK SPACE}s"
+                if here
+                else "",
             }
         )
     return format_rows(rows)

@@ -117,7 +117,7 @@ def test_the_main_jobs_runs_decide_on_the_rest() -> None:
     assert verdicts["loss"] == "confirmed, and misleading"
     assert verdicts["epochs"] == "refuted" and verdicts["early"] == "confirmed"
     assert verdicts["viable"] == "refuted for light and area"
-    assert autopsy.summary(runs, None, []).endswith("Targets: 0 met, 0 missed, 0 not run.")
+    assert autopsy.summary(runs, None, {}, []).endswith("Targets: 0 met, 0 missed, 0 not run.")
 
 
 def test_arms_are_compared_by_seed_and_object(tmp_path: Path) -> None:

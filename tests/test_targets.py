@@ -97,7 +97,10 @@ def test_the_timeline_ends_at_the_gate(runs: dict[str, Any]) -> None:
     stop = timeline.first_stop(roles)
     assert stop["hours"] * 3600 == pytest.approx(72.9) and stop["usd_saved"] == 6.0
     table = timeline.timeline_table(roles)
-    assert table.splitlines()[2].endswith("stops it after 73 s |") and table.count("stops") == 1
+    assert (
+        table.splitlines()[2].endswith("stops it after 73\N{NO-BREAK SPACE}s |")
+        and table.count("stops") == 1
+    )
     assert timeline.spans()[-1]["ended"] == 5.25, "the report's rows sum to less than its total"
     assert math.isnan(timeline.first_stop({})["hours"])
     text = timeline.describe_timeline(roles)
