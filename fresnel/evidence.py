@@ -6,6 +6,7 @@ from the same numbers that the figure draws.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,35 @@ def novel_view_rows(
     first = azimuths[records[0]]
     first = torch.where(first < -179.99, first + 360, first).sort().values
     return rows, labels, [float(a) for a in first]
+
+
+def by_object(
+    measured: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """What two runs are compared by, pair by pair: PSNR of every object over black and over white,
+    for results.json, in thousandths of a dB.
+
+    The mean and the black image are left out, and further network calls over white: nothing is
+    paired with them, and a study of 60 runs is to stay small.
+
+    Args:
+        measured: predictor -> rows of `evaluate.evaluate`.
+
+    Returns:
+        "psnr_by_object" and "psnr_white_by_object": predictor -> bin -> object -> dB.
+    """
+    apart = {"psnr": r"mean_image|black_image", "psnr_white": r"mean_image|black_image|.* steps"}
+    return {
+        f"{metric}_by_object": {
+            name: {
+                azimuth_bin: {key: round(value, 3) for key, value in objects.items()}
+                for azimuth_bin, objects in evaluate.by_object(rows, metric).items()
+            }
+            for name, rows in measured.items()
+            if not re.fullmatch(left_out, name)
+        }
+        for metric, left_out in apart.items()
+    }
 
 
 def luminance_by_azimuth(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

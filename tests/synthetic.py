@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fresnel import evaluate, record
+from fresnel import evaluate, evidence, record
 from fresnel.evaluate import AZIMUTH_BINS
 
 BINS = [name for name, _ in AZIMUTH_BINS]
@@ -74,15 +74,11 @@ def training(arm: str, seed: int) -> dict[str, Any]:
         measured |= {f"cvs, {n} steps": rows(level + 0.1 * n, light, seed) for n in (2, 4)}
     summaries = {n: evaluate.summarise(found, resamples=40) for n, found in measured.items()}
     overall = summaries[model][-1]
-    by_object = {
-        f"{metric}_by_object": {n: evaluate.by_object(r, metric) for n, r in measured.items()}
-        for metric in ("psnr", "psnr_white")
-    }
     return {
         **{name: overall[name] for name in ("luminance_ratio", "coverage_ratio", "psnr", "ssim")},
         "loss_fall": 12.0 + seed, "loss_history": [[1, 0.5], [100, 0.1], [3000, 0.04]],
         "steps": 3000, "samples_per_s": 330.0, "train_duration_s": 300.0 + seed,
-        "summaries": summaries, **by_object,
+        "summaries": summaries, **evidence.by_object(measured),
         "credits": [
             {"title": "Chair", "author": "Somebody", "licence": "CC-BY-3.0", "source": "a place"}
         ],

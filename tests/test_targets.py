@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import synthetic
 
-from fresnel import autopsy, comparison, figures, figures_study, report, targets, timeline
+from fresnel import autopsy, comparison, driver, figures, figures_study, report, targets, timeline
 from fresnel.comparison import BINS, Estimate
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "04_analyze_negative_results.ipynb"
@@ -46,8 +47,8 @@ def test_a_known_study_gets_its_verdicts(runs: dict[str, Any]) -> None:
     assert best.who == "oracle-any - decoder render" and best.verdict == "met"
     assert all(v == "met" for text, v in verdicts.items() if "control" in text or "gate" in text)
     gap = by_text["the gated bootstrap within 0.5 dB of true views"].rows["over white"]["60-90"]
-    assert gap.mean == pytest.approx(-0.3) and gap.low <= -0.3 <= gap.high
-    assert gap.sd == pytest.approx(0.0, abs=1e-9) and len(gap.seeds) == 3
+    assert gap.mean == pytest.approx(-0.3, abs=1e-3) and gap.low <= -0.3 <= gap.high
+    assert gap.sd == pytest.approx(0.0, abs=1e-3) and len(gap.seeds) == 3
     table = targets.targets_table(list(by_text.values()))
     assert table.count("3 seeds") == 11 and "chosen as best" in table
     assert targets.detail_table(list(by_text.values())).count("over white, dB") == 5
@@ -81,6 +82,22 @@ def test_without_runs_no_target_is_met() -> None:
 def test_a_control_that_the_gate_let_through_was_not_refused(runs: dict[str, Any]) -> None:
     through = {**runs, "01-original-B-s1": {**runs["01-original-B-s1"], "verdict": "PASS"}}
     assert found(through)["the gate refuses it in seconds"].verdict != "met"
+
+
+def test_the_study_file_has_what_the_analysis_looks_for() -> None:
+    names = {step.name for step in driver.load(NOTEBOOK.parent / "params" / "study.yaml")}
+    runs = {name: {"name": name} for name in names}
+    study = comparison.study_runs(runs)
+    arms = {arm for arm in study if not arm.startswith("loss-")}
+    assert arms == set(comparison.ARMS), "each arm is described, and each described one is run"
+    for cell in itertools.product(
+        ("original", "corrected"), ("laplacian", "alpha"), ("onestep", "consistency")
+    ):
+        assert len(comparison.loss_cell(study, *cell)) == 3, cell
+    assert all(autopsy.roles(runs).values()), (
+        "a run of the study stands in for each of the main job"
+    )
+    assert set(synthetic.LEVELS) == set(study), "the made-up study is this one"
 
 
 def test_study_runs_speak_where_the_main_job_has_not(runs: dict[str, Any]) -> None:
@@ -132,6 +149,7 @@ def test_arms_stand_beside_what_needs_no_training(runs: dict[str, Any]) -> None:
     rows = comparison.by_bin(study, "psnr")
     assert list(rows)[-4:] == list(comparison.BASELINES.values())
     assert rows["gated"]["0-30"].mean == pytest.approx(19.7) and rows["gated"]["0-30"].low < 19.7
+    assert rows["black image"]["0-30"].low < 13.0 < rows["black image"]["0-30"].high
     assert rows["copy the input"]["90-180"].mean == pytest.approx(16.0 - 3 * 0.8)
     figure = figures_study.dots(rows, label="dB", apart=tuple(comparison.BASELINES.values()))
     assert len(figure.axes) == len(BINS) and figures.to_png(figure, 40)
@@ -139,7 +157,7 @@ def test_arms_stand_beside_what_needs_no_training(runs: dict[str, Any]) -> None:
     assert "9.1" in words, "what lies far from the rest stands at the edge with its value"
     gaps = comparison.contrasts(study)
     assert len(gaps) == len(comparison.CONTRASTS)
-    assert gaps["rest50-gated - A50-only"]["all"].mean == pytest.approx(0.9)
+    assert gaps["rest50-gated - A50-only"]["all"].mean == pytest.approx(0.9, abs=1e-3)
     assert comparison.contrasts({"gated": study["gated"]}).keys() == {
         "gated - decoder's own render"
     }
@@ -158,7 +176,7 @@ def test_notebook_04_tells_the_whole_story(folder: Path, tmp_path: Path) -> None
     assert "9 met, 2 missed, 0 not run" in done.record.summary
     assert "open" not in done.record.metrics["claims"].values()
     gap = done.record.metrics["differences_db"]["gated - oracle"]["all"]
-    assert gap["mean"] == pytest.approx(-0.3)
+    assert gap["mean"] == pytest.approx(-0.3, abs=1e-3)
     page = done.report.read_text()
     for text in ("@software", "check-fresnel-gate-validate", "Objects pictured", "Chair"):
         assert text in page
