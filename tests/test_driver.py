@@ -296,6 +296,9 @@ def test_the_study_that_ships_needs_whatever_it_reads() -> None:
         if name.startswith("03-") and step.params["model"].startswith("cvs"):
             smoked = {steps[need].params["dataset_dir"] for need in needed(name) if "02-" in need}
             assert step.params["dataset_dir"] in smoked, name
+        if name.startswith("02-"):  # where the gate is in force: see `cvs` in the file
+            control = name.startswith("02-original")
+            assert step.params.get("allow_failed_gate", False) == control
 
 
 def test_cells_of_the_study_differ_in_what_their_names_say() -> None:
