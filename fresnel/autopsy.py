@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,23 @@ def roles(everything: Mapping[str, Run], prefix: str = "") -> dict[str, Run | No
         role: everything.get(prefix + role) or everything.get(stand_in)
         for role, stand_in in ROLES.items()
     }
+
+
+def pictures(runs: Runs, artifact: str, rows: int) -> dict[str, Any]:
+    """The upper rows of a contact sheet of every run that left it beside its results: role -> RGB.
+
+    A published run may be its results.json alone."""
+    from PIL import Image
+
+    from fresnel.experiment import crop_rows
+
+    found = {}
+    for role, run in runs.items():
+        path = Path(run["folder"], run["artifacts"].get(artifact, "-")) if run else None
+        if path and path.is_file():
+            with Image.open(path) as sheet:
+                found[role] = crop_rows(sheet, rows)
+    return found
 
 
 def summary(

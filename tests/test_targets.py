@@ -109,6 +109,15 @@ def test_study_runs_speak_where_the_main_job_has_not(runs: dict[str, Any]) -> No
     assert chosen and chosen["name"] == "x-03-control"
 
 
+def test_pictures_are_shown_where_they_are(runs: dict[str, Any], tmp_path: Path) -> None:
+    roles = autopsy.roles(runs)
+    assert set(autopsy.pictures(roles, "views", 3)) == {"01-original", "01-corrected"}
+    sheet = autopsy.pictures(roles, "held_out", 1)["03-control"]
+    assert sheet.shape == (24 + 134, 900, 3)
+    alone = {role: run and {**run, "folder": str(tmp_path)} for role, run in roles.items()}
+    assert autopsy.pictures(alone, "views", 3) == {}, "a results.json alone"
+
+
 def test_the_timeline_ends_at_the_gate(runs: dict[str, Any]) -> None:
     roles = autopsy.roles(runs)
     stop = timeline.first_stop(roles)
