@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from fresnel._processes import Crew
 from fresnel.provenance import core_count
 
 if TYPE_CHECKING:
@@ -31,11 +30,8 @@ def read_all(dataset: MultiViewDataset, *, light: bool) -> list[ObjectViews]:
             return list(pool.map(dataset.__getitem__, range(len(dataset))))
     rows = np.array_split(np.arange(len(dataset)), workers)
     parts = [dataset.subset(part.tolist()) for part in rows]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as processes:
-        return [views for part in processes.map(_read, parts) for views in part]
+    with Crew(workers) as crew:
+        return [views for part in crew.map(_read, parts) for views in part]
 
 
 def _read(part: MultiViewDataset) -> list[ObjectViews]:

@@ -1,4 +1,4 @@
-"""Writing our layout: whole or not at all, encoded in threads beside what yields the objects."""
+"""Writing our layout: whole or not at all, encoded beside what yields the objects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import shutil
 import uuid
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from tqdm.auto import tqdm
 
 from fresnel import _layouts
 from fresnel._layouts import MANIFEST, Record
+from fresnel._processes import Crew
 from fresnel._records import ObjectViews, write_object
 from fresnel.images import DatasetError
 from fresnel.provenance import core_count
+
+_WORTH_PROCESSES = 40e6  # pixels: some seconds of encoding on one core, as processes cost to start
 
 
 def store(
@@ -41,29 +45,30 @@ def store(
     shape: tuple[int, ...] | None = None
     try:
         partial.mkdir(parents=True)
-        workers = min(16, core_count())
-        with ThreadPoolExecutor(workers) as pool:
-            pending: deque[Future[Record]] = deque()
-            try:
-                bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
-                for index, views in enumerate(bar):
-                    if views.rgb.shape[1] != views.rgb.shape[2]:
-                        raise DatasetError(f"{views.name}: views are not square")
-                    if shape is not None and tuple(views.rgb.shape) != shape:
-                        raise DatasetError(
-                            f"{views.name}: views of shape {tuple(views.rgb.shape)}, the objects "
-                            f"before have {shape}; want the same size and number throughout"
-                        )
-                    shape = tuple(views.rgb.shape)
-                    pending.append(pool.submit(write_object, partial, index, views))
-                    while len(pending) > max(
-                        8, 2 * workers
-                    ):  # bounds memory when encoding is the slower side
-                        records.append(pending.popleft().result())
-                records += [future.result() for future in pending]
-            finally:
-                for future in pending:
-                    future.cancel()
+        workers = min(32, core_count())
+        pool: Executor | None = None
+        pending: deque[Future[Record]] = deque()
+        try:
+            bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
+            for index, views in enumerate(bar):
+                if views.rgb.shape[1] != views.rgb.shape[2]:
+                    raise DatasetError(f"{views.name}: views are not square")
+                if shape is not None and tuple(views.rgb.shape) != shape:
+                    raise DatasetError(
+                        f"{views.name}: views of shape {tuple(views.rgb.shape)}, the objects "
+                        f"before have {shape}; want the same size and number throughout"
+                    )
+                shape = tuple(views.rgb.shape)
+                pool = pool or _encoders(workers, (total or 0) * views.alpha.numel())
+                pending.append(pool.submit(write_object, partial, index, views))
+                # bounds memory when encoding is the slower side
+                while len(pending) > max(8, 2 * workers):
+                    records.append(pending.popleft().result())
+            while pending:
+                records.append(pending.popleft().result())
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
         if shape is None:
             raise DatasetError(f"{target}: nothing to write: no object came")
         names = [record.name for record in records]
@@ -71,6 +76,8 @@ def store(
             twice = next(name for name in names if names.count(name) > 1)
             raise DatasetError(f"{target}: two objects are named {twice!r}; want unique names")
         assemble(partial, target, records, shape[1], shape[0], colour, meta)
+    except BrokenProcessPool as error:
+        raise DatasetError(f"{target}: can't be written: {error}. Nothing was kept") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DatasetError(
@@ -81,6 +88,14 @@ def store(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _encoders(workers: int, pixels: int) -> Executor:
+    """Threads: compressing doesn't hold Python's lock. What is around it does, so where cores are
+    many they wait for each other, and a large set is worth processes."""
+    if workers >= 4 and pixels >= _WORTH_PROCESSES:
+        return Crew(workers)
+    return ThreadPoolExecutor(workers)
 
 
 def assemble(

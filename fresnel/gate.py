@@ -11,17 +11,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from fresnel._measure import measure, unreadable
+from fresnel._processes import Crew
 from fresnel.consistency import Rig
 from fresnel.findings import GateConfig, Reason, Seen, plain
 from fresnel.images import DatasetError
@@ -148,23 +148,27 @@ def validate(
     objects: list[dict[str, Any]] = []
     rigs: dict[int, Rig] = {}
     settled = False
-    order = itertools.chain(
-        _measured(dataset, sample, workers, progress, "gate: first examples"),
-        _measured(dataset, _spread(rest), workers, progress, "gate: whole set"),
-    )
-    for count, (record_rows, summary, rig) in enumerate(order, 1):
-        rows += record_rows
-        objects.append(summary)
-        if rig is not None and len(rigs) < _RIGS:
-            rigs[len(objects) - 1] = rig
-        if count < total and not settled and count >= len(sample) and count % first == 0:
-            reasons, figures, notes, settled = judge(
-                rows, objects, config, meta=meta, rigs=rigs, phase="early"
-            )
-            if reasons:
-                break
-    else:
-        reasons, figures, notes, _ = judge(rows, objects, config, meta=meta, rigs=rigs)
+    with (
+        _readers(dataset, len(rest), workers) as many,
+        _readers(dataset, len(sample), workers or 2) as few,
+    ):
+        order = itertools.chain(
+            _measured(few, sample, progress, "gate: first examples"),
+            _measured(many, _spread(rest), progress, "gate: whole set"),
+        )
+        for count, (record_rows, summary, rig) in enumerate(order, 1):
+            rows += record_rows
+            objects.append(summary)
+            if rig is not None and len(rigs) < _RIGS:
+                rigs[len(objects) - 1] = rig
+            if count < total and not settled and count >= len(sample) and count % first == 0:
+                reasons, figures, notes, settled = judge(
+                    rows, objects, config, meta=meta, rigs=rigs, phase="early"
+                )
+                if reasons:
+                    break
+        else:
+            reasons, figures, notes, _ = judge(rows, objects, config, meta=meta, rigs=rigs)
     return _verdict(rows, objects, reasons, figures, notes, dataset, total, started, config)
 
 
@@ -179,41 +183,46 @@ def _spread(indices: list[int]) -> list[int]:
 
 
 _Measured = tuple[list[dict[str, Any]], dict[str, Any], Rig | None]
+_Send = Callable[[int], Future[_Measured]]
+
+_WORTH_PROCESSES = 120  # records: some seconds of measuring on one core, as processes cost to start
 
 
-_RECORDS_A_PROCESS = 40  # about the seconds of measuring that a process costs to start
+@contextlib.contextmanager
+def _readers(dataset: _Data, count: int, workers: int | None) -> Iterator[tuple[_Send, int]]:
+    """What measures the record of an index in the background, and by how many at once.
+
+    Processes start in the background too: a set is refused or not by the time they are there."""
+    # Monocular depth in the original layout is relative, and its inputs' alpha is a guess.
+    trusted = getattr(dataset, "layout", "fresnel") != "original"
+    part = getattr(dataset, "subset", None)  # what travels to a process is one record
+    cores = core_count()
+    crowd = workers is None and cores >= 4 and count >= _WORTH_PROCESSES and part is not None
+    processes = min(cores, 64) if crowd else workers or 2
+    pool: Executor = Crew(processes) if crowd else ThreadPoolExecutor(processes)
+    try:
+        if crowd:
+            yield lambda i: pool.submit(_measure, part([i]), 0, trusted), processes  # type: ignore[misc]
+        else:
+            yield lambda i: pool.submit(_measure, dataset, i, trusted), processes
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _measured(
-    dataset: _Data, indices: Sequence[int], workers: int | None, progress: bool, label: str
+    readers: tuple[_Send, int], indices: Sequence[int], progress: bool, label: str
 ) -> Iterator[_Measured]:
     from tqdm.auto import tqdm
 
-    if not indices:
-        return
-    # Monocular depth in the original layout is relative, and its inputs' alpha is a guess.
-    trusted = getattr(dataset, "layout", "fresnel") != "original"
-    processes = min(core_count(), len(indices) // _RECORDS_A_PROCESS) if workers is None else 0
-    part = getattr(dataset, "subset", None)  # what travels to a process is one record
+    send, at_once = readers
     queue = iter(indices)
     bar = tqdm(total=len(indices), desc=label, unit="object", delay=2, disable=not progress or None)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(bar)
-        if processes >= 4 and part is not None:
-            pool: Executor = ProcessPoolExecutor(
-                processes, get_context("spawn"), torch.set_num_threads, (1,)
-            )
-            send = lambda i: pool.submit(_measure, part([i]), 0, trusted)  # noqa: E731
-        else:
-            processes = workers or 2
-            pool = ThreadPoolExecutor(processes)
-            send = lambda i: pool.submit(_measure, dataset, i, trusted)  # noqa: E731
-        stack.callback(pool.shutdown, cancel_futures=True)
+    with bar:
         # A short window of submitted reads keeps the readers busy and the memory bounded.
-        window: list[Future[Any]] = [send(i) for i in itertools.islice(queue, 2 * processes)]
+        window = deque(send(i) for i in itertools.islice(queue, 2 * at_once))
         while window:
-            done = window.pop(0).result()
-            window += [send(i) for i in itertools.islice(queue, 1)]
+            done = window.popleft().result()
+            window.extend(send(i) for i in itertools.islice(queue, 1))
             bar.update()
             yield done
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -16,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fresnel import _layouts, _reading, dataset, orbit
+from fresnel import _layouts, _reading, _writing, dataset, orbit
+from fresnel._processes import Crew
 from fresnel.cameras import Cameras
 from fresnel.dataset import DatasetChanged, DatasetError, ObjectViews
 
@@ -308,6 +310,34 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match=r"disk is full.*Nothing was kept"):
         dataset.write(tmp_path / "set", [make_object(0)], meta={})
     assert leftovers(tmp_path) == []
+
+
+def dies(*args: object) -> None:
+    os._exit(9)
+
+
+def test_encoding_in_processes_changes_no_byte_and_fails_alike(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(_writing, "_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(_writing, "core_count", lambda: 4)
+    crews = []
+    monkeypatch.setattr(_writing, "Crew", lambda n: crews.append(Crew(n)) or crews[-1])
+    objects = [written[i] for i in range(len(written))]
+    there = tmp_path / "there"
+    made = dataset.write(there, objects, background=written.background, meta={}, total=len(objects))
+    assert len(crews) == 1
+    assert made.content_hash == written.content_hash
+    made.verify()
+
+    def interrupted(count):
+        yield from objects[:count]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dataset.write(tmp_path / "other", interrupted(2), meta={}, total=9)
+    monkeypatch.setattr(_writing, "write_object", dies)
+    with pytest.raises(DatasetError, match=r"killed.*Nothing was kept"):
+        dataset.write(tmp_path / "other", objects, meta={}, total=9)
+    assert sorted(leftovers(tmp_path)) == ["set", "there"]
 
 
 def test_a_failed_overwrite_keeps_the_old_dataset(written):

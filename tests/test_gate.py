@@ -277,7 +277,7 @@ def test_processes_measure_what_threads_measure(
     records = [replace(views_of(i), name=f"box{i}") for i in range(12)]
     data = dataset.write(tmp_path / "d", records, meta={})
     alone = gate.validate(data, progress=False)
-    monkeypatch.setattr(gate, "_RECORDS_A_PROCESS", 1)
+    monkeypatch.setattr(gate, "_WORTH_PROCESSES", 1)
     monkeypatch.setattr(gate, "core_count", lambda: 4)
     together = gate.validate(data, progress=False)
     assert together.measurements == alone.measurements

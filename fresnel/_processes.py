@@ -1,0 +1,190 @@
+"""Worker processes for work that holds Python's lock: torch and this package imported only once.
+
+A `Crew` is an executor. On Linux it starts one fresh interpreter, which imports what the workers
+need and then forks them; each answers on a socket of its own. So sixteen workers cost one import,
+nothing of the caller's state (CUDA, threads) is forked, and the caller's main script is not run
+again: it needs no ``if __name__ == "__main__"``, and may be a notebook. Elsewhere the workers are
+spawned by `multiprocessing`, with its conditions.
+
+Workers end with their crew, and with the program, however that ends: what they wait on is then
+closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import io
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from typing import Any
+
+_FORKS = sys.platform == "linux"
+_PRELOADED = ("fresnel.dataset", "fresnel.gate", "fresnel.epipolar")
+_SERVE = "import sys; sys.path[:] = {path!r}; from fresnel._processes import _serve; _serve({fds})"
+_ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
+)
+_KILLED = "a worker process was killed, perhaps for want of memory; use fewer cores or try again"
+
+
+class Crew(Executor):
+    """``workers`` processes, starting in the background; what is submitted meanwhile waits.
+
+    Functions travel by name, tensors as their own bytes (not their whole storage, nor through
+    shared memory, whose file descriptors run out).
+
+    Raises (from a future):
+        BrokenProcessPool: if a worker died.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._spawned: ProcessPoolExecutor | None = None
+        if not _FORKS:
+            context = multiprocessing.get_context("spawn")
+            self._spawned = ProcessPoolExecutor(workers, context, _alone)
+            return
+        pairs = [socket.socketpair() for _ in range(workers)]
+        theirs = [end.fileno() for _, end in pairs]
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", _SERVE.format(path=sys.path, fds=theirs)],
+            stdin=subprocess.DEVNULL,
+            env=os.environ | _ONE_THREAD,
+            pass_fds=theirs,
+            start_new_session=True,  # Ctrl-C is the caller's to answer
+        )
+        for _, end in pairs:
+            end.close()
+        self._connections = [Connection(end.detach()) for end, _ in pairs]
+        self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        for connection in self._connections:
+            self._idle.put(connection)
+        self._threads = ThreadPoolExecutor(workers, "crew")
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        task = functools.partial(fn, *args, **kwargs)
+        if self._spawned is not None:
+            return self._spawned.submit(_unpacked, bytes(pack(task)))
+        return self._threads.submit(self._ask, task)
+
+    def _ask(self, task: Callable[[], Any]) -> Any:
+        packed = pack(task)
+        connection = self._idle.get()
+        try:
+            connection.send_bytes(packed)
+            good, value = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            connection.close()
+            raise BrokenProcessPool(_KILLED) from None
+        finally:
+            self._idle.put(connection)
+        if not good:
+            raise value
+        return value
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the workers; with ``cancel_futures`` at once, in the middle of what they do."""
+        if self._spawned is not None:
+            self._spawned.shutdown(wait, cancel_futures=cancel_futures)
+            return
+        self._threads.shutdown(wait=False, cancel_futures=cancel_futures)
+        if cancel_futures:
+            self._kill()
+        if wait:
+            self._threads.shutdown()
+            for connection in self._connections:
+                connection.close()
+            self._kill()  # idle by now; asked nicely, they spend half a second on leaving
+            self._server.wait()
+
+    def _kill(self) -> None:
+        if self._server.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._server.pid, signal.SIGKILL)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.shutdown(cancel_futures=kind is not None)
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is None or type(value) is not torch.Tensor or value.device.type != "cpu":
+            return NotImplemented
+        try:
+            return torch.from_numpy, (value.detach().numpy(),)
+        except TypeError:  # a dtype that numpy lacks
+            return NotImplemented
+
+
+def pack(value: Any) -> memoryview:
+    """Pickled, tensors by value."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=5).dump(value)
+    return buffer.getbuffer()
+
+
+def _answer(packed: bytes) -> memoryview:
+    """(True, result) or (False, exception), packed."""
+    try:
+        return pack((True, pickle.loads(packed)()))
+    except Exception as error:
+        error.add_note("In a worker process:\n" + traceback.format_exc())
+        try:
+            answer = pack((False, error))
+            pickle.loads(answer)  # some exceptions go in and don't come out
+            return answer
+        except Exception:
+            return pack((False, RuntimeError(f"{type(error).__name__}: {error}")))
+
+
+def _unpacked(packed: bytes) -> Any:
+    return pickle.loads(packed)()
+
+
+def _alone() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _serve(fds: Sequence[int]) -> None:
+    """Import, fork a worker for each socket, and wait for the last to end."""
+    for name in _PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # or the first collection would copy every page
+    for fd in fds:
+        if os.fork() == 0:
+            for other in fds:
+                if other != fd:
+                    with contextlib.suppress(OSError):
+                        os.close(other)
+            _work(Connection(fd))
+        os.close(fd)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def _work(connection: Connection) -> None:
+    _alone()
+    try:
+        while True:
+            connection.send_bytes(_answer(connection.recv_bytes()))
+    except (EOFError, OSError, KeyboardInterrupt):  # nobody waits for this any more
+        pass
+    finally:
+        os._exit(0)  # nothing of the server is to be run at its end once more
