@@ -45,8 +45,8 @@ def find_batch_size(
 ) -> BatchSize:
     """The largest batch that divides `wanted` and trains in the free memory.
 
-    Trials run uncompiled, which takes more memory than compiled code does, at the run's last step,
-    where a curriculum asks for most. They train throwaway tasks.
+    Trials run uncompiled, which takes more memory than compiled code does, recorded as the run will
+    be, at the run's last step, where a curriculum asks for most. They train throwaway tasks.
 
     Args:
         make_task: batch size -> a fresh task on `device`; its data may be shared.
@@ -73,7 +73,8 @@ def find_batch_size(
         try:
             task = make_task(batch_size)
             stepper = Stepper(task, replace(config, accumulate=1))
-            for _ in range(2):  # the optimizer's state comes with the first
+            # the optimizer's state comes with the first step, a recorded graph's own memory later
+            for _ in range(4 if config.graphs and device.type == "cuda" else 2):
                 stepper.train(config.steps - 1)
             stepper.synchronize()
             return max(surroundings.peak_memory(device) - base, 0)
