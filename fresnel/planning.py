@@ -6,6 +6,7 @@ of 02 and the account of 03 speak of the same parts: see `PARTS`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -28,7 +29,7 @@ from fresnel.train import Task, TrainConfig, TrainResult
 PARTS = {
     "start": "the kernel's start and the imports",
     "data": "opening the data and checking their receipts",
-    "compile": "compiling, from the cache",
+    "compile": "starting the compiler, compiling from its cache",
     "steps": "the training's steps",
     "pauses": "set-up, validations, checkpoints, log",
     "pictures": "loading the rivals, drawing",
@@ -38,6 +39,7 @@ _WORDS = {
     **dict.fromkeys(("open", "check", "render"), "data"),
     **dict.fromkeys(("load", "draw"), "pictures"),
     "try": "pauses",
+    "compile": "compile",
     "evaluate": "evaluation",
 }
 
@@ -116,6 +118,17 @@ def start_s() -> float:
     busy = used.user + used.system
     age = time.time() - process.create_time()
     return age if age < 3 * busy + 5 else busy
+
+
+def start_compiler(device: str) -> None:
+    """What a process does once before it compiles anything: imports, worker processes, a cache.
+
+    Where nothing can be compiled this does nothing; the training says so.
+    """
+    surroundings.keep_compiled_code()
+    x = torch.ones(8, device=device, requires_grad=True)
+    with contextlib.suppress(Exception):
+        torch.compile(torch.nn.functional.silu, dynamic=False)(x).sum().backward()
 
 
 def by_part(stages: Iterable[Stage]) -> dict[str, float]:
@@ -254,13 +267,15 @@ def full_run(
     parts = {
         "start": start_s,
         **opened,
-        "compile": acts["compile"],
+        "compile": opened.get("compile", 0.0) + acts["compile"],
         "steps": steps * step_s + warm_up_s,
         "pauses": opened.get("pauses", 0.0)
         + set_up
         + len(stops) * (acts["validation"] + acts["checkpoint"])
         + rows * result.paused_s / max(1, len(result.history) - 1)
         + acts["preview"],
+        # four of the objects are drawn too, by the model and by the decoder
+        "pictures": opened.get("pictures", 0.0) + min(4, records) * acts["evaluate_record"],
         "evaluation": opened.get("evaluation", 0.0)
         + acts["evaluate_first"]
         + (records - 1) * acts["evaluate_record"],
