@@ -19,7 +19,10 @@ from torch import Tensor
 from fresnel.dataset import DatasetError, MultiViewDataset
 from fresnel.evaluate import object_name
 
-PARTS = '"all", "train", "val", "test", "A", "B", "A<n>" or "rest<n>" (such as "A50", "rest50")'
+PARTS = (
+    '"all", "train", "val", "test", "unshipped", "A", "B", "A<n>" or "rest<n>" (such as "A50", '
+    '"rest50")'
+)
 
 
 def part(data: MultiViewDataset, objects: str) -> MultiViewDataset:
@@ -27,8 +30,9 @@ def part(data: MultiViewDataset, objects: str) -> MultiViewDataset:
 
     Args:
         objects: "all"; "train", "val" or "test" (also "held_out"), as the dataset states them;
-            of the training objects "A" (about half) or "B" (the others), "A50" (the first 50
-            of A, any number goes) or "rest50" (all but these).
+            of the training objects "unshipped" (those that are not embedded in the library, whose
+            main job holds some of them out), "A" (about half) or "B" (the others), "A50" (the
+            first 50 of A, any number goes) or "rest50" (all but these).
 
     Raises:
         DatasetError: if the dataset has no such objects.
@@ -52,6 +56,9 @@ def choose(
         splits: name -> "train", "val" or "test"; names it doesn't know count as "train".
     """
     splits = splits or {}
+    if objects == "unshipped":
+        shipped = _shipped()
+        return [n for n in names if splits.get(n, "train") == "train" and n not in shipped]
     found = re.fullmatch(r"(A|B|rest)(\d*)", objects)
     if objects == "all":
         return list(names)
@@ -82,6 +89,16 @@ def _rank(name: str) -> tuple[float, float]:
 def _uniform(text: str) -> float:
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
+
+
+@functools.cache
+def _shipped() -> frozenset[str]:
+    """The furniture set's names of the objects that are embedded in the library."""
+    from fresnel import furniture, meshes
+
+    origins = {asset.origin for asset in meshes.embedded_assets()}
+    objects = furniture.listing()["objects"]
+    return frozenset(e["file"] for e in objects if f"{e['library']}/{e['model']}" in origins)
 
 
 @functools.cache

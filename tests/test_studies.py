@@ -31,6 +31,8 @@ def test_the_furniture_set_is_halved_by_kind_for_ever() -> None:
     assert {name: len(found) for name, found in parts.items()} == {
         "A": 233, "B": 213, "A50": 50, "rest50": 396, "train": 446,
     }  # fmt: skip
+    unshipped = set(studies.choose(names, "unshipped", splits))
+    assert len(unshipped) == 430 and unshipped < parts["train"]
     assert parts["A"] | parts["B"] == parts["train"] == parts["A50"] | parts["rest50"]
     assert not parts["A"] & parts["B"] and parts["A50"] < parts["A"]
     kinds = {entry["file"]: entry["group"] for entry in objects}
