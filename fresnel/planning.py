@@ -6,7 +6,6 @@ of 02 and the account of 03 speak of the same parts: see `PARTS`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
@@ -39,7 +38,7 @@ _WORDS = {
     **dict.fromkeys(("open", "check", "render"), "data"),
     **dict.fromkeys(("load", "draw"), "pictures"),
     "try": "pauses",
-    "compile": "compile",
+    "import": "compile",
     "evaluate": "evaluation",
 }
 
@@ -120,15 +119,10 @@ def start_s() -> float:
     return age if age < 3 * busy + 5 else busy
 
 
-def start_compiler(device: str) -> None:
-    """What a process does once before it compiles anything: imports, worker processes, a cache.
-
-    Where nothing can be compiled this does nothing; the training says so.
-    """
-    surroundings.keep_compiled_code()
-    x = torch.ones(8, device=device, requires_grad=True)
-    with contextlib.suppress(Exception):
-        torch.compile(torch.nn.functional.silu, dynamic=False)(x).sum().backward()
+def start_compiler() -> None:
+    """Import what compiles: seconds, once in each process, whatever is in the cache."""
+    import torch._dynamo
+    import torch._inductor.compile_fx  # noqa: F401
 
 
 def by_part(stages: Iterable[Stage]) -> dict[str, float]:

@@ -36,7 +36,7 @@ def test_a_forecast_is_the_sum_of_its_parts():
         Stage("open the data", 1.0, 0),
         Stage("check the receipt", 0.5, 0),
         Stage("draw the loss", 0.25, 0),
-        Stage("compile something small", 3.0, 0),
+        Stage("import the compiler", 3.0, 0),
         Stage("overfit one batch", 99.0, 0),
     ]
     acts = {
