@@ -119,9 +119,7 @@ class Recorded:
         kind = torch.get_autocast_dtype(device)
         try:
             with torch.autocast(device, kind, enabled=enabled, cache_enabled=False):
-                # no runs to warm up, which were made: torch 2.11 keeps what the last one leaves
-                # behind alive, on another stream, and a recording must not touch other streams
-                torch.cuda.make_graphed_callables(flat, samples, 0, allow_unused_input=True)
+                torch.cuda.make_graphed_callables(flat, samples, allow_unused_input=True)
         except Exception as error:
             if surroundings.is_out_of_memory(error):
                 raise
