@@ -7,6 +7,7 @@ of them.  A recording runs the very same kernels, so it changes no result.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -114,6 +115,9 @@ class Recorded:
     def _record(self, tensors: list[Tensor], shape: Any) -> None:
         flat = _Flat(self.function, self.model, shape)
         samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
+        # gsplat leaves cycles behind that keep the last step's graph, and with it nodes of another
+        # stream, which a recording must not touch
+        gc.collect()
         device = samples[0].device.type
         enabled = torch.is_autocast_enabled(device)
         kind = torch.get_autocast_dtype(device)
