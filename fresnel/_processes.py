@@ -6,12 +6,16 @@ nothing of the caller's state (CUDA, threads) is forked, and the caller's main s
 again: it needs no ``if __name__ == "__main__"``, and may be a notebook. Elsewhere the workers are
 spawned by `multiprocessing`, with its conditions.
 
+A crew is `lend`-ed: whoever asks next within a minute finds the last one's, its import paid.
+`prepare` has one start beside other work.
+
 Workers end with their crew, and with the program, however that ends: what they wait on is then
 closed.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -25,15 +29,24 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from typing import Any
 
 _FORKS = sys.platform == "linux"
-_PRELOADED = ("fresnel.dataset", "fresnel.gate", "fresnel.epipolar")
+# What comes after our own modules they import on their first task.
+_PRELOADED = (
+    *("fresnel.dataset", "fresnel.gate", "fresnel.epipolar"),
+    *("PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PpmImagePlugin"),
+    *("PIL.PngImagePlugin", "numpy.ma"),
+)
+_KEPT_S = 60.0
+MOST_WORKERS = 32
+"""What one process can hand work to, and the same for all who lend, so that one crew will do."""
 _SERVE = "import sys; sys.path[:] = {path!r}; from fresnel._processes import _serve; _serve({fds})"
 _ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
@@ -52,6 +65,10 @@ class Crew(Executor):
     """
 
     def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._folder = _folder()  # paths that travel may be relative
+        self._lock = threading.Lock()
+        self._open = 0
         self._spawned: ProcessPoolExecutor | None = None
         if not _FORKS:
             context = multiprocessing.get_context("spawn")
@@ -78,6 +95,8 @@ class Crew(Executor):
         task = functools.partial(fn, *args, **kwargs)
         if self._spawned is not None:
             return self._spawned.submit(_unpacked, bytes(pack(task)))
+        with self._lock:
+            self._open += 1
         return self._threads.submit(self._ask, task)
 
     def _ask(self, task: Callable[[], Any]) -> Any:
@@ -91,9 +110,21 @@ class Crew(Executor):
             raise BrokenProcessPool(_KILLED) from None
         finally:
             self._idle.put(connection)
+            with self._lock:
+                self._open -= 1
         if not good:
             raise value
         return value
+
+    def fit(self) -> bool:
+        """Whether all workers live, here, with nothing to do: one that ended can be read from."""
+        return (
+            self._spawned is None
+            and self._open == 0
+            and self._folder == _folder()
+            and self._server.poll() is None
+            and not any(end.closed or end.poll() for end in self._connections)
+        )
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the workers; with ``cancel_futures`` at once, in the middle of what they do."""
@@ -117,6 +148,85 @@ class Crew(Executor):
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.shutdown(cancel_futures=kind is not None)
+
+
+class _Kept:
+    """The crew that nobody has at present, if there is one, and when it is to end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._crew: Crew | None = None
+        self._ending: threading.Timer | None = None
+
+    def take(self, workers: int) -> Crew | None:
+        """One of at least so many workers."""
+        crew = self._exchange(None)
+        if crew is not None and not (crew.workers >= workers and crew.fit()):
+            crew.shutdown(cancel_futures=True)
+            return None
+        return crew
+
+    def put(self, crew: Crew | None) -> None:
+        old = self._exchange(crew)
+        if old is not None:
+            old.shutdown(cancel_futures=True)
+
+    def _exchange(self, crew: Crew | None) -> Crew | None:
+        with self._lock:
+            if self._ending is not None:
+                self._ending.cancel()
+            self._ending = threading.Timer(_KEPT_S, self._end, (crew,)) if crew else None
+            if self._ending is not None:
+                self._ending.daemon = True
+                self._ending.start()
+            old, self._crew = self._crew, crew
+            return old
+
+    def _end(self, crew: Crew) -> None:
+        with self._lock:
+            if self._crew is not crew:
+                return
+            self._crew = self._ending = None
+        crew.shutdown(cancel_futures=True)
+
+
+_kept: dict[int, _Kept] = {}
+"""By process: a fork must not talk to its parent's workers."""
+
+
+def _keeper() -> _Kept:
+    if not _kept:
+        atexit.register(lambda: _keeper().put(None))
+    return _kept.get(os.getpid()) or _kept.setdefault(os.getpid(), _Kept())
+
+
+def prepare(workers: int) -> None:
+    """Let a crew start in the background that `lend` will soon be asked for."""
+    if _FORKS:
+        _keeper().put(_keeper().take(workers) or Crew(workers))
+
+
+@contextlib.contextmanager
+def lend(workers: int) -> Iterator[Crew]:
+    """A crew of at least so many workers. It is kept for the next one, unless it has been left
+    with something to do, by an error or by purpose: then its workers end at once."""
+    crew = _keeper().take(workers) or Crew(workers)
+    try:
+        yield crew
+    except BaseException:
+        crew.shutdown(cancel_futures=True)
+        raise
+    if crew.fit():
+        _keeper().put(crew)
+    else:
+        crew.shutdown(cancel_futures=True)
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # removed meanwhile
+        return None
 
 
 class _Pickler(pickle.Pickler):

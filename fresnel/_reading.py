@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fresnel._processes import Crew
+from fresnel._processes import lend
 from fresnel.provenance import core_count
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def read_all(dataset: MultiViewDataset, *, light: bool) -> list[ObjectViews]:
             return list(pool.map(dataset.__getitem__, range(len(dataset))))
     rows = np.array_split(np.arange(len(dataset)), workers)
     parts = [dataset.subset(part.tolist()) for part in rows]
-    with Crew(workers) as crew:
+    with lend(workers) as crew:
         return [views for part in crew.map(_read, parts) for views in part]
 
 

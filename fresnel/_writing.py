@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
 import uuid
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from fresnel import _layouts
 from fresnel._layouts import MANIFEST, Record
-from fresnel._processes import Crew
+from fresnel._processes import MOST_WORKERS, lend, prepare
 from fresnel._records import ObjectViews, write_object
 from fresnel.images import DatasetError
 from fresnel.provenance import core_count
@@ -45,10 +46,10 @@ def store(
     shape: tuple[int, ...] | None = None
     try:
         partial.mkdir(parents=True)
-        workers = min(32, core_count())
+        workers = min(MOST_WORKERS, core_count())
         pool: Executor | None = None
         pending: deque[Future[Record]] = deque()
-        try:
+        with contextlib.ExitStack() as stack:
             bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
             for index, views in enumerate(bar):
                 if views.rgb.shape[1] != views.rgb.shape[2]:
@@ -59,16 +60,14 @@ def store(
                         f"before have {shape}; want the same size and number throughout"
                     )
                 shape = tuple(views.rgb.shape)
-                pool = pool or _encoders(workers, (total or 0) * views.alpha.numel())
+                pixels = (total or 0) * views.alpha.numel()
+                pool = pool or stack.enter_context(_encoders(workers, pixels))
                 pending.append(pool.submit(write_object, partial, index, views))
                 # bounds memory when encoding is the slower side
                 while len(pending) > max(8, 2 * workers):
                     records.append(pending.popleft().result())
             while pending:
                 records.append(pending.popleft().result())
-        finally:
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
         if shape is None:
             raise DatasetError(f"{target}: nothing to write: no object came")
         names = [record.name for record in records]
@@ -90,12 +89,30 @@ def store(
     return target
 
 
-def _encoders(workers: int, pixels: int) -> Executor:
+@contextlib.contextmanager
+def _encoders(workers: int, pixels: int) -> Iterator[Executor]:
     """Threads: compressing doesn't hold Python's lock. What is around it does, so where cores are
     many they wait for each other, and a large set is worth processes."""
-    if workers >= 4 and pixels >= _WORTH_PROCESSES:
-        return Crew(workers)
-    return ThreadPoolExecutor(workers)
+    if _worth_processes(workers, pixels):
+        with lend(workers) as crew:
+            yield crew
+        return
+    threads = ThreadPoolExecutor(workers)
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def expect(pixels: int) -> None:
+    """Let what will encode so many pixels start beside the making of the first objects."""
+    workers = min(MOST_WORKERS, core_count())
+    if _worth_processes(workers, pixels):
+        prepare(workers)
+
+
+def _worth_processes(workers: int, pixels: int) -> bool:
+    return workers >= 4 and pixels >= _WORTH_PROCESSES
 
 
 def assemble(

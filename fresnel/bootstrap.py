@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fresnel import dataset
+from fresnel import _writing, dataset
 from fresnel.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
 from fresnel.dataset import InputImages, MultiViewDataset, ObjectViews
 from fresnel.decoder import Decoder, prune, render_small
@@ -201,6 +201,7 @@ def bootstrap(
             f"decoder: got kind {decoder.config.kind!r}, configuration {config.name!r} wants "
             f"{config.decoder_kind!r}; use dataclasses.replace(config, decoder_kind=...) to mix"
         )
+    _writing.expect(len(inputs) * config.views_per_image * config.image_size**2)
     decoder = decoder.to(device).eval()
     meta = {
         "generator": "bootstrap",

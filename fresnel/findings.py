@@ -179,9 +179,12 @@ class Seen:
     def per_record(self, values: np.ndarray, how: Any = np.median) -> np.ndarray:
         """A statistic of each record's finite views; NaN where there are none."""
         out = np.full(len(self.objects), np.nan)
-        owner, finite = self.owner, np.isfinite(values)
-        for k in np.unique(owner[finite]):
-            out[k] = how(values[finite & (owner == k)])
+        finite = np.isfinite(values)
+        kept, counts = values[finite], np.bincount(self.owner[finite], minlength=len(out))
+        first = np.cumsum(counts) - counts
+        for count in np.unique(counts[counts > 0]):  # those with as many at once
+            rows = np.flatnonzero(counts == count)
+            out[rows] = how(kept[first[rows, None] + np.arange(count)], axis=1)
         return out
 
     @property

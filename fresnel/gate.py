@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fresnel._measure import measure, unreadable
-from fresnel._processes import Crew
+from fresnel._processes import MOST_WORKERS, lend
 from fresnel.consistency import Rig
 from fresnel.findings import GateConfig, Reason, Seen, plain
 from fresnel.images import DatasetError
@@ -115,6 +116,8 @@ def validate(
 
     Each check is a sequential test on the records that show its fault (see `findings`): a fault
     ends the reading early; only a set on which every check stays clear to its last record passes.
+    Later looks are a quarter of what was read apart: Wald's bounds hold at every count, so looking
+    less often only lowers the chance of a false alarm.
     Records are read as a stream, so memory does not grow with the images. A record that can't be
     read is a finding, not an exception.
 
@@ -147,21 +150,22 @@ def validate(
     rows: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     rigs: dict[int, Rig] = {}
-    settled = False
+    settled, look = False, len(sample)
     with (
         _readers(dataset, len(rest), workers) as many,
         _readers(dataset, len(sample), workers or 2) as few,
     ):
         order = itertools.chain(
-            _measured(few, sample, progress, "gate: first examples"),
-            _measured(many, _spread(rest), progress, "gate: whole set"),
+            _measured(few, sample, rigs, progress, "gate: first examples"),
+            _measured(many, _spread(rest), rigs, progress, "gate: whole set"),
         )
         for count, (record_rows, summary, rig) in enumerate(order, 1):
             rows += record_rows
             objects.append(summary)
             if rig is not None and len(rigs) < _RIGS:
                 rigs[len(objects) - 1] = rig
-            if count < total and not settled and count >= len(sample) and count % first == 0:
+            if count < total and not settled and count >= look:
+                look = max(count + first, math.ceil(1.25 * count))
                 reasons, figures, notes, settled = judge(
                     rows, objects, config, meta=meta, rigs=rigs, phase="early"
                 )
@@ -183,7 +187,7 @@ def _spread(indices: list[int]) -> list[int]:
 
 
 _Measured = tuple[list[dict[str, Any]], dict[str, Any], Rig | None]
-_Send = Callable[[int], Future[_Measured]]
+_Send = Callable[[int, bool], Future[_Measured]]
 
 _WORTH_PROCESSES = 120  # records: some seconds of measuring on one core, as processes cost to start
 
@@ -197,21 +201,28 @@ def _readers(dataset: _Data, count: int, workers: int | None) -> Iterator[tuple[
     trusted = getattr(dataset, "layout", "fresnel") != "original"
     part = getattr(dataset, "subset", None)  # what travels to a process is one record
     cores = core_count()
-    crowd = workers is None and cores >= 4 and count >= _WORTH_PROCESSES and part is not None
-    processes = min(cores, 64) if crowd else workers or 2
-    pool: Executor = Crew(processes) if crowd else ThreadPoolExecutor(processes)
+    crowd = workers is None and cores >= 4 and count >= _WORTH_PROCESSES
+    if part is not None and crowd:
+        processes = min(cores, MOST_WORKERS)
+        with lend(processes) as crew:
+            # Rigs are most of what would travel back.
+            yield lambda i, rig: crew.submit(_measure, part([i]), 0, trusted, rig), processes
+        return
+    threads = ThreadPoolExecutor(workers or 2)
     try:
-        if crowd:
-            yield lambda i: pool.submit(_measure, part([i]), 0, trusted), processes  # type: ignore[misc]
-        else:
-            yield lambda i: pool.submit(_measure, dataset, i, trusted), processes
+        yield lambda i, rig: threads.submit(_measure, dataset, i, trusted, rig), workers or 2
     finally:
-        pool.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
 
 
 def _measured(
-    readers: tuple[_Send, int], indices: Sequence[int], progress: bool, label: str
+    readers: tuple[_Send, int],
+    indices: Sequence[int],
+    rigs: dict[int, Rig],
+    progress: bool,
+    label: str,
 ) -> Iterator[_Measured]:
+    """In order. Rigs come with those that may yet be among the `_RIGS` first, which fill `rigs`."""
     from tqdm.auto import tqdm
 
     send, at_once = readers
@@ -219,15 +230,16 @@ def _measured(
     bar = tqdm(total=len(indices), desc=label, unit="object", delay=2, disable=not progress or None)
     with bar:
         # A short window of submitted reads keeps the readers busy and the memory bounded.
-        window = deque(send(i) for i in itertools.islice(queue, 2 * at_once))
+        window = deque(send(i, True) for i in itertools.islice(queue, 2 * at_once))
         while window:
             done = window.popleft().result()
-            window.extend(send(i) for i in itertools.islice(queue, 1))
+            wanted = len(rigs) < _RIGS
+            window.extend(send(i, wanted) for i in itertools.islice(queue, 1))
             bar.update()
             yield done
 
 
-def _measure(dataset: _Data, index: int, trusted: bool) -> _Measured:
+def _measure(dataset: _Data, index: int, trusted: bool, with_rig: bool) -> _Measured:
     """Read and measure one record; what can't be read is a finding."""
     background = tuple(float(x) for x in dataset.background)
     try:
@@ -237,7 +249,7 @@ def _measure(dataset: _Data, index: int, trusted: bool) -> _Measured:
             from fresnel.epipolar import misfit
 
             summary["epipolar"] = misfit(views)
-        return rows, summary, rig
+        return rows, summary, rig if with_rig else None
     except (DatasetError, ValueError, OSError) as error:
         names = getattr(dataset, "names", None)
         return unreadable(names[index] if names else str(index), error)

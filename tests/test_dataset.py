@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from fresnel import _layouts, _reading, _writing, dataset, orbit
-from fresnel._processes import Crew
 from fresnel.cameras import Cameras
 from fresnel.dataset import DatasetChanged, DatasetError, ObjectViews
 
@@ -320,7 +319,8 @@ def test_encoding_in_processes_changes_no_byte_and_fails_alike(written, tmp_path
     monkeypatch.setattr(_writing, "_WORTH_PROCESSES", 1)
     monkeypatch.setattr(_writing, "core_count", lambda: 4)
     crews = []
-    monkeypatch.setattr(_writing, "Crew", lambda n: crews.append(Crew(n)) or crews[-1])
+    lent = _writing.lend
+    monkeypatch.setattr(_writing, "lend", lambda n: crews.append(n) or lent(n))
     objects = [written[i] for i in range(len(written))]
     there = tmp_path / "there"
     made = dataset.write(there, objects, background=written.background, meta={}, total=len(objects))

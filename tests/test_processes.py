@@ -66,6 +66,61 @@ def test_a_killed_worker_is_an_error_and_no_hang() -> None:
         assert all(a.result() == 1 for a in answers if a not in failed)
 
 
+def pid_of_worker(crew: Crew) -> int:
+    return int(crew.submit(os.getpid).result())
+
+
+@pytest.mark.skipif(not _processes._FORKS, reason="elsewhere a crew is not kept")
+def test_a_crew_is_lent_again_until_it_is_unfit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _processes.prepare(2)
+    with _processes.lend(2) as crew:
+        server = crew._server
+    with _processes.lend(1) as again:
+        assert again is crew
+        with _processes.lend(1) as other:  # one crew serves one at a time
+            assert other is not crew
+            pid_of_worker(again)
+    assert other._server.poll() is not None, "two crews were kept"
+    with _processes.lend(3) as larger:
+        assert larger is not crew and larger.workers == 3
+        worker = pid_of_worker(larger)
+        os.kill(worker, signal.SIGKILL)
+        assert _gone([server.pid, worker])
+    with _processes.lend(2) as crew:
+        assert crew is not larger, "a crew that lacks a worker was kept"
+        worker = pid_of_worker(crew)
+    os.kill(worker, signal.SIGKILL)
+    assert _gone([worker])
+    with _processes.lend(2) as after:
+        assert after is not crew, "a crew whose worker ended while it was kept was lent"
+        assert pid_of_worker(after)
+    monkeypatch.chdir(tmp_path)
+    with _processes.lend(2) as here:
+        assert here.submit(os.getcwd).result() == str(tmp_path)
+
+
+@pytest.mark.skipif(not _processes._FORKS, reason="elsewhere a crew is not kept")
+def test_a_lent_crew_ends_where_it_was_left_busy_in_error_or_long_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with _processes.lend(2) as crew:
+        pids = [pid_of_worker(crew), crew._server.pid]
+        crew.submit(time.sleep, 60)
+    assert _gone(pids)
+    with pytest.raises(KeyboardInterrupt), _processes.lend(2) as crew:
+        pids = [pid_of_worker(crew), crew._server.pid]
+        raise KeyboardInterrupt
+    assert _gone(pids)
+    monkeypatch.setattr(_processes, "_KEPT_S", 0.1)
+    with _processes.lend(2) as crew:
+        pids = [pid_of_worker(crew), crew._server.pid]
+    assert _gone(pids)
+    with _processes.lend(2) as crew:
+        assert pid_of_worker(crew) not in pids
+
+
 def _gone(pids: list[int]) -> bool:
     """Whether none of them runs; a zombie that its parent has not yet collected is none."""
     for _ in range(400):
@@ -79,9 +134,14 @@ def _gone(pids: list[int]) -> bool:
 # No guard: the workers must not run the script again.
 SCRIPT = """\
 import os, signal, sys, time
-from fresnel._processes import Crew
+from fresnel._processes import Crew, lend, prepare
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
-crew = Crew(2)
+if "kept" in sys.argv:
+    prepare(2)
+    with lend(2) as crew:
+        crew.submit(abs, -1).result()
+else:
+    crew = Crew(2)
 try:
     print("started", os.getpid(), flush=True)
     busy = [crew.submit(time.sleep, 60)] if "busy" in sys.argv else []
@@ -98,7 +158,17 @@ finally:
 
 @pytest.mark.skipif(not _processes._FORKS, reason="multiprocessing answers for its own")
 @pytest.mark.parametrize(
-    ("mode", "ends"), [("end", None), ("crash", None), ("busy wait", "SIGINT"), ("wait", "SIGKILL")]
+    ("mode", "ends"),
+    [
+        ("end", None),
+        ("crash", None),
+        ("busy wait", "SIGINT"),
+        ("wait", "SIGKILL"),
+        ("kept", None),
+        ("kept crash", None),
+        ("kept wait", "SIGKILL"),
+        ("kept wait", "SIGINT"),
+    ],
 )
 def test_workers_end_with_an_unguarded_script(tmp_path: Path, mode: str, ends: str | None) -> None:
     script = tmp_path / "script.py"
@@ -119,7 +189,7 @@ def test_workers_end_with_an_unguarded_script(tmp_path: Path, mode: str, ends: s
         running.send_signal(getattr(signal, ends))
     rest, errors = running.communicate(timeout=60)
     assert rest == "", "a worker ran the script again"
-    assert ("as it happens" in errors) == (mode == "crash"), errors
+    assert ("as it happens" in errors) == ("crash" in mode), errors
     assert ("KeyboardInterrupt" in errors) == (ends == "SIGINT"), errors
     assert len(pids) == 2
     assert _gone(pids)
