@@ -95,8 +95,10 @@ def read_png(path: Path, mode: str, data: bytes | None = None) -> Tensor:
 
 
 def read_depth(path: Path, scale: float, data: bytes | None = None) -> Tensor:
-    values = read_png(path, "I;16", data).to(torch.int32)
-    return (values.double() * scale).float()
+    values = read_png(path, "I;16", data).numpy()
+    if math.frexp(scale)[0] == 0.5 and 1e-30 < scale < 1e30:  # a power of two: nothing to round
+        return torch.from_numpy(values.astype(np.float32) * np.float32(scale))
+    return torch.from_numpy((values.astype(np.float64) * scale).astype(np.float32))
 
 
 def read_json(

@@ -6,6 +6,7 @@ luminance is that of covered pixels only.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -320,17 +321,22 @@ def _ratio(value: float, reference: float) -> float:
 
 def _fingerprint(views: Any, rgb: np.ndarray, alpha: np.ndarray) -> dict[str, Any]:
     """What two records of the same pictures share: a hash, and thumbnails 12 pixels wide."""
-    digest = hashlib.sha256(rgb.tobytes()).hexdigest()
-    pictures = [np.concatenate([rgb[i], alpha[i][..., None]], -1) for i in (0, len(rgb) // 2)]
+    pictures = [np.dstack([rgb[i], alpha[i]]) for i in (0, len(rgb) // 2)]
     if views.input_rgb is not None:
-        own = [views.input_rgb.numpy(), views.input_alpha.numpy()[..., None]]
-        pictures.append(np.concatenate(own, -1))
+        pictures.append(np.dstack([views.input_rgb.numpy(), views.input_alpha.numpy()]))
     small = []
     for picture in pictures:
-        y, x = (np.linspace(0, n, min(n, 12) + 1).astype(int) for n in picture.shape[:2])
-        sums = np.add.reduceat(np.add.reduceat(picture.astype(np.float32), y[:-1], 0), x[:-1], 1)
-        small.append(sums / (np.diff(y)[:, None, None] * np.diff(x)[None, :, None]))
-    return {"digest": digest, "thumbnail": np.stack(small).ravel()}
+        rows, columns = (_bins(n) for n in picture.shape[:2])
+        sums = columns @ np.tensordot(rows, picture.astype(np.float32), 1)
+        small.append(sums / (rows.sum(1)[:, None, None] * columns.sum(1)[:, None]).astype(float))
+    return {"digest": hashlib.sha256(rgb.tobytes()).hexdigest(), "thumbnail": np.ravel(small)}
+
+
+@functools.cache
+def _bins(length: int) -> np.ndarray:
+    """Which of at most 12 equal parts each pixel of a side belongs to, float32 (parts, length)."""
+    edges = np.linspace(0, length, min(length, 12) + 1).astype(int)
+    return np.repeat(np.eye(len(edges) - 1, dtype=np.float32), np.diff(edges), axis=1)
 
 
 # --- poses -------------------------------------------------------------------------------------

@@ -126,7 +126,8 @@ def as_depth(value: Any, name: str, shape: Sequence[int | None]) -> Tensor | Non
         return None
     tensor = torch.as_tensor(value, dtype=torch.float32)
     _check_shape(tensor, name, shape)
-    if not tensor.isfinite().all() or (tensor < 0).any():
+    least, most = torch.aminmax(tensor)  # NaN, if there is one
+    if not (least >= 0 and most < math.inf):
         raise ValueError(f"{name}: holds NaN, infinite or negative depths, want >= 0 (0: nothing)")
     return tensor
 
