@@ -58,7 +58,7 @@ class Crew(Executor):
     """``workers`` processes, starting in the background; what is submitted meanwhile waits.
 
     Functions travel by name, tensors as their own bytes (not their whole storage, nor through
-    shared memory, whose file descriptors run out).
+    shared memory, whose file descriptors run out).  It is `awake` once one has answered.
 
     Raises (from a future):
         BrokenProcessPool: if a worker died.
@@ -69,6 +69,7 @@ class Crew(Executor):
         self._folder = _folder()  # paths that travel may be relative
         self._lock = threading.Lock()
         self._open = 0
+        self.awake = False
         self._spawned: ProcessPoolExecutor | None = None
         if not _FORKS:
             context = multiprocessing.get_context("spawn")
@@ -105,6 +106,7 @@ class Crew(Executor):
         try:
             connection.send_bytes(packed)
             good, value = pickle.loads(connection.recv_bytes())
+            self.awake = True
         except (EOFError, OSError):
             connection.close()
             raise BrokenProcessPool(_KILLED) from None

@@ -156,7 +156,7 @@ def validate(
         _readers(dataset, len(sample), workers or 2) as few,
     ):
         order = itertools.chain(
-            _measured(few, sample, rigs, progress, "gate: first examples"),
+            _measured(many if many[2] else few, sample, rigs, progress, "gate: first examples"),
             _measured(many, _spread(rest), rigs, progress, "gate: whole set"),
         )
         for count, (record_rows, summary, rig) in enumerate(order, 1):
@@ -187,14 +187,15 @@ def _spread(indices: list[int]) -> list[int]:
 
 
 _Measured = tuple[list[dict[str, Any]], dict[str, Any], Rig | None]
-_Send = Callable[[int, bool], Future[_Measured]]
+_Readers = tuple[Callable[[int, bool], Future[_Measured]], int, bool]
 
 _WORTH_PROCESSES = 120  # records: some seconds of measuring on one core, as processes cost to start
 
 
 @contextlib.contextmanager
-def _readers(dataset: _Data, count: int, workers: int | None) -> Iterator[tuple[_Send, int]]:
-    """What measures the record of an index in the background, and by how many at once.
+def _readers(dataset: _Data, count: int, workers: int | None) -> Iterator[_Readers]:
+    """What measures the record of an index in the background, by how many at once, and whether
+    that is a crew that need not start first.
 
     Processes start in the background too: a set is refused or not by the time they are there."""
     # Monocular depth in the original layout is relative, and its inputs' alpha is a guess.
@@ -206,17 +207,21 @@ def _readers(dataset: _Data, count: int, workers: int | None) -> Iterator[tuple[
         processes = min(cores, MOST_WORKERS)
         with lend(processes) as crew:
             # Rigs are most of what would travel back.
-            yield lambda i, rig: crew.submit(_measure, part([i]), 0, trusted, rig), processes
+            yield (
+                lambda i, rig: crew.submit(_measure, part([i]), 0, trusted, rig),
+                processes,
+                crew.awake,
+            )
         return
     threads = ThreadPoolExecutor(workers or 2)
     try:
-        yield lambda i, rig: threads.submit(_measure, dataset, i, trusted, rig), workers or 2
+        yield lambda i, rig: threads.submit(_measure, dataset, i, trusted, rig), workers or 2, False
     finally:
         threads.shutdown(cancel_futures=True)
 
 
 def _measured(
-    readers: tuple[_Send, int],
+    readers: _Readers,
     indices: Sequence[int],
     rigs: dict[int, Rig],
     progress: bool,
@@ -225,7 +230,7 @@ def _measured(
     """In order. Rigs come with those that may yet be among the `_RIGS` first, which fill `rigs`."""
     from tqdm.auto import tqdm
 
-    send, at_once = readers
+    send, at_once, _ = readers
     queue = iter(indices)
     bar = tqdm(total=len(indices), desc=label, unit="object", delay=2, disable=not progress or None)
     with bar:

@@ -279,6 +279,7 @@ def test_processes_measure_what_threads_measure(
     alone = gate.validate(data, progress=False)
     monkeypatch.setattr(gate, "_WORTH_PROCESSES", 1)
     monkeypatch.setattr(gate, "core_count", lambda: 4)
-    together = gate.validate(data, progress=False)
-    assert together.measurements == alone.measurements
-    assert (together.passed, together.figures) == (alone.passed, alone.figures)
+    for _ in range(2):  # the second finds the first one's crew, which takes the first examples too
+        together = gate.validate(data, progress=False)
+        assert together.measurements == alone.measurements
+        assert (together.passed, together.figures) == (alone.passed, alone.figures)

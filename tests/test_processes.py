@@ -74,6 +74,7 @@ def pid_of_worker(crew: Crew) -> int:
 def test_a_crew_is_lent_again_until_it_is_unfit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _processes._keeper().put(None)  # another test's
     _processes.prepare(2)
     with _processes.lend(2) as crew:
         server = crew._server
