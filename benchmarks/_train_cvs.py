@@ -99,7 +99,7 @@ def section_cvs(bench: Bench) -> None:
 def compiled_levers(
     bench: Bench, task: CVSTask, row: Callable[..., None], both: int, forward: int
 ) -> None:
-    steps, compile_s = scale(bench)[3], {}
+    steps, compile_s, compiled_parts = scale(bench)[3], dict[str, float](), dict[str, str]()
     fast = bench.gpu or not bench.quick
     config = config_of(bench, precision="bf16" if fast else "fp32", graphs=False)
     stepper = Stepper(task, config)
@@ -107,6 +107,7 @@ def compiled_levers(
     def compiled(name: str, parts: list[str]) -> None:
         surroundings.reset_peak_memory(bench.device)
         compile_s[name] = stepper.compile(parts)
+        compiled_parts.update(stepper.compiled)
         row(name, per_step(bench, stepper, 0, steps))
 
     def recorded(name: str) -> None:
@@ -131,7 +132,7 @@ def compiled_levers(
         attempt(bench, name, late, name)
         spent = ", ".join(f"{name[2:]} {seconds:.0f} s" for name, seconds in compile_s.items())
         bench.say("")
-        bench.say(f"Compiling, at first: {spent}; {stepper.compiled}.")
+        bench.say(f"Compiling, at first: {spent}; {compiled_parts}.")
         bench.figures["compile_s"] = compile_s
     bench.say("")
     attempt(bench, "profile", profiled, bench, stepper, 9_000)
@@ -189,8 +190,8 @@ def loop(bench: Bench, size: str, batch: int, views: ViewTensors, both: int, for
     steps = (80 if bench.quick else 200) if bench.gpu else 30
     bench.say("")
     bench.say(
-        f"`fit`, compiled and recorded, {steps} steps, one checkpoint each {steps // 2} steps "
-        "(wall time, less compiling):"
+        f"`fit`, compiled{' and recorded' if bench.gpu else ''}, {steps} steps, one checkpoint "
+        f"each {steps // 2} steps (wall time, less compiling):"
     )
     bench.say("")
     bench.say(
