@@ -44,6 +44,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, grid = plt.subplots(
         len(found), 3, figsize=(13, 3.4 * len(found)), layout="constrained", squeeze=False
@@ -58,7 +59,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
             bars = axis.barh(list(rates), list(rates.values()), color="tab:blue")
             axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
             axis.invert_yaxis()
-            axis.margins(x=0.15)
+            axis.margins(x=0.22)
             axis.set_title(unit)
             axis.tick_params(axis="y", labelsize=8)
             if kind == "gpu":
@@ -76,6 +77,10 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         if axes[2].lines:
             axes[2].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         axes[2].grid(alpha=0.3)
+        for side in (axes[2].xaxis, axes[2].yaxis):  # plain numbers, and few of them
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter("")
         axes[0].set_ylabel(record["machine"].split(", torch")[0], fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
