@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fresnel import profiles, report
+from fresnel import profiles, provenance, report
 from fresnel.locks import lock_if_free
 from fresnel.parameters import check_parameters, read_parameters
 from fresnel.profiles import ProfileError, Step
@@ -131,6 +131,8 @@ def run(
     whatever the code was then: GPU hours are not spent again for a changed comment.  A step that
     crashes is tried by one process more, a refused one by none until the next call; all others go
     on, but for what needs it.  An unexpected verdict is a problem to report and stops nothing.
+    Where the weights that a step exports are there already (`has_weights`), what needs them goes
+    first, and the step itself, for its report, last.
 
     Args:
         only: names of steps (with or without their seed); what they need must be finished.
@@ -152,7 +154,8 @@ def run(
             raise ProfileError(f"step {step.name}: {error}") from error
     end = None if stop_after_s is None else time.monotonic() + stop_after_s
     by_name, begun = {step.name: step for step in steps}, datetime.now(UTC)
-    waiting, problems, done = list(chosen), list[str](), set[str]()
+    made = set() if fresh else {step.name for step in steps if has_weights(step)}
+    waiting, problems, done = sorted(chosen, key=lambda s: s.name in made), list[str](), set(made)
 
     def ready(step: Step) -> bool:
         done.update(
@@ -209,6 +212,26 @@ def finished(step: Step, reports: Path) -> bool:
         record.get("status") == "finished" and record.get("verdict") != "REFUSED"
         for record in _records(step, reports)
     )
+
+
+def has_weights(step: Step) -> bool:
+    """Whether the weights that the step exports are there, made with its very parameters, and of
+    its very data where these are there: trained on another machine, or earlier."""
+    target = step.params.get("export_to")
+    if not target:
+        return False
+    from fresnel import arms
+
+    made = arms.exported_with(provenance.project_root() / target)
+    if made is None or not made["params"]:
+        return False
+    manifest = provenance.project_root() / step.params.get("dataset_dir", "") / "manifest.json"
+    if manifest.is_file():
+        content_hash = json.loads(manifest.read_text(encoding="utf-8")).get("content_hash")
+        if content_hash not in made["data"]:
+            return False
+    known = made["params"].keys() & step.params.keys()  # folders are no part of what was made
+    return all(made["params"][key] == step.params[key] for key in known)
 
 
 def _given_up(step: Step, reports: Path, since: datetime) -> bool:

@@ -11,7 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fresnel import driver, report
 from fresnel.__main__ import main
@@ -212,6 +214,28 @@ def test_what_a_step_makes_ready_comes_before_what_follows(study: Path, runner: 
     runner.during = meanwhile
     assert driver.run(order, runner.reports) == []
     assert runner.ran == ["data", "decoder-s1", "arm-s1", "decoder-s0"]
+
+
+def test_weights_that_are_there_let_what_needs_them_go_first(
+    study: Path, runner: Runner, tmp_path: Path
+) -> None:
+    steps = driver.load(study, runs=tmp_path)
+    decoder = next(step for step in steps if step.name == "decoder-s1")
+    assert not driver.has_weights(decoder)
+
+    def weights(**params: Any) -> None:
+        notes = {"params": {"steps": 100, "size": "base", "seed": 1, **params}, "data": []}
+        header = {"fresnel_decoder": json.dumps({"provenance": notes})}
+        save_file({"w": np.zeros(1)}, decoder.params["export_to"], header)
+
+    weights(steps=99)
+    assert not driver.has_weights(decoder)
+    weights()
+    assert driver.has_weights(decoder)
+    assert driver.run(steps, runner.reports) == []
+    assert runner.ran == ["data", "decoder-s0", "arm-s1", "arm-s2", "decoder-s1"]
+    (tmp_path / "decoder-s1.safetensors").write_bytes(b"cut short")
+    assert not driver.has_weights(decoder)
 
 
 def test_two_processes_share_the_steps(study: Path, runner: Runner) -> None:
