@@ -358,11 +358,9 @@ def export(network: Any, path: str | Path, record: RunRecord) -> Path:
 
 def exported_with(path: str | Path) -> dict[str, Any] | None:
     """What `export` noted in a weights file: "params" of the run, content hashes of its "data";
-    None if there is no such file, or none that says it."""
+    None if the file does not say it."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        return None
     try:
         with safe_open(str(path), "np") as file:
             metadata = file.metadata() or {}

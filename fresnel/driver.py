@@ -218,12 +218,13 @@ def has_weights(step: Step) -> bool:
     """Whether the weights that the step exports are there, made with its very parameters, and of
     its very data where these are there: trained on another machine, or earlier."""
     target = step.params.get("export_to")
-    if not target:
+    path = provenance.project_root() / (target or "")
+    if not path.is_file():  # most often; what reads one takes seconds to import
         return False
     from fresnel import arms
 
-    made = arms.exported_with(provenance.project_root() / target)
-    if made is None or not made["params"]:
+    made = arms.exported_with(path)
+    if made is None:
         return False
     manifest = provenance.project_root() / step.params.get("dataset_dir", "") / "manifest.json"
     if manifest.is_file():
@@ -231,7 +232,7 @@ def has_weights(step: Step) -> bool:
         if content_hash not in made["data"]:
             return False
     known = made["params"].keys() & step.params.keys()  # folders are no part of what was made
-    return all(made["params"][key] == step.params[key] for key in known)
+    return bool(known) and all(made["params"][key] == step.params[key] for key in known)
 
 
 def _given_up(step: Step, reports: Path, since: datetime) -> bool:

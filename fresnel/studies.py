@@ -56,9 +56,10 @@ def choose(
         splits: name -> "train", "val" or "test"; names it doesn't know count as "train".
     """
     splits = splits or {}
+    training = [name for name in names if splits.get(name, "train") == "train"]
     if objects == "unshipped":
         shipped = _shipped()
-        return [n for n in names if splits.get(n, "train") == "train" and n not in shipped]
+        return [name for name in training if name not in shipped]
     found = re.fullmatch(r"(A|B|rest)(\d*)", objects)
     if objects == "all":
         return list(names)
@@ -67,7 +68,6 @@ def choose(
         return [name for name in names if splits.get(name, "train") in (want, objects)]
     if found is None or (found[1] == "B" and found[2]) or (found[1] == "rest" and not found[2]):
         raise ValueError(f"objects: got {objects!r}, want {PARTS}")
-    training = [name for name in names if splits.get(name, "train") == "train"]
     ranked = sorted(training, key=_rank)
     in_a = [name for name in ranked if _rank(name)[0] < 0.5]
     count = int(found[2]) if found[2] else len(in_a)

@@ -81,9 +81,7 @@ class TrainConfig:
     seed: int = 0
     precision: str = "fp32"  # "fp32" | "bf16" (autocast; weights stay float32)
     compile: bool = False  # torch.compile what every step runs: minutes at first, then cached
-    graphs: bool = (
-        True  # record steps as CUDA graphs where the task allows it, but if deterministic
-    )
+    graphs: bool = True  # CUDA graphs of steps, where the task allows it; not if deterministic
     accumulate: int = 1  # batches of the task's batch_size a step, where no larger one fits
     checkpointing: bool = False  # recompute activations: less memory, slower
     deterministic: bool | None = None  # None: on CPU only
