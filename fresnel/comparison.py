@@ -31,6 +31,7 @@ BASELINES = {
 ARMS = {
     "decoder-A": "the decoder, true views of A",
     "decoder-A50": "the decoder, true views of 50 objects",
+    "decoder-train": "the decoder, true views of every training object",
     "decoder-frontal": "the original's decoder, frontal views of A",
     "original": "the original's geometry, decoder and loss; gate overridden",
     "ungated": "bootstrap on B, its worst fifth left in",
@@ -44,6 +45,9 @@ ARMS = {
     "rest50-oracle": "true views of those 396",
     "A50-only": "true views of the 50",
     "A50-render": "the same; sees the decoder's render of the target view",
+    "long-gated": "gated, four times the steps",
+    "long-oracle": "oracle, four times the steps",
+    "long-render": "render, four times the steps",
 }
 """The arms of notebooks/params/study.yaml in the order of tables and figures, and what they are."""
 CONTRASTS = (
@@ -59,6 +63,10 @@ CONTRASTS = (
     ("rest50-gated", "A50-only", ""),
     ("rest50-gated", "rest50-oracle", ""),
     ("A50-render", "", "decoder render"),
+    ("long-gated", "long-oracle", ""),
+    ("long-gated", "gated", ""),
+    ("long-render", "", "decoder render"),
+    ("decoder-train", "decoder-A", ""),
     ("decoder-A", "decoder-frontal", ""),
     ("decoder-A", "", "copy_input"),
 )
