@@ -44,9 +44,11 @@ class Recorder:
         """How many kinds of work are recorded."""
         return len(self._graphs)
 
-    def run(self, kind: Hashable, work: Callable[[], None]) -> None:
-        """Do `work`; work of another kind is recorded by itself."""
-        if kind not in self._graphs and self._runs[kind] >= _WARM_UP and self.refused is None:
+    def run(self, kind: Hashable, work: Callable[[], None]) -> bool:
+        """Do `work`; work of another kind is recorded by itself. Returns whether this took longer
+        than it will from now on."""
+        new = kind not in self._graphs and self.refused is None
+        if new and self._runs[kind] >= _WARM_UP:
             self._record(kind, work)
         graph = self._graphs.get(kind)
         if graph is None:
@@ -54,6 +56,7 @@ class Recorder:
             work()
         else:
             graph.replay()
+        return new
 
     def _record(self, kind: Hashable, work: Callable[[], None]) -> None:
         """Record without running it. Recordings run one at a time, so they share their memory."""

@@ -35,7 +35,8 @@ class Stepper:
 
     Attributes:
         sums: of the loss terms and the gradient's norm since `take_terms`, float64, in the order of
-            `names`; count: over how many steps.
+            `names`; count: over how many steps; warming: whether one of them took longer than its
+            like will, as it was run to be recorded.
         compiled: part of the task -> how it was compiled, for what `compile` was called for.
         recorder: records whole steps as CUDA graphs; None where that is not possible.
         first_bad: the first micro-batch (step * accumulate + index) whose loss or gradient was not
@@ -65,6 +66,7 @@ class Stepper:
         self.names: list[str] = []
         self.sums: Tensor | None = None
         self.count = 0
+        self.warming = False
         self.first_bad = torch.full((), -1, device=self.device)
         self.at = torch.zeros((), dtype=torch.long, device=self.device)  # the micro-batch under way
         self.generator = torch.Generator(self.device)
@@ -166,7 +168,7 @@ class Stepper:
             phase = self.phase(step / self.config.steps) if self.recorder else None
             if self.recorder and phase is not None:
                 self.seed(step, 0)
-                self.recorder.run(phase, lambda: self.optimise(step, seeded=True))
+                self.warming |= self.recorder.run(phase, lambda: self.optimise(step, seeded=True))
             else:
                 self.optimise(step)
             self.count += 1
@@ -247,7 +249,7 @@ class Stepper:
             return {}
         means = (self.sums / self.count).tolist()
         self.sums.zero_()
-        self.count = 0
+        self.count, self.warming = 0, False
         return dict(zip(self.names, means, strict=True))
 
     def lr(self, step: int) -> float:

@@ -23,7 +23,7 @@ from fresnel.record import RunRecord
 from fresnel.render import Views
 from fresnel.train import Task, TrainResult
 
-CVS_MODELS = ("cvs", "cvs-render")
+CVS_MODELS = ("cvs", "cvs-render", "cvs-refine")
 _DECODER_SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "decoder": {
         "tiny": {"image_size": 32, "base_channels": 16},
@@ -58,7 +58,8 @@ def make_task(
     """The task `train.fit` runs: a network, seeded, and its data on the device.
 
     Args:
-        model: "cvs", "cvs-render" (sees `renderer`'s render of the target view), "decoder"
+        model: "cvs", "cvs-render" (sees `renderer`'s render of the target view), "cvs-refine"
+            (sees it, and adds to it rather than drawing the view anew), "decoder"
             (multi-view supervision) or "decoder-frontal" (the original's patch decoder, supervised
             by the input view alone).
         size: the CVS's preset, or the decoder's base channels.
@@ -69,7 +70,7 @@ def make_task(
             sigma_max, compared with the clean view.
         ground_truth: any view may serve as the input, not only the record's own.
         pairs: the CVS trains on these (record, view) pairs alone, (P, 2).
-        renderer: of a "cvs-render".
+        renderer: of a "cvs-render" or "cvs-refine".
         initial_weights: of the CVS: "" (random), "shipped", or a file that 03 exported.
     """
     torch.manual_seed(seed)
@@ -84,7 +85,8 @@ def make_task(
             size,
             image_size=data.rgb.shape[2],
             loss_weight=loss_mask,
-            render_condition=model == "cvs-render",
+            render_condition=model != "cvs",
+            render_base=model == "cvs-refine",
             **changes,
         )
         network = CVS(config)
@@ -175,8 +177,9 @@ def load_decoder(
 
 
 def renderer(model: str, device: str, weights: str | Path = "") -> evaluate.Predictor | None:
-    """What a "cvs-render" sees beside its input, the decoder's own views; None for others."""
-    if model != "cvs-render":
+    """What a "cvs-render" or "cvs-refine" sees beside its input, the decoder's own views; None for
+    others."""
+    if model not in CVS_MODELS[1:]:
         return None
     return decoder.predictor(load_decoder("pixel", device, weights))
 

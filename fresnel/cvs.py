@@ -78,6 +78,7 @@ _ARCHITECTURE = (
     "attention_levels",
     "embedding_channels",
     "render_condition",
+    "render_base",
 )
 
 
@@ -114,6 +115,7 @@ class CVSConfig:
     foreground_share: float = 0.7  # of the alpha-aware weight: the object with a margin
     parameterisation: str = "consistency"  # "consistency" | "original" (no boundary condition)
     render_condition: bool = False  # also see a render of the target view: `fresnel.rendered`
+    render_base: bool = False  # ... and add to it, rather than draw the view anew
 
     def __post_init__(self) -> None:
         for name, choices in {
@@ -130,6 +132,8 @@ class CVSConfig:
         for name in ("sigma_max_fraction", "foreground_share", "denoising_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want a value in [0, 1]")
+        if self.render_base and not self.render_condition:
+            raise ValueError("render_base: got True, want render_condition=True too")
         if self.ect_stages < 1 or self.ect_q <= 1:
             raise ValueError(
                 f"ect_stages, ect_q: got {self.ect_stages}, {self.ect_q:g}, want >= 1 and > 1"
@@ -160,6 +164,9 @@ class CVS(nn.Module):
     D = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, cond, ln(sigma) / 4). At sigma_min
     c_skip = 1 and c_out = 0 exactly, so D(x, sigma_min) = x bit for bit: the boundary condition
     of a consistency model. The "original" parameterisation is D = F: nothing ties it to x.
+
+    With `render_base`, D = c_skip x + (1 - c_skip) R + c_out F for the render R in the condition:
+    the boundary condition holds, and from noise alone the untrained network gives R.
     """
 
     def __init__(self, config: CVSConfig) -> None:
@@ -187,7 +194,11 @@ class CVS(nn.Module):
         if self.config.parameterisation == "original":
             return f
         c_skip, c_out = self.scalings(s)
-        return c_skip * x + c_out * f
+        denoised = c_skip * x + c_out * f
+        if self.config.render_base:
+            at = CONDITION_CHANNELS
+            denoised = denoised + (1 - c_skip) * cond[:, at : at + 4]
+        return denoised
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(c_skip, c_out) with the (sigma - sigma_min) of arXiv 2303.01469, appendix C."""

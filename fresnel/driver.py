@@ -167,7 +167,8 @@ def run(
         taken = busy = False
         left = None if end is None else end - time.monotonic()
         if left is not None and left <= 0:
-            print(f"time is up; left for the next call: {_names(waiting)}", flush=True)
+            unfinished = [step for step in waiting if not finished(step, reports)]
+            print(f"time is up; left for the next call: {_names(unfinished)}", flush=True)
             return problems
         for step in filter(ready, list(waiting)):
             with _mine(reports, step.name) as mine:

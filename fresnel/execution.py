@@ -32,6 +32,8 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 TICK_S = 0.2
 AUTOSAVE_S = 5.0
+STARTUP_S = 300
+"""How long a kernel may take to answer: a minute is too short where ten start on busy cores."""
 GRACE_S = 20.0
 """How long an interrupted cell may take to end by itself: a training run saves a checkpoint."""
 
@@ -109,7 +111,9 @@ class _Execution:
 
     async def supervise(self, folder: Path, environment: Mapping[str, str]) -> Failure | None:
         manager = _ThisPython()
-        client = _Client(self.notebook, km=manager, store_widget_state=False)
+        client = _Client(
+            self.notebook, km=manager, store_widget_state=False, startup_timeout=STARTUP_S
+        )
         client.reset_execution_trackers()
         kills = _oom_kills()
         with tempfile.TemporaryFile() as errors, _stoppable() as stopping:

@@ -34,6 +34,9 @@ PARTS = {
     "pictures": "loading the rivals, drawing",
     "evaluation": "held-out views of the model and its rivals",
 }
+_AFRESH = 2.0
+"""A new process takes so many times as long to load compiled code as one that has done so before:
+2.1 on two CPU cores, 2.05 on an H200 (`benchmarks/forecast.md`, before this was known)."""
 _WORDS = {
     **dict.fromkeys(("open", "check", "render"), "data"),
     **dict.fromkeys(("load", "draw"), "pictures"),
@@ -142,7 +145,8 @@ def pace(history: Sequence[Mapping[str, Any]], samples: int) -> tuple[float, flo
     such as choosing kernels and recording graphs, happens as often in a long run.
 
     Args:
-        history: rows with "step" and "samples_per_s", evenly spaced over the run.
+        history: rows with "step" and "samples_per_s", evenly spaced over the run; those that are
+            "warming" tell nothing of the pace, unless there are no others.
         samples: samples a step.
     """
     steps = [row["step"] for row in history]
@@ -150,11 +154,19 @@ def pace(history: Sequence[Mapping[str, Any]], samples: int) -> tuple[float, flo
     each = np.array([samples / row["samples_per_s"] for row in history])
     late = np.array(steps) > steps[-1] / 2
     typical = np.full(len(each), np.median(each))
+    settled = np.array([not row.get("warming", False) for row in history])
     for half in (late, ~late):
         if half.any():
-            typical[half] = np.median(each[half])
+            known = half & settled
+            typical[half] = np.median(each[known]) if known.any() else each[half].min()
     usual = float((typical * counts).sum())
     return usual / steps[-1], max(0.0, float((each * counts).sum()) - usual)
+
+
+def around_steps(result: TrainResult, fit_s: float) -> float:
+    """Seconds of a call of `fit` that took `fit_s` besides compiling, steps and pauses in between:
+    checks, set-up, the first validation, which chooses kernels, and the last checkpoint."""
+    return fit_s - result.compile_s - result.duration_s - result.paused_s
 
 
 def timed(act: Callable[[], Any], times: int = 1) -> float:
@@ -233,7 +245,7 @@ def full_run(
     *,
     batch_size: int,
     records: int,
-    fit_s: float,
+    around_s: float,
     start_s: float,
     price_per_hour_usd: float,
 ) -> dict[str, Any]:
@@ -241,11 +253,12 @@ def full_run(
 
     Args:
         acts: from `rehearse`.
-        result: of the smoke run, which went through the whole curriculum; `fit_s`: of that call.
+        result: of the smoke run, which went through the whole curriculum.
         stages: of this notebook so far; the full run will open and draw as much.
         config: of the full run.
         batch_size: samples a step.
         records: how many held-out records will be evaluated.
+        around_s: `around_steps` of this process's first training, as 03's is its first.
 
     Returns:
         "steps", "samples", "samples_per_s", "duration_s", "cost_usd", "peak_memory_bytes" of the
@@ -253,7 +266,7 @@ def full_run(
     """
     step_s, warm_up_s = pace(result.history, batch_size)
     ending = acts["validation"] + acts["preview"] + acts["checkpoint"]
-    set_up = max(0.0, fit_s - result.compile_s - result.duration_s - result.paused_s - ending)
+    set_up = max(0.0, around_s - ending)
     steps = config.steps
     stops = {0, steps, *range(0, steps, config.validate_every)}
     rows = steps // config.log_every
@@ -261,7 +274,7 @@ def full_run(
     parts = {
         "start": start_s,
         **opened,
-        "compile": opened.get("compile", 0.0) + acts["compile"],
+        "compile": opened.get("compile", 0.0) + min(result.compile_s, _AFRESH * acts["compile"]),
         "steps": steps * step_s + warm_up_s,
         "pauses": opened.get("pauses", 0.0)
         + set_up

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fresnel.arms import CVS_MODELS
 from fresnel.comparison import BINS, Estimate, Run, Study, difference, estimate, mean
 from fresnel.evaluate import format_rows
 
@@ -81,7 +82,7 @@ def targets(study: Study, runs: Mapping[str, Run], control: Mapping[str, Run]) -
         control: the main job's "01-original" and "03-control", where the study has none.
     """
     decoder = best(study, ("decoder",))
-    cvs = best(study, ("cvs", "cvs-render"))
+    cvs = best(study, CVS_MODELS)
     found = [
         _psnr("the decoder: copying the input + 3 dB", study, decoder, "copy_input", 3.0),
         _psnr("the decoder's aim: + 4 dB", study, decoder, "copy_input", 4.0),

@@ -115,11 +115,12 @@ class TrainResult:
     """What came out of `fit`.
 
     `history`: one row per log interval ("step", the loss terms' means, "grad_norm", "lr",
-    "samples_per_s"); `validations`: "step" and the task's figures. `samples_per_s` and
-    `duration_s` are of this call's training steps alone (`samples_per_s` of all steps, where a
-    finished run had none left to do); `compile_s` came before them, `paused_s`
-    (validation, previews, checkpoints) in between. `peak_memory_bytes` is of the CUDA allocator,
-    or of the process on a CPU. `gate_overridden`: trained on refused data, on purpose.
+    "samples_per_s", and "warming" where steps were still being recorded); `validations`: "step" and
+    the task's figures. `samples_per_s` and `duration_s` are of this call's training steps alone
+    (`samples_per_s` of all steps, where a finished run had none left to do); `compile_s` came
+    before them, `paused_s` (validation, previews, checkpoints) in between. `peak_memory_bytes` is
+    of the CUDA allocator, or of the process on a CPU. `gate_overridden`: trained on refused data,
+    on purpose.
     """
 
     model: Any
@@ -349,13 +350,14 @@ class _Run:
             return
         self.check_finite()
         samples = self.stepper.count * self.task.batch_size * self.config.accumulate
+        warming: dict[str, Any] = {"warming": True} if self.stepper.warming else {}
         row = self.stepper.take_terms()
         self.pause_clock()
         seconds, self.interval_s = self.interval_s, 0.0
         self.trained_s += seconds
         self.trained_samples += samples
         lr = self.stepper.lr(self.step - 1)
-        self.log("train", **row, lr=lr, samples_per_s=samples / seconds)
+        self.log("train", **row, lr=lr, samples_per_s=samples / seconds, **warming)
         bar.set_postfix(loss=f"{row['loss']:.4g}", samples_s=f"{samples / seconds:.1f}")
 
     def validate(self) -> bool:

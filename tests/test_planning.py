@@ -27,6 +27,18 @@ def test_pace_counts_what_happens_once_apart_from_the_steps():
     assert planning.pace(history(100), 10) == pytest.approx((0.1, 0.0))
 
 
+def test_pace_leaves_out_steps_that_were_being_recorded():
+    rows = history(10, 20, 100, 5, 6, 50)
+    for k in (0, 1, 3, 4):
+        rows[k]["warming"] = True
+    step_s, once_s = planning.pace(rows, 10)
+    assert step_s == pytest.approx((0.1 + 0.2) / 2)
+    assert once_s == pytest.approx(5 * (0.9 + 0.4 + 1.8 + (10 / 6 - 0.2)))
+    for row in rows:
+        row["warming"] = True
+    assert planning.pace(rows, 10)[0] == pytest.approx(0.15), "the fastest, if there are no others"
+
+
 def test_a_forecast_is_the_sum_of_its_parts():
     result = SimpleNamespace(
         history=history(100, 100, 50, 50), compile_s=7.0, duration_s=3.0, paused_s=0.6,
@@ -45,13 +57,14 @@ def test_a_forecast_is_the_sum_of_its_parts():
     }  # fmt: skip
     config = planning.full_config(1000)
     plan = planning.full_run(
-        acts, result, stages, config, batch_size=10, records=8, fit_s=7 + 3 + 0.6 + 0.9 + 1.5,
-        start_s=3.0, price_per_hour_usd=3600.0,
+        acts, result, stages, config, batch_size=10, records=8,
+        around_s=planning.around_steps(result, 7 + 3 + 0.6 + 0.9 + 1.5), start_s=3.0,
+        price_per_hour_usd=3600.0,
     )  # fmt: skip
     assert set(plan["parts"]) == set(planning.PARTS)
     assert plan["parts"]["data"] == pytest.approx(1.5)
     assert plan["parts"]["pictures"] == pytest.approx(0.25 + 4), "another stage is not repeated"
-    assert plan["parts"]["compile"] == 5.0, "what a cache holds is not compiled again"
+    assert plan["parts"]["compile"] == 7.0, "what a cache holds is not compiled, but loaded again"
     assert plan["parts"]["steps"] == pytest.approx(150)
     # set-up, eleven stops, a hundred rows of the log, a preview
     assert plan["parts"]["pauses"] == pytest.approx(1.5 + 11 * 0.6 + 100 * 0.2 + 0.3)

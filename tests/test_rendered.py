@@ -141,3 +141,17 @@ def test_training_keeps_to_the_chosen_pairs() -> None:
     batch = CVSTask(net, views(), batch_size=64, pairs=pairs).batch(0, generator())
     drawn = {(int(r), int(v)) for r, v in zip(batch["record"], batch["view"], strict=True)}
     assert drawn == {(0, 1), (1, 3), (1, 0)}
+
+
+def test_a_refining_network_starts_from_the_render_and_keeps_the_boundary() -> None:
+    config = CVSConfig.preset("tiny", render_condition=True, render_base=True)
+    fresh, trained = CVS(config), network(render_base=True)
+    x = torch.randn(2, 4, SIZE, SIZE, generator=generator())
+    cond = torch.rand(2, 21, SIZE, SIZE, generator=generator()) * 2 - 1
+    at_max, at_min = (torch.full((2,), s) for s in (config.sigma_max, config.sigma_min))
+    render = cond[:, 16:20]
+    torch.testing.assert_close(fresh(80 * x, at_max, cond), render, atol=0.02, rtol=0)
+    assert (trained(80 * x, at_max, cond) - render).abs().max() > 0.05, "and learns to change it"
+    assert torch.equal(trained(x, at_min, cond), x), "D(x, sigma_min) = x"
+    with pytest.raises(ValueError, match="want render_condition=True"):
+        CVSConfig.preset("tiny", render_base=True)
