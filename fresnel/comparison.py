@@ -21,6 +21,7 @@ Study = Mapping[str, Mapping[int, Run]]
 """Arm -> seed -> the newest finished run's record."""
 
 BINS = tuple(name for name, _ in AZIMUTH_BINS)
+CONTROL_ARM = "original"
 BASELINES = {
     "decoder render": "decoder's own render",
     "copy_input": "copy the input",
@@ -41,10 +42,13 @@ ARMS = {
     "oracle-any": "true views of B, any of them as the input",
     "A-only": "true views of A",
     "render": "true views of A; sees the decoder's render of the target view",
+    "refine": "the same; adds to that render",
+    "refine-B": "true views of B, which the decoder has not seen; adds to its render",
     "rest50-gated": "bootstrap on 396 objects by a decoder that saw 50",
     "rest50-oracle": "true views of those 396",
     "A50-only": "true views of the 50",
     "A50-render": "the same; sees the decoder's render of the target view",
+    "A50-refine": "the same; adds to that render",
     "long-gated": "gated, four times the steps",
     "long-oracle": "oracle, four times the steps",
     "long-render": "render, four times the steps",
@@ -60,9 +64,13 @@ CONTRASTS = (
     ("oracle-any", "oracle", ""),
     ("render", "", "decoder render"),
     ("render", "A-only", ""),
+    ("refine", "", "decoder render"),
+    ("refine-B", "", "decoder render"),
+    ("refine", "render", ""),
     ("rest50-gated", "A50-only", ""),
     ("rest50-gated", "rest50-oracle", ""),
     ("A50-render", "", "decoder render"),
+    ("A50-refine", "", "decoder render"),
     ("long-gated", "long-oracle", ""),
     ("long-gated", "gated", ""),
     ("long-render", "", "decoder render"),
@@ -170,6 +178,7 @@ def difference(
     *,
     metric: str = "psnr",
     against: str = "",
+    which: str = "",
 ) -> Estimate:
     """A metric of one arm minus another's in a bin.
 
@@ -178,23 +187,24 @@ def difference(
 
     Args:
         against: take this predictor of `theirs` (such as "decoder render"), not its own model.
+        which: the same of `ours`.
     """
     both = [seed for seed in ours if seed in theirs]
     each = [
-        in_bin(ours[s], _model(ours[s]), azimuth_bin, metric)
+        in_bin(ours[s], which or _model(ours[s]), azimuth_bin, metric)
         - in_bin(theirs[s], against or _model(theirs[s]), azimuth_bin, metric)
         for s in both
     ]
     each = [value for value in each if math.isfinite(value)]
     one, other = (
-        _objects(runs, azimuth_bin, metric, which)
-        for runs, which in ((ours, ""), (theirs, against))
+        _objects(runs, azimuth_bin, metric, name)
+        for runs, name in ((ours, which), (theirs, against))
     )
     if one and other:
         gap, low, high = paired_difference(one, other)
         return Estimate(gap, tuple(each), low, high)
     gap = (
-        estimate(ours, azimuth_bin, metric).mean
+        estimate(ours, azimuth_bin, metric, which).mean
         - estimate(theirs, azimuth_bin, metric, against).mean
     )
     return Estimate(gap, tuple(each))
@@ -228,13 +238,17 @@ def mean(values: Sequence[float]) -> float:
 def by_bin(study: Study, metric: str) -> dict[str, dict[str, Estimate]]:
     """Every arm, and below them what needs no training, by bin: name -> bin -> estimate.
 
-    The baselines are those of the first arm that has them all: they differ with an arm's training
-    views (mean image) and its decoder.
+    The baselines are those of the first arm that has them all, but the control, whose decoder is
+    the original's: they differ with an arm's training views (mean image) and its decoder.
     """
     arms = {name: seeds for name, seeds in study.items() if not name.startswith("loss-")}
     rows = {name: {b: estimate(seeds, b, metric) for b in BINS} for name, seeds in arms.items()}
     for which, label in BASELINES.items():
-        chosen = [s for s in arms.values() if all(which in _summaries(r) for r in s.values())]
+        chosen = [
+            seeds
+            for _, seeds in sorted(arms.items(), key=lambda arm: arm[0] == CONTROL_ARM)
+            if all(which in _summaries(run) for run in seeds.values())
+        ]
         if chosen:
             rows[label] = {b: estimate(chosen[0], b, metric, which) for b in BINS}
     return rows
@@ -276,6 +290,37 @@ def arms_table(study: Study) -> str:
         tables[kind].append(row)
     found = "\n\n".join(format_rows(rows) for rows in tables.values() if rows)
     return found or "No arm has run yet: notebooks/params/study.yaml."
+
+
+def decoders_table(study: Study, shipped: Run | None) -> str:
+    """Decoders by what they learned from: dB over copying the input, by bin (Markdown).
+
+    Args:
+        shipped: a run that was compared with the decoder that ships.
+    """
+    known: list[tuple[str, str, Mapping[int, Run], str]] = []
+    for arm in ("decoder-A50", "decoder-A", "decoder-train"):
+        for run in list(study.get(arm, {}).values())[:1]:
+            pairs, params = run["metrics"].get("pairs", "?"), run["params"]
+            text = f"{pairs} views of {params.get('objects', '?')}, {params.get('steps')} steps"
+            known.append((arm, text, study[arm], ""))
+    if shipped:
+        from fresnel.decoder import load_shipped
+
+        about = load_shipped("pixel").provenance
+        text = f"{about['training_set']}, {about['params']['steps']} steps"
+        known.append(("the one that ships", text, {0: shipped}, "decoder render"))
+    rows = []
+    for name, text, seeds, which in known:
+        row = {"decoder": name, "learned from": text, "seeds": str(len(seeds))}
+        for b in BINS:
+            over = (
+                difference(seeds, seeds, b, metric=m, against="copy_input", which=which)
+                for m in ("psnr", "psnr_white")
+            )
+            row[b] = " / ".join(gap.text(2, "+").split(" [")[0] for gap in over)
+        rows.append(row)
+    return format_rows(rows) or "No decoder has run yet: notebooks/params/study.yaml."
 
 
 def contrasts(study: Study, metric: str = "psnr") -> dict[str, dict[str, Estimate]]:

@@ -13,12 +13,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fresnel.arms import CVS_MODELS
-from fresnel.comparison import BINS, Estimate, Run, Study, difference, estimate, mean
+from fresnel.comparison import (
+    BINS,
+    CONTROL_ARM,
+    Estimate,
+    Run,
+    Study,
+    difference,
+    estimate,
+    mean,
+)
 from fresnel.evaluate import format_rows
 
 FAR_BINS = BINS[-2:]
 BACKGROUNDS = {"psnr_white": "white", "psnr": "black"}
-CONTROL_ARM = "original"
 NOT_RUN = "not run"
 
 

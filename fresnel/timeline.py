@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from fresnel.autopsy import Runs, original
@@ -155,6 +157,28 @@ def cost_table(runs: Runs, everything: Mapping[str, Any], price_per_hour_usd: fl
             row[column] = _cost(found, price_per_hour_usd)
         rows.append(row)
     return format_rows(rows)
+
+
+def occupied(everything: Mapping[str, Any], price_per_hour_usd: float = 0.0) -> str:
+    """What the tables' sums leave out: runs that shared a machine cost its time once, in words."""
+    spans: dict[str, list[tuple[float, float, float]]] = {}
+    for run in everything.values():
+        began = datetime.fromisoformat(run["started_utc"]).timestamp()
+        price = price_per_hour_usd or run["price_per_hour_usd"]
+        known = run["provenance"]
+        machine = json.dumps([known.get("cpu"), known.get("gpu")], sort_keys=True)
+        spans.setdefault(machine, []).append((began, began + run["duration_s"], price / 3600))
+    seconds = usd = 0.0
+    for runs in spans.values():
+        until = -math.inf
+        for began, ended, rate in sorted(runs):
+            new = max(0.0, ended - max(began, until))
+            seconds, usd, until = seconds + new, usd + new * rate, max(until, ended)
+    alone = sum(run["duration_s"] for run in everything.values())
+    return (
+        f"One after another the {len(everything)} runs would have held a machine for "
+        f"{_time(alone)}; as they shared it, it was held for {_time(seconds)}, at ${usd:.2f}."
+    )
 
 
 def stages_table(everything: Mapping[str, Any], price_per_hour_usd: float = 0.0) -> str:

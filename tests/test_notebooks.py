@@ -144,13 +144,13 @@ def test_an_arm_with_its_own_decoder_objects_and_render(reports):
     )  # fmt: skip
     assert made.provenance["datasets"][0]["objects"] == 16
     arm, _ = run(
-        "03_full_train", reports, "03-render", model="cvs-render", size="tiny", batch_size=4,
+        "03_full_train", reports, "03-refine", model="cvs-refine", size="tiny", batch_size=4,
         steps=2, truth_objects=2, objects="A", drop_worst_views=0.25, compare_steps="2",
         decoder_weights=str(weights), parameterisation="regression",
     )  # fmt: skip
-    assert {"cvs-render", "cvs, 2 steps", "decoder render"} < set(arm.metrics["summaries"])
+    assert {"cvs-refine", "cvs, 2 steps", "decoder render"} < set(arm.metrics["summaries"])
     assert arm.metrics["pairs"] % 6 == 0 and arm.metrics["pairs"] < 16 * 6, "a quarter left out"
-    assert len(arm.metrics["psnr_by_object"]["cvs-render"]["all"]) == 2
+    assert len(arm.metrics["psnr_by_object"]["cvs-refine"]["all"]) == 2
     assert any("LPIPS" in note for note in arm.notes)
 
 

@@ -82,6 +82,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "regression": {"parameterisation": "regression"},
     "some pairs": {"pairs": torch.tensor([[0, 1], [1, 0], [1, 2], [2, 1]])},
     "render": {"model": "cvs-render", "ground_truth": True},
+    "refine": {"model": "cvs-refine"},
     "decoder": {"model": "decoder", "ground_truth": True},
     "frontal": {"model": "decoder-frontal"},
 }
@@ -92,8 +93,7 @@ ARMS: dict[str, dict[str, Any]] = {
 def test_recorded_steps_are_the_steps(arm: str) -> None:
     options = {"model": "cvs", **ARMS[arm]}
     data = views(objects=4, depth=True)
-    if options["model"] == "cvs-render":
-        options["renderer"] = arms.renderer("cvs-render", "cuda")
+    options["renderer"] = arms.renderer(options["model"], "cuda")
     runs = []
     for graphs in (False, True):
         task = arms.make_task(

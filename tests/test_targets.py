@@ -143,14 +143,14 @@ def test_the_timeline_ends_at_the_gate(runs: dict[str, Any]) -> None:
 def test_costs_are_summed_and_priced(runs: dict[str, Any]) -> None:
     table = timeline.cost_table(autopsy.roles(runs), runs)
     total = table.splitlines()[-1]
-    seconds = 75 * 360 + 6 * 60 + 6 * 40
+    seconds = 84 * 360 + 6 * 60 + 6 * 40
     assert "5.5 h, $6" in total and "460 s, $0.46" in total
     assert f"{seconds / 3600:.1f} h, ${seconds / 1000:.2f}" in total
     dearer = timeline.cost_table(autopsy.roles(runs), runs, 36.0).splitlines()[-1]
     assert f"${seconds / 100:.2f}" in dearer
     stages = timeline.stages_table(runs)
     train = next(line for line in stages.splitlines() if "| train |" in line)
-    assert train == "| 03_full_train | train | 75 | 6.0 h | 21.60 |"
+    assert train == "| 03_full_train | train | 84 | 6.7 h | 24.19 |"
 
 
 def test_arms_stand_beside_what_needs_no_training(runs: dict[str, Any]) -> None:
@@ -189,3 +189,31 @@ def test_notebook_04_tells_the_whole_story(folder: Path, tmp_path: Path) -> None
     page = done.report.read_text()
     for text in ("@software", "check-fresnel-gate-validate", "Objects pictured", "Chair"):
         assert text in page
+
+
+def test_runs_that_share_a_machine_cost_its_time_once() -> None:
+    def run(minute: int, duration_s: float, machine: str) -> dict[str, Any]:
+        return {
+            "started_utc": f"2026-01-01T00:{minute:02}:00+00:00", "duration_s": duration_s,
+            "price_per_hour_usd": 3.6, "provenance": {"gpu": machine},
+        }  # fmt: skip
+
+    shared = {"a": run(0, 300, "x"), "b": run(1, 120, "x"), "c": run(4, 120, "x")}
+    assert timeline.occupied(shared).endswith("machine for 540 s; as they shared it, it was held "
+                                              "for 360 s, at $0.36.")  # fmt: skip
+    apart = {**shared, "d": run(2, 100, "y")}
+    assert "held for 460 s, at $4.60" in timeline.occupied(apart, 36.0)
+
+
+def test_decoders_stand_by_what_they_learned_from(runs: dict[str, Any]) -> None:
+    study = comparison.study_runs(runs)
+    lines = comparison.decoders_table(study, runs["03-gated-s0"]).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| decoder-A50", "| decoder-A", "| decoder-train", "| the one that ships",
+    ]  # fmt: skip
+    assert lines[1].count("+3.90") == 8, "four bins, over black and over white"
+    assert "430 objects" in lines[3] and "+3.80" in lines[3]
+    assert len(comparison.decoders_table(study, None).splitlines()) == 5
+    assert comparison.decoders_table({}, None).startswith("No decoder")
+    own = comparison.by_bin(study, "psnr")["decoder's own render"]
+    assert own["0-30"].mean == pytest.approx(19.9), "not that of the control's decoder"
