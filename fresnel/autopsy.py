@@ -329,6 +329,12 @@ def _external(study: Study) -> _Said:
         f"{gap.text(2, '+')} dB against true views of the same objects"
     )
     verdict = "refuted" if gap.low > -0.5 else "confirmed" if gap.high < -0.5 else "open"
+    if {"rest50-gated", "rest50-oracle"} <= study.keys():
+        scarce = [difference(study["rest50-gated"], study["rest50-oracle"], b) for b in BINS]
+        worst = min(scarce, key=lambda found: found.mean)
+        words += f"; where its decoder saw 50 objects, {worst.text(2, '+')} dB at most"
+        if verdict == "refuted" and worst.low <= -0.5:
+            verdict = "refuted where the decoder has seen enough"
     return verdict, words
 
 

@@ -49,6 +49,7 @@ ARMS = {
     "A50-only": "true views of the 50",
     "A50-render": "the same; sees the decoder's render of the target view",
     "A50-refine": "the same; adds to that render",
+    "refine-short": "refine, 9,600 samples instead of 256,000, from the records' own inputs",
     "long-gated": "gated, four times the steps",
     "long-oracle": "oracle, four times the steps",
     "long-render": "render, four times the steps",
@@ -67,6 +68,7 @@ CONTRASTS = (
     ("refine", "", "decoder render"),
     ("refine-B", "", "decoder render"),
     ("refine", "render", ""),
+    ("refine-short", "", "decoder render"),
     ("rest50-gated", "A50-only", ""),
     ("rest50-gated", "rest50-oracle", ""),
     ("A50-render", "", "decoder render"),
@@ -282,7 +284,7 @@ def arms_table(study: Study) -> str:
     tables: dict[str, list[dict[str, str]]] = {"decoder": [], "CVS": []}
     for arm, seeds in study.items():
         kind = "CVS" if _model(next(iter(seeds.values()))).startswith("cvs") else "decoder"
-        row = {kind: arm, "what": ARMS.get(arm, ""), "seeds": str(len(seeds))}
+        row = {kind: f"**{arm}** {ARMS.get(arm, '')}".strip(), "seeds": str(len(seeds))}
         for column, (metric, digits) in shown.items():
             row[column] = _level(estimate(seeds, "all", metric), digits)
         took = tuple(run["metrics"]["train_duration_s"] for run in seeds.values())

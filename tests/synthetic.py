@@ -21,7 +21,7 @@ LEVELS = {
     "decoder-A": 19.8, "decoder-A50": 18.6, "decoder-frontal": 15.5,
     "original": 9.0, "ungated": 19.2, "gated": 19.6, "regression": 19.0, "oracle": 19.9,
     "oracle-any": 20.4, "A-only": 19.4, "render": 20.3,
-    "refine": 20.35, "refine-B": 20.4, "A50-refine": 18.75,
+    "refine": 20.35, "refine-B": 20.4, "A50-refine": 18.75, "refine-short": 20.15,
     "rest50-gated": 18.9, "rest50-oracle": 19.5, "A50-only": 18.0, "A50-render": 18.7,
     "loss-original-alpha-consistency": 10.0, "loss-original-laplacian-consistency": 9.5,
     "loss-original-alpha-onestep": 9.2, "loss-corrected-laplacian-onestep": 17.0,

@@ -97,6 +97,9 @@ def test_the_arms_decide_on_external_data_frontal_views_and_the_loss() -> None:
     }
     verdicts = said(autopsy.claims({}, None, study))
     assert verdicts["external"] == "refuted", "the bootstrap is within half a dB"
+    scarce = {**study, "rest50-gated": {0: arm(19.0)}, "rest50-oracle": {0: arm(20.0)}}
+    external = said(autopsy.claims({}, None, scarce))["external"]
+    assert external == "refuted where the decoder has seen enough"
     assert verdicts["viable"] == "refuted for light and area"
     assert verdicts["frontal"] == "confirmed" and verdicts["cvs"] == "refuted in part"
     study["oracle"] = {0: arm(23.0)}

@@ -143,14 +143,14 @@ def test_the_timeline_ends_at_the_gate(runs: dict[str, Any]) -> None:
 def test_costs_are_summed_and_priced(runs: dict[str, Any]) -> None:
     table = timeline.cost_table(autopsy.roles(runs), runs)
     total = table.splitlines()[-1]
-    seconds = 84 * 360 + 6 * 60 + 6 * 40
+    seconds = 87 * 360 + 6 * 60 + 6 * 40
     assert "5.5 h, $6" in total and "460 s, $0.46" in total
     assert f"{seconds / 3600:.1f} h, ${seconds / 1000:.2f}" in total
     dearer = timeline.cost_table(autopsy.roles(runs), runs, 36.0).splitlines()[-1]
     assert f"${seconds / 100:.2f}" in dearer
     stages = timeline.stages_table(runs)
     train = next(line for line in stages.splitlines() if "| train |" in line)
-    assert train == "| 03_full_train | train | 84 | 6.7 h | 24.19 |"
+    assert train == "| 03_full_train | train | 87 | 7.0 h | 25.06 |"
 
 
 def test_arms_stand_beside_what_needs_no_training(runs: dict[str, Any]) -> None:
