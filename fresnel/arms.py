@@ -23,7 +23,8 @@ from fresnel.record import RunRecord
 from fresnel.render import Views
 from fresnel.train import Task, TrainResult
 
-CVS_MODELS = ("cvs", "cvs-render", "cvs-refine")
+RENDER_MODELS = ("cvs-render", "cvs-refine")
+CVS_MODELS = ("cvs", *RENDER_MODELS)
 _DECODER_SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "decoder": {
         "tiny": {"image_size": 32, "base_channels": 16},
@@ -85,7 +86,7 @@ def make_task(
             size,
             image_size=data.rgb.shape[2],
             loss_weight=loss_mask,
-            render_condition=model != "cvs",
+            render_condition=model in RENDER_MODELS,
             render_base=model == "cvs-refine",
             **changes,
         )
@@ -177,9 +178,8 @@ def load_decoder(
 
 
 def renderer(model: str, device: str, weights: str | Path = "") -> evaluate.Predictor | None:
-    """What a "cvs-render" or "cvs-refine" sees beside its input, the decoder's own views; None for
-    others."""
-    if model not in CVS_MODELS[1:]:
+    """What the `RENDER_MODELS` see beside their input, the decoder's own views; None for others."""
+    if model not in RENDER_MODELS:
         return None
     return decoder.predictor(load_decoder("pixel", device, weights))
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fresnel.attribution import PATH_ALONE
-from fresnel.comparison import BINS, Run, Study, difference, in_bin, loss_cell, mean
+from fresnel.comparison import BINS, Estimate, Run, Study, difference, in_bin, loss_cell, mean
 from fresnel.evaluate import format_rows
 
 ROLES = {
@@ -321,21 +321,25 @@ def _viable(mended: Run | None, study: Study) -> _Said:
 def _external(study: Study) -> _Said:
     if not {"gated", "oracle"} <= study.keys():
         return "open", _OPEN
-    gaps = {b: difference(study["gated"], study["oracle"], b) for b in BINS}
-    where = min(gaps, key=lambda b: gaps[b].mean)  # the bin in which it falls furthest behind
-    gap = gaps[where]
+    where, gap = _furthest_behind(study, "gated", "oracle")
     words = (
         f"in the bin where it is furthest behind ({where} degrees) the gated bootstrap is "
         f"{gap.text(2, '+')} dB against true views of the same objects"
     )
     verdict = "refuted" if gap.low > -0.5 else "confirmed" if gap.high < -0.5 else "open"
     if {"rest50-gated", "rest50-oracle"} <= study.keys():
-        scarce = [difference(study["rest50-gated"], study["rest50-oracle"], b) for b in BINS]
-        worst = min(scarce, key=lambda found: found.mean)
+        _, worst = _furthest_behind(study, "rest50-gated", "rest50-oracle")
         words += f"; where its decoder saw 50 objects, {worst.text(2, '+')} dB at most"
         if verdict == "refuted" and worst.low <= -0.5:
             verdict = "refuted where the decoder has seen enough"
     return verdict, words
+
+
+def _furthest_behind(study: Study, ours: str, theirs: str) -> tuple[str, Estimate]:
+    """The bin in which an arm falls furthest behind another, and by how much."""
+    gaps = {b: difference(study[ours], study[theirs], b) for b in BINS}
+    where = min(gaps, key=lambda b: gaps[b].mean)
+    return where, gaps[where]
 
 
 def _early(runs: Runs) -> _Said:
