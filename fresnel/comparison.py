@@ -33,6 +33,7 @@ ARMS = {
     "decoder-A": "the decoder, true views of A",
     "decoder-A50": "the decoder, true views of 50 objects",
     "decoder-train": "the decoder, true views of every training object",
+    "decoder-many": "the same objects, nearly four times the pictures",
     "decoder-frontal": "the original's decoder, frontal views of A",
     "original": "the original's geometry, decoder and loss; gate overridden",
     "ungated": "bootstrap on B, its worst fifth left in",
@@ -52,7 +53,7 @@ ARMS = {
     "refine-short": "refine, 9,600 samples instead of 256,000, from the records' own inputs",
     "long-gated": "gated, four times the steps",
     "long-oracle": "oracle, four times the steps",
-    "long-render": "render, four times the steps",
+    "long-refine": "refine-B, four times the steps",
 }
 """The arms of notebooks/params/study.yaml in the order of tables and figures, and what they are."""
 CONTRASTS = (
@@ -75,8 +76,10 @@ CONTRASTS = (
     ("A50-refine", "", "decoder render"),
     ("long-gated", "long-oracle", ""),
     ("long-gated", "gated", ""),
-    ("long-render", "", "decoder render"),
+    ("long-refine", "", "decoder render"),
     ("decoder-train", "decoder-A", ""),
+    ("decoder-many", "decoder-train", ""),
+    ("decoder-many", "", "copy_input"),
     ("decoder-A", "decoder-frontal", ""),
     ("decoder-A", "", "copy_input"),
 )
@@ -301,7 +304,7 @@ def decoders_table(study: Study, shipped: Run | None) -> str:
         shipped: a run that was compared with the decoder that ships.
     """
     known: list[tuple[str, str, Mapping[int, Run], str]] = []
-    for arm in ("decoder-A50", "decoder-A", "decoder-train"):
+    for arm in ("decoder-A50", "decoder-A", "decoder-train", "decoder-many"):
         for run in list(study.get(arm, {}).values())[:1]:
             pairs, params = run["metrics"].get("pairs", "?"), run["params"]
             text = f"{pairs} views of {params.get('objects', '?')}, {params.get('steps')} steps"

@@ -95,6 +95,7 @@ def targets(study: Study, runs: Mapping[str, Run], control: Mapping[str, Run]) -
         _psnr("the decoder: copying the input + 3 dB", study, decoder, "copy_input", 3.0),
         _psnr("the decoder's aim: + 4 dB", study, decoder, "copy_input", 4.0),
         _psnr("the gated bootstrap within 0.5 dB of true views", study, "gated", "oracle", -0.5),
+        _psnr("the same, four times the steps", study, "long-gated", "long-oracle", -0.5),
         _psnr("the same, the decoder saw 50 objects", study, "rest50-gated", "rest50-oracle", -0.5),
         _psnr("above the truth alone where that is scarce", study, "rest50-gated", "A50-only", 0.0),
         _psnr(

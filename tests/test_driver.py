@@ -308,7 +308,7 @@ def test_the_study_that_ships_needs_whatever_it_reads() -> None:
         for n, s in steps.items()
         if s.params.get("preset", "none") != "none"
     }
-    made["runs/data/furniture"] = "01-furniture"
+    made |= {s.params["source"]: n for n, s in steps.items() if s.params.get("preset") == "none"}
 
     def needed(name: str) -> set[str]:
         return {name}.union(*(needed(need) for need in steps[name].needs))

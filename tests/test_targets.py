@@ -209,11 +209,11 @@ def test_decoders_stand_by_what_they_learned_from(runs: dict[str, Any]) -> None:
     study = comparison.study_runs(runs)
     lines = comparison.decoders_table(study, runs["03-gated-s0"]).splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == [
-        "| decoder-A50", "| decoder-A", "| decoder-train", "| the one that ships",
+        "| decoder-A50", "| decoder-A", "| decoder-train", "| decoder-many", "| the one that ships",
     ]  # fmt: skip
     assert lines[1].count("+3.90") == 8, "four bins, over black and over white"
-    assert "430 objects" in lines[3] and "+3.80" in lines[3]
-    assert len(comparison.decoders_table(study, None).splitlines()) == 5
+    assert "430 objects" in lines[4] and "+3.80" in lines[4]
+    assert len(comparison.decoders_table(study, None).splitlines()) == 6
     assert comparison.decoders_table({}, None).startswith("No decoder")
     own = comparison.by_bin(study, "psnr")["decoder's own render"]
     assert own["0-30"].mean == pytest.approx(19.9), "not that of the control's decoder"
