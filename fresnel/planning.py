@@ -6,6 +6,7 @@ of 02 and the account of 03 speak of the same parts: see `PARTS`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -138,7 +139,11 @@ def by_part(stages: Iterable[Stage]) -> dict[str, float]:
     return parts
 
 
-def pace(history: Sequence[Mapping[str, Any]], samples: int) -> tuple[float, float]:
+def pace(
+    history: Sequence[Mapping[str, Any]],
+    samples: int,
+    known: tuple[float, float] | None = None,
+) -> tuple[float, float]:
     """Seconds a step over a run's curriculum, and what it took beyond that, once.
 
     A curriculum may switch on more work half way, so either half has its median. What lies above,
@@ -148,6 +153,8 @@ def pace(history: Sequence[Mapping[str, Any]], samples: int) -> tuple[float, flo
         history: rows with "step" and "samples_per_s", evenly spaced over the run; those that are
             "warming" tell nothing of the pace, unless there are no others.
         samples: samples a step.
+        known: seconds a step of either half, where `rehearse` has measured them: a smoke run can
+            be too short for any of its steps to be played from a recording.
     """
     steps = [row["step"] for row in history]
     counts = np.diff([0, *steps])
@@ -155,10 +162,12 @@ def pace(history: Sequence[Mapping[str, Any]], samples: int) -> tuple[float, flo
     late = np.array(steps) > steps[-1] / 2
     typical = np.full(len(each), np.median(each))
     settled = np.array([not row.get("warming", False) for row in history])
-    for half in (late, ~late):
-        if half.any():
-            known = half & settled
-            typical[half] = np.median(each[known]) if known.any() else each[half].min()
+    for k, half in enumerate((~late, late)):
+        if known:
+            typical[half] = known[k]
+        elif half.any():
+            usable = half & settled
+            typical[half] = np.median(each[usable]) if usable.any() else each[half].min()
     usual = float((typical * counts).sum())
     return usual / steps[-1], max(0.0, float((each * counts).sum()) - usual)
 
@@ -179,6 +188,16 @@ def timed(act: Callable[[], Any], times: int = 1) -> float:
     return (time.perf_counter() - began) / times
 
 
+def settled(stepper: Stepper, first: int, times: int = 10) -> float:
+    """Seconds a step from step `first` on, when kernels are chosen and steps recorded."""
+    last = stepper.config.steps - 1
+    upcoming = (min(k, last) for k in itertools.count(first))
+    for _ in range(6):
+        stepper.train(next(upcoming))
+    timed(lambda: None)  # until these are done
+    return timed(lambda: stepper.train(next(upcoming)), times)
+
+
 def rehearse(
     task: Any,
     result: TrainResult,
@@ -197,7 +216,8 @@ def rehearse(
 
     Returns:
         "compile", "validation", "preview", "checkpoint"; "evaluate_first", the contenders' first
-        record, with what they load for it; "evaluate_record", every further record.
+        record, with what they load for it; "evaluate_record", every further record; on a GPU
+        "step_early" and "step_late", a step of either half, see `pace`.
     """
     stepper = Stepper(task, config)
     # compiled code is cached by how exact it must be
@@ -211,6 +231,10 @@ def rehearse(
             task.validation(model)  # the first one chooses kernels
             validation_s = timed(lambda: task.validation(model), 2)
             preview_s = timed(lambda: task.preview(model, generator))
+        steps: dict[str, float] = {}
+        if stepper.device.type == "cuda":
+            halves = {"step_early": 0, "step_late": config.steps * 9 // 10}
+            steps = {name: settled(stepper, first) for name, first in halves.items()}
     tensors = checkpoints.pack(result.model, model, stepper.optimizer)
     tensors |= {f"moment of {name}": tensor.clone() for name, tensor in tensors.items()}
     with tempfile.TemporaryDirectory(dir=result.run_dir) as folder:
@@ -234,6 +258,7 @@ def rehearse(
         "checkpoint": checkpoint_s,
         "evaluate_first": judge(truth[[0]]),
         "evaluate_record": judge(few) / len(few),
+        **steps,
     }
 
 
@@ -264,7 +289,8 @@ def full_run(
         "steps", "samples", "samples_per_s", "duration_s", "cost_usd", "peak_memory_bytes" of the
         training, and "parts", the seconds of each of `PARTS`.
     """
-    step_s, warm_up_s = pace(result.history, batch_size)
+    known = (acts["step_early"], acts["step_late"]) if "step_early" in acts else None
+    step_s, warm_up_s = pace(result.history, batch_size, known)
     ending = acts["validation"] + acts["preview"] + acts["checkpoint"]
     set_up = max(0.0, around_s - ending)
     steps = config.steps

@@ -39,6 +39,27 @@ def test_pace_leaves_out_steps_that_were_being_recorded():
     assert planning.pace(rows, 10)[0] == pytest.approx(0.15), "the fastest, if there are no others"
 
 
+def test_pace_takes_the_steps_that_were_rehearsed():
+    rows = [{**row, "warming": True} for row in history(10, 20, 5, 10)]
+    step_s, once_s = planning.pace(rows, 10, (0.1, 0.3))
+    assert step_s == pytest.approx(0.2)
+    assert once_s == pytest.approx(5 * (0.9 + 0.4 + 1.7 + 0.7)), "recordings happen once"
+    assert planning.pace(rows, 10)[0] > 0.7, "which a short run takes for its pace"
+
+
+def test_settled_steps_are_timed_after_the_first(monkeypatch):
+    clock, taken = [0.0], []
+
+    def train(step):
+        taken.append(step)
+        clock[0] += 1.0 if len(taken) <= 6 else 0.1
+
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: clock[0])
+    stepper = SimpleNamespace(train=train, config=SimpleNamespace(steps=100))
+    assert planning.settled(stepper, 90) == pytest.approx(0.1)
+    assert taken == [*range(90, 100), *[99] * 6], "never beyond the run's end"
+
+
 def test_a_forecast_is_the_sum_of_its_parts():
     result = SimpleNamespace(
         history=history(100, 100, 50, 50), compile_s=7.0, duration_s=3.0, paused_s=0.6,
@@ -72,6 +93,13 @@ def test_a_forecast_is_the_sum_of_its_parts():
     assert plan["duration_s"] == pytest.approx(sum(plan["parts"].values()))
     assert plan["cost_usd"] == pytest.approx(plan["duration_s"])
     assert plan["samples"] == 10_000 and plan["peak_memory_bytes"] == 123
+    rehearsed = {**acts, "step_early": 0.01, "step_late": 0.03}
+    sooner = planning.full_run(
+        rehearsed, result, stages, config, batch_size=10, records=8, around_s=0, start_s=3.0,
+        price_per_hour_usd=3600.0,
+    )  # fmt: skip
+    once = 5 * 2 * (0.1 - 0.01 + 0.2 - 0.03)
+    assert sooner["parts"]["steps"] == pytest.approx(1000 * 0.02 + once)
 
 
 def test_what_a_run_took_stands_beside_its_forecast(tmp_path):

@@ -37,7 +37,7 @@ def found(runs: dict[str, Any], **changed: Any) -> dict[str, targets.Target]:
 def test_a_known_study_gets_its_verdicts(runs: dict[str, Any]) -> None:
     by_text = found(runs)
     verdicts = {text: target.verdict for text, target in by_text.items()}
-    assert len(verdicts) == 11
+    assert len(verdicts) == 12
     assert verdicts["the decoder: copying the input + 3 dB"] == "met"  # 19.8 + 0.1 - 16
     assert verdicts["the decoder's aim: + 4 dB"].startswith("missed (over white: every bin")
     assert verdicts["the gated bootstrap within 0.5 dB of true views"] == "met"
@@ -50,8 +50,8 @@ def test_a_known_study_gets_its_verdicts(runs: dict[str, Any]) -> None:
     assert gap.mean == pytest.approx(-0.3, abs=1e-3) and gap.low <= -0.3 <= gap.high
     assert gap.sd == pytest.approx(0.0, abs=1e-3) and len(gap.seeds) == 3
     table = targets.targets_table(list(by_text.values()))
-    assert table.count("3 seeds") == 11 and "chosen as best" in table
-    assert targets.detail_table(list(by_text.values())).count("over white, dB") == 5
+    assert table.count("3 seeds") == 12 and "chosen as best" in table
+    assert targets.detail_table(list(by_text.values())).count("over white, dB") == 6
 
 
 def test_a_target_is_missed_where_one_bin_is(runs: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ def test_without_runs_no_target_is_met() -> None:
     listed = targets.targets({}, {}, {})
     assert {target.verdict for target in listed[:6]} == {"not run"}
     assert {target.verdict for target in listed} == {"not run"}
-    assert targets.targets_table(listed).count("**not run**") == 11
+    assert targets.targets_table(listed).count("**not run**") == 12
     assert timeline.stages_table({}) == "No run has finished."
 
 
@@ -143,14 +143,14 @@ def test_the_timeline_ends_at_the_gate(runs: dict[str, Any]) -> None:
 def test_costs_are_summed_and_priced(runs: dict[str, Any]) -> None:
     table = timeline.cost_table(autopsy.roles(runs), runs)
     total = table.splitlines()[-1]
-    seconds = 87 * 360 + 6 * 60 + 6 * 40
+    seconds = 90 * 360 + 6 * 60 + 6 * 40
     assert "5.5 h, $6" in total and "460 s, $0.46" in total
     assert f"{seconds / 3600:.1f} h, ${seconds / 1000:.2f}" in total
     dearer = timeline.cost_table(autopsy.roles(runs), runs, 36.0).splitlines()[-1]
     assert f"${seconds / 100:.2f}" in dearer
     stages = timeline.stages_table(runs)
     train = next(line for line in stages.splitlines() if "| train |" in line)
-    assert train == "| 03_full_train | train | 87 | 7.0 h | 25.06 |"
+    assert train == "| 03_full_train | train | 90 | 7.2 h | 25.92 |"
 
 
 def test_arms_stand_beside_what_needs_no_training(runs: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ def test_notebook_04_tells_the_whole_story(folder: Path, tmp_path: Path) -> None
     done = report.run(NOTEBOOK, parameters, "04", tmp_path, progress=False)
     assert not done.crashed, done.record.error
     assert done.record.verdict == "DONE" and done.record.metrics["missing_runs"] == []
-    assert "9 met, 2 missed, 0 not run" in done.record.summary
+    assert "10 met, 2 missed, 0 not run" in done.record.summary
     assert "open" not in done.record.metrics["claims"].values()
     gap = done.record.metrics["differences_db"]["gated - oracle"]["all"]
     assert gap["mean"] == pytest.approx(-0.3, abs=1e-3)
