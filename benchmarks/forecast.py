@@ -183,6 +183,8 @@ def main() -> None:
     path.write_text(json.dumps(rows, indent=1) + "\n")
     print("\n".join(table({name: row})))
     text = ["# Forecasts of notebook 02 against the runs of 03", "", f"Wanted: within {AIM:.0%}."]
+    text += ["", "Forecast and actual are of the notebook's kernel. The whole process also starts"]
+    text += ["papermill before it and ends the kernel after it, which takes as long in a long run."]
     for kind in ("gpu", "cpu"):
         kept = arguments.out / f"forecast_{kind}.json"
         if kept.exists():

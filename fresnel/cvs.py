@@ -134,6 +134,11 @@ class CVSConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want a value in [0, 1]")
         if self.render_base and not self.render_condition:
             raise ValueError("render_base: got True, want render_condition=True too")
+        if self.render_base and self.parameterisation == "original":
+            raise ValueError(
+                'parameterisation: got "original", which is the network\'s output alone, want '
+                '"consistency" for a model that adds to a render'
+            )
         if self.ect_stages < 1 or self.ect_q <= 1:
             raise ValueError(
                 f"ect_stages, ect_q: got {self.ect_stages}, {self.ect_q:g}, want >= 1 and > 1"

@@ -155,3 +155,7 @@ def test_a_refining_network_starts_from_the_render_and_keeps_the_boundary() -> N
     assert torch.equal(trained(x, at_min, cond), x), "D(x, sigma_min) = x"
     with pytest.raises(ValueError, match="want render_condition=True"):
         CVSConfig.preset("tiny", render_base=True)
+    with pytest.raises(ValueError, match="adds to a render"):
+        CVSConfig.preset(
+            "tiny", render_condition=True, render_base=True, parameterisation="original"
+        )
