@@ -33,7 +33,7 @@ ARMS = {
     "decoder-A": "the decoder, true views of A",
     "decoder-A50": "the decoder, true views of 50 objects",
     "decoder-train": "the decoder, true views of every training object",
-    "decoder-many": "the same objects, nearly four times the pictures",
+    "decoder-many": "the decoder, every training object, 3.8 times the pictures of each",
     "decoder-frontal": "the original's decoder, frontal views of A",
     "original": "the original's geometry, decoder and loss; gate overridden",
     "ungated": "bootstrap on B, its worst fifth left in",
@@ -306,8 +306,9 @@ def decoders_table(study: Study, shipped: Run | None) -> str:
     known: list[tuple[str, str, Mapping[int, Run], str]] = []
     for arm in ("decoder-A50", "decoder-A", "decoder-train", "decoder-many"):
         for run in list(study.get(arm, {}).values())[:1]:
-            pairs, params = run["metrics"].get("pairs", "?"), run["params"]
-            text = f"{pairs} views of {params.get('objects', '?')}, {params.get('steps')} steps"
+            params, pairs = run["params"], run["metrics"].get("pairs")
+            views = f"{pairs:,} views" if pairs else "true views"
+            text = f"{views} of {params.get('objects', '?')}, {params.get('steps')} steps"
             known.append((arm, text, study[arm], ""))
     if shipped:
         from fresnel.decoder import load_shipped

@@ -24,19 +24,24 @@ _COMPARED = ("psnr", "ssim", "luminance_ratio", "coverage_ratio")
 
 def index(reports_dir: str | Path) -> Path:
     """Write reports_dir/index.html over every results.json below it, newest first. A damaged file
-    is listed as damaged."""
+    is listed as damaged; of a run that was also published, the copy with a page."""
     from jinja2 import Environment, FileSystemLoader
 
     reports = Path(reports_dir)
     reports.mkdir(parents=True, exist_ok=True)
-    found, damaged = [], []
+    copies: dict[tuple[str, str, float], tuple[Any, Path, RunRecord]] = {}
+    damaged = []
     for path in sorted(reports.rglob(RESULTS_NAME)):
         try:
             record = RunRecord.read(path)
-            found.append((_html.when(record.started_utc), path.parent, record))
+            entry = (_html.when(record.started_utc), path.parent, record)
         except (RecordError, ValueError) as error:
             damaged.append(str(error).replace(f"{reports}/", ""))
-    found.sort(key=lambda entry: entry[0], reverse=True)
+            continue
+        run = (record.name, record.started_utc, record.duration_s)
+        if run not in copies or _page_of(path.parent, record).exists():
+            copies[run] = entry
+    found = sorted(copies.values(), key=lambda entry: entry[0], reverse=True)
     records = [record for _, _, record in found]
     # records of an older schema do not say it themselves, and tell enough to work it out
     judged = [r.replace(cost_avoided=r.cost_avoided or cost_avoided(r, records)) for r in records]
@@ -120,9 +125,13 @@ def _polyline(
     return {"points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points), "last": points[-1]}
 
 
+def _page_of(folder: Path, record: RunRecord) -> Path:
+    return folder / record.artifacts.get("report", "report.html")
+
+
 def _entry(folder: Path, record: RunRecord, reports: Path) -> dict[str, Any]:
     place = folder.relative_to(reports)
-    report = folder / record.artifacts.get("report", "report.html")
+    report = _page_of(folder, record)
     return {
         "record": record,
         "link": quote(str(report.relative_to(reports))) if _inside(report, folder) else None,

@@ -253,6 +253,20 @@ def test_index_lists_damaged_records_and_published_ones(tmp_path: Path) -> None:
     assert "published</span>" in html
 
 
+@pytest.mark.parametrize("where", ["runs", "published", ""])
+def test_index_lists_a_run_and_its_published_copy_once(tmp_path: Path, where: str) -> None:
+    for folder in ("runs/a", "published/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        RunRecord("n", "finished", "GO", name="a", started_utc="2026-01-01T00:00:00+00:00").write(
+            tmp_path / folder
+        )
+    if where:
+        (tmp_path / where / "a" / "report.html").write_text("<p>page</p>")
+    html = report.index(tmp_path).read_text()
+    assert "1 run" in html and "2 runs" not in html
+    assert (f'href="{where}/a/report.html"' in html) == bool(where)
+
+
 def test_an_empty_index_says_so(tmp_path: Path) -> None:
     assert "Nothing has been run yet" in report.index(tmp_path / "none").read_text()
 

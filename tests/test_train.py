@@ -217,7 +217,7 @@ def test_kill_at_any_moment_then_resume(tmp_path: Path) -> None:
         tests=str(Path(__file__).parent), folder=str(tmp_path), config=config
     )
     root = str(Path(__file__).resolve().parent.parent)
-    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=env) as child:
         assert child.stdout is not None and child.stdout.readline() == b"ready\n"
         child.kill()
