@@ -4,7 +4,7 @@
     python -m fresnel study notebooks/params/study.yaml      # or its decoders' weights
     python benchmarks/decoder_spread.py [--arms decoder-A50,decoder-A,decoder-many]
     python -m fresnel furniture --apt --size 256 --split test --out runs/data/furniture-256
-    python benchmarks/decoder_spread.py --data runs/data/furniture-256 --size 256
+    python benchmarks/decoder_spread.py --data runs/data/furniture-256 --size 256 --alone
 
 On the furniture set's 78 test objects: the decoders of three seeds, each alone; each averaged with
 what it makes of the mirrored input, mirrored back; and the mean of the three seeds' views. An error
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=ROOT / "runs" / "weights")
     parser.add_argument("--arms", default="decoder-A50,decoder-A,decoder-many")
     parser.add_argument("--objects", type=int, default=0, help="held-out ones; 0: all")
+    parser.add_argument("--alone", action="store_true", help="leave out what is averaged")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
@@ -119,6 +120,8 @@ def main() -> None:
             "each with its mirror image": [mean_of([one, mirrored(one)]) for one in seeds],
             "their mean": [mean_of(seeds)],
         }
+        if arguments.alone:
+            ways = {"each alone": seeds}
         for way, predictors in ways.items():
             each = [measured(one) for one in predictors]
             gains[f"{arm}, {way}"] = {"seeds": len(seeds)} | {

@@ -6,6 +6,7 @@ of 02 and the account of 03 speak of the same parts: see `PARTS`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ from fresnel.batch_size import find_batch_size
 from fresnel.dataset import ViewTensors
 from fresnel.experiment import fingerprint
 from fresnel.record import Stage
-from fresnel.train import Task, TrainConfig, TrainResult
+from fresnel.train import OutOfMemory, Task, TrainConfig, TrainResult
 
 PARTS = {
     "start": "the kernel's start and the imports",
@@ -234,7 +235,8 @@ def rehearse(
         steps: dict[str, float] = {}
         if stepper.device.type == "cuda":
             halves = {"step_early": 0, "step_late": config.steps * 9 // 10}
-            steps = {name: settled(stepper, first) for name, first in halves.items()}
+            with contextlib.suppress(OutOfMemory):  # the smoke run's own models are still there
+                steps = {name: settled(stepper, first) for name, first in halves.items()}
     tensors = checkpoints.pack(result.model, model, stepper.optimizer)
     tensors |= {f"moment of {name}": tensor.clone() for name, tensor in tensors.items()}
     with tempfile.TemporaryDirectory(dir=result.run_dir) as folder:
