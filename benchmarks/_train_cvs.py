@@ -135,7 +135,7 @@ def compiled_levers(
         attempt(bench, name, late, name)
         spent = ", ".join(f"{name[2:]} {seconds:.0f} s" for name, seconds in compile_s.items())
         bench.say("")
-        how = "with an earlier run's cache" if cached else "at first"
+        how = "an earlier run's code in the cache" if cached else "at first"
         bench.say(f"Compiling, {how}: {spent}; {compiled_parts}.")
         bench.figures["compile_s"] = compile_s
     bench.say("")
