@@ -196,11 +196,11 @@ def dots(
 
 
 def _limits(values: Sequence[float], also: Sequence[float]) -> tuple[float, float]:
-    """An axis that shows most values well: Tukey's fences (1.5 interquartile ranges beyond the
-    quartiles), no wider than the values, and with what must be seen."""
+    """An axis that shows most values well: fences as Tukey's, but 2.5 interquartile ranges beyond
+    the quartiles, no wider than the values, and with what must be seen."""
     known = np.array([value for value in values if math.isfinite(value)] or [0.0])
     first, third = np.percentile(known, [25, 75])
-    reach = 1.5 * (third - first)
+    reach = 2.5 * (third - first)
     low = min(max(known.min(), first - reach), *also, math.inf)
     high = max(min(known.max(), third + reach), *also, -math.inf)
     edge = 0.08 * (high - low) or 0.5
