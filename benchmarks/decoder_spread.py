@@ -54,7 +54,7 @@ def mirrored(one: Predictor) -> Predictor:
     def flip(cameras: Cameras) -> Cameras:
         of_views, of_pixels, across = mirror_signs(cameras.device)
         Ks = cameras.Ks * of_pixels + across * cameras.width
-        return Cameras(cameras.viewmats * of_views, Ks, cameras.width, cameras.height)
+        return replace(cameras, viewmats=cameras.viewmats * of_views, Ks=Ks)
 
     def predict(inputs: InputImages, cameras: Cameras) -> Views:
         other = replace(
@@ -67,24 +67,31 @@ def mirrored(one: Predictor) -> Predictor:
     return predict
 
 
-def table(sizes: dict[str, dict[str, Any]]) -> list[str]:
+def table(sizes: dict[str, dict[str, Any]]) -> str:
     """Markdown, a section a size."""
-    lines = ["# What averaging gains a decoder", ""]
-    lines += [
-        "`python benchmarks/decoder_spread.py`: dB over copying the input, over black / white."
-    ]
+    text = "# What averaging gains a decoder\n\n"
+    text += (
+        "`python benchmarks/decoder_spread.py`: dB over copying the input, over black / white.\n"
+    )
     for size, found in sizes.items():
-        bins = " | ".join(name for name, _ in AZIMUTH_BINS)
-        lines += ["", f"## {size} px, {found['objects']} test objects", ""]
-        lines += [f"| decoder | seeds | {bins} |", "|:--|--:|" + "--:|" * len(AZIMUTH_BINS)]
-        for name, row in found["rows"].items():
-            gains = zip(*(row[metric] for metric in METRICS), strict=True)
-            cells = " | ".join(" / ".join(f"{gain:+.2f}" for gain in pair) for pair in gains)
-            lines.append(f"| {name} | {row['seeds']} | {cells} |")
-        copies = zip(*(found["copy_input"][metric] for metric in METRICS), strict=True)
-        levels = " | ".join(" / ".join(f"{level:.2f}" for level in pair) for pair in copies)
-        lines += [f"| copying the input, dB | | {levels} |", "", f"Commit {found['commit'][:7]}."]
-    return lines
+        rows = [
+            {"decoder": name, "seeds": row["seeds"], **_cells(row, "+.2f")}
+            for name, row in found["rows"].items()
+        ]
+        rows.append(
+            {"decoder": "copying the input, dB", "seeds": "", **_cells(found["copy_input"], ".2f")}
+        )
+        text += f"\n## {size} px, {found['objects']} test objects\n\n"
+        text += f"{evaluate.format_rows(rows)}\n\nCommit {found['commit'][:7]}.\n"
+    return text
+
+
+def _cells(row: dict[str, Any], style: str) -> dict[str, str]:
+    """Bin -> its values of all `METRICS`."""
+    return {
+        name: " / ".join(f"{row[metric][k]:{style}}" for metric in METRICS)
+        for k, (name, _) in enumerate(AZIMUTH_BINS)
+    }
 
 
 def main() -> None:
@@ -93,14 +100,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="pixels of the views")
     parser.add_argument("--weights", type=Path, default=ROOT / "runs" / "weights")
     parser.add_argument("--arms", default="decoder-A50,decoder-A,decoder-many")
-    parser.add_argument("--objects", type=int, default=0, help="held-out ones; 0: all")
     parser.add_argument("--alone", action="store_true", help="leave out what is averaged")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
-    held_out = experiment.ground_truth(
-        arguments.data, "held_out", image_size=arguments.size, objects=arguments.objects, seed=1000
-    )
+    held_out = experiment.ground_truth(arguments.data, "held_out", image_size=arguments.size)
     truth = held_out.tensors(size=arguments.size, device=arguments.device)
 
     def measured(one: Predictor) -> dict[str, list[float]]:
@@ -143,9 +147,8 @@ def main() -> None:
         "rows": gains,
     }
     path.write_text(json.dumps(sizes, indent=1) + "\n")
-    lines = table(sizes)
-    (arguments.out / "decoder_spread.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    (arguments.out / "decoder_spread.md").write_text(table(sizes))
+    print(table(sizes))
 
 
 if __name__ == "__main__":

@@ -162,12 +162,12 @@ def pace(
     each = np.array([samples / row["samples_per_s"] for row in history])
     late = np.array(steps) > steps[-1] / 2
     typical = np.full(len(each), np.median(each))
-    settled = np.array([not row.get("warming", False) for row in history])
+    steady = np.array([not row.get("warming", False) for row in history])
     for k, half in enumerate((~late, late)):
         if known:
             typical[half] = known[k]
         elif half.any():
-            usable = half & settled
+            usable = half & steady
             typical[half] = np.median(each[usable]) if usable.any() else each[half].min()
     usual = float((typical * counts).sum())
     return usual / steps[-1], max(0.0, float((each * counts).sum()) - usual)
