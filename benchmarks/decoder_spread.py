@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from fresnel import evaluate, experiment
 from fresnel.cameras import Cameras
 from fresnel.dataset import InputImages
 from fresnel.decoder import Decoder, predictor
-from fresnel.decoder_task import mirror_signs
 from fresnel.evaluate import AZIMUTH_BINS, Predictor
 from fresnel.provenance import git_state
 from fresnel.render import Views
+from fresnel.rendered import mirrored
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("psnr", "psnr_white")
@@ -44,25 +43,6 @@ def mean_of(predictors: list[Predictor]) -> Predictor:
         found = [one(inputs, cameras) for one in predictors]
         parts = zip(*((views.rgb, views.alpha, views.depth) for views in found), strict=True)
         return Views(*(torch.stack(part).mean(dim=0) for part in parts))
-
-    return predict
-
-
-def mirrored(one: Predictor) -> Predictor:
-    """What it makes of the mirrored input in mirrored cameras, mirrored back."""
-
-    def flip(cameras: Cameras) -> Cameras:
-        of_views, of_pixels, across = mirror_signs(cameras.device)
-        Ks = cameras.Ks * of_pixels + across * cameras.width
-        return replace(cameras, viewmats=cameras.viewmats * of_views, Ks=Ks)
-
-    def predict(inputs: InputImages, cameras: Cameras) -> Views:
-        other = replace(
-            inputs, rgb=inputs.rgb.flip(2), alpha=inputs.alpha.flip(2), depth=None,
-            cameras=flip(inputs.cameras),
-        )  # fmt: skip
-        views = one(other, flip(cameras))
-        return Views(views.rgb.flip(3), views.alpha.flip(3), views.depth.flip(3))
 
     return predict
 

@@ -60,6 +60,13 @@ class Surface:
             raise ValueError("mesh: all its vertices coincide; want a solid of some size")
         return replace(self, corners=(self.corners - (low + high) / 2) / side)
 
+    def stretched(self, factors: NDArray[np.float64]) -> Surface:
+        """Each axis scaled by its factor (3,); normals stay perpendicular."""
+        scale = factors.astype(np.float32)
+        normals = self.normals / scale
+        length = np.linalg.norm(normals, axis=-1, keepdims=True)
+        return replace(self, corners=self.corners * scale, normals=normals / length)
+
 
 def srgb_to_linear(value: NDArray[Any]) -> Floats:
     value = np.asarray(value, np.float32)

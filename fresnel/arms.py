@@ -23,7 +23,7 @@ from fresnel.record import RunRecord
 from fresnel.render import Views
 from fresnel.train import Task, TrainResult
 
-RENDER_MODELS = ("cvs-render", "cvs-refine")
+RENDER_MODELS = ("cvs-render", "cvs-refine", "cvs-twin")
 CVS_MODELS = ("cvs", *RENDER_MODELS)
 _DECODER_SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "decoder": {
@@ -60,7 +60,8 @@ def make_task(
 
     Args:
         model: "cvs", "cvs-render" (sees `renderer`'s render of the target view), "cvs-refine"
-            (sees it, and adds to it rather than drawing the view anew), "decoder"
+            (sees it, and adds to it rather than drawing the view anew), "cvs-twin" (the same with
+            a second render, of the mirrored input: adds to the mean of both), "decoder"
             (multi-view supervision) or "decoder-frontal" (the original's patch decoder, supervised
             by the input view alone).
         size: the CVS's preset, or the decoder's base channels.
@@ -71,7 +72,7 @@ def make_task(
             sigma_max, compared with the clean view.
         ground_truth: any view may serve as the input, not only the record's own.
         pairs: the CVS trains on these (record, view) pairs alone, (P, 2).
-        renderer: of a "cvs-render" or "cvs-refine".
+        renderer: of the `RENDER_MODELS`.
         initial_weights: of the CVS: "" (random), "shipped", or a file that 03 exported.
     """
     torch.manual_seed(seed)
@@ -87,7 +88,8 @@ def make_task(
             image_size=data.rgb.shape[2],
             loss_weight=loss_mask,
             render_condition=model in RENDER_MODELS,
-            render_base=model == "cvs-refine",
+            render_base=model in ("cvs-refine", "cvs-twin"),
+            render_twin=model == "cvs-twin",
             **changes,
         )
         network = CVS(config)

@@ -120,6 +120,12 @@ class Cameras:
         Ks[..., 1, :] *= height / self.height
         return Cameras(self.viewmats, Ks, width, height)
 
+    def mirrored(self) -> Cameras:
+        """Cameras in which the world mirrored in x looks like these cameras' mirrored pictures."""
+        of_views, of_pixels, across = mirror_signs(self.device)
+        Ks = self.Ks * of_pixels + across * self.width
+        return replace(self, viewmats=self.viewmats * of_views, Ks=Ks)
+
     def transformed(self, new_from_world: Tensor) -> Cameras:
         """The same cameras with the world re-expressed by a rigid transform, shape (..., 4, 4)."""
         return replace(self, viewmats=self.viewmats @ rigid_inverse(new_from_world))
@@ -324,3 +330,12 @@ def relative_azimuth_deg(
     """
     frame = gravity_frame(input_cameras, pivot)
     return cameras.transformed(frame[:, None]).azimuth_deg((0.0, 0.0, 0.0))
+
+
+def mirror_signs(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """What mirroring in x does to cameras: the signs of view matrices (4, 4) and of intrinsics
+    (3, 3), and where the image's width is added to the latter."""
+    flip = torch.tensor([-1.0, 1.0, 1.0, 1.0])
+    across = torch.zeros(3, 3)
+    across[0, 2] = 1.0
+    return (flip * flip[:, None]).to(device), (1 - 2 * across).to(device), across.to(device)

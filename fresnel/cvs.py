@@ -79,6 +79,7 @@ _ARCHITECTURE = (
     "embedding_channels",
     "render_condition",
     "render_base",
+    "render_twin",
 )
 
 
@@ -116,6 +117,7 @@ class CVSConfig:
     parameterisation: str = "consistency"  # "consistency" | "original" (no boundary condition)
     render_condition: bool = False  # also see a render of the target view: `fresnel.rendered`
     render_base: bool = False  # ... and add to it, rather than draw the view anew
+    render_twin: bool = False  # ... and a second one, from the mirrored input
 
     def __post_init__(self) -> None:
         for name, choices in {
@@ -132,8 +134,9 @@ class CVSConfig:
         for name in ("sigma_max_fraction", "foreground_share", "denoising_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want a value in [0, 1]")
-        if self.render_base and not self.render_condition:
-            raise ValueError("render_base: got True, want render_condition=True too")
+        for name in ("render_base", "render_twin"):
+            if getattr(self, name) and not self.render_condition:
+                raise ValueError(f"{name}: got True, want render_condition=True too")
         if self.render_base and self.parameterisation == "original":
             raise ValueError(
                 'parameterisation: got "original", which is the network\'s output alone, want '
@@ -149,7 +152,8 @@ class CVSConfig:
 
     @property
     def condition_channels(self) -> int:
-        return CONDITION_CHANNELS + (rendered.CHANNELS if self.render_condition else 0)
+        renders = self.render_condition + self.render_twin
+        return CONDITION_CHANNELS + renders * rendered.CHANNELS
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> CVSConfig:
@@ -165,13 +169,14 @@ class CVSConfig:
 class CVS(nn.Module):
     """Denoiser D(x, sigma, cond): (B, 4, H, W), (B,), (B, C, H, W) -> clean view (B, 4, H, W).
 
-    C is 16, and 21 where the network also sees a render of the target view.
+    C is 16, 21 where the network also sees a render of the target view, 26 where it sees two.
     D = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, cond, ln(sigma) / 4). At sigma_min
     c_skip = 1 and c_out = 0 exactly, so D(x, sigma_min) = x bit for bit: the boundary condition
     of a consistency model. The "original" parameterisation is D = F: nothing ties it to x.
 
-    With `render_base`, D = c_skip x + (1 - c_skip) R + c_out F for the render R in the condition:
-    the boundary condition holds, and from noise alone the untrained network gives R.
+    With `render_base`, D = c_skip x + (1 - c_skip) R + c_out F for the render R in the condition
+    (the mean of two): the boundary condition holds, and from noise alone the untrained network
+    gives R.
     """
 
     def __init__(self, config: CVSConfig) -> None:
@@ -201,8 +206,8 @@ class CVS(nn.Module):
         c_skip, c_out = self.scalings(s)
         denoised = c_skip * x + c_out * f
         if self.config.render_base:
-            at = CONDITION_CHANNELS
-            denoised = denoised + (1 - c_skip) * cond[:, at : at + 4]
+            renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, rendered.CHANNELS))
+            denoised = denoised + (1 - c_skip) * renders[:, :, :4].mean(dim=1)
         return denoised
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,7 +410,8 @@ def predictor(
         image = rgba(inputs.rgb, inputs.alpha)
         cond = condition_tensors(image, source, targets, pivots).unflatten(0, (m, v))
         if model.config.render_condition and renderer is not None:
-            seen = rendered.condition(renderer(inputs, targets), targets, pivots)
+            twin = model.config.render_twin
+            seen = rendered.seen(renderer, inputs, targets, pivots, twin=twin)
             cond = torch.cat([cond, seen.to(cond)], dim=2)
         was_training, chunk = model.training, max(1, max_batch // v)
         model.eval()

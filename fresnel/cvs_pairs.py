@@ -65,6 +65,9 @@ def condition_and_target(stored: dict[str, Any]) -> dict[str, Any]:
 def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The pair as seen in a mirror at the canonical frame's x = 0 plane: left and right swap.
 
+    The mirrored object's render is the mirrored one from the mirrored input: of two renders each
+    takes the other's place.  With a single one, its own mirror image has to stand for that.
+
     A reflection X takes a ray (d, o x d) to (X d, (X o) x (X d)) = (X d, -X (o x d)), and the
     image column u to W - 1 - u; cameras must have a centred principal point and no roll.
     """
@@ -73,7 +76,8 @@ def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     mirrored = [cond[:, :4]]
     for rays in cond[:, 4:CONDITION_CHANNELS].split(6, dim=1):
         mirrored += [-rays[:, :1], rays[:, 1:4], -rays[:, 4:]]
-    mirrored.append(cond[:, CONDITION_CHANNELS:])  # a render of the target view, if there is one
+    if cond.shape[1] > CONDITION_CHANNELS:
+        mirrored += reversed(cond[:, CONDITION_CHANNELS:].split(rendered.CHANNELS, dim=1))
     return torch.cat(mirrored, dim=1), target.flip(-1)
 
 

@@ -310,8 +310,9 @@ class CVSTask:
         self._renders: Tensor | None = None
         self._held_out_renders: Tensor | None = None
         if model.config.render_condition and renderer is not None:
-            self._renders = rendered.prepared(renderer, self.views, any_input=any_input)
-            self._held_out_renders = rendered.prepared(renderer, self.held_out)
+            twin = model.config.render_twin
+            self._renders = rendered.prepared(renderer, self.views, any_input=any_input, twin=twin)
+            self._held_out_renders = rendered.prepared(renderer, self.held_out, twin=twin)
         # what every step runs, by name; the stepper puts compiled versions here
         self.hot: dict[str, Callable[..., Any]] = {
             "network": denoised,
@@ -447,10 +448,10 @@ def assemble(
     pair = condition_and_target(stored)
     cond, target = pair["cond"], pair["target"]
     if gain is not None:
-        at = CONDITION_CHANNELS
-        parts = [tinted(cond[:, :4], gain), cond[:, 4:at]]
+        parts = [tinted(cond[:, :4], gain), cond[:, 4:CONDITION_CHANNELS]]
         if stored["render"] is not None:
-            parts += [tinted(cond[:, at : at + 4], gain), cond[:, at + 4 :]]
+            for render in cond[:, CONDITION_CHANNELS:].split(rendered.CHANNELS, dim=1):
+                parts += [tinted(render[:, :4], gain), render[:, 4:]]
         cond, target = torch.cat(parts, dim=1), tinted(target, gain)
     weights = pixel_weights(config, target, pair["depth"])
     if flipped is not None:

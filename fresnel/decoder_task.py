@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fresnel.cameras import Cameras, rigid_inverse
+from fresnel.cameras import Cameras, mirror_signs, rigid_inverse
 from fresnel.dataset import ViewTensors
 from fresnel.decoder import Decoder, DecoderConfig, resize
 from fresnel.evaluate import luminance
@@ -172,15 +172,6 @@ def augmented(
     batch["viewmats"] = torch.where(mirror, viewmats * of_views, viewmats)
     batch["Ks"] = torch.where(mirror, Ks * of_pixels + across * rgba.shape[3], Ks)
     return batch
-
-
-def mirror_signs(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """What mirroring in x does to cameras: the signs of view matrices (4, 4) and of intrinsics
-    (3, 3), and where the image's width is added to the latter."""
-    flip = torch.tensor([-1.0, 1.0, 1.0, 1.0])
-    across = torch.zeros(3, 3)
-    across[0, 2] = 1.0
-    return (flip * flip[:, None]).to(device), (1 - 2 * across).to(device), across.to(device)
 
 
 def decoded(

@@ -110,7 +110,7 @@ def ground_truth(
             ("held_out" means "test" there).
         images: records, at least one per object: objects are seen from as many input poses as it
             takes (0: one each).
-        objects: use only the first so many objects (0: all).
+        objects: use only the first so many objects (0: all); of multi-view data too.
         exclude_embedded: leave out the objects that ship with the library, so that a decoder
             trained on the rest has never seen what the main job bootstraps from.
     """
@@ -123,7 +123,8 @@ def ground_truth(
     else:
         data = ds.open(source)
         several = len(set(data.meta.get("object_splits", {}).values())) > 1
-        return studies.part(data, split) if several else data
+        data = studies.part(data, split) if several else data
+        return studies.first_objects(data, objects) if objects else data
     assets = _without_embedded(assets, exclude_embedded)[: objects or None]
     inputs_per_object = max(1, math.ceil(images / len(assets)))
     config = {

@@ -97,6 +97,7 @@ def make(
     image_size: int = 128,
     samples: int = 4,
     inputs_per_object: int = 1,
+    stretch: float = 1.0,
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
@@ -116,6 +117,7 @@ def make(
         "image_size": image_size,
         "samples": samples,
         "inputs_per_object": inputs_per_object,
+        "stretch": stretch,
         "seed": seed,
         "workers": workers,
         "overwrite": overwrite,
@@ -258,6 +260,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=128, help="pixels (default: 128)")
     parser.add_argument("--views", type=int, default=8, help="views a record (default: 8)")
     parser.add_argument("--inputs", type=int, default=1, help="records an object (default: 1)")
+    parser.add_argument(
+        "--stretch", type=float, default=1.0,
+        help="records after an object's first show it stretched by up to this (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, default=4, help="rays a pixel (default: 4)")
     parser.add_argument("--split", choices=["train", "val", "test"], help="only this split")
     parser.add_argument("--seed", type=int, default=0, help="of the cameras (default: 0)")
@@ -279,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             image_size=arguments.size,
             samples=arguments.samples,
             inputs_per_object=arguments.inputs,
+            stretch=arguments.stretch,
             seed=arguments.seed,
             workers=arguments.workers,
             overwrite=arguments.overwrite,

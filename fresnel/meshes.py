@@ -67,6 +67,7 @@ class _Job:
     seed: int
     samples: int
     azimuths: str
+    stretch: float = 1.0
 
 
 def render_set(
@@ -79,6 +80,7 @@ def render_set(
     seed: int = 0,
     samples: int = 4,
     azimuths: Literal["even", "random"] = "even",
+    stretch: float = 1.0,
     workers: int | None = None,
     split: str | None = None,
     overwrite: bool = False,
@@ -97,6 +99,10 @@ def render_set(
         views: views a record, V.
         image_size: width and height of inputs and views in pixels.
         samples: rays a pixel, a square number.
+        stretch: at least 1.  The first record of an object shows it as it is, every further one
+            with each axis scaled by a random factor between 1 / stretch and stretch (even in its
+            logarithm), then centred and of longest side 1 again: training data of more shapes
+            than there are objects.
         workers: processes to render with; None takes one for each core, or this one where
             the set is so small that starting others doesn't pay.
         split: keep only the assets of this split.
@@ -121,6 +127,8 @@ def render_set(
             raise ValueError(f"{name}: got {value}, want at least 1")
     if azimuths not in ("even", "random"):
         raise ValueError(f'azimuths: got {azimuths!r}, want "even" or "random"')
+    if not 1 <= stretch <= 4:
+        raise ValueError(f"stretch: got {stretch}, want a factor in [1, 4]")
     target = Path(path)
     check_target(target, overwrite)
     jobs = [
@@ -133,6 +141,7 @@ def render_set(
             seed,
             samples,
             azimuths,
+            stretch,
         )
         for k, asset in enumerate(chosen)
     ]
@@ -143,6 +152,7 @@ def render_set(
         "samples": samples,
         "azimuths": azimuths,
         "inputs_per_object": inputs_per_object,
+        **({"stretch": stretch} if stretch > 1 else {}),
         "splits": sorted({asset.split for asset in chosen}),
         "object_splits": {asset.name: asset.split for asset in chosen},
         "object_classes": {a.name: a.category for a in chosen if a.category},
@@ -276,41 +286,42 @@ def _finished(folder: Path, job: _Job, k: int) -> Record | None:
 
 
 def _render_object(job: _Job) -> list[ObjectViews]:
-    asset, size = job.asset, job.image_size
+    asset = job.asset
     try:
         solid = surface(load(asset.load())).normalised()
+        records = []
+        for k in range(job.inputs):
+            shape, cameras = solid, _cameras(job, k)
+            if k and job.stretch > 1:
+                shape = solid.stretched(_factors(job, k)).normalised()
+            pictures = render(shape, cameras, samples=job.samples)
+            rgb, alpha = _bytes(pictures.rgb), _bytes(pictures.alpha[..., 0])
+            depth = pictures.depth[..., 0]
+            records.append(
+                ObjectViews(
+                    name=f"{asset.name}__{k}",
+                    input_rgb=rgb[0],
+                    input_alpha=alpha[0],
+                    input_camera=cameras[0],
+                    rgb=rgb[1:],
+                    alpha=alpha[1:],
+                    cameras=cameras[1:],
+                    pivot=torch.zeros(3),
+                    depth=depth[1:],
+                    input_depth=depth[0],
+                    attribution=asset.attribution,
+                )
+            )
     except ValueError as error:
         raise DatasetError(f"object {asset.name!r}: {error}") from error
-    sets = [_cameras(job, k) for k in range(job.inputs)]
-    together = Cameras(
-        torch.cat([cameras.viewmats for cameras in sets]),
-        torch.cat([cameras.Ks for cameras in sets]),
-        size,
-        size,
-    )
-    pictures = render(solid, together, samples=job.samples)
-    rgb, alpha = _bytes(pictures.rgb), _bytes(pictures.alpha[..., 0])
-    depth = pictures.depth[..., 0]
-    records = []
-    for k, cameras in enumerate(sets):
-        at = k * (job.views + 1)
-        rest = slice(at + 1, at + 1 + job.views)
-        records.append(
-            ObjectViews(
-                name=f"{asset.name}__{k}",
-                input_rgb=rgb[at],
-                input_alpha=alpha[at],
-                input_camera=cameras[0],
-                rgb=rgb[rest],
-                alpha=alpha[rest],
-                cameras=cameras[1:],
-                pivot=torch.zeros(3),
-                depth=depth[rest],
-                input_depth=depth[at],
-                attribution=asset.attribution,
-            )
-        )
     return records
+
+
+def _factors(job: _Job, k: int) -> np.ndarray:
+    """By how much record k's object is longer along each axis, (3,)."""
+    digest = hashlib.sha256(f"{job.seed}/{job.asset.name}/{k}/stretch".encode()).digest()
+    power = np.random.default_rng(list(digest)).uniform(-1.0, 1.0, 3)
+    return job.stretch**power
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -2,9 +2,14 @@
 
 Five channels in [-1, 1]: premultiplied RGBA, and alpha times the depth behind the pivot's, which
 the object's unit size keeps in range.  In training they are made once, beforehand, in 8 bits.
+
+A twin has five more: what the decoder makes of the mirrored input, mirrored back.  Both are of the
+same object; where they differ, the decoder guessed.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,11 +34,39 @@ def condition(views: Views, cameras: Cameras, pivots: Tensor) -> Tensor:
     return channels.clamp(-1, 1).movedim(-1, -3)
 
 
+def mirrored(renderer: Predictor) -> Predictor:
+    """What it makes of the mirrored inputs in mirrored cameras, mirrored back; pivots at x = 0."""
+
+    def predict(inputs: InputImages, cameras: Cameras) -> Views:
+        flipped = replace(
+            inputs, rgb=inputs.rgb.flip(2), alpha=inputs.alpha.flip(2), depth=None,
+            cameras=inputs.cameras.mirrored(),
+        )  # fmt: skip
+        views = renderer(flipped, cameras.mirrored())
+        return Views(views.rgb.flip(3), views.alpha.flip(3), views.depth.flip(3))
+
+    return predict
+
+
+def seen(
+    renderer: Predictor, inputs: InputImages, cameras: Cameras, pivots: Tensor, *, twin: bool
+) -> Tensor:
+    """What a network is shown of cameras (M, V): (M, V, C, H, W), C = 5, or 10 with the twin."""
+    renderers = [renderer, mirrored(renderer)] if twin else [renderer]
+    views = [one(inputs, cameras) for one in renderers]
+    return torch.cat([condition(found, cameras, pivots) for found in views], dim=2)
+
+
 @torch.no_grad()
 def prepared(
-    renderer: Predictor, views: ViewTensors, *, any_input: bool = False, batch: int = 8
+    renderer: Predictor,
+    views: ViewTensors,
+    *,
+    any_input: bool = False,
+    twin: bool = False,
+    batch: int = 8,
 ) -> Tensor:
-    """The condition of every pair of a set, uint8 (M, S, V, 5, H, W); decode with `restored`.
+    """What `seen` gives for every pair, uint8 (M, S, V, C, H, W); decode with `restored`.
 
     Args:
         renderer: the decoder, as `decoder.predictor` gives it.
@@ -53,10 +86,7 @@ def prepared(
                 InputImages(part.names, part.rgb[:, k], part.alpha[:, k], part.cameras[:, k])
                 for k in range(part.rgb.shape[1])
             ]
-        made = [
-            condition(renderer(source, part.cameras), part.cameras, part.pivots)
-            for source in sources
-        ]
+        made = [seen(renderer, source, part.cameras, part.pivots, twin=twin) for source in sources]
         parts.append(((torch.stack(made, dim=1) + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(parts)
 

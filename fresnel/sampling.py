@@ -213,7 +213,7 @@ def write_views(
     cameras = view_cameras(elevation_deg, network.config.image_size, count).to(device)
     render = decoder.predictor(splats)
     own = render(inputs, cameras)
-    made = cvs.predictor(network, steps, seed)(inputs, cameras)
+    made = cvs.predictor(network, steps, seed, renderer=render)(inputs, cameras)
 
     folder.mkdir(parents=True, exist_ok=True)
     azimuths = [360.0 * i / count for i in range(count)]

@@ -47,6 +47,12 @@ def part(data: MultiViewDataset, objects: str) -> MultiViewDataset:
     return data if len(rows) == len(data) else data.subset(rows)
 
 
+def first_objects(data: MultiViewDataset, count: int) -> MultiViewDataset:
+    """The records of a dataset's first `count` objects."""
+    known = list(dict.fromkeys(object_name(name) for name in data.names))[:count]
+    return data.subset([i for i, name in enumerate(data.names) if object_name(name) in known])
+
+
 def choose(
     names: Sequence[str], objects: str, splits: Mapping[str, str] | None = None
 ) -> list[str]:

@@ -390,6 +390,37 @@ def test_what_an_object_gets_depends_on_seed_and_name_only(tmp_path):
     assert not torch.equal(other[0].cameras.viewmats, alone[0].cameras.viewmats)
 
 
+def test_stretched_records_show_other_shapes_of_the_same_object(tmp_path):
+    assets = meshes.embedded_assets()[:1]
+    options = {"image_size": 32, "views": 4, "samples": 1, "inputs_per_object": 3}
+    plain = meshes.render_set(assets, tmp_path / "plain", **options)
+    made = meshes.render_set(assets, tmp_path / "set", stretch=1.6, **options)
+    assert made.names == plain.names and made.meta["stretch"] == 1.6 and "stretch" not in plain.meta
+    assert torch.equal(made[0].rgb, plain[0].rgb), "the first is the object itself"
+    tensors, same = made.tensors(), plain.tensors()
+    assert torch.equal(tensors.cameras.viewmats, same.cameras.viewmats)
+    for k in (1, 2):
+        ours, theirs = (t.alpha[k].float().sum(dim=(1, 2)) for t in (tensors, same))
+        assert (ours / theirs - 1).abs().max() > 0.05, "another shape"
+    assert tensors.depth is not None
+    depth = tensors.depth[tensors.alpha == 255]
+    assert depth.min() > 2.2 - 0.87 and depth.max() < 2.2 + 0.87, "longest side 1 again"
+    with pytest.raises(ValueError, match=r"stretch: got 0\.5"):
+        meshes.render_set(assets, tmp_path / "other", stretch=0.5)
+
+
+def test_stretching_keeps_normals_perpendicular():
+    solid = surface(sphere())
+    factors = np.array([2.0, 1.0, 0.5])
+    stretched = solid.stretched(factors)
+    assert np.allclose(stretched.corners, solid.corners * factors, atol=1e-6)
+    assert np.allclose(np.linalg.norm(stretched.normals, axis=-1), 1, atol=1e-5)
+    # the normal of an ellipsoid: its gradient
+    gradient = stretched.corners / factors**2
+    gradient /= np.linalg.norm(gradient, axis=-1, keepdims=True)
+    assert (np.einsum("fci,fci->fc", stretched.normals, gradient) > 0.999).all()
+
+
 def test_random_azimuths_stay_in_their_sectors(tmp_path):
     made = meshes.render_set(
         meshes.embedded_assets()[:1],

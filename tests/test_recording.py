@@ -83,6 +83,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "some pairs": {"pairs": torch.tensor([[0, 1], [1, 0], [1, 2], [2, 1]])},
     "render": {"model": "cvs-render", "ground_truth": True},
     "refine": {"model": "cvs-refine"},
+    "twin": {"model": "cvs-twin"},
     "decoder": {"model": "decoder", "ground_truth": True},
     "frontal": {"model": "decoder-frontal"},
 }

@@ -159,3 +159,73 @@ def test_a_refining_network_starts_from_the_render_and_keeps_the_boundary() -> N
         CVSConfig.preset(
             "tiny", render_condition=True, render_base=True, parameterisation="original"
         )
+
+
+def one_sided(inputs: InputImages, cameras: Cameras) -> Views:
+    """A renderer whose error knows left from right: a ramp, the same whatever is asked for."""
+    ramp = torch.linspace(0, 1, cameras.width).expand(*cameras.batch_shape, cameras.height, -1)
+    ramp = ramp[..., None].clone()
+    return Views(ramp.expand(*ramp.shape[:-1], 3), ramp, ramp)
+
+
+def test_the_twin_is_made_of_the_mirrored_input_and_mirrored_back() -> None:
+    data, asked = views(), []
+
+    def spy(inputs: InputImages, cameras: Cameras) -> Views:
+        asked.append((inputs, cameras))
+        return one_sided(inputs, cameras)
+
+    one, other = (
+        rendered.seen(spy, data.inputs, data.cameras, data.pivots, twin=True)
+        .unflatten(2, (2, rendered.CHANNELS))
+        .unbind(2)
+    )
+    assert torch.equal(other[..., :4, :, :], one[..., :4, :, :].flip(-1))
+    (plain, there), (flipped, mirrored) = asked
+    assert torch.equal(flipped.rgb, plain.rgb.flip(2))
+    # a world point and its mirror image are seen in mirrored places
+    point = torch.tensor([0.3, 0.2, -0.1, 1.0])
+    image = point * torch.tensor([-1.0, 1.0, 1.0, 1.0])
+    for cameras, by in ((there, mirrored), (plain.cameras, flipped.cameras)):
+        by.validate()
+        here = (cameras.Ks @ (cameras.viewmats @ point)[..., :3, None])[..., 0]
+        across = (by.Ks @ (by.viewmats @ image)[..., :3, None])[..., 0]
+        here, across = here[..., :2] / here[..., 2:], across[..., :2] / across[..., 2:]
+        torch.testing.assert_close(across[..., 0], cameras.width - here[..., 0])
+        torch.testing.assert_close(across[..., 1], here[..., 1])
+
+
+def test_a_twin_network_starts_from_the_mean_and_swaps_its_renders_in_the_mirror() -> None:
+    config = CVSConfig.preset("tiny", render_condition=True, render_base=True, render_twin=True)
+    assert config.condition_channels == 26
+    cond = torch.rand(2, 26, SIZE, SIZE, generator=generator()) * 2 - 1
+    x = torch.randn(2, 4, SIZE, SIZE, generator=generator())
+    mean = (cond[:, 16:20] + cond[:, 21:25]) / 2
+    fresh = CVS(config)
+    torch.testing.assert_close(fresh(80 * x, torch.full((2,), 80.0), cond), mean, atol=0.02, rtol=0)
+    flipped, _ = mirror(cond, cond[:, :4])
+    assert torch.equal(flipped[:, 16:21], cond[:, 21:26].flip(-1))
+    assert torch.equal(flipped[:, 21:26], cond[:, 16:21].flip(-1))
+    with pytest.raises(ValueError, match="render_twin: got True, want render_condition=True"):
+        CVSConfig.preset("tiny", render_twin=True)
+
+
+def test_twin_training_sees_both_renders_tinted_and_sampling_asks_for_both() -> None:
+    net, faultless, data = network(render_base=True, render_twin=True), truth_renderer(), views()
+    straight = {tuple(m.flatten().tolist()) for m in data.cameras.viewmats.flatten(0, 1)}
+
+    def both(inputs: InputImages, cameras: Cameras) -> Views:
+        """The truth, also of the mirrored objects."""
+        asked = {tuple(m.flatten().tolist()) for m in cameras.viewmats.flatten(0, 1)}
+        if asked <= straight:
+            return faultless(inputs, cameras)
+        found = faultless(inputs, cameras.mirrored())
+        return Views(found.rgb.flip(3), found.alpha.flip(3), found.depth.flip(3))
+
+    task = CVSTask(net, data, batch_size=16, renderer=both, mirror=True, colour_jitter=0.3)
+    batch = task.batch(0, generator())
+    assert batch["cond"].shape[1] == 26
+    for at in (16, 21):
+        assert (batch["cond"][:, at : at + 4] - batch["target"]).abs().max() < 0.02
+    fresh = predictor(CVS(net.config), renderer=one_sided)(data.inputs, data.cameras)
+    assert (fresh.alpha - 0.5).abs().max() < 0.03, "the mean of a ramp and its mirror image"

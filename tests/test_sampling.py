@@ -70,6 +70,17 @@ def test_views_writes_pictures_gaussians_and_what_it_assumed(
     assert torch.allclose(dense.colors.mean(0) * 255, torch.tensor(COLOUR).float(), atol=40)
 
 
+def test_views_by_weights_that_see_the_decoders_render(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path, picture = tmp_path / "refine.safetensors", save(tmp_path / "toy.png", disc(), None)
+    config = cvs.CVSConfig.preset("tiny", render_condition=True, render_base=True, render_twin=True)
+    cvs.CVS(config).save(path, half=True)
+    facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=2)
+    made = np.asarray(Image.open(tmp_path / "out" / facts["files"]["0"]).convert("RGB"), float)
+    # An untrained one gives the decoder's render: the object, in its colour.
+    assert np.abs(np.median(made[8, 6:10], axis=0) - COLOUR).max() < 40
+
+
 def test_alpha_and_a_plain_background_give_the_same_input(tmp_path: Path) -> None:
     alpha = disc()
     given = sampling.read_photo(save(tmp_path / "a.png", alpha, None))

@@ -60,6 +60,8 @@ def test_a_dataset_is_a_source_of_truth_and_of_inputs(boxes: MultiViewDataset) -
     source = str(boxes.path)
     truth = experiment.ground_truth(source, "held_out", image_size=16)
     assert truth.names == ("box3__0",)
+    two = experiment.ground_truth(source, "train", image_size=16, objects=2)
+    assert two.names == ("box0__0", "box2__0")
     inputs, words = experiment.input_images(source, images=2, image_size=16)
     assert inputs.names == ("box0__0", "box2__0") and "2 input views" in words
     half, _ = experiment.input_images(source, images=9, image_size=16, objects="B")
