@@ -1,7 +1,7 @@
 """How much faster a CVS trains than in the first working version, side by side on one machine.
 
     python benchmarks/train_before.py [--rounds 5] [--steps 10] [--threads 2] [--size small]
-        [--precision fp32] [--before 02d657e] [--json FILE]
+        [--precision fp32] [--compile] [--before 02d657e] [--json FILE]
 
 The first version is taken from git into a temporary folder. Both train the same network on the
 same synthetic pairs (64 px, batch 16), each in a process of its own, in turns: old, new, old, new.
@@ -30,7 +30,9 @@ STAGES = {"denoising": 0.0, "consistency": 0.9}
 SIZE, BATCH = 64, 16
 
 
-def one_round(source: str, steps: int, threads: int, size: str, precision: str) -> None:
+def one_round(
+    source: str, steps: int, threads: int, size: str, precision: str, compiled: bool
+) -> None:
     """In a child process: time `steps` steps of the package in `source`; prints JSON."""
     sys.path.insert(0, source)
     import torch
@@ -65,6 +67,14 @@ def one_round(source: str, steps: int, threads: int, size: str, precision: str) 
     config = cvs.CVSConfig.preset(size, image_size=SIZE)
     task: Any = CVSTask(cvs.CVS(config), views, batch_size=BATCH)
     model = task.model
+    try:
+        from fresnel.surroundings import reuse_memory
+
+        reuse_memory()
+    except ImportError:  # the first version knew of none
+        pass
+    if compiled:
+        task.hot["network"] = torch.compile(task.hot["network"], dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 
     def step(k: int, progress: float) -> None:
@@ -96,13 +106,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", default="small")
     parser.add_argument("--old-size", default="", help="the old one's network, if another")
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--precision", default="fp32", help="of this version; the first had fp32")
+    parser.add_argument("--compile", action="store_true", help="this version's network")
     parser.add_argument("--before", default="02d657e")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--round", help="for the child: the folder of the package")
     a = parser.parse_args()
     if a.round:
-        one_round(a.round, a.steps, a.threads, a.size, a.precision)
+        one_round(a.round, a.steps, a.threads, a.size, a.precision, a.compile)
         return
     rounds: dict[str, list[dict[str, list[float]]]] = {"before": [], "now": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -121,13 +132,15 @@ def main() -> None:
                 command = [sys.executable, __file__, "--round", source, "--steps", str(a.steps)]
                 command += ["--threads", str(a.threads), "--size", size]
                 command += ["--precision", "fp32" if who == "before" else a.precision]
+                command += ["--compile"] if a.compile and who == "now" else []
                 environment = {**os.environ, "OMP_NUM_THREADS": str(a.threads)}
                 done = subprocess.run(
                     command, check=True, capture_output=True, text=True, env=environment, cwd=folder
                 )
                 rounds[who].append(json.loads(done.stdout.splitlines()[-1]))
     print(
-        f"'{a.size}', {SIZE} px, batch {BATCH}, {a.threads} threads, load {os.getloadavg()[0]:.1f}"
+        f"'{a.size}', {SIZE} px, batch {BATCH}, {a.threads} threads, {a.precision}"
+        f"{', compiled' if a.compile else ''}, load {os.getloadavg()[0]:.1f}"
     )
     print("\n| samples/s | before | now | ratio | ratio of CPU seconds |")
     print("|:--|--:|--:|--:|--:|")

@@ -50,6 +50,8 @@ class Stepper:
         self.device = next(self.model.parameters()).device
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         cuda = self.device.type == "cuda"
+        if self.device.type == "cpu":
+            surroundings.reuse_memory()
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             # a recorded step reads the rate from where it lies

@@ -118,3 +118,26 @@ def test_checkpointing_changes_no_bit_of_output_or_gradient() -> None:
         gradients.append([out, *(p.grad for p in net.parameters())])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+def test_on_a_cpu_bf16_keeps_norms_in_float32_and_agrees_with_float32() -> None:
+    net = small(base_channels=32, zero_output=False)
+    x = torch.randn(2, 5, 16, 16)
+    want = net(x)
+    seen = []
+    for module in net.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = net(x).float()
+    assert set(seen) == {torch.float32}
+    assert (got - want).norm() / want.norm() < 0.03
+    got.square().mean().backward()
+    ours = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    want.square().mean().backward()
+    theirs = [p.grad for p in net.parameters()]
+    norm = sum(g.square().sum() for g in theirs).sqrt()
+    assert (
+        sum((a - b).square().sum() for a, b in zip(ours, theirs, strict=True)).sqrt() < 0.1 * norm
+    )

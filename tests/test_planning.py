@@ -158,8 +158,11 @@ def test_a_batch_is_split_as_asked_or_as_it_fits(tmp_path):
             split(wrong)
 
 
-def test_precision_is_chosen_by_device():
-    assert planning.pick_precision("auto", "cpu") == "fp32"
+def test_precision_is_chosen_by_what_multiplies(monkeypatch):
+    for units, chosen in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr(planning.surroundings, "has_matrix_units", lambda units=units: units)
+        assert planning.pick_precision("auto", "cpu") == chosen
+        assert planning.pick_precision("fp32", "cpu") == "fp32"
     assert planning.pick_precision("bf16", "cpu") == "bf16"
     with pytest.raises(ValueError, match="want 'auto', 'fp32' or 'bf16'"):
         planning.pick_precision("fp16", "cpu")
