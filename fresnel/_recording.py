@@ -20,6 +20,8 @@ from fresnel import surroundings
 
 _WARM_UP = 3
 """Runs before a recording: cuDNN's trials and first allocations must not be recorded."""
+_TRIES = 3
+"""Recordings of a part that are tried: what an earlier step left alive can spoil one."""
 
 
 class Recorder:
@@ -97,7 +99,7 @@ class Recorded:
         self.refused: str | None = None
         self._flat: _Flat | None = None
         self._known: list[Any] = []
-        self._runs = 0
+        self._runs, self._tries = 0, 0
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled() or self.refused is not None:
@@ -130,6 +132,9 @@ class Recorded:
         except Exception as error:
             if surroundings.is_out_of_memory(error):
                 raise
+            self._runs, self._tries = 0, self._tries + 1
+            if self._tries < _TRIES:
+                return
             self.refused = _reason(error)
             warnings.warn(
                 f"{getattr(self.function, '__name__', 'a part')} runs unrecorded, slower but the "

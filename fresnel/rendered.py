@@ -76,7 +76,10 @@ def prepared(
     """
     from tqdm.auto import tqdm
 
-    parts = []
+    pairs = (1 + views.rgb.shape[1] if any_input else 1, views.rgb.shape[1])
+    channels, size = CHANNELS * (1 + twin), views.rgb.shape[2:4]
+    shape = (len(views), *pairs, channels, *size)
+    stored = torch.empty(shape, dtype=torch.uint8, device=views.rgb.device)
     starts = range(0, len(views), batch)
     for start in tqdm(starts, desc="render the condition", delay=2, disable=None):
         part = views[start : start + batch]
@@ -87,8 +90,8 @@ def prepared(
                 for k in range(part.rgb.shape[1])
             ]
         made = [seen(renderer, source, part.cameras, part.pivots, twin=twin) for source in sources]
-        parts.append(((torch.stack(made, dim=1) + 1) * 127.5).round().to(torch.uint8))
-    return torch.cat(parts)
+        stored[start : start + batch] = ((torch.stack(made, dim=1) + 1) * 127.5).round()
+    return stored
 
 
 def restored(stored: Tensor) -> Tensor:

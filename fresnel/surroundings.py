@@ -94,10 +94,14 @@ def free_memory(device: torch.device) -> int:
 def keep_compiled_code() -> None:
     """Keep what torch.compile makes in the user's cache folder: the next run starts in seconds.
 
-    torch's own default is a temporary folder. A set TORCHINDUCTOR_CACHE_DIR is respected.
+    torch's own default is a temporary folder, which importing its compiler puts into the variable.
+    A TORCHINDUCTOR_CACHE_DIR that somebody else set is respected.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "fresnel" / "inductor"))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "fresnel" / "inductor")
 
 
 def ways_to_compile(*, tiling: bool) -> list[dict[str, Any]]:

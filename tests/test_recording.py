@@ -64,8 +64,9 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuse)
     part = Recorded(lambda x: x * 2)
     with pytest.warns(UserWarning, match="runs unrecorded.*not permitted"):
-        for _ in range(5):
+        for _ in range(13):
             assert part(torch.ones(1)).item() == 2
+    assert part.refused
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", refuse)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
     recorder, calls = Recorder(torch.Generator()), []
@@ -73,6 +74,22 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch) -> None:
         for _ in range(6):
             recorder.run("a", lambda: calls.append(1))
     assert len(calls) == 6 and recorder.refused
+
+
+def test_a_recording_that_was_spoilt_is_tried_again(monkeypatch) -> None:
+    tries: list[int] = []
+
+    def spoilt_once(module, samples, **_):
+        tries.append(1)
+        if len(tries) == 1:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return module(*samples)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", spoilt_once)
+    part = Recorded(lambda x: x * 2)
+    for _ in range(9):
+        assert part(torch.ones(1)).item() == 2
+    assert len(tries) == 2 and part.refused is None and part._flat is not None
 
 
 ARMS: dict[str, dict[str, Any]] = {

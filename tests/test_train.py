@@ -553,3 +553,21 @@ def test_nonsense_configurations_are_refused() -> None:
 def test_device_mismatch_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device: got meta, the task's model is on cpu"):
         run(tmp_path, device="meta")
+
+
+def test_compiled_code_is_kept_where_the_next_run_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for before in (None, default_cache_dir()):
+        if before is None:
+            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        else:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+        surroundings.keep_compiled_code()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "fresnel" / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    surroundings.keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
