@@ -26,8 +26,8 @@ LEVELS = {
     "loss-original-alpha-consistency": 10.0, "loss-original-laplacian-consistency": 9.5,
     "loss-original-alpha-onestep": 9.2, "loss-corrected-laplacian-onestep": 17.0,
     "loss-corrected-laplacian-consistency": 18.0, "loss-corrected-alpha-onestep": 18.4,
-    "decoder-train": 19.75, "decoder-many": 19.7, "long-gated": 19.65, "long-oracle": 19.95,
-    "long-refine": 20.25,
+    "decoder-nine": 19.75, "decoder-many": 19.7, "long-gated": 19.65, "long-oracle": 19.95,
+    "twin": 20.25, "twin-many": 20.3,
 }  # fmt: skip
 """Arm -> dB over black in the first bin; each further bin is 0.8 dB lower."""
 COPY, MEAN, BLACK = 16.0, 14.3, 13.0
@@ -41,6 +41,8 @@ def model_of(arm: str) -> str:
         return "decoder-frontal" if arm == "decoder-frontal" else "decoder"
     if "refine" in arm:
         return "cvs-refine"
+    if arm.startswith("twin"):
+        return "cvs-twin"
     return "cvs-render" if arm.endswith("render") else "cvs"
 
 
