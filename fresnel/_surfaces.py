@@ -62,10 +62,14 @@ class Surface:
 
     def stretched(self, factors: NDArray[np.float64]) -> Surface:
         """Each axis scaled by its factor (3,); normals stay perpendicular."""
-        scale = factors.astype(np.float32)
-        normals = self.normals / scale
-        length = np.linalg.norm(normals, axis=-1, keepdims=True)
-        return replace(self, corners=self.corners * scale, normals=normals / length)
+        normals = self.normals.astype(np.float64) / factors
+        x, y, z = np.moveaxis(normals, -1, 0)
+        length = np.sqrt(x * x + y * y + z * z)  # the same bits on every machine, as a sum is not
+        return replace(
+            self,
+            corners=(self.corners.astype(np.float64) * factors).astype(np.float32),
+            normals=(normals / length[..., None]).astype(np.float32),
+        )
 
 
 def srgb_to_linear(value: NDArray[Any]) -> Floats:

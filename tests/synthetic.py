@@ -26,8 +26,9 @@ LEVELS = {
     "loss-original-alpha-consistency": 10.0, "loss-original-laplacian-consistency": 9.5,
     "loss-original-alpha-onestep": 9.2, "loss-corrected-laplacian-onestep": 17.0,
     "loss-corrected-laplacian-consistency": 18.0, "loss-corrected-alpha-onestep": 18.4,
-    "decoder-nine": 19.75, "decoder-many": 19.7, "long-gated": 19.65, "long-oracle": 19.95,
-    "twin": 20.25, "twin-many": 20.3,
+    "decoder-train": 19.75, "decoder-many": 19.7, "long-gated": 19.65, "long-oracle": 19.95,
+    "long-refine": 20.25, "decoder-shapes-A": 19.85, "decoder-shapes": 19.88,
+    "decoder-shapes-A50": 18.65, "shapes50-gated": 19.1, "twin": 20.38, "twin-shipped": 20.36,
 }  # fmt: skip
 """Arm -> dB over black in the first bin; each further bin is 0.8 dB lower."""
 COPY, MEAN, BLACK = 16.0, 14.3, 13.0

@@ -143,14 +143,14 @@ def test_the_timeline_ends_at_the_gate(runs: dict[str, Any]) -> None:
 def test_costs_are_summed_and_priced(runs: dict[str, Any]) -> None:
     table = timeline.cost_table(autopsy.roles(runs), runs)
     total = table.splitlines()[-1]
-    seconds = 93 * 360 + 6 * 60 + 6 * 40
+    seconds = 108 * 360 + 6 * 60 + 6 * 40
     assert "5.5 h, $6" in total and "460 s, $0.46" in total
     assert f"{seconds / 3600:.1f} h, ${seconds / 1000:.2f}" in total
     dearer = timeline.cost_table(autopsy.roles(runs), runs, 36.0).splitlines()[-1]
     assert f"${seconds / 100:.2f}" in dearer
     stages = timeline.stages_table(runs)
     train = next(line for line in stages.splitlines() if "| train |" in line)
-    assert train == "| 03_full_train | train | 93 | 7.4 h | 26.78 |"
+    assert train == "| 03_full_train | train | 108 | 8.6 h | 31.10 |"
 
 
 def test_arms_stand_beside_what_needs_no_training(runs: dict[str, Any]) -> None:
@@ -209,11 +209,12 @@ def test_decoders_stand_by_what_they_learned_from(runs: dict[str, Any]) -> None:
     study = comparison.study_runs(runs)
     lines = comparison.decoders_table(study, runs["03-gated-s0"]).splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == [
-        "| decoder-A50", "| decoder-nine", "| decoder-A", "| decoder-many", "| the one that ships",
+        "| decoder-A", "| decoder-A50", "| decoder-train", "| decoder-many", "| decoder-shapes-A",
+        "| decoder-shapes-A50", "| decoder-shapes", "| the one that ships",
     ]  # fmt: skip
-    assert lines[2].count("+3.90") == 8, "four bins, over black and over white"
-    assert "430 objects" in lines[4] and "+3.80" in lines[4]
-    assert len(comparison.decoders_table(study, None).splitlines()) == 6
+    assert lines[0].count("+3.90") == 8, "four bins, over black and over white"
+    assert "430 objects" in lines[-1] and "+3.80" in lines[-1]
+    assert len(comparison.decoders_table(study, None).splitlines()) == 9
     assert comparison.decoders_table({}, None).startswith("No decoder")
     own = comparison.by_bin(study, "psnr")["decoder's own render"]
     assert own["0-30"].mean == pytest.approx(19.9), "not that of the control's decoder"
