@@ -73,8 +73,8 @@ def one_round(
         reuse_memory()
     except ImportError:  # the first version knew of none
         pass
-    if compiled:
-        task.hot["network"] = torch.compile(task.hot["network"], dynamic=False)
+    if compiled:  # what `fit` compiles
+        task.hot = {part: torch.compile(f, dynamic=False) for part, f in task.hot.items()}
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 
     def step(k: int, progress: float) -> None:
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--size", default="small")
     parser.add_argument("--old-size", default="", help="the old one's network, if another")
     parser.add_argument("--precision", default="fp32", help="of this version; the first had fp32")
-    parser.add_argument("--compile", action="store_true", help="this version's network")
+    parser.add_argument("--compile", action="store_true", help="this version's, as `fit` does")
     parser.add_argument("--before", default="02d657e")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--round", help="for the child: the folder of the package")

@@ -48,8 +48,8 @@ ARMS = {
     "render": "true views of A; sees the decoder's render of the target view",
     "refine": "the same; adds to that render",
     "refine-B": "true views of B, which the decoder has not seen; adds to its render",
-    "twin-shipped": "68 pictures of 430 objects; adds to two renders of the decoder that ships, one "
-    "of them from the mirrored input",
+    "twin-shipped": "68 pictures of 430 objects; adds to two renders of the decoder that ships, "
+    "one of them from the mirrored input",
     "twin": "the same of every training object, by decoder-shapes",
     "rest50-gated": "bootstrap on 396 objects by a decoder that saw 50",
     "shapes50-gated": "the same by decoder-shapes-A50",
