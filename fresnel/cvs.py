@@ -201,6 +201,8 @@ class CVS(nn.Module):
         c_in = (s**2 + data**2).rsqrt()
         f = self.unet(torch.cat([c_in * x, cond], dim=1), self.embedding(sigma.log() / 4))
         f = f.to(x.dtype)
+        if f.device.type == "cpu":
+            f = f.contiguous()  # as x is: what a compiler makes of both orders in one loop is slow
         if self.config.parameterisation == "original":
             return f
         c_skip, c_out = self.scalings(s)

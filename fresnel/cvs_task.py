@@ -81,9 +81,15 @@ def light_error(output: Tensor, target: Tensor) -> Tensor:
     (plus 0.01, for dark objects). Images (B, 4, H, W) in [-1, 1], premultiplied.
     """
     region = max(1, target.shape[-1] // 8)
-    found, true = (
-        F.avg_pool2d(srgb_to_linear((image[:, :3] + 1) / 2), region) for image in (output, target)
-    )
+    regions = target.shape[-2] // region, target.shape[-1] // region
+
+    def averaged(image: Tensor) -> Tensor:
+        cut = image[:, :3, : regions[0] * region, : regions[1] * region]
+        light = srgb_to_linear((cut + 1) / 2)
+        # rows first: pixels of a row lie next to each other
+        return light.unflatten(2, (-1, region)).mean(dim=3).unflatten(3, (-1, region)).mean(dim=4)
+
+    found, true = averaged(output), averaged(target)
     return (found - true).abs().mean(dim=(1, 2, 3)) / (true.mean(dim=(1, 2, 3)) + 0.01)
 
 
@@ -151,9 +157,10 @@ def consistency_loss(
     seed = _seed(generator) if config.dropout else None
     output = _seeded(network, seed, model, x_t, t, cond)
     with torch.no_grad():
-        # D(x, sigma_min) = x, so stage 0 needs no second pass, and a CPU only some of its rows
+        # D(x, sigma_min) = x, so stage 0 needs no second pass, and a CPU only some of its rows,
+        # where the network is not compiled for all of them
         reference = x_r
-        if stage and (x_r.is_cuda or seed is not None):
+        if stage and (x_r.is_cuda or seed is not None or network is not denoised):
             reference = _seeded(network, seed, model, x_r, r, cond)
         elif stage:
             rows = r > config.sigma_min
@@ -459,6 +466,8 @@ def assemble(
         cond = torch.where(flipped, mirrored[0], cond)
         target = torch.where(flipped, mirrored[1], target)
         weights = torch.where(flipped, weights.flip(-1), weights)
+    if target.device.type == "cpu":
+        target = target.contiguous()  # as "cond" is; a compiled loss of interleaved colours is slow
     return {"cond": cond, "target": target, "weights": weights}
 
 

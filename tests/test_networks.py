@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fresnel.networks import FourierEmbedding, SelfAttention, UNet, count_parameters
+from fresnel.networks import (
+    FourierEmbedding,
+    GroupNorm,
+    SelfAttention,
+    UNet,
+    count_parameters,
+    doubled,
+)
 
 
 def small(**changes) -> UNet:
@@ -141,3 +148,34 @@ def test_on_a_cpu_bf16_keeps_norms_in_float32_and_agrees_with_float32() -> None:
     assert (
         sum((a - b).square().sum() for a, b in zip(ours, theirs, strict=True)).sqrt() < 0.1 * norm
     )
+
+
+def test_a_compiled_norm_is_the_same_norm() -> None:
+    norm = GroupNorm(4, 12)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (3 * torch.randn(2, 12, 5, 6) + torch.arange(12)[:, None, None]).requires_grad_()
+    # which way the compiler goes, without its minute of compiling
+    traced = torch.compile(norm, backend="eager", fullgraph=True)
+    weights = torch.randn(2, 12, 5, 6)
+    found = []
+    for run in (norm, traced):
+        given = [x, norm.weight, norm.bias]
+        out = run(x)
+        assert out.dtype == torch.float32
+        found.append([out, *torch.autograd.grad((weights * out).sum(), given)])
+    assert not torch.equal(found[0][0], found[1][0])  # another order of sums
+    for native, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, native, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_doubled_is_nearest_upsampling(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
+    want = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    got = doubled(x)
+    assert torch.equal(got, want)
+    weights = torch.randn_like(want)
+    (ours,) = torch.autograd.grad((weights * got).sum(), x)
+    (theirs,) = torch.autograd.grad((weights * want).sum(), x)
+    torch.testing.assert_close(ours, theirs)
