@@ -253,7 +253,7 @@ class UNet(nn.Module):
         ):
             h = self._run(blocks, attentions, torch.cat([h, skips.pop()], dim=1), embedding)
             if skips:
-                h = doubled(self.upsample[i](h))
+                h = F.interpolate(self.upsample[i](h), scale_factor=2.0, mode="nearest")
         h = self.head(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
@@ -293,16 +293,6 @@ class UNet(nn.Module):
             got = None if embedding is None else tuple(embedding.shape)
             want = (x.shape[0], self.embedding_dim) if self.embedding_dim else None
             raise ValueError(f"embedding: got {got}, want {want}")
-
-
-def doubled(x: Tensor) -> Tensor:
-    """Nearest upsampling (B, C, H, W) -> (B, C, 2 H, 2 W); on a CPU its way back is a plain sum,
-    where a compiler would scatter pixel by pixel."""
-    if x.device.type != "cpu":
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-    b, c, h, w = x.shape
-    rows = x.permute(0, 2, 3, 1)[:, :, None, :, None]  # channels last: free where x is
-    return rows.expand(b, h, 2, w, 2, c).reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -9,7 +9,6 @@ from fresnel.networks import (
     SelfAttention,
     UNet,
     count_parameters,
-    doubled,
 )
 
 
@@ -167,15 +166,3 @@ def test_a_compiled_norm_is_the_same_norm() -> None:
     assert not torch.equal(found[0][0], found[1][0])  # another order of sums
     for native, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, native, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_doubled_is_nearest_upsampling(memory_format: torch.memory_format) -> None:
-    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
-    want = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
-    got = doubled(x)
-    assert torch.equal(got, want)
-    weights = torch.randn_like(want)
-    (ours,) = torch.autograd.grad((weights * got).sum(), x)
-    (theirs,) = torch.autograd.grad((weights * want).sum(), x)
-    torch.testing.assert_close(ours, theirs)
