@@ -2,7 +2,7 @@
 
     python -m fresnel furniture --apt --out runs/data/furniture
     python -m fresnel study notebooks/params/study.yaml      # or its decoders' weights
-    python benchmarks/decoder_spread.py [--arms decoder-A50,decoder-A,decoder-many]
+    python benchmarks/decoder_spread.py [--arms decoder-A,decoder-shapes]
     python -m fresnel furniture --apt --size 256 --split test --out runs/data/furniture-256
     python benchmarks/decoder_spread.py --data runs/data/furniture-256 --size 256 --alone
 
@@ -34,6 +34,7 @@ from fresnel.rendered import mirrored
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("psnr", "psnr_white")
+ARMS = ("decoder-A50", "decoder-A", "decoder-many", "decoder-shapes")
 
 
 def mean_of(predictors: list[Predictor]) -> Predictor:
@@ -55,14 +56,13 @@ def table(sizes: dict[str, dict[str, Any]]) -> str:
     )
     for size, found in sizes.items():
         rows = [
-            {"decoder": name, "seeds": row["seeds"], **_cells(row, "+.2f")}
+            {"decoder": name, "seeds": row["seeds"], **_cells(row, "+.2f"), "commit": row["commit"]}
             for name, row in found["rows"].items()
         ]
-        rows.append(
-            {"decoder": "copying the input, dB", "seeds": "", **_cells(found["copy_input"], ".2f")}
-        )
+        copy = _cells(found["copy_input"], ".2f")
+        rows.append({"decoder": "copying the input, dB", "seeds": "", **copy, "commit": ""})
         text += f"\n## {size} px, {found['objects']} test objects\n\n"
-        text += f"{evaluate.format_rows(rows)}\n\nCommit {found['commit'][:7]}.\n"
+        text += f"{evaluate.format_rows(rows)}\n"
     return text
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--data", default="runs/data/furniture")
     parser.add_argument("--size", type=int, default=128, help="pixels of the views")
     parser.add_argument("--weights", type=Path, default=ROOT / "runs" / "weights")
-    parser.add_argument("--arms", default="decoder-A50,decoder-A,decoder-many")
+    parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--alone", action="store_true", help="leave out what is averaged")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
@@ -92,6 +92,7 @@ def main() -> None:
         by_bin = {row["bin"]: row for row in rows}
         return {metric: [by_bin[name][metric] for name, _ in AZIMUTH_BINS] for metric in METRICS}
 
+    commit = (git_state()["commit"] or "")[:7]
     copy = measured(evaluate.baselines(truth)["copy_input"])
     gains: dict[str, dict[str, Any]] = {}
     for arm in arguments.arms.split(","):
@@ -108,7 +109,7 @@ def main() -> None:
             ways = {"each alone": seeds}
         for way, predictors in ways.items():
             each = [measured(one) for one in predictors]
-            gains[f"{arm}, {way}"] = {"seeds": len(seeds)} | {
+            gains[f"{arm}, {way}"] = {"seeds": len(seeds), "commit": commit} | {
                 metric: [
                     sum(values) / len(values) - base
                     for *values, base in zip(
@@ -120,11 +121,18 @@ def main() -> None:
             print(f"{arm}, {way}:", gains[f"{arm}, {way}"], flush=True)
     path = arguments.out / "decoder_spread.json"
     sizes = json.loads(path.read_text()) if path.exists() else {}
+    kept = sizes.get(str(arguments.size), {}).get("rows", {})
+    order = [arm for arm in ARMS if any(name.startswith(f"{arm},") for name in kept | gains)]
+    gains = {
+        name: row
+        for arm in [*order, *(arm for arm in arguments.arms.split(",") if arm not in order)]
+        for name, row in (kept | gains).items()
+        if name.startswith(f"{arm},")
+    }
     sizes[str(arguments.size)] = {
-        "commit": git_state()["commit"],
         "objects": len({evaluate.object_name(name) for name in truth.names}),
         "copy_input": copy,
-        "rows": gains,
+        "rows": gains,  # with those of other arms that an earlier call measured
     }
     path.write_text(json.dumps(sizes, indent=1) + "\n")
     (arguments.out / "decoder_spread.md").write_text(table(sizes))

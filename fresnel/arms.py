@@ -73,7 +73,8 @@ def make_task(
         ground_truth: any view may serve as the input, not only the record's own.
         pairs: the CVS trains on these (record, view) pairs alone, (P, 2).
         renderer: of the `RENDER_MODELS`.
-        initial_weights: of the CVS: "" (random), "shipped", or a file that 03 exported.
+        initial_weights: of the CVS: "" (random), "shipped" ("cvs" and "cvs-twin" ship), or a file
+            that 03 exported.
     """
     torch.manual_seed(seed)
     if model in CVS_MODELS:
@@ -95,7 +96,9 @@ def make_task(
         network = CVS(config)
         if initial_weights:
             network.start_from(
-                load_shipped() if initial_weights == "shipped" else CVS.load(initial_weights)
+                load_shipped(model=model)
+                if initial_weights == "shipped"
+                else CVS.load(initial_weights)
             )
         return CVSTask(
             network,
@@ -224,17 +227,31 @@ def original_decoder(network: decoder.Decoder) -> evaluate.Predictor:
 
 
 def rivals(
-    views: ViewTensors, *, model: str, original: bool, device: str, weights: str | Path = ""
+    views: ViewTensors,
+    *,
+    model: str,
+    original: bool,
+    device: str,
+    weights: str | Path = "",
+    initial_weights: str | Path = "",
 ) -> dict[str, evaluate.Predictor]:
-    """What a model is compared with: trivial baselines, and for a CVS the decoder's own render.
+    """What a model is compared with: trivial baselines, and for a CVS the decoder's own render;
+    where it started from shipped weights, also what ships for `views` (`sampling`).
 
     Args:
         weights: of that decoder; "": the shipped one.
+        initial_weights: as for `make_task`.
     """
     others = dict(evaluate.baselines(views))
     if model in CVS_MODELS:
         own = load_decoder("patch" if original else "pixel", device, weights)
         others["decoder render"] = original_decoder(own) if original else decoder.predictor(own)
+    if model in CVS_MODELS and initial_weights == "shipped" and not original:
+        from fresnel import cvs
+
+        twin = cvs.load_shipped(device, "cvs-twin")
+        shown = decoder.predictor(load_decoder("pixel", device))
+        others["shipped twin"] = cvs.predictor(twin, renderer=shown)
     return others
 
 

@@ -438,17 +438,29 @@ def predictor(
     return predict
 
 
-def load_shipped(device: torch.device | str = "cpu") -> CVS:
-    """The small trained CVS that comes with the package.
+SHIPPED = {"cvs": "cvs.safetensors", "cvs-twin": "cvs_twin.safetensors"}
+"""Model of `arms.make_task` -> the trained CVS that comes with the package."""
+
+
+def load_shipped(device: torch.device | str = "cpu", model: str = "cvs") -> CVS:
+    """A small trained CVS (6 M parameters, 128 px) that comes with the package.
+
+    Args:
+        model: "cvs", which draws a view anew, or "cvs-twin", which adds to what the shipped pixel
+            decoder makes of it.
 
     Raises:
+        ValueError: if none of this model ships.
         FileNotFoundError: if this installation carries none; the message says how to make one.
     """
-    name = "cvs.safetensors"
+    if model not in SHIPPED:
+        raise ValueError(f"no trained {model!r} ships, but {' and '.join(SHIPPED)}; want a file")
+    name = SHIPPED[model]
     with resources.as_file(resources.files("fresnel") / "assets" / name) as path:
         if not path.is_file():
             raise FileNotFoundError(
                 f"fresnel/assets/{name} is missing: no CVS ships with this installation; train "
-                f"one with notebooks/03_full_train.ipynb (model=cvs, export_to=FILE) and pass it"
+                f"one with notebooks/03_full_train.ipynb (model={model}, export_to=FILE) and pass "
+                f"it"
             )
         return CVS.load(path, device)

@@ -184,7 +184,7 @@ def write_views(
     decoder's own render) and views.json, which holds what is returned.
 
     Args:
-        weights: a CVS checkpoint; None: the one that ships.
+        weights: a CVS checkpoint; None: the twin that ships, which adds to the decoder's renders.
         elevation_deg: of the input camera, and of the views.
         steps: network calls per view.
         ply, spz: where the Gaussians go; None: nowhere.
@@ -207,7 +207,9 @@ def write_views(
         if file is not None and Path(file).suffix.lower() != suffix:
             raise ValueError(f"{file}: want a name that ends in {suffix}")
     photo = read_photo(path, elevation_deg=elevation_deg)
-    network = cvs.load_shipped(device) if weights is None else cvs.CVS.load(weights, device)
+    network = (
+        cvs.load_shipped(device, "cvs-twin") if weights is None else cvs.CVS.load(weights, device)
+    )
     splats = decoder.load_shipped("pixel", device)
     inputs = photo.inputs.to(device)
     cameras = view_cameras(elevation_deg, network.config.image_size, count).to(device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fresnel import cvs, sampling
+from fresnel import cvs, decoder, sampling
 from fresnel.__main__ import main
 from fresnel.dataset import DatasetError
 from fresnel.gaussians import Gaussians
@@ -161,3 +161,36 @@ def test_without_shipped_weights_the_message_says_what_to_do(
     monkeypatch.setattr(cvs.resources, "files", lambda _: tmp_path)
     with pytest.raises(FileNotFoundError, match=r"cvs\.safetensors.*03_full_train"):
         cvs.load_shipped()
+    with pytest.raises(ValueError, match="no trained 'cvs-render' ships"):
+        cvs.load_shipped(model="cvs-render")
+
+
+def test_what_ships_draws_the_object_and_stays_near_the_decoder(tmp_path: Path) -> None:
+    facts = sampling.write_views(save(tmp_path / "toy.png", disc(), None), tmp_path / "out")
+    assert facts["weights"] == "shipped" and facts["image_size"] == 128
+    with Image.open(tmp_path / "out" / facts["files"]["0"]) as image:
+        made = np.asarray(image, float)
+    y, x = np.mgrid[:128, :128] + 0.5
+    inside = np.hypot(y - 64, x - 64) < 30
+    assert np.abs(np.median(made[inside, :3], axis=0) - COLOUR).max() < 15
+    assert made[inside, 3].mean() > 240 and made[~inside, 3].mean() < 40
+    # Where there is nothing to mend, it leaves the decoder's render alone: beside the CVS that
+    # draws anew, it is the nearer one.
+    photo = sampling.read_photo(tmp_path / "toy.png")
+    cameras = sampling.view_cameras(15.0, 128, 4)
+    render = decoder.predictor(decoder.load_shipped("pixel"))
+    own = render(photo.inputs, cameras).rgb
+    off = {
+        model: float(
+            (
+                cvs.predictor(cvs.load_shipped(model=model), renderer=render)(
+                    photo.inputs, cameras
+                ).rgb
+                - own
+            )
+            .abs()
+            .mean()
+        )
+        for model in cvs.SHIPPED
+    }
+    assert off["cvs-twin"] < 0.5 * off["cvs"], off
