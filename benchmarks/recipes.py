@@ -157,14 +157,16 @@ def table(folder: Path) -> str:
         ("Decoders: dB over copying the input", DECODERS, "copy"),
         ("Refining networks: dB over the render that they refine", REFINERS, "render"),
     ):
-        rows = []
+        rows, missing = [], []
         for name, recipe in recipes.items():
             path = folder / f"{name}.json"
             if not path.exists():
+                missing.append(f"{name} ({recipe['about']})")
                 continue
             found = json.loads(path.read_text())
             row = {"recipe": f"**{name}** {recipe['about']}", "steps": str(found["steps"])}
             row["s"] = f"{found['seconds']:.0f}"
+            row["commit"] = (found["commit"] or "")[:7]
             for k, (name_of_bin, _) in enumerate(AZIMUTH_BINS):
                 row[name_of_bin] = " / ".join(
                     f"{found['ours'][m][k] - found[over][m][k]:+.2f}" for m in METRICS[:2]
@@ -174,6 +176,8 @@ def table(folder: Path) -> str:
                 row[word] = f"{low:.2f} to {high:.2f}"
             rows.append(row)
         text += f"\n## {title}\n\n{evaluate.format_rows(rows) or 'None has run.'}\n"
+        if missing:
+            text += f"\nNot run: {'; '.join(missing)}.\n"
     return text
 
 
