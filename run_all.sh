@@ -174,7 +174,8 @@ PY
         cat <<'TEXT'
 # Everything pyproject.toml and its extra "dev" need, pinned.
 # Made by ./run_all.sh lock (a fresh environment with pyproject's requirements, then pip freeze;
-# FRESNEL_TORCH=2.13.0 chooses torch). torch has no +cpu or +cu suffix, and what only its CUDA
+# FRESNEL_TORCH=2.13.0 chooses torch; FRESNEL_BASE the Python, which must be the oldest that is to
+# install this: Debian 12 has 3.11.2). torch has no +cpu or +cu suffix, and what only its CUDA
 # builds need is left out, so that the same file serves machines with and without a GPU.
 TEXT
         "$folder/venv/bin/python" -m pip freeze --all |

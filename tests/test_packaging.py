@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tomllib
 from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -46,6 +48,22 @@ def test_the_lock_is_pinned_and_free_of_cuda() -> None:
     assert not [name for name in LOCK if re.match(r"nvidia|triton|cuda|pytorch-triton", name)]
     assert LOCK["torch"] == Version("2.13.0")
     assert {"isal", "zstandard"} <= LOCK.keys()  # gsply's extra "spz"
+
+
+def test_the_oldest_python_can_install_the_lock() -> None:
+    """Debian 12 has 3.11.2; some releases want 3.11.5."""
+    wanted = {name: metadata(name)["Requires-Python"] for name in LOCK if installed(name)}
+    assert len(wanted) > 100
+    too_new = {n: w for n, w in wanted.items() if w and "3.11.2" not in SpecifierSet(w)}
+    assert not too_new, "other versions of these, in requirements.lock"
+
+
+def installed(name: str) -> bool:
+    """Whether it is here, as locked."""
+    try:
+        return Version(metadata(name)["Version"]).public == LOCK[name].public
+    except PackageNotFoundError:
+        return False
 
 
 def test_named_dependencies_are_direct() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,19 @@ from typing import Any
 import pytest
 import synthetic
 
-from fresnel import autopsy, comparison, driver, figures, figures_study, report, targets, timeline
+from fresnel import (
+    autopsy,
+    comparison,
+    driver,
+    figures,
+    figures_study,
+    limits,
+    report,
+    targets,
+    timeline,
+)
 from fresnel.comparison import BINS, Estimate
+from fresnel.targets import Target
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "04_analyze_negative_results.ipynb"
 
@@ -52,6 +64,42 @@ def test_a_known_study_gets_its_verdicts(runs: dict[str, Any]) -> None:
     table = targets.targets_table(list(by_text.values()))
     assert table.count("3 seeds") == 12 and "chosen as best" in table
     assert targets.detail_table(list(by_text.values())).count("over white, dB") == 6
+
+
+def test_a_missed_target_says_what_an_experiment_found(
+    runs: dict[str, Any], tmp_path: Path
+) -> None:
+    study, reached = comparison.study_runs(runs), list(found(runs).values())
+    # without the benchmarks the study itself says why a bootstrap falls behind
+    alone = limits.table(study, reached, tmp_path)
+    assert alone.count("\n") == 2 and "by decoder-A50, +2.7 to +2.7 dB above" in alone
+    row = {"seeds": 3, "psnr": [3.0, 3.1, 3.2, 3.3]}
+    more = {"seeds": 3, "psnr": [3.5, 3.5, 3.5, 3.5]}
+    best = reached[1].who.partition(" - ")[0]
+    rows = {f"{best}, each alone": row, f"{best}, their mean": more}
+    (tmp_path / "decoder_spread.json").write_text(json.dumps({"128": {"rows": rows}}))
+    text = limits.table(study, reached, tmp_path)
+    assert "+3.5 / +3.5 / +3.5 / +3.5 dB above" in text and "alone +3.0 / +3.1" in text
+    twins = {
+        "twins, each alone": row,
+        "the mean of these 3": {"psnr": [3.01, 3.11, 3.2, 3.3]},
+        "the twin that ships": {"light": [0.9, 0.85], "encoded": [1.0, 1.1]},
+        "true views, blurred by 1 px": {"light": [0.88, 0.88], "encoded": [1.0, 1.0]},
+    }
+    (tmp_path / "twin_limits.json").write_text(json.dumps({"rows": twins}))
+    missed = Target("the best CVS, one step", "twin - decoder render", *_missed())
+    dark = Target("light: 0.9 to 1.1", "twin", *_missed())
+    text = limits.table(study, [missed, dark], tmp_path)
+    assert "the views of 3 gains 0.00 to 0.01 dB" in text and "theirs gains 0.20 to 0.50" in text
+    assert "holds 1.00 to 1.10 of the truth, in linear light 0.85 to 0.90" in text
+    assert "blurred by 1 px hold 1.00 and 0.88" in text
+    (tmp_path / "twin_limits.json").write_text("{")
+    with pytest.raises(ValueError, match=r"twin_limits\.json: no JSON"):
+        limits.table(study, [missed], tmp_path)
+
+
+def _missed() -> tuple[dict[str, dict[str, Estimate]], dict[str, tuple[float, float]]]:
+    return {"": dict.fromkeys(BINS, Estimate(0.0, (0.0,)))}, dict.fromkeys(BINS, (1.0, 2.0))
 
 
 def test_a_target_is_missed_where_one_bin_is(runs: dict[str, Any]) -> None:
