@@ -246,12 +246,11 @@ def rivals(
     if model in CVS_MODELS:
         own = load_decoder("patch" if original else "pixel", device, weights)
         others["decoder render"] = original_decoder(own) if original else decoder.predictor(own)
-    if model in CVS_MODELS and initial_weights == "shipped" and not original:
-        from fresnel import cvs
+        if initial_weights == "shipped" and not original:
+            from fresnel import cvs
 
-        twin = cvs.load_shipped(device, "cvs-twin")
-        shown = decoder.predictor(load_decoder("pixel", device))
-        others["shipped twin"] = cvs.predictor(twin, renderer=shown)
+            twin = cvs.load_shipped(device, "cvs-twin")
+            others["shipped twin"] = cvs.predictor(twin, renderer=renderer("cvs-twin", device))
     return others
 
 

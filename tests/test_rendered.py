@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_cvs import SIZE, disc, generator, views
 
-from fresnel import rendered
+from fresnel import arms, rendered
 from fresnel.cameras import Cameras
 from fresnel.cvs import CVS, CVSConfig, predictor
 from fresnel.cvs_pairs import mirror
@@ -229,3 +229,20 @@ def test_twin_training_sees_both_renders_tinted_and_sampling_asks_for_both() -> 
         assert (batch["cond"][:, at : at + 4] - batch["target"]).abs().max() < 0.02
     fresh = predictor(CVS(net.config), renderer=one_sided)(data.inputs, data.cameras)
     assert (fresh.alpha - 0.5).abs().max() < 0.03, "the mean of a ramp and its mirror image"
+
+
+def test_what_ships_is_a_rival_of_what_started_from_it() -> None:
+    data = views(objects=1, per_object=2)
+
+    def rivals(**changes: object) -> dict[str, Predictor]:
+        options = {"model": "cvs", "original": False, "initial_weights": "shipped"} | changes
+        return arms.rivals(data, device="cpu", **options)
+
+    found = rivals()
+    made, own = (
+        found[name](data.inputs, data.cameras) for name in ("shipped twin", "decoder render")
+    )
+    assert made.rgb.shape == own.rgb.shape == (1, 2, SIZE, SIZE, 3)
+    assert not torch.equal(made.rgb, own.rgb)
+    for changes in ({"initial_weights": ""}, {"original": True}, {"model": "decoder"}):
+        assert "shipped twin" not in rivals(**changes)
