@@ -121,18 +121,14 @@ def main() -> None:
             print(f"{arm}, {way}:", gains[f"{arm}, {way}"], flush=True)
     path = arguments.out / "decoder_spread.json"
     sizes = json.loads(path.read_text()) if path.exists() else {}
-    kept = sizes.get(str(arguments.size), {}).get("rows", {})
-    order = [arm for arm in ARMS if any(name.startswith(f"{arm},") for name in kept | gains)]
-    gains = {
-        name: row
-        for arm in [*order, *(arm for arm in arguments.arms.split(",") if arm not in order)]
-        for name, row in (kept | gains).items()
-        if name.startswith(f"{arm},")
-    }
+    known = sizes.get(str(arguments.size), {}).get("rows", {}) | gains
+    arms = dict.fromkeys([*ARMS, *arguments.arms.split(",")])
     sizes[str(arguments.size)] = {
         "objects": len({evaluate.object_name(name) for name in truth.names}),
         "copy_input": copy,
-        "rows": gains,  # with those of other arms that an earlier call measured
+        "rows": {  # with those of other arms that an earlier call measured
+            name: row for arm in arms for name, row in known.items() if name.startswith(f"{arm},")
+        },
     }
     path.write_text(json.dumps(sizes, indent=1) + "\n")
     (arguments.out / "decoder_spread.md").write_text(table(sizes))

@@ -25,26 +25,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from decoder_spread import mean_of
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
 
 from fresnel import cvs, decoder, evaluate, experiment
 from fresnel.cameras import Cameras
+from fresnel.comparison import BINS
 from fresnel.dataset import InputImages, ViewTensors
-from fresnel.evaluate import AZIMUTH_BINS, Predictor
+from fresnel.evaluate import Predictor
 from fresnel.provenance import git_state
 from fresnel.render import Views
 from fresnel.rendered import mirrored
 
 ROOT = Path(__file__).resolve().parent.parent
-BINS = [name for name, _ in AZIMUTH_BINS]
 WEIGHTS = torch.tensor([0.2126, 0.7152, 0.0722])
 METRICS = ("psnr", "psnr_white", "light", "encoded")
 
@@ -52,22 +51,13 @@ METRICS = ("psnr", "psnr_white", "light", "encoded")
 def blurred(truth: ViewTensors, sigma: float) -> Predictor:
     """The true views themselves under a Gaussian blur of `sigma` pixels, in encoded values."""
     index = {name: k for k, name in enumerate(truth.names)}
-    radius = math.ceil(3 * sigma)
-    x = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-(x**2) / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).view(1, 1, -1, 1)
-
-    def blur(images: Tensor) -> Tensor:
-        flat = images.movedim(-1, -3).flatten(0, -3)[:, None]
-        flat = conv2d(pad(flat, (0, 0, radius, radius)), kernel)
-        flat = conv2d(pad(flat, (radius, radius, 0, 0)), kernel.transpose(2, 3))
-        return flat[:, 0].view(images.movedim(-1, -3).shape).movedim(-3, -1)
 
     def predict(inputs: InputImages, cameras: Cameras) -> Views:
         of = [index[name] for name in inputs.names]
         rgba = torch.cat([truth.rgb[of], truth.alpha[of][..., None]], dim=-1).float() / 255
-        made = blur(rgba)
-        return Views(made[..., :3], made[..., 3:], torch.zeros_like(made[..., 3:]))
+        made = gaussian_filter(rgba.numpy(), (0, 0, sigma, sigma, 0), mode="constant", truncate=3)
+        rgb, alpha = torch.from_numpy(made).split([3, 1], dim=-1)
+        return Views(rgb, alpha, torch.zeros_like(alpha))
 
     return predict
 
@@ -116,9 +106,7 @@ def table(found: dict[str, Any]) -> str:
             " / ".join(f"{row[m][k] - base[m][k]:+.2f}" for m in ("psnr", "psnr_white"))
             for k in range(len(BINS))
         ]
-        rows.append(
-            {"views": name, "seeds": row.get("seeds", 1), **dict(zip(BINS, gains, strict=True))}
-        )
+        rows.append({"views": name, "seeds": row["seeds"], **dict(zip(BINS, gains, strict=True))})
     light = [
         {
             "views": name,

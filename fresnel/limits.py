@@ -77,7 +77,7 @@ def _maker(study: Study) -> str:
             f"by {maker}, {min(gains):+.1f} to {max(gains):+.1f} dB above copying the input, "
             f"{behind:+.2f} dB against true views where it is furthest behind"
         )
-    return f"a bootstrap is as good as the decoder that made it: {'; '.join(parts)}"
+    return f"a bootstrap goes with the decoder that made it: {'; '.join(parts)}"
 
 
 def _agreement(twins: Mapping[str, Any], spread: Mapping[str, Any]) -> str:
@@ -90,15 +90,17 @@ def _agreement(twins: Mapping[str, Any], spread: Mapping[str, Any]) -> str:
         f"trainings of the network on one decoder agree: the mean of the views of "
         f"{alone['seeds']} gains {_range(_gains(together, alone))} dB"
     )
-    decoders = {n.removesuffix(f", {_ALONE}") for n in spread if n.endswith(_ALONE)}
     gains = [
         gain
-        for arm in decoders
-        if f"{arm}, {_MEAN}" in spread
-        for gain in _gains(spread[f"{arm}, {_MEAN}"], spread[f"{arm}, {_ALONE}"])
+        for name, row in spread.items()
+        if name.endswith(_MEAN)
+        for gain in _gains(row, spread[name.removesuffix(_MEAN) + _ALONE])
     ]
     if gains:
-        text += f"; decoders do not: theirs gains {_range(gains)} dB. What is left is in the render"
+        text += (
+            f"; decoders do not: theirs gains {_range(gains)} dB. So what is left lies in the "
+            f"render, or is the same in all trainings of the network"
+        )
     return f"{text} (benchmarks/twin_limits.md)"
 
 
