@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from fresnel._step import Stepper
-from fresnel.cameras import Cameras, orbit
-from fresnel.dataset import InputImages, ViewTensors
-from fresnel.train import TrainConfig
+from fresnel.data.dataset import InputImages, ViewTensors
+from fresnel.scene.cameras import Cameras, orbit
+from fresnel.training.loop import TrainConfig
+from fresnel.training.step import Stepper
 
 # lever -> factor in samples/s that was expected of it, over the line before it
 PREDICTED = {

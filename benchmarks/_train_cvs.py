@@ -14,13 +14,14 @@ import torch
 from _train_bench import PREDICTED, Bench, attempt, config_of, per_step, profiled, scale, synthetic
 from torch.utils.flop_counter import FlopCounterMode
 
-from fresnel import gate, surroundings
-from fresnel._step import Stepper
-from fresnel.cvs import CVS, CVSConfig
-from fresnel.cvs_task import CVSTask
-from fresnel.dataset import ViewTensors
-from fresnel.networks import count_parameters
-from fresnel.train import fit
+from fresnel.data.dataset import ViewTensors
+from fresnel.gate import verdict as gate
+from fresnel.models.cvs import CVS, CVSConfig
+from fresnel.models.unet import count_parameters
+from fresnel.training import host as surroundings
+from fresnel.training.cvs_task import CVSTask
+from fresnel.training.loop import fit
+from fresnel.training.step import Stepper
 
 
 def cvs_task(bench: Bench, size: str, batch: int, views: ViewTensors, **changes: Any) -> CVSTask:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from _train_bench import PREDICTED, Bench, attempt, config_of, per_step, profiled, synthetic
 
-from fresnel import surroundings
-from fresnel._step import Stepper
+from fresnel.training import host as surroundings
+from fresnel.training.step import Stepper
 
 DECODER_TARGET = 3000  # views/s, on one H100
 
 
 def decoder_task(bench: Bench, objects: int, pixels: int, channels: int) -> Any:
-    from fresnel.decoder import DecoderConfig
-    from fresnel.decoder_task import DecoderTask
+    from fresnel.models.decoder import DecoderConfig
+    from fresnel.training.decoder_task import DecoderTask
 
     views = synthetic(64, 8, pixels, bench.device)
     torch.manual_seed(0)

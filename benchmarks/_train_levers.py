@@ -12,12 +12,12 @@ from _train_cvs import cvs_task
 from _train_decoder import decoder_task
 from torch import nn
 
-from fresnel import surroundings
-from fresnel._step import Stepper
-from fresnel.batch_size import find_batch_size
-from fresnel.cvs import CVS, CVSConfig
-from fresnel.cvs_task import CVSTask
-from fresnel.train import OutOfMemory, TrainConfig
+from fresnel.models.cvs import CVS, CVSConfig
+from fresnel.training import host as surroundings
+from fresnel.training.batch_size import find_batch_size
+from fresnel.training.cvs_task import CVSTask
+from fresnel.training.loop import OutOfMemory, TrainConfig
+from fresnel.training.step import Stepper
 
 
 def section_optimizer(bench: Bench) -> None:

@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 
-from fresnel import evaluate, experiment
-from fresnel.cameras import Cameras
-from fresnel.dataset import InputImages
-from fresnel.decoder import Decoder, predictor
-from fresnel.evaluate import AZIMUTH_BINS, Predictor
-from fresnel.provenance import git_state
+from fresnel.data.dataset import InputImages
+from fresnel.evaluation import metrics as evaluate
+from fresnel.evaluation.metrics import AZIMUTH_BINS, Predictor
+from fresnel.host.provenance import git_state
+from fresnel.models.decoder import Decoder, predictor
+from fresnel.models.refine import mirrored
 from fresnel.render import Views
-from fresnel.rendered import mirrored
+from fresnel.scene.cameras import Cameras
+from fresnel.study import protocol as experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("psnr", "psnr_white")

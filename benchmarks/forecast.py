@@ -37,8 +37,9 @@ def make_data(folder: Path, images: int, pixels: int, device: str) -> tuple[Path
 
     from bootstrap import pictures
 
-    from fresnel import bootstrap, gate
-    from fresnel.decoder import load_shipped
+    from fresnel import bootstrap
+    from fresnel.gate import verdict as gate
+    from fresnel.models.decoder import load_shipped
 
     config = replace(bootstrap.CORRECTED, image_size=pixels)
     decoder = load_shipped("pixel", device)
@@ -143,7 +144,7 @@ def main() -> None:
     if arguments.execute:
         execute(arguments.execute[0], json.loads(Path(arguments.execute[1]).read_text()))
         return
-    from fresnel.experiment import pick_device
+    from fresnel.study.protocol import pick_device
 
     device = pick_device(arguments.device)
     name = arguments.name or (

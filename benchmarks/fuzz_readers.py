@@ -41,8 +41,9 @@ def _written(path: Path, data: bytes, read: Callable[[], Any]) -> Any:
 
 def targets(folder: Path) -> dict[str, Callable[[], Target]]:
     """By name: what makes a sound file and the function that reads a mutated one."""
-    from fresnel import dataset, meshes
-    from fresnel.formats import co3d, colmap, nerfstudio, shards
+    from fresnel.data import co3d, colmap, dataset, shards
+    from fresnel.data import transforms as nerfstudio
+    from fresnel.objects import meshes
 
     def transforms() -> Target:
         _pictures(folder)
@@ -138,7 +139,7 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
     def mesh() -> Target:
         import trimesh
 
-        from fresnel._surfaces import surface
+        from fresnel.objects.surface import surface
 
         box = trimesh.creation.box()
         box.visual.face_colors = [200, 90, 30, 255]
@@ -171,9 +172,13 @@ def fuzz(name: str, seconds: int, work: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["fresnel", "trimesh.exchange"]):
-        from fresnel import _surfaces, dataset, meshes  # noqa: F401
-        from fresnel.formats import co3d, colmap, nerfstudio, shards  # noqa: F401
-        from fresnel.images import DatasetError
+        from fresnel.data import (  # noqa: F401
+            co3d,
+            colmap,
+            dataset,
+            shards,
+        )
+        from fresnel.data.images import DatasetError
     (work / "data").mkdir(parents=True)
     (work / "corpus").mkdir()
     sound, read = targets(work / "data")[name]()

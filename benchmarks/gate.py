@@ -31,8 +31,13 @@ import numpy as np
 import torch
 from gate_shapes import HARD, hard_set
 
-from fresnel import bootstrap, dataset, decoder, faults, gate, meshes, record
-from fresnel.dataset import MultiViewDataset, ObjectViews
+from fresnel import bootstrap, faults
+from fresnel.data import dataset
+from fresnel.data.dataset import MultiViewDataset, ObjectViews
+from fresnel.gate import verdict as gate
+from fresnel.models import decoder
+from fresnel.objects import meshes
+from fresnel.report import record
 
 SCENES: tuple[faults.Scene, ...] = ("black", "white", "photo")
 RECORDS = 10

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fresnel import faults, figures, gate, sheet
-from fresnel.evaluate import format_rows
-from fresnel.record import Recorder, write_atomic
+from fresnel import faults
+from fresnel.evaluation.metrics import format_rows
+from fresnel.gate import verdict as gate
+from fresnel.report import sheet
+from fresnel.report.record import Recorder, write_atomic
+from fresnel.show import style as figures
 
 STRENGTHS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 RECALL, ALARMS, CAUSE = 0.99, 0.01, 0.95

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fresnel import epipolar, faults
-from fresnel.cameras import Cameras, orbit
-from fresnel.dataset import ObjectViews
-from fresnel.findings import GateConfig
+from fresnel import faults
+from fresnel.data.dataset import ObjectViews
+from fresnel.gate import epipolar
+from fresnel.gate.findings import GateConfig
+from fresnel.scene.cameras import Cameras, orbit
 
 TEXTURES = ("blotches", "smooth", "bricks", "photographs")
 FOCALS, STEPS_DEG = (0.6, 0.9, 1.8), (3.0, 8.0, 15.0, 25.0)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 import trimesh
 
-from fresnel import faults, meshes
-from fresnel.cameras import orbit
-from fresnel.dataset import ObjectViews
+from fresnel import faults
+from fresnel.data.dataset import ObjectViews
+from fresnel.objects import meshes
+from fresnel.scene.cameras import orbit
 
 HARD = ("dark on black", "white on white", "thin", "symmetric", "single-coloured")
 _SIZE = 64

@@ -47,7 +47,10 @@ def measure(path: str | Path) -> dict[str, Any]:
 
 def make(work: Path, source: str | None, samples: int) -> list[Path]:
     """The three sets, rendered unless they are there."""
-    from fresnel import bootstrap, decoder, experiment, meshes
+    from fresnel import bootstrap
+    from fresnel.models import decoder
+    from fresnel.objects import meshes
+    from fresnel.study import protocol as experiment
 
     assets = meshes.zip_assets(source) if source else meshes.embedded_assets()
     made = []
@@ -72,7 +75,7 @@ def make(work: Path, source: str | None, samples: int) -> list[Path]:
 def _take(data: Any, path: Path, count: int) -> None:
     import shutil
 
-    from fresnel import dataset
+    from fresnel.data import dataset
 
     if len(data) == count:
         data.path.rename(path)
@@ -98,7 +101,7 @@ def main() -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             paths = pool.submit(make, arguments.work, arguments.zip, arguments.samples).result()
     rows = [measure(path) for path in paths]
-    from fresnel.evaluate import format_rows
+    from fresnel.evaluation.metrics import format_rows
 
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} cores, load {os.getloadavg()[0]:.1f}\n\n{format_rows(rows)}")

@@ -17,7 +17,7 @@ import json
 import zipfile
 from pathlib import Path
 
-from fresnel import meshes
+from fresnel.objects import meshes
 
 ASSETS = Path(__file__).resolve().parents[1] / "fresnel" / "assets"
 MAX_BYTES = 3_000_000

@@ -28,15 +28,20 @@ from typing import Any
 
 import torch
 
-from fresnel import arms, dataset, decoder, evaluate, studies, surroundings
-from fresnel._step import Stepper
-from fresnel.dataset import ViewTensors
-from fresnel.decoder import Decoder, DecoderConfig
-from fresnel.decoder_task import DecoderTask
-from fresnel.evaluate import AZIMUTH_BINS, Predictor
-from fresnel.locks import lock_if_free
-from fresnel.planning import full_config
-from fresnel.provenance import git_state
+from fresnel.data import dataset
+from fresnel.data.dataset import ViewTensors
+from fresnel.evaluation import metrics as evaluate
+from fresnel.evaluation.metrics import AZIMUTH_BINS, Predictor
+from fresnel.host.locks import lock_if_free
+from fresnel.host.provenance import git_state
+from fresnel.models import decoder
+from fresnel.models.decoder import Decoder, DecoderConfig
+from fresnel.study import arms
+from fresnel.study import splits as studies
+from fresnel.training import host as surroundings
+from fresnel.training.decoder_task import DecoderTask
+from fresnel.training.forecast import full_config
+from fresnel.training.step import Stepper
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("psnr", "psnr_white", "luminance_ratio", "coverage_ratio")

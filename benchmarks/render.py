@@ -22,10 +22,10 @@ import numba
 import numpy as np
 import torch
 
-from fresnel.cameras import Cameras, orbit
-from fresnel.gaussians import Gaussians
 from fresnel.render import Views, cpu, reference, render
-from fresnel.render._simd import fma, load, store
+from fresnel.render.kernels.simd import fma, load, store
+from fresnel.scene.cameras import Cameras, orbit
+from fresnel.scene.gaussians import Gaussians
 
 SIZES = [(n, size) for n in (1_000, 10_000, 100_000) for size in (128, 256, 512)]
 TARGETS = {(1_000, 128): (0.25, 0.7), (10_000, 256): (2, 5), (100_000, 256): (10, 22)}

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from render import SIZES, leaves, scene, view
 
-from fresnel.cameras import Cameras
-from fresnel.gaussians import Gaussians
 from fresnel.render import Views, render
+from fresnel.scene.cameras import Cameras
+from fresnel.scene.gaussians import Gaussians
 
 DENSE_LIMIT = 3e8  # pixels x Gaussians that the reference gets, float64, on the GPU
 NUDGED = "itself + 1 ulp"

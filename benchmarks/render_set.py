@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fresnel import furniture, meshes
+from fresnel.objects import furniture, meshes
 
 
 def _assets(arguments: argparse.Namespace) -> list[meshes.Asset]:

@@ -37,14 +37,14 @@ def one_round(
     sys.path.insert(0, source)
     import torch
 
-    from fresnel import cvs
+    from fresnel.models import cvs
 
     try:
-        from fresnel.cvs_task import CVSTask
+        from fresnel.training.cvs_task import CVSTask
     except ImportError:  # one file, then
-        from fresnel.cvs import CVSTask  # type: ignore[attr-defined, no-redef]
-    from fresnel.cameras import Cameras, orbit
-    from fresnel.dataset import InputImages, ViewTensors
+        from fresnel.models.cvs import CVSTask  # type: ignore[attr-defined, no-redef]
+    from fresnel.data.dataset import InputImages, ViewTensors
+    from fresnel.scene.cameras import Cameras, orbit
 
     torch.set_num_threads(threads)
     m, v = 32, 8
@@ -68,7 +68,7 @@ def one_round(
     task: Any = CVSTask(cvs.CVS(config), views, batch_size=BATCH)
     model = task.model
     try:
-        from fresnel.surroundings import reuse_memory
+        from fresnel.training.host import reuse_memory
 
         reuse_memory()
     except ImportError:  # the first version knew of none

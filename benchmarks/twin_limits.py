@@ -34,14 +34,16 @@ from decoder_spread import mean_of
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from fresnel import cvs, decoder, evaluate, experiment
-from fresnel.cameras import Cameras
-from fresnel.comparison import BINS
-from fresnel.dataset import InputImages, ViewTensors
-from fresnel.evaluate import Predictor
-from fresnel.provenance import git_state
+from fresnel.analysis.comparison import BINS
+from fresnel.data.dataset import InputImages, ViewTensors
+from fresnel.evaluation import metrics as evaluate
+from fresnel.evaluation.metrics import Predictor
+from fresnel.host.provenance import git_state
+from fresnel.models import cvs, decoder
+from fresnel.models.refine import mirrored
 from fresnel.render import Views
-from fresnel.rendered import mirrored
+from fresnel.scene.cameras import Cameras
+from fresnel.study import protocol as experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = torch.tensor([0.2126, 0.7152, 0.0722])

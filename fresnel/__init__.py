@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fresnel.cameras import Cameras, look_at, orbit
-    from fresnel.gaussians import Gaussians
+    from fresnel.scene.cameras import Cameras, look_at, orbit
+    from fresnel.scene.gaussians import Gaussians
 
 try:
     __version__ = version("fresnel")
@@ -26,15 +26,15 @@ except PackageNotFoundError:  # imported from a checkout that was not installed
 __all__ = ["Cameras", "Gaussians", "__version__", "look_at", "orbit"]
 
 if os.environ.get("FRESNEL_TRACE"):  # the runner asks the kernel, and the kernel its workers
-    from fresnel._touched import trace_files
+    from fresnel.report.touched import trace_files
 
     trace_files(os.environ["FRESNEL_TRACE"])
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for: torch takes seconds, and a report that is at hand needs none."""
-    modules = {"Cameras": "cameras", "look_at": "cameras", "orbit": "cameras"}
-    modules |= {"Gaussians": "gaussians"}
+    modules = {"Cameras": "scene.cameras", "look_at": "scene.cameras", "orbit": "scene.cameras"}
+    modules |= {"Gaussians": "scene.gaussians"}
     if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"fresnel.{modules[name]}"), name)

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped by the user. One notebook's run has more: `report.EXIT_STATUS`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["furniture"]:  # it has a parser of its own
-        from fresnel import furniture
+        from fresnel.objects import furniture
 
         return furniture.main(argv[1:])
     arguments = _parser().parse_args(argv)
@@ -151,8 +151,9 @@ def _run(arguments: argparse.Namespace) -> int:
     # jsonschema, which nbformat imports, builds a grammar of web addresses for a second where it
     # finds this; no notebook's schema has any, and an unchanged report is to be there by then
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
-    from fresnel import profiles, report
-    from fresnel.provenance import project_root
+    from fresnel.host.provenance import project_root
+    from fresnel.report import run as report
+    from fresnel.study import profiles
 
     if arguments.notebook:
         if arguments.profile or arguments.only or arguments.list:
@@ -199,8 +200,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
-    from fresnel.parameters import ParameterError, find_parameter, read_parameters
-    from fresnel.profiles import read_yaml
+    from fresnel.report.params import ParameterError, find_parameter, read_parameters
+    from fresnel.study.profiles import read_yaml
 
     known = read_parameters(arguments.notebook)
     params: dict[str, Any] = {}
@@ -215,7 +216,8 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from fresnel import dataset, gate
+    from fresnel.data import dataset
+    from fresnel.gate import verdict as gate
 
     try:
         return _gated(arguments, dataset, gate)
@@ -233,7 +235,7 @@ def _gated(arguments: argparse.Namespace, dataset: Any, gate: Any) -> int:
     if arguments.receipt:
         gate.issue_receipt(data, verdict)
     if arguments.html:
-        from fresnel import gate_page
+        from fresnel.report import gate_page
 
         print(gate_page.write(arguments.html, data, verdict), file=sys.stderr)
     if arguments.json:
@@ -254,7 +256,8 @@ def _gated(arguments: argparse.Namespace, dataset: Any, gate: Any) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from fresnel import driver, report
+    from fresnel.report import run as report
+    from fresnel.study import runner as driver
 
     steps = driver.load(arguments.study, runs=arguments.runs)
     values = dict(text.partition("=")[::2] for text in arguments.set)
@@ -278,7 +281,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _views(arguments: argparse.Namespace) -> int:
-    from fresnel import sampling
+    from fresnel import views as sampling
 
     made = sampling.write_views(
         arguments.picture,
@@ -302,7 +305,7 @@ def _views(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from fresnel import report
+    from fresnel.report import run as report
 
     problems = report.rebuild(arguments.reports) if arguments.rebuild else []
     print(report.index(arguments.reports))
@@ -312,7 +315,7 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _html(arguments: argparse.Namespace) -> int:
-    from fresnel import pages
+    from fresnel.report import page as pages
 
     for executed in arguments.executed:
         print(pages.to_html(executed, Path(executed).parent / "report.html"))
@@ -320,7 +323,7 @@ def _html(arguments: argparse.Namespace) -> int:
 
 
 def _detect() -> str:
-    from fresnel.provenance import accelerators
+    from fresnel.host.provenance import accelerators
 
     if sys.platform == "linux" and not accelerators():
         return "cpu"  # without the seconds that torch takes to say so

@@ -18,12 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fresnel import _writing, dataset
-from fresnel.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
-from fresnel.dataset import InputImages, MultiViewDataset, ObjectViews
-from fresnel.decoder import Decoder, prune, render_small
-from fresnel.gaussians import Gaussians
+from fresnel.data import dataset
+from fresnel.data import writing as _writing
+from fresnel.data.dataset import InputImages, MultiViewDataset, ObjectViews
+from fresnel.models.decoder import Decoder, prune, render_small
 from fresnel.render import Views
+from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
+from fresnel.scene.gaussians import Gaussians
 
 _ORIGIN = (0.0, 0.0, 0.0)
 _ORIGINAL_RADIUS = 2.0

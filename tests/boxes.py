@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fresnel.cameras import Cameras, orbit
-from fresnel.dataset import ObjectViews
+from fresnel.data.dataset import ObjectViews
+from fresnel.scene.cameras import Cameras, orbit
 
 
 def cast(

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fresnel import evaluate, evidence, record
-from fresnel.evaluate import AZIMUTH_BINS
+from fresnel.evaluation import metrics as evaluate
+from fresnel.evaluation.metrics import AZIMUTH_BINS
+from fresnel.report import record
+from fresnel.show import rows as evidence
 
 BINS = [name for name, _ in AZIMUTH_BINS]
 LEVELS = {

@@ -12,11 +12,13 @@ import pytest
 import torch
 from boxes import views_of
 
-from fresnel import attribution as at
-from fresnel import dataset, figures, figures_study
-from fresnel.cameras import Cameras
-from fresnel.dataset import MultiViewDataset
-from fresnel.decoder import Decoder, DecoderConfig
+from fresnel.analysis import attribution as at
+from fresnel.data import dataset
+from fresnel.data.dataset import MultiViewDataset
+from fresnel.models.decoder import Decoder, DecoderConfig
+from fresnel.scene.cameras import Cameras
+from fresnel.show import charts as figures_study
+from fresnel.show import style as figures
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from fresnel import autopsy, comparison, evaluate
+from fresnel.analysis import claims as autopsy
+from fresnel.analysis import comparison
+from fresnel.evaluation import metrics as evaluate
 
 BINS = [name for name, _ in evaluate.AZIMUTH_BINS]
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fresnel import batch_size, surroundings
-from fresnel.batch_size import find_batch_size
-from fresnel.train import OutOfMemory, TrainConfig
+from fresnel.training import batch_size
+from fresnel.training import host as surroundings
+from fresnel.training.batch_size import find_batch_size
+from fresnel.training.loop import OutOfMemory, TrainConfig
 
 FIXED, PER_SAMPLE = 1000, 100
 

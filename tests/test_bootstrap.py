@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fresnel import dataset
 from fresnel.bootstrap import (
     CORRECTED,
     ORIGINAL,
@@ -18,12 +17,13 @@ from fresnel.bootstrap import (
     original_input_viewmat,
     place,
 )
-from fresnel.cameras import orbit, relative_azimuth_deg
-from fresnel.dataset import InputImages
-from fresnel.decoder import Decoder, DecoderConfig, centroid
-from fresnel.gaussians import Gaussians
-from fresnel.patches import original_parametrisation
+from fresnel.data import dataset
+from fresnel.data.dataset import InputImages
+from fresnel.models.decoder import Decoder, DecoderConfig, centroid
+from fresnel.models.patch_decoder import original_parametrisation
 from fresnel.render import render
+from fresnel.scene.cameras import orbit, relative_azimuth_deg
+from fresnel.scene.gaussians import Gaussians
 
 PIXEL = DecoderConfig(
     image_size=32, base_channels=8, channel_multipliers=(1, 2), attention_levels=(), patch=2

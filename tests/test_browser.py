@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fresnel import report
-from fresnel.record import RunRecord, Stage
+from fresnel.report import run as report
+from fresnel.report.record import RunRecord, Stage
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -42,9 +42,10 @@ TOLD = """(figures) => figures.map((figure) => [...figure.querySelectorAll("img,
 PARAMETERS = 'image_size = 64  # pixels\nseed = 0  # of the poses\noutput_dir = ""\n'
 SHOW = """\
 import torch
-from fresnel import exhibits, figures, record
-from fresnel.cameras import orbit
-from fresnel.gaussians import Gaussians
+from fresnel.show import widgets as exhibits, style as figures
+from fresnel.report import record
+from fresnel.scene.cameras import orbit
+from fresnel.scene.gaussians import Gaussians
 run = record.start("tiny", dict(seed=seed), output_dir)
 torch.manual_seed(seed)
 means, ones = 0.2 * torch.randn(500, 3), torch.ones(500)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fresnel.cameras import (
+from fresnel.scene.cameras import (
     Cameras,
     gravity_frame,
     intrinsics,

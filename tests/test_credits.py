@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from boxes import views_of
 
-from fresnel import credits, dataset, furniture
-from fresnel.record import start
+from fresnel.data import dataset
+from fresnel.objects import furniture
+from fresnel.report.record import start
+from fresnel.show import credits
 
 
 def furniture_entry(licence: str) -> dict:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fresnel import arms
-from fresnel.cameras import Cameras, orbit
-from fresnel.cvs import (
+from fresnel.data.dataset import InputImages, ViewTensors
+from fresnel.models.cvs import (
     CONDITION_CHANNELS,
     CVS,
     CVSConfig,
@@ -23,8 +22,11 @@ from fresnel.cvs import (
     sample,
     sampling_sigmas,
 )
-from fresnel.cvs_pairs import mirror
-from fresnel.cvs_task import (
+from fresnel.models.pairs import mirror
+from fresnel.models.unet import count_parameters
+from fresnel.scene.cameras import Cameras, orbit
+from fresnel.study import arms
+from fresnel.training.cvs_task import (
     CVSTask,
     consistency_loss,
     ect_earlier,
@@ -34,8 +36,6 @@ from fresnel.cvs_task import (
     original_loss,
     pixel_weights,
 )
-from fresnel.dataset import InputImages, ViewTensors
-from fresnel.networks import count_parameters
 
 SIZE = 16
 

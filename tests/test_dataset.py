@@ -17,9 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fresnel import _layouts, _reading, _writing, dataset, orbit
-from fresnel.cameras import Cameras
-from fresnel.dataset import DatasetChanged, DatasetError, ObjectViews
+from fresnel import orbit
+from fresnel.data import dataset
+from fresnel.data import layout as _layouts
+from fresnel.data import reading as _reading
+from fresnel.data import writing as _writing
+from fresnel.data.dataset import DatasetChanged, DatasetError, ObjectViews
+from fresnel.scene.cameras import Cameras
 
 SIZE, VIEWS = 16, 3
 
@@ -305,7 +309,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fresnel._writing.write_object", full)
+    monkeypatch.setattr("fresnel.data.writing.write_object", full)
     with pytest.raises(DatasetError, match=r"disk is full.*Nothing was kept"):
         dataset.write(tmp_path / "set", [make_object(0)], meta={})
     assert leftovers(tmp_path) == []

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fresnel.cameras import Cameras, gravity_frame, orbit
-from fresnel.dataset import InputImages, ViewTensors
-from fresnel.decoder import (
+from fresnel.data.dataset import InputImages, ViewTensors
+from fresnel.models.decoder import (
     Decoder,
     DecoderConfig,
     load_shipped,
@@ -18,17 +17,18 @@ from fresnel.decoder import (
     prune,
     render_small,
 )
-from fresnel.decoder_task import DecoderTask, LossWeights, multiview_loss, similarity
-from fresnel.gaussians import Gaussians
-from fresnel.networks import count_parameters
-from fresnel.patches import (
+from fresnel.models.patch_decoder import (
     DinoEncoder,
     EncoderUnavailable,
     normalised_depth,
     original_parametrisation,
     rotation_6d,
 )
+from fresnel.models.unet import count_parameters
 from fresnel.render import render
+from fresnel.scene.cameras import Cameras, gravity_frame, orbit
+from fresnel.scene.gaussians import Gaussians
+from fresnel.training.decoder_task import DecoderTask, LossWeights, multiview_loss, similarity
 
 TINY = DecoderConfig(
     image_size=32, base_channels=8, channel_multipliers=(1, 2), attention_levels=(), patch=2
@@ -463,7 +463,7 @@ def test_task_refuses_what_it_cannot_train_on():
 
 
 def test_training_similarity_is_torchmetrics_ssim():
-    from fresnel.evaluate import ssim
+    from fresnel.evaluation.metrics import ssim
 
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(3, 2, 24, 30, 3, generator=generator, dtype=torch.float64)

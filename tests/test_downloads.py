@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fresnel import dataset, downloads, meshes
-from fresnel.dataset import DatasetError
+from fresnel.data import dataset
+from fresnel.data.dataset import DatasetError
+from fresnel.objects import downloads, meshes
 
-ASSETS = Path(dataset.__file__).parent / "assets"
+ASSETS = Path(dataset.__file__).parents[1] / "assets"
 
 
 def test_objaverse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fresnel import driver, report
 from fresnel.__main__ import main
-from fresnel.profiles import ProfileError, Step
-from fresnel.report import Run
+from fresnel.report import run as report
+from fresnel.report.run import Run
+from fresnel.study import runner as driver
+from fresnel.study.profiles import ProfileError, Step
 
 SHIPPED = Path(__file__).parent.parent / "notebooks" / "params" / "study.yaml"
 STUDY = """

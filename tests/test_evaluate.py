@@ -9,10 +9,10 @@ import pytest
 import torch
 from boxes import views_of
 
-from fresnel import evaluate as ev
-from fresnel.cameras import Cameras
-from fresnel.dataset import InputImages, ViewTensors
+from fresnel.data.dataset import InputImages, ViewTensors
+from fresnel.evaluation import metrics as ev
 from fresnel.render import Views
+from fresnel.scene.cameras import Cameras
 
 
 def tensors(count: int = 3, views: int = 4, size: int = 16) -> ViewTensors:

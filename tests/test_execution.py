@@ -14,9 +14,21 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fresnel import execution, pages, plainpage, profiles, report
 from fresnel.__main__ import main
-from fresnel.record import RunRecord
+from fresnel.report import (
+    engine as execution,
+)
+from fresnel.report import (
+    page as pages,
+)
+from fresnel.report import (
+    plain_page as plainpage,
+)
+from fresnel.report import (
+    run as report,
+)
+from fresnel.report.record import RunRecord
+from fresnel.study import profiles
 
 ROOT = Path(__file__).resolve().parent.parent
 Maker = Callable[..., Path]
@@ -227,7 +239,9 @@ import os, signal
 import torch
 from pathlib import Path
 from types import SimpleNamespace
-from fresnel import experiment, gate, train
+from fresnel.study import protocol as experiment
+from fresnel.gate import verdict as gate
+from fresnel.training import loop as train
 
 class Line:
     name, batch_size = "line", 2

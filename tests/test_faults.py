@@ -9,9 +9,12 @@ import pytest
 import torch
 from boxes import Memory, views_of
 
-from fresnel import dataset, faults, faults_poses, gate
-from fresnel.dataset import ObjectViews
-from fresnel.evaluate import luminance
+from fresnel import faults
+from fresnel.data import dataset
+from fresnel.data.dataset import ObjectViews
+from fresnel.evaluation.metrics import luminance
+from fresnel.faults import poses as faults_poses
+from fresnel.gate import verdict as gate
 
 BACKGROUNDS = (0.0, 1.0)
 

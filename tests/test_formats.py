@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fresnel import dataset, meshes
-from fresnel.dataset import DatasetError, ObjectViews
-from fresnel.formats import capture as captured
+from fresnel.data import captures as captured
+from fresnel.data import dataset
+from fresnel.data.dataset import DatasetError, ObjectViews
+from fresnel.objects import meshes
 
 SIZE, VIEWS = 48, 6
 POINTS = np.random.default_rng(0).uniform(-0.4, 0.4, (40, 3))
@@ -519,7 +520,7 @@ def test_a_folder_of_captures_is_a_set_of_objects(truth, tmp_path):
 
 def test_a_folder_of_datasets_is_one_set(truth, tmp_path):
     written = dataset.write(tmp_path / "all/one", [truth], meta={"k": 1})
-    from fresnel import meshes as m
+    from fresnel.objects import meshes as m
 
     asset = m.embedded_assets("train")[1]
     m.render_set([asset], tmp_path / "all/two", views=VIEWS, image_size=SIZE // 2, samples=1)
@@ -593,6 +594,6 @@ def test_upright_turns_the_mean_up_direction_to_y():
 
 
 def test_nothing_heavy_is_imported_with_the_library():
-    code = "import fresnel.dataset, sys; print({'pycolmap', 'trimesh'} & set(sys.modules))"
+    code = "import fresnel.data.dataset, sys; print({'pycolmap', 'trimesh'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fresnel import dataset, furniture, meshes
-from fresnel.dataset import DatasetError
+from fresnel.data import dataset
+from fresnel.data.dataset import DatasetError
+from fresnel.objects import furniture, meshes
 
 OBJ = (
     "mtllib a.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 {h} 0\nv 0 0 1\n"

@@ -24,10 +24,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fresnel import dataset, meshes
-from fresnel._surfaces import surface
-from fresnel.dataset import DatasetError
-from fresnel.formats import captures, co3d, colmap, nerfstudio
+from fresnel.data import co3d, colmap, dataset
+from fresnel.data import transforms as nerfstudio
+from fresnel.data.dataset import DatasetError
+from fresnel.data.formats import captures
+from fresnel.objects import meshes
+from fresnel.objects.surface import surface
 
 COUNT = int(os.environ.get("FRESNEL_FUZZ", "40"))
 fuzz = settings(
@@ -474,6 +476,6 @@ def test_a_hundred_thousand_views_are_refused(photos):
     with pytest.raises(DatasetError, match="100000 frames, the limit is 50000"):
         dataset.open(photos)
     with pytest.raises(DatasetError, match="doesn't fit"):
-        from fresnel.formats import capture
+        from fresnel.data import captures as capture
 
         capture.common_side(photos, [64], 40_000)

@@ -11,9 +11,11 @@ import pytest
 import torch
 from boxes import Memory, views_of
 
-from fresnel import dataset, faults, gate
-from fresnel.cameras import orbit
-from fresnel.dataset import DatasetError, MultiViewDataset, ObjectViews
+from fresnel import faults
+from fresnel.data import dataset
+from fresnel.data.dataset import DatasetError, MultiViewDataset, ObjectViews
+from fresnel.gate import verdict as gate
+from fresnel.scene.cameras import orbit
 
 
 def original(index: int, **kwargs: Any) -> ObjectViews:
@@ -59,7 +61,7 @@ def test_the_pivot_is_found_without_depth_too() -> None:
 
 def test_the_original_geometry_rendered_from_a_mesh() -> None:
     trimesh = pytest.importorskip("trimesh")
-    from fresnel import meshes
+    from fresnel.objects import meshes
 
     records = []
     for i in range(4):

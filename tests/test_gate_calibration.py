@@ -14,7 +14,8 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import gate as calibration
 import gate_report
 
-from fresnel import faults, record
+from fresnel import faults
+from fresnel.report import record
 
 
 def row(fault: str, strength: float, codes: list[str], **more: Any) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def test_the_report_is_a_run_that_the_index_finds(tmp_path: Path) -> None:
     assert "<b>100%</b>" in page.read_text() and "Where it goes blind" in page.read_text()
     assert record.RunRecord.read(tmp_path / "gate").verdict == "PASS"
     assert json.loads((tmp_path / "gate" / "gate.json").read_text())["recall"]["share"] == 1.0
-    from fresnel.pages import index
+    from fresnel.report.page import index
 
     assert "gate/report.html" in index(tmp_path).read_text()
 

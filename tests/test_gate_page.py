@@ -9,9 +9,12 @@ import pytest
 from boxes import views_of
 
 from fresnel import __main__ as command
-from fresnel import dataset, faults, gate, gate_page
-from fresnel._html import external_requests
-from fresnel.dataset import MultiViewDataset
+from fresnel import faults
+from fresnel.data import dataset
+from fresnel.data.dataset import MultiViewDataset
+from fresnel.gate import verdict as gate
+from fresnel.report import gate_page
+from fresnel.report.html import external_requests
 
 
 @pytest.fixture(scope="module")

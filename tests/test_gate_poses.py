@@ -11,10 +11,16 @@ import pytest
 import torch
 from boxes import Memory, views_of
 
-from fresnel import bootstrap, dataset, decoder, faults, gate, mend, meshes, repair
-from fresnel.consistency import coherence, principal_shift, rig_of
-from fresnel.diagnosis import diagnose
-from fresnel.findings import GateConfig, binomial_tail, sequential
+from fresnel import bootstrap, faults
+from fresnel.data import dataset
+from fresnel.gate import fix as repair
+from fresnel.gate import mend
+from fresnel.gate import verdict as gate
+from fresnel.gate.explain import diagnose
+from fresnel.gate.findings import GateConfig, binomial_tail, sequential
+from fresnel.gate.geometry import coherence, principal_shift, rig_of
+from fresnel.models import decoder
+from fresnel.objects import meshes
 
 
 def rigs(records: list[Any]) -> list[Any]:
@@ -129,7 +135,7 @@ def test_other_backgrounds_are_no_fault(scene: Any) -> None:
 
 def test_opaque_photographs_are_judged_by_their_features() -> None:
     pytest.importorskip("skimage")
-    from fresnel.epipolar import misfit
+    from fresnel.gate.epipolar import misfit
 
     record = textured_room()
     assert misfit(record) < 1.0
@@ -142,7 +148,7 @@ def test_opaque_photographs_are_judged_by_their_features() -> None:
 
 def textured_room(size: int = 128, views: int = 6) -> Any:
     """Cameras close together in a room whose walls carry blotches: opaque all over."""
-    from fresnel.cameras import orbit
+    from fresnel.scene.cameras import orbit
 
     optics: dict[str, Any] = {"focal_px": 0.9 * size, "width": size, "height": size}
     cameras = orbit(torch.arange(views) * 12.0, 10.0, 1.5, pivot=(0.0, 0.0, 0.0), **optics)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fresnel.gaussians import Gaussians, quaternion_from_rotation, quaternion_product
+from fresnel.scene.gaussians import Gaussians, quaternion_from_rotation, quaternion_product
 
 
 def random_gaussians(n=50, batch=(), seed=0, sh=None):

@@ -17,16 +17,13 @@ import torch
 import trimesh
 from PIL import Image
 
-from fresnel import _trace, dataset, look_at, meshes, orbit
-from fresnel._objects import linear_factors
-from fresnel._surfaces import (
-    AMBIENT,
-    LIGHTS,
-    linear_to_srgb,
-    srgb_to_linear,
-    surface,
-)
-from fresnel.dataset import DatasetError
+from fresnel import look_at, orbit
+from fresnel.data import dataset
+from fresnel.data.dataset import DatasetError
+from fresnel.objects import meshes
+from fresnel.objects import trace as _trace
+from fresnel.objects.assets import linear_factors
+from fresnel.objects.surface import AMBIENT, LIGHTS, linear_to_srgb, srgb_to_linear, surface
 
 PBR = trimesh.visual.material.PBRMaterial
 
@@ -144,7 +141,7 @@ def test_many_views_equal_one_by_one_and_chunks_do_not_show(monkeypatch):
         alone = meshes.render(box, cameras[k : k + 1])
         assert torch.equal(together.rgb[k], alone.rgb[0])
         assert torch.equal(together.depth[k], alone.depth[0])
-    monkeypatch.setattr("fresnel._trace._RAYS_AT_ONCE", 100)
+    monkeypatch.setattr("fresnel.objects.trace._RAYS_AT_ONCE", 100)
     assert torch.equal(meshes.render(box, cameras).rgb, together.rgb)
 
 
@@ -289,7 +286,7 @@ def test_meshes_without_substance_are_refused():
 
 
 def test_the_embedded_objects_are_what_their_list_says():
-    folder = Path(meshes.__file__).parent / "assets"
+    folder = Path(meshes.__file__).parents[1] / "assets"
     entries = json.loads((folder / "objects.json").read_text())
     assert {entry["file"] for entry in entries} == {path.name for path in folder.glob("*.glb")}
     for entry in entries:
@@ -444,7 +441,7 @@ def test_worker_processes_change_nothing(tmp_path):
 
 KILLED = """
 import os, sys
-from fresnel import meshes
+from fresnel.objects import meshes
 if __name__ == "__main__":
     write, count = meshes.write_object, int(sys.argv[2])
     def dying(root, index, views):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fresnel.networks import (
+from fresnel.models.unet import (
     FourierEmbedding,
     GroupNorm,
     SelfAttention,

@@ -7,9 +7,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fresnel import planning, profiles, report
-from fresnel.parameters import check_parameters, read_parameters
-from fresnel.record import RunRecord
+from fresnel.report import run as report
+from fresnel.report.params import check_parameters, read_parameters
+from fresnel.report.record import RunRecord
+from fresnel.study import profiles
+from fresnel.training import forecast as planning
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -126,7 +128,7 @@ def test_smoke_then_full_then_analysis(original, corrected, reports):
     path = story.metrics["attribution"]["light"]["factors"]["path"]
     assert path["share"] > 0.5, "the camera path explains most of the darkness"
     page = (directory / "report.html").read_text()
-    for text in ("pivot_offset", "@software", "stops it after", "fresnel.gate.validate"):
+    for text in ("pivot_offset", "@software", "stops it after", "fresnel.gate.verdict.validate"):
         assert text in page
 
 

@@ -87,7 +87,7 @@ def test_every_data_file_is_in_the_package() -> None:
     package = ROOT / "fresnel"
     files = [
         path.relative_to(package).as_posix()
-        for folder in ("assets", "schema", "templates")
+        for folder in ("assets", "report/schema", "report/templates")
         for path in (package / folder).rglob("*")
         if path.is_file()
     ]

@@ -17,10 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fresnel import _html, exhibits, figures, overview, pages
-from fresnel.cameras import orbit
-from fresnel.gaussians import Gaussians
-from fresnel.record import RunRecord
+from fresnel.report import html as _html
+from fresnel.report import index as overview
+from fresnel.report import page as pages
+from fresnel.report.record import RunRecord
+from fresnel.scene.cameras import orbit
+from fresnel.scene.gaussians import Gaussians
+from fresnel.show import style as figures
+from fresnel.show import widgets as exhibits
 
 Shown = list[tuple[dict[str, Any], dict[str, Any]]]
 

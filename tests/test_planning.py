@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fresnel import planning
-from fresnel.record import Stage
-from fresnel.train import TrainConfig
+from fresnel.report.record import Stage
+from fresnel.training import forecast as planning
+from fresnel.training.loop import TrainConfig
 
 
 def history(*rates: float, every: int = 5) -> list[dict[str, float]]:

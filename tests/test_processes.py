@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fresnel import _processes, dataset
-from fresnel._processes import Crew
-from fresnel.images import DatasetError
+from fresnel.data import dataset
+from fresnel.data.images import DatasetError
+from fresnel.host import processes as _processes
+from fresnel.host.processes import Crew
 
 
 def sizes(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
@@ -135,7 +136,7 @@ def _gone(pids: list[int]) -> bool:
 # No guard: the workers must not run the script again.
 SCRIPT = """\
 import os, signal, sys, time
-from fresnel._processes import Crew, lend, prepare
+from fresnel.host.processes import Crew, lend, prepare
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 if "kept" in sys.argv:
     prepare(2)

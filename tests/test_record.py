@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fresnel import ledger, meters, provenance, record
-from fresnel.record import RecordError, RunRecord
+from fresnel.host import meters, provenance
+from fresnel.report import ledger, record
+from fresnel.report.record import RecordError, RunRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 

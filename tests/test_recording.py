@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_cvs import views
 
-from fresnel import arms
-from fresnel._recording import Recorded, Recorder, put_together, taken_apart
-from fresnel._step import Stepper
-from fresnel.cameras import Cameras, orbit
-from fresnel.train import TrainConfig
+from fresnel.scene.cameras import Cameras, orbit
+from fresnel.study import arms
+from fresnel.training.cuda_graphs import Recorded, Recorder, put_together, taken_apart
+from fresnel.training.loop import TrainConfig
+from fresnel.training.step import Stepper
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 

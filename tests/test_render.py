@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fresnel.cameras import Cameras, look_at, orbit
-from fresnel.gaussians import Gaussians
 from fresnel.render import Views, reference, render
+from fresnel.scene.cameras import Cameras, look_at, orbit
+from fresnel.scene.gaussians import Gaussians
 
 NAMES = ("means", "quats", "scales", "opacities", "colors")
 

@@ -22,10 +22,10 @@ from test_render import NAMES, gradients, make_cameras, make_scene
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fresnel.cameras import Cameras
-from fresnel.gaussians import Gaussians
 from fresnel.render import Views, cpu, render
-from fresnel.render._scratch import Pool
+from fresnel.render.kernels.scratch import Pool
+from fresnel.scene.cameras import Cameras
+from fresnel.scene.gaussians import Gaussians
 
 SIZE = 40
 
@@ -277,10 +277,11 @@ def test_a_forked_child_has_helpers_of_its_own() -> None:
 
 
 MODULES = {
-    "_callee.py": "from fresnel.render._tasks import stage\n@stage\ndef number():\n    return 1\n",
+    "_callee.py": "from fresnel.render.kernels.tasks import stage\n"
+    "@stage\ndef number():\n    return 1\n",
     "caller.py": """
 from _callee import number
-from fresnel.render._tasks import kernel
+from fresnel.render.kernels.tasks import kernel
 @kernel
 def twice(x):
     return 2 * number() * x

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fresnel.cameras import Cameras
-from fresnel.gaussians import Gaussians
 from fresnel.render import reference, render
+from fresnel.scene.cameras import Cameras
+from fresnel.scene.gaussians import Gaussians
 
 
 def camera(size: int = 33, focal: float = 40.0, distance: float = 4.0) -> Cameras:

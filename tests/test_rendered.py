@@ -8,14 +8,15 @@ import pytest
 import torch
 from test_cvs import SIZE, disc, generator, views
 
-from fresnel import arms, rendered
-from fresnel.cameras import Cameras
-from fresnel.cvs import CVS, CVSConfig, predictor
-from fresnel.cvs_pairs import mirror
-from fresnel.cvs_task import CVSTask
-from fresnel.dataset import InputImages
-from fresnel.evaluate import Predictor
+from fresnel.data.dataset import InputImages
+from fresnel.evaluation.metrics import Predictor
+from fresnel.models import refine as rendered
+from fresnel.models.cvs import CVS, CVSConfig, predictor
+from fresnel.models.pairs import mirror
 from fresnel.render import Views
+from fresnel.scene.cameras import Cameras
+from fresnel.study import arms
+from fresnel.training.cvs_task import CVSTask
 
 
 def truth_renderer(depth: float = 2.0) -> Predictor:

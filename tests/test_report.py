@@ -14,10 +14,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fresnel import pages, profiles, report
 from fresnel.__main__ import main
-from fresnel.parameters import Parameter, ParameterError, check_parameters, read_parameters
-from fresnel.record import RunRecord
+from fresnel.report import page as pages
+from fresnel.report import run as report
+from fresnel.report.params import Parameter, ParameterError, check_parameters, read_parameters
+from fresnel.report.record import RunRecord
+from fresnel.study import profiles
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = """\
@@ -31,7 +33,7 @@ price_per_hour_usd = 3600.0  # USD
 output_dir = ""
 """
 START = """\
-from fresnel import record
+from fresnel.report import record
 run = record.start("tiny", dict(rate=rate, steps=steps), output_dir,
                    price_per_hour_usd=price_per_hour_usd)"""
 FIGURE = """\

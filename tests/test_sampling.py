@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fresnel import cvs, decoder, sampling
+from fresnel import views as sampling
 from fresnel.__main__ import main
-from fresnel.dataset import DatasetError
-from fresnel.gaussians import Gaussians
+from fresnel.data.dataset import DatasetError
+from fresnel.models import cvs, decoder
+from fresnel.scene.gaussians import Gaussians
 
 COLOUR = np.array([180, 60, 40])
 

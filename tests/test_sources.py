@@ -11,10 +11,12 @@ import pytest
 from test_dataset import write_original
 from test_formats import co3d, colmap, nerfstudio, truth  # noqa: F401
 
-from fresnel import dataset, experiment, report
-from fresnel.dataset import DatasetError, ObjectViews
+from fresnel.data import dataset
+from fresnel.data.dataset import DatasetError, ObjectViews
+from fresnel.report import run as report
+from fresnel.study import protocol as experiment
 
-ASSETS = Path(dataset.__file__).parent / "assets"
+ASSETS = Path(dataset.__file__).parents[1] / "assets"
 GLBS = ("red_chair", "teddy_bear", "table")
 
 

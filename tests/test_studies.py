@@ -10,8 +10,11 @@ import torch
 from boxes import views_of
 from PIL import Image
 
-from fresnel import dataset, experiment, furniture, studies
-from fresnel.dataset import DatasetError, MultiViewDataset
+from fresnel.data import dataset
+from fresnel.data.dataset import DatasetError, MultiViewDataset
+from fresnel.objects import furniture
+from fresnel.study import protocol as experiment
+from fresnel.study import splits as studies
 
 SPLITS = {"box0": "train", "box2": "train", "box3": "test", "box4": "val", "box6": "train"}
 

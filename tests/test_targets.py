@@ -11,19 +11,14 @@ from typing import Any
 import pytest
 import synthetic
 
-from fresnel import (
-    autopsy,
-    comparison,
-    driver,
-    figures,
-    figures_study,
-    limits,
-    report,
-    targets,
-    timeline,
-)
-from fresnel.comparison import BINS, Estimate
-from fresnel.targets import Target
+from fresnel.analysis import claims as autopsy
+from fresnel.analysis import comparison, limits, targets, timeline
+from fresnel.analysis.comparison import BINS, Estimate
+from fresnel.analysis.targets import Target
+from fresnel.report import run as report
+from fresnel.show import charts as figures_study
+from fresnel.show import style as figures
+from fresnel.study import runner as driver
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "04_analyze_negative_results.ipynb"
 

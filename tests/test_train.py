@@ -21,8 +21,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fresnel import checkpoints, gate, surroundings, train
-from fresnel.train import TrainConfig, fit, step_seed
+from fresnel.gate import verdict as gate
+from fresnel.training import checkpoints
+from fresnel.training import host as surroundings
+from fresnel.training import loop as train
+from fresnel.training.loop import TrainConfig, fit, step_seed
 
 HASH = "sha256:" + "0" * 64
 
@@ -149,8 +152,8 @@ def test_five_and_five_steps_are_ten_bit_for_bit(tmp_path: Path) -> None:
 def test_cvs_resumes_bit_for_bit_too(tmp_path: Path) -> None:
     from test_cvs import views
 
-    from fresnel.cvs import CVS, CVSConfig
-    from fresnel.cvs_task import CVSTask
+    from fresnel.models.cvs import CVS, CVSConfig
+    from fresnel.training.cvs_task import CVSTask
 
     def task() -> CVSTask:
         torch.manual_seed(0)

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fresnel.cameras import Cameras
-from fresnel.gaussians import Gaussians
+from fresnel.scene.cameras import Cameras
+from fresnel.scene.gaussians import Gaussians
 
 __all__ = ["Views", "render"]
 
@@ -104,7 +104,7 @@ def render(
             near=near, far=far, eps2d=eps2d, alpha_max=alpha_max, threads=threads,
         )  # fmt: skip
     elif chosen == "gsplat":
-        from fresnel.render import gpu
+        from fresnel.render import gsplat as gpu
 
         images = gpu.rasterize(
             gaussians, cameras, backdrop, near=near, far=far, eps2d=eps2d, packed=bool(packed)

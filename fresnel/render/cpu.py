@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fresnel.cameras import Cameras
-from fresnel.gaussians import Gaussians
-from fresnel.render import _passes
-from fresnel.render._scratch import Array, Pool
-from fresnel.render._tasks import BAD, TOTAL, run
+from fresnel.render.kernels import passes as _passes
+from fresnel.render.kernels.scratch import Array, Pool
+from fresnel.render.kernels.tasks import BAD, TOTAL, run
+from fresnel.scene.cameras import Cameras
+from fresnel.scene.gaussians import Gaussians
 
 _pool = Pool(limit=256 << 20)  # idle memory only; a pass of 100k Gaussians at 512 px takes 40 MB
 ROOM = 8  # entries for each Gaussian that there is room for at first

@@ -1,0 +1,406 @@
+"""How much of the original's darkness came from what: a full factorial over four factors.
+
+Every held-out object is decoded and rendered in the 2^4 cells of {camera path} x {decoder} x
+{position} x {exposure}, each factor as in the original or mended, and the gate's measurements say
+how much of its input's light and area a view still holds.  Shapley values split the way from the
+original's cell to the mended one among the factors, whatever order one would mend them in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fresnel.bootstrap import CORRECTED, ORIGINAL, _records
+from fresnel.data.dataset import MultiViewDataset, ObjectViews
+from fresnel.evaluation.metrics import format_rows, luminance, object_name, srgb_to_linear
+from fresnel.gate import verdict as gate
+from fresnel.host.provenance import project_root
+from fresnel.models.decoder import Decoder
+from fresnel.models.patch_decoder import FARTHEST, NEAREST
+from fresnel.scene.cameras import Cameras
+from fresnel.scene.gaussians import Gaussians
+from fresnel.study import arms
+
+FACTORS = ("path", "decoder", "position", "exposure")
+"""Bits of a cell's name, in this order: in "0000" nothing is mended, in "1111" all four are."""
+AS_IT_WAS = "0010"
+"""The original's own cell: its Gaussians could leave ray and depth by up to a quarter unit."""
+PATH_ALONE = "1010"
+LABELS = {
+    "path": ("cameras orbit the input camera's place", "cameras orbit the object"),
+    "decoder": ("decoder trained on frontal views", "decoder trained on many views"),
+    "position": ("Gaussians locked to ray and depth", "Gaussians may leave ray and depth"),
+    "exposure": ("colours as rendered", "views scaled to the input's luminance"),
+}
+SHORT = {
+    "path": "camera path",
+    "decoder": "decoder's training",
+    "position": "free positions",
+    "exposure": "exposure",
+}
+OUTCOMES = ("light", "coverage")
+_MAX_GAIN = 16.0
+"""Exposure is raised by no more: beyond, 8-bit views would be made of noise."""
+
+
+class LockedDecoder(Decoder):
+    """The same decoder, whose Gaussians stay where the input's pixels and their depth put them.
+
+    Patch kind: on the patch grid at z = -2 - 2 depth, without the learnt offset.  Pixel kind: on
+    the pixel's ray at the depth of what is seen there; the layers behind come forward to it.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder.config)
+        self.load_state_dict(decoder.state_dict())
+        self.provenance = decoder.provenance
+        self.to(decoder.device).eval()
+
+    def decode(
+        self, rgba: Tensor, cameras: Cameras, depth: Tensor | None = None
+    ) -> tuple[Gaussians, dict[str, Tensor]]:
+        gaussians, aux = super().decode(rgba, cameras, depth)
+        m = len(rgba)
+        if self.config.kind == "patch":
+            used = aux.get("depth_known", aux["depth_predicted"])
+            along = torch.linspace(-1.0, 1.0, used.shape[-1], device=used.device)
+            y, x = torch.meshgrid(along, along, indexing="ij")  # OpenCV: y grows downwards
+            z = NEAREST + (FARTHEST - NEAREST) * used
+            points = torch.stack([x.expand_as(z), y.expand_as(z), z], dim=-1).flatten(1, 2)
+            means = points[:, :, None].expand(-1, -1, self.config.gaussians_per_patch, -1)
+            return replace(gaussians, means=means.flatten(1, 2)), aux
+        side = rgba.shape[-1] // (2 if self.config.gaussian_grid == "half" else 1)
+        small = cameras.resized(side, side)
+        eye = torch.eye(4).to(rgba).expand(m, 4, 4)
+        rays = Cameras(eye, small.Ks, side, side).rays()[1].flatten(1, 2)
+        layers = self.config.gaussians_per_pixel
+        seen = gaussians.means[:, : side * side, 2:]
+        means = (rays / rays[..., 2:] * seen).repeat(1, layers, 1)
+        return replace(gaussians, means=means), aux
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """As much of a dataset as the gate needs."""
+
+    records: list[ObjectViews]
+    background: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    content_hash: str = ""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> ObjectViews:
+        return self.records[index]
+
+
+def decoder_pairs(
+    frontal_weights: str, multiview_weights: str, device: str
+) -> dict[str, dict[str, Decoder]]:
+    """What `factorial` exchanges, for every seed that both kinds were trained with.
+
+    Args:
+        frontal_weights, multiview_weights: files that notebook 03 exported, below the project where
+            not absolute; "{seed}" stands for whatever numbers there are; "": the one that ships.
+
+    Returns:
+        Seed -> {"frontal", "multi-view"}; a kind without "{seed}" serves every seed, and without
+        any the only key is "".
+
+    Raises:
+        ValueError: if a file is missing, or the two have no seed in common.
+    """
+    found = [_by_seed(text) for text in (frontal_weights, multiview_weights)]
+    named = [set(files) for files in found if "" not in files]
+    seeds = sorted(set.intersection(*named), key=int) if named else [""]
+    if not seeds:
+        raise ValueError(f"no seed in common: {frontal_weights!r} and {multiview_weights!r}")
+    frontal, many = found
+    return {
+        seed: {
+            "frontal": arms.load_decoder("patch", device, frontal.get(seed, frontal.get("", ""))),
+            "multi-view": arms.load_decoder("pixel", device, many.get(seed, many.get("", ""))),
+        }
+        for seed in seeds
+    }
+
+
+def _by_seed(text: str) -> dict[str, str]:
+    """Seed -> file; the key "" where the text names no seed."""
+    if "{seed}" not in text:
+        return {"": text}
+    path = project_root() / text
+    pattern = re.escape(path.name).replace(re.escape("{seed}"), r"(\d+)")
+    files = {}
+    for file in path.parent.glob(path.name.replace("{seed}", "*")):
+        if match := re.fullmatch(pattern, file.name):
+            files[match[1]] = str(file)
+    if not files:
+        raise ValueError(f"no weights at {text}: train them (notebooks/params/study.yaml)")
+    return files
+
+
+def factorial(
+    truth: MultiViewDataset,
+    decoders: Mapping[str, Decoder],
+    *,
+    image_size: int = 64,
+    views: int = 8,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Light and coverage of every object in every cell.
+
+    A view's share of its input's light (area) is counted up to 1, so that no view makes up for
+    another: a camera that grazes the Gaussians would otherwise pay for seven empty ones.
+
+    Args:
+        truth: held-out objects; their inputs are decoded, their views are the ceiling.
+        decoders: "frontal", the original's kind, and "multi-view".
+        image_size: of the views, in pixels.
+
+    Returns:
+        "objects": names; "cells": name of the cell -> {"light", "coverage": one value an object,
+        "verdict": the gate's summary}; "truth": the same of the true views.
+    """
+    from tqdm.auto import tqdm
+
+    inputs = truth.inputs()
+    records = [truth[i] for i in range(len(truth))]
+    cells = {"truth": _measured(records)}
+    geometry = {"0": ORIGINAL, "1": CORRECTED}
+    networks = {"0": decoders["frontal"], "1": decoders["multi-view"]}
+    options = list(itertools.product("01", repeat=3))
+    for path, which, position in tqdm(options, desc="attribution", unit="cells", delay=2):
+        decoder = networks[which] if position == "1" else LockedDecoder(networks[which])
+        config = replace(
+            geometry[path],
+            decoder_kind=decoder.config.kind,
+            image_size=image_size,
+            views_per_image=views,
+            seed=seed,
+        )
+        made = list(_records(inputs, decoder.to(device), config, device, 8))
+        cells[f"{path}{which}{position}0"] = _measured(made)
+        cells[f"{path}{which}{position}1"] = _measured([exposed(record) for record in made])
+    ceiling = cells.pop("truth")
+    return {"objects": list(truth.names), "cells": dict(sorted(cells.items())), "truth": ceiling}
+
+
+def exposed(record: ObjectViews) -> ObjectViews:
+    """The record with every view's covered pixels scaled, in linear light, to the luminance of the
+    input's covered pixels (alpha-weighted means; at most 16-fold; what clips stays clipped)."""
+
+    def unmixed(rgb: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Straight colours, alpha in [0, 1], and the mean luminance under alpha."""
+        weight = alpha.float() / 255
+        colour = (rgb.float() / 255 / weight.clamp_min(1 / 255)[..., None]).clamp(0, 1)
+        total = (luminance(colour) * weight).sum((-1, -2))
+        return colour, weight, total / weight.sum((-1, -2)).clamp_min(1e-6)
+
+    wanted = unmixed(record.input_rgb, record.input_alpha)[2]
+    colour, weight, found = unmixed(record.rgb, record.alpha)
+    gain = (wanted / found.clamp_min(1e-6)).clamp(0, _MAX_GAIN)[:, None, None, None]
+    bright = _linear_to_srgb(srgb_to_linear(colour) * gain) * weight[..., None]
+    return replace(record, rgb=(bright * 255).round().clamp(0, 255).to(torch.uint8))
+
+
+def _linear_to_srgb(linear: Tensor) -> Tensor:
+    linear = linear.clamp(0, 1)
+    return torch.where(
+        linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp_min(1e-9) ** (1 / 2.4) - 0.055
+    )
+
+
+def _measured(records: list[ObjectViews]) -> dict[str, Any]:
+    verdict = gate.validate(_InMemory(records), first=len(records), progress=False)
+    shares: dict[str, dict[str, list[float]]] = {
+        outcome: {record.name: [] for record in records} for outcome in OUTCOMES
+    }
+    for row in verdict.measurements:
+        area, light = row["coverage_ratio"], row["luminance_ratio"]
+        area = area if math.isfinite(area) else 0.0
+        shares["coverage"][row["object"]].append(min(area, 1.0))
+        light = light if math.isfinite(light) else 0.0
+        shares["light"][row["object"]].append(min(area * light, 1.0))
+    means = {o: [float(np.mean(v)) for v in shares[o].values()] for o in OUTCOMES}
+    codes = [reason.code for reason in verdict.reasons]
+    return {**means, "verdict": "PASS" if verdict.passed else "FAIL", "codes": codes}
+
+
+def shapley(values: Mapping[str, Any], factors: int = len(FACTORS)) -> np.ndarray:
+    """Shapley values (factors, ...) of a game: cell name of bits -> value (number or array).
+
+    phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S)); they add up to
+    v(all) - v(none) exactly (Shapley 1953).
+    """
+    found = []
+    for i in range(factors):
+        total: Any = 0.0
+        for bits in itertools.product("01", repeat=factors - 1):
+            without = "".join([*bits[:i], "0", *bits[i:]])
+            having = "".join([*bits[:i], "1", *bits[i:]])
+            size = bits.count("1")
+            weight = math.factorial(size) * math.factorial(factors - size - 1)
+            gain = np.asarray(values[having], float) - np.asarray(values[without], float)
+            total = total + weight / math.factorial(factors) * gain
+        found.append(total)
+    return np.stack(found)
+
+
+def attribute(
+    measured: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What `factorial` measured, split among the factors, with bootstrap intervals over objects.
+
+    Args:
+        measured: of one pair of decoders, or of several (seeds), of the same objects: means over
+            seeds are split, and the spread over them (standard deviation) stands beside.
+
+    Returns:
+        For "light" and "coverage": "original" (`AS_IT_WAS`), "none" mended (and positions locked),
+        all "mended", and "truth" (each value, low, high, sd);
+        "factors": factor -> {"gain" (Shapley value), "share" of the whole way, "alone" (mended
+        first, nothing else), "last" (everything else mended before), each with _low, _high, _sd}.
+        "cells": a row a cell: name, light, coverage with intervals, the gate's verdict and in how
+        many seeds it failed. "objects", "seeds": how many.  One seed has no _sd.
+
+    Raises:
+        ValueError: if the seeds are of different objects.
+    """
+    runs = [measured] if isinstance(measured, Mapping) else list(measured)
+    if any(run["objects"] != runs[0]["objects"] for run in runs):
+        raise ValueError("measured: seeds of different objects")
+    objects = [object_name(name) for name in runs[0]["objects"]]
+    unique = list(dict.fromkeys(objects))
+    member = np.array([[name == one for name in objects] for one in unique], float)
+    member /= member.sum(axis=1, keepdims=True)  # poses of one object count once
+    draws = np.random.default_rng(seed).integers(len(unique), size=(resamples, len(unique)))
+    tail = 100 * (1 - confidence) / 2
+
+    def summary(name: str, values: np.ndarray, over: np.ndarray | None = None) -> dict[str, float]:
+        """Of (seeds, objects): the mean, or ratio of means, its interval and its spread."""
+        below = np.ones_like(values) if over is None else over
+        with np.errstate(invalid="ignore", divide="ignore"):  # no gain has no shares
+            each = values.mean(axis=1) / below.mean(axis=1)
+            mean = values.mean() / below.mean()
+            drawn = values.mean(0)[draws].mean(axis=1) / below.mean(0)[draws].mean(axis=1)
+        low, high = np.percentile(drawn, [tail, 100 - tail]) if len(unique) > 1 else (np.nan,) * 2
+        found = {"": mean, "_low": low, "_high": high}
+        if len(each) > 1:
+            found["_sd"] = each.std(ddof=1)
+        return {name + ending: float(value) for ending, value in found.items()}
+
+    def per_object(cells: Sequence[Mapping[str, Any]], outcome: str) -> np.ndarray:
+        return np.stack([member @ np.array(cell[outcome]) for cell in cells])
+
+    names = list(runs[0]["cells"])
+    none, everything = "0" * len(FACTORS), "1" * len(FACTORS)
+    result: dict[str, Any] = {"objects": len(unique), "seeds": len(runs)}
+    for outcome in OUTCOMES:
+        values = {name: per_object([run["cells"][name] for run in runs], outcome) for name in names}
+        gains = shapley(values)
+        whole = values[everything] - values[none]
+        factors: dict[str, Any] = {}
+        for i, factor in enumerate(FACTORS):
+            alone = "".join("1" if k == i else "0" for k in range(len(FACTORS)))
+            last = "".join("0" if k == i else "1" for k in range(len(FACTORS)))
+            factors[factor] = {
+                **summary("gain", gains[i]),
+                **summary("share", gains[i], whole),
+                **summary("alone", values[alone] - values[none]),
+                **summary("last", values[everything] - values[last]),
+            }
+        result[outcome] = {
+            "factors": factors,
+            **summary("original", values[AS_IT_WAS]),
+            **summary("none", values[none]),
+            **summary("mended", values[everything]),
+            **summary("truth", per_object([run["truth"] for run in runs], outcome)),
+        }
+    result["cells"] = []
+    for name in names:
+        same = [run["cells"][name] for run in runs]
+        codes = [code for cell in same for code in cell["codes"]]
+        failed = sum(cell["verdict"] == "FAIL" for cell in same)
+        row: dict[str, Any] = {"cell": name, "verdict": "FAIL" if failed else "PASS"}
+        row |= {"failed": failed, "codes": list(dict.fromkeys(codes))}
+        for outcome in OUTCOMES:
+            row |= summary(outcome, per_object(same, outcome))
+        result["cells"].append(row)
+    return result
+
+
+def shares_table(found: Mapping[str, Any]) -> str:
+    """The split as Markdown, a table an outcome, a row a factor."""
+    tables = []
+    for outcome in OUTCOMES:
+        rows = []
+        for factor, (_, mended) in LABELS.items():
+            entry = found[outcome]["factors"][factor]
+            rows.append(
+                {
+                    f"{outcome}: factor, mended": f"{SHORT[factor]}: {mended}",
+                    "share": _text(entry, "share", percent=True),
+                    "gained": _text(entry, "gain"),
+                    "mended alone": _text(entry, "alone"),
+                    "mended last": _text(entry, "last"),
+                }
+            )
+        tables.append(format_rows(rows))
+    return "\n\n".join(tables)
+
+
+def cells_table(found: Mapping[str, Any]) -> str:
+    """The 16 cells as a Markdown table; "x" marks a mended factor."""
+    rows = []
+    for cell in found["cells"]:
+        marks = {f: "x" if bit == "1" else "" for f, bit in zip(FACTORS, cell["cell"], strict=True)}
+        said = cell["verdict"] + (f": {cell['codes'][0]}" if cell["codes"] else "")
+        if 0 < cell["failed"] < found["seeds"]:
+            said += f" ({cell['failed']} of {found['seeds']} seeds)"
+        rows.append(
+            {**marks, **{o: _text(cell, o) for o in OUTCOMES}, "the gate says": said}
+        )  # fmt: skip
+    return format_rows(rows)
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """The finding in words, from the same numbers."""
+    parts = []
+    for outcome in OUTCOMES:
+        part = found[outcome]
+        shares = sorted(part["factors"].items(), key=lambda item: -item[1]["share"])
+        split = ", ".join(f"{name} {_text(entry, 'share', percent=True)}" for name, entry in shares)
+        parts.append(
+            f"Of the input's {outcome} the original's views hold {part['original']:.2f} "
+            f"({part['none']:.2f} with its Gaussians locked), the mended ones "
+            f"{part['mended']:.2f}, true views {part['truth']:.2f}; of the gain: {split}."
+        )
+    seeds = f", {found['seeds']} seeds (± their spread)" if found["seeds"] > 1 else ""
+    return " ".join(parts) + f" {found['objects']} held-out objects{seeds}."
+
+
+def _text(entry: Mapping[str, Any], name: str, *, percent: bool = False) -> str:
+    scale, unit, digits = (100, " %", 0) if percent else (1, "", 2)
+    value, low, high = (entry[name + end] for end in ("", "_low", "_high"))
+    text = f"{scale * value:.{digits}f}"
+    if f"{name}_sd" in entry:
+        text += f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{scale * entry[f'{name}_sd']:.{digits}f}"
+    text += unit
+    if low is None or not math.isfinite(low):
+        return text
+    return f"{text} [{scale * low:.{digits}f},\N{NO-BREAK SPACE}{scale * high:.{digits}f}]"

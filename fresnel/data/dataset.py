@@ -1,0 +1,485 @@
+"""Multi-view datasets on disk: read, write, hash.
+
+A dataset is a set of objects, each with one input image and V views of it from known cameras.
+`write` is atomic and binds what it wrote to a content hash; `open` reads that layout, the
+original experiment's, and what other tools write (`fresnel.data.formats`); `export` writes
+what other tools read, `write_shards` and `stream` what doesn't fit on a disk;
+`MultiViewDataset.verify` tells whether a byte has changed since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fresnel.data import captures as captured
+from fresnel.data import formats, shards
+from fresnel.data import layout as _layouts
+from fresnel.data.captures import Capture
+from fresnel.data.images import (
+    DatasetError,
+    InputImages,
+    load_image,
+    load_images,
+    resize,
+    resize_depth,
+)
+from fresnel.data.layout import MANIFEST, Record
+from fresnel.data.reading import read_all
+from fresnel.data.records import (
+    ObjectViews,
+    ViewTensors,
+    over_black,
+    read_object,
+    read_original,
+    resized,
+    view_folders,
+)
+from fresnel.data.shards import stream, write_shards
+from fresnel.data.transforms import export
+from fresnel.data.writing import store
+from fresnel.objects import cached as _cached
+from fresnel.scene.cameras import Cameras
+
+__all__ = [
+    "DatasetChanged",
+    "DatasetError",
+    "InputImages",
+    "MultiViewDataset",
+    "ObjectViews",
+    "ViewTensors",
+    "export",
+    "holds_objects",
+    "load_image",
+    "load_images",
+    "open",
+    "stream",
+    "write",
+    "write_shards",
+]
+
+
+class DatasetChanged(DatasetError):
+    """The files on disk are not the ones whose hash was recorded."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One object of a dataset that lies in a folder of another's."""
+
+    dataset: MultiViewDataset
+    row: int
+
+    def __len__(self) -> int:
+        record = self.dataset.records[self.row]
+        return self.dataset.views_per_object if isinstance(record, Record) else len(record)
+
+
+@dataclass(frozen=True)
+class MultiViewDataset:
+    """A dataset on disk; objects are read when asked for.
+
+    ``layout`` is "fresnel", "original", "captures" or "set" (folders of these).  ``image_size`` is
+    the side of its (square) views in pixels, ``background`` the sRGB colour they were composited
+    over, ``views_per_object`` the most that an object has (captures may differ).
+    ``content_hash`` stands for the whole dataset, for a `subset` too: see `is_subset`.
+    """
+
+    path: Path
+    layout: str
+    names: tuple[str, ...]
+    background: tuple[float, float, float]
+    content_hash: str
+    meta: dict[str, Any]
+    image_size: int
+    views_per_object: int
+    is_subset: bool = False
+    records: tuple[Record | Capture | _Part, ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> ObjectViews:
+        record = self.records[index]
+        if isinstance(record, Capture):
+            return captured.read(self.path, record, self.image_size)
+        if isinstance(record, _Part):
+            views = record.dataset[record.row]
+            views = resized(views, self.image_size, record.dataset.background)
+            return replace(views, name=self.names[index])
+        read = read_original if self.layout == "original" else read_object
+        return read(self.path, record, self.image_size, self.views_per_object)
+
+    def subset(self, which: Sequence[int] | Sequence[str] | slice) -> MultiViewDataset:
+        """The same dataset with only some objects, by index or by name."""
+        if isinstance(which, slice):
+            rows = list(range(len(self)))[which]
+        else:
+            known = {name: row for row, name in enumerate(self.names)}
+            missing = [w for w in which if isinstance(w, str) and w not in known]
+            if missing:
+                raise DatasetError(f"{self.path}: has no object named {missing[0]!r}")
+            rows = [known[w] if isinstance(w, str) else range(len(self))[int(w)] for w in which]
+        if not rows:
+            raise DatasetError(f"{self.path}: the subset is empty; want at least one object")
+        return replace(
+            self,
+            names=tuple(self.names[row] for row in rows),
+            records=tuple(self.records[row] for row in rows),
+            is_subset=True,
+        )
+
+    def inputs(self) -> InputImages:
+        """The input images; scaled to ``image_size`` if they are not all of one size."""
+        return self._inputs(self._read_all())
+
+    def tensors(self, size: int | None = None, device: torch.device | str = "cpu") -> ViewTensors:
+        """Everything in memory, inputs and views scaled to ``size`` (None: as stored).
+
+        Views over another background are recomposited over black, from their alpha.
+
+        Raises:
+            DatasetError: if the objects differ in their number of views; open with ``views=``.
+        """
+        counts = {len(record) for record in self.records if not isinstance(record, Record)}
+        if len(counts) > 1:
+            raise DatasetError(
+                f"{self.path}: objects have {min(counts)} to {max(counts)} views; want as many of "
+                f"each. Open it with views={min(counts)} or fewer"
+            )
+        objects = self._read_all()
+        rgb = torch.stack([o.rgb for o in objects])
+        alpha = torch.stack([o.alpha for o in objects])
+        rgb = over_black(rgb, alpha, self.background)
+        cameras = Cameras(
+            torch.stack([o.cameras.viewmats for o in objects]),
+            torch.stack([o.cameras.Ks for o in objects]),
+            self.image_size,
+            self.image_size,
+        )
+        depths = [o.depth for o in objects if o.depth is not None]
+        depth = torch.stack(depths) if len(depths) == len(objects) else None
+        inputs = self._inputs(objects)
+        if size is not None:
+            inputs = inputs.resized(size)
+            if size != self.image_size:
+                depth = resize_depth(depth, alpha, size)
+                rgb, alpha = resize(rgb, size), resize(alpha[..., None], size)[..., 0]
+                cameras = cameras.resized(size, size)
+        pivots = torch.stack([o.pivot for o in objects])
+        return ViewTensors(self.names, inputs, rgb, alpha, cameras, pivots, depth).to(device)
+
+    def verify(self) -> None:
+        """Read every byte again.
+
+        Raises:
+            DatasetChanged: if a file of the whole dataset (not only of a subset) was edited,
+                added or removed since it was written (since `open`, for the original's layout).
+        """
+        if self.layout == "captures":
+            self._verify_captures()
+            return
+        if self.layout == "set":
+            parts = {r.dataset.path: r.dataset for r in self.records if isinstance(r, _Part)}
+            for dataset in parts.values():
+                dataset.verify()
+            return
+        if self.layout == "original":
+            records, manifest = _layouts.scan_original(self.path), None
+        else:
+            manifest, records = _layouts.parse_manifest(self.path)
+            folders = _layouts.image_folders(self.path)
+            extra = set(folders) - {record.folder for record in records}
+            if extra:
+                raise DatasetChanged(f"{self.path / min(extra)}: not in the manifest. Remove it")
+        with ThreadPoolExecutor() as pool:
+            on_disk = list(pool.map(lambda record: _hashed(self.path, record), records))
+        if self.layout != "original":
+            for record, disk in zip(records, on_disk, strict=True):
+                if record.files != disk.files:
+                    raise _changed(self.path / record.folder, record.files, disk.files)
+        if _layouts.content_hash(on_disk, manifest) != self.content_hash:
+            raise DatasetChanged(f"{self.path}: changed since it was opened. Open and gate it anew")
+
+    def _verify_captures(self) -> None:
+        """Only what is read counts: other files may come and go.  A subset checks its own."""
+        captures = [record for record in self.records if isinstance(record, Capture)]
+        before = {path: digest for c in captures for path, digest in c.files.items()}
+        after = _digests(self.path, before)
+        if before != after:
+            raise _changed(self.path, before, after)
+
+    def _read_all(self) -> list[ObjectViews]:
+        return read_all(self, light=all(isinstance(r, Record) for r in self.records))
+
+    def _inputs(self, objects: list[ObjectViews]) -> InputImages:
+        singles = [
+            InputImages(
+                (o.name,),
+                o.input_rgb[None],
+                o.input_alpha[None],
+                o.input_camera.reshape(1),
+                None if o.input_depth is None else o.input_depth[None],
+            )
+            for o in objects
+        ]
+        shapes = {single.rgb.shape for single in singles}
+        if len(shapes) > 1 or len({*next(iter(shapes))[1:3]}) > 1:
+            singles = [single.resized(self.image_size) for single in singles]
+        size = singles[0].rgb.shape[1]
+        depths = [single.depth for single in singles if single.depth is not None]
+        return InputImages(
+            self.names,
+            torch.cat([single.rgb for single in singles]),
+            torch.cat([single.alpha for single in singles]),
+            Cameras(
+                torch.cat([single.cameras.viewmats for single in singles]),
+                torch.cat([single.cameras.Ks for single in singles]),
+                size,
+                size,
+            ),
+            torch.cat(depths) if len(depths) == len(singles) else None,
+            bool(self.meta.get("elevation_is_assumed", False)),
+        )
+
+
+def _changed(folder: Path, want: dict[str, str], got: dict[str, str]) -> DatasetChanged:
+    for file in sorted({*want, *got}):
+        if want.get(file) != got.get(file):
+            what = "was changed" if file in want and file in got else "was removed"
+            what = what if file in want else "was added"
+            break
+    return DatasetChanged(
+        f"{folder / file}: {what} after the dataset was written. Restore it, or write and gate "
+        "the dataset anew"
+    )
+
+
+def _hashed(root: Path, record: Record) -> Record:
+    files = {
+        file: _layouts.sha256(_layouts.inside(root, f"{record.folder}/{file}").read_bytes())
+        for file in _layouts.data_files(root, record.folder)
+    }
+    return replace(record, files=files)
+
+
+def _digests(root: Path, paths: Iterable[str]) -> dict[str, str]:
+    """sha256 of files by path relative to ``root``; those that are gone are left out."""
+
+    def digest(path: str) -> str:
+        try:
+            with _layouts.inside(root, path).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return ""
+
+    ordered = sorted(set(paths))
+    with ThreadPoolExecutor() as pool:
+        found = zip(ordered, pool.map(digest, ordered), strict=True)
+    return {path: value for path, value in found if value}
+
+
+def open(
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    views: int | None = None,
+    cache: str | Path | None = None,
+) -> MultiViewDataset:
+    """Open multi-view data, whoever wrote it.
+
+    * Our layout: a folder with a manifest.json.
+    * The original experiment's: views have no alpha, so it is estimated as "any channel > 0" and
+      ``meta["alpha_source"]`` says so.  Its input camera stands at the world origin and looks
+      along -Z; focal lengths equal the image size; the orbit's pivot is the world origin.
+    * Captures (`fresnel.data.formats`): a transforms.json of nerfstudio or Blender, a COLMAP
+      model, a CO3D category, or a folder of such folders, one object each (stored
+      datasets may be among them; their objects are resized where they differ).  ``meta`` tells
+      which view acts as the input, where alpha came from ("mask", "file", or "none": opaque
+      photographs), where the pivot was estimated, and how the world was turned to put Y up.
+    * 3D objects (`meshes.find_assets`): a folder, zip file, .sh3f library or JSON manifest of
+      glTF, GLB or OBJ files, or one such file.  They are rendered once, into ``cache``.
+
+    * WebDataset shards (`write_shards`), unpacked once, into ``cache``; `stream` needs no disk.
+
+    Args:
+        image_size: side of the views in pixels, for captures (None: the smallest capture's, at most
+            512, less where an object's views would not fit into memory) and objects (None: 128).
+        views: take so many evenly spaced views of each capture (None: all); render so many of
+            each object (None: 8).
+        cache: folder for what is rendered or unpacked; None: ~/.cache/fresnel (or below
+            $XDG_CACHE_HOME).
+
+    Raises:
+        DatasetError: if nothing is recognised, or a description is damaged.
+        DatasetChanged: if our manifest was edited.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise DatasetError(f"{path}: no such folder or file")
+    if not root.is_dir():
+        return open(_cached.rendered(root, image_size, views, cache))
+    if _layouts.is_ours(root):
+        manifest, records = _layouts.parse_manifest(root)
+        digest = _layouts.content_hash(records, manifest)
+        if digest != manifest.get("content_hash"):
+            raise DatasetChanged(
+                f"{root / MANIFEST}: was edited: its content_hash doesn't match its entries. "
+                "Restore it, or write the dataset anew"
+            )
+        background = tuple(float(value) for value in manifest["background"])
+        return MultiViewDataset(
+            path=root,
+            layout=str(manifest.get("layout", "fresnel")),
+            names=tuple(record.name for record in records),
+            background=(background[0], background[1], background[2]),
+            content_hash=digest,
+            meta=manifest["meta"],
+            image_size=manifest["image_size"],
+            views_per_object=manifest["views_per_object"],
+            records=records,
+        )
+    if shards.recognises(root):
+        return open(_cached.unpacked(root, cache))
+    records = _layouts.scan_original(root)
+    if not records:
+        inner = sorted(p for p in root.iterdir() if p.is_dir() and _is_stored(root, p))
+        if inner:
+            return _open_set(root, inner, image_size, views)
+        found = formats.captures(root)
+        if found:
+            return _open_captures(root, found, image_size, views)
+        return open(_cached.rendered(root, image_size, views, cache))
+    folders = view_folders(records[0])
+    if not folders:
+        raise DatasetError(f"{root / records[0].folder}: has no view_000. Restore or remove it")
+    first = _layouts.inside(root, f"{records[0].folder}/{folders[0]}/rgb.png")
+    with ThreadPoolExecutor() as pool:
+        records = tuple(pool.map(lambda record: _hashed(root, record), records))
+    return MultiViewDataset(
+        path=root,
+        layout="original",
+        names=tuple(record.name for record in records),
+        background=(0.0, 0.0, 0.0),
+        content_hash=_layouts.content_hash(records, None),
+        meta={"alpha_source": "estimated", "elevation_is_assumed": True},
+        image_size=load_image(first)[0].shape[0],
+        views_per_object=len(folders),
+        records=records,
+    )
+
+
+def _open_captures(
+    root: Path, found: list[Capture], image_size: int | None, views: int | None
+) -> MultiViewDataset:
+    names = [capture.name for capture in found]
+    if len(set(names)) < len(names):
+        raise DatasetError(f"{root}: two captures share a name; rename a folder")
+    chosen, side, meta = formats.prepare(root, found, image_size, views)
+    digests = _digests(root, (path for capture in chosen for path in capture.paths))
+    records = []
+    for capture in chosen:
+        missing = [path for path in capture.paths if path not in digests]
+        if missing:
+            raise DatasetError(
+                f"{root / missing[0]}: no such file, but {capture.descriptions[0]} names it. "
+                "Restore it, or describe the capture anew"
+            )
+        records.append(replace(capture, files={path: digests[path] for path in capture.paths}))
+    lines = [f"{file}\0{digest}" for file, digest in sorted(digests.items())]
+    taken = [[c.name, list(c.images)] for c in chosen]
+    said = {"image_size": side, "views": taken}  # what is read of the files
+    lines.append(f"open\0{_layouts.sha256(_layouts.canonical_json(said))}")
+    return MultiViewDataset(
+        path=root,
+        layout="captures",
+        names=tuple(names),
+        background=(0.0, 0.0, 0.0),
+        content_hash="sha256:" + _layouts.sha256("\n".join(lines).encode()),
+        meta=meta,
+        image_size=side,
+        views_per_object=max(len(capture) for capture in chosen),
+        records=tuple(records),
+    )
+
+
+def _is_stored(root: Path, folder: Path) -> bool:
+    """Whether a folder inside ``root`` is a dataset of our layout or the original's."""
+    if folder.name.startswith(".") or not folder.resolve().is_relative_to(root.resolve()):
+        return False
+    return _layouts.is_ours(folder) or bool(_layouts.image_folders(folder))
+
+
+def _open_set(
+    root: Path, stored: list[Path], image_size: int | None, views: int | None
+) -> MultiViewDataset:
+    """Stored datasets, and captures beside them, as one; objects are named FOLDER/NAME."""
+    parts = [open(folder) for folder in stored]
+    parts += [
+        _open_captures(root / folder, formats.captures(root / folder), None, views)
+        for folder in sorted({capture.name.split("/")[0] for capture in formats.captures(root)})
+    ]
+    side = image_size or min(part.image_size for part in parts)
+    hashes = sorted([part.path.name, part.content_hash] for part in parts)
+    digest = _layouts.sha256(_layouts.canonical_json([hashes, side]))
+    assumed = any(part.meta.get("elevation_is_assumed", False) for part in parts)
+    rows = [(part, row) for part in parts for row in range(len(part))]
+    return MultiViewDataset(
+        path=root,
+        layout="set",
+        names=tuple(f"{part.path.name}/{part.names[row]}" for part, row in rows),
+        background=(0.0, 0.0, 0.0),
+        content_hash="sha256:" + digest,
+        meta={
+            "source": "set",
+            "elevation_is_assumed": assumed,
+            "parts": {part.path.name: part.meta for part in parts},
+        },
+        image_size=side,
+        views_per_object=max(part.views_per_object for part in parts),
+        records=tuple(_Part(part, row) for part, row in rows),
+    )
+
+
+def holds_objects(path: str | Path) -> bool:
+    """Whether `open` would have to render what is there: 3D objects, or nothing that it knows."""
+    root = Path(path)
+    if not root.is_dir():
+        return root.exists()
+    if _layouts.is_ours(root) or shards.recognises(root) or _layouts.image_folders(root):
+        return False
+    inner = any(_is_stored(root, folder) for folder in root.iterdir() if folder.is_dir())
+    return not inner and not formats.captures(root)
+
+
+def write(
+    path: str | Path,
+    objects: Iterable[ObjectViews],
+    *,
+    background: Sequence[float] = (0.0, 0.0, 0.0),
+    meta: dict[str, Any],
+    overwrite: bool = False,
+    total: int | None = None,
+) -> MultiViewDataset:
+    """Write objects as they come, as one dataset folder that appears only when it is complete.
+
+    Encoding runs in background threads beside whatever yields the objects.  Everything goes to a
+    hidden folder next to ``path`` that is renamed at the end, and removed if anything fails.
+
+    Args:
+        background: sRGB colour in [0, 1] that the views were composited over.
+        meta: anything JSON can hold about how the data came to be; not part of the hash.
+        overwrite: replace an existing dataset (never a folder that isn't one).
+        total: how many objects will come, for the progress bar.
+
+    Raises:
+        DatasetError: if ``path`` is taken, no object came, objects differ in size or number of
+            views, two share a name, or the disk is full.
+    """
+    return open(store(path, objects, background, meta, overwrite, total))

@@ -1,0 +1,348 @@
+"""How a dataset lies on disk: files of one record, poses, hashes; ours and the original's.
+
+    image_0000/input.png  input_alpha.png  input_pose.json  [input_depth.png]
+               [identity.png  identity_alpha.png]
+               view_000/rgb.png  alpha.png  pose.json  [depth.png]
+
+``pose.json`` holds R and t of an OpenGL world-to-camera transform, as the original's files do,
+and in ours K, width, height, azimuth_deg (relative to the input) and depth_scale too.  Depth is
+16-bit: depth = value * depth_scale, 0 where nothing is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fresnel.data.images import DatasetError, _opened, _read, as_depth
+from fresnel.scene.cameras import Cameras, intrinsics
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+_MAX_JSON_BYTES = 1 << 20
+_MAX_MANIFEST_BYTES = 1 << 28
+_MAX_RECORD_BYTES = 1 << 31
+_BEYOND_FLOAT32 = 1e30
+_FOLDER = re.compile(r"image_\d{4,}")
+_FILE = re.compile(
+    r"(input|input_alpha|input_depth|identity|identity_alpha)\.png|input_pose\.json"
+    r"|view_\d{3,}/(rgb\.png|alpha\.png|depth\.png|pose\.json)"
+)
+# Not read, so not part of the data: the original's DINOv2 features and its relative depth.
+_IGNORED = {"input_features.npy", "input_depth.npy"}
+# At 256 px level 4 packs 4000 views into 72 MB in 18 s; 6 into 71 MB in 23 s, 1 into 84 MB in 12 s.
+PNG_LEVEL = 4
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where one object lies: its folder and the sha256 of each of its files (None: unknown)."""
+
+    name: str
+    folder: str
+    attribution: str
+    files: dict[str, str]
+
+
+# --- bytes -------------------------------------------------------------------------------------
+
+
+def png(image: Tensor | np.ndarray) -> bytes:
+    """Lossless PNG of uint8 (H, W, 3) or (H, W), or of uint16 (H, W)."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(buffer, "PNG", compress_level=PNG_LEVEL)
+    return buffer.getvalue()
+
+
+def depth_scale(depth: Tensor) -> float:
+    """World units of one step: a power of two, so that writing again changes no bit."""
+    largest = float(depth.numpy().max())
+    return 2.0 ** math.ceil(math.log2(largest / 65535)) if largest > 0 else 2.0**-16
+
+
+def depth_png(depth: Tensor) -> bytes:
+    # numpy: torch would call all cores together for each of the encoding threads' small pictures
+    values = np.rint(depth.numpy().astype(np.float64) / depth_scale(depth))
+    np.clip(values, 1, 65535, out=values, where=depth.numpy() > 0)
+    return png(values.astype(np.uint16))
+
+
+def read_png(path: Path, mode: str, data: bytes | None = None) -> Tensor:
+    """uint8 (H, W, 3) for mode "RGB", (H, W) for "L", uint16 (H, W) for "I;16".
+
+    With ``data`` these bytes are decoded, and ``path`` is only for messages; so below.
+    """
+    with _opened(path, _read(path) if data is None else data) as image:
+        if image.mode != mode:
+            raise DatasetError(
+                f"{path}: a PNG of mode {image.mode}, want {mode}. Write the dataset again with "
+                "fresnel.data.dataset.write"
+            )
+        return torch.from_numpy(np.array(image))
+
+
+def read_depth(path: Path, scale: float, data: bytes | None = None) -> Tensor:
+    values = read_png(path, "I;16", data).numpy()
+    if math.frexp(scale)[0] == 0.5 and 1e-30 < scale < 1e30:  # a power of two: nothing to round
+        return torch.from_numpy(values.astype(np.float32) * np.float32(scale))
+    return torch.from_numpy((values.astype(np.float64) * scale).astype(np.float32))
+
+
+def read_json(
+    path: Path, limit: int = _MAX_JSON_BYTES, data: bytes | None = None
+) -> dict[str, Any]:
+    size = path.stat().st_size if data is None and path.is_file() else len(data or b"")
+    if size > limit:
+        raise DatasetError(f"{path}: {size} bytes of JSON, the limit is {limit}")
+    data = _read(path) if data is None else data
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{path}: not valid JSON ({error}). Restore or rewrite it") from None
+    if not isinstance(value, dict):
+        raise DatasetError(f"{path}: holds a {type(value).__name__}, want a JSON object")
+    return value
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+# --- poses -------------------------------------------------------------------------------------
+
+
+def pose_json(camera: Cameras, azimuth_deg: float, scale: float | None, **more: Any) -> bytes:
+    rotation, translation = camera.to_opengl()
+    pose = {
+        "R": rotation.tolist(),
+        "t": translation.tolist(),
+        "K": camera.Ks.tolist(),
+        "width": camera.width,
+        "height": camera.height,
+        "azimuth_deg": round(azimuth_deg, 4),
+        "depth_scale": scale,
+        **more,
+    }
+    return json.dumps(pose, indent=1).encode()
+
+
+def array(pose: dict[str, Any], key: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
+    try:
+        array = np.asarray(pose[key], dtype=np.float64)
+    except KeyError:
+        raise DatasetError(f"{path}: has no {key!r}; want {shape} numbers") from None
+    except (TypeError, ValueError):
+        raise DatasetError(f"{path}: {key!r} is not an array of numbers, want {shape}") from None
+    if array.shape != shape:
+        raise DatasetError(f"{path}: {key!r} has shape {array.shape}, want {shape}")
+    if not (np.abs(array) < _BEYOND_FLOAT32).all():  # NaN is not less either
+        raise DatasetError(
+            f"{path}: {key!r} holds NaN or infinity. Fix what wrote it, or remove this object"
+        )
+    return array
+
+
+def read_camera(
+    path: Path, width: int, height: int, data: bytes | None = None
+) -> tuple[Cameras, dict[str, Any]]:
+    """The camera of a pose file for an image of width x height, and the file's other entries."""
+    pose = read_json(path, data=data)
+    rotation, translation = array(pose, "R", (3, 3), path), array(pose, "t", (3,), path)
+    error = np.abs(rotation @ rotation.T - np.eye(3)).max()
+    if error > 1e-3 or np.linalg.det(rotation) < 0:
+        raise DatasetError(
+            f"{path}: R is not a rotation (R R^T is off by {error:.3g}, determinant "
+            f"{np.linalg.det(rotation):.3g}). Want an OpenGL world-to-camera rotation without "
+            "scale or mirror"
+        )
+    if "K" in pose:
+        Ks = array(pose, "K", (3, 3), path)
+        if Ks[0, 0] <= 0 or Ks[1, 1] <= 0 or Ks[2].tolist() != [0, 0, 1]:
+            raise DatasetError(f"{path}: K is not a pinhole matrix with focal lengths > 0")
+        K = torch.from_numpy(Ks).float()
+        if (pose.get("width", width), pose.get("height", height)) != (width, height):
+            raise DatasetError(
+                f"{path}: is for {pose.get('width')} x {pose.get('height')} pixels, the image "
+                f"beside it has {width} x {height}. Write both again"
+            )
+    else:
+        K = intrinsics(float(width), width, height)  # the original: focal length = image size
+    camera = Cameras.from_opengl(
+        torch.from_numpy(rotation).float(), torch.from_numpy(translation).float(), K, width, height
+    )
+    return camera, pose
+
+
+def stack_cameras(cameras: list[Cameras]) -> Cameras:
+    first = cameras[0]
+    return Cameras(
+        torch.stack([c.viewmats for c in cameras]),
+        torch.stack([c.Ks for c in cameras]),
+        first.width,
+        first.height,
+    )
+
+
+# --- our layout --------------------------------------------------------------------------------
+
+
+def inside(root: Path, relative: str) -> Path:
+    """``root / relative``, refused if links lead out of the dataset's folder."""
+    path = root / relative
+    step, suspect = str(root), os.path.isabs(relative)
+    for part in relative.split("/"):  # a set has millions of steps: resolve only what needs it
+        step = f"{step}/{part}"
+        suspect = suspect or part == ".." or os.path.islink(step)
+    if suspect and not path.resolve().is_relative_to(root.resolve()):
+        raise DatasetError(f"{path}: leads out of the dataset's folder; copy the file into it")
+    return path
+
+
+def is_ours(root: Path) -> bool:
+    """Whether the folder has a manifest of ours; other tools call a list of objects that too."""
+    path = root / MANIFEST
+    if not path.exists():
+        return False
+    if any(_FOLDER.fullmatch(entry.name) for entry in root.iterdir()):
+        return True
+    with inside(root, MANIFEST).open("rb") as file:
+        start = file.read(1 << 16).lstrip()
+    return not start.startswith(b"[") and b'"assets"' not in start
+
+
+def parse_manifest(root: Path) -> tuple[dict[str, Any], tuple[Record, ...]]:
+    path = inside(root, MANIFEST)
+    manifest = read_json(path, _MAX_MANIFEST_BYTES)
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise DatasetError(
+            f"{path}: schema_version is {manifest.get('schema_version')!r}, this version of "
+            f"fresnel reads {SCHEMA_VERSION}"
+        )
+    background = array(manifest, "background", (3,), path)
+    if (background < 0).any() or (background > 1).any():
+        raise DatasetError(f"{path}: background {background.tolist()}, want sRGB in [0, 1]")
+    for key in ("image_size", "views_per_object"):
+        if not isinstance(manifest.get(key), int) or not 1 <= manifest[key] <= 100_000:
+            raise DatasetError(f"{path}: {key} is {manifest.get(key)!r}, want a positive integer")
+    if 4 * manifest["views_per_object"] * manifest["image_size"] ** 2 > _MAX_RECORD_BYTES:
+        raise DatasetError(
+            f"{path}: {manifest['views_per_object']} views of {manifest['image_size']} px an "
+            f"object take more than {_MAX_RECORD_BYTES >> 20} MB. Write fewer or smaller views"
+        )
+    if not isinstance(manifest.get("meta"), dict):
+        raise DatasetError(f"{path}: meta is not a JSON object")
+    objects = manifest.get("objects")
+    if not isinstance(objects, list) or not objects:
+        raise DatasetError(f"{path}: lists no objects")
+    records = tuple(_record(entry, path) for entry in objects)
+    for what in ("name", "folder"):
+        if len({getattr(record, what) for record in records}) < len(records):
+            raise DatasetError(f"{path}: two objects share a {what}")
+    return manifest, records
+
+
+def _record(entry: Any, path: Path) -> Record:
+    try:
+        name, folder, files = entry["name"], entry["folder"], entry["files"]
+        attribution = entry["attribution"]
+        texts = [name, folder, attribution, *files.keys(), *files.values()]
+    except (TypeError, KeyError, AttributeError):
+        raise DatasetError(
+            f"{path}: an object's entry is damaged; want name, folder, attribution, files"
+        ) from None
+    if not all(isinstance(text, str) for text in texts):
+        raise DatasetError(f"{path}: an object's entry holds something other than text")
+    if not _FOLDER.fullmatch(folder):
+        raise DatasetError(f"{path}: refuses folder {folder!r}; want image_0000 and the like")
+    for file in files:
+        if not _FILE.fullmatch(file):
+            raise DatasetError(f"{path}: refuses file {file!r} of {name!r}: not of this layout")
+    return Record(name, folder, attribution, dict(files))
+
+
+def content_hash(records: Iterable[Record], manifest: dict[str, Any] | None) -> str:
+    """sha256 over the sorted lines "path, NUL, sha256 of the bytes" of every data file.
+
+    For our layout a last line covers what the manifest alone says of the pictures: background,
+    sizes, names and attributions (not ``meta``).
+    """
+    records = list(records)
+    lines = sorted(f"{r.folder}/{f}\0{digest}" for r in records for f, digest in r.files.items())
+    if manifest is not None:
+        said = {
+            "background": [float(value) for value in manifest["background"]],
+            "image_size": manifest["image_size"],
+            "views_per_object": manifest["views_per_object"],
+            "objects": [[r.name, r.folder, r.attribution] for r in records],
+        }
+        lines.append(f"{MANIFEST}\0{sha256(canonical_json(said))}")
+    return "sha256:" + sha256("\n".join(lines).encode())
+
+
+def data_files(root: Path, folder: str) -> Iterator[str]:
+    """Paths, relative to the object's folder, of every data file that lies in it."""
+    base = inside(root, folder)
+    for path in sorted(base.rglob("*")):
+        if path.is_file() and not path.name.startswith(".") and path.name not in _IGNORED:
+            yield path.relative_to(base).as_posix()
+
+
+def image_folders(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir())
+
+
+# --- the original's layout ---------------------------------------------------------------------
+
+
+def scan_original(root: Path) -> tuple[Record, ...]:
+    """Records of a folder of the original's layout, without hashes."""
+    records = []
+    for folder in image_folders(root):
+        files = {file: "" for file in data_files(root, folder)}
+        if "input.png" not in files:
+            raise DatasetError(f"{root / folder}: has no input.png. Restore or remove this folder")
+        records.append(Record(folder, folder, "", files))
+    return tuple(records)
+
+
+def read_npy_depth(path: Path, shape: tuple[int, int]) -> Tensor:
+    """The original's depth.npy, (H, W) or (1, H, W) floats."""
+    try:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DatasetError(f"{path}: not a readable .npy array ({error}). Make it again") from None
+    if not isinstance(mapped, np.ndarray) or mapped.shape not in (shape, (1, *shape)):
+        got = getattr(mapped, "shape", type(mapped).__name__)
+        raise DatasetError(f"{path}: has shape {got}, want {shape} like the image beside it")
+    if mapped.dtype.kind not in "fiu":
+        raise DatasetError(f"{path}: has dtype {mapped.dtype}, want floats")
+    return named(
+        path, lambda: as_depth(np.array(mapped, np.float32).reshape(shape), "depth", shape)
+    )
+
+
+def named(path: Path, check: Callable[[], Any]) -> Any:
+    """Runs ``check``, putting the file's name in front of its complaint."""
+    try:
+        return check()
+    except DatasetError:
+        raise
+    except ValueError as error:
+        raise DatasetError(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""How good are views: metrics by azimuth, trivial baselines, intervals."""

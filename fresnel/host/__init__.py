@@ -1,0 +1,1 @@
+"""The machine under us: files, locks, cores, processes, what a run takes."""

@@ -1,0 +1,124 @@
+"""Where a result comes from: commit, versions, hardware; what is unknown is None, never a guess."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    *("fresnel", "torch", "numpy", "gsplat", "numba", "trimesh", "embreex", "gsply", "pillow"),
+    *("torchmetrics", "matplotlib", "viser", "transformers", "papermill", "nbconvert"),
+)
+
+_ACCELERATOR = re.compile(r"nvidia\d+|kfd|dxg")
+_CHOOSERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def provenance(seed: int | None = None) -> dict[str, Any]:
+    """Commit, versions and hardware of this process, JSON-able. Anything unknown is None."""
+    device = cuda()
+    return {
+        "git": git_state(),
+        "python": platform.python_version(),
+        "packages": _versions(_PACKAGES),
+        "os": f"{platform.system()} {platform.machine()}",
+        "cpu": {"model": _cpu_model(), "count": core_count()},
+        "gpu": device.get_device_name() if device is not None else None,
+        "seed": seed,
+        "datasets": [],
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """{"commit", "dirty", "changed"} of the checkout this code runs from; products in reports/
+    and runs/ do not make it dirty. A copy without its history can be told its commit by the
+    variable FRESNEL_COMMIT; whether it is dirty is then unknown."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    if told := os.environ.get("FRESNEL_COMMIT"):
+        return {"commit": told, "dirty": None, "changed": []}
+    commit = git("rev-parse", "HEAD")
+    lines = git("status", "--porcelain", "--", ".", ":(exclude)reports", ":(exclude)runs")
+    changed = None if lines is None else [line[3:] for line in lines.splitlines()]
+    return {
+        "commit": commit.strip() if commit else None,
+        "dirty": None if changed is None else bool(changed),
+        "changed": (changed or [])[:50],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What of this machine a result can depend on; found without importing torch."""
+    return {
+        "python": platform.python_version(),
+        "packages": _versions(_PACKAGES),
+        "os": f"{platform.system()} {platform.machine()}",
+        "cpu": {"model": _cpu_model(), "count": core_count()},
+        "accelerators": accelerators(),
+    }
+
+
+def accelerators() -> list[str]:
+    """GPUs that the system shows, and which of them may be used; [] where there is none."""
+    found = [str(path) for path in Path("/dev").glob("*") if re.fullmatch(_ACCELERATOR, path.name)]
+    chosen = [f"{name}={os.environ[name]}" for name in _CHOOSERS if name in os.environ]
+    return sorted(found) + chosen if found else []
+
+
+def project_root() -> Path:
+    """The checkout: the nearest folder above the working directory that holds this project's
+    pyproject.toml, else the working directory itself (an installed package run elsewhere)."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "fresnel").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    return here
+
+
+def cuda() -> Any:
+    """torch.cuda where it works, else None. Does not import torch: a run that never did has none
+    of its memory to measure."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_model() -> str | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or None
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1).strip() if match else platform.machine() or None
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

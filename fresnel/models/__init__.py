@@ -1,0 +1,1 @@
+"""The networks: image -> Gaussians (decoder), image and cameras -> view (CVS)."""

@@ -1,0 +1,466 @@
+"""CVS, consistency view synthesis: one image and two cameras -> the view from the second camera.
+
+Images are premultiplied RGBA in [-1, 1]; rays are Pluecker coordinates in the gravity-aligned
+frame of the input camera, so elevation is known and azimuth is relative to the input.
+
+Preconditioning and boundary condition: Consistency Models, arXiv 2303.01469, appendix C.
+Training: Easy Consistency Tuning (ECT), arXiv 2406.14548; what differs is said where it does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fresnel.data.dataset import InputImages
+from fresnel.models import refine as rendered
+from fresnel.models.unet import FourierEmbedding, UNet
+from fresnel.render import Views
+from fresnel.scene.cameras import Cameras, gravity_frame
+
+CONDITION_CHANNELS = 4 + 6 + 6
+CameraMap = Callable[[InputImages, Cameras], tuple[Cameras, Cameras, Tensor]]
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # tests: a fraction of a second a step at 16 px
+    "tiny": {
+        "image_size": 16,
+        "base_channels": 8,
+        "channel_multipliers": (1, 2),
+        "blocks_per_level": 1,
+        "attention_levels": (1,),
+        "embedding_channels": 16,
+    },
+    # two CPU cores at 64 px
+    "small": {},
+    # 128 px at the price of "small": the one that ships, 6 M parameters
+    "compact": {"image_size": 128, "patch": 4, "base_channels": 48},
+    # one GPU at 128 px, about 23 M parameters
+    "base": {
+        "image_size": 128,
+        "base_channels": 64,
+        "channel_multipliers": (1, 2, 4, 4),
+        "blocks_per_level": 2,
+        "attention_levels": (2, 3),
+        "embedding_channels": 256,
+        "ect_stages": 6,
+    },
+    # one GPU at 256 px, 81 M parameters: most of them work on 16 x 16 and 8 x 8 cells, so
+    # that a sample costs little more arithmetic than in a network of a third of the size
+    "large": {
+        "image_size": 256,
+        "patch": 4,
+        "base_channels": 128,
+        "channel_multipliers": (1, 2, 4, 4),
+        "blocks_per_level": 2,
+        "attention_levels": (2, 3),
+        "embedding_channels": 512,
+        "ect_stages": 6,
+    },
+}
+
+
+_ARCHITECTURE = (
+    "patch",
+    "base_channels",
+    "channel_multipliers",
+    "blocks_per_level",
+    "attention_levels",
+    "embedding_channels",
+    "render_condition",
+    "render_base",
+    "render_twin",
+)
+
+
+@dataclass(frozen=True)
+class CVSConfig:
+    """The network, its noise levels and its loss; `CVSConfig.preset(name, **changes)` to start.
+
+    Noise levels sigma are in units of the images' [-1, 1]; `sigma_data` is their assumed spread.
+    """
+
+    image_size: int = 64  # pixels; the size to train and sample at
+    patch: int = 2  # pixels folded into channels at the stem
+    base_channels: int = 32
+    channel_multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    blocks_per_level: int = 1
+    attention_levels: tuple[int, ...] = (2, 3)
+    embedding_channels: int = 128
+    dropout: float = 0.0
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    p_mean: float = -1.1  # mean and spread of ln(sigma) in training, as in ECT
+    p_std: float = 2.0
+    sigma_max_fraction: float = 0.5  # share of samples trained at sigma_max, where one step starts
+    sigma_max_anchor: bool = True  # those are compared with the clean view in every stage
+    ect_stages: int = 4  # the curriculum's stages; stage 0 is plain denoising
+    denoising_share: float = 0.5  # of the run spent in stage 0; the others share the rest equally
+    ect_q: float = 2.0
+    ect_k: float = 8.0
+    ect_b: float = 1.0
+    huber_c: float = 0.01  # root-mean-square error below which the loss turns quadratic
+    loss_weight: str = "alpha_aware"  # "alpha_aware" | "depth_laplacian" | "none"
+    light_weight: float = 0.3  # of the loss on local light, which blur would otherwise swallow
+    foreground_share: float = 0.7  # of the alpha-aware weight: the object with a margin
+    parameterisation: str = "consistency"  # "consistency" | "original" (no boundary condition)
+    render_condition: bool = False  # also see a render of the target view: `fresnel.models.refine`
+    render_base: bool = False  # ... and add to it, rather than draw the view anew
+    render_twin: bool = False  # ... and a second one, from the mirrored input
+
+    def __post_init__(self) -> None:
+        for name, choices in {
+            "loss_weight": ("alpha_aware", "depth_laplacian", "none"),
+            "parameterisation": ("consistency", "original"),
+        }.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, want one of {choices}")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"sigma_min, sigma_max: got {self.sigma_min:g}, {self.sigma_max:g}, "
+                "want 0 < sigma_min < sigma_max"
+            )
+        for name in ("sigma_max_fraction", "foreground_share", "denoising_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want a value in [0, 1]")
+        for name in ("render_base", "render_twin"):
+            if getattr(self, name) and not self.render_condition:
+                raise ValueError(f"{name}: got True, want render_condition=True too")
+        if self.render_base and self.parameterisation == "original":
+            raise ValueError(
+                'parameterisation: got "original", which is the network\'s output alone, want '
+                '"consistency" for a model that adds to a render'
+            )
+        if self.ect_stages < 1 or self.ect_q <= 1:
+            raise ValueError(
+                f"ect_stages, ect_q: got {self.ect_stages}, {self.ect_q:g}, want >= 1 and > 1"
+            )
+        # lists come from JSON and YAML
+        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
+
+    @property
+    def condition_channels(self) -> int:
+        renders = self.render_condition + self.render_twin
+        return CONDITION_CHANNELS + renders * rendered.CHANNELS
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> CVSConfig:
+        """'tiny' (tests), 'small' (64 px, CPU), 'base' (128 px, GPU) or 'large' (256 px, GPU)."""
+        if name not in _PRESETS:
+            raise ValueError(f"preset: got {name!r}, want one of {tuple(_PRESETS)}")
+        unknown = changes.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"CVSConfig has no field {', '.join(sorted(unknown))}")
+        return replace(cls(**_PRESETS[name]), **changes)
+
+
+class CVS(nn.Module):
+    """Denoiser D(x, sigma, cond): (B, 4, H, W), (B,), (B, C, H, W) -> clean view (B, 4, H, W).
+
+    C is 16, 21 where the network also sees a render of the target view, 26 where it sees two.
+    D = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, cond, ln(sigma) / 4). At sigma_min
+    c_skip = 1 and c_out = 0 exactly, so D(x, sigma_min) = x bit for bit: the boundary condition
+    of a consistency model. The "original" parameterisation is D = F: nothing ties it to x.
+
+    With `render_base`, D = c_skip x + (1 - c_skip) R + c_out F for the render R in the condition
+    (the mean of two): the boundary condition holds, and from noise alone the untrained network
+    gives R.
+    """
+
+    def __init__(self, config: CVSConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.origin = "random"  # of the weights that training starts from
+        self.embedding = FourierEmbedding(config.embedding_channels)
+        self.unet = UNet(
+            4 + config.condition_channels,
+            4,
+            base_channels=config.base_channels,
+            channel_multipliers=config.channel_multipliers,
+            blocks_per_level=config.blocks_per_level,
+            attention_levels=config.attention_levels,
+            patch=config.patch,
+            embedding_dim=config.embedding_channels,
+            dropout=config.dropout,
+        )
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+        s, data = sigma.reshape(-1, 1, 1, 1), self.config.sigma_data
+        c_in = (s**2 + data**2).rsqrt()
+        f = self.unet(torch.cat([c_in * x, cond], dim=1), self.embedding(sigma.log() / 4))
+        f = f.to(x.dtype)
+        if f.device.type == "cpu":
+            f = f.contiguous()  # as x is: what a compiler makes of both orders in one loop is slow
+        if self.config.parameterisation == "original":
+            return f
+        c_skip, c_out = self.scalings(s)
+        denoised = c_skip * x + c_out * f
+        if self.config.render_base:
+            renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, rendered.CHANNELS))
+            denoised = denoised + (1 - c_skip) * renders[:, :, :4].mean(dim=1)
+        return denoised
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(c_skip, c_out) with the (sigma - sigma_min) of arXiv 2303.01469, appendix C."""
+        data, above = self.config.sigma_data, sigma - self.config.sigma_min
+        c_skip = data**2 / (above**2 + data**2)
+        return c_skip, data * above * (sigma**2 + data**2).rsqrt()
+
+    def start_from(self, other: CVS) -> None:
+        """Take over another network's weights, to go on training from there.
+
+        An "original" network takes a consistency network's so that its one step gives the same
+        view: its output is the consistency network's F times c_out(sigma_max).
+
+        Raises:
+            ValueError: if the two are built differently; the message names what differs.
+        """
+        ours, theirs = asdict(self.config), asdict(other.config)
+        different = [name for name in _ARCHITECTURE if ours[name] != theirs[name]]
+        if different:
+            raise ValueError(
+                "initial weights: built with "
+                + ", ".join(f"{name} {theirs[name]!r}" for name in different)
+                + "; want "
+                + ", ".join(f"{ours[name]!r}" for name in different)
+                + ". Choose the size they were trained at"
+            )
+        weights = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        if self.config.parameterisation == "original" != other.config.parameterisation:
+            at_max = other.scalings(torch.tensor(other.config.sigma_max))[1]
+            for name in ("unet.head.weight", "unet.head.bias"):
+                weights[name] *= at_max
+        self.load_state_dict(weights)
+        digest = hashlib.sha256()
+        for name in sorted(weights):
+            digest.update(weights[name].cpu().numpy().tobytes())
+        self.origin = f"sha256:{digest.hexdigest()}"
+
+    def save(self, path: str | Path, *, half: bool = False, **metadata: Any) -> None:
+        """Write weights (float16 if `half`) and config to one safetensors file, atomically.
+
+        `metadata`: anything JSON can hold, such as the provenance of the run.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: (t.half() if half and t.is_floating_point() else t).detach().cpu().contiguous()
+            for name, t in self.state_dict().items()
+        }
+        header = {"kind": "cvs", "config": asdict(self.config), **metadata}
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(weights, temporary, {"fresnel": json.dumps(header)})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CVS:
+        """Read what `save` wrote, in evaluation mode and float32.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a CVS file, or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such CVS checkpoint")
+        try:
+            with safe_open(str(path), "pt") as file:
+                header = json.loads((file.metadata() or {}).get("fresnel", "{}"))
+                weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a readable CVS file ({error})") from error
+        if header.get("kind") != "cvs":
+            raise ValueError(f"{path}: not a CVS file (kind {header.get('kind')!r})")
+        model = cls(CVSConfig(**header["config"]))
+        model.load_state_dict(weights)
+        return model.to(device).eval()
+
+
+def rgba(rgb: Tensor, alpha: Tensor) -> Tensor:
+    """uint8 (..., H, W, 3) over black and (..., H, W) -> float (..., 4, H, W) in [-1, 1].
+
+    A colour over black is the premultiplied colour.
+    """
+    pixels = torch.cat([rgb, alpha[..., None]], dim=-1).movedim(-1, -3)
+    return pixels.float() / 127.5 - 1.0
+
+
+def condition(inputs: InputImages, cameras: Cameras, pivots: Tensor) -> Tensor:
+    """What the network knows: input image, its rays, the target's rays. (M V, 16, H, W).
+
+    Args:
+        inputs: M input images with their cameras.
+        cameras: target cameras (M, V), of the input images' size.
+        pivots: (M, 3), the origin of the canonical frame, in the world.
+    """
+    return condition_tensors(rgba(inputs.rgb, inputs.alpha), inputs.cameras, cameras, pivots)
+
+
+def condition_tensors(image: Tensor, source: Cameras, cameras: Cameras, pivots: Tensor) -> Tensor:
+    m, (h, w) = image.shape[0], image.shape[-2:]
+    if len(cameras.batch_shape) != 2 or cameras.batch_shape[0] != m:
+        raise ValueError(f"cameras: got batch {tuple(cameras.batch_shape)}, want ({m}, views)")
+    if {(c.height, c.width) for c in (source, cameras)} != {(h, w)}:
+        raise ValueError(
+            f"cameras: got {source.width} x {source.height} (input) and {cameras.width} x "
+            f"{cameras.height} (target) pixels, want the input image's {w} x {h}"
+        )
+    with torch.autocast(image.device.type, enabled=False):  # geometry needs float32
+        frame = gravity_frame(source, pivots)
+        known = torch.cat([image, source.pluecker(frame).movedim(-1, -3)], dim=1)
+        rays = cameras.pluecker(frame[:, None]).movedim(-1, -3)
+    known = known[:, None].expand(-1, rays.shape[1], -1, -1, -1)
+    return torch.cat([known, rays], dim=2).flatten(0, 1)
+
+
+def randn(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
+
+
+def sampling_sigmas(steps: int, config: CVSConfig) -> tuple[float, ...]:
+    """Noise levels to start each of `steps` passes from, sigma_max first.
+
+    sigma_i^(1/7) is spaced evenly between sigma_max and sigma_min, the latter left out (EDM,
+    arXiv 2206.00364, equation 5 with rho = 7): 80 | 80, 2.5 | 80, 18, 2.5, 0.17.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}, want at least 1")
+    high, low = config.sigma_max ** (1 / 7), config.sigma_min ** (1 / 7)
+    return tuple((high + i / steps * (low - high)) ** 7 for i in range(steps))
+
+
+@torch.no_grad()
+def sample(
+    model: CVS,
+    cond: Tensor,
+    *,
+    steps: int = 1,
+    generator: torch.Generator,
+    sigmas: Sequence[float] | None = None,
+    repeat: int = 1,
+) -> Tensor:
+    """Views (B, 4, H, W) in [-1, 1] for conditions (B, 16, H, W): one pass per noise level.
+
+    Multistep consistency sampling (arXiv 2303.01469, algorithm 1): denoise, then add noise back
+    to the next, lower level. `repeat`: noise is drawn for B / repeat images and tiled.
+    """
+    b, _, h, w = cond.shape
+    levels = sampling_sigmas(steps, model.config) if sigmas is None else tuple(sigmas)
+    x = cond.new_zeros(b // repeat, 4, h, w)
+    out = cond.new_zeros(b, 4, h, w)
+    for i, sigma in enumerate(levels):
+        spread = sigma if i == 0 else math.sqrt(max(sigma**2 - model.config.sigma_min**2, 0.0))
+        noise = randn(x, generator).repeat(repeat, 1, 1, 1)
+        out = model(out + spread * noise, out.new_full((b,), sigma), cond).clamp(-1, 1)
+    return out
+
+
+def predictor(
+    model: CVS,
+    steps: int = 1,
+    seed: int = 0,
+    camera_map: CameraMap | None = None,
+    *,
+    renderer: Callable[[InputImages, Cameras], Views] | None = None,
+    pivot: Sequence[float] = (0.0, 0.0, 0.0),
+    max_batch: int = 64,
+) -> Callable[[InputImages, Cameras], Views]:
+    """A function (inputs M, cameras (M, V)) -> Views (M, V, H, W) over black, depth all zero.
+
+    Every object sees the same noise, drawn from `seed`, so a result does not depend on what else
+    is in the batch. Images are made at the model's size and resized to the cameras'.
+
+    Args:
+        camera_map: replaces (input cameras, target cameras, pivots (M, 3)) before conditioning,
+            for models trained in another geometry.
+        renderer: the decoder's predictor, for models with `render_condition`.
+        pivot: the object's centre in the world, where no `camera_map` says otherwise.
+
+    Raises:
+        ValueError: if the model needs a `renderer` and there is none.
+    """
+    size = model.config.image_size
+    if model.config.render_condition and renderer is None:
+        raise ValueError("renderer: got None, but this CVS sees the decoder's render of the view")
+
+    def predict(inputs: InputImages, cameras: Cameras) -> Views:
+        device = next(model.parameters()).device
+        m, v = cameras.batch_shape
+        inputs = inputs.resized(size).to(device)
+        cameras = cameras.to(device)
+        if camera_map is None:
+            source, targets = inputs.cameras, cameras
+            pivots = torch.tensor(pivot, dtype=torch.float32, device=device).expand(m, 3)
+        else:
+            source, targets, pivots = camera_map(inputs, cameras)
+        source, targets = source.resized(size, size), targets.resized(size, size)
+        image = rgba(inputs.rgb, inputs.alpha)
+        cond = condition_tensors(image, source, targets, pivots).unflatten(0, (m, v))
+        if model.config.render_condition and renderer is not None:
+            twin = model.config.render_twin
+            seen = rendered.seen(renderer, inputs, targets, pivots, twin=twin)
+            cond = torch.cat([cond, seen.to(cond)], dim=2)
+        was_training, chunk = model.training, max(1, max_batch // v)
+        model.eval()
+        parts = [
+            sample(
+                model,
+                part.flatten(0, 1),
+                steps=steps,
+                generator=torch.Generator(device).manual_seed(seed),
+                repeat=part.shape[0],
+            )
+            for part in cond.split(chunk)
+        ]
+        model.train(was_training)
+        out, shape = torch.cat(parts).float(), (cameras.height, cameras.width)
+        if shape != (size, size):
+            out = F.interpolate(out, shape, mode="bilinear", antialias=True)
+        out = ((out + 1) / 2).clamp(0, 1).unflatten(0, (m, v)).movedim(-3, -1)
+        alpha = out[..., 3:]
+        return Views(rgb=out[..., :3], alpha=alpha, depth=torch.zeros_like(alpha))
+
+    return predict
+
+
+SHIPPED = {"cvs": "cvs.safetensors", "cvs-twin": "cvs_twin.safetensors"}
+"""Model of `arms.make_task` -> the trained CVS that comes with the package."""
+
+
+def load_shipped(device: torch.device | str = "cpu", model: str = "cvs") -> CVS:
+    """A small trained CVS (6 M parameters, 128 px) that comes with the package.
+
+    Args:
+        model: "cvs", which draws a view anew, or "cvs-twin", which adds to what the shipped pixel
+            decoder makes of it.
+
+    Raises:
+        ValueError: if none of this model ships.
+        FileNotFoundError: if this installation carries none; the message says how to make one.
+    """
+    if model not in SHIPPED:
+        raise ValueError(f"no trained {model!r} ships, but {' and '.join(SHIPPED)}; want a file")
+    name = SHIPPED[model]
+    with resources.as_file(resources.files("fresnel") / "assets" / name) as path:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"fresnel/assets/{name} is missing: no CVS ships with this installation; train "
+                f"one with notebooks/03_full_train.ipynb (model={model}, export_to=FILE) and pass "
+                f"it"
+            )
+        return CVS.load(path, device)

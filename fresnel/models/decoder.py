@@ -1,0 +1,432 @@
+"""`Decoder`: one image -> Gaussians in the input camera's frame.
+
+Two kinds share the class.  "pixel" is ours: a U-Net over the image and its camera's rays that
+emits a few Gaussians a pixel, trained through the renderer against other views of the object.
+"patch" is the original experiment's frontal-only decoder (see `fresnel.models.patch_decoder`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fresnel.data.images import InputImages
+from fresnel.models.patch_decoder import PatchNetwork, normalised_depth
+from fresnel.models.unet import UNet
+from fresnel.render import Views, render
+from fresnel.scene.cameras import Cameras, gravity_frame, intrinsics
+from fresnel.scene.gaussians import Gaussians
+
+if TYPE_CHECKING:
+    from fresnel.evaluation.metrics import Predictor
+
+_REACH = 0.9
+"""Depths stay within this of the pivot's, before the offset: a unit box fits (0.866)."""
+_SEEN_DEPTH = -0.15  # before training, the visible surface, relative to the pivot
+_BEHIND_SHARE = 0.25  # ... and the next layer, as a share of the way from there to the far side
+_PIXEL_SIGMA = 0.55  # initial standard deviation in pixels: neighbours overlap without a gap
+_LOG_SCALE_RANGE = 2.5  # scales stay within a factor e^2.5 of that, 0.05 to 6.7 pixels
+_SEEN_OFFSET, _BEHIND_OFFSET = 0.05, 0.3
+_CHANNELS = 15  # depth 1, offset 3, scale 3, quaternion 4, opacity 1, colour 3
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What a decoder is made of.
+
+    Args:
+        kind: "pixel" (ours) or "patch" (the original's).
+        image_size: side of the square image the network sees, in pixels.
+        gaussian_grid: pixel kind: Gaussians for every pixel of that image ("full"), or for
+            every 2 x 2 pixels ("half", a quarter of the Gaussians).
+        gaussians_per_pixel: pixel kind: one for what is seen, the others for what is behind.
+        base_channels, channel_multipliers, blocks_per_level, attention_levels, patch: pixel
+            kind: the U-Net's, see `networks.UNet`.
+        encoder: patch kind: "conv" from scratch or "dinov2" through transformers.
+        encoder_weights: model name or folder of the DINOv2 weights.
+        gaussians_per_patch: patch kind: the original's K, 4 or 8.
+        patch_grid: patch kind: patches along a side; the original has 37.
+    """
+
+    kind: Literal["pixel", "patch"] = "pixel"
+    image_size: int = 128
+    gaussian_grid: Literal["full", "half"] = "full"
+    gaussians_per_pixel: int = 2
+    base_channels: int = 40
+    channel_multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    blocks_per_level: int = 1
+    attention_levels: tuple[int, ...] = (3,)
+    patch: int = 1
+    encoder: Literal["conv", "dinov2"] = "conv"
+    encoder_weights: str = "facebook/dinov2-small"
+    gaussians_per_patch: int = 4
+    patch_grid: int = 37
+
+    def __post_init__(self) -> None:
+        for name, want in (
+            ("kind", ("pixel", "patch")),
+            ("gaussian_grid", ("full", "half")),
+            ("encoder", ("conv", "dinov2")),
+        ):
+            if getattr(self, name) not in want:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, want one of {want}")
+        if self.gaussians_per_pixel < 2:
+            raise ValueError(
+                f"gaussians_per_pixel: got {self.gaussians_per_pixel}, want at least 2, one for "
+                f"what is seen and one for what is behind"
+            )
+        shrink = self.patch * 2 ** (len(self.channel_multipliers) - 1)
+        shrink *= 2 if self.gaussian_grid == "half" else 1
+        if self.kind == "pixel" and (self.image_size < shrink or self.image_size % shrink):
+            raise ValueError(f"image_size: got {self.image_size}, want a multiple of {shrink}")
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> DecoderConfig:
+        known = {field.name for field in fields(DecoderConfig)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"decoder config: unknown keys {unknown}; want {sorted(known)}")
+        lists = {key: tuple(v) for key, v in values.items() if isinstance(v, list | tuple)}
+        return DecoderConfig(**{**values, **lists})
+
+
+class Decoder(nn.Module):
+    """Images -> Gaussians; see the module's docstring.
+
+    Attributes:
+        config: what it is made of.
+        provenance: JSON-able facts about the run that trained it; travels with the checkpoint.
+    """
+
+    def __init__(self, config: DecoderConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or DecoderConfig()
+        self.provenance: dict[str, Any] = {}
+        self.network: UNet | PatchNetwork
+        if config.kind == "patch":
+            self.network = PatchNetwork(
+                encoder=config.encoder,
+                encoder_weights=config.encoder_weights,
+                per_patch=config.gaussians_per_patch,
+                grid=config.patch_grid,
+            )
+            return
+        fold = 2 if config.gaussian_grid == "half" else 1
+        self.network = UNet(
+            (4 + 6) * fold**2,
+            _CHANNELS * config.gaussians_per_pixel,
+            base_channels=config.base_channels,
+            channel_multipliers=config.channel_multipliers,
+            blocks_per_level=config.blocks_per_level,
+            attention_levels=config.attention_levels,
+            patch=config.patch,
+        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, inputs: InputImages) -> Gaussians:
+        """Gaussians (M, N) in the input camera's OpenCV frame.
+
+        The pixel kind expects the object's pivot at the world origin.  The patch kind knows no
+        camera but the original's: focal length = image size, object 2 to 4 units away.
+        """
+        return self.decode(*self.prepare(inputs))[0]
+
+    def prepare(self, inputs: InputImages) -> tuple[Tensor, Cameras, Tensor | None]:
+        """Images as the network sees them, on its device.
+
+        Returns:
+            Premultiplied rgba in [0, 1], (M, 4, S, S), S = config.image_size; cameras (M,) for
+            that size; normalised depth (M, S, S) for the patch kind where the record has any.
+        """
+        rgb, alpha = inputs.rgb.to(self.device), inputs.alpha.to(self.device)
+        rgba = torch.cat([rgb, alpha[..., None]], dim=-1).permute(0, 3, 1, 2).float() / 255
+        depth = None
+        if self.config.kind == "patch" and inputs.depth is not None:
+            depth = normalised_depth(inputs.depth.to(rgba), rgba[:, 3])
+            depth = resize(depth[:, None], self.config.image_size)[:, 0]
+        cameras = inputs.cameras.to(self.device)
+        size = self.config.image_size
+        return resize(rgba, size), cameras.resized(size, size), depth
+
+    def decode(
+        self, rgba: Tensor, cameras: Cameras, depth: Tensor | None = None
+    ) -> tuple[Gaussians, dict[str, Tensor]]:
+        """`forward` on what `prepare` returns, with the terms that training regularises."""
+        if isinstance(self.network, PatchNetwork):
+            return self.network(rgba, depth)
+        with torch.autocast(rgba.device.type, enabled=False):  # geometry needs float32
+            frame = gravity_frame(cameras, cameras.viewmats.new_zeros(3))
+            rays = cameras.pluecker(frame).permute(0, 3, 1, 2)
+        x = torch.cat([rgba * 2 - 1, rays], dim=1)
+        if self.config.gaussian_grid == "half":
+            x, rgba = F.pixel_unshuffle(x, 2), F.avg_pool2d(rgba, 2)
+            cameras = cameras.resized(rgba.shape[-1], rgba.shape[-2])
+        # channels last: what tensor cores take as it is, and 1.5 times as fast on a CPU
+        raw = self.network(x.contiguous(memory_format=torch.channels_last)).float()
+        with torch.autocast(rgba.device.type, enabled=False):
+            return pixel_parametrisation(raw, rgba, cameras), {}
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the network; the geometry around it is cheap and stays as it is."""
+        self.network.compile(*args, **kwargs)
+
+    def world(self, inputs: InputImages) -> Gaussians:
+        """Gaussians (M, N) in the world, the object's pivot at the origin.
+
+        The patch kind's are scaled about the input camera so that their centroid lies as far
+        away as the pivot: the picture in that camera stays the same.
+        """
+        gaussians = self(inputs)
+        to_world = torch.linalg.inv(inputs.cameras.viewmats.to(gaussians.means))
+        if self.config.kind == "patch":
+            distance = torch.linalg.norm(to_world[:, :3, 3], dim=-1)
+            scale = torch.eye(4).to(to_world).repeat(len(distance), 1, 1)
+            scale[:, :3, :3] *= (distance / centroid(gaussians)[:, 2])[:, None, None]
+            to_world = to_world @ scale
+        return gaussians.transform(to_world)
+
+    def input_cameras(self, inputs: InputImages) -> Cameras:
+        """The cameras (M,) in which `world` must look like the input images."""
+        cameras = inputs.cameras.to(self.device)
+        if self.config.kind == "pixel":
+            return cameras
+        Ks = intrinsics(float(cameras.width), cameras.width, cameras.height).to(cameras.Ks)
+        return Cameras(cameras.viewmats, Ks.expand_as(cameras.Ks), cameras.width, cameras.height)
+
+    def checksum(self) -> str:
+        """SHA-256 of config and weights, "sha256:..."; what a dataset made by it records."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def save(self, path: str | Path, *, half: bool = True) -> Path:
+        """Write weights, config and provenance to one safetensors file, atomically.
+
+        A frozen DINOv2 encoder is left out; its weights have their own home.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        tensors = {
+            name: (tensor.half() if half and tensor.is_floating_point() else tensor)
+            .detach()
+            .cpu()
+            .contiguous()
+            for name, tensor in self.state_dict().items()
+            if not name.startswith(_FROZEN)
+        }
+        header = {
+            "format": _FORMAT,
+            "config": asdict(self.config),
+            "parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "provenance": self.provenance,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, partial, metadata={"fresnel_decoder": json.dumps(header)})
+        os.replace(partial, path)
+        return path
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str = "cpu") -> Decoder:
+        """Read what `save` wrote, in float32, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a decoder checkpoint, or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such decoder checkpoint")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["fresnel_decoder"])
+                tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a readable decoder checkpoint ({error})") from error
+        decoder = Decoder(DecoderConfig.from_dict(header["config"]))
+        missing, unexpected = decoder.load_state_dict(tensors, strict=False)
+        missing = [name for name in missing if not name.startswith(_FROZEN)]
+        if missing or unexpected:
+            raise ValueError(
+                f"{path}: weights don't fit the config in the file; missing {missing[:3]}, "
+                f"unexpected {unexpected[:3]}"
+            )
+        decoder.provenance = header.get("provenance", {})
+        return decoder.to(device).eval()
+
+
+_FROZEN = "network.encoder.backbone."
+
+
+def pixel_parametrisation(raw: Tensor, rgba: Tensor, cameras: Cameras) -> Gaussians:
+    """Network outputs -> Gaussians in the input camera's frame, sensible at raw = 0.
+
+    At zero the first layer is a fronto-parallel copy of the image, one Gaussian a pixel, opaque
+    where the image is; the layers behind it are fainter copies deeper inside the object.  Points
+    slide along their rays within reach of the pivot; each layer lies behind the one before.
+    A small offset leaves the ray.  Colours start at the image's (in logit space).
+
+    Args:
+        raw: shape (M, L * 15, H, W), L layers.
+        rgba: premultiplied, in [0, 1], shape (M, 4, H, W).
+        cameras: (M,), H x W pixels, the object's pivot at the world origin.
+
+    Returns:
+        Gaussians of batch shape (M,), N = L * H * W, layer by layer.
+    """
+    m, _, h, w = raw.shape
+    raw = raw.reshape(m, -1, _CHANNELS, h, w).permute(0, 1, 3, 4, 2)  # (M, L, H, W, 15)
+    depth, offset, scale, quat, opacity, colour = raw.split([1, 3, 3, 4, 1, 3], dim=-1)
+    identity = torch.eye(4, dtype=raw.dtype, device=raw.device)
+    in_camera = Cameras(identity.expand(m, 4, 4), cameras.Ks, w, h)
+    directions = in_camera.rays()[1][:, None]
+    pivot_depth = cameras.viewmats[:, 2, 3, None, None, None, None]
+
+    surfaces = [_REACH * torch.tanh(depth[:, 0] + math.atanh(_SEEN_DEPTH / _REACH))]
+    for layer in depth.unbind(1)[1:]:
+        share = torch.sigmoid(layer + math.log(_BEHIND_SHARE / (1 - _BEHIND_SHARE)))
+        surfaces.append(surfaces[-1] + (_REACH - surfaces[-1]) * share)
+    # A camera inside the object's reach must not put Gaussians behind itself.
+    z = (pivot_depth + torch.stack(surfaces, dim=1)).clamp_min(0.05)
+    on_ray = directions / directions[..., 2:] * z
+
+    seen = torch.arange(raw.shape[1], device=raw.device)[:, None, None, None] == 0
+    means = on_ray + torch.where(seen, _SEEN_OFFSET, _BEHIND_OFFSET) * torch.tanh(offset)
+    focal = cameras.Ks[:, 0, 0].reshape(m, 1, 1, 1, 1)
+    footprint = _PIXEL_SIGMA * z / focal
+    scales = footprint * torch.exp(_LOG_SCALE_RANGE * torch.tanh(scale / _LOG_SCALE_RANGE))
+
+    alpha, base = rgba[:, 3:, :, :, None], _extended_colour(rgba)
+    seen_logit = torch.logit(alpha.clamp(0.004, 0.98))
+    # 0.27 inside the silhouette; outside just above 1/255, where the renderer still sees it
+    behind_logit = -5.4 + 4.4 * alpha
+    logit = opacity + torch.where(seen, seen_logit, behind_logit)
+    colour = torch.where(seen, 1.5 * torch.tanh(colour), colour)
+    colors = torch.sigmoid(torch.logit(base.clamp(0.01, 0.99))[:, None] + colour)
+    return Gaussians(
+        means=means.flatten(1, 3),
+        quats=F.normalize(quat + identity[0], dim=-1).flatten(1, 3),
+        scales=scales.flatten(1, 3),
+        opacities=torch.sigmoid(logit).flatten(1, 4),
+        colors=colors.flatten(1, 3),
+    )
+
+
+def _extended_colour(rgba: Tensor) -> Tensor:
+    """Unpremultiplied colours (M, H, W, 3), the object's mean colour where nothing covers."""
+    total = rgba.sum(dim=(-1, -2), keepdim=True)
+    mean = total[:, :3] / total[:, 3:].clamp_min(1e-3)
+    weight = 1e-2  # of the mean, against the pixel's alpha
+    return ((rgba[:, :3] + weight * mean) / (rgba[:, 3:] + weight)).permute(0, 2, 3, 1)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images (M, C, H, W) -> (M, C, size, size), low-pass filtered where it shrinks."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(
+        images, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+
+
+def centroid(gaussians: Gaussians) -> Tensor:
+    """Opacity-weighted mean positions, shape (M, 3)."""
+    weights = gaussians.opacities[..., None]
+    return (gaussians.means * weights).sum(-2) / weights.sum(-2).clamp_min(1e-6)
+
+
+def prune(gaussians: Gaussians, min_opacity: float = 1 / 255) -> Gaussians:
+    """Drop Gaussians too transparent to change an 8-bit picture.
+
+    A batch stays rectangular: every scene keeps as many as the scene that needs most, its most
+    opaque ones.  Order is not kept.
+    """
+    count = max(1, int((gaussians.opacities >= min_opacity).sum(-1).max()))
+    keep = gaussians.opacities.topk(count, dim=-1).indices
+
+    def pick(values: Tensor) -> Tensor:
+        index = keep.reshape(*keep.shape, *[1] * (values.ndim - keep.ndim))
+        return values.gather(keep.ndim - 1, index.expand(*keep.shape, *values.shape[keep.ndim :]))
+
+    return Gaussians(
+        **{field.name: pick(getattr(gaussians, field.name)) for field in fields(gaussians)}
+    )
+
+
+def render_small(
+    gaussians: Gaussians, cameras: Cameras, *, min_size: int = 128, near: float = 0.01
+) -> Views:
+    """Render over black as a decoder's Gaussians were trained to be drawn, at `min_size` pixels.
+
+    Splatting widens every Gaussian by 0.3 square pixels, which is nothing for large ones, but
+    Gaussians about as small as a pixel were trained with it. Drawn at 32 px they would grow a
+    halo, so smaller pictures are averaged down; at 256 px gaps would open between them (10 dB
+    less on the input view), so larger ones widen them by as much in the world as at `min_size`.
+    Depth is averaged over what is covered.
+    """
+    smaller = min(cameras.width, cameras.height)
+    factor = -(-min_size // smaller)
+    if factor == 1:
+        return render(gaussians, cameras, near=near, eps2d=0.3 * (smaller / min_size) ** 2)
+    width, height = cameras.width, cameras.height
+    views = render(gaussians, cameras.resized(width * factor, height * factor), near=near)
+    batch = views.rgb.shape[:-3]
+
+    def average(image: Tensor) -> Tensor:
+        flat = image.reshape(-1, *image.shape[-3:]).permute(0, 3, 1, 2)
+        return F.avg_pool2d(flat, factor).permute(0, 2, 3, 1).reshape(*batch, height, width, -1)
+
+    alpha = average(views.alpha)
+    depth = average(views.alpha * views.depth) / alpha.clamp_min(1e-8)
+    return Views(average(views.rgb), alpha, depth)
+
+
+def predictor(model: Decoder, background: Sequence[float] = (0.0, 0.0, 0.0)) -> Predictor:
+    """The decoder as `evaluate` sees every method: (inputs (M,), cameras (M, V)) -> Views."""
+
+    @torch.no_grad()
+    def predict(inputs: InputImages, cameras: Cameras) -> Views:
+        gaussians = prune(model.world(inputs))
+        views = render_small(gaussians, cameras.to(model.device))
+        colour = torch.tensor(background, device=model.device)
+        return Views(views.rgb + (1 - views.alpha) * colour, views.alpha, views.depth)
+
+    return predict
+
+
+def load_shipped(
+    kind: Literal["pixel", "patch"] = "pixel", device: torch.device | str = "cpu"
+) -> Decoder:
+    """The small trained decoder that comes with the package.
+
+    Raises:
+        FileNotFoundError: if this installation carries none; the message says how to make one.
+    """
+    name = f"decoder_{kind}.safetensors"
+    asset = resources.files("fresnel") / "assets" / name
+    with resources.as_file(asset) as path:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"fresnel/assets/{name} is missing: no {kind!r} decoder ships with this "
+                f"installation; train one with notebooks/03_full_train.ipynb (model=decoder)"
+            )
+        return Decoder.load(path, device)

@@ -1,0 +1,1 @@
+"""3D objects become multi-view data with known truth."""

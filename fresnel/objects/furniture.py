@@ -1,0 +1,302 @@
+"""The furniture set for everyone: Debian's sweethome3d-furniture as multi-view data.
+
+    python -m fresnel furniture --apt --out runs/data/furniture
+    python -m fresnel furniture --deb sweethome3d-furniture_1.8-1_all.deb --out runs/data/furniture
+    python -m fresnel furniture --sh3f /usr/share/sweethome3d/furniture --out runs/data/furniture
+
+554 objects of the package's five libraries, split into train, val and test by kind of object; the
+list is in assets/furniture.json.  Their OBJ models are read as they are, and what is read is
+checked against pinned sha256 sums.  Libraries are CC0 or CC BY: whoever shows the pictures names
+the authors, whom the dataset's ATTRIBUTION.txt lists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import lzma
+import shutil
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from fresnel.data.dataset import DatasetError, MultiViewDataset
+from fresnel.data.writing import check_target
+from fresnel.objects import meshes
+from fresnel.objects.assets import Asset
+
+_LIST = Path(__file__).parents[1] / "assets" / "furniture.json"
+_INSIDE_DEB = "usr/share/sweethome3d/furniture/"
+
+
+def listing() -> dict[str, Any]:
+    """The committed list: ``package``, ``libraries`` and ``objects``."""
+    return json.loads(_LIST.read_text(encoding="utf-8"))
+
+
+def assets(sh3f: str | Path, split: str | None = None) -> list[Asset]:
+    """The objects of the list, read from a folder with the package's five .sh3f files.
+
+    Args:
+        split: "train", "val", "test", or None for all.
+
+    Raises:
+        DatasetError: if a file is missing or not the one that the list was made from.
+    """
+    folder, known = Path(sh3f), listing()
+    libraries = known["libraries"]
+    for name, library in libraries.items():
+        _check(folder / f"{name}.sh3f", library)
+    return [
+        Asset(
+            name=entry["file"],
+            source=folder / f"{entry['library']}.sh3f",
+            split=entry["split"],
+            licence=libraries[entry["library"]]["licence"],
+            attribution=attribution(entry, libraries[entry["library"]]),
+            category=entry["category"],
+            member=entry["model"],
+            origin=f"{entry['library']}/{entry['model']}",
+        )
+        for entry in known["objects"]
+        if split in (None, entry["split"])
+    ]
+
+
+def attribution(entry: dict[str, Any], library: dict[str, Any]) -> str:
+    """Title, author, holder of the rights and licence of an object of the list, in one line."""
+    who = f"{entry['creator']}, {library['copyright']}"
+    return f"{entry['name']} by {who} ({library['licence']})"
+
+
+def _check(path: Path, want: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such file; want it from sweethome3d-furniture 1.8-1")
+    if path.stat().st_size == want["bytes"]:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == want["sha256"]:
+                return
+    raise DatasetError(
+        f"{path}: not the file of sweethome3d-furniture 1.8-1 (sha256 differs). Fetch it again"
+    )
+
+
+def make(
+    out: str | Path,
+    *,
+    deb: str | Path | None = None,
+    sh3f: str | Path | None = None,
+    split: Literal["train", "val", "test"] | None = None,
+    views: int = 8,
+    image_size: int = 128,
+    samples: int = 4,
+    inputs_per_object: int = 1,
+    stretch: float = 1.0,
+    seed: int = 0,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> MultiViewDataset:
+    """Render the set from a package, from its .sh3f files, or (neither given) from apt.
+
+    The names and seeds are those of `meshes.zip_assets` on the zip of simplified models, so that
+    records agree in their cameras.  A call that was stopped goes on where it was.
+
+    Raises:
+        DatasetError: if the package can't be had or isn't the pinned one, or rendering fails.
+    """
+    target = Path(out)
+    check_target(target, overwrite)  # before anything is fetched
+    options: dict[str, Any] = {
+        "views": views,
+        "image_size": image_size,
+        "samples": samples,
+        "inputs_per_object": inputs_per_object,
+        "stretch": stretch,
+        "seed": seed,
+        "workers": workers,
+        "overwrite": overwrite,
+    }
+    if sh3f is not None:
+        return _rendered(assets(sh3f, split), target, options)
+    with _unpacked(target, None if deb is None else Path(deb)) as folder:
+        return _rendered(assets(folder, split), target, options)
+
+
+def _rendered(chosen: list[Asset], target: Path, options: dict[str, Any]) -> MultiViewDataset:
+    made = meshes.render_set(chosen, target, **options)
+    lines = sorted({asset.attribution for asset in chosen})
+    (target / "ATTRIBUTION.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return made
+
+
+@contextmanager
+def _unpacked(target: Path, deb: Path | None) -> Iterator[Path]:
+    """The .sh3f files in a hidden folder beside ``target``, which goes when all is done."""
+    folder = target.parent / f".{target.name}.sh3f"
+    folder.mkdir(parents=True, exist_ok=True)
+    known = listing()
+    missing = [name for name in known["libraries"] if not (folder / f"{name}.sh3f").is_file()]
+    if missing:
+        package = _download(folder, known["package"]) if deb is None else deb
+        _check(package, known["package"])
+        unpack(package, folder)
+        if deb is None:
+            package.unlink()
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(folder: Path, package: dict[str, Any]) -> Path:
+    name = f"{package['package']}={package['version']}"
+    if shutil.which("apt-get") is None:
+        raise DatasetError(
+            "apt-get: not on this machine. Fetch sweethome3d-furniture_1.8-1_all.deb from a Debian "
+            "mirror and pass --deb"
+        )
+    done = subprocess.run(
+        ["apt-get", "download", name], cwd=folder, capture_output=True, text=True, check=False
+    )
+    found = sorted(folder.glob("*.deb"))
+    if done.returncode or not found:
+        said = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+        raise DatasetError(
+            f"apt-get download {name}: {said}. Run `apt-get update` first, or pass --deb"
+        )
+    return found[0]
+
+
+def unpack(deb: Path, folder: Path) -> list[Path]:
+    """The .sh3f files of a Debian package (ar around a tar file), into ``folder``.
+
+    Raises:
+        DatasetError: if it is no such package, or holds none of them.
+    """
+    found = []
+    try:
+        with deb.open("rb") as file:
+            data = _member_of_ar(file, "data.tar")
+            with tarfile.open(fileobj=data, mode="r:*") as tar:
+                for member in tar:
+                    name = member.name.removeprefix("./")
+                    stem = name.removeprefix(_INSIDE_DEB)
+                    if not member.isreg() or stem == name or "/" in stem:
+                        continue
+                    if not stem.endswith(".sh3f"):
+                        continue
+                    source = tar.extractfile(member)
+                    assert source is not None
+                    partial = folder / f".{stem}.partial"
+                    with partial.open("wb") as out:
+                        shutil.copyfileobj(source, out, 1 << 20)
+                    found.append(partial.rename(folder / stem))
+    except (OSError, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{deb}: can't be unpacked ({error})") from None
+    if not found:
+        raise DatasetError(f"{deb}: holds no .sh3f file")
+    return found
+
+
+class _Part:
+    """A stretch of a file as a file of its own."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+        self.file, self.start, self.size, self.at = file, start, size, 0
+
+    def read(self, count: int = -1) -> bytes:
+        count = self.size - self.at if count < 0 else min(count, self.size - self.at)
+        self.file.seek(self.start + self.at)
+        data = self.file.read(count)
+        self.at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = (0, self.at, self.size)[whence] + offset
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+
+def _member_of_ar(file: IO[bytes], stem: str) -> Any:
+    """The member of an ar archive (60-byte headers, even offsets) named ``stem`` and something."""
+    if file.read(8) != b"!<arch>\n":
+        raise DatasetError(f"{file.name}: not a Debian package")
+    at = 8
+    while len(header := file.read(60)) == 60:
+        name, size = header[:16].decode("ascii", "replace").strip(" /"), int(header[48:58])
+        if header[58:] != b"`\n" or size < 0:
+            break
+        if name.startswith(stem):
+            return _Part(file, at + 60, size)
+        at += 60 + size + size % 2
+        file.seek(at)
+    raise DatasetError(f"{file.name}: a package without {stem}")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fresnel furniture",
+        description="Render Debian's sweethome3d-furniture 1.8-1 (554 objects) as multi-view data.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--apt", action="store_true", help="fetch the package with apt-get")
+    source.add_argument("--deb", type=Path, help="sweethome3d-furniture_1.8-1_all.deb")
+    source.add_argument("--sh3f", type=Path, help="folder with its .sh3f files")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
+    parser.add_argument("--size", type=int, default=128, help="pixels (default: 128)")
+    parser.add_argument("--views", type=int, default=8, help="views a record (default: 8)")
+    parser.add_argument("--inputs", type=int, default=1, help="records an object (default: 1)")
+    parser.add_argument(
+        "--stretch", type=float, default=1.0,
+        help="records after an object's first show it stretched by up to this (default: 1)",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, default=4, help="rays a pixel (default: 4)")
+    parser.add_argument("--split", choices=["train", "val", "test"], help="only this split")
+    parser.add_argument("--seed", type=int, default=0, help="of the cameras (default: 0)")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset at --out")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0 well, 2 with a line on stderr that says why not."""
+    arguments = parser().parse_args(argv)
+    try:
+        made = make(
+            arguments.out,
+            deb=arguments.deb,
+            sh3f=arguments.sh3f,
+            split=arguments.split,
+            views=arguments.views,
+            image_size=arguments.size,
+            samples=arguments.samples,
+            inputs_per_object=arguments.inputs,
+            stretch=arguments.stretch,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+        )
+    except (ValueError, OSError) as error:
+        print(f"fresnel furniture: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(made)} records x {made.views_per_object} views at {made.path}")
+    print(made.content_hash)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

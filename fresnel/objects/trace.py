@@ -1,0 +1,246 @@
+"""Reading meshes and ray-tracing them with Embree.
+
+Shading happens in linear light; every sample is encoded to sRGB and the samples of a pixel are
+averaged there, because this library composites sRGB values.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fresnel.data.images import DatasetError
+from fresnel.data.layout import named
+from fresnel.objects.assets import Packed
+from fresnel.objects.surface import LINEAR_COLORS, Surface, check_gltf, shade, surface
+from fresnel.render import Views
+from fresnel.scene.cameras import Cameras
+
+if TYPE_CHECKING:
+    import trimesh
+
+_RAYS_AT_ONCE = 1 << 20  # bounds memory at about 300 MB
+_MAX_FILE_BYTES = 1 << 28
+_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
+
+
+def load(source: str | Path | bytes | Packed) -> trimesh.Scene:
+    """A scene from a file (.glb, .gltf, .obj, .ply, .stl, .off), a mesh in a zip file, or a GLB.
+
+    Materials and textures that the file names are read from its own folder or below only.
+
+    Raises:
+        DatasetError: if the file is missing, of another kind, too large, or can't be parsed.
+    """
+    import trimesh
+
+    read: Callable[[str], bytes] | None = None
+    if isinstance(source, bytes):
+        name, suffix, data = "mesh bytes", ".glb", source
+        if not source.startswith(b"glTF"):
+            raise DatasetError("mesh bytes: not a binary glTF (GLB); want a file for other formats")
+    elif isinstance(source, Packed):
+        name, suffix = f"{source.source}: {source.member}", Path(source.member).suffix.lower()
+        data, read = source.read(), source.read
+    else:
+        path = Path(source)
+        name, suffix = str(path), path.suffix.lower()
+        if suffix not in _SUFFIXES:
+            raise DatasetError(f"{path}: a {suffix or 'nameless'} file; want one of {_SUFFIXES}")
+        if not path.is_file():
+            raise DatasetError(f"{path}: no such file")
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise DatasetError(f"{path}: larger than {_MAX_FILE_BYTES >> 20} MB. Simplify it")
+        data, read = path.read_bytes(), _beside(path)
+    if suffix == ".obj" and len(data) > _MAX_FILE_BYTES // 4:
+        raise DatasetError(f"{name}: larger than {_MAX_FILE_BYTES >> 22} MB of text. Simplify it")
+    if suffix in (".glb", ".gltf"):
+        named(Path(name), lambda: check_gltf(data))
+    try:
+        scene = trimesh.load_scene(
+            io.BytesIO(data),
+            file_type=suffix[1:],
+            resolver=None if read is None else _resolver(read),
+            process=False,
+        )
+    except Exception as error:
+        raise DatasetError(f"{name}: can't be read as {suffix[1:]} ({error})") from error
+    scene.metadata[LINEAR_COLORS] = suffix in (".glb", ".gltf")
+    return scene
+
+
+def _beside(path: Path) -> Callable[[str], bytes]:
+    folder = path.parent.resolve()
+
+    def read(name: str) -> bytes:
+        file = (folder / name.strip().replace("\\", "/")).resolve()
+        if not file.is_relative_to(folder):
+            raise DatasetError(f"{path}: refuses {name!r}: it leads out of the folder")
+        if file.is_file() and file.stat().st_size > _MAX_FILE_BYTES:
+            raise DatasetError(f"{file}: larger than {_MAX_FILE_BYTES >> 20} MB. Simplify it")
+        return file.read_bytes()
+
+    return read
+
+
+def _resolver(read: Callable[[str], bytes]) -> Any:
+    """trimesh's way of asking for a file that another file names."""
+    from trimesh.resolvers import Resolver
+
+    class Reader(Resolver):
+        def __init__(self) -> None:
+            pass
+
+        def get(self, key: Any) -> bytes:
+            name = key.decode() if isinstance(key, bytes) else str(key)
+            try:
+                return read(name)
+            except (DatasetError, OSError) as error:  # trimesh goes on without: a plain surface
+                raise FileNotFoundError(str(error)) from error
+
+        def write(self, name: str, data: Any) -> None:
+            raise NotImplementedError
+
+        def namespaced(self, namespace: str) -> Any:
+            return self
+
+        def keys(self) -> list[str]:
+            return []
+
+    return Reader()
+
+
+def render(
+    mesh: trimesh.Scene | trimesh.Trimesh | Surface, cameras: Cameras, *, samples: int = 4
+) -> Views:
+    """Ray-trace a mesh from V cameras at once.
+
+    Args:
+        mesh: a scene from `load`, a single mesh, or an already prepared surface.
+        cameras: batch shape (V,).
+        samples: rays a pixel, a square number; they lie on a rotated grid, the same in every
+            pixel, so the result is deterministic.
+
+    Returns:
+        Views float32 on the CPU: rgb (V, H, W, 3) over black, alpha (V, H, W, 1) the covered
+        fraction of the pixel, depth (V, H, W, 1) the mean z-depth of what covers it.
+
+    Raises:
+        ValueError: if the mesh has no triangle or a vertex that isn't finite, or an argument is
+            out of range.
+    """
+    if len(cameras.batch_shape) != 1:
+        raise ValueError(f"cameras: got batch shape {tuple(cameras.batch_shape)}, want (V,)")
+    offsets = _sample_offsets(samples)
+    solid = mesh if isinstance(mesh, Surface) else surface(mesh)
+    viewmats = cameras.viewmats.detach().cpu().double().numpy()
+    inverse_Ks = np.linalg.inv(cameras.Ks.detach().cpu().double().numpy())
+    Ks = cameras.Ks.detach().cpu().double().numpy()
+    count, height, width = len(cameras), cameras.height, cameras.width
+    out = np.zeros((count * height * width, 5), np.float32)
+    tracer = _tracer(solid)
+    boxes = _pixel_boxes(solid, viewmats, Ks, width, height)
+    limit = max(_RAYS_AT_ONCE // samples, 1)
+    for pixels in _chunks(boxes, width, height, limit):
+        out[pixels] = _trace(tracer, solid, pixels, offsets, viewmats, inverse_Ks, width, height)
+    image = torch.from_numpy(out.reshape(count, height, width, 5))
+    return Views(image[..., :3], image[..., 3:4], image[..., 4:5])
+
+
+def _sample_offsets(samples: int) -> np.ndarray:
+    """Positions in the pixel, (samples, 2): a stratified grid whose rows and columns all differ."""
+    side = round(samples**0.5)
+    if samples < 1 or side * side != samples:
+        raise ValueError(f"samples: got {samples}, want a square number (1, 4, 9, 16, ...)")
+    i, j = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
+    x = (i + (j + 0.5) / side) / side
+    y = (j + (side - 1 - i + 0.5) / side) / side
+    return np.stack([x.ravel(), y.ravel()], axis=1)
+
+
+def _tracer(solid: Surface) -> Any:
+    from embreex.mesh_construction import TriangleMesh
+    from embreex.rtcore_scene import EmbreeScene
+
+    scene = EmbreeScene()
+    TriangleMesh(scene, np.ascontiguousarray(solid.corners))
+    return scene
+
+
+def _pixel_boxes(
+    solid: Surface, viewmats: np.ndarray, Ks: np.ndarray, width: int, height: int
+) -> list[tuple[int, int, int, int]]:
+    """Per view the pixels (x0, x1, y0, y1) that the mesh can touch; rays elsewhere are spared."""
+    points = np.ascontiguousarray(solid.corners.reshape(-1, 3).T)
+    boxes = []
+    for viewmat, K in zip(viewmats, Ks, strict=True):
+        seen = viewmat[:3, :3].astype(np.float32) @ points + viewmat[:3, 3:].astype(np.float32)
+        if seen[2].min() < 1e-3:  # behind or at the camera: the projection bounds nothing
+            boxes.append((0, width, 0, height))
+            continue
+        pixels = (K[:2].astype(np.float32) @ seen) / seen[2]
+        low, high = np.floor(pixels.min(axis=1) - 0.01), np.ceil(pixels.max(axis=1) + 0.01)
+        x0, y0 = (int(value) for value in np.clip(low, 0, (width, height)))
+        x1, y1 = (int(value) for value in np.clip(high, 0, (width, height)))
+        boxes.append((x0, x1, y0, y1))
+    return boxes
+
+
+def _chunks(
+    boxes: Sequence[tuple[int, int, int, int]], width: int, height: int, limit: int
+) -> Iterator[np.ndarray]:
+    """Flat indices (view, y, x) of the pixels in the boxes, at most ``limit`` at a time."""
+    waiting: list[np.ndarray] = []
+    size = 0
+    for view, (x0, x1, y0, y1) in enumerate(boxes):
+        rows = (view * height + np.arange(y0, y1)) * width
+        box = (rows[:, None] + np.arange(x0, x1)).ravel()
+        for part in np.array_split(box, max(1, -(-len(box) // limit))):
+            if size + len(part) > limit and waiting:
+                yield np.concatenate(waiting)
+                waiting, size = [], 0
+            waiting.append(part)
+            size += len(part)
+    if size:
+        yield np.concatenate(waiting)
+
+
+def _trace(
+    tracer: Any,
+    solid: Surface,
+    pixels: np.ndarray,
+    offsets: np.ndarray,
+    viewmats: np.ndarray,
+    inverse_Ks: np.ndarray,
+    width: int,
+    height: int,
+) -> np.ndarray:
+    """rgb, alpha, depth of some pixels, float32 (n, 5)."""
+    view, rest = np.divmod(pixels, width * height)
+    y, x = np.divmod(rest, width)
+    samples = len(offsets)
+    view = np.repeat(view, samples)
+    px = (x[:, None] + offsets[:, 0]).ravel()
+    py = (y[:, None] + offsets[:, 1]).ravel()
+    # Directions have z-depth 1 in their camera, so a hit's ray parameter is its z-depth.
+    world_from_pixel = (viewmats[:, :3, :3].transpose(0, 2, 1) @ inverse_Ks).astype(np.float32)
+    homogeneous = np.stack([px, py, np.ones_like(px)], axis=1).astype(np.float32)
+    directions = np.einsum("nij,nj->ni", world_from_pixel[view], homogeneous)
+    centers = -np.einsum("vji,vj->vi", viewmats[:, :3, :3], viewmats[:, :3, 3]).astype(np.float32)
+    hits = tracer.run(centers[view], directions, output=1)
+    rows = np.nonzero(hits["primID"] >= 0)[0]
+    face = hits["primID"][rows].astype(np.int64)
+    result = np.zeros((len(view), 5), np.float32)
+    result[rows, :3] = shade(solid, face, hits["u"][rows], hits["v"][rows], -directions[rows])
+    result[rows, 3] = 1
+    result[rows, 4] = hits["tfar"][rows]
+    mean = np.zeros((len(pixels), 5), np.float32)
+    for k in range(samples):
+        mean += result[k::samples] / np.float32(samples)
+    mean[:, 4] /= np.maximum(mean[:, 3], np.float32(0.5 / samples))
+    return mean

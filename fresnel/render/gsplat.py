@@ -1,0 +1,79 @@
+"""gsplat behind our border: every scene and every view of a batch in one call (CUDA and ROCm).
+
+gsplat 1.5.3 (arXiv 2409.06765) defines the semantics that the other backends follow; this file
+only rearranges arguments, so that rendering through it costs what calling gsplat costs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.cpp_extension
+from torch import Tensor
+
+from fresnel.host.locks import locked
+from fresnel.render import one_batch
+from fresnel.scene.cameras import Cameras
+from fresnel.scene.gaussians import Gaussians
+
+
+def _rasterization() -> Any:
+    """gsplat's entry point. The first use on a machine compiles for a minute or two.
+
+    One process at a time: gsplat takes another's lock away, and both then break each other's build.
+    """
+    if "gsplat.cuda._backend" not in sys.modules:
+        folder = Path(torch.utils.cpp_extension.get_default_build_root())
+        with locked(folder / "gsplat.lock"):
+            importlib.import_module("gsplat.cuda._backend")
+    from gsplat import rasterization
+
+    return rasterization
+
+
+def rasterize(
+    gaussians: Gaussians,
+    cameras: Cameras,
+    background: Tensor | None,
+    *,
+    near: float,
+    far: float,
+    eps2d: float,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Render tensors on a GPU; parameters and results as in `fresnel.render.render`.
+
+    Raises:
+        ValueError: where there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("backend: gsplat needs a GPU and PyTorch sees none; want 'cpu'")
+    tensors, background = one_batch(gaussians, cameras, background)
+    means, quats, scales, opacities, colors, viewmats, Ks = (t.float() for t in tensors)
+    views, width, height = cameras.batch_shape, cameras.width, cameras.height
+    if means.shape[1] == 0 or views.numel() == 0:  # gsplat's kernels do not launch on nothing
+        empty = means.new_zeros(*views, height, width, 1)
+        rgb = empty.expand(*empty.shape[:-1], 3)
+        if background is not None:
+            rgb = rgb + background.reshape(*views, 1, 1, 3)
+        return rgb, empty, empty
+    rasterization = _rasterization()
+    image, alpha, _ = rasterization(
+        means, quats, scales, opacities, colors, viewmats, Ks, width, height,
+        near_plane=near, far_plane=far, eps2d=eps2d,
+        sh_degree=None if colors.ndim == 3 else math.isqrt(colors.shape[-2]) - 1,
+        packed=packed,
+        # packed, gsplat 1.5.3 takes no background for more than one image
+        backgrounds=None if background is None or packed else background.float(),
+        render_mode="RGB+ED",
+    )  # fmt: skip
+    rgb, depth = image[..., :3], image[..., 3:]
+    if packed and background is not None:
+        rgb = rgb + (1 - alpha) * background.float()[:, :, None, None]
+    rgb, alpha, depth = (t.reshape(*views, *t.shape[2:]) for t in (rgb, alpha, depth))
+    return rgb, alpha, depth

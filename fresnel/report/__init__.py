@@ -1,0 +1,1 @@
+"""Notebook in, report out: papermill's engine, parameters, record, cache, page, index."""

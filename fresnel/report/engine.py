@@ -1,0 +1,415 @@
+"""Execute a notebook in a kernel of its own, watched: progress, autosave, and a told end.
+
+nbclient talks to the kernel; what is added here is what an unattended run needs. Whatever ends it,
+`execute()` returns with everything that ran in the notebook, and says how it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import html
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import ensure_async
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+TICK_S = 0.2
+AUTOSAVE_S = 5.0
+STARTUP_S = 300
+"""How long a kernel may take to answer: a minute is too short where ten start on busy cores."""
+GRACE_S = 20.0
+"""How long an interrupted cell may take to end by itself: a training run saves a checkpoint."""
+
+# our package first, so that it can note what the kernel touches (`fresnel.report.touched`)
+_KERNEL = "import fresnel; from ipykernel import kernelapp; kernelapp.launch_new_instance()"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a run ended that did not finish. `kind`: see results.schema.json; `message`: plain words;
+    `cell`: the code cell it happened in, counted from 1 as in the source notebook."""
+
+    kind: str
+    message: str
+    cell: int | None = None
+
+
+def execute(
+    notebook: nbformat.NotebookNode,
+    *,
+    save: Callable[[], None],
+    folder: Path,
+    timeout_s: float | None = None,
+    cell_timeout_s: float | None = None,
+    progress: bool | None = None,
+    label: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> Failure | None:
+    """Run the cells of `notebook` in place, as far as they go; None if all of them ran.
+
+    save: called after every cell and every few seconds with new output; an OSError of its is
+        passed over, as the next call may fare better.
+    folder: the kernel's working directory.
+    timeout_s: most that the run may take, cell_timeout_s: most that one cell may. The cell is then
+        interrupted, and killed if it does not heed that.
+    progress: show the cell, the time and the kernel's progress bar on stderr; default: on a
+        terminal, as one line that is redrawn.
+    environment: variables for the kernel.
+
+    Ctrl-C and SIGTERM stop the run with the failure "stopped". Each code cell's metadata get
+    fresnel = {"ran": bool, "duration_s": float}.
+    """
+    run = _Execution(notebook, save, _Terminal(progress, label), timeout_s, cell_timeout_s)
+
+    def go() -> Failure | None:
+        return asyncio.run(run.supervise(folder, environment or {}))
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return go()
+    with ThreadPoolExecutor(1) as pool:  # called from a notebook, whose loop is running
+        return pool.submit(go).result()
+
+
+class _Execution:
+    def __init__(
+        self,
+        notebook: nbformat.NotebookNode,
+        save: Callable[[], None],
+        terminal: _Terminal,
+        timeout_s: float | None,
+        cell_timeout_s: float | None,
+    ) -> None:
+        self.notebook, self._save, self.terminal = notebook, save, terminal
+        self.timeout_s, self.cell_timeout_s = timeout_s, cell_timeout_s
+        self.code = [c for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
+        for cell in self.code:
+            cell.outputs, cell.execution_count = [], None
+            cell.metadata.fresnel = {"ran": False}
+        self.current: Any = None
+        self.ended: str | None = None  # "stopped" or "timed_out", from outside
+        self.begun = self.cell_begun = time.monotonic()
+        self.saved, self.saved_messages = time.monotonic(), 0
+
+    async def supervise(self, folder: Path, environment: Mapping[str, str]) -> Failure | None:
+        manager = _ThisPython()
+        client = _Client(
+            self.notebook, km=manager, store_widget_state=False, startup_timeout=STARTUP_S
+        )
+        client.reset_execution_trackers()
+        kills = _oom_kills()
+        with tempfile.TemporaryFile() as errors, _stoppable() as stopping:
+            work = asyncio.ensure_future(self._cells(client, folder, environment, errors))
+            try:
+                await self._watch(work, manager, client, stopping)
+                failure = self._failure(work, client, kills, errors)
+            finally:
+                self.terminal.close()
+                await _shut_down(manager, client)
+        self._mark(failure)
+        return failure
+
+    async def _cells(
+        self, client: _Client, folder: Path, environment: Mapping[str, str], errors: Any
+    ) -> None:
+        variables = {**os.environ, **environment}
+        await client.async_start_new_kernel(cwd=str(folder), env=variables, stderr=errors)
+        channel = await client.async_start_new_kernel_client()
+        info = await client.async_wait_for_reply(channel.kernel_info())
+        if info is not None:
+            self.notebook.metadata["language_info"] = info["content"]["language_info"]
+        for index, cell in enumerate(self.notebook.cells):
+            if cell.cell_type != "code" or not cell.source.strip():
+                continue
+            if self.ended is not None:  # the cell before took its interrupt for its own affair
+                return
+            self.current, self.cell_begun = cell, time.monotonic()
+            cell.metadata.fresnel = {"ran": True}
+            client.bar = ""
+            try:
+                await client.async_execute_cell(cell, index, client.code_cells_executed + 1)
+            finally:
+                cell.metadata.fresnel["duration_s"] = round(time.monotonic() - self.cell_begun, 3)
+            self.save(client)
+
+    async def _watch(
+        self, work: asyncio.Future, manager: AsyncKernelManager, client: _Client, stopping: Any
+    ) -> None:
+        """Wait for the cells, and cut them short where it is time to."""
+        while not work.done() and self.ended is None:
+            # a Ctrl-C is seen at once, a time-out at the next tick
+            await asyncio.wait({work, stopping}, timeout=TICK_S, return_when="FIRST_COMPLETED")
+            self._show(client)
+            if client.messages != self.saved_messages and self._since(self.saved) > AUTOSAVE_S:
+                self.save(client)
+            if stopping.done() and not work.done():
+                self.ended = "stopped"
+            elif self._late() and not work.done():
+                self.ended = "timed_out"
+        if self.ended is not None:
+            with contextlib.suppress(Exception):  # the kernel may be gone, or not yet be there
+                await manager.interrupt_kernel()
+            await asyncio.wait({work}, timeout=GRACE_S)
+            if not work.done():
+                work.cancel()
+                await asyncio.wait({work}, timeout=GRACE_S)
+
+    def _late(self) -> bool:
+        too_long = self.timeout_s is not None and self._since(self.begun) > self.timeout_s
+        in_cell = self.cell_timeout_s is not None and self.current is not None
+        return too_long or (in_cell and self._since(self.cell_begun) > (self.cell_timeout_s or 0))
+
+    @staticmethod
+    def _since(moment: float) -> float:
+        return time.monotonic() - moment
+
+    def save(self, client: _Client) -> None:
+        self.saved, self.saved_messages = time.monotonic(), client.messages
+        with contextlib.suppress(OSError):
+            self._save()
+
+    def _show(self, client: _Client) -> None:
+        number = self._number(self.current)
+        total = sum(not _injected(cell) for cell in self.code)
+        place = f"cell {number}/{total}" if number else "starting"
+        self.terminal.show(place, self._since(self.begun), client.bar)
+
+    def _number(self, wanted: Any) -> int | None:
+        """The place of a cell among the source's code cells, from 1."""
+        cells = [cell for cell in self.notebook.cells if cell.cell_type == "code"]
+        before = 0
+        for cell in cells:
+            before += not _injected(cell)
+            if cell is wanted:
+                return before or None
+        return None
+
+    def _failure(
+        self, work: asyncio.Future, client: _Client, kills: int, errors: Any
+    ) -> Failure | None:
+        number = self._number(self.current)
+        problem = None if work.cancelled() else work.exception() if work.done() else None
+        place = f" in code cell {number}" if number else ""
+        if self.ended == "stopped":
+            return Failure("stopped", f"The run was stopped from outside{place}.", number)
+        if self.ended == "timed_out":
+            late = self.timeout_s is not None and self._since(self.begun) > self.timeout_s
+            what, limit = ("The run", self.timeout_s) if late else ("A cell", self.cell_timeout_s)
+            return Failure(
+                "timed_out", f"{what} took longer than the {limit:g} s it was given{place}.", number
+            )
+        if problem is None:
+            return None
+        if isinstance(problem, CellExecutionError):
+            return _cell_error(problem, number)
+        # nbclient tells a kernel that died while it started by a plain RuntimeError
+        if isinstance(problem, DeadKernelError) or "Kernel died" in str(problem):
+            self._append_tail(errors)
+            how = _how_it_died(client, kills)
+            if self.current is None:
+                return Failure("not_started", f"The notebook's Python did not start: {how}.")
+            text = (
+                f"The notebook's Python process ended in the middle of code cell {number}: {how}."
+            )
+            return Failure("kernel_died", text, number)
+        kind = type(problem).__name__
+        text = f"The notebook could not be run: {kind}: {problem}"
+        return Failure("not_started" if self.current is None else "cell_error", text, number)
+
+    def _append_tail(self, errors: Any, lines: int = 30) -> None:
+        """Show what the dying process wrote last, such as a segmentation fault's stack."""
+        errors.seek(0)
+        tail = errors.read().decode("utf-8", "replace").strip().splitlines()[-lines:]
+        if tail and self.current is not None:
+            text = "\n".join(tail) + "\n"
+            self.current.outputs.append(nbformat.v4.new_output("stream", name="stderr", text=text))
+
+    def _mark(self, failure: Failure | None) -> None:
+        """A cell that was cut short without a trace of its own gets an error to show."""
+        cell = self.current
+        if failure is None or cell is None or any(o.output_type == "error" for o in cell.outputs):
+            return
+        cell.outputs.append(
+            nbformat.v4.new_output(
+                "error", ename="Stopped", evalue=failure.message, traceback=[failure.message]
+            )
+        )
+
+
+class _Client(NotebookClient):
+    """nbclient's, following the progress bar that the kernel shows last."""
+
+    bar = ""
+    messages = 0
+
+    def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
+        self.messages += 1
+        content = msg["content"]
+        if msg["msg_type"] == "stream":
+            last = re.split(r"[\r\n]", content["text"].rstrip("\r\n"))[-1]
+            self.bar = last if is_progress(last) else self.bar
+        elif msg["msg_type"] in ("comm_open", "comm_msg"):
+            self._follow(content["comm_id"], content["data"].get("state") or {})
+        return super().process_message(msg, cell, cell_index)
+
+    def _follow(self, widget: str, state: Mapping[str, Any]) -> None:
+        """tqdm's bar in a notebook is a box of [text, bar, text], each a widget of its own."""
+        widgets = self.__dict__.setdefault("_widgets", {})
+        widgets.setdefault(widget, {}).update(state)
+        for box in widgets.values():
+            children = [str(c).removeprefix("IPY_MODEL_") for c in box.get("children") or ()]
+            if widget in children:
+                texts = [widgets.get(child, {}).get("value") for child in children]
+                line = " ".join(t.strip() for t in texts if isinstance(t, str) and t.strip())
+                line = html.unescape(re.sub("<[^>]+>", "", line))
+                self.bar = " ".join(line.split()) or self.bar  # tqdm pads with odd spaces
+
+
+def is_progress(line: str) -> bool:
+    """Whether this line of output is a progress bar of tqdm's."""
+    return bool(re.search(r"\d+%\|.*\|\s*\d|\d+(/\d+)? ?\w* \[\d+:\d\d", line))
+
+
+class _Terminal:
+    """One line on stderr that is redrawn; elsewhere than on a terminal, a line now and then."""
+
+    every_s = 30.0
+
+    def __init__(self, progress: bool | None, label: str) -> None:
+        self.redraws = sys.stderr.isatty()
+        self.shown = self.redraws if progress is None else progress
+        self.label, self.last, self.when = label, "", -self.every_s
+
+    def show(self, place: str, elapsed_s: float, bar: str) -> None:
+        if not self.shown:
+            return
+        minutes, seconds = divmod(int(elapsed_s), 60)
+        elapsed = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+        line = " · ".join(part for part in (self.label, place, elapsed, bar.strip()) if part)
+        if self.redraws:
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write(f"\r\x1b[2K{line[:width]}")
+            sys.stderr.flush()
+        elif place != self.last or time.monotonic() - self.when > self.every_s:
+            self.last, self.when = place, time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.shown and self.redraws:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+
+
+class _ThisPython(AsyncKernelManager):
+    """Starts the kernel with the interpreter that runs us, whatever kernels are installed, and
+    with the project importable from a checkout that is not installed."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.has_trait("transport_encryption"):  # jupyter_client 8.9 and newer
+            self.transport_encryption = "auto"
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+        return KernelSpec(
+            argv=[sys.executable, "-c", _KERNEL, "-f", "{connection_file}"],
+            display_name="Python 3",
+            language="python",
+            metadata={"supported_encryption": ["curve"]},
+            env={
+                "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+                "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a warning on frozen modules
+            },
+        )
+
+
+@contextlib.contextmanager
+def _stoppable() -> Any:
+    """A future that the first Ctrl-C or SIGTERM resolves; the second one acts as it always does."""
+    loop = asyncio.get_running_loop()
+    stopping = loop.create_future()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping  # handlers can only be set in the main thread
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop() -> None:
+        if not stopping.done():
+            stopping.set_result(None)
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+
+    for number in before:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+
+
+async def _shut_down(manager: AsyncKernelManager, client: _Client) -> None:
+    with contextlib.suppress(Exception):  # it may be dead, or never have been there
+        await manager.shutdown_kernel(now=True)
+    with contextlib.suppress(Exception):
+        await ensure_async(manager.cleanup_resources())
+    if client.kc is not None:
+        client.kc.stop_channels()
+
+
+def _injected(cell: Any) -> bool:
+    return "injected-parameters" in cell.metadata.get("tags", [])
+
+
+def _cell_error(problem: CellExecutionError, number: int | None) -> Failure:
+    place = f"Code cell {number}" if number else "A cell"
+    # a bare `1 / 0` has a value, a bare `raise KeyError` has none
+    said = f"{problem.ename}: {problem.evalue}" if problem.evalue else problem.ename
+    if problem.ename == "DiskFull" or "No space left on device" in problem.evalue:
+        text = f"The disk is full. {place} stopped with {said}"
+        return Failure("disk_full", text, number)
+    return Failure("cell_error", f"{place} stopped with {said}", number)
+
+
+def _how_it_died(client: _Client, kills_before: int) -> str:
+    if _oom_kills() > kills_before:
+        return "the machine ran out of memory, and the system killed it"
+    process = getattr(client.km.provisioner, "process", None) if client.km else None
+    code = process.poll() if process is not None else None
+    if code is None or code == -signal.SIGKILL:
+        return "it ran out of memory, or it was killed from outside"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"it was ended by the signal {signal.Signals(-code).name}"
+    return f"it left with the exit status {code}"
+
+
+def _oom_kills() -> int:
+    """How often the system has killed for want of memory in this control group; 0 if unknown."""
+    try:
+        text = Path("/sys/fs/cgroup/memory.events").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    match = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
+    return int(match.group(1)) if match else 0

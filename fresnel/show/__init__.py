@@ -1,0 +1,1 @@
+"""Pictures, charts and widgets of the reports, in one style."""

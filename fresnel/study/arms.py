@@ -1,0 +1,395 @@
+"""The arms of the experiment: what is trained, and what it is compared with.
+
+One place builds every network's task and every `Predictor`, so that two arms differ in what their
+parameters say and in nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fresnel.bootstrap import NEAR, ORIGINAL, original_input_viewmat, place
+from fresnel.data.dataset import InputImages, ViewTensors
+from fresnel.evaluation import metrics as evaluate
+from fresnel.models import decoder
+from fresnel.render import Views
+from fresnel.report.record import RunRecord
+from fresnel.scene.cameras import Cameras, intrinsics, orbit, relative_azimuth_deg
+from fresnel.training.loop import Task, TrainResult
+
+RENDER_MODELS = ("cvs-render", "cvs-refine", "cvs-twin")
+CVS_MODELS = ("cvs", *RENDER_MODELS)
+_DECODER_SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "decoder": {
+        "tiny": {"image_size": 32, "base_channels": 16},
+        "small": {"image_size": 64, "base_channels": 24},
+        "base": {},
+    },
+    "decoder-frontal": {
+        "tiny": {"kind": "patch", "patch_grid": 12, "image_size": 48},
+        "small": {"kind": "patch", "image_size": 148},
+        "base": {"kind": "patch", "image_size": 148, "gaussians_per_patch": 8},
+    },
+}
+
+
+def make_task(
+    model: str,
+    size: str,
+    data: ViewTensors,
+    *,
+    batch_size: int,
+    seed: int,
+    device: str,
+    held_out: ViewTensors | None = None,
+    loss_mask: str = "alpha_aware",
+    parameterisation: str = "consistency",
+    augment: bool = True,
+    ground_truth: bool = False,
+    pairs: Tensor | None = None,
+    renderer: evaluate.Predictor | None = None,
+    initial_weights: str | Path = "",
+) -> Any:
+    """The task `train.fit` runs: a network, seeded, and its data on the device.
+
+    Args:
+        model: "cvs", "cvs-render" (sees `renderer`'s render of the target view), "cvs-refine"
+            (sees it, and adds to it rather than drawing the view anew), "cvs-twin" (the same with
+            a second render, of the mirrored input: adds to the mean of both), "decoder"
+            (multi-view supervision) or "decoder-frontal" (the original's patch decoder, supervised
+            by the input view alone).
+        size: the CVS's preset, or the decoder's base channels.
+        augment: mirror half of the pairs and scale each colour channel of a pair by up to
+            exp(0.3) either way, so that few objects do not become the only colours there are.
+        parameterisation: of the CVS: "consistency"; "original" (one step, no boundary condition);
+            "regression", the consistency network trained for its one step alone: every sample at
+            sigma_max, compared with the clean view.
+        ground_truth: any view may serve as the input, not only the record's own.
+        pairs: the CVS trains on these (record, view) pairs alone, (P, 2).
+        renderer: of the `RENDER_MODELS`.
+        initial_weights: of the CVS: "" (random), "shipped" ("cvs" and "cvs-twin" ship), or a file
+            that 03 exported.
+    """
+    torch.manual_seed(seed)
+    if model in CVS_MODELS:
+        from fresnel.models.cvs import CVS, CVSConfig, load_shipped
+        from fresnel.training.cvs_task import CVSTask
+
+        changes: dict[str, Any] = {"parameterisation": parameterisation}
+        if parameterisation == "regression":
+            changes = {"sigma_max_fraction": 1.0, "ect_stages": 1}
+        config = CVSConfig.preset(
+            size,
+            image_size=data.rgb.shape[2],
+            loss_weight=loss_mask,
+            render_condition=model in RENDER_MODELS,
+            render_base=model in ("cvs-refine", "cvs-twin"),
+            render_twin=model == "cvs-twin",
+            **changes,
+        )
+        network = CVS(config)
+        if initial_weights:
+            network.start_from(
+                load_shipped(model=model)
+                if initial_weights == "shipped"
+                else CVS.load(initial_weights)
+            )
+        return CVSTask(
+            network,
+            data,
+            batch_size=batch_size,
+            validation=held_out,
+            any_input=ground_truth,
+            mirror=augment,
+            colour_jitter=0.3 if augment else 0.0,
+            pairs=pairs,
+            renderer=renderer,
+            device=device,
+        )
+    from fresnel.models.decoder import Decoder, DecoderConfig
+    from fresnel.training.decoder_task import DecoderTask
+
+    if initial_weights:
+        raise ValueError(f"initial_weights: only a CVS takes them; got model {model!r}, want ''")
+    if model not in _DECODER_SIZES:
+        raise ValueError(f"model: got {model!r}, want one of {(*CVS_MODELS, *_DECODER_SIZES)}")
+    decoding = Decoder(DecoderConfig(**_DECODER_SIZES[model][size]))
+    return DecoderTask(
+        data,
+        model=decoding,
+        validation=held_out,
+        batch_size=batch_size,
+        any_input=ground_truth,
+        device=device,
+    )
+
+
+class OneBatch:
+    """A task that sees the same batch at every step: what a network must be able to overfit."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self._task = task
+        generator = torch.Generator(next(task.model.parameters()).device).manual_seed(seed)
+        self._batch = task.batch(0, generator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def batch(self, step: int, generator: torch.Generator) -> Any:
+        return self._batch
+
+
+def original_camera_map(
+    inputs: InputImages, cameras: Cameras
+) -> tuple[Cameras, Cameras, torch.Tensor]:
+    """Ask a model trained on the original's data for the same views in the original's terms.
+
+    There the input camera stands at the world's origin and a view "at azimuth a" is one from
+    radius 2 around that origin. Azimuth and elevation about the object are kept.
+
+    Returns:
+        Input cameras (M,), target cameras (M, V) and pivots (M, 3) for `cvs.predictor`.
+    """
+    origin = torch.zeros(3, device=cameras.device)
+    azimuth = relative_azimuth_deg(cameras, inputs.cameras, origin)
+    size = cameras.width
+    targets = orbit(
+        azimuth, cameras.elevation_deg(origin), ORIGINAL.radius,
+        pivot=origin, focal_px=ORIGINAL.focal * size, width=size, height=size,
+    )  # fmt: skip
+    m, width = len(inputs), inputs.cameras.width
+    source = Cameras(
+        original_input_viewmat().to(cameras.device).expand(m, 4, 4),
+        intrinsics(ORIGINAL.focal * width, width, width).to(cameras.device).expand(m, 3, 3),
+        width,
+        width,
+    )
+    return source, targets, origin.expand(m, 3)
+
+
+def load_decoder(
+    kind: Literal["pixel", "patch"], device: str, weights: str | Path = ""
+) -> decoder.Decoder:
+    """The decoder of an arm: a checkpoint of notebook 03, or ("") the one that ships."""
+    if weights:
+        return decoder.Decoder.load(weights, device)
+    return decoder.load_shipped(kind, device)
+
+
+def renderer(model: str, device: str, weights: str | Path = "") -> evaluate.Predictor | None:
+    """What the `RENDER_MODELS` see beside their input, the decoder's own views; None for others."""
+    if model not in RENDER_MODELS:
+        return None
+    return decoder.predictor(load_decoder("pixel", device, weights))
+
+
+def predictor(
+    model: str,
+    network: Any,
+    *,
+    steps: int = 1,
+    original: bool = False,
+    seed: int = 0,
+    renderer: evaluate.Predictor | None = None,
+) -> evaluate.Predictor:
+    """Novel views by a trained network.
+
+    Args:
+        model: as for `make_task`.
+        steps: network calls per view, for a CVS.
+        original: the network was trained in the original's geometry: ask in its terms.
+        renderer: what a CVS with `render_condition` sees.
+    """
+    if model in CVS_MODELS:
+        from fresnel.models import cvs
+
+        camera_map = original_camera_map if original else None
+        return cvs.predictor(network, steps, seed, camera_map, renderer=renderer)
+    return original_decoder(network) if model == "decoder-frontal" else decoder.predictor(network)
+
+
+def original_decoder(network: decoder.Decoder) -> evaluate.Predictor:
+    """The patch decoder's own renders from the original's cameras, for the same azimuths."""
+
+    @torch.no_grad()
+    def predict(inputs: InputImages, cameras: Cameras) -> Views:
+        gaussians, _ = place(inputs, network, ORIGINAL)
+        _, targets, _ = original_camera_map(inputs, cameras)
+        return decoder.render_small(gaussians, targets, near=NEAR)
+
+    return predict
+
+
+def rivals(
+    views: ViewTensors,
+    *,
+    model: str,
+    original: bool,
+    device: str,
+    weights: str | Path = "",
+    initial_weights: str | Path = "",
+) -> dict[str, evaluate.Predictor]:
+    """What a model is compared with: trivial baselines, and for a CVS the decoder's own render;
+    where it started from shipped weights, also what ships for `views` (`sampling`).
+
+    Args:
+        weights: of that decoder; "": the shipped one.
+        initial_weights: as for `make_task`.
+    """
+    others = dict(evaluate.baselines(views))
+    if model in CVS_MODELS:
+        own = load_decoder("patch" if original else "pixel", device, weights)
+        others["decoder render"] = original_decoder(own) if original else decoder.predictor(own)
+        if initial_weights == "shipped" and not original:
+            from fresnel.models import cvs
+
+            twin = cvs.load_shipped(device, "cvs-twin")
+            others["shipped twin"] = cvs.predictor(twin, renderer=renderer("cvs-twin", device))
+    return others
+
+
+def more_steps(
+    model: str, network: Any, text: str, **options: Any
+) -> dict[str, evaluate.Predictor]:
+    """Predictors of the same CVS with other numbers of network calls, from "2,4"; {} from ""."""
+    if not text or model not in CVS_MODELS:
+        return {}
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"compare_steps: got {text!r}, want numbers such as '2,4'") from None
+    return {f"cvs, {n} steps": predictor(model, network, steps=n, **options) for n in counts}
+
+
+def steps_per_epoch(views: ViewTensors, batch_size: int) -> int:
+    """Steps that draw as many (record, view) pairs as the set has."""
+    return max(1, views.rgb.shape[0] * views.rgb.shape[1] // batch_size)
+
+
+def loss_fall(history: Sequence[Mapping[str, Any]], first: float | None = None) -> float:
+    """First over last loss, each the mean of a tenth of the logged steps.
+
+    Args:
+        first: take this as the first loss, such as `untrained_loss` where training went on from
+            other weights.
+    """
+    losses = [row["loss"] for row in history if row.get("loss") is not None]
+    tenth = max(1, len(losses) // 10)
+    last = sum(losses[-tenth:]) / tenth
+    if first is None:
+        first = sum(losses[:tenth]) / tenth
+    return first / last if last else float("inf")
+
+
+@torch.no_grad()
+def untrained_loss(task: Any, seed: int, *, batches: int = 4) -> float:
+    """A CVS task's loss for a network that has learned nothing: its last layer is zero."""
+    model = copy.deepcopy(task.model)
+    for weights in model.unet.head.parameters():
+        weights.zero_()
+    blank, losses = copy.copy(task), []
+    blank.model = model
+    for step in range(batches):
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(seed + step)
+        terms = blank.loss(
+            blank.batch(step, generator), progress=0.0, generator=generator, ema=model
+        )
+        losses.append(float(terms["loss"]))
+    return sum(losses) / len(losses)
+
+
+def loss_terms(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The loss, then its named terms, as the log has them."""
+    names = {k for k, v in history[-1].items() if isinstance(v, float)} if history else set()
+    return ["loss", *sorted(names - {"loss", "lr", "grad_norm", "samples_per_s", "progress"})]
+
+
+def validation_curves(
+    validations: Sequence[Mapping[str, Any]],
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Held-out ratios over steps: name -> (steps, values)."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for row in validations:
+        for name, value in row.items():
+            if "ratio" in name:
+                steps, values = curves.setdefault(name.replace("_", " "), ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return curves
+
+
+def training_metrics(result: TrainResult, held_out: Mapping[str, Any]) -> dict[str, Any]:
+    """A training run's key figures for results.json."""
+    return {
+        "luminance_ratio": held_out["luminance_ratio"],
+        "coverage_ratio": held_out["coverage_ratio"],
+        "psnr": held_out["psnr"],
+        "ssim": held_out["ssim"],
+        "loss_fall": loss_fall(result.history),
+        "loss_history": [[row["step"], row["loss"]] for row in result.history if "loss" in row],
+        "steps": result.steps,
+        "gate_overridden": result.gate_overridden,
+        **speed_metrics(result),
+    }
+
+
+def speed_metrics(result: TrainResult) -> dict[str, Any]:
+    """What a training took, for results.json."""
+    return {
+        "samples_per_s": result.samples_per_s,
+        "train_duration_s": result.duration_s,
+        "compile_s": result.compile_s,
+        "paused_s": result.paused_s,
+        "peak_memory_bytes": result.peak_memory_bytes,
+    }
+
+
+_PLACES = {
+    "export_to",
+    "output_dir",
+    "dataset_dir",
+    "truth_source",
+    "decoder_weights",
+}  # of the machine, not the run
+
+
+def export(network: Any, path: str | Path, record: RunRecord) -> Path:
+    """Write a trained network in half precision, with the run that made it in its metadata."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    provenance = {
+        "notebook": record.notebook,
+        "params": {k: v for k, v in record.params.items() if k not in _PLACES},
+        "provenance": {k: v for k, v in record.provenance.items() if k != "datasets"},
+        "data": [found["content_hash"] for found in record.provenance["datasets"]],
+        "started_utc": record.started_utc,
+    }
+    if isinstance(network, decoder.Decoder):
+        network.provenance = provenance
+        return network.save(path, half=True)
+    network.save(path, half=True, **provenance)
+    return path
+
+
+def exported_with(path: str | Path) -> dict[str, Any] | None:
+    """What `export` noted in a weights file: "params" of the run, content hashes of its "data";
+    None if the file does not say it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "np") as file:
+            metadata = file.metadata() or {}
+        decoder_notes = json.loads(metadata.get("fresnel_decoder", "{}")).get("provenance") or {}
+        notes = {**decoder_notes, **json.loads(metadata.get("fresnel", "{}"))}
+    except (SafetensorError, json.JSONDecodeError):
+        return None
+    if not isinstance(notes.get("params"), dict):
+        return None
+    return {"params": notes["params"], "data": list(notes.get("data") or [])}

@@ -1,0 +1,192 @@
+"""What a study needs beyond single runs: parts of the objects, the views worth keeping, equal time.
+
+The training objects are halved once, by name: A gives multi-view truth to the decoder, B is seen
+as single images only, which is what a bootstrap starts from.  Test objects are seen by nobody.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fresnel.data.dataset import DatasetError, MultiViewDataset
+from fresnel.evaluation.metrics import object_name
+
+PARTS = (
+    '"all", "train", "val", "test", "unshipped", "A", "B", "A<n>" or "rest<n>" (such as "A50", '
+    '"rest50")'
+)
+
+
+def part(data: MultiViewDataset, objects: str) -> MultiViewDataset:
+    """Some of a dataset's objects; the receipt of the whole set is valid for it.
+
+    Args:
+        objects: "all"; "train", "val" or "test" (also "held_out"), as the dataset states them;
+            of the training objects "unshipped" (those that are not embedded in the library, whose
+            main job holds some of them out), "A" (about half) or "B" (the others), "A50" (the
+            first 50 of A, any number goes) or "rest50" (all but these).
+
+    Raises:
+        DatasetError: if the dataset has no such objects.
+        ValueError: for an unknown part.
+    """
+    splits = data.meta.get("object_splits", {})
+    names = dict.fromkeys(object_name(name) for name in data.names)
+    chosen = set(choose(list(names), objects, splits))
+    rows = [i for i, name in enumerate(data.names) if object_name(name) in chosen]
+    if not rows:
+        raise DatasetError(f"{data.path}: has no objects {objects!r}; it has {len(names)} in all")
+    return data if len(rows) == len(data) else data.subset(rows)
+
+
+def first_objects(data: MultiViewDataset, count: int) -> MultiViewDataset:
+    """The records of a dataset's first `count` objects."""
+    known = list(dict.fromkeys(object_name(name) for name in data.names))[:count]
+    return data.subset([i for i, name in enumerate(data.names) if object_name(name) in known])
+
+
+def choose(
+    names: Sequence[str], objects: str, splits: Mapping[str, str] | None = None
+) -> list[str]:
+    """The names (of objects) that belong to a part, in their order; see `part`.
+
+    Args:
+        splits: name -> "train", "val" or "test"; names it doesn't know count as "train".
+    """
+    splits = splits or {}
+    training = [name for name in names if splits.get(name, "train") == "train"]
+    if objects == "unshipped":
+        shipped = _shipped()
+        return [name for name in training if name not in shipped]
+    found = re.fullmatch(r"(A|B|rest)(\d*)", objects)
+    if objects == "all":
+        return list(names)
+    if objects in ("train", "val", "test", "held_out"):
+        want = "test" if objects == "held_out" else objects
+        return [name for name in names if splits.get(name, "train") in (want, objects)]
+    if found is None or (found[1] == "B" and found[2]) or (found[1] == "rest" and not found[2]):
+        raise ValueError(f"objects: got {objects!r}, want {PARTS}")
+    ranked = sorted(training, key=_rank)
+    in_a = [name for name in ranked if _rank(name)[0] < 0.5]
+    count = int(found[2]) if found[2] else len(in_a)
+    if count > len(in_a):
+        raise DatasetError(f"objects: {objects!r} asks for {count}, A has {len(in_a)} here")
+    first = set(in_a[:count])
+    return [name for name in training if (name in first) == (found[1] == "A")]
+
+
+def _rank(name: str) -> tuple[float, float]:
+    """Where an object stands in the order that halves the set, each in [0, 1).
+
+    Objects of one kind ("office chair 3") come together, as in the furniture set's own split, so
+    that no near-duplicate of an object in A is in B; other data have their names alone.
+    """
+    return _uniform(_kinds().get(name, name)), _uniform(name)
+
+
+def _uniform(text: str) -> float:
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+@functools.cache
+def _shipped() -> frozenset[str]:
+    """The furniture set's names of the objects that are embedded in the library."""
+    from fresnel.objects import furniture, meshes
+
+    origins = {asset.origin for asset in meshes.embedded_assets()}
+    objects = furniture.listing()["objects"]
+    return frozenset(e["file"] for e in objects if f"{e['library']}/{e['model']}" in origins)
+
+
+@functools.cache
+def _kinds() -> dict[str, str]:
+    from fresnel.objects import furniture
+
+    return {entry["file"]: entry["group"] for entry in furniture.listing()["objects"]}
+
+
+def require_apart(training: Iterable[str], held_out: Iterable[str]) -> None:
+    """Training and held-out records must not share an object.
+
+    Raises:
+        DatasetError: names the first that both have.
+    """
+    both = {object_name(name) for name in training} & {object_name(name) for name in held_out}
+    if both:
+        raise DatasetError(
+            f"object {min(both)!r} is in the training data and among the held-out objects; "
+            f"choose another truth_source, or objects={PARTS}"
+        )
+
+
+def pairs_of(data: MultiViewDataset, drop: float) -> Tensor | None:
+    """`kept_pairs` of a dataset, which the gate looks at once more; None where nothing is dropped.
+
+    Args:
+        drop: share of the views to leave out, in [0, 1).
+    """
+    if drop == 0:
+        return None
+    from fresnel.gate import verdict as gate
+
+    verdict = gate.validate(data)
+    return kept_pairs(data.names, data.views_per_object, verdict.measurements, drop)
+
+
+def kept_pairs(
+    names: Sequence[str], views: int, measurements: Sequence[Mapping[str, Any]], drop: float
+) -> Tensor:
+    """The (record, view) pairs to train on, (P, 2), without the share `drop` of the worst views.
+
+    A view is the worse the further its covered area, the light of what is covered and its detail
+    are from those of its input (`view_fault`).  Views that the gate did not look at stay.
+
+    Args:
+        names: the records'.
+        measurements: `Verdict.measurements` of the same data.
+
+    Raises:
+        ValueError: if `drop` is not in [0, 1).
+    """
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop: got {drop}, want a share in [0, 1)")
+    row = {name: i for i, name in enumerate(names)}
+    faults = torch.zeros(len(names), views, dtype=torch.float64)
+    for seen in measurements:
+        if seen["object"] in row:
+            faults[row[seen["object"]], seen["view"]] = view_fault(seen)
+    order = faults.flatten().argsort(stable=True)
+    kept = order[: order.numel() - math.floor(drop * order.numel())].sort().values
+    return torch.stack([kept // views, kept % views], dim=1)
+
+
+def view_fault(seen: Mapping[str, Any]) -> float:
+    """How far a view is from its input: sum of |ln ratio| of area, light and detail, each <= 3."""
+    ratios = [seen.get(f"{name}_ratio") for name in ("coverage", "luminance", "detail")]
+    logs = [abs(math.log(r)) if r is not None and r > 0 else 3.0 for r in ratios]
+    return sum(min(value, 3.0) if math.isfinite(value) else 3.0 for value in logs)
+
+
+def steps_for(train_s: float, samples_per_s: float, batch_size: int) -> int:
+    """Training steps that take `train_s` seconds at a measured rate, to two figures.
+
+    Arms of equal time state their steps in the params file, made with this, rather than a limit in
+    seconds: the learning-rate schedule needs the length of the run beforehand, and the same file
+    then gives the same weights on a slower machine, and after a resume.
+    """
+    if not (train_s > 0 and samples_per_s > 0 and batch_size > 0):
+        raise ValueError(
+            f"train_s {train_s}, samples_per_s {samples_per_s}, batch_size {batch_size}: want > 0"
+        )
+    steps = train_s * samples_per_s / batch_size
+    digits = 1 - math.floor(math.log10(max(steps, 1)))
+    return max(1, round(round(steps, digits)))
