@@ -14,7 +14,6 @@ from torch import nn
 
 from fresnel.models.cvs import CVS, CVSConfig
 from fresnel.training import host as surroundings
-from fresnel.training.batch_size import find_batch_size
 from fresnel.training.cvs_task import CVSTask
 from fresnel.training.loop import OutOfMemory, TrainConfig
 from fresnel.training.step import Stepper
@@ -94,32 +93,6 @@ def section_memory(bench: Bench) -> None:
                 found += [f"{peak:.2f}", f"{batch / seconds:,.1f}"]
             bench.say(f"| {size} | {pixels} | {batch} | {' | '.join(found)} |")
             bench.figures[f"{size}/{pixels}/{batch}"] = found
-
-
-def section_trial(bench: Bench) -> None:
-    size, pixels, _, _ = scale(bench)
-    views = synthetic(16, 8, pixels, bench.device)
-    wanted = 512 if bench.gpu else 64
-    bench.say(f"| free memory | {wanted} samples a step of '{size}' | peak GB | trials | s |")
-    bench.say("|:--|:--|--:|--:|--:|")
-    limits = [("all of it", None), ("16 GB", 16 << 30), ("8 GB", 8 << 30)]
-    if not bench.gpu:
-        limits = [("all of it", None), ("1 GB", 1 << 30)]
-    for name, limit in limits:
-        began = time.perf_counter()
-        found = find_batch_size(
-            lambda b: cvs_task(bench, size, b, views),
-            wanted,
-            config_of(bench),
-            device=bench.device,
-            limit_bytes=limit,
-        )
-        spent = time.perf_counter() - began
-        bench.say(
-            f"| {name} ({found.free_bytes / 1e9:.1f} GB) | {found.accumulate} x "
-            f"{found.batch_size} | {found.peak_bytes / 1e9:.1f} | {found.trials} | {spent:.1f} |"
-        )
-        bench.figures[name] = {"batch_size": found.batch_size, "trials": found.trials, "s": spent}
 
 
 def section_agree(bench: Bench) -> None:

@@ -12,7 +12,6 @@ that is not run keeps what it had. Predictions were written before the measureme
     decoder    views/s of the decoder, through the renderer, and what a step's time goes to
     optimizer  fused AdamW and foreach averages against plain ones
     memory     peak memory and samples/s by size and batch; gradient checkpointing
-    trial      the batch found by trial, with the whole card and as on one of 16 GB
     agree      losses over 200 steps with each lever off and on; the same bits twice
 
 On a CPU: the small network at 64 px; on a GPU: the large one at 256 px.
@@ -32,7 +31,7 @@ import torch
 from _train_bench import Bench, matrix_rate
 from _train_cvs import section_cvs, section_recording
 from _train_decoder import section_decoder
-from _train_levers import section_agree, section_memory, section_optimizer, section_trial
+from _train_levers import section_agree, section_memory, section_optimizer
 
 from fresnel.host.provenance import git_state
 
@@ -42,7 +41,6 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "decoder": section_decoder,
     "optimizer": section_optimizer,
     "memory": section_memory,
-    "trial": section_trial,
     "agree": section_agree,
 }
 

@@ -22,7 +22,6 @@ from fresnel.models.cvs import (
     sample,
     sampling_sigmas,
 )
-from fresnel.models.pairs import mirror
 from fresnel.models.unet import count_parameters
 from fresnel.scene.cameras import Cameras, orbit
 from fresnel.study import arms
@@ -36,6 +35,7 @@ from fresnel.training.cvs_task import (
     original_loss,
     pixel_weights,
 )
+from fresnel.training.pairs import mirror
 
 SIZE = 16
 

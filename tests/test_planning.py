@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 from fresnel.report.record import Stage
 from fresnel.training import forecast as planning
-from fresnel.training.loop import TrainConfig
 
 
 def history(*rates: float, every: int = 5) -> list[dict[str, float]]:
@@ -128,34 +124,11 @@ def test_what_a_run_took_stands_beside_its_forecast(tmp_path):
     assert "2.0 |" in text.splitlines()[-1]
 
 
-class Greedy:
-    """A task that takes 100 bytes a sample, of a card that has no more than it is told."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.model, self.batch_size = nn.Linear(2, 1), batch_size
-
-    def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"x": torch.ones(self.batch_size, 2)}
-
-    def loss(self, batch, **_):
-        if self.batch_size > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return {"loss": self.model(batch["x"]).square().mean()}
-
-
-def test_a_batch_is_split_as_asked_or_as_it_fits(tmp_path):
-    config = TrainConfig(steps=10)
-
-    def split(accumulate: int, **options) -> int:
-        return planning.split_batch(accumulate, 16, Greedy, config, device="cpu", **options)
-
-    assert split(2) == 2
-    assert split(0, run_dir=tmp_path / "run") == 4, "four parts of four samples"
-    (tmp_path / "run" / "accumulate.json").write_text(json.dumps(8))
-    assert split(0, run_dir=tmp_path / "run") == 8, "a run goes on as it began"
-    for wrong in (3, -1):
+def test_a_batch_is_computed_in_equal_parts():
+    assert [planning.batch_of_a_task(16, parts) for parts in (1, 2, 16)] == [16, 8, 1]
+    for wrong in (3, 0, -1, 32):
         with pytest.raises(ValueError, match="divisor of batch_size 16"):
-            split(wrong)
+            planning.batch_of_a_task(16, wrong)
 
 
 def test_precision_is_chosen_by_what_multiplies(monkeypatch):

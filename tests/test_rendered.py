@@ -12,11 +12,11 @@ from fresnel.data.dataset import InputImages
 from fresnel.evaluation.metrics import Predictor
 from fresnel.models import refine as rendered
 from fresnel.models.cvs import CVS, CVSConfig, predictor
-from fresnel.models.pairs import mirror
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras
 from fresnel.study import arms
 from fresnel.training.cvs_task import CVSTask
+from fresnel.training.pairs import mirror
 
 
 def truth_renderer(depth: float = 2.0) -> Predictor:

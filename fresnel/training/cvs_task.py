@@ -19,7 +19,7 @@ from fresnel.data.dataset import ViewTensors
 from fresnel.evaluation.metrics import Predictor, luminance, srgb_to_linear
 from fresnel.models import refine as rendered
 from fresnel.models.cvs import CONDITION_CHANNELS, CVS, CVSConfig, randn, sample
-from fresnel.models.pairs import condition_and_target, mirror, picked, tinted
+from fresnel.training.pairs import condition_and_target, mirror, picked, tinted
 
 _BESIDE = (1, 1, 0, 0), (0, 0, 1, 1)  # padding left and right, above and below
 

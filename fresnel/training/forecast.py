@@ -25,8 +25,7 @@ from fresnel.report.record import Stage
 from fresnel.study.protocol import fingerprint
 from fresnel.training import checkpoints
 from fresnel.training import host as surroundings
-from fresnel.training.batch_size import find_batch_size
-from fresnel.training.loop import OutOfMemory, Task, TrainConfig, TrainResult
+from fresnel.training.loop import OutOfMemory, TrainConfig, TrainResult
 from fresnel.training.step import Stepper
 
 PARTS = {
@@ -44,7 +43,6 @@ _AFRESH = 2.0
 _WORDS = {
     **dict.fromkeys(("open", "check", "render"), "data"),
     **dict.fromkeys(("load", "draw"), "pictures"),
-    "try": "pauses",
     "import": "compile",
     "evaluate": "evaluation",
 }
@@ -55,8 +53,7 @@ def pick_precision(precision: str, device: str) -> str:
     "fp32".
 
     With AMX bf16 trains 1.13 to 1.25 times as fast.  With AVX512-BF16 alone it trains no faster:
-    the backward pass of narrow convolutions loses what the forward pass gains
-    (`benchmarks/train_before.py`).
+    the backward pass of narrow convolutions loses what the forward pass gains.
 
     Raises:
         ValueError: if the name is unknown.
@@ -83,40 +80,15 @@ def full_config(steps: int, **settings: Any) -> TrainConfig:
     )
 
 
-def split_batch(
-    accumulate: int,
-    batch_size: int,
-    make_task: Callable[..., Task],
-    config: TrainConfig,
-    *,
-    device: str,
-    run_dir: Path | None = None,
-) -> int:
-    """In how many parts the batch of a step is computed, one after the other.
-
-    Args:
-        accumulate: so many; 0: as few as fit the free memory, found by trial.
-        make_task: called with batch_size=...; see `fresnel.training.batch_size.find_batch_size`.
-        run_dir: what was found is kept there, so that a run can go on when less memory is free.
+def batch_of_a_task(batch_size: int, accumulate: int) -> int:
+    """Samples that a task computes at a time, where a step's batch is computed in parts.
 
     Raises:
         ValueError: if `batch_size` is not a multiple of `accumulate`.
-        OutOfMemory: if not even one sample fits.
     """
-    if accumulate < 0 or batch_size % max(accumulate, 1):
-        raise ValueError(
-            f"accumulate: got {accumulate}, want 0 or a divisor of batch_size {batch_size}"
-        )
-    if accumulate:
-        return accumulate
-    kept = run_dir / "accumulate.json" if run_dir else None
-    if kept and kept.exists():
-        return int(json.loads(kept.read_text()))
-    found = find_batch_size(lambda b: make_task(batch_size=b), batch_size, config, device=device)
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found.accumulate))
-    return found.accumulate
+    if accumulate < 1 or batch_size % accumulate:
+        raise ValueError(f"accumulate: got {accumulate}, want a divisor of batch_size {batch_size}")
+    return batch_size // accumulate
 
 
 def start_s() -> float:
