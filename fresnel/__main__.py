@@ -153,7 +153,7 @@ def _run(arguments: argparse.Namespace) -> int:
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     from fresnel.host.provenance import project_root
     from fresnel.report import run as report
-    from fresnel.study import profiles
+    from fresnel.study import runner
 
     if arguments.notebook:
         if arguments.profile or arguments.only or arguments.list:
@@ -179,18 +179,17 @@ def _run(arguments: argparse.Namespace) -> int:
     profile = arguments.profile or "auto"
     if profile == "auto":
         profile = _detect()
-    steps = profiles.load_profile(
-        project_root() / "notebooks" / "params" / f"profile_{profile}.yaml"
-    )
+    steps = runner.load(project_root() / "notebooks" / "params" / f"profile_{profile}.yaml")
     if arguments.list:
         for step in steps:
             print(f"{step.name}\t{step.notebook.name}")
         return 0
     print(f"profile {profile}, {len(arguments.only or steps)} reports", flush=True)
-    problems = profiles.run_profile(
+    problems = runner.run(
         *(steps, arguments.reports),
         only=arguments.only,
         fresh=arguments.fresh,
+        keep_finished=False,
         timeout_s=arguments.timeout,
     )
     print(f"\nindex: {report.reports_folder(arguments.reports) / 'index.html'}")
@@ -201,7 +200,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     from fresnel.report.params import ParameterError, find_parameter, read_parameters
-    from fresnel.study.profiles import read_yaml
+    from fresnel.study.runner import read_yaml
 
     known = read_parameters(arguments.notebook)
     params: dict[str, Any] = {}
@@ -257,18 +256,18 @@ def _gated(arguments: argparse.Namespace, dataset: Any, gate: Any) -> int:
 
 def _study(arguments: argparse.Namespace) -> int:
     from fresnel.report import run as report
-    from fresnel.study import runner as driver
+    from fresnel.study import runner
 
-    steps = driver.load(arguments.study, runs=arguments.runs)
+    steps = runner.load(arguments.study, runs=arguments.runs)
     values = dict(text.partition("=")[::2] for text in arguments.set)
-    steps = driver.override(steps, values)
+    steps = runner.override(steps, values)
     if arguments.list:
         reports = report.reports_folder(arguments.reports)
         for step in steps:
-            state = "finished" if driver.finished(step, reports) else "to do"
+            state = "finished" if runner.finished(step, reports) else "to do"
             print(f"{step.name}\t{step.notebook.name}\t{state}")
         return 0
-    problems = driver.run(
+    problems = runner.run(
         steps,
         arguments.reports,
         only=arguments.only,

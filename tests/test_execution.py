@@ -28,7 +28,7 @@ from fresnel.report import (
     run as report,
 )
 from fresnel.report.record import RunRecord
-from fresnel.study import profiles
+from fresnel.study import runner
 
 ROOT = Path(__file__).resolve().parent.parent
 Maker = Callable[..., Path]
@@ -51,10 +51,10 @@ def test_a_broken_template_costs_no_run(
     drawn = "from IPython.display import display\nfrom PIL import Image\n"
     drawn += 'display(Image.new("RGB", (2, 2)), metadata={"image/png": {"alt": "A black square"}})'
     notebook = make(make_notebook, drawn, FINISH)
-    steps = [profiles.Step("a", notebook), profiles.Step("b", notebook)]
+    steps = [runner.Step("a", notebook), runner.Step("b", notebook)]
     with monkeypatch.context() as patch:
         patch.setattr(pages, "to_html", broken)
-        problems = profiles.run_profile(steps, tmp_path)
+        problems = runner.run(steps, tmp_path, keep_finished=False)
         assert [problem.split(":")[0] for problem in problems] == ["a", "b"]
         assert "'index.html.j2' not found). A plain page stands in." in problems[0]
         assert main(["run", str(notebook), "--name", "a", "--reports", str(tmp_path)]) == 5
@@ -67,7 +67,7 @@ def test_a_broken_template_costs_no_run(
     assert main(["pages", "--reports", str(tmp_path)]) == 0
     assert all("python -m fresnel pages" not in (f / "report.html").read_text() for f in folders)
     monkeypatch.setattr(pages, "index", broken)
-    (problem,) = profiles.run_profile(steps[:1], tmp_path)
+    (problem,) = runner.run(steps[:1], tmp_path, keep_finished=False)
     assert problem.startswith("the index could not be made: RuntimeError")
 
 

@@ -10,7 +10,7 @@ import pytest
 from fresnel.report import run as report
 from fresnel.report.params import check_parameters, read_parameters
 from fresnel.report.record import RunRecord
-from fresnel.study import profiles
+from fresnel.study import runner
 from fresnel.training import forecast as planning
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -198,7 +198,7 @@ def test_house_rules(path):
 
 def test_profiles_name_real_parameters():
     for profile in sorted((NOTEBOOKS[0].parent / "params").glob("profile_*.yaml")):
-        for step in profiles.load_profile(profile):
+        for step in runner.load(profile):
             check_parameters(read_parameters(step.notebook), step.params)
             assert step.expect in {"PASS", "FAIL", "GO", "NO-GO", "DONE", None}
 

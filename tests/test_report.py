@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,12 +13,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fresnel.__main__ import main
 from fresnel.report import page as pages
 from fresnel.report import run as report
 from fresnel.report.params import Parameter, ParameterError, check_parameters, read_parameters
 from fresnel.report.record import RunRecord
-from fresnel.study import profiles
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = """\
@@ -291,73 +288,3 @@ def test_redrawn_lines_keep_their_last_state() -> None:
     output = nbformat.v4.new_output("stream", name="stderr", text=text)
     tidied = pages._tidy_output(output)
     assert tidied is not None and tidied.text == "c\nend\n"
-
-
-def profile(tmp_path: Path, *steps: dict) -> list[profiles.Step]:
-    path = tmp_path / "profile.yaml"
-    path.write_text(json.dumps(list(steps)))
-    return profiles.load_profile(path)
-
-
-def test_a_profile_goes_on_after_a_crash_and_reports_it(
-    make_notebook: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ok = str(make_notebook("ok", START, FINISH, parameters=PARAMETERS))
-    bad = str(make_notebook("bad", "1 / 0"))
-    uses = str(make_notebook("uses", "print(folder)", parameters='folder = ""'))
-    steps = profile(
-        tmp_path,
-        {"name": "control", "notebook": ok, "expect": "FAIL"},
-        {"name": "broken", "notebook": bad},
-        {"name": "after", "notebook": uses, "needs": "broken"},
-        {"name": "story", "notebook": uses, "params": {"folder": "{run:control}"}, "expect": "GO"},
-    )
-    problems = profiles.run_profile(steps, tmp_path / "r")
-    assert problems == [
-        "broken crashed: Code cell 1 stopped with ZeroDivisionError: division by zero",
-        "after was left out: it needs broken.",
-        "story ended with DONE, but GO was expected.",
-    ]
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["control", "broken", "after", "story"]
-    assert (tmp_path / "r" / "index.html").is_file()
-    (story,) = (tmp_path / "r" / "runs").glob("*-story")
-    assert RunRecord.read(story).params["folder"].endswith("-control")
-    assert profiles.run_profile(steps, tmp_path / "r", only=["story"]) == problems[2:]
-
-
-def test_bad_profiles_say_what_is_wrong(tiny: Path, tmp_path: Path) -> None:
-    step = {"name": "a", "notebook": str(tiny)}
-    with pytest.raises(profiles.ProfileError, match="step 1: does not know parms"):
-        profile(tmp_path, {**step, "parms": {}})
-    with pytest.raises(profiles.ProfileError, match="needs b, which no step before it is"):
-        profile(tmp_path, {**step, "needs": ["b"]})
-    with pytest.raises(profiles.ProfileError, match="same name"):
-        profile(tmp_path, step, step)
-    with pytest.raises(profiles.ProfileError, match="cannot be read"):
-        profile(tmp_path, {**step, "params_file": "none.yaml"})
-    steps = profile(tmp_path, {**step, "params": {"stepps": 1}})
-    with pytest.raises(profiles.ProfileError, match=r"step a: .*did you mean 'steps'"):
-        profiles.run_profile(steps, tmp_path / "r")
-    with pytest.raises(profiles.ProfileError, match=r"no step named x .*it has: a"):
-        profiles.run_profile(steps, tmp_path / "r", only=["x"])
-    assert not (tmp_path / "r").exists()
-
-
-def test_command_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reports = ["--reports", str(tmp_path / "r")]
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(["run", str(tiny), "-p", "rate", "1e-3", "--name", "cli", *reports]) == 0
-        assert "FAIL" in capsys.readouterr().out
-        (folder,) = (tmp_path / "r" / "runs").iterdir()
-        assert RunRecord.read(folder).params["rate"] == 1e-3
-        assert main(["html", str(folder / "executed.ipynb")]) == 0
-        assert main(["index", *reports]) == 0
-        assert main(["run", str(tiny), "-p", "nam", "x", *reports]) == 2
-        assert "did you mean 'name'" in capsys.readouterr().err
-        assert main(["run", "none.ipynb", *reports]) == 2
-        assert main(["validate", str(tmp_path / "none")]) == 2
-        assert os.linesep.join(capsys.readouterr().err.splitlines()[-1:]).startswith("fresnel: ")
-    finally:
-        signal.signal(signal.SIGTERM, before)

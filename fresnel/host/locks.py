@@ -38,6 +38,6 @@ def lock_if_free(path: Path) -> Iterator[bool]:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 free = False
         yield free

@@ -32,7 +32,7 @@ from fresnel.report.record import RESULTS_NAME, RecordError, RunRecord
 PACKAGE = Path(__file__).resolve().parents[1]
 CACHE_NAME = ".cache"
 _SHOWS_ONLY = {
-    *("__main__.py", "host/locks.py", "study/runner.py", "study/profiles.py"),
+    *("__main__.py", "host/locks.py", "study/runner.py"),
     *("report/engine.py", "report/cache.py", "report/touched.py", "report/run.py"),
     *("report/page.py", "report/plain_page.py", "report/html.py", "report/index.py"),
     *("report/ledger.py", "report/templates", "report/schema"),

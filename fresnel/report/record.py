@@ -389,19 +389,23 @@ def start(
     return Recorder(record, folder.resolve())
 
 
+def slug(name: str) -> str:
+    """A run's name as its folder has it."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+
+
 def new_run_dir(reports_dir: str | Path, name: str) -> Path:
     """Make reports_dir/runs/<UTC time>-<name>, a folder of its own even for runs begun at once."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    slug = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
     for attempt in range(1, 1000):
         suffix = "" if attempt == 1 else f"-{attempt}"
-        folder = Path(reports_dir) / "runs" / f"{stamp}-{slug}{suffix}"
+        folder = Path(reports_dir) / "runs" / f"{stamp}-{slug(name)}{suffix}"
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
         return folder
-    raise FileExistsError(f"{reports_dir}/runs: a thousand runs named {slug!r} in one second")
+    raise FileExistsError(f"{reports_dir}/runs: a thousand runs named {name!r} in one second")
 
 
 def write_atomic(path: str | Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 `run()` executes one notebook into a folder of its own (`fresnel.report.engine`), or finds that
 nothing has changed since it last did (`fresnel.report.cache`). What a report and the index look
-like is `fresnel.report.page`; a list of notebooks is `fresnel.study.profiles`.
+like is `fresnel.report.page`; a list of notebooks is `fresnel.study.runner`.
 """
 
 from __future__ import annotations

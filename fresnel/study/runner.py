@@ -1,11 +1,8 @@
-"""A study: many runs and their seeds, from one YAML file, shared by as many processes as there are.
+"""Many runs from one YAML file: notebooks, their parameters, seeds, needs and expected verdicts.
 
-    CUDA_VISIBLE_DEVICES=0 python -m fresnel study notebooks/params/study.yaml &
-    CUDA_VISIBLE_DEVICES=1 python -m fresnel study notebooks/params/study.yaml
-
-Each process takes the next step that is neither finished nor in another's hands and whose needs
-are finished.  Stopped ones are called again and go on: finished steps stay finished, a training
-resumes from its checkpoint.
+A profile is a small study, run by one process in the order of its file.  Any number of processes
+may share a large one: each takes the next step that is in nobody's hands and whose needs are
+finished.  Stopped ones are called again and go on; a training resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -13,80 +10,118 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fresnel.host import provenance
+import yaml
+
 from fresnel.host.locks import lock_if_free
+from fresnel.host.provenance import project_root
 from fresnel.report import run as report
 from fresnel.report.params import check_parameters, read_parameters
-from fresnel.study import profiles
-from fresnel.study.profiles import ProfileError, Step
+from fresnel.report.record import slug
 
 _WAIT_S = 3.0
 
 
-def load(path: str | Path, *, runs: str | Path = "runs") -> list[Step]:
-    """Read a study: a profile whose steps may have "seeds", in stages.
+class StudyError(ValueError):
+    """A file that does not say what to run."""
 
-    The file is a list of steps as `profiles.load_profile` reads them, or a mapping with such lists
-    under "stages", by name (its other keys hold YAML anchors).  A step with seeds: [0, 1] becomes
-    the steps NAME-s0 and NAME-s1 with the parameter `seed`.  A `needs` that names a step with seeds
-    means that of the same seed, or all of them.  In texts {seed} is the seed and {runs} the folder
-    of data and weights.
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook of a study. `expect`: the verdict it must end with; `needs`: the steps that must
+    be finished before it. A text in `params` may hold {run:NAME}, the folder of step NAME's run."""
+
+    name: str
+    notebook: Path
+    params: Mapping[str, Any] = field(default_factory=dict)
+    expect: str | None = None
+    needs: tuple[str, ...] = ()
+
+
+def load(path: str | Path, *, runs: str | Path = "runs") -> list[Step]:
+    """Read a study: a list of {name, notebook, params | params_file, expect, needs, seeds}, or a
+    mapping with such lists under "stages", by name (its other keys hold YAML anchors).
+
+    A step with seeds: [0, 1] becomes the steps NAME-s0 and NAME-s1 with the parameter `seed`.  A
+    `needs` that names a step with seeds means that of the same seed, or all of them.  In texts
+    {seed} is the seed and {runs} the folder of data and weights.  Notebooks are relative to the
+    project, a params_file to the study.
 
     Order is priority: stage by stage, and in a stage all steps of a seed before those of the next,
     so that a study which is stopped has every arm once rather than the first arms three times.
 
     Raises:
-        ProfileError: if the file is no study.
+        StudyError: if the file is no study.
     """
     source = Path(path)
-    if not source.is_file():
-        raise ProfileError(f"no such study: {source}")
-    content = profiles.read_yaml(source)
+    content = read_yaml(source)
     named = content.get("stages") if isinstance(content, dict) else {"": content}
     stages: list[Any] = list(named.values()) if isinstance(named, dict) else [None]
-    for stage in stages:
-        if not isinstance(stage, list) or not all(isinstance(entry, dict) for entry in stage):
-            raise ProfileError(f"{source}: must hold a list of steps, or lists of them in 'stages'")
+    if not stages or not all(
+        stage and isinstance(stage, list) and all(isinstance(entry, dict) for entry in stage)
+        for stage in stages
+    ):
+        raise StudyError(f"{source}: must hold a list of steps, or lists of them in 'stages'")
     seeds = {entry.get("name"): entry.get("seeds") or () for stage in stages for entry in stage}
-    expanded = []
+    steps: list[Step] = []
     for stage in stages:
         turn = dict[str, int]()  # the seed whose turn it is, or a later one's that it needs
         made = []
-        for entry in stage:
-            needs = entry.get("needs") or ()
-            needs = (needs,) if isinstance(needs, str) else tuple(needs)
+        for number, entry in enumerate(stage, 1):
             for seed in entry.get("seeds") or (None,):
-                step = _seeded(entry, seed, str(runs))
-                step["needs"] = []
-                for need in needs:
-                    theirs = seeds.get(need) or ()
-                    same = [seed] if seed in theirs else theirs
-                    step["needs"] += [f"{need}-s{one}" for one in same] if theirs else [need]
-                turns = [turn.get(need, -1) for need in step["needs"]]
-                turn[step.get("name", "")] = max([-1 if seed is None else seed, *turns])
+                step = _step(entry, seed, seeds, str(runs), f"{source}, step {number}")
+                turns = [turn.get(need, -1) for need in step.needs]
+                turn[step.name] = max([-1 if seed is None else seed, *turns])
                 made.append(step)
-        expanded += sorted(made, key=lambda step: turn[step.get("name", "")])
-    return profiles.parse(expanded, source)
+        steps += sorted(made, key=lambda step: turn[step.name])
+    before = set[str]()
+    for step in steps:
+        missing = [need for need in step.needs if need not in before]
+        if missing:
+            raise StudyError(f"{source}: {step.name} needs {', '.join(missing)}, no step before it")
+        if step.name in before:
+            raise StudyError(f"{source}: two steps have the same name, {step.name}")
+        before.add(step.name)
+    return steps
 
 
-def _seeded(entry: Mapping[str, Any], seed: int | None, runs: str) -> dict[str, Any]:
-    def fill(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        return value.replace("{runs}", runs).replace("{seed}", str(seed))
-
-    step = {key: value for key, value in entry.items() if key != "seeds"}
-    step["params"] = {key: fill(value) for key, value in (entry.get("params") or {}).items()}
+def _step(
+    entry: Mapping[str, Any],
+    seed: int | None,
+    seeds: Mapping[Any, Sequence[int]],
+    runs: str,
+    where: str,
+) -> Step:
+    if not {"name", "notebook"} <= entry.keys():
+        raise StudyError(f"{where}: needs 'name' and 'notebook'")
+    known = {"name", "notebook", "params", "params_file", "expect", "needs", "seeds"}
+    unknown = entry.keys() - known
+    if unknown:
+        raise StudyError(f"{where}: does not know {', '.join(sorted(unknown))}")
+    given = dict(entry.get("params") or {})
+    if "params_file" in entry:
+        file = Path(where.rpartition(", step")[0]).parent / entry["params_file"]
+        given = {**(read_yaml(file) or {}), **given}
+    params = {
+        key: value.replace("{runs}", runs).replace("{seed}", str(seed))
+        if isinstance(value, str)
+        else value
+        for key, value in given.items()
+    }
+    name = str(entry["name"])
     if seed is not None:
-        step["name"] = f"{entry.get('name')}-s{seed}"
-        step["params"]["seed"] = seed
-    return step
+        name, params["seed"] = f"{name}-s{seed}", seed
+    asked = entry.get("needs") or ()
+    needs: list[str] = []
+    for need in (asked,) if isinstance(asked, str) else asked:
+        theirs = seeds.get(need) or ()
+        same = [seed] if seed in theirs else theirs
+        needs += [f"{need}-s{one}" for one in same] if theirs else [need]
+    return Step(name, project_root() / entry["notebook"], params, entry.get("expect"), (*needs,))
 
 
 def override(steps: Sequence[Step], values: Mapping[str, str]) -> list[Step]:
@@ -96,27 +131,19 @@ def override(steps: Sequence[Step], values: Mapping[str, str]) -> list[Step]:
         values: name -> text, as on a command line.
 
     Raises:
-        ProfileError: for a name that no step's notebook has, or the seed, which the study sets.
+        StudyError: for a name that no step's notebook has, or the seed, which the study sets.
         ParameterError: for a value that it cannot take.
     """
     known = {step.notebook: read_parameters(step.notebook) for step in steps}
     for name in values:
         if name == "seed" or not any(name in parameters for parameters in known.values()):
-            raise ProfileError(f"{name}: no notebook of this study has it, or the study sets it")
-    return [
-        replace(
-            step,
-            params={
-                **step.params,
-                **{
-                    name: known[step.notebook][name].parse(text)
-                    for name, text in values.items()
-                    if name in known[step.notebook]
-                },
-            },
-        )
-        for step in steps
-    ]
+            raise StudyError(f"{name}: no notebook of this study has it, or the study sets it")
+    changed = []
+    for step in steps:
+        theirs = known[step.notebook]
+        new = {name: theirs[name].parse(text) for name, text in values.items() if name in theirs}
+        changed.append(replace(step, params={**step.params, **new}))
+    return changed
 
 
 def run(
@@ -125,20 +152,25 @@ def run(
     *,
     only: Sequence[str] = (),
     fresh: bool = False,
+    keep_finished: bool = True,
+    timeout_s: float | None = None,
     stop_after_s: float | None = None,
 ) -> list[str]:
-    """Run what is to be done of a study, in this process; see the module.
+    """Run what is to be done of a study, in this process, a printed line each; then make the index.
 
-    A step is finished when a run of its name with its very parameters has a verdict (not REFUSED),
-    whatever the code was then: GPU hours are not spent again for a changed comment.  A step that
-    crashes is tried by one process more, a refused one by none until the next call; all others go
-    on, but for what needs it.  An unexpected verdict is a problem to report and stops nothing.
-    Where the weights that a step exports are there already (`has_weights`), what needs them goes
-    first, and the step itself, for its report, last.
+    A step is finished when a run of its name with its very parameters has a verdict (not REFUSED).
+    A step that crashes or is refused stops only those that need it; another process tries a
+    crashed one once more, a refused one not before the next call.  An unexpected verdict is a
+    problem to report and stops nothing.  Where the weights that a step exports are there already
+    (`has_weights`), what needs them goes first, and the step itself, for its report, last.
 
     Args:
         only: names of steps (with or without their seed); what they need must be finished.
         fresh: compute these steps in any case.
+        keep_finished: leave a finished step alone whatever the code was then, as GPU hours are not
+            to be spent again for a changed comment; False: of a profile, whose steps are computed
+            again where code or data have changed.
+        timeout_s: most that a step may take.
         stop_after_s: start nothing later than that, and stop what runs then; a training saves a
             checkpoint, and the next call goes on.
 
@@ -146,67 +178,131 @@ def run(
         The problems, a sentence each; steps that time or another process kept are none.
     """
     reports = report.reports_folder(reports_dir)
+    known = {name for step in steps for name in (step.name, _stem(step.name))}
+    if unknown := [name for name in only if name not in known]:
+        raise StudyError(f"no step named {', '.join(unknown)} here; it has: {_names(steps)}")
     chosen = [step for step in steps if not only or {step.name, _stem(step.name)} & set(only)]
-    if not chosen:
-        raise ProfileError(f"no step named {', '.join(only)}; want one of {_names(steps)}")
     for step in chosen:
         try:
             check_parameters(read_parameters(step.notebook), step.params)
         except (ValueError, OSError) as error:
-            raise ProfileError(f"step {step.name}: {error}") from error
+            raise StudyError(f"step {step.name}: {error}") from error
     end = None if stop_after_s is None else time.monotonic() + stop_after_s
-    by_name, begun = {step.name: step for step in steps}, datetime.now(UTC)
-    made = set() if fresh else {step.name for step in steps if has_weights(step)}
-    waiting, problems, done = sorted(chosen, key=lambda s: s.name in made), list[str](), set(made)
-
-    def ready(step: Step) -> bool:
-        done.update(
-            need for need in step.needs if need not in done and finished(by_name[need], reports)
-        )
-        return done.issuperset(step.needs)
-
-    while waiting:
-        taken = busy = False
-        left = None if end is None else end - time.monotonic()
-        if left is not None and left <= 0:
-            unfinished = [step for step in waiting if not finished(step, reports)]
-            print(f"time is up; left for the next call: {_names(unfinished)}", flush=True)
-            return problems
-        for step in filter(ready, list(waiting)):
-            with _mine(reports, step.name) as mine:
-                busy |= not mine
-                if not mine:
-                    continue
-                taken = True
-                waiting.remove(step)
-                if fresh or not (finished(step, reports) or _given_up(step, reports, begun)):
-                    problems += _one(step, reports, fresh, left)
-            break  # what it made ready may come before what follows
-        if not taken and not busy:
-            problems.append(f"left out, as what they need is not finished: {_names(waiting)}")
-            break
-        if not taken:
-            time.sleep(_WAIT_S)
-    report.try_index(reports)
-    return problems
-
-
-def _one(step: Step, reports: Path, fresh: bool, timeout_s: float | None) -> list[str]:
+    turn = _Turn({step.name: step for step in steps}, chosen, reports, fresh, timeout_s)
+    if keep_finished and not fresh:
+        turn.done |= {step.name for step in steps if has_weights(step)}
+    waiting = sorted(chosen, key=lambda step: step.name in turn.done)
     try:
-        done = report.run(
-            step.notebook, step.params, step.name, reports,
-            fresh=fresh, timeout_s=timeout_s, label=step.name,
-        )  # fmt: skip
-    except Exception as error:  # such as a full disk: the steps that are left may fare better
-        return [f"{step.name}: {type(error).__name__}: {error}"]
-    print(f"{step.name:<40} {report.line(done)}", flush=True)
-    if done.crashed and (done.record.failure or {}).get("kind") == "timed_out":
-        return []
-    if done.crashed or done.record.verdict == "REFUSED":
-        return [f"{step.name}: {done.record.error or done.record.summary}"]
-    if step.expect and done.record.verdict != step.expect:
-        return [f"{step.name} ended with {done.record.verdict}, but {step.expect} was expected."]
-    return []
+        while waiting:
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                unfinished = [step for step in waiting if not finished(step, reports)]
+                print(f"time is up; left for the next call: {_names(unfinished)}", flush=True)
+                break
+            ready = [step for step in waiting if turn.ready(step, waiting)]
+            if not ready:
+                turn.leave_out(waiting)
+                break
+            for step in ready:
+                with lock_if_free(reports / ".study" / f"{slug(step.name)}.lock") as mine:
+                    if not mine:
+                        continue
+                    waiting.remove(step)
+                    if not (keep_finished and not fresh and finished(step, reports)):
+                        turn.take(step, left)
+                break  # what it made ready may come before what follows
+            else:
+                time.sleep(_WAIT_S)
+    finally:
+        problem = report.try_index(reports)
+    return [*turn.problems, problem] if problem else turn.problems
+
+
+class _Turn:
+    """One call of `run`: what it has done, what failed, and where its runs are."""
+
+    def __init__(
+        self,
+        steps: Mapping[str, Step],
+        chosen: Sequence[Step],
+        reports: Path,
+        fresh: bool,
+        timeout_s: float | None,
+    ) -> None:
+        self.steps, self.reports, self.fresh, self.timeout_s = steps, reports, fresh, timeout_s
+        self.done, self.failed = set[str](), set[str]()
+        self.problems: list[str] = []
+        self.folders: dict[str, Path] = {}
+        self.begun = datetime.now(UTC)
+        width = max(len(step.name) for step in chosen)
+        self.lead = {
+            step.name: f"[{number}/{len(chosen)}] {step.name:<{width}}"
+            for number, step in enumerate(chosen, 1)
+        }
+
+    def ready(self, step: Step, waiting: Sequence[Step]) -> bool:
+        later = self.failed | {other.name for other in waiting}
+        for need in set(step.needs) - self.done:
+            if need in later or not finished(self.steps[need], self.reports):
+                return False
+            self.done.add(need)
+        return True
+
+    def take(self, step: Step, left_s: float | None) -> None:
+        """Run one step; whatever happens to it becomes a line, and a problem where it is one."""
+        lead = self.lead[step.name]
+        if self._given_up(step):
+            self.failed.add(step.name)
+            print(f"{lead}  failed in another process; see there", flush=True)
+            return
+        limits = [limit for limit in (self.timeout_s, left_s) if limit is not None]
+        try:
+            params = _with_folders(step.params, self.folders, self.reports)
+            done = report.run(
+                step.notebook, params, step.name, self.reports, fresh=self.fresh,
+                timeout_s=min(limits, default=None), label=lead.rstrip(),
+            )  # fmt: skip
+        except Exception as error:  # such as a full disk: the steps that are left may fare better
+            self.failed.add(step.name)
+            said = (
+                str(error) if isinstance(error, StudyError) else f"{type(error).__name__}: {error}"
+            )
+            self.problems.append(f"{step.name}: {said}")
+            return
+        self.folders[step.name] = done.directory
+        print(f"{lead}  {report.line(done)}", flush=True)
+        record, kind = done.record, (done.record.failure or {}).get("kind")
+        if done.problem:
+            self.problems.append(f"{step.name}: {done.problem}")
+        if done.crashed or record.verdict == "REFUSED":
+            self.failed.add(step.name)
+            if kind != "timed_out" or left_s is None:
+                word = "crashed" if done.crashed else "was refused"
+                self.problems.append(f"{step.name} {word}: {record.error or record.summary}")
+        elif step.expect and record.verdict != step.expect:
+            self.problems.append(
+                f"{step.name} ended with {record.verdict}, but {step.expect} was expected."
+            )
+
+    def leave_out(self, waiting: Sequence[Step]) -> None:
+        for step in waiting:
+            missing = ", ".join(need for need in step.needs if need not in self.done)
+            self.problems.append(f"{step.name} was left out: it needs {missing}.")
+            print(f"{self.lead[step.name]}  LEFT OUT  (needs {missing})", flush=True)
+
+    def _given_up(self, step: Step) -> bool:
+        """Whether other processes have tried the step since this one began in vain: twice, as a
+        crash may come of sharing a GPU's memory; once, where the protocol refused it."""
+        tries = 0
+        for record in _records(step, self.reports):
+            if record.get("started_utc", "") < f"{self.begun:%Y-%m-%dT%H:%M:%S}":
+                continue
+            cut_short = (record.get("failure") or {}).get("kind") in ("timed_out", "stopped")
+            if record.get("verdict") == "REFUSED":
+                tries += 2
+            elif record.get("status") == "crashed" and not cut_short:
+                tries += 1
+        return tries > 1
 
 
 def finished(step: Step, reports: Path) -> bool:
@@ -220,8 +316,7 @@ def finished(step: Step, reports: Path) -> bool:
 def has_weights(step: Step) -> bool:
     """Whether the weights that the step exports are there, made with its very parameters, and of
     its very data where these are there: trained on another machine, or earlier."""
-    target = step.params.get("export_to")
-    path = provenance.project_root() / (target or "")
+    path = project_root() / step.params.get("export_to", "")
     if not path.is_file():  # most often; what reads one takes seconds to import
         return False
     from fresnel.study import arms
@@ -229,7 +324,7 @@ def has_weights(step: Step) -> bool:
     made = arms.exported_with(path)
     if made is None:
         return False
-    manifest = provenance.project_root() / step.params.get("dataset_dir", "") / "manifest.json"
+    manifest = project_root() / step.params.get("dataset_dir", "") / "manifest.json"
     if manifest.is_file():
         content_hash = json.loads(manifest.read_text(encoding="utf-8")).get("content_hash")
         if content_hash not in made["data"]:
@@ -238,39 +333,53 @@ def has_weights(step: Step) -> bool:
     return bool(known) and all(made["params"][key] == step.params[key] for key in known)
 
 
-def _given_up(step: Step, reports: Path, since: datetime) -> bool:
-    """Whether other processes have tried the step since then in vain: twice, as a crash may come
-    of sharing a GPU's memory; once, where the protocol refused it."""
-    tries = 0
-    for record in _records(step, reports):
-        if record.get("started_utc", "") < f"{since:%Y-%m-%dT%H:%M:%S}":
-            continue
-        cut_short = (record.get("failure") or {}).get("kind") in ("timed_out", "stopped")
-        if record.get("verdict") == "REFUSED":
-            tries += 2
-        elif record.get("status") == "crashed" and not cut_short:
-            tries += 1
-    if tries > 1:
-        print(f"{step.name:<40} failed in another process; see there", flush=True)
-    return tries > 1
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; raises StudyError if it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path}: is not valid YAML: {error}") from error
+
+
+def _with_folders(
+    params: Mapping[str, Any], folders: Mapping[str, Path], reports: Path
+) -> dict[str, Any]:
+    """Parameters with every {run:NAME} replaced by the folder of that step's run."""
+    filled = dict(params)
+    for key, value in filled.items():
+        while isinstance(value, str) and "{run:" in value:
+            before, _, rest = value.partition("{run:")
+            name, _, after = rest.partition("}")
+            value = filled[key] = f"{before}{folders.get(name) or _latest(reports, name)}{after}"
+    return filled
+
+
+def _latest(reports: Path, name: str) -> Path:
+    for results, record in _runs(reports, name):
+        if record.get("status") == "finished":
+            return results.parent.resolve()
+    raise StudyError(f"no finished run of step {name!r} is there yet: run it first")
 
 
 def _records(step: Step, reports: Path) -> Iterator[dict[str, Any]]:
-    """What the runs of the step's name and parameters left."""
-    for results in reports.glob(f"runs/*Z-{step.name}*/results.json"):
+    """What the runs of the step's name and parameters left, newest first."""
+    wanted = {key: value for key, value in step.params.items() if "{run:" not in str(value)}
+    for _, record in _runs(reports, step.name):
+        params = record.get("params", {})
+        if all(params.get(key) == value for key, value in wanted.items()):
+            yield record
+
+
+def _runs(reports: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for results in sorted(reports.glob(f"runs/*Z-{slug(name)}*/results.json"), reverse=True):
         try:
             record = json.loads(results.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if record.get("name") == step.name and all(
-            record.get("params", {}).get(key) == value for key, value in step.params.items()
-        ):
-            yield record
-
-
-def _mine(reports: Path, name: str) -> AbstractContextManager[bool]:
-    """Whether no other process has the step."""
-    return lock_if_free(reports / ".study" / f"{name}.lock")
+        if isinstance(record, dict) and record.get("name") == name:
+            yield results, record
 
 
 def _stem(name: str) -> str:
