@@ -217,7 +217,7 @@ def bootstrap(
     }
     return dataset.write(
         path,
-        _records(inputs, decoder, config, device, batch_size),
+        records(inputs, decoder, config, device, batch_size),
         background=config.background,
         meta=meta,
         overwrite=overwrite,
@@ -225,7 +225,7 @@ def bootstrap(
     )
 
 
-def _records(
+def records(
     inputs: InputImages,
     decoder: Decoder,
     config: BootstrapConfig,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fresnel.bootstrap import CORRECTED, ORIGINAL, _records
+from fresnel.bootstrap import CORRECTED, ORIGINAL, records as render_records
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
 from fresnel.evaluation.metrics import format_rows, luminance, object_name, srgb_to_linear
 from fresnel.gate import verdict as gate
@@ -189,7 +189,7 @@ def factorial(
             views_per_image=views,
             seed=seed,
         )
-        made = list(_records(inputs, decoder.to(device), config, device, 8))
+        made = list(render_records(inputs, decoder.to(device), config, device, 8))
         cells[f"{path}{which}{position}0"] = _measured(made)
         cells[f"{path}{which}{position}1"] = _measured([exposed(record) for record in made])
     ceiling = cells.pop("truth")
