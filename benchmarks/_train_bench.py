@@ -14,8 +14,8 @@ import torch
 
 from fresnel.data.dataset import InputImages, ViewTensors
 from fresnel.scene.cameras import Cameras, orbit
-from fresnel.training.loop import TrainConfig
 from fresnel.training.step import Stepper
+from fresnel.training.task import TrainConfig
 
 # lever -> factor in samples/s that was expected of it, over the line before it
 PREDICTED = {

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fresnel.data.dataset import ViewTensors
 from fresnel.gate import verdict as gate
+from fresnel.host import machine as surroundings
 from fresnel.models.cvs import CVS, CVSConfig
 from fresnel.models.unet import count_parameters
-from fresnel.training import host as surroundings
 from fresnel.training.cvs_task import CVSTask
 from fresnel.training.loop import fit
-from fresnel.training.step import Stepper
+from fresnel.training.step import Stepper, kernels
 
 
 def cvs_task(bench: Bench, size: str, batch: int, views: ViewTensors, **changes: Any) -> CVSTask:
@@ -75,7 +75,7 @@ def section_cvs(bench: Bench) -> None:
         before = speed
 
     def uncompiled(name: str, precision: str, trials: bool, graphs: bool = False) -> None:
-        with surroundings.kernels(not bench.gpu, bench.device):
+        with kernels(not bench.gpu, bench.device):
             torch.backends.cudnn.benchmark = trials
             surroundings.reset_peak_memory(bench.device)
             config = config_of(bench, precision=precision, graphs=graphs)
@@ -91,7 +91,7 @@ def section_cvs(bench: Bench) -> None:
         attempt(bench, name, uncompiled, name, "bf16" if bench.gpu else "fp32", True)
     if bench.gpu:
         attempt(bench, "recorded", uncompiled, "+ steps recorded", "bf16", True, graphs=True)
-    with surroundings.kernels(False, bench.device):
+    with kernels(False, bench.device):
         compiled_levers(bench, cvs_task(bench, size, batch, views), row, both, forward)
     if bench.gpu or not bench.quick:
         loop(bench, size, batch, views, both, forward)
@@ -181,7 +181,7 @@ def section_recording(bench: Bench) -> None:
         bench.say(f"| {' | '.join(cells)} | {compile_s:.0f} |")
         bench.figures[f"{size}, {pixels} px, {batch}"] = [*speeds, compile_s]
 
-    with surroundings.kernels(False, bench.device):
+    with kernels(False, bench.device):
         for row in sizes:
             attempt(bench, row[0], measured, *row)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from _train_bench import PREDICTED, Bench, attempt, config_of, per_step, profiled, synthetic
 
-from fresnel.training import host as surroundings
-from fresnel.training.step import Stepper
+from fresnel.host import machine as surroundings
+from fresnel.training.step import Stepper, kernels
 
 DECODER_TARGET = 3000  # views/s, on one H100
 
@@ -62,7 +62,7 @@ def section_decoder(bench: Bench) -> None:
                 notes.append(f"{name}: {part} not recorded: {function.refused}")
 
     notes: list[str] = []
-    with surroundings.kernels(False, bench.device):
+    with kernels(False, bench.device):
         attempt(bench, "eager", measured, "eager", False, False)
         if not bench.quick:
             attempt(bench, "compiled", measured, "compiled", False, True)

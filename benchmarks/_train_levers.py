@@ -12,11 +12,11 @@ from _train_cvs import cvs_task
 from _train_decoder import decoder_task
 from torch import nn
 
+from fresnel.host import machine as surroundings
 from fresnel.models.cvs import CVS, CVSConfig
-from fresnel.training import host as surroundings
 from fresnel.training.cvs_task import CVSTask
-from fresnel.training.loop import OutOfMemory, TrainConfig
-from fresnel.training.step import Stepper
+from fresnel.training.step import Stepper, kernels
+from fresnel.training.task import OutOfMemory, TrainConfig
 
 
 def section_optimizer(bench: Bench) -> None:
@@ -103,7 +103,7 @@ def section_agree(bench: Bench) -> None:
     def losses(task: Any, **changes: Any) -> tuple[torch.Tensor, Stepper]:
         config = TrainConfig(**{"steps": steps, "lr": 1e-3, "graphs": False, **changes})
         stepper = Stepper(task, config)
-        with surroundings.kernels(stepper.config.deterministic, bench.device):
+        with kernels(stepper.config.deterministic, bench.device):
             if stepper.config.compile:
                 stepper.compile()
             rows = []

@@ -28,11 +28,11 @@ from fresnel.data import layout as _layouts
 from fresnel.data.dataset import InputImages
 from fresnel.data.records import encode_object
 from fresnel.gate import verdict as gate
+from fresnel.host import machine as surroundings
 from fresnel.host.provenance import core_count, git_state
 from fresnel.models.decoder import load_shipped, prune, render_small
 from fresnel.scene.cameras import orbit
 from fresnel.study import protocol as experiment
-from fresnel.training import host as surroundings
 
 TARGETS = {"cuda": 20.0, "cpu": 300.0}  # seconds for 500 images x 8 views at 256 px
 

@@ -25,8 +25,8 @@ from fresnel.models.cvs import (
 from fresnel.models.unet import count_parameters
 from fresnel.scene.cameras import Cameras, orbit
 from fresnel.study import arms
-from fresnel.training.cvs_task import (
-    CVSTask,
+from fresnel.training.cvs_task import CVSTask, mirror
+from fresnel.training.losses import (
     consistency_loss,
     ect_earlier,
     ect_stage,
@@ -35,7 +35,6 @@ from fresnel.training.cvs_task import (
     original_loss,
     pixel_weights,
 )
-from fresnel.training.pairs import mirror
 
 SIZE = 16
 
@@ -186,23 +185,6 @@ def test_anchored_samples_are_compared_with_the_clean_view_in_every_stage() -> N
         for p in (0.0, 1.0)
     ]
     assert losses[0] == losses[1]
-
-
-def test_both_passes_share_the_dropout_mask() -> None:
-    net = model(dropout=0.5)
-    batch = batch_of(net)
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.weight.abs().sum() == 0:
-            torch.nn.init.normal_(module.weight, std=0.1)
-    masks: list[Tensor] = []
-    drop = net.unet.middle_in.dropout
-    drop.register_forward_hook(lambda _module, args, out: masks.append((out == 0) & (args[0] != 0)))
-    state = torch.get_rng_state()
-    consistency_loss(
-        net, batch["target"], batch["cond"], batch["weights"], progress=1.0, generator=generator()
-    )
-    assert masks[0].any() and torch.equal(masks[0], masks[1])
-    assert torch.equal(torch.get_rng_state(), state)  # the global state is left alone
 
 
 def test_original_loss_weighs_consistency_by_thirds() -> None:

@@ -28,7 +28,8 @@ from fresnel.models.unet import count_parameters
 from fresnel.render import render
 from fresnel.scene.cameras import Cameras, gravity_frame, orbit
 from fresnel.scene.gaussians import Gaussians
-from fresnel.training.decoder_task import DecoderTask, LossWeights, multiview_loss, similarity
+from fresnel.training.decoder_task import DecoderTask
+from fresnel.training.losses import WEIGHTS, multiview_loss, similarity
 
 TINY = DecoderConfig(
     image_size=32, base_channels=8, channel_multipliers=(1, 2), attention_levels=(), patch=2
@@ -340,7 +341,7 @@ def test_multiview_loss_is_zero_for_the_truth_and_names_its_terms():
     assert multiview_loss(black, rgba, background)["loss"] > 0.3
     # An empty view isn't free even where the background happens to be the object's colour.
     empty = Views(torch.zeros_like(same.rgb), torch.zeros_like(same.alpha), 0 * same.depth)
-    weights = LossWeights(rgb_l1=0, rgb_mse=0, ssim=0)
+    weights = {**WEIGHTS, "rgb_l1": 0, "rgb_mse": 0, "ssim": 0}
     assert multiview_loss(empty, rgba, background, weights=weights)["loss"] > 0.01
 
 

@@ -12,8 +12,8 @@ from test_cvs import views
 from fresnel.scene.cameras import Cameras, orbit
 from fresnel.study import arms
 from fresnel.training.cuda_graphs import Recorded, Recorder, put_together, taken_apart
-from fresnel.training.loop import TrainConfig
 from fresnel.training.step import Stepper
+from fresnel.training.task import TrainConfig
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 

@@ -15,8 +15,7 @@ from fresnel.models.cvs import CVS, CVSConfig, predictor
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras
 from fresnel.study import arms
-from fresnel.training.cvs_task import CVSTask
-from fresnel.training.pairs import mirror
+from fresnel.training.cvs_task import CVSTask, mirror
 
 
 def truth_renderer(depth: float = 2.0) -> Predictor:

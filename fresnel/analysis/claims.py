@@ -274,7 +274,7 @@ def _count(runs: Sequence[Run]) -> str:
 def _mask() -> _Said:
     """The original's mask where nothing was rendered, and at the edge of something."""
     from fresnel.models.cvs import CVSConfig
-    from fresnel.training.cvs_task import pixel_weights
+    from fresnel.training.losses import pixel_weights
 
     depth = torch.zeros(1, 16, 16)
     depth[..., 8:] = 2.5
@@ -391,7 +391,7 @@ LESSONS = (
     ),
     (
         "Weigh what matters: an empty pixel must not weigh most.",
-        "fresnel.training.cvs_task.pixel_weights",
+        "fresnel.training.losses.pixel_weights",
         "alpha-aware weights give the object a stated share of the loss",
     ),
     (

@@ -173,7 +173,8 @@ class MultiViewDataset:
                 rgb, alpha = resize(rgb, size), resize(alpha[..., None], size)[..., 0]
                 cameras = cameras.resized(size, size)
         pivots = torch.stack([o.pivot for o in objects])
-        return ViewTensors(self.names, inputs, rgb, alpha, cameras, pivots, depth).to(device)
+        found = (self.names, inputs, rgb, alpha, cameras, pivots, depth, self.content_hash)
+        return ViewTensors(*found).to(device)
 
     def verify(self) -> None:
         """Read every byte again.

@@ -92,7 +92,8 @@ class ViewTensors:
     """A whole dataset in memory: M objects, V views each.
 
     ``rgb`` uint8 (M, V, H, W, 3) over black, ``alpha`` uint8 (M, V, H, W), ``cameras`` of batch
-    shape (M, V), ``pivots`` (M, 3), ``depth`` float32 (M, V, H, W) or None.
+    shape (M, V), ``pivots`` (M, 3), ``depth`` float32 (M, V, H, W) or None. ``content_hash`` is
+    that of the dataset they were read from; "": made otherwise, and no receipt can be of them.
     """
 
     names: tuple[str, ...]
@@ -102,6 +103,7 @@ class ViewTensors:
     cameras: Cameras
     pivots: Tensor
     depth: Tensor | None = None
+    content_hash: str = ""
 
     def __len__(self) -> int:
         return len(self.names)

@@ -11,16 +11,20 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fresnel.data.dataset import InputImages, MultiViewDataset, ViewTensors
+from fresnel.data.images import InputImages
+from fresnel.data.records import ViewTensors
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras, relative_azimuth_deg
+
+if TYPE_CHECKING:
+    from fresnel.data.dataset import MultiViewDataset
 
 Predictor = Callable[[InputImages, Cameras], Views]
 """Input images (M) and target cameras (M, V) in, `Views` (M, V, H, W, ...) over black out."""
@@ -183,7 +187,7 @@ def evaluate(
     starts = range(0, len(data), batch)
     for start in tqdm(starts, desc="evaluate", disable=None if progress else True, delay=2):
         stop = min(start + batch, len(data))
-        if isinstance(data, MultiViewDataset):
+        if not isinstance(data, ViewTensors):
             part = data.subset(range(start, stop)).tensors(size=size, device=device)
         else:
             part = data[start:stop]

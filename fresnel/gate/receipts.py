@@ -153,7 +153,7 @@ def require_receipt(
     receipt = receipt or read_receipt(dataset, kind)
     advice = _advice(dataset, kind)
     if receipt is None:
-        raise GateRefusal(f"no {kind} receipt for {dataset.path}; {advice}")
+        raise GateRefusal(f"no {kind} receipt for {_place(dataset)}; {advice}")
     if receipt.kind != kind:
         raise GateRefusal(f"receipt: got one of kind {receipt.kind!r}, want {kind!r}; {advice}")
     if hasattr(dataset, "verify"):
@@ -173,7 +173,7 @@ def require_receipt(
     state = "was overridden" if receipt.passed else "failed"
     why = f": {receipt.reasons[0]}" if receipt.reasons else f": {receipt.summary}"
     raise GateRefusal(
-        f"the {kind} check of {dataset.path} {state}{why}. Mend the data and {advice}, or pass "
+        f"the {kind} check of {_place(dataset)} {state}{why}. Mend the data and {advice}, or pass "
         "allow_failed_gate=True for a negative control"
     )
 
@@ -185,4 +185,8 @@ def _receipt_path(dataset: Any, kind: str) -> Path:
 
 
 def _advice(dataset: Any, kind: str) -> str:
-    return f"run: {_COMMANDS[kind].format(path=dataset.path)}"
+    return f"run: {_COMMANDS[kind].format(path=_place(dataset))}"
+
+
+def _place(dataset: Any) -> str:
+    return str(getattr(dataset, "path", "THE DATA"))  # tensors don't know where they come from

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fresnel.data.dataset import InputImages
+from fresnel.data.images import InputImages
 from fresnel.models import refine as rendered
 from fresnel.models.unet import FourierEmbedding, UNet
 from fresnel.render import Views

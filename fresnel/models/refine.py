@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fresnel.data.dataset import InputImages, ViewTensors
+from fresnel.data.images import InputImages
+from fresnel.data.records import ViewTensors
 from fresnel.evaluation.metrics import Predictor
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras

@@ -22,7 +22,8 @@ from fresnel.models import decoder
 from fresnel.render import Views
 from fresnel.report.record import RunRecord
 from fresnel.scene.cameras import Cameras, intrinsics, orbit, relative_azimuth_deg
-from fresnel.training.loop import Task, TrainResult
+from fresnel.training.loop import TrainResult
+from fresnel.training.task import Task
 
 RENDER_MODELS = ("cvs-render", "cvs-refine", "cvs-twin")
 CVS_MODELS = ("cvs", *RENDER_MODELS)
@@ -48,7 +49,7 @@ def make_task(
     batch_size: int,
     seed: int,
     device: str,
-    held_out: ViewTensors | None = None,
+    validation: ViewTensors | None = None,
     loss_mask: str = "alpha_aware",
     parameterisation: str = "consistency",
     augment: bool = True,
@@ -60,6 +61,8 @@ def make_task(
     """The task `train.fit` runs: a network, seeded, and its data on the device.
 
     Args:
+        validation: objects for the training's own figures, its "best" checkpoint and its pictures;
+            neither trained on nor those that judge it in the end. None: the training's.
         model: "cvs", "cvs-render" (sees `renderer`'s render of the target view), "cvs-refine"
             (sees it, and adds to it rather than drawing the view anew), "cvs-twin" (the same with
             a second render, of the mirrored input: adds to the mean of both), "decoder"
@@ -105,7 +108,7 @@ def make_task(
             network,
             data,
             batch_size=batch_size,
-            validation=held_out,
+            validation=validation,
             any_input=ground_truth,
             mirror=augment,
             colour_jitter=0.3 if augment else 0.0,
@@ -113,18 +116,17 @@ def make_task(
             renderer=renderer,
             device=device,
         )
-    from fresnel.models.decoder import Decoder, DecoderConfig
+    from fresnel.models.decoder import DecoderConfig
     from fresnel.training.decoder_task import DecoderTask
 
     if initial_weights:
         raise ValueError(f"initial_weights: only a CVS takes them; got model {model!r}, want ''")
     if model not in _DECODER_SIZES:
         raise ValueError(f"model: got {model!r}, want one of {(*CVS_MODELS, *_DECODER_SIZES)}")
-    decoding = Decoder(DecoderConfig(**_DECODER_SIZES[model][size]))
     return DecoderTask(
         data,
-        model=decoding,
-        validation=held_out,
+        DecoderConfig(**_DECODER_SIZES[model][size]),
+        validation=validation,
         batch_size=batch_size,
         any_input=ground_truth,
         device=device,

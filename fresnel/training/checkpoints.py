@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fresnel.host.files import write_atomic
 
 SUFFIX = ".safetensors"
 
@@ -27,27 +28,36 @@ class DiskFull(OSError):
     """No room for a checkpoint; those written before are whole."""
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+def save(
+    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], also: Sequence[str]
+) -> None:
     """Write `folder`/latest.safetensors, moving the one before it to previous.safetensors.
+
+    Under the names in `also` it is there first (a hard link, or a copy where none can be): a kill
+    in between makes the next run write `latest` and these again, and none of them can be stale.
 
     Raises:
         DiskFull: if there is no room; what was there before is untouched.
     """
     from safetensors.torch import save as serialise
 
-    folder.mkdir(parents=True, exist_ok=True)
     data = serialise(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
         {"fresnel": json.dumps(metadata)},
     )
-    latest, temporary = folder / f"latest{SUFFIX}", folder / "latest.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    latest, fresh = folder / f"latest{SUFFIX}", folder / f"next{SUFFIX}"
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomic(fresh, data)
+        for name in also:
+            temporary = folder / f"{name}.tmp"
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(fresh, temporary)
+            except OSError:
+                shutil.copyfile(fresh, temporary)
+            os.replace(temporary, folder / f"{name}{SUFFIX}")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(
                 error.errno,
@@ -57,91 +67,47 @@ def save(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any
         raise
     if latest.exists():
         os.replace(latest, folder / f"previous{SUFFIX}")
-    os.replace(temporary, latest)
-    _sync(folder)
-    return latest
-
-
-def keep(latest: Path, name: str) -> Path:
-    """Keep the latest checkpoint under another name too: a hard link, or a copy where none can be.
-
-    Checkpoints are never changed in place, so a link stays what it was.
-    """
-    kept, temporary = latest.with_name(name + SUFFIX), latest.with_name(name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(latest, temporary)
-    except OSError:
-        shutil.copyfile(latest, temporary)
-    os.replace(temporary, kept)
-    return kept
+    os.replace(fresh, latest)
 
 
 class Writer:
-    """Writes checkpoints, beside the training where `background`: a gigabyte takes seconds.
-
-    The tensors are copied to the host first, so training may go on changing them. One checkpoint
-    is written at a time: the next `save`, and `wait`, wait for it and raise what it raised.
-    """
+    """Writes one checkpoint at a time, beside the training where `background`: a gigabyte takes
+    seconds."""
 
     def __init__(self, *, background: bool) -> None:
-        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._background = background
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()  # a write that has begun is finished
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()  # a write that has begun is finished
 
     def save(
         self,
         folder: Path,
         tensors: Mapping[str, Tensor],
         metadata: Mapping[str, Any],
-        *,
-        keep_as: Sequence[str] = (),
+        also: Sequence[str] = (),
     ) -> None:
-        """`save`, and `keep` under each of the names."""
-
-        def write(copies: Mapping[str, Tensor]) -> None:
-            latest = save(folder, copies, metadata)
-            for name in keep_as:
-                keep(latest, name)
-
-        if self._pool is None:
-            write(tensors)
-            return
+        """`save` copies of the tensors, which training may go on changing."""
         self.wait()
-        copies = _to_host(tensors)
-        self._pending = self._pool.submit(write, copies)
+        copies = {
+            name: t.detach().to("cpu", non_blocking=True, copy=True) for name, t in tensors.items()
+        }
+        if any(t.is_cuda for t in tensors.values()):
+            torch.cuda.synchronize()
+        self._pending = self._pool.submit(save, folder, copies, metadata, also)
+        if not self._background:
+            self.wait()
 
     def wait(self) -> None:
-        """Until what was saved is on disk.
-
-        Raises:
-            DiskFull: and whatever else the writing raised.
-        """
+        """Until what was saved is on disk; raises what the writing raised."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-
-def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the host, by way of pinned memory where they come from a GPU."""
-    copies = {
-        name: t.detach().to("cpu", non_blocking=True) if t.is_cuda else t.detach().clone()
-        for name, t in tensors.items()
-    }
-    for device in {t.device for t in tensors.values() if t.is_cuda}:
-        torch.cuda.synchronize(device)
-    return copies
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -162,20 +128,21 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint that can be read; a damaged one is passed over with a warning."""
-    damaged = []
-    for name in ("latest", "previous"):
-        path = folder / (name + SUFFIX)
-        if not path.exists():
-            continue
+    """The newest checkpoint that can be read, None if there is none; a damaged one is passed over
+    with a warning.
+
+    Raises:
+        ValueError: if all of them are damaged.
+    """
+    found = [path for n in ("latest", "previous") if (path := folder / (n + SUFFIX)).exists()]
+    for path in found:
         try:
             return read(path)
         except ValueError as error:
-            damaged.append(path)
             warnings.warn(f"{error}; falling back to the checkpoint before it", stacklevel=2)
-    if damaged:
+    if found:
         raise ValueError(
-            f"{folder}: no readable checkpoint ({', '.join(p.name for p in damaged)} damaged); "
+            f"{folder}: no readable checkpoint ({', '.join(path.name for path in found)} damaged); "
             "start again with resume=False"
         )
     return None
@@ -184,11 +151,7 @@ def read_latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
 def load_weights(path: str | Path, model: nn.Module, which: str = "ema") -> dict[str, Any]:
     """Load the "ema" or "model" weights of a checkpoint into `model`; returns its metadata."""
     tensors, metadata = read(Path(path))
-    prefix = which + "."
-    weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    if not weights:
-        raise ValueError(f"which: got {which!r}, {path} holds no such weights; want ema or model")
-    model.load_state_dict(weights)
+    model.load_state_dict(_part(tensors, which))
     return metadata
 
 
@@ -209,30 +172,17 @@ def unpack(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Put back what `pack` took out, bit for bit."""
-    for prefix, module in (("model.", model), ("ema.", ema)):
-        module.load_state_dict(
-            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        )
+    model.load_state_dict(_part(tensors, "model"))
+    ema.load_state_dict(_part(tensors, "ema"))
     parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        if not name.startswith("optimizer."):
-            continue
-        _, key, parameter_name = name.split(".", 2)
+    for name, value in _part(tensors, "optimizer").items():
+        key, parameter_name = name.split(".", 1)
         parameter = parameters[parameter_name]
         if value.shape == parameter.shape:  # in the parameter's memory format, as AdamW made it
             value = torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][key] = value.to(parameter.device)
 
 
-def _sync(folder: Path) -> None:
-    """Make renames in `folder` durable, where the system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}

@@ -6,17 +6,20 @@ of them.  A recording runs the very same kernels, so it changes no result.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fresnel.training import host as surroundings
+from fresnel.host.machine import is_out_of_memory
+from fresnel.render import Views
+from fresnel.scene.cameras import Cameras
+from fresnel.scene.gaussians import Gaussians
 
 _WARM_UP = 3
 """Runs before a recording: cuDNN's trials and first allocations must not be recorded."""
@@ -46,19 +49,15 @@ class Recorder:
         """How many kinds of work are recorded."""
         return len(self._graphs)
 
-    def run(self, kind: Hashable, work: Callable[[], None]) -> bool:
-        """Do `work`; work of another kind is recorded by itself. Returns whether this took longer
-        than it will from now on."""
-        new = kind not in self._graphs and self.refused is None
-        if new and self._runs[kind] >= _WARM_UP:
+    def run(self, kind: Hashable, work: Callable[[], None]) -> None:
+        """Do `work`; work of another kind is recorded by itself."""
+        if kind not in self._graphs and self.refused is None and self._runs[kind] >= _WARM_UP:
             self._record(kind, work)
-        graph = self._graphs.get(kind)
-        if graph is None:
+        if kind in self._graphs:
+            self._graphs[kind].replay()
+        else:
             self._runs[kind] += 1
             work()
-        else:
-            graph.replay()
-        return new
 
     def _record(self, kind: Hashable, work: Callable[[], None]) -> None:
         """Record without running it. Recordings run one at a time, so they share their memory."""
@@ -90,7 +89,8 @@ class Recorded:
     one batch a step.
 
     Args:
-        function: of tensors, in dicts, tuples and dataclasses, and of anything that stays the same.
+        function: of tensors, in dicts, tuples, cameras, Gaussians and views, and of anything that
+            stays the same.
         model: whose parameters the function uses; None: of none.
     """
 
@@ -104,45 +104,42 @@ class Recorded:
     def __call__(self, *given: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled() or self.refused is not None:
             return self.function(*given, **named)
-        tensors, shape = taken_apart((given, named))
+        tensors, rest = taken_apart((given, named))
         known = [(t.shape, t.dtype, t.requires_grad) for t in tensors]
         if self._flat is None:
             self._runs += 1
             if self._runs <= _WARM_UP:
                 return self.function(*given, **named)
-            self._record(tensors, shape)
+            self._record(tensors, rest)
             self._known = known
         if self._flat is None or known != self._known:
             return self.function(*given, **named)
         made = zip(self._flat(*tensors), self._flat.differentiable, strict=True)
-        return put_together([t if wanted else t.detach() for t, wanted in made], self._flat.shape)
+        return put_together([t if wanted else t.detach() for t, wanted in made], self._flat.rest)
 
-    def _record(self, tensors: list[Tensor], shape: Any) -> None:
-        flat = _Flat(self.function, self.model, shape)
+    def _record(self, tensors: list[Tensor], rest: Any) -> None:
+        flat = _Flat(self.function, self.model, rest)
         samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
         # gsplat leaves cycles behind that keep the last step's graph, and with it nodes of another
         # stream, which a recording must not touch
         gc.collect()
         device = samples[0].device.type
-        enabled = torch.is_autocast_enabled(device)
-        kind = torch.get_autocast_dtype(device)
+        enabled, kind = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         try:
             with torch.autocast(device, kind, enabled=enabled, cache_enabled=False):
                 torch.cuda.make_graphed_callables(flat, samples, allow_unused_input=True)
+            self._flat = flat
         except Exception as error:
-            if surroundings.is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             self._runs, self._tries = 0, self._tries + 1
-            if self._tries < _TRIES:
-                return
-            self.refused = _reason(error)
-            warnings.warn(
-                f"{getattr(self.function, '__name__', 'a part')} runs unrecorded, slower but the "
-                f"same: {self.refused}",
-                stacklevel=3,
-            )
-            return
-        self._flat = flat
+            if self._tries == _TRIES:
+                self.refused = _reason(error)
+                warnings.warn(
+                    f"{getattr(self.function, '__name__', 'a part')} runs unrecorded, slower but "
+                    f"the same: {self.refused}",
+                    stacklevel=3,
+                )
 
 
 class _Flat(nn.Module):
@@ -151,58 +148,34 @@ class _Flat(nn.Module):
     def __init__(self, function: Callable[..., Any], model: nn.Module | None, given: Any) -> None:
         super().__init__()
         self.function, self.model, self.given = function, model, given
-        self.shape: Any = None
+        self.rest: Any = None
         self.differentiable: list[bool] = []
         if model is not None:
             self.train(model.training)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given, named = put_together(list(tensors), self.given)
-        made, self.shape = taken_apart(self.function(*given, **named))
+        given, named = put_together(tensors, self.given)
+        made, self.rest = taken_apart(self.function(*given, **named))
         self.differentiable = [tensor.requires_grad for tensor in made]
         return tuple(made)
 
 
+for _kind in (Cameras, Gaussians, Views):
+    pytree.register_dataclass(_kind)
+
+
 def taken_apart(value: Any) -> tuple[list[Tensor], Any]:
-    """The tensors of nested dicts, lists, tuples and dataclasses, and what is left without them."""
-    tensors: list[Tensor] = []
-
-    def without(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            return _Place(len(tensors) - 1)
-        if isinstance(value, dict):
-            return {key: without(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(without(item) for item in value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            names = [field.name for field in dataclasses.fields(value)]
-            return _Made(type(value), {name: without(getattr(value, name)) for name in names})
-        return value
-
-    left = without(value)
-    return tensors, left
+    """The tensors of nested dicts, lists, tuples and registered dataclasses, and the rest."""
+    leaves, structure = pytree.tree_flatten(value)
+    places = [isinstance(leaf, Tensor) for leaf in leaves]
+    tensors = [leaf for leaf, place in zip(leaves, places, strict=True) if place]
+    others = [None if place else leaf for leaf, place in zip(leaves, places, strict=True)]
+    return tensors, (others, places, structure)
 
 
-def put_together(tensors: list[Tensor], left: Any) -> Any:
+def put_together(tensors: Sequence[Tensor], rest: Any) -> Any:
     """What `taken_apart` took apart."""
-    if isinstance(left, _Place):
-        return tensors[left.index]
-    if isinstance(left, _Made):
-        return left.kind(**{name: put_together(tensors, v) for name, v in left.fields.items()})
-    if isinstance(left, dict):
-        return {key: put_together(tensors, item) for key, item in left.items()}
-    if isinstance(left, (list, tuple)):
-        return type(left)(put_together(tensors, item) for item in left)
-    return left
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    index: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    kind: type
-    fields: dict[str, Any]
+    others, places, structure = rest
+    given = iter(tensors)
+    leaves = [next(given) if place else o for o, place in zip(others, places, strict=True)]
+    return pytree.tree_unflatten(leaves, structure)

@@ -7,45 +7,51 @@ of 02 and the account of 03 speak of the same parts: see `PARTS`.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from fresnel.data.dataset import ViewTensors
+from fresnel.data.records import ViewTensors
 from fresnel.evaluation import metrics as evaluate
-from fresnel.report.record import Stage
-from fresnel.study.protocol import fingerprint
+from fresnel.host import machine
+from fresnel.host.files import fingerprint, inside, write_atomic
 from fresnel.training import checkpoints
-from fresnel.training import host as surroundings
-from fresnel.training.loop import OutOfMemory, TrainConfig, TrainResult
-from fresnel.training.step import Stepper
+from fresnel.training.loop import TrainResult
+from fresnel.training.step import Stepper, kernels
+from fresnel.training.task import OutOfMemory, TrainConfig
 
 PARTS = {
     "start": "the kernel's start and the imports",
     "data": "opening the data and checking their receipts",
     "compile": "starting the compiler, compiling from its cache",
     "steps": "the training's steps",
-    "pauses": "set-up, validations, checkpoints, log",
+    "pauses": "set-up, validations, pictures, checkpoints, log",
     "pictures": "loading the rivals, drawing",
     "evaluation": "held-out views of the model and its rivals",
 }
 _AFRESH = 2.0
 """A new process takes so many times as long to load compiled code as one that has done so before:
-2.1 on two CPU cores, 2.05 on an H200 (`benchmarks/forecast.md`, before this was known)."""
+2.1 on two CPU cores, 2.05 on an H200."""
 _WORDS = {
     **dict.fromkeys(("open", "check", "render"), "data"),
     **dict.fromkeys(("load", "draw"), "pictures"),
     "import": "compile",
     "evaluate": "evaluation",
 }
+
+
+class Stage(Protocol):
+    """A timed part of a notebook, as `fresnel.report.record` notes it."""
+
+    name: str
+    duration_s: float
 
 
 def pick_precision(precision: str, device: str) -> str:
@@ -62,20 +68,25 @@ def pick_precision(precision: str, device: str) -> str:
         raise ValueError(f"precision: got {precision!r}, want 'auto', 'fp32' or 'bf16'")
     if precision != "auto":
         return precision
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if surroundings.has_matrix_units() else "fp32"
+    gpu = device == "cuda"
+    units = torch.cuda.is_bf16_supported() if gpu else machine.has_matrix_units()
+    return "bf16" if units else "fp32"
 
 
-def full_config(steps: int, **settings: Any) -> TrainConfig:
-    """How 03 trains and 02 forecasts: by the length of the run, ten validations, a hundred rows."""
+def full_config(steps: int, *, previews: int = 0, **settings: Any) -> TrainConfig:
+    """How 03 trains and 02 forecasts: by the length of the run, ten validations, a hundred rows.
+
+    Args:
+        previews: pictures made on the way, at even intervals from the start, and one at the end.
+        settings: other fields of `TrainConfig`.
+    """
     return TrainConfig(
         steps=steps,
         warmup_steps=min(50, steps // 5),
         log_every=max(1, steps // 100),
         validate_every=max(1, steps // 10),
         snapshot_every=max(1, steps // 5),
-        preview_steps=(),
+        preview_every=max(1, steps // previews) if previews else 0,
         **settings,
     )
 
@@ -96,8 +107,7 @@ def start_s() -> float:
     import psutil
 
     process = psutil.Process(os.getpid())
-    used = process.cpu_times()
-    busy = used.user + used.system
+    busy = sum(process.cpu_times()[:2])
     age = time.time() - process.create_time()
     return age if age < 3 * busy + 5 else busy
 
@@ -112,16 +122,13 @@ def by_part(stages: Iterable[Stage]) -> dict[str, float]:
     """Seconds of the stages whose first word says which of `PARTS` they belong to."""
     parts: dict[str, float] = {}
     for stage in stages:
-        part = _WORDS.get(stage.name.split()[0])
-        if part:
+        if part := _WORDS.get(stage.name.split()[0]):
             parts[part] = parts.get(part, 0.0) + stage.duration_s
     return parts
 
 
 def pace(
-    history: Sequence[Mapping[str, Any]],
-    samples: int,
-    known: tuple[float, float] | None = None,
+    history: Sequence[Mapping[str, Any]], samples: int, known: Sequence[float] = ()
 ) -> tuple[float, float]:
     """Seconds a step over a run's curriculum, and what it took beyond that, once.
 
@@ -129,26 +136,21 @@ def pace(
     such as choosing kernels and recording graphs, happens as often in a long run.
 
     Args:
-        history: rows with "step" and "samples_per_s", evenly spaced over the run; those that are
-            "warming" tell nothing of the pace, unless there are no others.
+        history: rows with "step" and "samples_per_s", evenly spaced over the run.
         samples: samples a step.
         known: seconds a step of either half, where `rehearse` has measured them: a smoke run can
             be too short for any of its steps to be played from a recording.
     """
-    steps = [row["step"] for row in history]
-    counts = np.diff([0, *steps])
+    steps = np.array([row["step"] for row in history])
+    counts = np.diff(steps, prepend=0)
     each = np.array([samples / row["samples_per_s"] for row in history])
-    late = np.array(steps) > steps[-1] / 2
+    late = steps > steps[-1] / 2
     typical = np.full(len(each), np.median(each))
-    steady = np.array([not row.get("warming", False) for row in history])
     for k, half in enumerate((~late, late)):
-        if known:
-            typical[half] = known[k]
-        elif half.any():
-            usable = half & steady
-            typical[half] = np.median(each[usable]) if usable.any() else each[half].min()
+        if known or half.any():
+            typical[half] = known[k] if known else np.median(each[half])
     usual = float((typical * counts).sum())
-    return usual / steps[-1], max(0.0, float((each * counts).sum()) - usual)
+    return usual / int(steps[-1]), max(0.0, float((each * counts).sum()) - usual)
 
 
 def around_steps(result: TrainResult, fit_s: float) -> float:
@@ -170,10 +172,8 @@ def timed(act: Callable[[], Any], times: int = 1) -> float:
 def settled(stepper: Stepper, first: int, times: int = 10) -> float:
     """Seconds a step from step `first` on, when kernels are chosen and steps recorded."""
     last = stepper.config.steps - 1
-    upcoming = (min(k, last) for k in itertools.count(first))
-    for _ in range(6):
-        stepper.train(next(upcoming))
-    timed(lambda: None)  # until these are done
+    upcoming = iter([min(first + k, last) for k in range(6 + times)])
+    timed(lambda: stepper.train(next(upcoming)), 6)
     return timed(lambda: stepper.train(next(upcoming)), times)
 
 
@@ -198,48 +198,41 @@ def rehearse(
         record, with what they load for it; "evaluate_record", every further record; on a GPU
         "step_early" and "step_late", a step of either half, see `pace`.
     """
-    stepper = Stepper(task, config)
+    stepper, model, acts = Stepper(task, config), result.ema_model, dict[str, float]()
+    gpu = stepper.device.type == "cuda"
     # compiled code is cached by how exact it must be
-    with surroundings.kernels(config.deterministic, stepper.device):
+    with kernels(config.deterministic, stepper.device):
         if config.compile:
             torch.compiler.reset()  # as a new process would start
-        compile_s = stepper.compile() if config.compile else 0.0
-        model = result.ema_model
+        acts["compile"] = stepper.compile() if config.compile else 0.0
         generator = torch.Generator(stepper.device).manual_seed(0)
         with torch.no_grad(), stepper.autocast():
             task.validation(model)  # the first one chooses kernels
-            validation_s = timed(lambda: task.validation(model), 2)
-            preview_s = timed(lambda: task.preview(model, generator))
-        steps: dict[str, float] = {}
-        if stepper.device.type == "cuda":
-            halves = {"step_early": 0, "step_late": config.steps * 9 // 10}
-            with contextlib.suppress(OutOfMemory):  # the smoke run's own models are still there
-                steps = {name: settled(stepper, first) for name, first in halves.items()}
+            acts["validation"] = timed(lambda: task.validation(model), 2)
+            acts["preview"] = timed(lambda: task.preview(model, generator))
+        with contextlib.suppress(OutOfMemory):  # the smoke run's own models are still there
+            if gpu:
+                acts |= {
+                    "step_early": settled(stepper, 0),
+                    "step_late": settled(stepper, config.steps * 9 // 10),
+                }
     tensors = checkpoints.pack(result.model, model, stepper.optimizer)
     tensors |= {f"moment of {name}": tensor.clone() for name, tensor in tensors.items()}
     with tempfile.TemporaryDirectory(dir=result.run_dir) as folder:
-        if stepper.device.type == "cuda":  # written in the background
-            checkpoint_s = timed(lambda: {name: t.cpu() for name, t in tensors.items()})
+        if gpu:  # written in the background
+            acts["checkpoint"] = timed(lambda: {name: t.cpu() for name, t in tensors.items()})
         else:
-            checkpoint_s = timed(lambda: checkpoints.save(Path(folder), tensors, {}), 2)
+            acts["checkpoint"] = timed(lambda: checkpoints.save(Path(folder), tensors, {}, ()), 2)
     perceptual, _ = evaluate.find_lpips(stepper.device)
-    few = truth[list(range(min(4, len(truth))))]
 
-    def judge(records: ViewTensors) -> float:
-        return sum(
-            timed(lambda p=p: evaluate.evaluate(p, records, perceptual=perceptual, progress=False))  # type: ignore[misc]
-            for p in contenders.values()
-        )
+    def judge(records: ViewTensors) -> None:
+        for predict in contenders.values():
+            evaluate.evaluate(predict, records, perceptual=perceptual, progress=False)
 
-    return {
-        "compile": compile_s,
-        "validation": validation_s,
-        "preview": preview_s,
-        "checkpoint": checkpoint_s,
-        "evaluate_first": judge(truth[[0]]),
-        "evaluate_record": judge(few) / len(few),
-        **steps,
-    }
+    few = truth[list(range(min(3, len(truth))))]
+    acts["evaluate_first"] = timed(lambda: judge(truth[[0]]))
+    acts["evaluate_record"] = timed(lambda: judge(few)) / len(few)
+    return acts
 
 
 def full_run(
@@ -269,40 +262,32 @@ def full_run(
         "steps", "samples", "samples_per_s", "duration_s", "cost_usd", "peak_memory_bytes" of the
         training, and "parts", the seconds of each of `PARTS`.
     """
-    known = (acts["step_early"], acts["step_late"]) if "step_early" in acts else None
+    known = [acts[name] for name in ("step_early", "step_late") if name in acts]
     step_s, warm_up_s = pace(result.history, batch_size, known)
-    ending = acts["validation"] + acts["preview"] + acts["checkpoint"]
-    set_up = max(0.0, around_s - ending)
-    steps = config.steps
-    stops = {0, steps, *range(0, steps, config.validate_every)}
-    rows = steps // config.log_every
+    stop_s = acts["validation"] + acts["checkpoint"]
+    stops = len({config.steps, *range(0, config.steps, config.validate_every)})
+    kept = config.steps // config.keep_every if config.keep_every else 0
+    shown = 1 + config.steps // config.preview_every if config.preview_every else 0
+    rows = config.steps // config.log_every
     opened = by_part(stages)
     parts = {
         "start": start_s,
         **opened,
         "compile": opened.get("compile", 0.0) + min(result.compile_s, _AFRESH * acts["compile"]),
-        "steps": steps * step_s + warm_up_s,
-        "pauses": opened.get("pauses", 0.0)
-        + set_up
-        + len(stops) * (acts["validation"] + acts["checkpoint"])
+        "steps": config.steps * step_s + warm_up_s,
+        "pauses": max(0.0, around_s - stop_s)
+        + stops * stop_s
         + rows * result.paused_s / max(1, len(result.history) - 1)
-        + acts["preview"],
+        + kept * acts["checkpoint"]
+        + shown * acts["preview"],
         # four of the objects are drawn too, by the model and by the decoder
         "pictures": opened.get("pictures", 0.0) + min(4, records) * acts["evaluate_record"],
         "evaluation": opened.get("evaluation", 0.0)
         + acts["evaluate_first"]
         + (records - 1) * acts["evaluate_record"],
     }
-    duration_s = sum(parts.values())
-    return {
-        "steps": steps,
-        "samples": steps * batch_size,
-        "samples_per_s": batch_size / step_s,
-        "duration_s": duration_s,
-        "cost_usd": duration_s / 3600 * price_per_hour_usd,
-        "peak_memory_bytes": result.peak_memory_bytes,
-        "parts": {name: parts.get(name, 0.0) for name in PARTS},
-    }
+    found = _account(parts, batch_size / step_s, result, price_per_hour_usd)
+    return {"steps": config.steps, "samples": config.steps * batch_size, **found}
 
 
 def spent(
@@ -310,20 +295,24 @@ def spent(
 ) -> dict[str, Any]:
     """The same figures as `full_run`'s, of a run whose figures are drawn."""
     train_s = next(stage.duration_s for stage in stages if stage.name == "train")
-    opened = by_part(stages)
-    paused_s = opened.get("pauses", 0.0) + train_s - result.compile_s - result.duration_s
     parts = {
         "start": start_s,
-        **opened,
+        **by_part(stages),
         "compile": result.compile_s,
         "steps": result.duration_s,
-        "pauses": paused_s,
+        "pauses": train_s - result.compile_s - result.duration_s,
     }
+    return _account(parts, result.samples_per_s, result, price_per_hour_usd)
+
+
+def _account(
+    parts: Mapping[str, float], samples_per_s: float, result: TrainResult, price_per_hour: float
+) -> dict[str, Any]:
     duration_s = sum(parts.values())
     return {
-        "samples_per_s": result.samples_per_s,
+        "samples_per_s": samples_per_s,
         "duration_s": duration_s,
-        "cost_usd": duration_s / 3600 * price_per_hour_usd,
+        "cost_usd": duration_s / 3600 * price_per_hour,
         "peak_memory_bytes": result.peak_memory_bytes,
         "parts": {name: parts.get(name, 0.0) for name in PARTS},
     }
@@ -334,11 +323,8 @@ def compared(plan: Mapping[str, Any] | None, actual: Mapping[str, Any]) -> dict[
     it was too low, as a share of it, in time and in memory."""
     if plan is None:
         return {"spent": actual}
-    errors = {
-        name: actual[name] / plan[name] - 1
-        for name in ("duration_s", "peak_memory_bytes")
-        if plan[name]
-    }
+    names = ("duration_s", "peak_memory_bytes")
+    errors = {name: actual[name] / plan[name] - 1 for name in names if plan[name]}
     return {"spent": actual, "planned": plan, "forecast_error": errors}
 
 
@@ -348,41 +334,37 @@ def settings_of(config: TrainConfig, **what: Any) -> dict[str, Any]:
     return {**what, **{name: getattr(config, name) for name in names}}
 
 
-def keep(data: Any, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> Path:
+def keep(data: Any, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Write a forecast beside the data's receipts, for the full run with these settings."""
-    path = _path(data, settings)
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({**plan, "settings": dict(settings)}, indent=2) + "\n")
-    os.replace(temporary, path)
-    return path
+    text = json.dumps({**plan, "settings": dict(settings)}, indent=2) + "\n"
+    write_atomic(_path(data, settings), text)
 
 
 def kept(data: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The forecast for these settings on this data, or None."""
-    path = _path(data, settings)
-    return json.loads(path.read_text()) if path.exists() else None
+    """The forecast for these settings on this data; None if there is none that can be read."""
+    try:
+        plan = json.loads(_path(data, settings).read_text(encoding="utf-8"))
+        return plan if plan["parts"].keys() == PARTS.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _path(data: Any, settings: Mapping[str, Any]) -> Path:
-    return Path(data.path) / "receipts" / f"forecast-{fingerprint(settings)}.json"
+    return inside(Path(data.path), f"receipts/forecast-{fingerprint(settings)}.json")
 
 
-def table(plan: Mapping[str, Any] | None, actual: Mapping[str, Any] | None = None) -> str:
-    """Markdown: forecast and actual by part, and in all."""
+def table(
+    plan: Mapping[str, Any] | None, actual: Mapping[str, Any] | None = None
+) -> list[dict[str, str]]:
+    """Rows of forecast and actual, by part and in all."""
     columns = {name: found for name, found in (("forecast", plan), ("actual", actual)) if found}
-    lines = [(f"{meaning}, s", "parts", name, 1.0) for name, meaning in PARTS.items()]
-    lines += [
-        ("**in all, s**", "", "duration_s", 1.0),
-        ("samples/s in the steps", "", "samples_per_s", 1.0),
-        ("peak memory of the training, MB", "", "peak_memory_bytes", 1e-6),
+    rows = {f"{text}, s": lambda run, n=name: run["parts"][n] for name, text in PARTS.items()}
+    rows |= {
+        "**in all, s**": lambda run: run["duration_s"],
+        "samples/s in the steps": lambda run: run["samples_per_s"],
+        "peak memory of the training, MB": lambda run: run["peak_memory_bytes"] / 1e6,
+    }
+    return [
+        {"": text} | {title: f"{of(run):,.1f}" for title, run in columns.items()}
+        for text, of in rows.items()
     ]
-    rows = [
-        {"": text}
-        | {
-            title: f"{(found[group] if group else found)[name] * scale:,.1f}"
-            for title, found in columns.items()
-        }
-        for text, group, name, scale in lines
-    ]
-    return evaluate.format_rows(rows)

@@ -9,107 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
+import signal
+import threading
 import time
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
 
-from fresnel.gate import verdict as gate
-from fresnel.host.locks import locked
+from fresnel.gate.receipts import GateRefusal, Receipt, require_receipt
+from fresnel.host import machine
+from fresnel.host.files import locked, write_atomic
 from fresnel.training import checkpoints
-from fresnel.training import host as surroundings
-from fresnel.training.step import OutOfMemory, Stepper, ema_exponent, finite_names, step_seed
-
-__all__ = [
-    "NonFiniteLoss",
-    "OutOfMemory",
-    "ResumeRefused",
-    "Task",
-    "TrainConfig",
-    "TrainResult",
-    "ema_exponent",
-    "fit",
-    "load_weights",
-    "step_seed",
-]
-
-
-class Task(Protocol):
-    """What is trained and on what. `config` (a dict or dataclass), where there is one, goes into
-    the checkpoints and must be the same on a resume. Model and data live on one device. `hot`,
-    where there is one, holds by name the functions of tensors that every step calls through it, so
-    that compiled or recorded ones can take their place (else the model is compiled). `phase`, where
-    there is one, takes `progress` and says what kind of step that is: steps of one kind do the same
-    work on other random numbers, and wait for nothing, so that a GPU can be given them as one CUDA
-    graph; None: not such a step. Without it, on a GPU, the functions in `hot` become graphs."""
-
-    model: Any
-    batch_size: int
-
-    def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]: ...
-
-    def loss(
-        self, batch: Any, *, progress: float, generator: torch.Generator, ema: Any
-    ) -> dict[str, Tensor]:
-        """Named scalar terms; "loss" is the one to minimise. `progress` runs from 0 to 1."""
-        ...
-
-    def validation(self, model: Any) -> dict[str, float]:
-        """Held-out figures; "loss" decides which checkpoint is the best."""
-        ...
-
-    def preview(self, model: Any, generator: torch.Generator) -> np.ndarray:
-        """A picture to look at, uint8 (H, W, 3)."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train; what to train is the task's. An interval of 0 means never."""
-
-    steps: int = 1000
-    lr: float = 1e-3
-    warmup_steps: int = 50  # linear from 0
-    cooldown_share: float = 0.2  # last share of the run, linear to 0
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    grad_clip: float = 1.0  # norm of all gradients
-    ema_std: float = 0.05  # width of the averaging window, as a share of the run so far
-    seed: int = 0
-    precision: str = "fp32"  # "fp32" | "bf16" (autocast; weights stay float32)
-    compile: bool = False  # torch.compile what every step runs: minutes at first, then cached
-    graphs: bool = True  # CUDA graphs of steps, where the task allows it; not if deterministic
-    accumulate: int = 1  # batches of the task's batch_size a step, where no larger one fits
-    checkpointing: bool = False  # recompute activations: less memory, slower
-    deterministic: bool | None = None  # None: on CPU only
-    log_every: int = 20
-    validate_every: int = 200
-    snapshot_every: int = 200  # steps between writings of `latest`
-    keep_every: int = 0  # steps between snapshots that are kept as step_XXXXXX
-    preview_steps: tuple[int, ...] = (0,)  # besides the last
-
-    def __post_init__(self) -> None:
-        lowest = {"steps": 1, "log_every": 1, "accumulate": 1, "validate_every": 0, "keep_every": 0}
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want at least {low}")
-        for name in ("lr", "grad_clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}: got {getattr(self, name)}, want a finite value > 0")
-        if not 0 < self.ema_std < 0.28:  # beyond, no positive exponent has this width
-            raise ValueError(f"ema_std: got {self.ema_std}, want a value in (0, 0.28)")
-        if not 0 <= self.cooldown_share <= 1:
-            raise ValueError(f"cooldown_share: got {self.cooldown_share}, want one in [0, 1]")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision: got {self.precision!r}, want 'fp32' or 'bf16'")
-        # lists come from JSON and YAML
-        object.__setattr__(self, "betas", tuple(self.betas))
-        object.__setattr__(self, "preview_steps", tuple(self.preview_steps))
+from fresnel.training.step import Stepper, kernels, step_seed
+from fresnel.training.task import NonFiniteLoss, ResumeRefused, Task, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -117,12 +37,12 @@ class TrainResult:
     """What came out of `fit`.
 
     `history`: one row per log interval ("step", the loss terms' means, "grad_norm", "lr",
-    "samples_per_s", and "warming" where steps were still being recorded); `validations`: "step" and
+    "samples_per_s"); `validations`: "step" and
     the task's figures. `samples_per_s` and `duration_s` are of this call's training steps alone
-    (`samples_per_s` of all steps, where a finished run had none left to do); `compile_s` came
+    (`samples_per_s` of the last row, where a finished run had none left to do); `compile_s` came
     before them, `paused_s` (validation, previews, checkpoints) in between. `peak_memory_bytes` is
     of the CUDA allocator, or of the process on a CPU. `gate_overridden`: trained on refused data,
-    on purpose.
+    on purpose. `previews`: pictures made on the way, by step; `snapshots`: checkpoints kept.
     """
 
     model: Any
@@ -139,29 +59,16 @@ class TrainResult:
     best_step: int
     best_loss: float
     run_dir: Path
-    previews: list[Path] = field(default_factory=list)
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient is NaN or infinite; `path` holds the batch that caused it."""
-
-    def __init__(self, message: str, step: int, path: Path) -> None:
-        super().__init__(message)
-        self.step, self.path = step, path
-
-
-class ResumeRefused(ValueError):
-    """The run in this folder was started with another configuration or other data."""
+    previews: dict[int, Path]
+    snapshots: dict[int, Path]
 
 
 def fit(
     task: Task,
-    dataset: Any,
     *,
     config: TrainConfig,
     run_dir: str | Path,
-    receipt: gate.Receipt | None = None,
-    device: torch.device | str | None = None,
+    receipt: Receipt | None,
     resume: bool = True,
     allow_failed_gate: bool = False,
     stop_at_step: int | None = None,
@@ -169,27 +76,26 @@ def fit(
 ) -> TrainResult:
     """Train `task` on data that the gate let through; go on where an earlier call stopped.
 
-    Writes run_dir/log.jsonl, run_dir/checkpoints/{latest,previous,best,step_XXXXXX} and
+    Writes run_dir/log.jsonl, run_dir/checkpoints/{latest,previous,best,step_XXXXXX}.safetensors and
     run_dir/previews/. May be killed at any moment: the next call resumes from `latest`. Of two
     calls with one run_dir at once the second waits for the first.
 
     Args:
-        dataset: the data behind the task; its hash is recomputed and compared with the receipt.
-        receipt: the gate's; None: the one in the dataset's folder.
-        device: where the task already is (None: don't check).
+        receipt: the gate's, of the data that `task.data` was made from: their content hashes are
+            compared. None, as from data without a receipt: refused.
         resume: False starts over and removes what an earlier run left in `run_dir`.
         allow_failed_gate: negative controls: train in spite of a recorded failure. Checkpoints,
             log and result then carry gate_overridden = true.
         stop_at_step: stop (resumably) there instead of at config.steps.
 
     Raises:
-        gate.GateRefusal, ResumeRefused, NonFiniteLoss, OutOfMemory, checkpoints.DiskFull;
+        GateRefusal, ResumeRefused, NonFiniteLoss, OutOfMemory, checkpoints.DiskFull;
         KeyboardInterrupt after a checkpoint was saved.
     """
-    receipt = gate.require_receipt(dataset, "gate", allow_failed=allow_failed_gate, receipt=receipt)
-    run = _Run(task, config, Path(run_dir), str(dataset.content_hash), bool(receipt.overridden))
-    if device is not None and torch.device(device).type != run.device.type:
-        raise ValueError(f"device: got {device}, the task's model is on {run.device}")
+    if receipt is None:
+        raise GateRefusal("receipt: got None; validate the data and pass the gate's receipt")
+    receipt = require_receipt(task.data, "gate", allow_failed_gate, receipt=receipt)
+    run = _Run(task, config, Path(run_dir), bool(receipt.overridden))
     end = config.steps if stop_at_step is None else min(stop_at_step, config.steps)
     busy = f"{run.folder}: another process trains there; waiting for it"
 
@@ -197,26 +103,27 @@ def fit(
         stack.enter_context(locked(run.folder / ".lock", busy))
         run.resume() if resume else run.clear()
         resumed_at = run.step if run.resumed else None
-        stack.enter_context(surroundings.kernels(config.deterministic, run.device))
+        stack.enter_context(kernels(config.deterministic, run.device))
         cuda = [run.device] if run.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(cuda))
-        interrupted = stack.enter_context(surroundings.interrupt_flag())
-        bar = stack.enter_context(surroundings.bar(config.steps, run.step, progress_bar))
+        interrupted = stack.enter_context(interrupt_flag())
         stack.enter_context(run.writer)
+        bar = stack.enter_context(
+            tqdm(total=config.steps, initial=run.step, disable=not progress_bar, desc="train")
+        )
         run.start_log()
         if config.compile and run.step < end:
             run.compile_s = run.stepper.compile()
             run.log("compile", seconds=run.compile_s, parts=run.stepper.compiled)
         while True:
-            done = run.step >= end
+            done, last = run.step >= end, run.step == config.steps
             if run.step != resumed_at:  # else all of this was done before the checkpoint
-                stopping = done or interrupted.is_set()
-                snapshot = _due(run.step, config.snapshot_every) or stopping
+                snapshot = _due(run.step, config.snapshot_every) or done or interrupted.is_set()
                 if _due(run.step, config.log_every) or snapshot:
                     run.status(bar)
-                if _due(run.step, config.validate_every) or run.step == config.steps:
+                if _due(run.step, config.validate_every) or last:
                     snapshot |= run.validate()
-                if run.step in (*config.preview_steps, config.steps):
+                if _due(run.step, config.preview_every) or (config.preview_every and last):
                     run.preview()
                 if snapshot or _due(run.step, config.keep_every):
                     run.snapshot()
@@ -235,33 +142,24 @@ def fit(
     return run.result()
 
 
-def load_weights(path: str | Path, model: nn.Module, which: str = "ema") -> dict[str, Any]:
-    """Load a checkpoint's "ema" or "model" weights into `model`; returns the run's metadata."""
-    return checkpoints.load_weights(path, model, which)
-
-
 class _Run:
     """The state of one `fit` and the pieces of its loop."""
 
-    def __init__(
-        self, task: Task, config: TrainConfig, folder: Path, dataset_hash: str, overridden: bool
-    ) -> None:
+    def __init__(self, task: Task, config: TrainConfig, folder: Path, overridden: bool) -> None:
         self.task, self.config, self.folder = task, config, folder
         self.stepper = Stepper(task, config)
         self.model, self.ema = self.stepper.model, self.stepper.ema
         self.device = self.stepper.device
         self.writer = checkpoints.Writer(background=self.device.type == "cuda")
         self.overridden = overridden
-        self.identity = json.loads(
-            json.dumps(
-                {
-                    "train": asdict(config),
-                    "task": _describe(task),
-                    "dataset_hash": dataset_hash,
-                    "gate_overridden": overridden,
-                }
-            )
-        )
+        about = {
+            "train": asdict(config),
+            "task": {"batch_size": task.batch_size, **task.config},
+            "data": task.data.content_hash,
+            "records": list(task.data.names),
+            "gate_overridden": overridden,
+        }
+        self.identity: dict[str, Any] = json.loads(json.dumps(about))  # as a checkpoint has it
         self.step, self.resumed = 0, False
         self.best_loss, self.best_step = math.inf, -1
         self.rows: list[dict[str, Any]] = []
@@ -269,15 +167,15 @@ class _Run:
         self.interval_s, self.compile_s, self.paused_s = 0.0, 0.0, 0.0
         self.clock_began: float | None = None
         self.paused_at: float | None = None
-        surroundings.reset_peak_memory(self.device)
+        machine.reset_peak_memory(self.device)
 
     # --- start --------------------------------------------------------------------------------
 
     def clear(self) -> None:
         """Remove what an earlier run left here."""
-        paths = [self.folder / "log.jsonl", *(self.folder / "previews").glob("step_*.png")]
-        for path in [*paths, *(self.folder / "checkpoints").glob(f"*{checkpoints.SUFFIX}")]:
-            path.unlink(missing_ok=True)
+        for pattern in ("log.jsonl", "previews/step_*.png", f"checkpoints/*{checkpoints.SUFFIX}"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
     def resume(self) -> None:
         found = checkpoints.read_latest(self.folder / "checkpoints")
@@ -297,17 +195,14 @@ class _Run:
 
     def start_log(self) -> None:
         """Keep the log's rows up to the step we start from; later ones will be written again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log = self.folder / "log.jsonl"
-        if self.resumed and log.exists():
-            for line in log.read_text(encoding="utf-8").splitlines():
+        path = self.folder / "log.jsonl"
+        if self.resumed and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # a kill may cut the last line
                     row = json.loads(line)
                     if row["step"] <= self.step:
                         self.rows.append(row)
-        temporary = log.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(temporary, log)
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         self.log("start", resumed=self.resumed, **self.identity)
 
     # --- one step -----------------------------------------------------------------------------
@@ -318,7 +213,7 @@ class _Run:
             if self.paused_at is not None:
                 self.paused_s += self.clock_began - self.paused_at
         self.stepper.train(self.step)
-        if self.device.type == "cpu":  # on a GPU this would wait for the queue
+        if self.stepper.stopped():
             self.check_finite()
         self.step += 1
 
@@ -330,13 +225,12 @@ class _Run:
         found = int(self.stepper.first_bad)
         if found < 0:
             return
-        from safetensors.torch import save_file
-
         step, micro = divmod(found, self.config.accumulate)
         batch = self.stepper.batch(step, micro)
-        path = self.folder / f"nonfinite_step_{step:06d}.safetensors"
         tensors = {k: v.detach().cpu().clone() for k, v in batch.items() if isinstance(v, Tensor)}
-        names = finite_names(self.stepper.take_terms())
+        terms = self.stepper.take_terms()
+        names = [name for name, value in terms.items() if not math.isfinite(value)]
+        path = self.folder / f"nonfinite_step_{step:06d}.safetensors"
         save_file(tensors, path, {"fresnel": json.dumps({"step": step, "terms": names})})
         raise NonFiniteLoss(
             f"step {step}: not finite: {', '.join(names)}. The batch is in {path}; look at it, "
@@ -352,14 +246,13 @@ class _Run:
             return
         self.check_finite()
         samples = self.stepper.count * self.task.batch_size * self.config.accumulate
-        warming: dict[str, Any] = {"warming": True} if self.stepper.warming else {}
         row = self.stepper.take_terms()
         self.pause_clock()
         seconds, self.interval_s = self.interval_s, 0.0
         self.trained_s += seconds
         self.trained_samples += samples
         lr = self.stepper.lr(self.step - 1)
-        self.log("train", **row, lr=lr, samples_per_s=samples / seconds, **warming)
+        self.log("train", **row, lr=lr, samples_per_s=samples / seconds)
         bar.set_postfix(loss=f"{row['loss']:.4g}", samples_s=f"{samples / seconds:.1f}")
 
     def validate(self) -> bool:
@@ -374,17 +267,13 @@ class _Run:
         return True
 
     def preview(self) -> None:
-        from PIL import Image
-
         self.pause_clock()
         generator = torch.Generator(self.device).manual_seed(step_seed(self.config.seed, -1))
         with torch.no_grad(), self.stepper.autocast():
             picture = self.task.preview(self.ema.eval(), generator)
-        path = self.folder / "previews" / f"step_{self.step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        Image.fromarray(picture).save(temporary, format="PNG")
-        os.replace(temporary, path)
+        file = BytesIO()
+        Image.fromarray(picture).save(file, format="PNG")
+        write_atomic(self.folder / "previews" / f"step_{self.step:06d}.png", file.getvalue())
 
     def snapshot(self) -> None:
         self.pause_clock()
@@ -400,7 +289,7 @@ class _Run:
         if _due(self.step, self.config.keep_every) and self.step:
             names.append(f"step_{self.step:06d}")
         tensors = checkpoints.pack(self.model, self.ema, self.stepper.optimizer)
-        self.writer.save(self.folder / "checkpoints", tensors, metadata, keep_as=names)
+        self.writer.save(self.folder / "checkpoints", tensors, metadata, names)
 
     def pause_clock(self) -> None:
         """Leave the time until the next step out of the training rate."""
@@ -418,57 +307,70 @@ class _Run:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def rate(self) -> float:
-        """Samples per second of training: of this call, or of the log where it trained nothing."""
-        if self.trained_s:
-            return self.trained_samples / self.trained_s
-        rows = [row for row in self.rows if row["event"] == "train"]
-        before = [0, *(row["step"] for row in rows)]
-        steps = [row["step"] - last for row, last in zip(rows, before, strict=False)]
-        seconds = sum(n / row["samples_per_s"] for n, row in zip(steps, rows, strict=True))
-        return sum(steps) / seconds if seconds else 0.0
-
     def result(self) -> TrainResult:
         def of(event: str) -> list[dict[str, Any]]:
             return [row for row in self.rows if row["event"] == event]
 
+        def by_step(pattern: str) -> dict[int, Path]:
+            return {int(path.stem[5:]): path for path in sorted(self.folder.glob(pattern))}
+
+        history = of("train")
+        rate = history[-1]["samples_per_s"] if history else 0.0
         return TrainResult(
             model=self.model,
             ema_model=self.ema,
-            history=of("train"),
+            history=history,
             validations=of("validation"),
             steps=self.step,
-            samples_per_s=self.rate(),
+            samples_per_s=self.trained_samples / self.trained_s if self.trained_s else rate,
             duration_s=self.trained_s,
             compile_s=self.compile_s,
             paused_s=self.paused_s,
-            peak_memory_bytes=surroundings.peak_memory(self.device),
+            peak_memory_bytes=machine.peak_memory(self.device),
             gate_overridden=self.overridden,
             best_step=self.best_step,
             best_loss=self.best_loss,
             run_dir=self.folder,
-            previews=sorted((self.folder / "previews").glob("step_*.png")),
+            previews=by_step("previews/step_*.png"),
+            snapshots=by_step(f"checkpoints/step_*{checkpoints.SUFFIX}"),
         )
 
 
-def _describe(task: Task) -> dict[str, Any]:
-    config = getattr(task, "config", None) or getattr(task.model, "config", None)
-    described = asdict(config) if is_dataclass(config) else dict(config or {})  # type: ignore[arg-type]
-    name = getattr(task, "name", type(task).__name__)
-    return {"name": name, "batch_size": task.batch_size, **described}
+@contextlib.contextmanager
+def interrupt_flag() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a flag that the loop reads between steps; a second one acts."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag  # handlers can only be set in the main thread
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handler(number: int, frame: Any) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _differing(theirs: Any, ours: Any, path: str = "") -> list[str]:
-    """Paths at which two JSON values differ, with both values."""
+    """Paths at which two JSON values differ, with both values, or what lists lack and have more."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         return [
             line
             for key in sorted(theirs.keys() | ours.keys())
-            for line in _differing(
-                theirs.get(key), ours.get(key), f"{path}.{key}" if path else str(key)
-            )
+            for line in _differing(theirs.get(key), ours.get(key), f"{path}.{key}".lstrip("."))
         ]
-    return [] if theirs == ours else [f"{path} was {theirs!r}, now {ours!r}"]
+    if theirs == ours:
+        return []
+    if path == "records":
+        gone, new = (sorted(set(a) - set(b)) for a, b in ((theirs, ours), (ours, theirs)))
+        return [f"records: {len(gone)} gone {gone[:3]}, {len(new)} new {new[:3]}"]
+    return [f"{path} was {theirs!r}, now {ours!r}"]
 
 
 def _due(step: int, every: int) -> bool:

@@ -5,26 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import math
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fresnel.host import machine
 from fresnel.models.unet import UNet
-from fresnel.training import host as surroundings
 from fresnel.training.cuda_graphs import Recorded, Recorder
-
-if TYPE_CHECKING:
-    from fresnel.training.loop import Task, TrainConfig
-
-
-class OutOfMemory(RuntimeError):
-    """The model and batch don't fit; the message says what to lower."""
+from fresnel.training.task import OutOfMemory, Task, TrainConfig
 
 
 class Stepper:
@@ -35,8 +30,7 @@ class Stepper:
 
     Attributes:
         sums: of the loss terms and the gradient's norm since `take_terms`, float64, in the order of
-            `names`; count: over how many steps; warming: whether one of them took longer than its
-            like will, as it was run to be recorded.
+            `names`; count: over how many steps.
         compiled: part of the task -> how it was compiled, for what `compile` was called for.
         recorder: records whole steps as CUDA graphs; None where that is not possible.
         first_bad: the first micro-batch (step * accumulate + index) whose loss or gradient was not
@@ -50,8 +44,8 @@ class Stepper:
         self.device = next(self.model.parameters()).device
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         cuda = self.device.type == "cuda"
-        if self.device.type == "cpu":
-            surroundings.reuse_memory()
+        if not cuda:
+            machine.reuse_memory()
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             # a recorded step reads the rate from where it lies
@@ -68,79 +62,61 @@ class Stepper:
         self.names: list[str] = []
         self.sums: Tensor | None = None
         self.count = 0
-        self.warming = False
         self.first_bad = torch.full((), -1, device=self.device)
         self.at = torch.zeros((), dtype=torch.long, device=self.device)  # the micro-batch under way
         self.generator = torch.Generator(self.device)
+        self.recorder: Recorder | None = None
         # a recorded gradient lives where the next run writes: nothing can be added to it
-        record = cuda and config.graphs and config.accumulate == 1 and not config.deterministic
-        self.phase: Any = getattr(task, "phase", None)
-        whole = record and self.phase is not None
-        self.recorder = Recorder(self.generator) if whole else None
-        hot = getattr(task, "hot", {})
-        if record and not whole:
-            for part, function in hot.items():
-                if not isinstance(function, Recorded):
-                    model = self.model if part == "network" else None
-                    hot[part] = Recorded(function, model)
+        if cuda and config.graphs and config.accumulate == 1 and not config.deterministic:
+            if task.phase(0.0) is not None:
+                self.recorder = Recorder(self.generator)
+            else:
+                for part, function in task.hot.items():
+                    if not isinstance(function, Recorded):
+                        model = self.model if part == "network" else None
+                        task.hot[part] = Recorded(function, model)
 
     def compile(self, parts: Sequence[str] | None = None) -> float:
-        """Compile what every step runs and run it, changing nothing; returns seconds.
+        """Compile what every step runs, the task's `hot` functions (`parts`: these of them), and
+        run it, changing nothing; returns seconds.
 
-        That is what a task lists under `hot`, by name (`parts`: these of them); of other tasks the
-        model. A part that can't be compiled here, or does not give the loss and gradient that it
-        gave before, stays as it was, with a warning.
+        A part that can't be compiled here, or does not give the loss and gradient that it gave
+        before, stays as it was, with a warning.
         """
         began = time.perf_counter()
-        surroundings.keep_compiled_code()
-        hot = getattr(self.task, "hot", None)
-        if hot is None:
-            hot = {"model": self.model}
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        try:
-            with self.explained_memory_errors(0):
-                wanted = self.probe()
-                for part in [name for name in hot if parts is None or name in parts]:
-                    self.compile_part(hot, part, wanted)
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-        return time.perf_counter() - began
-
-    def compile_part(self, hot: dict[str, Any], part: str, wanted: list[list[float]]) -> None:
-        """Put a compiled version into `hot`, or leave what is there, with a warning."""
-        before, reasons = hot[part], list[str]()
-        plain: Any = before.function if isinstance(before, Recorded) else before
+        keep_compiled_code()
         # a late loss compares two passes, whose small difference bf16 rounds coarsely
         tolerance = 0.2 if self.config.precision == "bf16" else 0.02
-        for way in surroundings.ways_to_compile(tiling=part == "network"):
-            try:
-                if part == "model":
-                    plain.compile(dynamic=False, **way)
-                else:
-                    hot[part] = torch.compile(plain, dynamic=False, **way)
-                got = self.probe()
-                if not np.allclose(got, wanted, rtol=tolerance, atol=1e-4, equal_nan=True):
-                    raise ArithmeticError(f"loss and gradient {got}, uncompiled {wanted}")
-                if isinstance(before, Recorded):
-                    hot[part] = Recorded(hot[part], before.model)
-                self.compiled[part] = "compiled"
-                return
-            except Exception as error:  # compilers fail in many ways, and none may end a run
-                if surroundings.is_out_of_memory(error):
-                    raise
-                reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:300])
-                self.optimizer.zero_grad(set_to_none=True)
-                hot[part] = before
-                if part == "model":
-                    plain._compiled_call_impl = None  # what nn.Module.compile sets
-        self.compiled[part] = f"not compiled: {reasons[-1]}"
-        warnings.warn(
-            f"compile: the {part} of {self.task.__class__.__name__} runs uncompiled, slower but "
-            f"the same ({reasons[-1]})",
-            stacklevel=2,
-        )
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        hot = self.task.hot
+        with explained_memory_errors(self.task, self.device, 0):
+            wanted = self.probe()
+            for part in parts or list(hot):
+                before = hot[part]
+                plain = before.function if isinstance(before, Recorded) else before
+                try:
+                    hot[part] = torch.compile(plain, dynamic=False, **how_to_compile(part))
+                    got = self.probe()
+                    if not np.allclose(got, wanted, rtol=tolerance, atol=1e-4, equal_nan=True):
+                        raise ArithmeticError(f"loss and gradient {got}, uncompiled {wanted}")
+                    if isinstance(before, Recorded):
+                        hot[part] = Recorded(hot[part], before.model)
+                    self.compiled[part] = "compiled"
+                except Exception as error:  # compilers fail in many ways, and none may end a run
+                    if machine.is_out_of_memory(error):
+                        raise
+                    hot[part] = before
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                    self.compiled[part] = f"not compiled: {reason}"
+                    warnings.warn(
+                        f"compile: the {part} of {type(self.task).__name__} runs uncompiled, "
+                        f"slower but the same ({reason})",
+                        stacklevel=2,
+                    )
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(saved)
+        return time.perf_counter() - began
 
     def probe(self) -> list[list[float]]:
         """Loss and gradient norm of the first batch at both ends of the run, as a curriculum may
@@ -152,7 +128,7 @@ class Stepper:
             loss = self.forward(0, progress)["loss"]
             loss.backward()
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            found.append(torch.stack([loss.detach().double(), norm.double()]).tolist())
+            found.append([loss.item(), norm.item()])
         return found
 
     def train(self, step: int) -> None:
@@ -166,61 +142,45 @@ class Stepper:
                 group["lr"].fill_(self.lr(step))
             else:
                 group["lr"] = self.lr(step)
-        with self.explained_memory_errors(step):
-            phase = self.phase(step / self.config.steps) if self.recorder else None
-            if self.recorder and phase is not None:
+        with explained_memory_errors(self.task, self.device, step):
+            if self.recorder:
+                phase = self.task.phase(step / self.config.steps)
                 self.seed(step, 0)
-                self.warming |= self.recorder.run(phase, lambda: self.optimise(step, seeded=True))
+                self.recorder.run(phase, lambda: self.optimise(step, seeded=True))
             else:
                 self.optimise(step)
             self.count += 1
-            # on a GPU this would wait for the queue
-            if self.device.type == "cpu" and int(self.first_bad) >= 0:
-                return
-            self.update_ema(step + 1)
+            if not self.stopped():
+                self.update_ema(step + 1)
 
     def optimise(self, step: int, *, seeded: bool = False) -> None:
         """Gradients and update. Where this is recorded, what differs between steps is in tensors:
         the generator's `seed`, `at` and the learning rate."""
-        config = self.config
+        parts = self.config.accumulate
         self.optimizer.zero_grad(set_to_none=True)
-        total: Tensor | None = None
-        for micro in range(config.accumulate):
+        totals = []
+        for micro in range(parts):
             if not seeded:
                 self.seed(step, micro)
-            terms = self.forward(step, step / config.steps)
-            loss = terms["loss"]
-            (loss / config.accumulate if config.accumulate > 1 else loss).backward()
-            if micro < config.accumulate - 1:
-                self.note_bad(loss)
+            terms = self.forward(step, step / self.config.steps)
+            (terms["loss"] / parts if parts > 1 else terms["loss"]).backward()
+            if micro < parts - 1:
+                self.note_bad(terms["loss"])
             self.names = [*terms, "grad_norm"]
-            values = torch.stack([value.detach() for value in terms.values()]).double()
-            total = values if total is None else total + values
-        assert total is not None
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+            totals.append(torch.stack([value.detach() for value in terms.values()]).double())
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         # no sum of the two is finite unless both are, as a norm isn't negative
-        self.note_bad(loss.detach() + norm.detach())
-        values = torch.cat([total / config.accumulate, norm.detach().double()[None]])
+        self.note_bad(terms["loss"] + norm)
+        values = torch.cat([torch.stack(totals).mean(dim=0), norm.detach().double()[None]])
         if self.sums is None:
             self.sums = torch.zeros_like(values)
         self.sums += values
-        if self.device.type == "cpu" and int(self.first_bad) >= 0:
-            return
-        self.optimizer.step()
+        if not self.stopped():
+            self.optimizer.step()
 
-    @contextlib.contextmanager
-    def explained_memory_errors(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not surroundings.is_out_of_memory(error):
-                raise
-            raise OutOfMemory(
-                f"out of memory at step {step} with batch_size {self.task.batch_size} on "
-                f"{self.device}: lower batch_size and raise accumulate (then checkpointing, a "
-                "smaller image_size or base_channels), and start in another run_dir, as a run "
-                "keeps its configuration"
-            ) from error
+    def stopped(self) -> bool:
+        """Whether a step went wrong; on a GPU to ask would wait for the queue: never."""
+        return self.device.type == "cpu" and int(self.first_bad) >= 0
 
     def forward(self, step: int, progress: float) -> dict[str, Tensor]:
         """The loss terms of the micro-batch that was seeded."""
@@ -251,7 +211,7 @@ class Stepper:
             return {}
         means = (self.sums / self.count).tolist()
         self.sums.zero_()
-        self.count, self.warming = 0, False
+        self.count = 0
         return dict(zip(self.names, means, strict=True))
 
     def lr(self, step: int) -> float:
@@ -268,12 +228,11 @@ class Stepper:
         """
         beta = (1 - 1 / updates) ** (ema_exponent(self.config.ema_std) + 1)
         ours: list[Tensor] = list(self.ema.parameters())
-        theirs: list[Tensor] = list(self.model.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - beta)
+        torch._foreach_lerp_(ours, list[Tensor](self.model.parameters()), 1 - beta)
         for mine, its in zip(self.ema.buffers(), self.model.buffers(), strict=True):
             mine.copy_(its)
 
-    def autocast(self) -> Any:
+    def autocast(self) -> torch.autocast:
         enabled = self.config.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
@@ -296,10 +255,68 @@ def ema_exponent(std: float) -> float:
     arXiv 2312.02696, equation 127): 0.05 gives 16.97, 0.1 gives 6.94.
     """
     inverse = std**-2
-    roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
-    return float(roots.real.max())
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
-def finite_names(terms: dict[str, float]) -> list[str]:
-    """The names of the terms that are not finite."""
-    return [name for name, value in terms.items() if not math.isfinite(value)]
+@contextlib.contextmanager
+def explained_memory_errors(task: Task, device: torch.device, step: int) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory at step {step} with batch_size {task.batch_size} on {device}: lower "
+            "batch_size and raise accumulate (then checkpointing, a smaller image_size or "
+            "base_channels), and start in another run_dir, as a run keeps its configuration"
+        ) from error
+
+
+def keep_compiled_code() -> None:
+    """Keep what torch.compile makes in the user's cache folder: the next run starts in seconds.
+
+    torch's own default is a temporary folder, which importing its compiler puts into the variable.
+    A TORCHINDUCTOR_CACHE_DIR that somebody else set is respected.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "fresnel" / "inductor")
+
+
+def how_to_compile(part: str) -> dict[str, Any]:
+    """torch.compile's arguments. Its analysis of memory access pays where layouts differ, as
+    between convolutions, and broke down on other code until torch 2.12."""
+    from torch._inductor import list_options
+
+    analysis = "triton.coalesce_tiling_analysis"
+    careful = part != "network" and analysis in list_options()
+    return {"options": {analysis: False} if careful else {}}
+
+
+@contextlib.contextmanager
+def kernels(deterministic: bool | None, device: torch.device) -> Iterator[None]:
+    """Choose kernels while inside: the same bits twice (None: on a CPU only), or the fastest.
+
+    Deterministic kernels warn where there is none. Otherwise cuDNN tries its algorithms on every
+    new shape and keeps the fastest. TF32 stays as it is: geometry needs float32.
+    """
+    memory: Any = torch.utils.deterministic
+    wanted = device.type == "cpu" if deterministic is None else deterministic
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill_before, trials_before = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    try:
+        if wanted:
+            # cuBLAS reads it when it starts, and keeps to one order of summation
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            # costs a write of every new tensor, and nothing here reads uninitialised memory
+            memory.fill_uninitialized_memory = False
+        torch.backends.cudnn.benchmark = not wanted
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_before)
+        memory.fill_uninitialized_memory = fill_before
+        torch.backends.cudnn.benchmark = trials_before

@@ -23,20 +23,8 @@ def test_pace_counts_what_happens_once_apart_from_the_steps():
     assert planning.pace(history(100), 10) == pytest.approx((0.1, 0.0))
 
 
-def test_pace_leaves_out_steps_that_were_being_recorded():
-    rows = history(10, 20, 100, 5, 6, 50)
-    for k in (0, 1, 3, 4):
-        rows[k]["warming"] = True
-    step_s, once_s = planning.pace(rows, 10)
-    assert step_s == pytest.approx((0.1 + 0.2) / 2)
-    assert once_s == pytest.approx(5 * (0.9 + 0.4 + 1.8 + (10 / 6 - 0.2)))
-    for row in rows:
-        row["warming"] = True
-    assert planning.pace(rows, 10)[0] == pytest.approx(0.15), "the fastest, if there are no others"
-
-
 def test_pace_takes_the_steps_that_were_rehearsed():
-    rows = [{**row, "warming": True} for row in history(10, 20, 5, 10)]
+    rows = history(10, 20, 5, 10)
     step_s, once_s = planning.pace(rows, 10, (0.1, 0.3))
     assert step_s == pytest.approx(0.2)
     assert once_s == pytest.approx(5 * (0.9 + 0.4 + 1.7 + 0.7)), "recordings happen once"
@@ -75,7 +63,7 @@ def test_a_forecast_is_the_sum_of_its_parts():
     config = planning.full_config(1000)
     plan = planning.full_run(
         acts, result, stages, config, batch_size=10, records=8,
-        around_s=planning.around_steps(result, 7 + 3 + 0.6 + 0.9 + 1.5), start_s=3.0,
+        around_s=planning.around_steps(result, 7 + 3 + 0.6 + 0.6 + 1.5), start_s=3.0,
         price_per_hour_usd=3600.0,
     )  # fmt: skip
     assert set(plan["parts"]) == set(planning.PARTS)
@@ -83,8 +71,8 @@ def test_a_forecast_is_the_sum_of_its_parts():
     assert plan["parts"]["pictures"] == pytest.approx(0.25 + 4), "another stage is not repeated"
     assert plan["parts"]["compile"] == 7.0, "what a cache holds is not compiled, but loaded again"
     assert plan["parts"]["steps"] == pytest.approx(150)
-    # set-up, eleven stops, a hundred rows of the log, a preview
-    assert plan["parts"]["pauses"] == pytest.approx(1.5 + 11 * 0.6 + 100 * 0.2 + 0.3)
+    # set-up, eleven stops, a hundred rows of the log
+    assert plan["parts"]["pauses"] == pytest.approx(1.5 + 11 * 0.6 + 100 * 0.2)
     assert plan["parts"]["evaluation"] == pytest.approx(11)
     assert plan["duration_s"] == pytest.approx(sum(plan["parts"].values()))
     assert plan["cost_usd"] == pytest.approx(plan["duration_s"])
@@ -119,9 +107,46 @@ def test_what_a_run_took_stands_beside_its_forecast(tmp_path):
     assert metrics["forecast_error"]["duration_s"] == pytest.approx(0.3)
     assert metrics["forecast_error"]["peak_memory_bytes"] == pytest.approx(0)
     assert "forecast_error" not in planning.compared(None, spent)
-    text = planning.table(found, spent)
-    assert "| **in all, s** | 10.0 | 13.0 |" in text
-    assert "2.0 |" in text.splitlines()[-1]
+    rows = {row.pop(""): row for row in planning.table(found, spent)}
+    assert rows["**in all, s**"] == {"forecast": "10.0", "actual": "13.0"}
+    assert rows["peak memory of the training, MB"]["actual"] == "2.0"
+    assert len(rows) == len(planning.PARTS) + 3 and "actual" not in planning.table(found)[0]
+
+
+def test_a_forecast_that_was_cut_off_is_none(tmp_path):
+    data, settings = SimpleNamespace(path=tmp_path / "data"), {"steps": 1}
+    plan = {"parts": dict.fromkeys(planning.PARTS, 1.0), "duration_s": 7.0}
+    planning.keep(data, settings, plan)
+    (path,) = (tmp_path / "data/receipts").iterdir()
+    whole = path.read_text()
+    assert planning.kept(data, settings) == {**plan, "settings": settings}
+    for damaged in (whole[:20], "", "[]", "null", '{"parts": {}}', '{"parts": 3}'):
+        path.write_text(damaged)
+        assert planning.kept(data, settings) is None
+    (tmp_path / "elsewhere").mkdir()
+    linked = SimpleNamespace(path=tmp_path / "linked")
+    linked.path.mkdir()
+    (linked.path / "receipts").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        planning.keep(linked, settings, plan)
+
+
+def test_pictures_and_snapshots_asked_for_are_forecast_and_made():
+    acts = {"compile": 0, "validation": 0, "preview": 10.0, "checkpoint": 1.0,
+            "evaluate_first": 0, "evaluate_record": 0}  # fmt: skip
+    result = SimpleNamespace(history=history(10, 10), compile_s=0, paused_s=0, peak_memory_bytes=1)
+
+    def pauses(**options) -> float:
+        config = planning.full_config(100, **options)
+        plan = planning.full_run(
+            acts, result, [], config, batch_size=1, records=1, around_s=0, start_s=0,
+            price_per_hour_usd=0,
+        )  # fmt: skip
+        return plan["parts"]["pauses"]
+
+    assert pauses(previews=4) - pauses() == pytest.approx(5 * 10.0)
+    assert pauses(keep_every=25) - pauses() == pytest.approx(4 * 1.0)
+    assert planning.full_config(100, previews=4).preview_every == 25
 
 
 def test_a_batch_is_computed_in_equal_parts():
@@ -133,7 +158,7 @@ def test_a_batch_is_computed_in_equal_parts():
 
 def test_precision_is_chosen_by_what_multiplies(monkeypatch):
     for units, chosen in ((False, "fp32"), (True, "bf16")):
-        monkeypatch.setattr(planning.surroundings, "has_matrix_units", lambda units=units: units)
+        monkeypatch.setattr(planning.machine, "has_matrix_units", lambda units=units: units)
         assert planning.pick_precision("auto", "cpu") == chosen
         assert planning.pick_precision("fp32", "cpu") == "fp32"
     assert planning.pick_precision("bf16", "cpu") == "bf16"

@@ -1,0 +1,135 @@
+"""The machine: where the project lies, cores, memory, accelerators.
+
+Nothing here imports torch before it is asked about a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def project_root() -> Path:
+    """The checkout: the nearest folder above the working directory that holds this project's
+    pyproject.toml, else the working directory itself (an installed package run elsewhere)."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "fresnel").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    return here
+
+
+def cache_dir() -> Path:
+    """The user's folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fresnel"
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def pick_device(device: str = "auto") -> str:
+    """Resolve "auto" to "cuda" where torch sees a GPU, else "cpu".
+
+    Raises:
+        ValueError: if CUDA is asked for and there is none, or the name is unknown.
+    """
+    import torch
+
+    if device not in {"auto", "cpu", "cuda"}:
+        raise ValueError(f"device: got {device!r}, want 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: 'cuda' was asked for, but torch sees no GPU; use 'auto' or 'cpu'")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def accelerators() -> list[str]:
+    """GPUs that the system shows, and which of them may be used; [] where there is none."""
+    known = re.compile(r"nvidia\d+|kfd|dxg")
+    found = [str(path) for path in Path("/dev").glob("*") if known.fullmatch(path.name)]
+    choosers = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    chosen = [f"{name}={os.environ[name]}" for name in choosers if name in os.environ]
+    return sorted(found) + chosen if found else []
+
+
+def cuda() -> Any:
+    """torch.cuda where it works, else None. Does not import torch: a run that never did has none
+    of its memory to measure."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+def has_matrix_units() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 matrices in units of its own (AMX)."""
+    with contextlib.suppress(OSError):
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return False
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch reports a failed CPU allocation as a plain RuntimeError."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the CUDA allocator, or resident in this process, since `reset_peak_memory`.
+
+    Where the system can't reset it (all but Linux), the process' peak is that of its whole life.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            return int(found.group(1)) * 1024
+    try:
+        import resource
+    except ImportError:  # no such module on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory` afresh; what the C library holds without using it is given back first."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM falls to what is resident now
+
+
+def reuse_memory() -> None:
+    """Have the C library (glibc) keep what is freed for the next tensor, for this whole process.
+
+    By default it returns every large block to the system, and the next one's pages are mapped and
+    zeroed again: ten thousand page faults a training step of a small network.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)

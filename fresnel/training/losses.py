@@ -1,0 +1,353 @@
+"""The losses: of a CVS (consistency, the original's) and of a decoder (many rendered views).
+
+Consistency: Easy Consistency Tuning (ECT), arXiv 2406.14548; what differs is said where it does.
+Each is a function that returns its named terms, "loss" being the one to minimise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fresnel.models.cvs import CVS, CVSConfig, randn
+from fresnel.render import Views
+from fresnel.scene.colour import srgb_to_linear
+from fresnel.scene.gaussians import Gaussians
+
+# --- what pixels of a CVS's target count -----------------------------------------------------
+
+
+def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None) -> Tensor:
+    """Loss weights (B, 1, H, W) of target views (B, 4, H, W) in [-1, 1].
+
+    "alpha_aware": the object with a margin of an eighth of the image, and the rest, get the
+    stated shares of the weight, mean 1 (at most eightfold where there is little object). The
+    margin matters: weighting the bare foreground up teaches a network that is unsure of the
+    outline to draw too much of it.
+    "depth_laplacian": the original experiment's mask, sigmoid(-100 (|Laplacian(depth)| - 0.01))
+    with depth (B, H, W): empty background gets 0.73, the highest weight there is, and edges 0.
+    """
+    alpha = (target[:, 3:] + 1) / 2
+    if config.loss_weight == "none":
+        return torch.ones_like(alpha)
+    if config.loss_weight == "depth_laplacian":
+        if depth is None:
+            raise ValueError("depth: got None, want depth maps for loss_weight 'depth_laplacian'")
+        across, down = (
+            F.pad(depth[:, None], pad, mode="replicate") for pad in ((1, 1, 0, 0), (0, 0, 1, 1))
+        )
+        laplacian = (
+            across[..., :-2] + across[..., 2:] + down[..., :-2, :] + down[..., 2:, :]
+        ) - 4 * depth[:, None]
+        return torch.sigmoid(-100 * (laplacian.abs() - 0.01))
+    share = config.foreground_share
+    near = grown(alpha, target.shape[-1] // 8)
+    covered = near.mean(dim=(1, 2, 3), keepdim=True)
+    foreground = share / covered.clamp_min(share / 8)
+    background = (1 - share) / (1 - covered).clamp_min((1 - share) / 8)
+    weights = near * foreground + (1 - near) * background
+    return weights / weights.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def grown(image: Tensor, margin: int) -> Tensor:
+    """The largest value within `margin` rows and columns of each pixel: (..., H, W) -> same.
+
+    Windows double by shifts, rows then columns: 7 maxima each way where a max-pool of 65 x 65
+    reads 4,225 values a pixel. Same bits.
+    """
+    window = 2 * margin + 1
+    image = F.pad(image, (margin,) * 4, value=-torch.inf)
+    for dim in (-1, -2):
+        width = 1
+        while width < window:
+            shift, length = min(width, window - width), image.shape[dim]
+            rest = length - shift
+            image = torch.maximum(image.narrow(dim, 0, rest), image.narrow(dim, shift, rest))
+            width += shift
+    return image
+
+
+def light_error(output: Tensor, target: Tensor) -> Tensor:
+    """Share of the target's light that is missing or in excess, region by region, shape (B,).
+
+    An uncertain network predicts the mean, and the mean of sRGB values is darker than the mean of
+    the light they stand for: a soft edge loses light. So linear light, averaged over an eighth of
+    the image each way, is compared by itself; the mean over regions is divided by the target's
+    (plus 0.01, for dark objects). Images (B, 4, H, W) in [-1, 1], premultiplied.
+    """
+    region = max(1, target.shape[-1] // 8)
+    regions = target.shape[-2] // region, target.shape[-1] // region
+
+    def averaged(image: Tensor) -> Tensor:
+        cut = image[:, :3, : regions[0] * region, : regions[1] * region]
+        light = srgb_to_linear((cut + 1) / 2)
+        # rows first: pixels of a row lie next to each other
+        return light.unflatten(2, (-1, region)).mean(dim=3).unflatten(3, (-1, region)).mean(dim=4)
+
+    found, true = averaged(output), averaged(target)
+    return (found - true).abs().mean(dim=(1, 2, 3)) / (true.mean(dim=(1, 2, 3)) + 0.01)
+
+
+# --- consistency and the original --------------------------------------------------------------
+
+
+def ect_stage(progress: float, config: CVSConfig) -> int:
+    """The curriculum's stage at `progress` in [0, 1] of the run: 0 .. ect_stages - 1."""
+    if progress < config.denoising_share or config.ect_stages == 1:
+        return 0
+    later = (progress - config.denoising_share) / max(1 - config.denoising_share, 1e-12)
+    return 1 + min(int(later * (config.ect_stages - 1)), config.ect_stages - 2)
+
+
+def ect_earlier(sigma: Tensor, stage: int, config: CVSConfig) -> Tensor:
+    """The lower noise level r of ECT: r / t = 1 - n(t) / q^stage, n(t) = 1 + k sigmoid(-b t).
+
+    r is clamped at sigma_min. In stage 0 every r is sigma_min, which is plain denoising; each
+    stage halves (q = 2) the gap, towards the full consistency condition r -> t.
+    """
+    n = 1 + config.ect_k * torch.sigmoid(-config.ect_b * sigma)
+    return (sigma * (1 - n / config.ect_q**stage)).clamp_min(config.sigma_min)
+
+
+def denoised(model: CVS, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+    """One pass of the network, as a function that a compiled one can replace."""
+    return model(x, sigma, cond)
+
+
+def consistency_loss(
+    model: CVS,
+    target: Tensor,
+    cond: Tensor,
+    weights: Tensor,
+    *,
+    progress: float,
+    generator: torch.Generator,
+    network: Callable[..., Tensor] = denoised,
+    terms: Callable[..., dict[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """ECT loss of D(x_t, t) against a stop-gradient D(x_r, r) with the same noise.
+
+    Differences from ECT, which starts from a diffusion model, and why: its time weight
+    1 / (t - r) vanishes at large t and grows with every stage; training from scratch needs
+    sigma_max, where the one step starts, to count. So `sigma_max_fraction` of the samples are
+    there, and with `sigma_max_anchor` their reference is the clean view in every stage: the
+    chain of references from sigma_max down to the data is too long for a short run to carry
+    anything along, and without the anchor the one step drifts off as soon as stage 1 begins.
+
+    Args:
+        network: calls the model; perhaps compiled. So `terms`; None: `consistency_terms`.
+
+    Returns:
+        `consistency_terms`.
+    """
+    config, b = model.config, target.shape[0]
+    t = (randn(target[:, 0, 0, 0], generator) * config.p_std + config.p_mean).exp()
+    at_max = uniform(generator, target.device, b) < config.sigma_max_fraction
+    # c_out vanishes at sigma_min
+    t = t.clamp(2 * config.sigma_min, config.sigma_max)
+    t = torch.where(at_max, config.sigma_max, t)
+    stage = ect_stage(progress, config)
+    r = ect_earlier(t, stage, config)
+    if config.sigma_max_anchor:
+        r = torch.where(at_max, config.sigma_min, r)
+    noise = randn(target, generator)
+    x_t, x_r = (target + level.reshape(-1, 1, 1, 1) * noise for level in (t, r))
+    output = network(model, x_t, t, cond)
+    reference = x_r  # D(x, sigma_min) = x, so stage 0 needs no second pass
+    with torch.no_grad():
+        if stage and (x_r.is_cuda or network is not denoised):
+            reference = network(model, x_r, r, cond)
+        elif stage:  # nor do, where the network is not compiled for a whole batch, all of its rows
+            rows = r > config.sigma_min
+            reference = x_r.clone()
+            if rows.any():
+                reference[rows] = model(x_r[rows], r[rows], cond[rows]).to(x_r.dtype)
+    c_out = model.scalings(t)[1]
+    return (terms or consistency_terms)(config, output, reference, target, weights, c_out, at_max)
+
+
+def consistency_terms(
+    config: CVSConfig,
+    denoised: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    c_out: Tensor,
+    at_max: Tensor,
+) -> dict[str, Tensor]:
+    """The ECT loss of outputs (B, 4, H, W) against references, and what to watch beside it.
+
+    Pseudo-Huber on the weighted root-mean-square error of each sample, sqrt(e^2 + c^2) - c, times
+    1 / c_out(t) (B,). Errors are of the order of c_out, so levels count alike down to where c_out
+    falls to c = huber_c (sigma about 0.012); below, the loss is quadratic and falls with c_out.
+    `at_max` (B,): which samples are at sigma_max.
+
+    Returns:
+        "loss"; "light", `light_error`'s mean; "x0_rms", the error against the clean target over
+        all noise levels; "one_step_rms", the same at sigma_max only (0 if no sample was there).
+    """
+    error = (weights * (denoised - reference).square()).mean(dim=(1, 2, 3))
+    huber = (error + config.huber_c**2).sqrt() - config.huber_c
+    rms = (denoised.detach() - target).square().mean(dim=(1, 2, 3)).sqrt()
+    lost = light_error(denoised, target).mean()
+    return {
+        "loss": (huber / c_out).mean() + config.light_weight * lost,
+        "light": lost.detach(),
+        "x0_rms": rms.mean(),
+        "one_step_rms": (rms * at_max).sum() / at_max.sum().clamp_min(1),
+    }
+
+
+def original_loss(
+    model: CVS,
+    ema: nn.Module,
+    target: Tensor,
+    cond: Tensor,
+    weights: Tensor,
+    *,
+    progress: float,
+    generator: torch.Generator,
+    network: Callable[..., Tensor] = denoised,
+) -> dict[str, Tensor]:
+    """The original experiment's loss: weighted L1 + w |D(x_t) - EMA D(x_t')| at the next level.
+
+    Noise levels follow the cosine schedule, sigma = tan(pi u / 2), with 1,000 levels of u; w is
+    0.1, 0.3, 1.0 over the thirds of training. Its perceptual term (half weight) is left out: it
+    needs a pretrained network's weights.
+    """
+    config, b = model.config, target.shape[0]
+    u = uniform(generator, target.device, b)
+    t, lower = (
+        torch.tan((u - step).clamp_min(0) * (math.pi / 2)).clamp(config.sigma_min, config.sigma_max)
+        for step in (0.0, 1e-3)
+    )
+    noise = randn(target, generator)
+    output = network(model, target + t.reshape(-1, 1, 1, 1) * noise, t, cond)
+    with torch.no_grad():
+        neighbour = ema(target + lower.reshape(-1, 1, 1, 1) * noise, lower, cond)
+    l1 = (weights * (output - target).abs()).mean()
+    consistency = (output - neighbour).abs().mean()
+    w = (0.1, 0.3, 1.0)[original_third(progress)]
+    return {"loss": l1 + w * consistency, "l1": l1, "consistency": consistency}
+
+
+def original_third(progress: float) -> int:
+    """Which third of the original's training `progress` in [0, 1] is in."""
+    return min(int(3 * progress), 2)
+
+
+def uniform(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
+    """Uniform numbers in [0, 1) on `device`, drawn where the generator lives."""
+    return torch.rand(shape, generator=generator, device=generator.device).to(device)
+
+
+# --- a decoder's rendered views ----------------------------------------------------------------
+
+
+WEIGHTS = {
+    "rgb_l1": 1.0,
+    "rgb_mse": 4.0,
+    "ssim": 0.2,
+    "alpha_l1": 0.5,
+    "depth_l1": 0.25,
+    "predicted_depth": 1.0,
+    # large Gaussians blur the side views, half-transparent ones hide depth errors from the front
+    "scale": 0.02,
+    "opacity": 0.002,
+}
+"""Of the terms of `multiview_loss`."""
+
+
+def multiview_loss(
+    views: Views,
+    target: Tensor,
+    background: Tensor,
+    *,
+    target_depth: Tensor | None = None,
+    gaussians: Gaussians | None = None,
+    weights: Mapping[str, float] = WEIGHTS,
+    windows: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """How far rendered views are from the truth, in named terms (unweighted) and their sum.
+
+    Both sides are composited over the same random background, so a Gaussian can't pass for
+    background by being black, nor hide behind a known colour.
+
+    Args:
+        views: rendered over black, (B, V, H, W, ...).
+        target: premultiplied rgba in [0, 1], (B, V, H, W, 4).
+        background: sRGB in [0, 1], broadcastable to (B, V, H, W, 3).
+        target_depth: z-depth, (B, V, H, W), 0 where unknown; None: no depth term.
+        gaussians: the scenes, for the regularisers; None: none.
+        windows: see `similarity`.
+
+    Returns:
+        "rgb_l1", "rgb_mse", "ssim" (1 - SSIM), "alpha_l1", perhaps "depth_l1", "scale",
+        "opacity", all scalars, and "loss", their weighted sum.
+    """
+    truth = target[..., :3] + (1 - target[..., 3:]) * background
+    ours = views.rgb + (1 - views.alpha) * background
+    terms = {
+        "rgb_l1": F.l1_loss(ours, truth),
+        "rgb_mse": F.mse_loss(ours, truth),
+        "alpha_l1": F.l1_loss(views.alpha, target[..., 3:]),
+    }
+    if weights["ssim"] > 0:
+        terms["ssim"] = 1 - similarity(ours, truth, windows)
+    if target_depth is not None:
+        depth, alpha = views.depth[..., 0], views.alpha[..., 0].detach()
+        valid = ((target_depth > 0) & (target[..., 3] > 0.5) & (alpha > 0.5)).float()
+        error = F.smooth_l1_loss(depth, target_depth, beta=0.05, reduction="none")
+        terms["depth_l1"] = (error * valid).sum() / valid.sum().clamp_min(1.0)
+    if gaussians is not None:
+        opacity = gaussians.opacities
+        largest = gaussians.scales.amax(-1)
+        terms["scale"] = (opacity * largest).sum() / opacity.sum().clamp_min(1.0)
+        terms["opacity"] = (opacity * (1 - opacity)).mean()
+    terms["loss"] = torch.stack([weights[k] * v for k, v in terms.items()]).sum()
+    return terms
+
+
+def similarity(
+    image: Tensor, truth: Tensor, windows: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Mean SSIM of images (..., H, W, 3) in [0, 1], of at least 6 pixels a side.
+
+    The value of `evaluate.ssim` (torchmetrics'), for training: the 11 x 11 Gaussian window is
+    separable, and as two products with banded matrices it costs a hundredth of the convolution.
+    `windows`: `window` of the height and of the width, where they are at hand.
+    """
+
+    def mean(values: Tensor) -> Tensor:
+        return rows @ (values @ columns.mT)
+
+    x, y = (value.movedim(-1, -3) for value in (image, truth))
+    rows, columns = windows or (window(size, x) for size in x.shape[-2:])
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y, covariance = (
+        mean(a * b) - mean_a * mean_b
+        for a, b, mean_a, mean_b in (
+            (x, x, mean_x, mean_x),
+            (y, y, mean_y, mean_y),
+            (x, y, mean_x, mean_y),
+        )
+    )
+    c1, c2 = 0.01**2, 0.03**2
+    spread = var_x.clamp_min(0) + var_y.clamp_min(0) + c2
+    alike = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (alike / ((mean_x.square() + mean_y.square() + c1) * spread)).mean()
+
+
+def window(size: int, like: Tensor, *, reach: int = 5, sigma: float = 1.5) -> Tensor:
+    """Matrix (size, size) that averages neighbours by a Gaussian; edges are reflected."""
+    place = torch.arange(size, device=like.device)
+    outer = torch.arange(-reach, size + reach, device=like.device)
+    offset = (outer - place[:, None]).to(like.dtype)
+    weights = torch.exp(-0.5 * (offset / sigma).square()) * (offset.abs() <= reach)
+    inner = (size - 1) - ((size - 1) - outer.abs()).abs()
+    weights = weights @ (inner[:, None] == place).to(like.dtype)
+    return weights / weights.sum(dim=1, keepdim=True)

@@ -1,0 +1,123 @@
+"""What a training is given: a task, and how long and how to train it. And how it can end badly."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fresnel.data.records import ViewTensors
+
+
+class Task(Protocol):
+    """What is trained and on what; model and data live on one device.
+
+    `data` says what it trains on: its content hash is compared with the gate's receipt. `config`
+    is all that makes the task what it is; a resumed run must have the same. `hot` holds by name the
+    functions of tensors that every step calls through it, so that compiled or recorded ones can
+    take their place ("network" calls the model).
+    """
+
+    model: Any
+    data: ViewTensors
+    batch_size: int
+    hot: dict[str, Callable[..., Any]]
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    def phase(self, progress: float) -> Hashable:
+        """What kind of step that is. Steps of one kind do the same work on other random numbers
+        and wait for nothing, so that a GPU can be given them as one CUDA graph. None: not such a
+        step; then, on a GPU, the functions in `hot` become graphs."""
+        ...
+
+    def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]: ...
+
+    def loss(
+        self, batch: Any, *, progress: float, generator: torch.Generator, ema: Any
+    ) -> dict[str, Tensor]:
+        """Named scalar terms; "loss" is the one to minimise. `progress` runs from 0 to 1."""
+        ...
+
+    def validation(self, model: Any) -> dict[str, float]:
+        """Figures on validation objects; "loss" decides which checkpoint is the best."""
+        ...
+
+    def preview(self, model: Any, generator: torch.Generator) -> np.ndarray:
+        """A picture to look at, uint8 (H, W, 3)."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; what to train is the task's. An interval of 0 steps means never."""
+
+    steps: int = 1000
+    lr: float = 1e-3
+    warmup_steps: int = 50  # linear from 0
+    cooldown_share: float = 0.2  # last share of the run, linear to 0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    grad_clip: float = 1.0  # norm of all gradients
+    ema_std: float = 0.05  # width of the averaging window, as a share of the run so far
+    seed: int = 0
+    precision: str = "fp32"  # "fp32" | "bf16" (autocast; weights stay float32)
+    compile: bool = False  # torch.compile what every step runs: minutes at first, then cached
+    graphs: bool = True  # CUDA graphs of steps, where the task allows it; not if deterministic
+    accumulate: int = 1  # batches of the task's batch_size a step, where no larger one fits
+    checkpointing: bool = False  # recompute activations: less memory, slower
+    deterministic: bool | None = None  # None: on CPU only
+    log_every: int = 20
+    validate_every: int = 200  # and at the end
+    snapshot_every: int = 200  # steps between writings of `latest`
+    keep_every: int = 0  # steps between snapshots that are kept as step_XXXXXX
+    preview_every: int = 0  # steps between pictures, and at the end
+
+    def __post_init__(self) -> None:
+        lowest = dict.fromkeys(("steps", "log_every", "accumulate"), 1) | dict.fromkeys(
+            ("validate_every", "snapshot_every", "keep_every", "preview_every"), 0
+        )
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want at least {low}")
+        for name in ("lr", "grad_clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name}: got {getattr(self, name)}, want a finite value > 0")
+        if not 0 < self.ema_std < 0.28:  # beyond, no positive exponent has this width
+            raise ValueError(f"ema_std: got {self.ema_std}, want a value in (0, 0.28)")
+        if not 0 <= self.cooldown_share <= 1:
+            raise ValueError(f"cooldown_share: got {self.cooldown_share}, want one in [0, 1]")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision: got {self.precision!r}, want 'fp32' or 'bf16'")
+
+
+class OutOfMemory(RuntimeError):
+    """The model and batch don't fit; the message says what to lower."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient is NaN or infinite; `path` holds the batch that caused it."""
+
+    def __init__(self, message: str, step: int, path: Path) -> None:
+        super().__init__(message)
+        self.step, self.path = step, path
+
+
+class ResumeRefused(ValueError):
+    """The run in this folder was started with another configuration or other data."""
+
+
+def digest(*tensors: Tensor) -> str:
+    """Twelve hex digits that name the tensors' values."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
