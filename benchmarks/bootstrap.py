@@ -29,10 +29,11 @@ from fresnel.data.dataset import InputImages
 from fresnel.data.records import encode_object
 from fresnel.gate import verdict as gate
 from fresnel.host import machine as surroundings
-from fresnel.host.provenance import core_count, git_state
+from fresnel.host.machine import core_count
 from fresnel.models.decoder import load_shipped, prune, render_small
+from fresnel.objects import sources
+from fresnel.report.provenance import git_state
 from fresnel.scene.cameras import orbit
-from fresnel.study import protocol as experiment
 
 TARGETS = {"cuda": 20.0, "cpu": 300.0}  # seconds for 500 images x 8 views at 256 px
 
@@ -40,7 +41,7 @@ TARGETS = {"cuda": 20.0, "cpu": 300.0}  # seconds for 500 images x 8 views at 25
 def pictures(count: int, size: int) -> InputImages:
     """Renders of the embedded objects, or coloured balls where their renderer isn't installed."""
     try:
-        return experiment.input_images("embedded", images=count, image_size=size)[0]
+        return sources.input_images("embedded", images=count, image_size=size)[0]
     except ImportError:
         print("no ray tracer here: coloured balls for inputs", flush=True)
     grid = (torch.arange(size) + 0.5) / size * 2 - 1
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    inputs = pictures(arguments.images, experiment.INPUT_SIZE)  # what the shipped decoder sees
+    inputs = pictures(arguments.images, sources.INPUT_SIZE)  # what the shipped decoder sees
     config = replace(
         bootstrap.CORRECTED, views_per_image=arguments.views, image_size=arguments.size
     )

@@ -26,12 +26,12 @@ import torch
 from fresnel.data.dataset import InputImages
 from fresnel.evaluation import metrics as evaluate
 from fresnel.evaluation.metrics import AZIMUTH_BINS, Predictor
-from fresnel.host.provenance import git_state
 from fresnel.models.decoder import Decoder, predictor
 from fresnel.models.refine import mirrored
+from fresnel.objects import sources
 from fresnel.render import Views
+from fresnel.report.provenance import git_state
 from fresnel.scene.cameras import Cameras
-from fresnel.study import protocol as experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("psnr", "psnr_white")
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
-    held_out = experiment.ground_truth(arguments.data, "held_out", image_size=arguments.size)
+    held_out = sources.ground_truth(arguments.data, "held_out", image_size=arguments.size)
     truth = held_out.tensors(size=arguments.size, device=arguments.device)
 
     def measured(one: Predictor) -> dict[str, list[float]]:

@@ -144,7 +144,7 @@ def main() -> None:
     if arguments.execute:
         execute(arguments.execute[0], json.loads(Path(arguments.execute[1]).read_text()))
         return
-    from fresnel.study.protocol import pick_device
+    from fresnel.host.machine import pick_device
 
     device = pick_device(arguments.device)
     name = arguments.name or (

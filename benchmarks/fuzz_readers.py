@@ -43,7 +43,9 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
     """By name: what makes a sound file and the function that reads a mutated one."""
     from fresnel.data import co3d, colmap, dataset, shards
     from fresnel.data import transforms as nerfstudio
-    from fresnel.objects import meshes
+    from fresnel.objects import trace
+    from fresnel.objects.assets import embedded_assets, find_assets
+    from fresnel.objects.render_set import render_set
 
     def transforms() -> Target:
         _pictures(folder)
@@ -96,8 +98,8 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
     def ours() -> Path:
         path = folder / "set"
         if not path.exists():
-            asset = meshes.embedded_assets()[0]
-            meshes.render_set([asset], path, views=2, image_size=8, samples=1, workers=1)
+            asset = embedded_assets()[0]
+            render_set([asset], path, views=2, image_size=8, samples=1, workers=1)
         return path
 
     def of_ours(name: str) -> Target:
@@ -122,7 +124,7 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
         path = folder / "list.json"
         entry = {"file": "a.glb", "name": "A", "split": "train", "license": "CC0", "creator": "me"}
         return json.dumps({"assets": [entry]}).encode(), lambda data: _written(
-            path, data, lambda: [asset.load() for asset in meshes.find_assets(path)]
+            path, data, lambda: [asset.read() for asset in find_assets(path)]
         )
 
     def library() -> Target:
@@ -132,7 +134,7 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
             with zipfile.ZipFile(path, "w") as archive:
                 archive.writestr("PluginFurnitureCatalog.properties", data)
                 archive.writestr("a.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
-            return [asset.load() for asset in meshes.find_assets(path)]
+            return [asset.read() for asset in find_assets(path)]
 
         return b"id=x\nname#1=A\nmodel#1=/a.obj\nlicense#1=CC0\ncreator#1=me\n", packed
 
@@ -143,7 +145,10 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
 
         box = trimesh.creation.box()
         box.visual.face_colors = [200, 90, 30, 255]
-        return box.export(file_type="glb"), lambda data: surface(meshes.load(data))
+        path = folder / "box.glb"
+        return box.export(file_type="glb"), lambda data: _written(
+            path, data, lambda: surface(trace.load(path))
+        )
 
     def picture() -> Target:
         _pictures(folder)

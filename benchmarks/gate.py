@@ -36,7 +36,8 @@ from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
 from fresnel.gate import verdict as gate
 from fresnel.models import decoder
-from fresnel.objects import meshes
+from fresnel.objects.assets import embedded_assets, find_assets
+from fresnel.objects.render_set import render_set
 from fresnel.report import record
 
 SCENES: tuple[faults.Scene, ...] = ("black", "white", "photo")
@@ -65,15 +66,18 @@ class Sample:
 def make_sources(arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Render and decode the healthy sets; returns their folders."""
     made: list[str] = []
-    objects = {"embedded objects": (meshes.embedded_assets(), 2)}
+    objects = {"embedded objects": (embedded_assets(), 2)}
     if arguments.zip:
-        objects["held-out furniture"] = (meshes.zip_assets(arguments.zip, arguments.split), 1)
+        objects["held-out furniture"] = (
+            [a for a in find_assets(arguments.zip) if a.split == arguments.split],
+            1,
+        )
     pixel = decoder.load_shipped("pixel")
     config = replace(bootstrap.CORRECTED, image_size=arguments.size, seed=arguments.seed)
     for name, (assets, inputs) in objects.items():
         path, decoded = folder / name, folder / f"{name}, decoded"
         if not path.exists():
-            meshes.render_set(
+            render_set(
                 assets,
                 path,
                 image_size=arguments.size,

@@ -10,7 +10,7 @@ import trimesh
 
 from fresnel import faults
 from fresnel.data.dataset import ObjectViews
-from fresnel.objects import meshes
+from fresnel.objects import trace
 from fresnel.scene.cameras import orbit
 
 HARD = ("dark on black", "white on white", "thin", "symmetric", "single-coloured")
@@ -61,7 +61,7 @@ def _record(name: str, index: int, seed: list[int]) -> ObjectViews:
         width=_SIZE,
         height=_SIZE,
     )
-    views = meshes.render(trimesh.Scene([mesh]), cameras)
+    views = trace.render(trimesh.Scene([mesh]), cameras)
     rgb = (views.rgb * 255 + 0.5).to(torch.uint8)
     alpha = (views.alpha[..., 0] * 255 + 0.5).to(torch.uint8)
     record = ObjectViews(

@@ -49,10 +49,11 @@ def make(work: Path, source: str | None, samples: int) -> list[Path]:
     """The three sets, rendered unless they are there."""
     from fresnel import bootstrap
     from fresnel.models import decoder
-    from fresnel.objects import meshes
-    from fresnel.study import protocol as experiment
+    from fresnel.objects import sources
+    from fresnel.objects.assets import embedded_assets, find_assets
+    from fresnel.objects.render_set import render_set
 
-    assets = meshes.zip_assets(source) if source else meshes.embedded_assets()
+    assets = find_assets(source) if source else embedded_assets()
     made = []
     for count in (500, 125):
         inputs = -(-count // len(assets))
@@ -60,13 +61,13 @@ def make(work: Path, source: str | None, samples: int) -> list[Path]:
         made.append(work / f"{count}x8x256")
         if not made[-1].exists():
             whole = work / f".whole-{count}"
-            data = meshes.render_set(
+            data = render_set(
                 chosen, whole, image_size=256, inputs_per_object=inputs, samples=samples
             )
             _take(data, made[-1], count)
     made.append(work / "original")
     if not made[-1].exists():
-        inputs, _ = experiment.input_images("embedded", images=32, image_size=64, cache=work)
+        inputs, _ = sources.input_images("embedded", images=32, image_size=64, cache=work)
         config = replace(bootstrap.ORIGINAL, image_size=64)
         bootstrap.bootstrap(inputs, decoder.load_shipped("patch"), config, made[-1])
     return made

@@ -33,12 +33,12 @@ from fresnel.data.dataset import ViewTensors
 from fresnel.evaluation import metrics as evaluate
 from fresnel.evaluation.metrics import AZIMUTH_BINS, Predictor
 from fresnel.host import machine as surroundings
-from fresnel.host.locks import lock_if_free
-from fresnel.host.provenance import git_state
+from fresnel.host.files import lock_if_free
 from fresnel.models import decoder
 from fresnel.models.decoder import Decoder, DecoderConfig
+from fresnel.objects import splits as studies
+from fresnel.report.provenance import git_state
 from fresnel.study import arms
-from fresnel.study import splits as studies
 from fresnel.training.decoder_task import DecoderTask
 from fresnel.training.forecast import full_config
 from fresnel.training.step import Stepper

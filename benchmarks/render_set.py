@@ -1,4 +1,4 @@
-"""How long `meshes.render_set` takes: objects at 8 views, 128 px, 4 samples, on all cores given.
+"""How long `render_set` takes: objects at 8 views, 128 px, 4 samples, on all cores given.
 
     python benchmarks/render_set.py furniture.zip            # or a folder of objects, .sh3f ...
     python benchmarks/render_set.py --furniture /usr/share/sweethome3d/furniture
@@ -22,19 +22,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fresnel.objects import furniture, meshes
+from fresnel.objects import furniture
+from fresnel.objects.assets import Asset, find_assets
+from fresnel.objects.render_set import render_set
 
 
-def _assets(arguments: argparse.Namespace) -> list[meshes.Asset]:
+def _assets(arguments: argparse.Namespace) -> list[Asset]:
     if arguments.furniture:
         return furniture.assets(arguments.furniture)
-    return meshes.find_assets(arguments.objects)
+    return find_assets(arguments.objects)
 
 
 def _once(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     assets = _assets(arguments)
     start = time.perf_counter()
-    made = meshes.render_set(
+    made = render_set(
         assets, path, views=arguments.views, image_size=arguments.size, workers=arguments.workers
     )
     seconds = time.perf_counter() - start

@@ -33,7 +33,7 @@ from _train_cvs import section_cvs, section_recording
 from _train_decoder import section_decoder
 from _train_levers import section_agree, section_memory, section_optimizer
 
-from fresnel.host.provenance import git_state
+from fresnel.report.provenance import git_state
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "cvs": section_cvs,

@@ -38,12 +38,12 @@ from fresnel.analysis.comparison import BINS
 from fresnel.data.dataset import InputImages, ViewTensors
 from fresnel.evaluation import metrics as evaluate
 from fresnel.evaluation.metrics import Predictor
-from fresnel.host.provenance import git_state
 from fresnel.models import cvs, decoder
 from fresnel.models.refine import mirrored
+from fresnel.objects import sources
 from fresnel.render import Views
+from fresnel.report.provenance import git_state
 from fresnel.scene.cameras import Cameras
-from fresnel.study import protocol as experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = torch.tensor([0.2126, 0.7152, 0.0722])
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=0, help="0: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
-    held_out = experiment.ground_truth(
+    held_out = sources.ground_truth(
         arguments.data, "held_out", image_size=128, objects=arguments.objects
     )
     truth = held_out.tensors(size=128, device="cpu")

@@ -17,10 +17,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     error, a FAIL of `validate`, a problem in a profile), 2 wrong use, 6 the disk is full, 130
     stopped by the user. One notebook's run has more: `report.EXIT_STATUS`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["furniture"]:  # it has a parser of its own
-        from fresnel.objects import furniture
-
-        return furniture.main(argv[1:])
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _end)  # so that a report is still written
     try:
@@ -34,10 +30,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _add_furniture(commands: Any) -> None:
+    parser = commands.add_parser(
+        "furniture",
+        help="render Debian's sweethome3d-furniture 1.8-1 (554 objects) as multi-view data",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--apt", action="store_true", help="fetch the package with apt-get")
+    source.add_argument("--deb", type=Path, help="sweethome3d-furniture_1.8-1_all.deb")
+    source.add_argument("--sh3f", type=Path, help="folder with its .sh3f files")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
+    parser.add_argument("--size", type=int, default=128, help="pixels (default: 128)")
+    parser.add_argument("--views", type=int, default=8, help="views a record (default: 8)")
+    parser.add_argument("--inputs", type=int, default=1, help="records an object (default: 1)")
+    parser.add_argument(
+        "--stretch", type=float, default=1.0,
+        help="records after an object's first show it stretched by up to this (default: 1)",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, default=4, help="rays a pixel (default: 4)")
+    parser.add_argument("--split", choices=["train", "val", "test"], help="only this split")
+    parser.add_argument("--seed", type=int, default=0, help="of the cameras (default: 0)")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset at --out")
+    parser.set_defaults(command=_furniture)
+
+
+def _furniture(arguments: argparse.Namespace) -> int:
+    from fresnel.objects import furniture
+
+    names = ("deb", "sh3f", "split", "views", "samples", "stretch", "seed", "workers", "overwrite")
+    made = furniture.make(
+        arguments.out,
+        image_size=arguments.size,
+        inputs_per_object=arguments.inputs,
+        **{name: getattr(arguments, name) for name in names},
+    )
+    print(f"{len(made)} records x {made.views_per_object} views at {made.path}")
+    print(made.content_hash)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fresnel", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    _add_furniture(commands)
     run = commands.add_parser(
         "run",
         help="run one notebook, or a profile of them, into reports",
@@ -139,8 +176,6 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--reports", type=Path, help="default: reports/")
     again.set_defaults(command=_index, rebuild=True)
 
-    commands.add_parser("furniture", help="make the furniture set from Debian's package")
-
     html = commands.add_parser("html", help="make the report of an executed notebook again")
     html.add_argument("executed", nargs="+", help="executed.ipynb, results.json beside it")
     html.set_defaults(command=_html)
@@ -151,7 +186,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # jsonschema, which nbformat imports, builds a grammar of web addresses for a second where it
     # finds this; no notebook's schema has any, and an unchanged report is to be there by then
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
-    from fresnel.host.provenance import project_root
+    from fresnel.host.machine import project_root
     from fresnel.report import run as report
     from fresnel.study import runner
 
@@ -215,11 +250,8 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from fresnel.data import dataset
-    from fresnel.gate import verdict as gate
-
     try:
-        return _gated(arguments, dataset, gate)
+        return _gated(arguments)
     except (ValueError, OSError):
         raise
     except Exception as error:  # 1 would say that the data failed
@@ -227,9 +259,12 @@ def _validate(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _gated(arguments: argparse.Namespace, dataset: Any, gate: Any) -> int:
-    data = dataset.open(arguments.dataset)
-    other = dataset.open(arguments.against) if arguments.against else None
+def _gated(arguments: argparse.Namespace) -> int:
+    from fresnel.gate import verdict as gate
+    from fresnel.objects import sources
+
+    data = sources.open(arguments.dataset)
+    other = sources.open(arguments.against) if arguments.against else None
     verdict = gate.validate(data, first=arguments.first, against=other)
     if arguments.receipt:
         gate.issue_receipt(data, verdict)
@@ -322,7 +357,7 @@ def _html(arguments: argparse.Namespace) -> int:
 
 
 def _detect() -> str:
-    from fresnel.host.provenance import accelerators
+    from fresnel.host.machine import accelerators
 
     if sys.platform == "linux" and not accelerators():
         return "cpu"  # without the seconds that torch takes to say so

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fresnel.host import locks
+from fresnel.host import files
 from fresnel.report import cache
 from fresnel.report import run as report
 from fresnel.report.record import RunRecord
@@ -186,8 +186,8 @@ def test_a_second_holder_of_a_lock_waits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = tmp_path / "locks" / "a.lock"
-    code = "import sys, time\nfrom pathlib import Path\nfrom fresnel import locks\n"
-    code += f"with locks.locked(Path({str(lock)!r})):\n    print('held', flush=True)\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom fresnel.host import files\n"
+    code += f"with files.locked(Path({str(lock)!r})):\n    print('held', flush=True)\n"
     code += "    sys.stdin.read()\n"
     command = [sys.executable, "-c", code]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -195,7 +195,7 @@ def test_a_second_holder_of_a_lock_waits(
         assert other.stdout.readline() == "held\n"
         other.kill()  # the lock goes with its holder
         other.wait()
-    with locks.locked(lock, "waiting"):
+    with files.locked(lock, "waiting"):
         pass
     assert capsys.readouterr().err == ""
 

@@ -12,9 +12,9 @@ from boxes import Memory, views_of
 from fresnel import faults
 from fresnel.data import dataset
 from fresnel.data.dataset import ObjectViews
-from fresnel.evaluation.metrics import luminance
 from fresnel.faults import poses as faults_poses
 from fresnel.gate import verdict as gate
+from fresnel.scene.colour import luminance
 
 BACKGROUNDS = (0.0, 1.0)
 

@@ -19,7 +19,8 @@ from PIL import Image
 from fresnel.data import captures as captured
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, ObjectViews
-from fresnel.objects import meshes
+from fresnel.objects.assets import embedded_assets
+from fresnel.objects.render_set import render_set
 
 SIZE, VIEWS = 48, 6
 POINTS = np.random.default_rng(0).uniform(-0.4, 0.4, (40, 3))
@@ -29,8 +30,8 @@ POINTS = np.random.default_rng(0).uniform(-0.4, 0.4, (40, 3))
 def truth(tmp_path_factory: pytest.TempPathFactory) -> ObjectViews:
     """An embedded object, rendered."""
     folder = tmp_path_factory.mktemp("truth") / "set"
-    asset = meshes.embedded_assets("train")[0]
-    return meshes.render_set([asset], folder, views=VIEWS, image_size=SIZE)[0]
+    asset = embedded_assets("train")[0]
+    return render_set([asset], folder, views=VIEWS, image_size=SIZE)[0]
 
 
 def project(viewmats, Ks, points: np.ndarray) -> np.ndarray:
@@ -520,10 +521,11 @@ def test_a_folder_of_captures_is_a_set_of_objects(truth, tmp_path):
 
 def test_a_folder_of_datasets_is_one_set(truth, tmp_path):
     written = dataset.write(tmp_path / "all/one", [truth], meta={"k": 1})
-    from fresnel.objects import meshes as m
+    from fresnel.objects.assets import embedded_assets
+    from fresnel.objects.render_set import render_set
 
-    asset = m.embedded_assets("train")[1]
-    m.render_set([asset], tmp_path / "all/two", views=VIEWS, image_size=SIZE // 2, samples=1)
+    asset = embedded_assets("train")[1]
+    render_set([asset], tmp_path / "all/two", views=VIEWS, image_size=SIZE // 2, samples=1)
     nerfstudio(tmp_path / "all/three", truth)
     opened = dataset.open(tmp_path / "all")
     assert opened.layout == "set" and opened.image_size == SIZE // 2

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from fresnel.__main__ import main
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError
-from fresnel.objects import furniture, meshes
+from fresnel.objects import furniture, sources
+from fresnel.objects.assets import embedded_assets, find_assets
 
 OBJ = (
     "mtllib a.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 {h} 0\nv 0 0 1\n"
@@ -110,13 +112,13 @@ def test_the_list_is_whole():
     assert all(len(library["sha256"]) == 64 for library in known["libraries"].values())
     # What ships with the library can be known again among them.
     origins = {f"{entry['library']}/{entry['model']}" for entry in known["objects"]}
-    assert {asset.origin for asset in meshes.embedded_assets()} <= origins
+    assert {asset.origin for asset in embedded_assets()} <= origins
 
 
 def test_from_a_package(small, tmp_path, capsys):
     out = tmp_path / "out" / "set"
     options = ["--out", str(out), "--size", "16", "--views", "2"]
-    assert furniture.main(["--deb", str(small), *options]) == 0
+    assert main(["furniture", "--deb", str(small), *options]) == 0
     made = dataset.open(out)
     made.verify()
     assert made.names == ("0__0", "1__0") and (made.image_size, made.views_per_object) == (16, 2)
@@ -126,7 +128,7 @@ def test_from_a_package(small, tmp_path, capsys):
     assert made[0].alpha.float().mean() > 5
     rgb = made[0].rgb[made[0].alpha == 255].float()
     assert rgb[:, 0].mean() > 2 * rgb[:, 1].mean()  # its material was found, whatever its case
-    assert furniture.main(["--deb", str(small), *options]) == 2
+    assert main(["furniture", "--deb", str(small), *options]) == 2
     assert "exists" in capsys.readouterr().err
     again = furniture.make(tmp_path / "again", sh3f=tmp_path, image_size=16, views=2)
     assert again.content_hash == made.content_hash
@@ -158,10 +160,10 @@ def test_without_apt_it_says_what_to_do(small, tmp_path, monkeypatch):
 
 
 def test_sweet_home_libraries_open_as_they_are(tmp_path):
-    assets = meshes.find_assets(library(tmp_path / "Lib.sh3f"))
+    assets = find_assets(library(tmp_path / "Lib.sh3f"))
     assert [asset.name for asset in assets] == ["a", "b"]
     assert assets[1].licence == "CC0" and assets[0].attribution == "Armchair by Somebody (unknown)"
-    opened = dataset.open(tmp_path / "Lib.sh3f", image_size=8, views=1, cache=tmp_path / "cache")
+    opened = sources.open(tmp_path / "Lib.sh3f", image_size=8, views=1, cache=tmp_path / "cache")
     assert opened.names == ("a__0", "b__0")
-    again = dataset.open(tmp_path / "Lib.sh3f", image_size=8, views=1, cache=tmp_path / "cache")
+    again = sources.open(tmp_path / "Lib.sh3f", image_size=8, views=1, cache=tmp_path / "cache")
     assert again.path == opened.path

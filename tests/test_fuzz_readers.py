@@ -12,6 +12,7 @@ import json
 import os
 import struct
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,8 @@ from fresnel.data import co3d, colmap, dataset
 from fresnel.data import transforms as nerfstudio
 from fresnel.data.dataset import DatasetError
 from fresnel.data.formats import captures
-from fresnel.objects import meshes
+from fresnel.objects import trace
+from fresnel.objects.assets import find_assets
 from fresnel.objects.surface import surface
 
 COUNT = int(os.environ.get("FRESNEL_FUZZ", "40"))
@@ -363,14 +365,19 @@ def split_glb() -> tuple[Any, bytes]:
 
 def render_one(source: Any) -> None:
     try:
-        solid = surface(meshes.load(source)).normalised()
+        with tempfile.NamedTemporaryFile(suffix=".glb") as file:
+            if isinstance(source, bytes):
+                file.write(source)
+                file.flush()
+                source = file.name
+            solid = surface(trace.load(source)).normalised()
     except ValueError as error:  # `render_set` names the object
         assert str(error)
         return
     from fresnel import orbit
 
     camera = orbit(torch.tensor([0.0]), 0.0, 2.2, pivot=(0, 0, 0), focal_px=9, width=8, height=8)
-    assert meshes.render(solid, camera, samples=1).rgb.isfinite().all()
+    assert trace.render(solid, camera, samples=1).rgb.isfinite().all()
 
 
 @fuzz
@@ -409,11 +416,11 @@ def test_lists_of_objects(entries, packed, tmp_path_factory):
         with zipfile.ZipFile(folder / "a.zip", "w") as archive:
             archive.writestr("manifest.json", json.dumps(entries))
             archive.writestr("a.glb", b"glTF")
-        refuses_or(lambda: [asset.load() for asset in meshes.find_assets(folder / "a.zip")])
+        refuses_or(lambda: [asset.read() for asset in find_assets(folder / "a.zip")])
     else:
         (folder / "a.glb").write_bytes(b"glTF")
         (folder / "manifest.json").write_text(json.dumps(entries))
-        refuses_or(lambda: [asset.load() for asset in meshes.find_assets(folder)])
+        refuses_or(lambda: [asset.read() for asset in find_assets(folder)])
 
 
 @fuzz
@@ -424,7 +431,7 @@ def test_zip_bytes(data, tmp_path_factory):
         archive.writestr(zipfile.ZipInfo("manifest.json"), json.dumps(ENTRIES))
         archive.writestr(zipfile.ZipInfo("a.glb"), b"glTF" * 20)
     path.write_bytes(data.draw(bent(path.read_bytes())))
-    refuses_or(lambda: [asset.load() for asset in meshes.find_assets(path)])
+    refuses_or(lambda: [asset.read() for asset in find_assets(path)])
 
 
 # --- what is refused by name -------------------------------------------------------------------
@@ -448,12 +455,12 @@ def test_paths_out_of_the_folder_are_refused(photos, tmp_path):
     (tmp_path / "c/a.obj").write_text(
         "mtllib ../b/secret.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n"
     )
-    colors = surface(meshes.load(tmp_path / "c/a.obj")).colors
+    colors = surface(trace.load(tmp_path / "c/a.obj")).colors
     assert not np.allclose(colors[..., 1], 0)  # the red material was not read
     gltf = {"asset": {"version": "2.0"}, "buffers": [{"uri": "../b/secret.mtl", "byteLength": 4}]}
     (tmp_path / "c/a.gltf").write_text(json.dumps(gltf))
     with pytest.raises(ValueError, match=r"a\.gltf|no triangle"):
-        surface(meshes.load(tmp_path / "c/a.gltf"))
+        surface(trace.load(tmp_path / "c/a.gltf"))
 
 
 def test_singular_and_mirrored_poses_say_so(photos):

@@ -61,7 +61,7 @@ def test_the_pivot_is_found_without_depth_too() -> None:
 
 def test_the_original_geometry_rendered_from_a_mesh() -> None:
     trimesh = pytest.importorskip("trimesh")
-    from fresnel.objects import meshes
+    from fresnel.objects import trace
 
     records = []
     for i in range(4):
@@ -72,9 +72,9 @@ def test_the_original_geometry_rendered_from_a_mesh() -> None:
         optics: dict[str, Any] = {"focal_px": 32.0, "width": 32, "height": 32}
         azimuth, elevation = torch.arange(8) * 45.0, torch.linspace(-30, 45, 8)
         around = orbit(azimuth, elevation, 2.0, pivot=centre, **optics)
-        views = meshes.render(trimesh.Scene([mesh]), around, samples=1)
+        views = trace.render(trimesh.Scene([mesh]), around, samples=1)
         front = orbit(0.0, 0.0, 3.0, pivot=(0, 0, 0), **optics)
-        image = meshes.render(trimesh.Scene([mesh]), front.reshape(1), samples=1)
+        image = trace.render(trimesh.Scene([mesh]), front.reshape(1), samples=1)
         byte = lambda x: (255 * torch.as_tensor(x) + 0.5).to(torch.uint8)  # noqa: E731
         records.append(
             replace(

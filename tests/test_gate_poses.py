@@ -20,7 +20,8 @@ from fresnel.gate.explain import diagnose
 from fresnel.gate.findings import GateConfig, binomial_tail, sequential
 from fresnel.gate.geometry import coherence, principal_shift, rig_of
 from fresnel.models import decoder
-from fresnel.objects import meshes
+from fresnel.objects.assets import embedded_assets
+from fresnel.objects.render_set import render_set
 
 
 def rigs(records: list[Any]) -> list[Any]:
@@ -95,9 +96,9 @@ def test_fix_refuses_what_has_to_be_made_anew(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    assets = meshes.embedded_assets()[:10]
+    assets = embedded_assets()[:10]
     path = tmp_path_factory.mktemp("inputs") / "set"
-    return meshes.render_set(assets, path, views=1, image_size=64, samples=1, workers=1).inputs()
+    return render_set(assets, path, views=1, image_size=64, samples=1, workers=1).inputs()
 
 
 @pytest.mark.parametrize("size", [64, 128])

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fresnel.host import meters, provenance
-from fresnel.report import ledger, record
+from fresnel.host import meters
+from fresnel.report import ledger, provenance, record
 from fresnel.report.record import RecordError, RunRecord
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,8 @@ from test_formats import co3d, colmap, nerfstudio, truth  # noqa: F401
 
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, ObjectViews
+from fresnel.objects import sources
 from fresnel.report import run as report
-from fresnel.study import protocol as experiment
 
 ASSETS = Path(dataset.__file__).parents[1] / "assets"
 GLBS = ("red_chair", "teddy_bear", "table")
@@ -76,35 +76,35 @@ def _made(folder: Path) -> Path:
 @pytest.mark.parametrize("kind", VIEWS)
 def test_multi_view_data_is_taken_as_it_is(kind, truth, tmp_path):  # noqa: F811
     source = VIEWS[kind](tmp_path / kind, truth)
-    assert not dataset.holds_objects(source)
-    data = experiment.ground_truth(str(source), "train", image_size=32)
+    assert not sources.holds_objects(source)
+    data = sources.ground_truth(str(source), "train", image_size=32)
     assert data.content_hash == dataset.open(source).content_hash
-    inputs, said = experiment.input_images(str(source), images=2, image_size=32)
+    inputs, said = sources.input_images(str(source), images=2, image_size=32)
     assert 1 <= len(inputs) <= 2
     if kind == "shards":  # our layout: the input's camera is known
         assert not inputs.elevation_is_assumed and "input views" in said
         return
     assert inputs.elevation_is_assumed and "cameras assumed" in said
-    assert inputs.rgb.shape[1] == experiment.INPUT_SIZE
+    assert inputs.rgb.shape[1] == sources.INPUT_SIZE
     assert inputs.cameras.centers.norm(dim=-1).sub(2.2).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", OBJECTS)
 def test_objects_are_rendered_by_split(kind, truth, tmp_path):  # noqa: F811
     source = OBJECTS[kind](tmp_path / kind, truth)
-    assert dataset.holds_objects(source)
-    data = experiment.ground_truth(
+    assert sources.holds_objects(source)
+    data = sources.ground_truth(
         str(source), "train", image_size=16, views=2, samples=1, cache=tmp_path
     )
     assert len(data) == (2 if kind == "manifest" else 3) and data.views_per_object == 2
     if kind == "manifest":
-        held = experiment.ground_truth(
+        held = sources.ground_truth(
             str(source), "held_out", image_size=16, views=2, samples=1, cache=tmp_path
         )
         assert held.names == ("table__0",)
         with pytest.raises(DatasetError, match="no object of split 'val'"):
-            experiment.ground_truth(str(source), "val", image_size=16)
-    inputs, said = experiment.input_images(
+            sources.ground_truth(str(source), "val", image_size=16)
+    inputs, said = sources.input_images(
         str(source), images=2, image_size=16, cache=tmp_path / "inputs"
     )
     assert len(inputs) == 2 and not inputs.elevation_is_assumed and "rendered" in said
@@ -130,11 +130,11 @@ def test_shards_are_unpacked_once_and_only_as_listed(truth, tmp_path):  # noqa: 
 
 
 def test_what_is_no_source_is_refused(tmp_path):
-    for read in (experiment.ground_truth, lambda s, _, image_size: dataset.open(s)):
+    for read in (sources.ground_truth, lambda s, _, image_size: sources.open(s)):
         with pytest.raises(DatasetError, match="no such"):
             read(str(tmp_path / "nothing"), "train", image_size=16)
     with pytest.raises(DatasetError, match="neither multi-view data nor 3D objects"):
-        experiment.ground_truth(str(tmp_path), "train", image_size=16)
+        sources.ground_truth(str(tmp_path), "train", image_size=16)
 
 
 @pytest.mark.parametrize(

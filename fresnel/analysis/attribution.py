@@ -19,14 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fresnel.bootstrap import CORRECTED, ORIGINAL, records as render_records
+from fresnel.bootstrap import CORRECTED, ORIGINAL
+from fresnel.bootstrap import records as render_records
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
-from fresnel.evaluation.metrics import format_rows, luminance, object_name, srgb_to_linear
+from fresnel.data.layout import object_name
+from fresnel.evaluation.metrics import format_rows
 from fresnel.gate import verdict as gate
-from fresnel.host.provenance import project_root
+from fresnel.host.machine import project_root
 from fresnel.models.decoder import Decoder
 from fresnel.models.patch_decoder import FARTHEST, NEAREST
 from fresnel.scene.cameras import Cameras
+from fresnel.scene.colour import linear_to_srgb, luminance, srgb_to_linear
 from fresnel.scene.gaussians import Gaussians
 from fresnel.study import arms
 
@@ -210,15 +213,8 @@ def exposed(record: ObjectViews) -> ObjectViews:
     wanted = unmixed(record.input_rgb, record.input_alpha)[2]
     colour, weight, found = unmixed(record.rgb, record.alpha)
     gain = (wanted / found.clamp_min(1e-6)).clamp(0, _MAX_GAIN)[:, None, None, None]
-    bright = _linear_to_srgb(srgb_to_linear(colour) * gain) * weight[..., None]
+    bright = linear_to_srgb(srgb_to_linear(colour) * gain) * weight[..., None]
     return replace(record, rgb=(bright * 255).round().clamp(0, 255).to(torch.uint8))
-
-
-def _linear_to_srgb(linear: Tensor) -> Tensor:
-    linear = linear.clamp(0, 1)
-    return torch.where(
-        linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp_min(1e-9) ** (1 / 2.4) - 0.055
-    )
 
 
 def _measured(records: list[ObjectViews]) -> dict[str, Any]:

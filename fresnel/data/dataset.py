@@ -44,7 +44,6 @@ from fresnel.data.records import (
 from fresnel.data.shards import stream, write_shards
 from fresnel.data.transforms import export
 from fresnel.data.writing import store
-from fresnel.objects import cached as _cached
 from fresnel.scene.cameras import Cameras
 
 __all__ = [
@@ -55,14 +54,25 @@ __all__ = [
     "ObjectViews",
     "ViewTensors",
     "export",
-    "holds_objects",
     "load_image",
     "load_images",
     "open",
+    "recognises",
     "stream",
     "write",
     "write_shards",
 ]
+
+
+_WANTED = (
+    f"not a dataset; want a {MANIFEST} of ours, folders image_0000 ... with input.png and "
+    "view_000/rgb.png, a transforms.json, a COLMAP model, CO3D's frame_annotations.jgz, a folder "
+    "of such folders, or shards with a shards.json"
+)
+
+
+class NotADataset(DatasetError):
+    """Nothing there that `open` knows; it may be 3D objects, which `objects.sources.open` reads."""
 
 
 class DatasetChanged(DatasetError):
@@ -304,28 +314,25 @@ def open(
       datasets may be among them; their objects are resized where they differ).  ``meta`` tells
       which view acts as the input, where alpha came from ("mask", "file", or "none": opaque
       photographs), where the pivot was estimated, and how the world was turned to put Y up.
-    * 3D objects (`meshes.find_assets`): a folder, zip file, .sh3f library or JSON manifest of
-      glTF, GLB or OBJ files, or one such file.  They are rendered once, into ``cache``.
-
     * WebDataset shards (`write_shards`), unpacked once, into ``cache``; `stream` needs no disk.
 
     Args:
         image_size: side of the views in pixels, for captures (None: the smallest capture's, at most
-            512, less where an object's views would not fit into memory) and objects (None: 128).
-        views: take so many evenly spaced views of each capture (None: all); render so many of
-            each object (None: 8).
-        cache: folder for what is rendered or unpacked; None: ~/.cache/fresnel (or below
+            512, less where an object's views would not fit into memory).
+        views: take so many evenly spaced views of each capture (None: all).
+        cache: folder for what is unpacked; None: ~/.cache/fresnel (or below
             $XDG_CACHE_HOME).
 
     Raises:
-        DatasetError: if nothing is recognised, or a description is damaged.
+        NotADataset: if nothing is recognised.
+        DatasetError: if a description is damaged.
         DatasetChanged: if our manifest was edited.
     """
     root = Path(path)
     if not root.exists():
         raise DatasetError(f"{path}: no such folder or file")
     if not root.is_dir():
-        return open(_cached.rendered(root, image_size, views, cache))
+        raise NotADataset(f"{path}: {_WANTED}")
     if _layouts.is_ours(root):
         manifest, records = _layouts.parse_manifest(root)
         digest = _layouts.content_hash(records, manifest)
@@ -347,16 +354,16 @@ def open(
             records=records,
         )
     if shards.recognises(root):
-        return open(_cached.unpacked(root, cache))
+        return open(shards.unpacked(root, cache))
     records = _layouts.scan_original(root)
     if not records:
         inner = sorted(p for p in root.iterdir() if p.is_dir() and _is_stored(root, p))
         if inner:
             return _open_set(root, inner, image_size, views)
         found = formats.captures(root)
-        if found:
-            return _open_captures(root, found, image_size, views)
-        return open(_cached.rendered(root, image_size, views, cache))
+        if not found:
+            raise NotADataset(f"{path}: {_WANTED}")
+        return _open_captures(root, found, image_size, views)
     folders = view_folders(records[0])
     if not folders:
         raise DatasetError(f"{root / records[0].folder}: has no view_000. Restore or remove it")
@@ -448,15 +455,15 @@ def _open_set(
     )
 
 
-def holds_objects(path: str | Path) -> bool:
-    """Whether `open` would have to render what is there: 3D objects, or nothing that it knows."""
+def recognises(path: str | Path) -> bool:
+    """Whether `open` reads what is there; else it may be 3D objects (`objects.sources.open`)."""
     root = Path(path)
     if not root.is_dir():
-        return root.exists()
-    if _layouts.is_ours(root) or shards.recognises(root) or _layouts.image_folders(root):
         return False
+    if _layouts.is_ours(root) or shards.recognises(root) or _layouts.image_folders(root):
+        return True
     inner = any(_is_stored(root, folder) for folder in root.iterdir() if folder.is_dir())
-    return not inner and not formats.captures(root)
+    return inner or bool(formats.captures(root))
 
 
 def write(

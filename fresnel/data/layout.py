@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from fresnel.data.images import DatasetError, _opened, _read, as_depth
+from fresnel.host import files as _files
 from fresnel.scene.cameras import Cameras, intrinsics
 
 SCHEMA_VERSION = 1
@@ -125,6 +125,12 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
+def object_name(record: str) -> str:
+    """The object a record shows: several input poses of one object are records "name__k"."""
+    stem, separator, suffix = record.rpartition("__")
+    return stem if separator and suffix.isdigit() else record
+
+
 # --- poses -------------------------------------------------------------------------------------
 
 
@@ -205,14 +211,10 @@ def stack_cameras(cameras: list[Cameras]) -> Cameras:
 
 def inside(root: Path, relative: str) -> Path:
     """``root / relative``, refused if links lead out of the dataset's folder."""
-    path = root / relative
-    step, suspect = str(root), os.path.isabs(relative)
-    for part in relative.split("/"):  # a set has millions of steps: resolve only what needs it
-        step = f"{step}/{part}"
-        suspect = suspect or part == ".." or os.path.islink(step)
-    if suspect and not path.resolve().is_relative_to(root.resolve()):
-        raise DatasetError(f"{path}: leads out of the dataset's folder; copy the file into it")
-    return path
+    try:
+        return _files.inside(root, relative)
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
 
 
 def is_ours(root: Path) -> bool:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fresnel.host.machine import core_count
 from fresnel.host.processes import lend
-from fresnel.host.provenance import core_count
 
 if TYPE_CHECKING:
     from fresnel.data.dataset import MultiViewDataset, ObjectViews

@@ -25,6 +25,9 @@ from fresnel.data import layout as _layouts
 from fresnel.data.images import DatasetError
 from fresnel.data.layout import Record
 from fresnel.data.records import ObjectViews, encode_object, read_object
+from fresnel.data.writing import store
+from fresnel.host.files import locked
+from fresnel.host.machine import cache_dir
 
 if TYPE_CHECKING:
     from fresnel.data.dataset import MultiViewDataset
@@ -34,6 +37,22 @@ _KEY = re.compile(r"image_\d{4,}")
 _MAX_MEMBER_BYTES = 1 << 27
 _MAX_SAMPLE_BYTES = 1 << 30
 _MAX_FILES = 200_000
+
+
+def unpacked(root: Path, cache: str | Path | None) -> Path:
+    """The folder of the dataset that these shards hold, unpacked unless that was done before.
+
+    Raises:
+        DatasetError: if a shard is damaged, or not the one whose sha256 was recorded.
+    """
+    index = index_of(root)
+    key = _layouts.sha256(_layouts.canonical_json(index))[:16]
+    target = (Path(cache) if cache is not None else cache_dir()) / f"{root.resolve().stem}-{key}"
+    with locked(target.with_name(f".{target.name}.lock"), f"{target}: another process unpacks it"):
+        if not (target / _layouts.MANIFEST).is_file():
+            meta = {**index["meta"], "unpacked_from": root.name}
+            store(target, checked(root, index), index["background"], meta, False, None)
+    return target
 
 
 def write_shards(

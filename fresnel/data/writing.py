@@ -20,8 +20,8 @@ from fresnel.data import layout as _layouts
 from fresnel.data.images import DatasetError
 from fresnel.data.layout import MANIFEST, Record
 from fresnel.data.records import ObjectViews, write_object
+from fresnel.host.machine import core_count
 from fresnel.host.processes import MOST_WORKERS, lend, prepare
-from fresnel.host.provenance import core_count
 
 _WORTH_PROCESSES = 40e6  # pixels: some seconds of encoding on one core, as processes cost to start
 

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from fresnel.data.images import InputImages
+from fresnel.data.layout import object_name
 from fresnel.data.records import ViewTensors
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras, relative_azimuth_deg
+from fresnel.scene.colour import luminance
 
 if TYPE_CHECKING:
     from fresnel.data.dataset import MultiViewDataset
@@ -41,22 +43,6 @@ MEANS = ("psnr", "psnr_white", "ssim", "psnr_foreground", "ssim_foreground", "al
 """Metrics aggregated as a mean per object."""
 PERCEPTUAL = "lpips"
 """Aggregated as a mean per object too, where it was measured."""
-
-
-def srgb_to_linear(srgb: Tensor) -> Tensor:
-    """The sRGB transfer function undone: encoded values in [0, 1] to linear light (IEC 61966-2-1).
-
-    Any shape; values outside [0, 1] are clamped.
-    """
-    srgb = srgb.clamp(0.0, 1.0)
-    return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-
-
-def luminance(rgb: Tensor) -> Tensor:
-    """Relative luminance in linear light (Rec. 709 weights) of sRGB colours (..., 3) -> (...)."""
-    if rgb.shape[-1:] != (3,):
-        raise ValueError(f"rgb: got shape {tuple(rgb.shape)}, want (..., 3)")
-    return srgb_to_linear(rgb) @ rgb.new_tensor([0.2126, 0.7152, 0.0722])
 
 
 def azimuth_bin(azimuth_deg: float) -> str:
@@ -264,12 +250,6 @@ def _compare(
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 0, a / b, torch.nan)
-
-
-def object_name(record: str) -> str:
-    """The object a record shows: several input poses of one object are records "name__k"."""
-    stem, separator, suffix = record.rpartition("__")
-    return stem if separator and suffix.isdigit() else record
 
 
 def summarise(

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from fresnel.data.dataset import ObjectViews
-from fresnel.evaluation.metrics import srgb_to_linear
 from fresnel.scene.cameras import Cameras
+from fresnel.scene.colour import linear_to_srgb, srgb_to_linear
 
 
 def darken(
@@ -146,7 +146,7 @@ def exposure_drift(
     """Every view's linear light times its own power of two, uniform within +-4 * strength stops."""
     gains = 2.0 ** torch.from_numpy(rng.uniform(-4, 4, len(views.rgb)) * strength).float()
     linear = srgb_to_linear(straight(views, background) / 255) * gains[:, None, None, None]
-    return replace(views, rgb=join(255 * encoded(linear), views.alpha, background))
+    return replace(views, rgb=join(255 * linear_to_srgb(linear), views.alpha, background))
 
 
 def contrast(
@@ -238,17 +238,9 @@ def to_camera(cameras: Cameras, point: Tensor) -> Tensor:
     return cameras.viewmats[:, :3, :3] @ point + cameras.viewmats[:, :3, 3]
 
 
-def encoded(linear: Tensor) -> Tensor:
-    """sRGB in [0, 1] of linear light, clipped."""
-    linear = linear.clamp(0, 1)
-    return torch.where(
-        linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp_min(1e-9) ** (1 / 2.4) - 0.055
-    )
-
-
 def _expose(views: ObjectViews, gain: float, background: Sequence[float]) -> ObjectViews:
     linear = srgb_to_linear(straight(views, background) / 255) * gain
-    return replace(views, rgb=join(255 * encoded(linear), views.alpha, background))
+    return replace(views, rgb=join(255 * linear_to_srgb(linear), views.alpha, background))
 
 
 def _flat(views: ObjectViews, chosen: Tensor, value: int) -> ObjectViews:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fresnel.evaluation.metrics import srgb_to_linear
 from fresnel.faults import pictures as faults_pictures
 from fresnel.gate import mend
 from fresnel.gate.geometry import nearest_point, rig_of
 from fresnel.scene.cameras import Cameras
+from fresnel.scene.colour import linear_to_srgb, srgb_to_linear
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def plan(verdict: Any) -> Step | None:
 
 def _brighter(views: Any, gain: float, background: Any) -> Any:
     linear = srgb_to_linear(faults_pictures.straight(views, background) / 255) * gain
-    encoded = 255 * faults_pictures.encoded(linear)
+    encoded = 255 * linear_to_srgb(linear)
     return replace(views, rgb=faults_pictures.join(encoded, views.alpha, background))
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fresnel.evaluation.metrics import srgb_to_linear
 from fresnel.gate.geometry import (
     Rig,
     coherence,
@@ -28,11 +27,12 @@ from fresnel.gate.geometry import (
     up_tilt_deg,
 )
 from fresnel.scene.cameras import Cameras, gravity_frame
+from fresnel.scene.colour import LUMINANCE_WEIGHTS, srgb_to_linear
 
 Row = dict[str, Any]
 
 _LINEAR = srgb_to_linear(torch.arange(256) / 255.0).numpy()
-_LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
+_LUMINANCE = np.array(LUMINANCE_WEIGHTS, dtype=np.float32)
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32) / 255.0
 _SIDE, _RIG = 128, 64
 """Pictures larger than this are looked at in steps of whole pixels, for what is an average."""

@@ -34,8 +34,8 @@ from fresnel.gate.receipts import (
     require_receipt,
     write_receipt,
 )
+from fresnel.host.machine import core_count
 from fresnel.host.processes import MOST_WORKERS, lend
-from fresnel.host.provenance import core_count
 
 __all__ = [
     "GateConfig",

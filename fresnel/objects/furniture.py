@@ -12,24 +12,22 @@ the authors, whom the dataset's ATTRIBUTION.txt lists.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import lzma
 import shutil
 import subprocess
-import sys
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from fresnel.data.dataset import DatasetError, MultiViewDataset
 from fresnel.data.writing import check_target
-from fresnel.objects import meshes
+from fresnel.host.files import sha256
 from fresnel.objects.assets import Asset
+from fresnel.objects.render_set import render_set
 
 _LIST = Path(__file__).parents[1] / "assets" / "furniture.json"
 _INSIDE_DEB = "usr/share/sweethome3d/furniture/"
@@ -78,13 +76,10 @@ def attribution(entry: dict[str, Any], library: dict[str, Any]) -> str:
 def _check(path: Path, want: dict[str, Any]) -> None:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file; want it from sweethome3d-furniture 1.8-1")
-    if path.stat().st_size == want["bytes"]:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == want["sha256"]:
-                return
-    raise DatasetError(
-        f"{path}: not the file of sweethome3d-furniture 1.8-1 (sha256 differs). Fetch it again"
-    )
+    if path.stat().st_size != want["bytes"] or sha256(path) != want["sha256"]:
+        raise DatasetError(
+            f"{path}: not the file of sweethome3d-furniture 1.8-1 (sha256 differs). Fetch it again"
+        )
 
 
 def make(
@@ -104,8 +99,7 @@ def make(
 ) -> MultiViewDataset:
     """Render the set from a package, from its .sh3f files, or (neither given) from apt.
 
-    The names and seeds are those of `meshes.zip_assets` on the zip of simplified models, so that
-    records agree in their cameras.  A call that was stopped goes on where it was.
+    A call that was stopped goes on where it was.
 
     Raises:
         DatasetError: if the package can't be had or isn't the pinned one, or rendering fails.
@@ -129,7 +123,7 @@ def make(
 
 
 def _rendered(chosen: list[Asset], target: Path, options: dict[str, Any]) -> MultiViewDataset:
-    made = meshes.render_set(chosen, target, **options)
+    made = render_set(chosen, target, **options)
     lines = sorted({asset.attribution for asset in chosen})
     (target / "ATTRIBUTION.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return made
@@ -245,58 +239,3 @@ def _member_of_ar(file: IO[bytes], stem: str) -> Any:
         at += 60 + size + size % 2
         file.seek(at)
     raise DatasetError(f"{file.name}: a package without {stem}")
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fresnel furniture",
-        description="Render Debian's sweethome3d-furniture 1.8-1 (554 objects) as multi-view data.",
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--apt", action="store_true", help="fetch the package with apt-get")
-    source.add_argument("--deb", type=Path, help="sweethome3d-furniture_1.8-1_all.deb")
-    source.add_argument("--sh3f", type=Path, help="folder with its .sh3f files")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
-    parser.add_argument("--size", type=int, default=128, help="pixels (default: 128)")
-    parser.add_argument("--views", type=int, default=8, help="views a record (default: 8)")
-    parser.add_argument("--inputs", type=int, default=1, help="records an object (default: 1)")
-    parser.add_argument(
-        "--stretch", type=float, default=1.0,
-        help="records after an object's first show it stretched by up to this (default: 1)",
-    )  # fmt: skip
-    parser.add_argument("--samples", type=int, default=4, help="rays a pixel (default: 4)")
-    parser.add_argument("--split", choices=["train", "val", "test"], help="only this split")
-    parser.add_argument("--seed", type=int, default=0, help="of the cameras (default: 0)")
-    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset at --out")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0 well, 2 with a line on stderr that says why not."""
-    arguments = parser().parse_args(argv)
-    try:
-        made = make(
-            arguments.out,
-            deb=arguments.deb,
-            sh3f=arguments.sh3f,
-            split=arguments.split,
-            views=arguments.views,
-            image_size=arguments.size,
-            samples=arguments.samples,
-            inputs_per_object=arguments.inputs,
-            stretch=arguments.stretch,
-            seed=arguments.seed,
-            workers=arguments.workers,
-            overwrite=arguments.overwrite,
-        )
-    except (ValueError, OSError) as error:
-        print(f"fresnel furniture: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(made)} records x {made.views_per_object} views at {made.path}")
-    print(made.content_hash)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

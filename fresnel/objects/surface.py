@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fresnel.scene.colour import linear_to_srgb, srgb_to_linear
+
 if TYPE_CHECKING:
     import trimesh
 
@@ -70,18 +72,6 @@ class Surface:
             corners=(self.corners.astype(np.float64) * factors).astype(np.float32),
             normals=(normals / length[..., None]).astype(np.float32),
         )
-
-
-def srgb_to_linear(value: NDArray[Any]) -> Floats:
-    value = np.asarray(value, np.float32)
-    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4).astype("f4")
-
-
-def linear_to_srgb(value: Floats) -> Floats:
-    """Clipped to [0, 1]."""
-    value = value.clip(0.0, 1.0)
-    curve = 1.055 * np.power(value, np.float32(1 / 2.4)) - 0.055
-    return np.where(value <= 0.0031308, value * 12.92, curve).astype(np.float32)
 
 
 def surface(scene: trimesh.Scene | trimesh.Trimesh) -> Surface:
@@ -211,7 +201,9 @@ def _appearance(
     if max(image.size) > _MAX_TEXTURE_SIDE:
         image = image.copy()
         image.thumbnail((_MAX_TEXTURE_SIDE, _MAX_TEXTURE_SIDE))
-    texture = srgb_to_linear(np.arange(256) / 255)[np.asarray(image.convert("RGB"))]
+    texture = srgb_to_linear((np.arange(256) / 255).astype(np.float32))[
+        np.asarray(image.convert("RGB"))
+    ]
     return colors, uvs, texture
 
 

@@ -7,7 +7,7 @@ averaged there, because this library composites sRGB values.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 
 from fresnel.data.images import DatasetError
 from fresnel.data.layout import named
-from fresnel.objects.assets import Packed
+from fresnel.objects.assets import MAX_BYTES, Asset
 from fresnel.objects.surface import LINEAR_COLORS, Surface, check_gltf, shade, surface
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras
@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     import trimesh
 
 _RAYS_AT_ONCE = 1 << 20  # bounds memory at about 300 MB
-_MAX_FILE_BYTES = 1 << 28
 _SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 
 
-def load(source: str | Path | bytes | Packed) -> trimesh.Scene:
-    """A scene from a file (.glb, .gltf, .obj, .ply, .stl, .off), a mesh in a zip file, or a GLB.
+def load(source: str | Path | Asset) -> trimesh.Scene:
+    """A scene from a mesh file (.glb, .gltf, .obj, .ply, .stl, .off) or an asset.
 
     Materials and textures that the file names are read from its own folder or below only.
 
@@ -39,34 +38,19 @@ def load(source: str | Path | bytes | Packed) -> trimesh.Scene:
     """
     import trimesh
 
-    read: Callable[[str], bytes] | None = None
-    if isinstance(source, bytes):
-        name, suffix, data = "mesh bytes", ".glb", source
-        if not source.startswith(b"glTF"):
-            raise DatasetError("mesh bytes: not a binary glTF (GLB); want a file for other formats")
-    elif isinstance(source, Packed):
-        name, suffix = f"{source.source}: {source.member}", Path(source.member).suffix.lower()
-        data, read = source.read(), source.read
-    else:
-        path = Path(source)
-        name, suffix = str(path), path.suffix.lower()
-        if suffix not in _SUFFIXES:
-            raise DatasetError(f"{path}: a {suffix or 'nameless'} file; want one of {_SUFFIXES}")
-        if not path.is_file():
-            raise DatasetError(f"{path}: no such file")
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise DatasetError(f"{path}: larger than {_MAX_FILE_BYTES >> 20} MB. Simplify it")
-        data, read = path.read_bytes(), _beside(path)
-    if suffix == ".obj" and len(data) > _MAX_FILE_BYTES // 4:
-        raise DatasetError(f"{name}: larger than {_MAX_FILE_BYTES >> 22} MB of text. Simplify it")
+    asset = source if isinstance(source, Asset) else Asset(Path(source).stem, Path(source))
+    name = f"{asset.source}: {asset.member}" if asset.member else str(asset.source)
+    suffix = Path(asset.member or asset.source).suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise DatasetError(f"{name}: a {suffix or 'nameless'} file; want one of {_SUFFIXES}")
+    data = asset.read()
+    if suffix == ".obj" and len(data) > MAX_BYTES // 4:
+        raise DatasetError(f"{name}: larger than {MAX_BYTES >> 22} MB of text. Simplify it")
     if suffix in (".glb", ".gltf"):
         named(Path(name), lambda: check_gltf(data))
     try:
         scene = trimesh.load_scene(
-            io.BytesIO(data),
-            file_type=suffix[1:],
-            resolver=None if read is None else _resolver(read),
-            process=False,
+            io.BytesIO(data), file_type=suffix[1:], resolver=_resolver(asset), process=False
         )
     except Exception as error:
         raise DatasetError(f"{name}: can't be read as {suffix[1:]} ({error})") from error
@@ -74,33 +58,18 @@ def load(source: str | Path | bytes | Packed) -> trimesh.Scene:
     return scene
 
 
-def _beside(path: Path) -> Callable[[str], bytes]:
-    folder = path.parent.resolve()
-
-    def read(name: str) -> bytes:
-        file = (folder / name.strip().replace("\\", "/")).resolve()
-        if not file.is_relative_to(folder):
-            raise DatasetError(f"{path}: refuses {name!r}: it leads out of the folder")
-        if file.is_file() and file.stat().st_size > _MAX_FILE_BYTES:
-            raise DatasetError(f"{file}: larger than {_MAX_FILE_BYTES >> 20} MB. Simplify it")
-        return file.read_bytes()
-
-    return read
-
-
-def _resolver(read: Callable[[str], bytes]) -> Any:
+def _resolver(asset: Asset) -> Any:
     """trimesh's way of asking for a file that another file names."""
     from trimesh.resolvers import Resolver
 
-    class Reader(Resolver):
+    class Beside(Resolver):
         def __init__(self) -> None:
             pass
 
         def get(self, key: Any) -> bytes:
-            name = key.decode() if isinstance(key, bytes) else str(key)
             try:
-                return read(name)
-            except (DatasetError, OSError) as error:  # trimesh goes on without: a plain surface
+                return asset.read(key.decode() if isinstance(key, bytes) else str(key))
+            except DatasetError as error:  # trimesh goes on without: a plain surface
                 raise FileNotFoundError(str(error)) from error
 
         def write(self, name: str, data: Any) -> None:
@@ -112,7 +81,7 @@ def _resolver(read: Callable[[str], bytes]) -> Any:
         def keys(self) -> list[str]:
             return []
 
-    return Reader()
+    return Beside()
 
 
 def render(

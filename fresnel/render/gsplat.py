@@ -16,7 +16,7 @@ import torch
 import torch.utils.cpp_extension
 from torch import Tensor
 
-from fresnel.host.locks import locked
+from fresnel.host.files import locked
 from fresnel.render import one_batch
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.gaussians import Gaussians

@@ -26,13 +26,14 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from fresnel.host.provenance import machine, project_root
+from fresnel.host.machine import project_root
+from fresnel.report.provenance import machine
 from fresnel.report.record import RESULTS_NAME, RecordError, RunRecord
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CACHE_NAME = ".cache"
 _SHOWS_ONLY = {
-    *("__main__.py", "host/locks.py", "study/runner.py"),
+    *("__main__.py", "study/runner.py"),
     *("report/engine.py", "report/cache.py", "report/touched.py", "report/run.py"),
     *("report/page.py", "report/plain_page.py", "report/html.py", "report/index.py"),
     *("report/ledger.py", "report/templates", "report/schema"),
@@ -40,7 +41,7 @@ _SHOWS_ONLY = {
 """Of this package, what runs or shows a report but has no part in its figures."""
 NOT_TRAINING = {
     *("analysis", "show", "report", "host", "views.py", "objects/furniture.py"),
-    *("study/protocol.py", "study/splits.py", "training/forecast.py"),
+    *("study/protocol.py", "training/forecast.py"),
 }
 """What else has no part in a training: a checkpoint outlives a change to these."""
 _FORMAT = 1

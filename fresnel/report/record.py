@@ -34,8 +34,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fresnel.host.machine import cuda, project_root
 from fresnel.host.meters import EnergyMeter, PeakMemory
-from fresnel.host.provenance import cuda, project_root, provenance
+from fresnel.report.provenance import provenance
 
 SCHEMA_VERSION = 2
 SCHEMA = Path(__file__).parent / "schema" / "results.schema.json"

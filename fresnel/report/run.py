@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fresnel.host import locks
-from fresnel.host.provenance import project_root
+from fresnel.host.files import locked
+from fresnel.host.machine import project_root
 from fresnel.report import cache
 from fresnel.report.params import check_parameters, read_parameters
 from fresnel.report.plain_page import plain_page
@@ -182,7 +182,7 @@ def index(reports_dir: str | Path | None = None) -> Path:
     from fresnel.report import page as pages
 
     reports = reports_folder(reports_dir)
-    with locks.locked(reports / cache.CACHE_NAME / "index.lock"):
+    with locked(reports / cache.CACHE_NAME / "index.lock"):
         return pages.index(reports)
 
 
@@ -394,7 +394,7 @@ def _page(directory: Path, record: RunRecord, notebook: Any = None) -> str | Non
 @contextlib.contextmanager
 def _alone(reports: Path, wanted: Mapping[str, Any], name: str) -> Iterator[None]:
     waiting = f"{name}: another process is computing this very report; waiting for it"
-    with locks.locked(cache.lock_file(reports, wanted), waiting):
+    with locked(cache.lock_file(reports, wanted), waiting):
         yield
 
 

@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from fresnel.data import dataset as ds
 from fresnel.data.dataset import MultiViewDataset
-from fresnel.evaluation.metrics import format_rows, object_name
+from fresnel.data.layout import object_name
+from fresnel.evaluation.metrics import format_rows
+from fresnel.objects import sources
 from fresnel.report.record import Recorder
 
 _LICENCES = {
@@ -92,13 +93,13 @@ def _link(text: str, address: str) -> str:
 
 def _known(source: str | MultiViewDataset) -> dict[str, str]:
     """Object -> its attribution, as a source states it."""
-    from fresnel.objects import meshes
+    from fresnel.objects.assets import embedded_assets, find_assets
 
     if source == "embedded":
-        return {asset.name: asset.attribution for asset in meshes.embedded_assets()}
-    if isinstance(source, str) and ds.holds_objects(source):
-        return {asset.name: asset.attribution for asset in meshes.find_assets(source)}
-    data = ds.open(source) if isinstance(source, str) else source
+        return {asset.name: asset.attribution for asset in embedded_assets()}
+    if isinstance(source, str) and sources.holds_objects(source):
+        return {asset.name: asset.attribution for asset in find_assets(source)}
+    data = sources.open(source) if isinstance(source, str) else source
     found = {}
     for name, record in zip(data.names, data.records, strict=True):
         found[object_name(name)] = str(getattr(record, "attribution", ""))

@@ -6,30 +6,24 @@ line cannot drift apart on it.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
-import torch
 
 from fresnel.bootstrap import CORRECTED, ORIGINAL, BootstrapConfig, bootstrap
 from fresnel.data import dataset as ds
-from fresnel.data.dataset import InputImages, MultiViewDataset, ViewTensors
-from fresnel.data.images import as_photographs, holds_images
+from fresnel.data.dataset import MultiViewDataset, ViewTensors
 from fresnel.gate import verdict as gate
-from fresnel.host.provenance import project_root
+from fresnel.host.files import fingerprint
+from fresnel.host.machine import project_root
+from fresnel.objects.sources import data_dir, ground_truth, input_images
 from fresnel.report.cache import NOT_TRAINING, code_hash
 from fresnel.report.record import Recorder
-from fresnel.study import splits as studies
-
-INPUT_SIZE = 128
-"""Pixels: rendered inputs are at least this large, which is what the shipped decoders see."""
+from fresnel.scene.colour import luminance
 
 
 class Refused(RuntimeError):
@@ -48,11 +42,6 @@ def parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def data_dir() -> Path:
-    """Where datasets go: runs/data in the project, wherever the notebook was started from."""
-    return project_root() / "runs" / "data"
-
-
 def train_dir(name: str, data: MultiViewDataset, config: Mapping[str, Any]) -> Path:
     """Where the checkpoints of one model on one dataset with one configuration go.
 
@@ -64,195 +53,6 @@ def train_dir(name: str, data: MultiViewDataset, config: Mapping[str, Any]) -> P
     key = fingerprint({**config, "code": code_hash(NOT_TRAINING)})
     stem = f"{name}-{data.content_hash.removeprefix('sha256:')[:8]}-{key}"
     return project_root() / "runs" / "train" / stem
-
-
-def pick_device(device: str = "auto") -> str:
-    """Resolve "auto" to "cuda" where torch sees a GPU, else "cpu".
-
-    Raises:
-        ValueError: if CUDA is asked for and there is none, or the name is unknown.
-    """
-    if device not in {"auto", "cpu", "cuda"}:
-        raise ValueError(f"device: got {device!r}, want 'auto', 'cpu' or 'cuda'")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: 'cuda' was asked for, but torch sees no GPU; use 'auto' or 'cpu'")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def fingerprint(config: Any) -> str:
-    """Eight hex digits that name a configuration (a dataclass or a JSON-able mapping)."""
-    data = config if isinstance(config, Mapping) else asdict(config)
-    text = json.dumps(data, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def ground_truth(
-    source: str,
-    split: str,
-    *,
-    image_size: int,
-    images: int = 0,
-    views: int = 8,
-    azimuths: Literal["even", "random"] = "even",
-    objects: int = 0,
-    seed: int = 0,
-    samples: int = 4,
-    exclude_embedded: bool = False,
-    cache: Path | None = None,
-) -> MultiViewDataset:
-    """Multi-view ground truth of 3D objects: rendered once, found again by its configuration.
-
-    Args:
-        source: "embedded" (the 24 objects that ship), 3D objects (whatever `meshes.find_assets`
-            reads: a folder, .zip, .sh3f, manifest or mesh), or multi-view data in any format that
-            `dataset.open` reads (its views are taken as they are).  Of a source that states
-            several splits those of `split` are taken.
-        split: "train" or "held_out" for the embedded objects; "train", "val" or "test" of others
-            ("held_out" means "test" there).
-        images: records, at least one per object: objects are seen from as many input poses as it
-            takes (0: one each).
-        objects: use only the first so many objects (0: all); of multi-view data too.
-        exclude_embedded: leave out the objects that ship with the library, so that a decoder
-            trained on the rest has never seen what the main job bootstraps from.
-    """
-    from fresnel.objects import meshes
-
-    if source == "embedded":
-        assets = meshes.embedded_assets(cast(Literal["train", "held_out"], split))
-    elif ds.holds_objects(source):
-        assets = _assets(source, split)
-    else:
-        data = ds.open(source)
-        several = len(set(data.meta.get("object_splits", {}).values())) > 1
-        data = studies.part(data, split) if several else data
-        return studies.first_objects(data, objects) if objects else data
-    assets = _without_embedded(assets, exclude_embedded)[: objects or None]
-    inputs_per_object = max(1, math.ceil(images / len(assets)))
-    config = {
-        "source": Path(source).name,
-        "split": split,
-        "objects": [asset.name for asset in assets],
-        "image_size": image_size,
-        "inputs_per_object": inputs_per_object,
-        "views": views,
-        "azimuths": azimuths,
-        "seed": seed,
-        "samples": samples,
-    }
-    path = (
-        cache or data_dir()
-    ) / f"truth-{Path(source).stem}-{split}-{image_size}px-{fingerprint(config)}"
-    if (path / "manifest.json").exists():
-        return ds.open(path)
-    return meshes.render_set(
-        assets,
-        path,
-        views=views,
-        image_size=image_size,
-        inputs_per_object=inputs_per_object,
-        seed=seed,
-        samples=samples,
-        azimuths=azimuths,
-    )
-
-
-def _assets(source: str | Path, split: str) -> list[Any]:
-    """The 3D objects of a source, of one split if it states several."""
-    from fresnel.objects import meshes
-
-    found = meshes.find_assets(source)
-    if not found:
-        raise ds.DatasetError(f"{source}: neither multi-view data nor 3D objects")
-    if len({asset.split for asset in found}) < 2:
-        return found
-    wanted = "test" if split == "held_out" else split
-    chosen = [asset for asset in found if asset.split == wanted]
-    if not chosen:
-        raise ds.DatasetError(f"{source}: holds no object of split {wanted!r}")
-    return chosen
-
-
-def _without_embedded(assets: list[Any], really: bool) -> list[Any]:
-    if not really:
-        return assets
-    from fresnel.objects import meshes
-
-    known = {asset.origin for asset in meshes.embedded_assets()}
-    return [asset for asset in assets if asset.origin not in known]
-
-
-def input_images(
-    source: str,
-    *,
-    images: int,
-    image_size: int,
-    seed: int = 0,
-    elevation_deg: float = 15.0,
-    objects: str = "all",
-    exclude_embedded: bool = False,
-    cache: Path | None = None,
-) -> tuple[InputImages, str]:
-    """Single images for the bootstrap, and a sentence on where they come from.
-
-    Args:
-        source: "embedded" or 3D objects (input views are rendered from the training objects, their
-            cameras known), a dataset in our layout (the inputs of its training records), multi-view
-            data in another format (the pictures that act as its inputs), or a folder of image
-            files.  The last two are photographs: their cameras are assumed, as
-            `dataset.load_images` does, because the bootstrap knows one scale and one pivot.
-        images: at most so many; rendered objects are seen from as many input poses as it takes.
-        image_size: pixels, of photographs as they are read; renders are at least `INPUT_SIZE`.
-        elevation_deg: assumed elevation of photographs.
-        objects: which objects' images, for sources that know objects: see `studies.part`.
-        exclude_embedded: leave out the objects of a .zip that ship with the library.
-    """
-    rendered = source == "embedded" or ds.holds_objects(source)
-    photographs = rendered and holds_images(source)
-    if rendered and not photographs:
-        from fresnel.objects import meshes
-
-        assets = (
-            meshes.embedded_assets("train")
-            if source == "embedded"
-            else _without_embedded(_assets(source, "train"), exclude_embedded)
-        )
-        chosen = studies.choose([asset.name for asset in assets], objects)
-        few = min(images, len(assets)) if objects == "all" else 0
-        truth = ground_truth(
-            source,
-            "train",
-            image_size=max(image_size, INPUT_SIZE),
-            images=images if few else images * -(-len(assets) // len(chosen)),
-            views=1,
-            objects=few,
-            seed=seed,
-            exclude_embedded=exclude_embedded,
-            cache=cache,
-        )
-        truth = studies.part(truth, objects)
-        few = min(images, len(chosen))
-        # Every object once before any twice: a prefix of the inputs is a varied sample.
-        order = sorted(range(len(truth)), key=lambda i: (int(truth.names[i].rsplit("__", 1)[1]), i))
-        return (
-            truth.inputs()[order[:images]],
-            f"{images} rendered input views of {few} training objects "
-            f"({'embedded, CC0' if source == 'embedded' else Path(source).name})",
-        )
-    if not rendered and ds.open(source).layout == "fresnel":
-        data = studies.part(ground_truth(source, "train", image_size=image_size), objects)
-        inputs = data.subset(slice(images)).inputs() if len(data) > images else data.inputs()
-        return inputs, f"{len(inputs)} input views of {Path(source).name}, objects: {objects}"
-    if objects != "all":
-        raise ValueError(f"objects: got {objects!r}, but {source} is a folder of photographs")
-    if not photographs:
-        data = ds.open(source)
-        taken = data.subset(slice(images)).inputs() if len(data) > images else data.inputs()
-        inputs = as_photographs(taken, max(image_size, INPUT_SIZE), elevation_deg)
-        return inputs, f"{len(inputs)} pictures of {Path(source).name}, cameras assumed"
-    inputs = ds.load_images(source, max(image_size, INPUT_SIZE), elevation_deg=elevation_deg)
-    if len(inputs) > images:
-        inputs = inputs[:images]
-    return inputs, f"{len(inputs)} images from {Path(source).name}, elevation assumed"
 
 
 def bootstrap_config(
@@ -327,8 +127,6 @@ def light_of_targets(data: ViewTensors) -> dict[str, float]:
     Returns:
         ``target_luminance`` and ``target_coverage``; 1 where views are as bright and as large.
     """
-    from fresnel.evaluation.metrics import luminance
-
     inputs, views = data.inputs, data.rgb.shape[1]
     light = [luminance(rgb.float() / 255).sum().item() for rgb in data.rgb]
     light_in = luminance(inputs.rgb.float() / 255).sum().item()

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from fresnel.host.locks import lock_if_free
-from fresnel.host.provenance import project_root
+from fresnel.host.files import lock_if_free
+from fresnel.host.machine import project_root
 from fresnel.report import run as report
 from fresnel.report.params import check_parameters, read_parameters
 from fresnel.report.record import slug

@@ -1,4 +1,4 @@
-"""What a study needs beyond single runs: parts of the objects, the views worth keeping, equal time.
+"""Parts of the objects by name: splits, and the halves A and B.
 
 The training objects are halved once, by name: A gives multi-view truth to the decoder, B is seen
 as single images only, which is what a bootstrap starts from.  Test objects are seen by nobody.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from fresnel.data.dataset import DatasetError, MultiViewDataset
-from fresnel.evaluation.metrics import object_name
+from fresnel.data.layout import object_name
+from fresnel.objects import furniture
+from fresnel.objects.assets import embedded_assets
 
 PARTS = (
     '"all", "train", "val", "test", "unshipped", "A", "B", "A<n>" or "rest<n>" (such as "A50", '
@@ -100,17 +97,13 @@ def _uniform(text: str) -> float:
 @functools.cache
 def _shipped() -> frozenset[str]:
     """The furniture set's names of the objects that are embedded in the library."""
-    from fresnel.objects import furniture, meshes
-
-    origins = {asset.origin for asset in meshes.embedded_assets()}
+    origins = {asset.origin for asset in embedded_assets()}
     objects = furniture.listing()["objects"]
     return frozenset(e["file"] for e in objects if f"{e['library']}/{e['model']}" in origins)
 
 
 @functools.cache
 def _kinds() -> dict[str, str]:
-    from fresnel.objects import furniture
-
     return {entry["file"]: entry["group"] for entry in furniture.listing()["objects"]}
 
 
@@ -126,67 +119,3 @@ def require_apart(training: Iterable[str], held_out: Iterable[str]) -> None:
             f"object {min(both)!r} is in the training data and among the held-out objects; "
             f"choose another truth_source, or objects={PARTS}"
         )
-
-
-def pairs_of(data: MultiViewDataset, drop: float) -> Tensor | None:
-    """`kept_pairs` of a dataset, which the gate looks at once more; None where nothing is dropped.
-
-    Args:
-        drop: share of the views to leave out, in [0, 1).
-    """
-    if drop == 0:
-        return None
-    from fresnel.gate import verdict as gate
-
-    verdict = gate.validate(data)
-    return kept_pairs(data.names, data.views_per_object, verdict.measurements, drop)
-
-
-def kept_pairs(
-    names: Sequence[str], views: int, measurements: Sequence[Mapping[str, Any]], drop: float
-) -> Tensor:
-    """The (record, view) pairs to train on, (P, 2), without the share `drop` of the worst views.
-
-    A view is the worse the further its covered area, the light of what is covered and its detail
-    are from those of its input (`view_fault`).  Views that the gate did not look at stay.
-
-    Args:
-        names: the records'.
-        measurements: `Verdict.measurements` of the same data.
-
-    Raises:
-        ValueError: if `drop` is not in [0, 1).
-    """
-    if not 0 <= drop < 1:
-        raise ValueError(f"drop: got {drop}, want a share in [0, 1)")
-    row = {name: i for i, name in enumerate(names)}
-    faults = torch.zeros(len(names), views, dtype=torch.float64)
-    for seen in measurements:
-        if seen["object"] in row:
-            faults[row[seen["object"]], seen["view"]] = view_fault(seen)
-    order = faults.flatten().argsort(stable=True)
-    kept = order[: order.numel() - math.floor(drop * order.numel())].sort().values
-    return torch.stack([kept // views, kept % views], dim=1)
-
-
-def view_fault(seen: Mapping[str, Any]) -> float:
-    """How far a view is from its input: sum of |ln ratio| of area, light and detail, each <= 3."""
-    ratios = [seen.get(f"{name}_ratio") for name in ("coverage", "luminance", "detail")]
-    logs = [abs(math.log(r)) if r is not None and r > 0 else 3.0 for r in ratios]
-    return sum(min(value, 3.0) if math.isfinite(value) else 3.0 for value in logs)
-
-
-def steps_for(train_s: float, samples_per_s: float, batch_size: int) -> int:
-    """Training steps that take `train_s` seconds at a measured rate, to two figures.
-
-    Arms of equal time state their steps in the params file, made with this, rather than a limit in
-    seconds: the learning-rate schedule needs the length of the run beforehand, and the same file
-    then gives the same weights on a slower machine, and after a resume.
-    """
-    if not (train_s > 0 and samples_per_s > 0 and batch_size > 0):
-        raise ValueError(
-            f"train_s {train_s}, samples_per_s {samples_per_s}, batch_size {batch_size}: want > 0"
-        )
-    steps = train_s * samples_per_s / batch_size
-    digits = 1 - math.floor(math.log10(max(steps, 1)))
-    return max(1, round(round(steps, digits)))

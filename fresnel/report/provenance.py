@@ -7,18 +7,16 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fresnel.host.machine import accelerators, core_count, cuda
 
 _PACKAGES = (
     *("fresnel", "torch", "numpy", "gsplat", "numba", "trimesh", "embreex", "gsply", "pillow"),
     *("torchmetrics", "matplotlib", "viser", "transformers", "papermill", "nbconvert"),
 )
-
-_ACCELERATOR = re.compile(r"nvidia\d+|kfd|dxg")
-_CHOOSERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
@@ -74,30 +72,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def accelerators() -> list[str]:
-    """GPUs that the system shows, and which of them may be used; [] where there is none."""
-    found = [str(path) for path in Path("/dev").glob("*") if re.fullmatch(_ACCELERATOR, path.name)]
-    chosen = [f"{name}={os.environ[name]}" for name in _CHOOSERS if name in os.environ]
-    return sorted(found) + chosen if found else []
-
-
-def project_root() -> Path:
-    """The checkout: the nearest folder above the working directory that holds this project's
-    pyproject.toml, else the working directory itself (an installed package run elsewhere)."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "fresnel").is_dir() and (folder / "pyproject.toml").is_file():
-            return folder
-    return here
-
-
-def cuda() -> Any:
-    """torch.cuda where it works, else None. Does not import torch: a run that never did has none
-    of its memory to measure."""
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_available() else None
-
-
 def _versions(names: Sequence[str]) -> dict[str, str]:
     found = {}
     for name in names:
@@ -115,10 +89,3 @@ def _cpu_model() -> str | None:
         return platform.processor() or None
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return match.group(1).strip() if match else platform.machine() or None
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -12,9 +12,9 @@ from PIL import Image
 
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, MultiViewDataset
-from fresnel.objects import furniture
-from fresnel.study import protocol as experiment
-from fresnel.study import splits as studies
+from fresnel.objects import furniture, sources
+from fresnel.objects import splits as studies
+from fresnel.training.worst_views import kept_pairs
 
 SPLITS = {"box0": "train", "box2": "train", "box3": "test", "box4": "val", "box6": "train"}
 
@@ -61,20 +61,20 @@ def test_parts_of_a_dataset_keep_to_its_splits(boxes: MultiViewDataset) -> None:
 
 def test_a_dataset_is_a_source_of_truth_and_of_inputs(boxes: MultiViewDataset) -> None:
     source = str(boxes.path)
-    truth = experiment.ground_truth(source, "held_out", image_size=16)
+    truth = sources.ground_truth(source, "held_out", image_size=16)
     assert truth.names == ("box3__0",)
-    two = experiment.ground_truth(source, "train", image_size=16, objects=2)
+    two = sources.ground_truth(source, "train", image_size=16, objects=2)
     assert two.names == ("box0__0", "box2__0")
-    inputs, words = experiment.input_images(source, images=2, image_size=16)
+    inputs, words = sources.input_images(source, images=2, image_size=16)
     assert inputs.names == ("box0__0", "box2__0") and "2 input views" in words
-    half, _ = experiment.input_images(source, images=9, image_size=16, objects="B")
+    half, _ = sources.input_images(source, images=9, image_size=16, objects="B")
     assert set(half.names) == set(studies.part(boxes, "B").names)
 
 
 def test_photographs_have_no_parts(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "photo.png")
     with pytest.raises(ValueError, match="folder of photographs"):
-        experiment.input_images(str(tmp_path), images=1, image_size=16, objects="B")
+        sources.input_images(str(tmp_path), images=1, image_size=16, objects="B")
 
 
 def test_shared_objects_are_refused() -> None:
@@ -89,20 +89,12 @@ def test_the_worst_views_are_those_furthest_from_their_input() -> None:
     rows[1] |= {"coverage_ratio": 0.0, "luminance_ratio": float("nan")}  # empty
     rows[5] |= {"detail_ratio": 0.2}  # blurred
     rows[2] |= {"luminance_ratio": 1.4}
-    everything = studies.kept_pairs("ab", 3, rows, 0.0)
+    everything = kept_pairs("ab", 3, rows, 0.0)
     assert everything.tolist() == [[i, j] for i in range(2) for j in range(3)]
-    assert studies.kept_pairs("ab", 3, rows, 0.2).tolist() == [
+    assert kept_pairs("ab", 3, rows, 0.2).tolist() == [
         [0, 0], [0, 2], [1, 0], [1, 1], [1, 2],
     ]  # fmt: skip
-    assert studies.kept_pairs("ab", 3, rows, 0.5).tolist() == [[0, 0], [1, 0], [1, 1]]
-    assert torch.equal(studies.kept_pairs("ab", 3, [], 0.0), everything)
+    assert kept_pairs("ab", 3, rows, 0.5).tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert torch.equal(kept_pairs("ab", 3, [], 0.0), everything)
     with pytest.raises(ValueError, match="drop"):
-        studies.kept_pairs("ab", 3, rows, 1.0)
-
-
-def test_equal_time_is_stated_in_steps() -> None:
-    assert studies.steps_for(600, 850.0, 32) == 16000
-    assert studies.steps_for(60, 10.0, 16) == 38
-    assert studies.steps_for(1, 1.0, 16) == 1
-    with pytest.raises(ValueError, match="samples_per_s"):
-        studies.steps_for(60, 0.0, 16)
+        kept_pairs("ab", 3, rows, 1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import struct
 import subprocess
 import sys
 import zipfile
@@ -20,10 +19,13 @@ from PIL import Image
 from fresnel import look_at, orbit
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError
-from fresnel.objects import meshes
+from fresnel.objects import render_set as rendering
+from fresnel.objects import sources, trace
 from fresnel.objects import trace as _trace
-from fresnel.objects.assets import linear_factors
-from fresnel.objects.surface import AMBIENT, LIGHTS, linear_to_srgb, srgb_to_linear, surface
+from fresnel.objects.assets import Asset, embedded_assets, find_assets
+from fresnel.objects.render_set import render_set
+from fresnel.objects.surface import AMBIENT, LIGHTS, surface
+from fresnel.scene.colour import linear_to_srgb, srgb_to_linear
 
 PBR = trimesh.visual.material.PBRMaterial
 
@@ -57,12 +59,18 @@ def sphere(radius=0.5) -> trimesh.Trimesh:
     return trimesh.creation.icosphere(subdivisions=3, radius=radius)
 
 
+def loaded(mesh, folder: Path, **options) -> trimesh.Scene:
+    """A mesh, written as GLB and read again."""
+    (folder / "mesh.glb").write_bytes(mesh.export(file_type="glb", **options))
+    return trace.load(folder / "mesh.glb")
+
+
 # --- geometry ----------------------------------------------------------------------------------
 
 
 def test_coverage_and_depth_of_a_sphere_are_the_analytic_ones():
     size, distance, radius = 64, 3.0, 0.5
-    views = meshes.render(sphere(radius), camera(size=size), samples=4)
+    views = trace.render(sphere(radius), camera(size=size), samples=4)
     assert views.rgb.shape == (1, size, size, 3) and views.rgb.dtype == torch.float32
     assert views.alpha.shape == views.depth.shape == (1, size, size, 1)
     silhouette = 1.2 * size * radius / (distance**2 - radius**2) ** 0.5
@@ -76,7 +84,7 @@ def test_pixels_follow_the_camera_convention():
     # A small square up and to the right of the centre appears up and to the right.
     mesh = quad(half=0.1)
     mesh.apply_translation([0.5, 0.8, 0.0])
-    views = meshes.render(mesh, camera(size=60))
+    views = trace.render(mesh, camera(size=60))
     ys, xs = torch.nonzero(views.alpha[0, ..., 0], as_tuple=True)
     # x = 30 + 72 * 0.5 / 3 = 42, y = 30 - 72 * 0.8 / 3 = 10.8, in pixels with centres at +0.5.
     assert (xs.float() + 0.5).mean().item() == pytest.approx(42.0, abs=0.3)
@@ -84,7 +92,7 @@ def test_pixels_follow_the_camera_convention():
 
 
 def test_depth_is_along_the_axis_not_along_the_ray():
-    depth = meshes.render(quad(half=1.0), camera()).depth
+    depth = trace.render(quad(half=1.0), camera()).depth
     assert torch.allclose(depth[depth > 0], torch.tensor(3.0), atol=1e-5)
 
 
@@ -92,8 +100,8 @@ def test_off_centre_intrinsics_shift_the_picture():
     cameras = camera(size=32)
     shifted = cameras.Ks.clone()
     shifted[:, 0, 2] += 4
-    moved = meshes.render(sphere(), type(cameras)(cameras.viewmats, shifted, 32, 32))
-    still = meshes.render(sphere(), cameras)
+    moved = trace.render(sphere(), type(cameras)(cameras.viewmats, shifted, 32, 32))
+    still = trace.render(sphere(), cameras)
     assert torch.allclose(moved.alpha[:, :, 4:], still.alpha[:, :, :-4])
 
 
@@ -104,16 +112,16 @@ def test_edges_are_anti_aliased_on_a_stratified_grid():
     # A vertical edge covering half of a pixel's width covers half of its samples.
     size = 30
     mesh = quad(half=0.5 * 3 / (1.2 * size) * 9)  # 9 pixels wide: edges at 10.5 and 19.5
-    alpha = meshes.render(mesh, camera(size=size)).alpha[0, ..., 0]
+    alpha = trace.render(mesh, camera(size=size)).alpha[0, ..., 0]
     assert alpha[15, 10].item() == pytest.approx(0.5)
     assert alpha[15, 11].item() == 1 and alpha[15, 9].item() == 0
-    fine = meshes.render(mesh, camera(size=size), samples=16).alpha
+    fine = trace.render(mesh, camera(size=size), samples=16).alpha
     assert fine.sum().item() == pytest.approx(81.0, rel=1e-3)
-    assert meshes.render(mesh, camera(size=size), samples=1).alpha.unique().tolist() == [0, 1]
+    assert trace.render(mesh, camera(size=size), samples=1).alpha.unique().tolist() == [0, 1]
 
 
 def test_colour_is_premultiplied_by_coverage():
-    views = meshes.render(sphere(), camera(), samples=9)
+    views = trace.render(sphere(), camera(), samples=9)
     edge = (views.alpha > 0) & (views.alpha < 1)
     straight = (views.rgb / views.alpha.clamp_min(1e-6))[edge.expand_as(views.rgb)]
     assert edge.any() and (views.rgb <= views.alpha + 1e-5).all()
@@ -122,7 +130,7 @@ def test_colour_is_premultiplied_by_coverage():
 
 def test_a_camera_inside_the_mesh_sees_all_around_it():
     inside = camera(eye=(0.0, 0.0, 0.1))
-    assert meshes.render(sphere(), inside).alpha.min() == 1
+    assert trace.render(sphere(), inside).alpha.min() == 1
 
 
 def test_many_views_equal_one_by_one_and_chunks_do_not_show(monkeypatch):
@@ -136,13 +144,13 @@ def test_many_views_equal_one_by_one_and_chunks_do_not_show(monkeypatch):
         height=16,
     )
     box = trimesh.creation.box((0.6, 1.0, 0.4))
-    together = meshes.render(box, cameras)
+    together = trace.render(box, cameras)
     for k in range(3):
-        alone = meshes.render(box, cameras[k : k + 1])
+        alone = trace.render(box, cameras[k : k + 1])
         assert torch.equal(together.rgb[k], alone.rgb[0])
         assert torch.equal(together.depth[k], alone.depth[0])
     monkeypatch.setattr("fresnel.objects.trace._RAYS_AT_ONCE", 100)
-    assert torch.equal(meshes.render(box, cameras).rgb, together.rgb)
+    assert torch.equal(trace.render(box, cameras).rgb, together.rgb)
 
 
 # --- colour ------------------------------------------------------------------------------------
@@ -160,12 +168,12 @@ def expected(linear_color, normal) -> list[float]:
 def test_base_colour_factor_is_linear_and_lit_by_the_stated_lights():
     mesh = quad(baseColorFactor=[0.2, 0.4, 0.6, 1.0])
     want = expected(np.round(np.array([0.2, 0.4, 0.6]) * 255) / 255, (0, 0, 1))
-    assert center(meshes.render(mesh, camera())) == pytest.approx(want, abs=0.01)
+    assert center(trace.render(mesh, camera())) == pytest.approx(want, abs=0.01)
 
 
 def test_surfaces_are_two_sided():
     mesh = quad(baseColorFactor=[0.5, 0.5, 0.5, 1.0])
-    behind = center(meshes.render(mesh, camera(eye=(0.0, 0.0, -3.0))))
+    behind = center(trace.render(mesh, camera(eye=(0.0, 0.0, -3.0))))
     assert behind == pytest.approx(expected([128 / 255] * 3, (0, 0, -1)), abs=0.01)
 
 
@@ -182,7 +190,7 @@ def test_textures_are_srgb_with_the_first_row_on_top_and_repeat():
     big = Image.fromarray(np.kron(image, np.ones((16, 16, 1), np.uint8)))
 
     def corners(mesh):
-        rgb = meshes.render(mesh, camera(size=40)).rgb[0]
+        rgb = trace.render(mesh, camera(size=40)).rgb[0]
         return [rgb[y, x] for y, x in ((16, 16), (16, 24), (24, 16), (24, 24))]
 
     red, green, blue, grey = corners(quad(baseColorTexture=big))
@@ -197,26 +205,25 @@ def test_textures_are_srgb_with_the_first_row_on_top_and_repeat():
     assert torch.allclose(tinted[0], red, atol=1e-3) and tinted[1].max() < 0.01
 
 
-def test_vertex_and_face_colours():
+def test_vertex_and_face_colours(tmp_path):
     mesh = quad()
     mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=[[128, 0, 0, 255]] * 4)
-    want = expected([srgb_to_linear(np.array(128 / 255)), 0, 0], (0, 0, 1))
-    assert center(meshes.render(mesh, camera())) == pytest.approx(want, abs=0.01)
-    linear = meshes.load(mesh.export(file_type="glb"))  # glTF's vertex colours are linear
+    want = expected([srgb_to_linear(np.float64(128 / 255)), 0, 0], (0, 0, 1))
+    assert center(trace.render(mesh, camera())) == pytest.approx(want, abs=0.01)
+    linear = loaded(mesh, tmp_path)  # glTF's vertex colours are linear
     want = expected([128 / 255, 0, 0], (0, 0, 1))
-    assert center(meshes.render(linear, camera())) == pytest.approx(want, abs=0.01)
+    assert center(trace.render(linear, camera())) == pytest.approx(want, abs=0.01)
     mesh.visual = trimesh.visual.ColorVisuals(mesh, face_colors=[[0, 200, 0, 255]] * 2)
-    assert center(meshes.render(mesh, camera()))[1] > 0.5
+    assert center(trace.render(mesh, camera()))[1] > 0.5
 
 
-def test_scenes_with_several_materials_and_transforms():
+def test_scenes_with_several_materials_and_transforms(tmp_path):
     scene = trimesh.Scene()
     left = trimesh.transformations.translation_matrix([-0.5, 0, 0])
     right = trimesh.transformations.translation_matrix([0.5, 0, 0])
     scene.add_geometry(quad(half=0.3, baseColorFactor=[1.0, 0, 0, 1.0]), transform=left)
     scene.add_geometry(quad(half=0.3, baseColorFactor=[0, 0, 1.0, 1.0]), transform=right)
-    loaded = meshes.load(scene.export(file_type="glb"))
-    rgb = meshes.render(loaded, camera(size=30)).rgb[0, 15]
+    rgb = trace.render(loaded(scene, tmp_path), camera(size=30)).rgb[0, 15]
     assert rgb[9, 0] > 0.5 and rgb[9, 2] == 0
     assert rgb[21, 2] > 0.5 and rgb[21, 0] == 0
 
@@ -229,10 +236,10 @@ def test_normals_are_smooth_on_a_sphere_and_sharp_on_a_box():
     assert np.allclose(np.abs(box.normals).max(-1), 1, atol=1e-5)
 
 
-def test_normals_in_the_file_are_used():
+def test_normals_in_the_file_are_used(tmp_path):
     tilted = np.tile([0.6, 0.0, 0.8], (4, 1))
     mesh = trimesh.Trimesh(quad().vertices, quad().faces, vertex_normals=tilted, process=False)
-    scene = meshes.load(trimesh.Scene(mesh).export(file_type="glb", include_normals=True))
+    scene = loaded(trimesh.Scene(mesh), tmp_path, include_normals=True)
     assert np.allclose(surface(scene).normals, [0.6, 0.0, 0.8], atol=1e-5)
 
 
@@ -244,49 +251,47 @@ def test_obj_with_its_material_file(tmp_path):
     (tmp_path / "a.obj").write_text(
         "mtllib a.mtl\nusemtl red\nv -1 -1 0\nv 1 -1 0\nv 1 1 0\nv -1 1 0\nf 1 2 3 4\n"
     )
-    views = meshes.render(meshes.load(tmp_path / "a.obj"), camera())
-    want = expected([srgb_to_linear(np.array(127 / 255)), 0, 0], (0, 0, 1))
+    views = trace.render(trace.load(tmp_path / "a.obj"), camera())
+    want = expected([srgb_to_linear(np.float64(127 / 255)), 0, 0], (0, 0, 1))
     assert center(views) == pytest.approx(want, abs=0.01)
 
 
 def test_files_that_are_no_meshes_are_refused_by_name(tmp_path):
     with pytest.raises(DatasetError, match=r"none\.glb: no such file"):
-        meshes.load(tmp_path / "none.glb")
+        trace.load(tmp_path / "none.glb")
     (tmp_path / "text.glb").write_text("hello")
     with pytest.raises(DatasetError, match=r"text\.glb: can't be read"):
-        meshes.load(tmp_path / "text.glb")
+        trace.load(tmp_path / "text.glb")
     (tmp_path / "a.png").write_text("hello")
     with pytest.raises(DatasetError, match=r"a \.png file"):
-        meshes.load(tmp_path / "a.png")
-    with pytest.raises(DatasetError, match="not a binary glTF"):
-        meshes.load(b"hello")
-    whole = meshes.embedded_assets()[0].source.read_bytes()
+        trace.load(tmp_path / "a.png")
+    (tmp_path / "cut.glb").write_bytes(embedded_assets()[0].source.read_bytes()[:5000])
     with pytest.raises(DatasetError, match="can't be read"):
-        meshes.load(whole[:5000])
+        trace.load(tmp_path / "cut.glb")
 
 
 def test_meshes_without_substance_are_refused():
     with pytest.raises(ValueError, match="no triangle"):
-        meshes.render(trimesh.Scene(), camera())
+        trace.render(trimesh.Scene(), camera())
     with pytest.raises(ValueError, match="no triangle"):
-        meshes.render(trimesh.Trimesh(np.zeros((3, 3)), np.zeros((0, 3), int)), camera())
+        trace.render(trimesh.Trimesh(np.zeros((3, 3)), np.zeros((0, 3), int)), camera())
     broken = quad()
     broken.vertices[0, 0] = np.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
-        meshes.render(broken, camera())
+        trace.render(broken, camera())
     with pytest.raises(ValueError, match="coincide"):
         surface(quad(half=0.0)).normalised()
     with pytest.raises(ValueError, match="square number"):
-        meshes.render(quad(), camera(), samples=5)
+        trace.render(quad(), camera(), samples=5)
     with pytest.raises(ValueError, match="batch shape"):
-        meshes.render(quad(), camera()[0])
+        trace.render(quad(), camera()[0])
 
 
 # --- objects -----------------------------------------------------------------------------------
 
 
 def test_the_embedded_objects_are_what_their_list_says():
-    folder = Path(meshes.__file__).parents[1] / "assets"
+    folder = Path(trace.__file__).parents[1] / "assets"
     entries = json.loads((folder / "objects.json").read_text())
     assert {entry["file"] for entry in entries} == {path.name for path in folder.glob("*.glb")}
     for entry in entries:
@@ -295,56 +300,42 @@ def test_the_embedded_objects_are_what_their_list_says():
         assert entry["licence"] == "CC0-1.0" and entry["creator"] and entry["source"]
     assert sum((folder / entry["file"]).stat().st_size for entry in entries) <= 3_000_000
     assert "CC0 1.0 Universal" in (folder / "LICENSE-CC0-1.0.txt").read_text()
-    assert len(meshes.embedded_assets("train")) == 16
-    assert len(meshes.embedded_assets("held_out")) == 8
-    assert len({asset.name for asset in meshes.embedded_assets()}) == 24
-    kinds = {asset.category for asset in meshes.embedded_assets("train")}
-    assert {asset.category for asset in meshes.embedded_assets("held_out")} <= kinds
+    assert len(embedded_assets("train")) == 16
+    assert len(embedded_assets("held_out")) == 8
+    assert len({asset.name for asset in embedded_assets()}) == 24
+    kinds = {asset.category for asset in embedded_assets("train")}
+    assert {asset.category for asset in embedded_assets("held_out")} <= kinds
 
 
-def test_zip_files_of_objects(tmp_path):
+def test_a_zip_file_with_a_manifest(tmp_path):
+    """Colours are linear, as glTF has them, whatever the entries' sources are called."""
+
     def entry(name: str, split: str) -> dict[str, str]:
-        return {
-            "file": f"objects/{name}.glb",
-            "name": name,
-            "split": split,
-            "license": "CC0-1.0",
-            "creator": "me",
-            "copyright": "nobody",
-            "category": "test",
-        }
+        file = f"objects/{name}.glb"
+        return {"file": file, "split": split, "license": "CC0-1.0", "source": f"{name}.obj"}
 
     glb = quad(baseColorFactor=[0.5, 0.5, 0.5, 1.0]).export(file_type="glb")
     path = tmp_path / "objects.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("manifest.json", json.dumps([entry("a", "train"), entry("b", "test")]))
-        archive.writestr("objects/a.glb", glb)
-    assets = meshes.zip_assets(path)
-    assert [asset.name for asset in assets] == ["a", "b"]
-    assert [asset.name for asset in meshes.zip_assets(path, "test")] == ["b"]
-    # The zip's factors are sRGB: what is shown is the colour that the number says.
-    want = expected(srgb_to_linear(np.array([128 / 255] * 3)), (0, 0, 1))
-    shown = center(meshes.render(meshes.load(assets[0].load()), camera()))
-    assert shown == pytest.approx(want, abs=0.01)
+        archive.writestr("objects/A.glb", glb)
+    assets = find_assets(path)
+    assert [(asset.name, asset.split) for asset in assets] == [("a", "train"), ("b", "test")]
+    shown = center(trace.render(trace.load(assets[0]), camera()))
+    assert shown == pytest.approx(expected([127 / 255] * 3, (0, 0, 1)), abs=0.01)
     with pytest.raises(DatasetError, match="no member"):
-        assets[1].load()
-    with pytest.raises(DatasetError, match="no object of split"):
-        meshes.zip_assets(path, "val")
+        trace.load(assets[1])
     (tmp_path / "no.zip").write_text("hello")
     with pytest.raises(DatasetError, match="zip"):
-        meshes.zip_assets(tmp_path / "no.zip")
-    with pytest.raises(DatasetError, match="no such file"):
-        meshes.zip_assets(tmp_path / "none.zip")
-    with pytest.raises(DatasetError, match="not a binary glTF"):
-        linear_factors(struct.pack("<I", 7) * 6)
+        find_assets(tmp_path / "no.zip")
 
 
 # --- data --------------------------------------------------------------------------------------
 
 
 def test_render_set_makes_truth_that_agrees_with_itself(tmp_path):
-    assets = meshes.embedded_assets("held_out")[:2]
-    made = meshes.render_set(assets, tmp_path / "set", image_size=24, inputs_per_object=2)
+    assets = embedded_assets("held_out")[:2]
+    made = render_set(assets, tmp_path / "set", image_size=24, inputs_per_object=2)
     assert made.names == tuple(f"{a.name}__{k}" for a in assets for k in range(2))
     assert made.meta["splits"] == ["held_out"]
     tensors = made.tensors()
@@ -376,22 +367,22 @@ def _azimuths(made: dataset.MultiViewDataset, index: int) -> list[float]:
 
 
 def test_what_an_object_gets_depends_on_seed_and_name_only(tmp_path):
-    assets = meshes.embedded_assets()[:3]
+    assets = embedded_assets()[:3]
     options = {"image_size": 12, "views": 2, "samples": 1}
-    all_three = meshes.render_set(assets, tmp_path / "a", **options)
-    alone = meshes.render_set(assets[2:], tmp_path / "b", **options)
-    again = meshes.render_set(assets, tmp_path / "c", **options)
-    other = meshes.render_set(assets[2:], tmp_path / "d", seed=1, **options)
+    all_three = render_set(assets, tmp_path / "a", **options)
+    alone = render_set(assets[2:], tmp_path / "b", **options)
+    again = render_set(assets, tmp_path / "c", **options)
+    other = render_set(assets[2:], tmp_path / "d", seed=1, **options)
     assert again.content_hash == all_three.content_hash
     assert torch.equal(all_three[2].rgb, alone[0].rgb)
     assert not torch.equal(other[0].cameras.viewmats, alone[0].cameras.viewmats)
 
 
 def test_stretched_records_show_other_shapes_of_the_same_object(tmp_path):
-    assets = meshes.embedded_assets()[:1]
+    assets = embedded_assets()[:1]
     options = {"image_size": 32, "views": 4, "samples": 1, "inputs_per_object": 3}
-    plain = meshes.render_set(assets, tmp_path / "plain", **options)
-    made = meshes.render_set(assets, tmp_path / "set", stretch=1.6, **options)
+    plain = render_set(assets, tmp_path / "plain", **options)
+    made = render_set(assets, tmp_path / "set", stretch=1.6, **options)
     assert made.names == plain.names and made.meta["stretch"] == 1.6 and "stretch" not in plain.meta
     assert torch.equal(made[0].rgb, plain[0].rgb), "the first is the object itself"
     tensors, same = made.tensors(), plain.tensors()
@@ -403,7 +394,7 @@ def test_stretched_records_show_other_shapes_of_the_same_object(tmp_path):
     depth = tensors.depth[tensors.alpha == 255]
     assert depth.min() > 2.2 - 0.87 and depth.max() < 2.2 + 0.87, "longest side 1 again"
     with pytest.raises(ValueError, match=r"stretch: got 0\.5"):
-        meshes.render_set(assets, tmp_path / "other", stretch=0.5)
+        render_set(assets, tmp_path / "other", stretch=0.5)
 
 
 def test_stretching_keeps_normals_perpendicular():
@@ -419,8 +410,8 @@ def test_stretching_keeps_normals_perpendicular():
 
 
 def test_random_azimuths_stay_in_their_sectors(tmp_path):
-    made = meshes.render_set(
-        meshes.embedded_assets()[:1],
+    made = render_set(
+        embedded_assets()[:1],
         tmp_path / "set",
         image_size=8,
         samples=1,
@@ -432,46 +423,47 @@ def test_random_azimuths_stay_in_their_sectors(tmp_path):
 
 
 def test_worker_processes_change_nothing(tmp_path):
-    assets = meshes.embedded_assets()[:1]
+    assets = embedded_assets()[:1]
     options = {"image_size": 8, "views": 1, "samples": 1}
-    one = meshes.render_set(assets, tmp_path / "a", workers=1, **options)
-    two = meshes.render_set(assets, tmp_path / "b", workers=2, **options)
+    one = render_set(assets, tmp_path / "a", workers=1, **options)
+    two = render_set(assets, tmp_path / "b", workers=2, **options)
     assert one.content_hash == two.content_hash
 
 
 KILLED = """
 import os, sys
-from fresnel.objects import meshes
-if __name__ == "__main__":
+from fresnel.objects import render_set as meshes
+from fresnel.objects.assets import embedded_assets
+if True:
     write, count = meshes.write_object, int(sys.argv[2])
     def dying(root, index, views):
         if index == count:
             os.kill(os.getpid(), 9)
         return write(root, index, views)
     meshes.write_object = dying
-    assets = meshes.embedded_assets()[:4]
+    assets = embedded_assets()[:4]
     meshes.render_set(assets, sys.argv[1], image_size=12, views=2, samples=1, workers=1)
 """
 
 
 def test_a_killed_rendering_goes_on_where_it_stopped(tmp_path, monkeypatch):
     options = {"image_size": 12, "views": 2, "samples": 1}
-    assets = meshes.embedded_assets()[:4]
-    whole = meshes.render_set(assets, tmp_path / "whole", **options)
+    assets = embedded_assets()[:4]
+    whole = render_set(assets, tmp_path / "whole", **options)
     command = [sys.executable, "-c", KILLED, str(tmp_path / "set"), "2"]
     assert subprocess.run(command, check=False, timeout=120).returncode == -9
     assert not (tmp_path / "set").exists()
     (folder,) = tmp_path.glob(".set.rendering-*")
     assert sorted(path.name for path in folder.glob("image_*")) == ["image_0000", "image_0001"]
     rendered = []
-    render_object = meshes._render_object
+    render_object = rendering._render_object
 
     def watched(job):
         rendered.append(job.asset.name)
         return render_object(job)
 
-    monkeypatch.setattr(meshes, "_render_object", watched)
-    made = meshes.render_set(assets, tmp_path / "set", **options)
+    monkeypatch.setattr(rendering, "_render_object", watched)
+    made = render_set(assets, tmp_path / "set", **options)
     assert rendered == [asset.name for asset in assets[2:]]
     assert made.content_hash == whole.content_hash
     made.verify()
@@ -479,19 +471,14 @@ def test_a_killed_rendering_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert not list(made.path.glob(".*"))
 
 
-def test_what_other_settings_left_is_cleared_away_unless_in_use(tmp_path):
-    fcntl = pytest.importorskip("fcntl")
+def test_what_other_settings_left_is_cleared_away(tmp_path):
     options = {"image_size": 8, "views": 1, "samples": 1}
-    assets = meshes.embedded_assets()[:1]
-    idle, busy = (tmp_path / f".set.rendering-{name}" for name in ("idle", "busy"))
-    for folder in (idle, busy):
-        (folder / "image_0000").mkdir(parents=True)
-    with (busy / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        meshes.render_set(assets, tmp_path / "set", **options)
-    assert not idle.exists() and busy.exists()
+    assets = embedded_assets()[:1]
+    (tmp_path / ".set.rendering-idle" / "image_0000").mkdir(parents=True)
+    render_set(assets, tmp_path / "set", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
     with pytest.raises(DatasetError, match="overwrite=True"):
-        meshes.render_set(assets, tmp_path / "set", **options)
+        render_set(assets, tmp_path / "set", **options)
 
 
 def test_folders_manifests_and_zips_of_objects_open_as_datasets(tmp_path):
@@ -503,20 +490,20 @@ def test_folders_manifests_and_zips_of_objects_open_as_datasets(tmp_path):
     with zipfile.ZipFile(source / "more.zip", "w") as archive:
         archive.writestr("x/c.glb", glb)
     options = {"image_size": 8, "views": 2, "cache": tmp_path / "cache"}
-    opened = dataset.open(source, **options)
+    opened = sources.open(source, **options)
     assert opened.names == ("a__0", "b__0", "c__0") and opened.views_per_object == 2
-    assert dataset.open(source / "a.glb", **options).names == ("a__0",)
+    assert sources.open(source / "a.glb", **options).names == ("a__0",)
     entry = {"file": "deep/b.obj", "name": "B", "split": "test", "licence": "CC0", "creator": "me"}
     (source / "list.json").write_text(json.dumps({"assets": [entry]}))
-    listed = dataset.open(source / "list.json", **options)
+    listed = sources.open(source / "list.json", **options)
     assert listed.names == ("b__0",) and listed[0].attribution == "B by me (CC0)"
     assert listed.meta["object_splits"] == {"b": "test"}
     (source / "manifest.json").write_text(json.dumps([{**entry, "file": "../secret.glb"}]))
     with pytest.raises(DatasetError, match="leads out of the folder"):
-        dataset.open(source, **options)
+        sources.open(source, **options)
     (source / "manifest.json").write_text(json.dumps([{**entry, "file": "gone.glb"}]))
     with pytest.raises(DatasetError, match=r"gone\.glb: no such file"):
-        dataset.open(source, **options)
+        sources.open(source, **options)
 
 
 def test_a_texture_that_is_not_laid_out_leaves_the_colour(tmp_path):
@@ -525,27 +512,27 @@ def test_a_texture_that_is_not_laid_out_leaves_the_colour(tmp_path):
     (tmp_path / "a.obj").write_text(
         "mtllib a.mtl\nusemtl red\nv -1 -1 0\nv 1 -1 0\nv 1 1 0\nv -1 1 0\nf 1 2 3 4\n"
     )
-    shown = center(meshes.render(meshes.load(tmp_path / "a.obj"), camera()))
-    want = expected([srgb_to_linear(np.array(127 / 255)), 0, 0], (0, 0, 1))
+    shown = center(trace.render(trace.load(tmp_path / "a.obj"), camera()))
+    want = expected([srgb_to_linear(np.float64(127 / 255)), 0, 0], (0, 0, 1))
     assert shown == pytest.approx(want, abs=0.01)
 
 
 def test_render_set_refuses_what_it_cannot_render(tmp_path):
-    assets = meshes.embedded_assets()
-    with pytest.raises(DatasetError, match="no object of split 'test'"):
-        meshes.render_set(assets, tmp_path / "a", split="test")
+    assets = embedded_assets()
+    with pytest.raises(DatasetError, match="no object given"):
+        render_set([], tmp_path / "a")
     with pytest.raises(DatasetError, match="share a name"):
-        meshes.render_set([assets[0], assets[0]], tmp_path / "a")
+        render_set([assets[0], assets[0]], tmp_path / "a")
     with pytest.raises(ValueError, match="views: got 0, want at least 1"):
-        meshes.render_set(assets, tmp_path / "a", views=0)
+        render_set(assets, tmp_path / "a", views=0)
     with pytest.raises(ValueError, match="azimuths"):
-        meshes.render_set(assets, tmp_path / "a", azimuths="odd")
-    gone = meshes.Asset("ghost", tmp_path / "ghost.glb", "train", "CC0-1.0", "nobody")
+        render_set(assets, tmp_path / "a", azimuths="odd")
+    gone = Asset("ghost", tmp_path / "ghost.glb", "train", "CC0-1.0", "nobody")
     with pytest.raises(DatasetError, match=r"ghost\.glb: no such file"):
-        meshes.render_set([gone], tmp_path / "a")
+        render_set([gone], tmp_path / "a")
     buffer = io.BytesIO(trimesh.Scene(trimesh.PointCloud([[0, 0, 0.0]])).export(file_type="glb"))
     (tmp_path / "points.glb").write_bytes(buffer.getvalue())
-    dots = meshes.Asset("dots", tmp_path / "points.glb", "train", "CC0-1.0", "nobody")
+    dots = Asset("dots", tmp_path / "points.glb", "train", "CC0-1.0", "nobody")
     with pytest.raises(DatasetError, match="'dots': mesh: holds no triangle"):
-        meshes.render_set([dots], tmp_path / "a")
+        render_set([dots], tmp_path / "a")
     assert not (tmp_path / "a").exists()

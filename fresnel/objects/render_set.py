@@ -1,0 +1,301 @@
+"""3D objects in, multi-view data with known truth out."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fresnel.data import dataset
+from fresnel.data.dataset import DatasetError, MultiViewDataset, ObjectViews
+from fresnel.data.layout import MANIFEST, Record, canonical_json
+from fresnel.data.records import record_folder, write_object
+from fresnel.data.writing import assemble, check_target
+from fresnel.host import files
+from fresnel.host.machine import core_count
+from fresnel.host.processes import lend
+from fresnel.objects.assets import Asset, content_of
+from fresnel.objects.surface import surface
+from fresnel.objects.trace import load, render
+from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
+
+_ALGORITHM = 1  # raise it when the pictures of one configuration change
+VIEW_ELEVATIONS_DEG = (-30.0, 45.0)
+INPUT_ELEVATIONS_DEG = (0.0, 30.0)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    views: int = 8
+    image_size: int = 64
+    inputs_per_object: int = 1
+    seed: int = 0
+    samples: int = 4
+    azimuths: str = "even"
+    stretch: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("views", "image_size", "inputs_per_object"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
+        if self.azimuths not in ("even", "random"):
+            raise ValueError(f'azimuths: got {self.azimuths!r}, want "even" or "random"')
+        if not 1 <= self.stretch <= 4:
+            raise ValueError(f"stretch: got {self.stretch}, want a factor in [1, 4]")
+
+
+@dataclass(frozen=True)
+class _Job:
+    first: int  # index of its first record
+    asset: Asset
+    settings: _Settings
+    folder: Path
+
+
+def fingerprint(assets: Sequence[Asset], **settings: Any) -> str:
+    """What a rendering is found again by: the bytes that it shows, and `render_set`'s settings."""
+    known: dict[Path, str] = {}
+    shown = [
+        {**vars(asset), "source": content_of(asset.source, known), "split": asset.split}
+        for asset in assets
+    ]
+    said = [_ALGORITHM, asdict(_Settings(**settings)), shown]
+    return hashlib.sha256(canonical_json(said)).hexdigest()[:16]
+
+
+def render_set(
+    assets: Sequence[Asset],
+    path: str | Path,
+    *,
+    views: int = 8,
+    image_size: int = 64,
+    inputs_per_object: int = 1,
+    seed: int = 0,
+    samples: int = 4,
+    azimuths: Literal["even", "random"] = "even",
+    stretch: float = 1.0,
+    workers: int | None = None,
+    overwrite: bool = False,
+    reuse: bool = False,
+) -> MultiViewDataset:
+    """Ground-truth multi-view data: every object from one or more random inputs and V views.
+
+    Objects are centred, longest side 1.  Record "name__k" is input pose k: a random azimuth and
+    an elevation in [0, 30] degrees.  Its views stand at azimuths 360 i / V relative to the input
+    ("even") or at a random place in each of those V sectors ("random"), elevations in [-30, 45].
+    What an object gets depends on the seed and its name alone, not on the other objects.
+
+    Finished records wait in a hidden folder beside ``path``.  Whatever stops the work, a kill
+    included: the same call goes on where it stopped, and its result has the same bytes.  A second
+    process that wants the same waits for the first.
+
+    Args:
+        views: views a record, V.
+        image_size: width and height of inputs and views in pixels.
+        samples: rays a pixel, a square number.
+        stretch: at least 1.  The first record of an object shows it as it is, every further one
+            with each axis scaled by a random factor between 1 / stretch and stretch (even in its
+            logarithm), then centred and of longest side 1 again: training data of more shapes
+            than there are objects.
+        workers: processes to render with; None takes one for each core, or this one where
+            the set is so small that starting others doesn't pay.
+        overwrite: replace an existing dataset at ``path``.
+        reuse: return an existing dataset at ``path``; the caller's path names what is in it.
+
+    Raises:
+        DatasetError: if there is no object, two share a name, one can't be rendered, or the disk
+            is full.
+    """
+    settings = _Settings(views, image_size, inputs_per_object, seed, samples, azimuths, stretch)
+    names = [asset.name for asset in assets]
+    if not names:
+        raise DatasetError("assets: no object given")
+    if len(set(names)) < len(names):
+        raise DatasetError("assets: two objects share a name; want unique names")
+    target = Path(path)
+    lock = target.with_name(f".{target.name}.lock")
+    with files.locked(lock, f"{target}: another process renders it; waiting"):
+        if not (reuse and (target / MANIFEST).is_file()):
+            check_target(target, overwrite)
+            _render_into(target, assets, settings, workers)
+        lock.unlink()
+    return dataset.open(target)
+
+
+def _render_into(
+    target: Path, assets: Sequence[Asset], settings: _Settings, workers: int | None
+) -> None:
+    key = fingerprint(assets, **asdict(settings))
+    folder = target.with_name(f".{target.name}.rendering-{key}")
+    for old in target.parent.glob(f".{target.name}.rendering-*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)  # of other settings: never to be resumed
+    folder.mkdir(parents=True, exist_ok=True)
+    every = settings.inputs_per_object
+    jobs = [_Job(k * every, asset, settings, folder) for k, asset in enumerate(assets)]
+    meta = {
+        "source": "meshes",
+        "elevation_is_assumed": False,
+        "seed": settings.seed,
+        "samples": settings.samples,
+        "azimuths": settings.azimuths,
+        "inputs_per_object": every,
+        **({"stretch": settings.stretch} if settings.stretch > 1 else {}),
+        "splits": sorted({asset.split for asset in assets}),
+        "object_splits": {asset.name: asset.split for asset in assets},
+        "object_classes": {a.name: a.category for a in assets if a.category},
+        "licences": sorted({asset.licence for asset in assets}),
+    }
+    try:
+        records = _render_all(jobs, workers, f"rendering {target.name}")
+        for scratch in folder.glob(".working-*"):  # what killed workers left half done
+            shutil.rmtree(scratch, ignore_errors=True)
+        black = (0.0, 0.0, 0.0)
+        assemble(folder, target, records, settings.image_size, settings.views, black, meta)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise DatasetError(
+            f"{target}: the disk is full. Free some space and call again: it goes on from here"
+            if full
+            else f"{target}: can't be written ({error})"
+        ) from error
+    finally:
+        if not any(folder.glob("image_*")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _render_all(jobs: Sequence[_Job], workers: int | None, title: str) -> list[Record]:
+    done = {job.first: found for job in jobs if (found := _finished(job))}
+    waiting = [job for job in jobs if job.first not in done]
+    if workers is None:
+        say = jobs[0].settings
+        pictures = len(waiting) * say.inputs_per_object * (say.views + 1)
+        rays = pictures * say.image_size**2 * say.samples
+        # Processes take about three seconds to start and trace two million rays a second each.
+        workers = core_count() if rays > 30_000_000 else 1
+    bar = tqdm(total=len(jobs), initial=len(done), desc=title, unit="object", delay=2)
+    with bar:
+        for job, records in zip(waiting, _rendered(waiting, workers), strict=True):
+            done[job.first] = records
+            bar.update()
+    return [record for job in jobs for record in done[job.first]]
+
+
+def _rendered(jobs: Sequence[_Job], workers: int) -> Iterator[list[Record]]:
+    if workers <= 1 or len(jobs) <= 1:
+        yield from map(_write_object, jobs)
+        return
+    try:
+        with lend(min(workers, len(jobs))) as crew:
+            yield from crew.map(_write_object, jobs)
+    except BrokenProcessPool:
+        raise DatasetError(
+            "rendering: a worker was killed, perhaps for want of memory. Call again: it goes on"
+        ) from None
+
+
+def _write_object(job: _Job) -> list[Record]:
+    """Render one object; each record appears in the folder by a rename, whole or not at all."""
+    records = []
+    with tempfile.TemporaryDirectory(prefix=".working-", dir=job.folder) as scratch:
+        for k, views in enumerate(_render_object(job)):
+            record = write_object(Path(scratch), job.first + k, views)
+            place = job.folder / record.folder
+            if place.exists():
+                shutil.rmtree(place)
+            (Path(scratch) / record.folder).rename(place)
+            records.append(record)
+    return records
+
+
+def _finished(job: _Job) -> list[Record]:
+    """The records of an object, if an earlier call finished them all."""
+    records = []
+    for k in range(job.settings.inputs_per_object):
+        folder = job.folder / record_folder(job.first + k)
+        if not folder.is_dir():
+            return []
+        digests = {
+            path.relative_to(folder).as_posix(): files.sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        name = f"{job.asset.name}__{k}"
+        records.append(Record(name, folder.name, job.asset.attribution, digests))
+    return records
+
+
+def _render_object(job: _Job) -> Iterator[ObjectViews]:
+    asset, say = job.asset, job.settings
+    try:
+        solid = surface(load(asset)).normalised()
+        for k in range(say.inputs_per_object):
+            shape, cameras = solid, _cameras(job, k)
+            if k and say.stretch > 1:
+                shape = solid.stretched(_factors(job, k)).normalised()
+            pictures = render(shape, cameras, samples=say.samples)
+            rgb, alpha = _bytes(pictures.rgb), _bytes(pictures.alpha[..., 0])
+            depth = pictures.depth[..., 0]
+            yield ObjectViews(
+                name=f"{asset.name}__{k}",
+                input_rgb=rgb[0],
+                input_alpha=alpha[0],
+                input_camera=cameras[0],
+                rgb=rgb[1:],
+                alpha=alpha[1:],
+                cameras=cameras[1:],
+                pivot=torch.zeros(3),
+                depth=depth[1:],
+                input_depth=depth[0],
+                attribution=asset.attribution,
+            )
+    except ValueError as error:
+        raise DatasetError(f"object {asset.name!r}: {error}") from error
+
+
+def _random(job: _Job, what: str) -> np.random.Generator:
+    """Of the seed and the object's name alone."""
+    text = f"{job.settings.seed}/{job.asset.name}/{what}"
+    return np.random.default_rng(list(hashlib.sha256(text.encode()).digest()))
+
+
+def _factors(job: _Job, k: int) -> np.ndarray:
+    """By how much record k's object is longer along each axis, (3,)."""
+    power = _random(job, f"{k}/stretch").uniform(-1.0, 1.0, 3)
+    # the last bits of a power depend on the machine, and with them the data's hash
+    return np.round(job.settings.stretch**power * 4096) / 4096
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return (values * 255 + 0.5).floor().to(torch.uint8)
+
+
+def _cameras(job: _Job, k: int) -> Cameras:
+    """The input camera of pose k, followed by its views' cameras."""
+    say, generator = job.settings, _random(job, str(k))
+    start = generator.uniform(0.0, 360.0)
+    input_elevation = generator.uniform(*INPUT_ELEVATIONS_DEG)
+    elevations = generator.uniform(*VIEW_ELEVATIONS_DEG, say.views)
+    jitter = generator.uniform(0.0, 1.0, say.views) if say.azimuths == "random" else 0.0
+    relative = (np.arange(say.views) + jitter) * (360.0 / say.views)
+    azimuths = np.concatenate([[start], start + relative])
+    return orbit(
+        torch.from_numpy(azimuths),
+        torch.from_numpy(np.concatenate([[input_elevation], elevations])),
+        STANDARD_RADIUS,
+        pivot=(0.0, 0.0, 0.0),
+        focal_px=STANDARD_FOCAL * say.image_size,
+        width=say.image_size,
+        height=say.image_size,
+    )
