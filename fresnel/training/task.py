@@ -119,5 +119,5 @@ def digest(*tensors: Tensor) -> str:
     """Twelve hex digits that name the tensors' values."""
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().numpy().tobytes())
     return found.hexdigest()[:12]

@@ -1,0 +1,157 @@
+"""What losses compare with what, and what a resumed training must have in common with its start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cvs import batch_of, generator, model, views
+from test_decoder import TINY, blobs
+from test_rendered import truth_renderer
+from test_train import HASH, certify
+from torch import Tensor
+
+from fresnel.models.cvs import CVS, CVSConfig
+from fresnel.models.decoder import Decoder
+from fresnel.training import losses
+from fresnel.training.cvs_task import CVSTask
+from fresnel.training.decoder_task import DecoderTask
+from fresnel.training.loop import fit
+from fresnel.training.task import ResumeRefused, TrainConfig
+
+
+def passes_of(net: CVS, act: Any) -> list[tuple[Tensor, Tensor]]:
+    """What the network was given while `act` ran: images and levels of each pass."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = net.register_forward_pre_hook(lambda _m, given: seen.append((given[0], given[1])))
+    act()
+    hook.remove()
+    return seen
+
+
+def noise_in(x: Tensor, target: Tensor, level: Tensor) -> Tensor:
+    return (x - target) / level[:, None, None, None]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_reference_is_the_same_noise_at_the_lower_level(compiled: bool) -> None:
+    """In the eager way, which leaves out what needs no pass, and in that of compiled networks."""
+    net = model(sigma_max_fraction=0.0, p_mean=1.0, p_std=0.5)
+    batch = batch_of(net)
+    network = (lambda *given: losses.denoised(*given)) if compiled else losses.denoised
+    (x_t, t), (x_r, r) = passes_of(
+        net,
+        lambda: losses.consistency_loss(
+            net, batch["target"], batch["cond"], batch["weights"], progress=1.0,
+            generator=generator(), network=network,
+        ),
+    )  # fmt: skip
+    assert (r < 0.95 * t).all()
+    torch.testing.assert_close(r, losses.ect_earlier(t, 3, net.config))
+    later, earlier = (noise_in(x, batch["target"], s) for x, s in ((x_t, t), (x_r, r)))
+    torch.testing.assert_close(earlier, later, atol=1e-4, rtol=1e-4)
+    assert later.std() == pytest.approx(1.0, abs=0.1)
+
+
+def test_either_way_of_the_second_pass_gives_the_same_loss() -> None:
+    net = model(sigma_max_fraction=0.5)
+    batch = batch_of(net)
+    found = [
+        losses.consistency_loss(
+            net, batch["target"], batch["cond"], batch["weights"], progress=1.0,
+            generator=generator(2), network=network,
+        )["loss"]
+        for network in (losses.denoised, lambda *given: losses.denoised(*given))
+    ]  # fmt: skip
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_the_original_compares_with_the_average_at_the_next_lower_level() -> None:
+    net = model(parameterisation="original")
+    ema = model(parameterisation="original")
+    batch, seen = batch_of(net), []
+    ema.register_forward_pre_hook(lambda _m, given: seen.append((given[0], given[1])))
+    ((x, t),) = passes_of(
+        net,
+        lambda: losses.original_loss(
+            net, ema, batch["target"], batch["cond"], batch["weights"], progress=0.5,
+            generator=generator(),
+        ),
+    )  # fmt: skip
+    ((lower_x, lower),) = seen
+    u, lower_u = (torch.atan(level) / (torch.pi / 2) for level in (t, lower))
+    torch.testing.assert_close(u - lower_u, torch.full_like(u, 1e-3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        noise_in(lower_x, batch["target"], lower), noise_in(x, batch["target"], t),
+        atol=1e-3, rtol=1e-3,
+    )  # fmt: skip
+
+
+def test_errors_of_the_order_of_c_out_count_alike_but_at_the_lowest_levels() -> None:
+    net = model(light_weight=0.0)
+    target, everywhere = torch.zeros(1, 4, 16, 16), torch.ones(1, 1, 16, 16)
+    counted = {}
+    for level in (0.004, 0.1, 1.0, 80.0):
+        c_out = net.scalings(torch.tensor([level]))[1]
+        output = target + c_out
+        terms = losses.consistency_terms(
+            net.config, output, target, target, everywhere, c_out, torch.tensor([True])
+        )
+        counted[level] = terms["loss"].item()
+    assert counted[1.0] == pytest.approx(counted[80.0], rel=0.02)
+    assert counted[80.0] == pytest.approx(1.0, abs=0.02) and 0.85 < counted[0.1] < 1
+    assert counted[0.004] < 0.15, "below huber_c the loss is quadratic"
+
+
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "records": (r"records: 1 gone \['object_1'\], 0 new", {"records": 1}),
+    "pairs of equal number": ("task.pairs was", {"pairs": torch.tensor([[1, 1], [0, 2]])}),
+    "renderer": ("task.renders was", {"renderer": truth_renderer(depth=2.5)}),
+    "validation": ("task.validation was", {"validation": views()[:1]}),
+    "initial weights": ("task.initial_weights was", {"start": 1}),
+}
+
+
+@pytest.mark.parametrize("change", ["nothing", *CHANGES])
+def test_a_cvs_resumes_with_the_very_same_task_alone(tmp_path: Path, change: str) -> None:
+    data = replace(views(), content_hash=HASH)
+    config = TrainConfig(steps=4, lr=1e-2, snapshot_every=2, validate_every=2, warmup_steps=0)
+
+    def run(name: str, *, records: int = 2, start: int = 0, **options: Any) -> Tensor:
+        torch.manual_seed(start)
+        source = CVS(CVSConfig.preset("tiny", render_condition=True))
+        net = CVS(source.config)
+        net.start_from(source)
+        options = {"renderer": truth_renderer(), "pairs": torch.tensor([[0, 1], [0, 2]]), **options}
+        task = CVSTask(net, data[:records], batch_size=2, mirror=True, **options)
+        stop = 2 if name == "halves" and not (tmp_path / name).exists() else None
+        result = fit(
+            task, receipt=certify(tmp_path), config=config, run_dir=tmp_path / name,
+            stop_at_step=stop, progress_bar=False,
+        )  # fmt: skip
+        return torch.cat([p.detach().flatten() for p in result.model.parameters()])
+
+    run("halves")
+    if change == "nothing":
+        assert torch.equal(run("halves"), run("whole"))
+        return
+    message, options = CHANGES[change]
+    with pytest.raises(ResumeRefused, match=message):
+        run("halves", **options)
+
+
+def test_a_decoder_knows_the_weights_it_started_from() -> None:
+    data = blobs()
+    torch.manual_seed(0)
+    first, second = Decoder(TINY), Decoder(TINY)
+    origins = [
+        DecoderTask(data, model=start, batch_size=2).config["initial_weights"]
+        for start in (first, second, first)
+    ]
+    assert origins[0] == origins[2] != origins[1]
+    assert DecoderTask(data, TINY, batch_size=2).config["initial_weights"] == "random"
+    part = DecoderTask(data, TINY, batch_size=2, validation=data[:1])
+    assert part.config["validation"] != DecoderTask(data, TINY, batch_size=2).config["validation"]
