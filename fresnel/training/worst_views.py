@@ -9,20 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fresnel.data.dataset import MultiViewDataset
-from fresnel.gate.verdict import validate
 
-
-def pairs_of(data: MultiViewDataset, drop: float) -> Tensor | None:
-    """`kept_pairs` of a dataset, which the gate looks at once more; None where nothing is dropped.
-
-    Args:
-        drop: share of the views to leave out, in [0, 1).
-    """
+def pairs_of(data: Any, drop: float) -> Tensor | None:
+    """`kept_pairs` of a `MultiViewDataset`, which the gate looks at once more; None where the share
+    to leave out, `drop` in [0, 1), is 0."""
     if drop == 0:
         return None
-    verdict = validate(data)
-    return kept_pairs(data.names, data.views_per_object, verdict.measurements, drop)
+    from fresnel.gate.verdict import validate  # and with it all that reads data
+
+    return kept_pairs(data.names, data.views_per_object, validate(data).measurements, drop)
 
 
 def kept_pairs(
