@@ -323,8 +323,8 @@ def test_encoding_in_processes_changes_no_byte_and_fails_alike(written, tmp_path
     monkeypatch.setattr(_writing, "_WORTH_PROCESSES", 1)
     monkeypatch.setattr(_writing, "core_count", lambda: 4)
     crews = []
-    lent = _writing.lend
-    monkeypatch.setattr(_writing, "lend", lambda n: crews.append(n) or lent(n))
+    lent = _writing.processes
+    monkeypatch.setattr(_writing, "processes", lambda n: crews.append(n) or lent(n))
     objects = [written[i] for i in range(len(written))]
     there = tmp_path / "there"
     made = dataset.write(there, objects, background=written.background, meta={}, total=len(objects))

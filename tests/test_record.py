@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pynvml
 import pytest
 
 from fresnel.host import meters
@@ -186,32 +187,32 @@ def package(folder: Path, name: str, microjoules: int) -> Path:
 
 
 class FakeNvml:
-    """Two cards; `energy` in mJ (None: the card has no such counter), `power` in mW."""
+    """Two cards, of what `pynvml` says: an energy in mJ, or else a power in mW."""
 
     def __init__(self, energy: int | None, power: int | None) -> None:
         self.energy, self.power = energy, power
 
-    def nvmlDeviceGetCount_v2(self, count) -> int:
-        count._obj.value = 2
-        return 0
+    def nvmlInit(self) -> None: ...
 
-    def nvmlDeviceGetHandleByIndex_v2(self, index, handle) -> int:
-        return 0 if index.value < 2 else 2
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
 
-    def nvmlDeviceGetHandleByUUID(self, uuid, handle) -> int:
-        return 0 if uuid.value == b"GPU-1" else 2
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> object:
+        return self.answer(index if index < 2 else None)
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle, value) -> int:
-        return self.answer(self.energy, value)
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> object:
+        return self.answer(0 if uuid == "GPU-1" else None)
 
-    def nvmlDeviceGetPowerUsage(self, handle, value) -> int:
-        return self.answer(self.power, value)
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: object) -> int:
+        return self.answer(self.energy)
 
-    def answer(self, number: int | None, value) -> int:
+    def nvmlDeviceGetPowerUsage(self, handle: object) -> int:
+        return self.answer(self.power)
+
+    def answer(self, number: int | None) -> int:
         if number is None:
-            return 3
-        value._obj.value = number
-        return 0
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return number
 
 
 def test_energy_is_read_from_counters_that_wrap(

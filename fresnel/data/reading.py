@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fresnel.host.machine import core_count
-from fresnel.host.processes import lend
+from fresnel.host.pool import processes
 
 if TYPE_CHECKING:
     from fresnel.data.dataset import MultiViewDataset, ObjectViews
@@ -30,8 +30,8 @@ def read_all(dataset: MultiViewDataset, *, light: bool) -> list[ObjectViews]:
             return list(pool.map(dataset.__getitem__, range(len(dataset))))
     rows = np.array_split(np.arange(len(dataset)), workers)
     parts = [dataset.subset(part.tolist()) for part in rows]
-    with lend(workers) as crew:
-        return [views for part in crew.map(_read, parts) for views in part]
+    with processes(workers) as pool:
+        return [views for part in pool.map(_read, parts) for views in part]
 
 
 def _read(part: MultiViewDataset) -> list[ObjectViews]:

@@ -21,7 +21,7 @@ from fresnel.data.images import DatasetError
 from fresnel.data.layout import MANIFEST, Record
 from fresnel.data.records import ObjectViews, write_object
 from fresnel.host.machine import core_count
-from fresnel.host.processes import MOST_WORKERS, lend, prepare
+from fresnel.host.pool import MOST_WORKERS, processes, warm_up
 
 _WORTH_PROCESSES = 40e6  # pixels: some seconds of encoding on one core, as processes cost to start
 
@@ -94,8 +94,8 @@ def _encoders(workers: int, pixels: int) -> Iterator[Executor]:
     """Threads: compressing doesn't hold Python's lock. What is around it does, so where cores are
     many they wait for each other, and a large set is worth processes."""
     if _worth_processes(workers, pixels):
-        with lend(workers) as crew:
-            yield crew
+        with processes(workers) as pool:
+            yield pool
         return
     threads = ThreadPoolExecutor(workers)
     try:
@@ -108,7 +108,7 @@ def expect(pixels: int) -> None:
     """Let what will encode so many pixels start beside the making of the first objects."""
     workers = min(MOST_WORKERS, core_count())
     if _worth_processes(workers, pixels):
-        prepare(workers)
+        warm_up()
 
 
 def _worth_processes(workers: int, pixels: int) -> bool:

@@ -35,7 +35,7 @@ from fresnel.gate.receipts import (
     write_receipt,
 )
 from fresnel.host.machine import core_count
-from fresnel.host.processes import MOST_WORKERS, lend
+from fresnel.host.pool import MOST_WORKERS, processes
 
 __all__ = [
     "GateConfig",
@@ -204,14 +204,10 @@ def _readers(dataset: _Data, count: int, workers: int | None) -> Iterator[_Reade
     cores = core_count()
     crowd = workers is None and cores >= 4 and count >= _WORTH_PROCESSES
     if part is not None and crowd:
-        processes = min(cores, MOST_WORKERS)
-        with lend(processes) as crew:
+        workers = min(cores, MOST_WORKERS)
+        with processes(workers) as pool:
             # Rigs are most of what would travel back.
-            yield (
-                lambda i, rig: crew.submit(_measure, part([i]), 0, trusted, rig),
-                processes,
-                crew.awake,
-            )
+            yield lambda i, rig: pool.submit(_measure, part([i]), 0, trusted, rig), workers, False
         return
     threads = ThreadPoolExecutor(workers or 2)
     try:

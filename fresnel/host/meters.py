@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
+import pynvml
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -21,8 +22,6 @@ class PeakMemory:
     interval_s = 0.1
 
     def __init__(self) -> None:
-        import psutil
-
         self.cuda: int | None = None
         self._process = psutil.Process()
         self._rss = 0
@@ -43,8 +42,6 @@ class PeakMemory:
             self._sample()
 
     def _sample(self) -> None:
-        import psutil
-
         total = self._process.memory_info().rss
         for child in self._process.children(recursive=True):
             try:
@@ -63,11 +60,11 @@ class EnergyMeter:
     CUDA_VISIBLE_DEVICES, by NVML's order; all of them without it.
     """
 
-    def __init__(self, powercap: Path = POWERCAP, nvml: Any = None) -> None:
+    def __init__(self, powercap: Path = POWERCAP, nvml: Any = pynvml) -> None:
         self._lock = threading.Lock()
         self._reasons: list[str] = []
-        self._packages = [_Package(path) for path in self._readable(powercap)]
-        self._gpus = _gpus(nvml if nvml is not None else _load_nvml(), self._reasons)
+        self._packages = [_Package(path) for path in _readable(powercap, self._reasons)]
+        self._gpus = _gpus(nvml, self._reasons)
         self._stop = threading.Event()
         sampled = any(not gpu.counts for gpu in self._gpus)
         # a package's counter wraps round after minutes to hours
@@ -104,21 +101,8 @@ class EnergyMeter:
     def _watch(self) -> None:
         while not self._stop.wait(self._interval_s):
             with self._lock:
-                for package in self._packages:
-                    package.joules()
-                for gpu in self._gpus:
-                    gpu.joules()
-
-    def _readable(self, powercap: Path) -> list[Path]:
-        folders = sorted(powercap.glob("*-rapl:*")) if powercap.is_dir() else []
-        folders = [f for f in folders if re.fullmatch(r"\w+-rapl:\d+", f.name)]
-        if not folders:
-            self._reasons.append("CPU: this machine shows no RAPL counter")
-        readable = [folder for folder in folders if os.access(folder / "energy_uj", os.R_OK)]
-        if len(readable) < len(folders):
-            self._reasons.append(f"CPU: {folders[0] / 'energy_uj'} may not be read by this user")
-            return []
-        return readable
+                for meter in (*self._packages, *self._gpus):
+                    meter.joules()
 
 
 class _Package:
@@ -136,72 +120,57 @@ class _Package:
         return self._total / 1e6
 
 
+def _readable(powercap: Path, reasons: list[str]) -> list[Path]:
+    folders = sorted(f for f in powercap.glob("*") if re.fullmatch(r"\w+-rapl:\d+", f.name))
+    if not folders:
+        reasons.append("CPU: this machine shows no RAPL counter")
+    if all(os.access(folder / "energy_uj", os.R_OK) for folder in folders):
+        return folders
+    reasons.append(f"CPU: {folders[0] / 'energy_uj'} may not be read by this user")
+    return []
+
+
 class _Gpu:
     """One card: millijoules since its driver was loaded, or else milliwatts now."""
 
-    def __init__(self, library: Any, handle: Any) -> None:
-        self._library, self._handle = library, handle
-        self._first = self._ask("nvmlDeviceGetTotalEnergyConsumption", ctypes.c_ulonglong())
-        self.counts = self._first is not None
-        self.readable = self.counts or self._watts() is not None
-        self._when, self._total = time.monotonic(), 0.0
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml, self._handle = nvml, handle
+        self._total, self._when, self.counts = 0.0, time.monotonic(), True
+        try:
+            self._first = nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except pynvml.NVMLError:
+            self.counts = False
+            nvml.nvmlDeviceGetPowerUsage(handle)
 
     def joules(self) -> float:
         if self.counts:
-            now = self._ask("nvmlDeviceGetTotalEnergyConsumption", ctypes.c_ulonglong())
-            if now is not None and self._first is not None:
-                self._total = (now - self._first) / 1e3
-        else:
-            moment = time.monotonic()
-            self._total += (self._watts() or 0.0) * (moment - self._when)
-            self._when = moment
+            now = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+            return (now - self._first) / 1e3
+        moment = time.monotonic()
+        watts = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
+        self._total += watts * (moment - self._when)
+        self._when = moment
         return self._total
 
-    def _watts(self) -> float | None:
-        milliwatts = self._ask("nvmlDeviceGetPowerUsage", ctypes.c_uint())
-        return None if milliwatts is None else milliwatts / 1e3
 
-    def _ask(self, function: str, value: Any) -> int | None:
-        failed = getattr(self._library, function)(self._handle, ctypes.byref(value))
-        return None if failed else int(value.value)
-
-
-def _load_nvml() -> Any:
+def _gpus(nvml: Any, reasons: list[str]) -> list[_Gpu]:
     try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    return None if library.nvmlInit_v2() else library
-
-
-def _gpus(library: Any, reasons: list[str]) -> list[_Gpu]:
-    if library is None:
+        nvml.nvmlInit()
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        keys = range(nvml.nvmlDeviceGetCount()) if chosen is None else chosen.split(",")
+    except pynvml.NVMLError:
         reasons.append("GPU: no NVIDIA driver")
         return []
-    handles = [handle for key in _visible(library) if (handle := _handle(library, key)) is not None]
-    gpus = [gpu for handle in handles if (gpu := _Gpu(library, handle)).readable]
+    gpus = []
+    for key in (str(key).strip() for key in keys):
+        try:
+            if key.isdigit():
+                handle = nvml.nvmlDeviceGetHandleByIndex(int(key))
+            else:
+                handle = nvml.nvmlDeviceGetHandleByUUID(key)
+            gpus.append(_Gpu(nvml, handle))
+        except pynvml.NVMLError:  # no such card, or it shows neither
+            continue
     if not gpus:
         reasons.append("GPU: NVML shows neither energy nor power")
     return gpus
-
-
-def _visible(library: Any) -> Sequence[str]:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [key.strip() for key in chosen.split(",") if key.strip()]
-    count = ctypes.c_uint()
-    failed = library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    return [] if failed else [str(index) for index in range(count.value)]
-
-
-def _handle(library: Any, key: str) -> Any:
-    handle = ctypes.c_void_p()
-    if key.isdigit():
-        failed = library.nvmlDeviceGetHandleByIndex_v2(
-            ctypes.c_uint(int(key)), ctypes.byref(handle)
-        )
-    else:
-        failed = library.nvmlDeviceGetHandleByUUID(
-            ctypes.c_char_p(key.encode()), ctypes.byref(handle)
-        )
-    return None if failed else handle

@@ -24,7 +24,7 @@ from fresnel.data.records import record_folder, write_object
 from fresnel.data.writing import assemble, check_target
 from fresnel.host import files
 from fresnel.host.machine import core_count
-from fresnel.host.processes import lend
+from fresnel.host.pool import processes
 from fresnel.objects.assets import Asset, content_of
 from fresnel.objects.surface import surface
 from fresnel.objects.trace import load, render
@@ -197,8 +197,8 @@ def _rendered(jobs: Sequence[_Job], workers: int) -> Iterator[list[Record]]:
         yield from map(_write_object, jobs)
         return
     try:
-        with lend(min(workers, len(jobs))) as crew:
-            yield from crew.map(_write_object, jobs)
+        with processes(min(workers, len(jobs))) as pool:
+            yield from pool.map(_write_object, jobs)
     except BrokenProcessPool:
         raise DatasetError(
             "rendering: a worker was killed, perhaps for want of memory. Call again: it goes on"

@@ -1,0 +1,117 @@
+"""Worker processes for work that holds Python's lock: torch and this package imported only once.
+
+An executor of the standard library over a fork server: one fresh interpreter imports what the
+workers need, and they are forked from it in milliseconds. Nothing of the caller's state (CUDA,
+threads) is forked, and the caller's main script is not run again: it needs no
+``if __name__ == "__main__"``, and may be a notebook. Workers end with the program, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import functools
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import forkserver
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+
+MOST_WORKERS = 32
+"""What one process can hand work to."""
+_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_PRELOADED = ["fresnel.gate.verdict", "fresnel.gate.epipolar", "PIL.PngImagePlugin"]
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_context = multiprocessing.get_context(_METHOD)
+
+
+@contextlib.contextmanager
+def processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """An executor with so many workers of one thread each, killed if the block ends in an error.
+
+    Functions travel by name, tensors as their own bytes (not their whole storage, nor through
+    shared memory, whose file descriptors run out).
+
+    Raises:
+        BrokenProcessPool: (from a future) if a worker died.
+    """
+    warm_up()
+    pool = _Pool(count, mp_context=_Context(), initializer=_begin)
+    try:
+        yield pool
+    except BaseException:
+        workers = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.kill()
+        raise
+    pool.shutdown()
+
+
+def warm_up() -> None:
+    """Let the fork server import, in the background, what `processes` will soon be asked for."""
+    if _METHOD == "forkserver":
+        _context.set_forkserver_preload(_PRELOADED)
+        before = dict(os.environ)
+        try:
+            os.environ.update(_ONE_THREAD)
+            forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+class _Pool(ProcessPoolExecutor):
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        buffer = io.BytesIO()
+        pickler = pickle.Pickler(buffer, protocol=5)
+        pickler.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: _by_value}
+        pickler.dump(functools.partial(fn, *args, **kwargs))
+        return super().submit(_run, buffer.getvalue())
+
+
+class _Process(_context.Process):  # type: ignore[name-defined, misc]
+    def start(self) -> None:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")  # or each worker would run it
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(type(_context)):  # type: ignore[misc]
+    Process = _Process
+
+
+def _run(packed: bytes) -> Any:
+    return pickle.loads(packed)()
+
+
+def _by_value(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return torch.from_numpy, (tensor.detach().numpy(),)
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to answer
+    torch.set_num_threads(1)
+    ForkingPickler.register(torch.Tensor, _by_value)  # of results
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker waits for work on a pipe that it holds open itself: it would outlive a SIGKILL."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
