@@ -75,8 +75,10 @@ def store(
             twice = next(name for name in names if names.count(name) > 1)
             raise DatasetError(f"{target}: two objects are named {twice!r}; want unique names")
         assemble(partial, target, records, shape[1], shape[0], colour, meta)
-    except BrokenProcessPool as error:
-        raise DatasetError(f"{target}: can't be written: {error}. Nothing was kept") from None
+    except BrokenProcessPool:
+        raise DatasetError(
+            f"{target}: a worker process was killed, perhaps for want of memory. Nothing was kept"
+        ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DatasetError(
