@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from fresnel.report.record import Stage
 from fresnel.training import forecast as planning
@@ -23,30 +24,17 @@ def test_pace_counts_what_happens_once_apart_from_the_steps():
     assert planning.pace(history(100), 10) == pytest.approx((0.1, 0.0))
 
 
-def test_pace_takes_the_steps_that_were_rehearsed():
-    rows = history(10, 20, 5, 10)
-    step_s, once_s = planning.pace(rows, 10, (0.1, 0.3))
-    assert step_s == pytest.approx(0.2)
-    assert once_s == pytest.approx(5 * (0.9 + 0.4 + 1.7 + 0.7)), "recordings happen once"
-    assert planning.pace(rows, 10)[0] > 0.7, "which a short run takes for its pace"
-
-
-def test_settled_steps_are_timed_after_the_first(monkeypatch):
-    clock, taken = [0.0], []
-
-    def train(step):
-        taken.append(step)
-        clock[0] += 1.0 if len(taken) <= 6 else 0.1
-
-    monkeypatch.setattr(planning.time, "perf_counter", lambda: clock[0])
-    stepper = SimpleNamespace(train=train, config=SimpleNamespace(steps=100))
-    assert planning.settled(stepper, 90) == pytest.approx(0.1)
-    assert taken == [*range(90, 100), *[99] * 6], "never beyond the run's end"
+def test_pace_of_recorded_steps_is_that_of_the_fastest_row_of_either_half():
+    rows = history(10, 20, 100, 5, 6, 50)
+    step_s, once_s = planning.pace(rows, 10, recorded=True)
+    assert step_s == pytest.approx((0.1 + 0.2) / 2)
+    assert once_s == pytest.approx(5 * (0.9 + 0.4 + 1.8 + (10 / 6 - 0.2)))
+    assert planning.pace(rows, 10)[0] > 0.7, "what a short run's median would say"
 
 
 def test_a_forecast_is_the_sum_of_its_parts():
     result = SimpleNamespace(
-        history=history(100, 100, 50, 50), compile_s=7.0, duration_s=3.0, paused_s=0.6,
+        history=history(100, 100, 50, 50), model=nn.Linear(1, 1), compile_s=7.0, duration_s=3.0, paused_s=0.6,
         peak_memory_bytes=123,
     )  # fmt: skip
     stages = [
@@ -77,13 +65,6 @@ def test_a_forecast_is_the_sum_of_its_parts():
     assert plan["duration_s"] == pytest.approx(sum(plan["parts"].values()))
     assert plan["cost_usd"] == pytest.approx(plan["duration_s"])
     assert plan["samples"] == 10_000 and plan["peak_memory_bytes"] == 123
-    rehearsed = {**acts, "step_early": 0.01, "step_late": 0.03}
-    sooner = planning.full_run(
-        rehearsed, result, stages, config, batch_size=10, records=8, around_s=0, start_s=3.0,
-        price_per_hour_usd=3600.0,
-    )  # fmt: skip
-    once = 5 * 2 * (0.1 - 0.01 + 0.2 - 0.03)
-    assert sooner["parts"]["steps"] == pytest.approx(1000 * 0.02 + once)
 
 
 def test_what_a_run_took_stands_beside_its_forecast(tmp_path):
@@ -134,7 +115,9 @@ def test_a_forecast_that_was_cut_off_is_none(tmp_path):
 def test_pictures_and_snapshots_asked_for_are_forecast_and_made():
     acts = {"compile": 0, "validation": 0, "preview": 10.0, "checkpoint": 1.0,
             "evaluate_first": 0, "evaluate_record": 0}  # fmt: skip
-    result = SimpleNamespace(history=history(10, 10), compile_s=0, paused_s=0, peak_memory_bytes=1)
+    result = SimpleNamespace(
+        history=history(10, 10), model=nn.Linear(1, 1), compile_s=0, paused_s=0, peak_memory_bytes=1
+    )
 
     def pauses(**options) -> float:
         config = planning.full_config(100, **options)

@@ -6,7 +6,6 @@ of 02 and the account of 03 speak of the same parts: see `PARTS`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
@@ -25,7 +24,7 @@ from fresnel.host.files import fingerprint, inside, write_atomic
 from fresnel.training import checkpoints
 from fresnel.training.loop import TrainResult
 from fresnel.training.step import Stepper, kernels
-from fresnel.training.task import OutOfMemory, TrainConfig
+from fresnel.training.task import TrainConfig
 
 PARTS = {
     "start": "the kernel's start and the imports",
@@ -128,27 +127,26 @@ def by_part(stages: Iterable[Stage]) -> dict[str, float]:
 
 
 def pace(
-    history: Sequence[Mapping[str, Any]], samples: int, known: Sequence[float] = ()
+    history: Sequence[Mapping[str, Any]], samples: int, *, recorded: bool = False
 ) -> tuple[float, float]:
     """Seconds a step over a run's curriculum, and what it took beyond that, once.
 
-    A curriculum may switch on more work half way, so either half has its median. What lies above,
-    such as choosing kernels and recording graphs, happens as often in a long run.
+    A curriculum may switch on more work half way, so either half has its median; where steps are
+    recorded (on a GPU), most of a short run's are not yet played, and the fastest row tells. What
+    lies above, such as choosing kernels and recording, happens as often in a long run.
 
     Args:
         history: rows with "step" and "samples_per_s", evenly spaced over the run.
         samples: samples a step.
-        known: seconds a step of either half, where `rehearse` has measured them: a smoke run can
-            be too short for any of its steps to be played from a recording.
     """
     steps = np.array([row["step"] for row in history])
     counts = np.diff(steps, prepend=0)
     each = np.array([samples / row["samples_per_s"] for row in history])
     late = steps > steps[-1] / 2
-    typical = np.full(len(each), np.median(each))
-    for k, half in enumerate((~late, late)):
-        if known or half.any():
-            typical[half] = known[k] if known else np.median(each[half])
+    typical = each.copy()
+    for half in (~late, late):
+        if half.any():
+            typical[half] = each[half].min() if recorded else np.median(each[half])
     usual = float((typical * counts).sum())
     return usual / int(steps[-1]), max(0.0, float((each * counts).sum()) - usual)
 
@@ -169,14 +167,6 @@ def timed(act: Callable[[], Any], times: int = 1) -> float:
     return (time.perf_counter() - began) / times
 
 
-def settled(stepper: Stepper, first: int, times: int = 10) -> float:
-    """Seconds a step from step `first` on, when kernels are chosen and steps recorded."""
-    last = stepper.config.steps - 1
-    upcoming = iter([min(first + k, last) for k in range(6 + times)])
-    timed(lambda: stepper.train(next(upcoming)), 6)
-    return timed(lambda: stepper.train(next(upcoming)), times)
-
-
 def rehearse(
     task: Any,
     result: TrainResult,
@@ -195,8 +185,7 @@ def rehearse(
 
     Returns:
         "compile", "validation", "preview", "checkpoint"; "evaluate_first", the contenders' first
-        record, with what they load for it; "evaluate_record", every further record; on a GPU
-        "step_early" and "step_late", a step of either half, see `pace`.
+        record, with what they load for it; "evaluate_record", every further record.
     """
     stepper, model, acts = Stepper(task, config), result.ema_model, dict[str, float]()
     gpu = stepper.device.type == "cuda"
@@ -210,12 +199,6 @@ def rehearse(
             task.validation(model)  # the first one chooses kernels
             acts["validation"] = timed(lambda: task.validation(model), 2)
             acts["preview"] = timed(lambda: task.preview(model, generator))
-        with contextlib.suppress(OutOfMemory):  # the smoke run's own models are still there
-            if gpu:
-                acts |= {
-                    "step_early": settled(stepper, 0),
-                    "step_late": settled(stepper, config.steps * 9 // 10),
-                }
     tensors = checkpoints.pack(result.model, model, stepper.optimizer)
     tensors |= {f"moment of {name}": tensor.clone() for name, tensor in tensors.items()}
     with tempfile.TemporaryDirectory(dir=result.run_dir) as folder:
@@ -262,8 +245,8 @@ def full_run(
         "steps", "samples", "samples_per_s", "duration_s", "cost_usd", "peak_memory_bytes" of the
         training, and "parts", the seconds of each of `PARTS`.
     """
-    known = [acts[name] for name in ("step_early", "step_late") if name in acts]
-    step_s, warm_up_s = pace(result.history, batch_size, known)
+    on_gpu = next(result.model.parameters()).is_cuda
+    step_s, warm_up_s = pace(result.history, batch_size, recorded=on_gpu and config.graphs)
     stop_s = acts["validation"] + acts["checkpoint"]
     stops = len({config.steps, *range(0, config.steps, config.validate_every)})
     kept = config.steps // config.keep_every if config.keep_every else 0

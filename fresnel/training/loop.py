@@ -114,7 +114,7 @@ def fit(
         run.start_log()
         if config.compile and run.step < end:
             run.compile_s = run.stepper.compile()
-            run.log("compile", seconds=run.compile_s, parts=run.stepper.compiled)
+            run.log("compile", seconds=run.compile_s)
         while True:
             done, last = run.step >= end, run.step == config.steps
             if run.step != resumed_at:  # else all of this was done before the checkpoint
