@@ -1,6 +1,6 @@
-"""Figures of the analysis: the original's timeline, the attribution, arms and seeds side by side.
+"""Charts of the reports: the gate's evidence, training, held-out figures, and many runs at once.
 
-As those of `fresnel.show.style`, which shows them.
+Each returns a `Figure`, which `fresnel.show.style.show` shows.
 """
 
 from __future__ import annotations
@@ -11,18 +11,240 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fresnel.show.style import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, _figure, _styled
-
-_PALE, _INK = "#B9C0C8", "#111111"
-"""A grey, and what is written on colours: neither follows the page's theme."""
+from fresnel.scene.cameras import Cameras
+from fresnel.show.style import (
+    BLUE, CYCLE, GREEN, GREY, ORANGE, SKY, VERMILION, new_figure, styled,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fresnel.analysis.comparison import Estimate
+_PALE, _INK = "#B9C0C8", "#111111"
+"""A grey, and what is written on colours: neither follows the page's theme."""
 
 
-@_styled
+@styled
+def azimuth_rose(
+    azimuth_deg: Sequence[float], series: Mapping[str, Sequence[float]], *, limit: float = 1.0
+) -> Figure:
+    """Polar bars of view statistics over azimuth, one rose per series; the input is at the top.
+
+    Args:
+        azimuth_deg: relative azimuths of the views, (K,).
+        series: name -> K ratios to the input (1 = as bright, or as large, as the input).
+        limit: outer radius of the dashed reference circle.
+    """
+    azimuth = np.round((np.asarray(azimuth_deg, float) + 22.5) % 360 // 45).astype(int)
+    figure, axes = new_figure(1, len(series), subplot_kw={"projection": "polar"}, size=(7.2, 3.5))
+    angles = np.deg2rad(np.arange(8) * 45.0)
+    for axis, color, (name, values) in zip(
+        np.atleast_1d(axes), [ORANGE, BLUE, GREEN], series.items(), strict=False
+    ):
+        ratios = np.asarray(values, float)
+        means = [
+            np.nanmean(ratios[azimuth == k]) if np.isfinite(ratios[azimuth == k]).any() else 0.0
+            for k in range(8)
+        ]
+        axis.bar(angles, means, width=np.deg2rad(40), color=color, alpha=0.85)
+        axis.plot(np.linspace(0, 2 * np.pi, 100), [limit] * 100, "--", color=GREY, lw=1)
+        axis.set_theta_zero_location("N")
+        axis.set_theta_direction(-1)
+        axis.set_xticks(angles, [f"{a}\N{DEGREE SIGN}" for a in range(0, 360, 45)])
+        axis.set_ylim(0, max(1.25 * limit, 1.1 * max(means)))
+        axis.set_yticks([limit / 2, limit], [f"{limit / 2:g}", f"{limit:g}"], color=GREY)
+        axis.set_title(name, loc="center")
+    return figure
+
+
+@styled
+def camera_frusta(
+    cameras: Cameras, input_camera: Cameras, *, pivot: Sequence[float], content: np.ndarray | None
+) -> Figure:
+    """The cameras of one record, their pivot and the object: in 3D, from above and from the front.
+
+    Args:
+        cameras: `Cameras` (V,) in the world.
+        input_camera: `Cameras` ().
+        pivot: the point the cameras are said to orbit.
+        content: points on the object in the world, (P, 3).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8))
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.6, 1))
+    space: Any = figure.add_subplot(grid[:, 0], projection="3d")
+    flat: list[Any] = [figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])]
+    points = np.zeros((0, 3)) if content is None else content
+    centers = cameras.centers.detach().cpu().numpy()
+    forward = cameras.forward.detach().cpu().numpy()
+    eye = input_camera.centers.detach().cpu().numpy()
+    gaze = input_camera.forward.detach().cpu().numpy()
+    reach = 0.22 * float(np.linalg.norm(centers - np.asarray(pivot), axis=-1).mean())
+    # matplotlib's third axis is up, the world's second is; +z comes towards the reader
+    turn = [0, 2, 1]
+    space.scatter(*points[:, turn].T, s=1.5, color=SKY, alpha=0.9, rasterized=True)
+    for corners in _frusta(cameras, reach):
+        space.plot(*corners[:, turn].T, color=BLUE, lw=0.9)
+    space.plot(*_frusta(input_camera, 1.25 * reach)[0][:, turn].T, color=VERMILION, lw=1.4)
+    space.scatter(*np.asarray(pivot)[turn, None], s=70, color="black", marker="+", zorder=5)
+    space.invert_yaxis()
+    space.set_aspect("equal")
+    space.set_box_aspect(None, zoom=1.2)
+    space.view_init(elev=24, azim=62)
+    for side, name in zip((space.xaxis, space.yaxis, space.zaxis), "xzy", strict=True):
+        side.set_pane_color((0, 0, 0, 0))
+        side.set_tick_params(labelsize=7, pad=-2)
+        side.set_label_text(name)
+    for axis, (i, j), title in zip(
+        flat, [(0, 2), (0, 1)], ["from above (x, z)", "from the front (x, y)"], strict=True
+    ):
+        axis.scatter(
+            *points[:, [i, j]].T, s=2, color=SKY, label="object", alpha=0.5, rasterized=True
+        )
+        arrows: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1.0, "width": 0.008}
+        axis.quiver(
+            *centers[:, [i, j]].T, *(2 * reach * forward[:, [i, j]]).T, color=GREY, **arrows
+        )
+        axis.scatter(*centers[:, [i, j]].T, s=22, color=BLUE, label="view cameras", zorder=3)
+        axis.quiver(*eye[[i, j]], *(2 * reach * gaze[[i, j]]), color=VERMILION, **arrows)
+        axis.scatter(
+            *eye[[i, j]], s=34, color=VERMILION, marker="s", label="input camera", zorder=4
+        )
+        axis.scatter(pivot[i], pivot[j], s=60, color="black", marker="+", label="pivot", zorder=5)
+        axis.set_aspect("equal", adjustable="datalim")
+        axis.set_title(title)
+    flat[0].invert_yaxis()  # +z, where azimuth 0 stands, is towards the reader
+    handles, labels = flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=4, loc="outside lower center")
+    return figure
+
+
+def _frusta(cameras: Cameras, depth: float) -> list[np.ndarray]:
+    """One line (P, 3) a camera, that draws its pyramid from the eye to `depth` in the world."""
+    many = cameras if cameras.batch_shape else cameras.reshape(1)
+    K, pose = (value.detach().cpu().numpy() for value in (many.Ks, many.viewmats))
+    w, h = cameras.width, cameras.height
+    corners = np.array([[0, 0, 1], [w, 0, 1], [w, h, 1], [0, h, 1]], float)
+    lines = []
+    for intrinsic, view in zip(K, pose, strict=True):
+        seen = depth * corners @ np.linalg.inv(intrinsic).T
+        a, b, c, d = (seen - view[:3, 3]) @ view[:3, :3]
+        eye = -view[:3, 3] @ view[:3, :3]
+        lines.append(np.stack([eye, a, b, eye, c, d, eye, b, c, d, a]))
+    return lines
+
+
+@styled
+def loss_curves(
+    log: Sequence[Mapping[str, float]],
+    *,
+    terms: Sequence[str] = ("loss",),
+    against: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    target: tuple[float, float] | None = (0.8, 1.25),
+) -> Figure:
+    """Loss terms over steps, and beside them what the outputs are worth.
+
+    Args:
+        log: rows of the training log with ``step`` and the terms.
+        against: name -> (steps, values) of held-out measurements drawn on the right.
+        target: the acceptable band of those measurements.
+    """
+    figure, axes = new_figure(1, 2 if against else 1, size=(7.2, 2.9), squeeze=False)
+    axis = axes[0, 0]
+    for term in terms:
+        rows = [(row["step"], row[term]) for row in log if row.get(term) is not None]
+        if rows:
+            axis.plot(*np.array(rows, float).T, "" if len(rows) > 2 else "o-", lw=1.4, label=term)
+    if all(np.min(line.get_ydata()) > 0 for line in axis.lines) and axis.lines:
+        axis.set_yscale("log")
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss")
+    axis.set_title("What the optimiser sees")
+    if len(terms) > 1:
+        axis.legend()
+    if against:
+        axis = axes[0, 1]
+        if target:
+            axis.axhspan(*target, color=GREEN, alpha=0.12, lw=0)
+        for name, (steps, values) in against.items():
+            axis.plot(steps, values, "o-", ms=4, lw=1.4, label=name)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("step")
+        axis.set_ylabel("held-out outputs / truth")
+        axis.set_title("What a person sees")
+        axis.legend()
+    return figure
+
+
+@styled
+def binsnew_figure(
+    summaries: Mapping[str, Sequence[Mapping[str, Any]]],
+    metric: str,
+    *,
+    label: str,
+    band: tuple[float, float] | None = None,
+) -> Figure:
+    """One metric by bin of azimuth difference, with 95 % intervals over objects.
+
+    Args:
+        summaries: name of the predictor -> what `evaluate.summarise` returned.
+        band: acceptable values, shaded.
+    """
+    figure, axis = new_figure(size=(7.2, 3.2))
+    bins = [entry["bin"] for entry in next(iter(summaries.values()))]
+    width = 0.8 / len(summaries)
+    if band:
+        axis.axhspan(*band, color=GREEN, alpha=0.12, lw=0)
+    for k, (name, summary) in enumerate(summaries.items()):
+        mean, low, high = (
+            np.array([entry[metric + end] for entry in summary], float)
+            for end in ("", "_low", "_high")
+        )
+        x = np.arange(len(bins)) + (k - (len(summaries) - 1) / 2) * width
+        axis.bar(x, mean, width * 0.92, label=name, color=CYCLE[k % len(CYCLE)])
+        spread = np.nan_to_num(np.abs(np.stack([mean - low, high - mean])))
+        axis.errorbar(x, mean, spread, fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2)
+    axis.set_xticks(np.arange(len(bins)), bins)
+    axis.set_xlabel("azimuth away from the input, degrees")
+    axis.set_ylabel(label)
+    axis.grid(axis="x", visible=False)
+    figure.legend(ncols=min(5, len(summaries)), loc="outside upper center")
+    return figure
+
+
+@styled
+def by_azimuth(
+    azimuth_deg: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    *,
+    label: str,
+    log: bool = False,
+) -> Figure:
+    """Lines of one quantity over relative azimuth, one line a run."""
+    figure, axis = new_figure(size=(7.2, 2.9))
+    for color, (name, values) in zip(
+        [VERMILION, GREEN, BLUE, ORANGE], series.items(), strict=False
+    ):
+        order = np.argsort(azimuth_deg)
+        axis.plot(
+            np.asarray(azimuth_deg)[order],
+            np.asarray(values, float)[order],
+            "o-",
+            color=color,
+            label=name,
+        )
+    axis.set_xticks(range(-180, 181, 45))
+    axis.set_xlabel("azimuth relative to the input camera, degrees")
+    axis.set_ylabel(label)
+    if log:
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
+    axis.legend()
+    return figure
+
+
+@styled
 def loss_against_usefulness(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Two runs' falling losses, and what their outputs are worth on held-out objects.
 
@@ -30,7 +252,7 @@ def loss_against_usefulness(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
         runs: name -> {"steps", "loss": the training log; "luminance_ratio": by-bin means,
             "bins": their names}.
     """
-    figure, (left, right) = _figure(1, 2, figsize=(7.2, 3.0))
+    figure, (left, right) = new_figure(1, 2, size=(7.2, 3.0))
     for color, (name, run) in zip([VERMILION, GREEN, BLUE], runs.items(), strict=False):
         loss = np.asarray(run["loss"], float)
         left.plot(run["steps"], loss / loss[0], color=color, lw=1.4, label=name)
@@ -47,7 +269,7 @@ def loss_against_usefulness(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def waterfall(parts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
     """From nothing mended to all of it, a step a factor; one panel an outcome.
 
@@ -56,7 +278,7 @@ def waterfall(parts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str])
             with an interval, and "factors" with their "gain".
         labels: factor -> what stands at its step.
     """
-    figure, axes = _figure(1, len(parts), figsize=(7.2, 3.4), squeeze=False, sharey=True)
+    figure, axes = new_figure(1, len(parts), size=(7.2, 3.4), squeeze=False, sharey=True)
     for axis, (outcome, part) in zip(axes[0], parts.items(), strict=True):
         names = ["none mended", *(labels[name] for name in part["factors"]), "all mended"]
         gains = [entry["gain"] for entry in part["factors"].values()]
@@ -82,7 +304,7 @@ def waterfall(parts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str])
     return figure
 
 
-@_styled
+@styled
 def timeline(
     spans: Sequence[Mapping[str, Any]],
     stop_hours: float,
@@ -95,8 +317,8 @@ def timeline(
         stop_hours: when the gate would have stopped it; NaN: no gate ran.
         ours: a name -> seconds, drawn as bars on the same scale.
     """
-    figure, (top, bottom) = _figure(
-        2, 1, figsize=(7.2, 4.4), sharex=True, height_ratios=(1.0 + 0.28 * len(ours), 1.0)
+    figure, (top, bottom) = new_figure(
+        2, 1, size=(7.2, 4.4), sharex=True, height_ratios=(1.0 + 0.28 * len(ours), 1.0)
     )
     colors = [SKY, SKY, ORANGE, VERMILION, _PALE]
     for span, color in zip(spans, colors, strict=True):
@@ -141,9 +363,9 @@ def timeline(
     return figure
 
 
-@_styled
+@styled
 def dots(
-    rows: Mapping[str, Mapping[str, Estimate]],
+    rows: Mapping[str, Mapping[str, Any]],
     *,
     label: str,
     lines: Mapping[str, float] | None = None,
@@ -154,14 +376,14 @@ def dots(
     95 % interval over objects.  What lies far from the others stands at the edge, with its value.
 
     Args:
-        rows: name -> bin -> `comparison.Estimate`.
+        rows: name -> bin -> an estimate with `mean`, `low`, `high` and `seeds`.
         lines: name -> value of dashed lines through every panel.
         band: acceptable values, shaded.
         apart: rows in grey, such as what needs no training.
     """
     bins = [name for name in next(iter(rows.values())) if name != "all"]
-    figure, axes = _figure(
-        1, len(bins), figsize=(7.4, 0.9 + 0.24 * len(rows)), sharey=True, sharex=True, squeeze=False
+    figure, axes = new_figure(
+        1, len(bins), size=(7.4, 0.9 + 0.24 * len(rows)), sharey=True, sharex=True, squeeze=False
     )
     means = [found[name].mean for found in rows.values() for name in bins]
     low, high = _limits([*means], [*(lines or {}).values(), *(band or ())])

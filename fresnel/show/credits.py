@@ -7,14 +7,13 @@ wants nothing, and is named all the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
+from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset
-from fresnel.data.layout import object_name
-from fresnel.evaluation.metrics import format_rows
-from fresnel.objects import sources
-from fresnel.report.record import Recorder
+from fresnel.evaluation.metrics import object_name
+from fresnel.objects import assets, furniture, sources
+from fresnel.show.style import link, show_table
 
 _LICENCES = {
     "CC-BY-3.0": "https://creativecommons.org/licenses/by/3.0/",
@@ -23,10 +22,6 @@ _LICENCES = {
     "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
 }
 _FURNITURE = "https://packages.debian.org/sid/sweethome3d-furniture"
-_CHANGED = (
-    "The pictures are renderings of these objects, scaled to one size and lit by one light, and "
-    "views that a model makes of them."
-)
 
 
 def credits(names: Iterable[str], source: str | MultiViewDataset) -> list[dict[str, str]]:
@@ -41,84 +36,57 @@ def credits(names: Iterable[str], source: str | MultiViewDataset) -> list[dict[s
         "title", "author", "licence", "source" each.
     """
     wanted = list(dict.fromkeys(object_name(name) for name in names))
-    known = _known(source)
-    listed = _furniture()
-    entries = []
-    for name in wanted:
-        text = known.get(name, "")
-        entry = listed.get(text) or _parsed(text)
-        if entry:
-            entries.append(entry)
-    return entries
+    known, listed = _known(wanted, source), _furniture()
+    found = [listed.get(text) or _parsed(text) for text in (known.get(n, "") for n in wanted)]
+    return [entry for entry in found if entry]
 
 
-def show_credits(run: Recorder, names: Iterable[str], source: str | MultiViewDataset) -> None:
-    """Put `credits` into the notebook's output and, as "credits", into the run's metrics."""
-    from fresnel.show import style as figures
-
-    entries = credits(names, source)
-    run.metrics({"credits": entries})
-    if entries:
-        figures.show_table(table(entries))
-
-
-def table(entries: Iterable[dict[str, str]]) -> str:
-    """Entries of `credits` in Markdown: who must be named, then what is under CC0; "" of none."""
+def show_credits(entries: Sequence[Mapping[str, str]]) -> None:
+    """Put `credits` into the notebook's output: a table of who must be named, then what is CC0."""
     unique = list({tuple(entry.items()): entry for entry in entries}.values())
-    free = [entry for entry in unique if entry["licence"].startswith("CC0")]
-    others = [entry for entry in unique if entry not in free]
-    parts = []
+    others = [entry for entry in unique if not entry["licence"].startswith("CC0")]
+    free = [entry for entry in unique if entry not in others]
     if others:
         rows = [
             {
-                "title": entry["title"],
+                "object pictured": entry["title"],
                 "author": entry["author"],
-                "licence": _link(entry["licence"], _LICENCES.get(entry["licence"], "")),
-                "source": _link(
+                "licence": link(entry["licence"], _LICENCES.get(entry["licence"], "")),
+                "source": link(
                     entry["source"], _FURNITURE if "sweethome3d" in entry["source"] else ""
                 ),
+                "changed": "rendered at one size in one light, and views made of it by a model",
             }
             for entry in sorted(others, key=lambda e: (e["author"], e["title"]))
         ]
-        parts += [f"**Objects pictured.** {_CHANGED}", format_rows(rows)]
+        show_table(rows, links=("licence", "source"))
     if free:
-        named = "; ".join(f"{e['title']} by {e['author']}" for e in free)
-        parts.append(f"*Under {_link('CC0-1.0', _LICENCES['CC0-1.0'])}:* {named}.")
-    return "\n\n".join(parts)
+        named = "; ".join(f"{entry['title']} by {entry['author']}" for entry in free)
+        rows = [{"objects pictured": named, "licence": link("CC0-1.0", _LICENCES["CC0-1.0"])}]
+        show_table(rows, links=("licence",))
 
 
-def _link(text: str, address: str) -> str:
-    return f"[{text}]({address})" if address else text
-
-
-def _known(source: str | MultiViewDataset) -> dict[str, str]:
+def _known(wanted: Sequence[str], source: str | MultiViewDataset) -> dict[str, str]:
     """Object -> its attribution, as a source states it."""
-    from fresnel.objects.assets import embedded_assets, find_assets
-
     if source == "embedded":
-        return {asset.name: asset.attribution for asset in embedded_assets()}
+        return {asset.name: asset.attribution for asset in assets.embedded_assets()}
     if isinstance(source, str) and sources.holds_objects(source):
-        return {asset.name: asset.attribution for asset in find_assets(source)}
-    data = sources.open(source) if isinstance(source, str) else source
-    found = {}
-    for name, record in zip(data.names, data.records, strict=True):
-        found[object_name(name)] = str(getattr(record, "attribution", ""))
-    return found
+        return {asset.name: asset.attribution for asset in assets.find_assets(source)}
+    data = dataset.open(source) if isinstance(source, str) else source
+    rows = {object_name(name): i for i, name in enumerate(data.names)}
+    return {name: data[rows[name]].attribution for name in wanted if name in rows}
 
 
 def _furniture() -> dict[str, dict[str, str]]:
     """The furniture set's attributions, taken apart."""
-    from fresnel.objects import furniture
-
     known = furniture.listing()
     found = {}
     for entry in known["objects"]:
         library = known["libraries"][entry["library"]]
-        text = furniture.attribution(entry, library)
         author = entry["creator"]
         if library["copyright"] not in (author, ""):
             author += f" ({library['copyright']})"
-        found[text] = {
+        found[furniture.attribution(entry, library)] = {
             "title": entry["name"],
             "author": author,
             "licence": library["licence"],
@@ -127,7 +95,7 @@ def _furniture() -> dict[str, dict[str, str]]:
     return found
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def _parsed(text: str) -> dict[str, str] | None:
     """ "Title by Author (licence)" taken apart; None where it is something else."""
     found = re.fullmatch(r"(.+?) by (.+) \(([^()]+)\)", text)
     if found is None:

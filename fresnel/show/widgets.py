@@ -1,15 +1,8 @@
-"""Pictures that a reader can work with: sheets of views, sliders, and a scene to turn in 3D.
-
-Each goes into a notebook's output as one self-contained piece of SVG or HTML, styled and scripted
-within itself, so that it works in JupyterLab, in the report, and without a network.
-"""
+"""A scene in 3D: Gaussians and the cameras that look at them, still and to turn in the page."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,76 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fresnel.data.dataset import ObjectViews
 from fresnel.render import render
 from fresnel.render.reference import rotation
 from fresnel.scene.cameras import Cameras, look_at
 from fresnel.scene.gaussians import Gaussians, quaternion_from_rotation
-from fresnel.show import style as figures
-
-
-def show_sheet(
-    rows: Sequence[Sequence[Any]],
-    alt: str,
-    *,
-    columns: Sequence[str] = (),
-    labels: Sequence[str] = (),
-    first_apart: bool = True,
-) -> None:
-    """Put a labelled grid of pictures into the notebook's output: lettering sharp, pixels as made.
-
-    Args:
-        rows: pictures (H, W, 3), uint8 or [0, 1]; each row may be of another size.
-        alt: the finding in words, for readers who cannot see the pictures.
-        columns: a heading per column.
-        labels: a caption per row, above its pictures.
-        first_apart: leave a wider gap after the first column (the input).
-    """
-    from IPython.display import display
-
-    _check(alt, bool(rows) and all(len(row) for row in rows))
-    svg = _sheet(rows, columns, labels, first_apart)
-    mime = "image/svg+xml"
-    display({mime: svg, "text/plain": alt}, raw=True, metadata={mime: {"alt": alt}})
-
-
-def show_pair(before: Any, after: Any, names: tuple[str, str], alt: str) -> None:
-    """Put two pictures of one size on top of each other, with a slider that parts them.
-
-    Args:
-        before, after: pictures (H, W, 3), uint8 or [0, 1]; `before` shows left of the slider.
-        names: what they are, in a word or two each.
-        alt: what the two together show.
-    """
-    from IPython.display import display
-
-    one, two = figures.to_uint8(before), figures.to_uint8(after)
-    _check(alt, one.shape == two.shape and one.ndim == 3)
-    left, right = (html.escape(name) for name in names)
-    whole = "display:block;width:100%;height:auto;border-radius:8px"
-    text = (
-        f'<figure class="fresnel-pair" style="--at:50%;margin:.75rem 0;max-width:56rem">'
-        f'<div style="position:relative">'
-        f'<img src="{_uri(two)}" alt="{html.escape(alt)}" style="{whole}">'
-        f'<img src="{_uri(one)}" alt="" style="{whole};position:absolute;inset:0;'
-        f'clip-path:inset(0 calc(100% - var(--at)) 0 0)">'
-        '<i aria-hidden="true" style="position:absolute;top:0;bottom:0;left:var(--at);width:2px;'
-        'margin-left:-1px;background:#fff;box-shadow:0 0 0 1px #000"></i></div>'
-        '<div class="pair-slide" style="display:flex;gap:.8rem;align-items:center">'
-        f"<span>{left}</span>"
-        f'<input type="range" min="0" max="100" value="50" style="flex:1" '
-        f'aria-label="How much of {left} to show, over {right}" '
-        "oninput=\"this.closest('figure').style.setProperty('--at',this.value+'%')\">"
-        f"<span>{right}</span></div></figure>"
-    )
-    display({"text/html": text, "text/plain": alt}, raw=True)
-
-
-def tile(pictures: Sequence[Any], columns: int = 4) -> np.ndarray:
-    """Pictures (H, W, 3) of one size in a grid without gaps: RGB uint8 array."""
-    cells = [figures.to_uint8(picture) for picture in pictures]
-    cells += [np.zeros_like(cells[0])] * (-len(cells) % columns)
-    lines = [np.concatenate(cells[i : i + columns], 1) for i in range(0, len(cells), columns)]
-    return np.concatenate(lines, 0)
+from fresnel.show.pictures import evenly, picture_uri
+from fresnel.show.style import put, to_uint8
 
 
 @dataclass(frozen=True)
@@ -159,13 +89,11 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420) -> None:
     interactive viewer (viser's, complete in the page; it needs WebGL). Where viser is missing or
     finds no port to make its page through, the picture stands alone and says so.
 
-    In the viewer the input camera is vermilion, the others are blue, and the pivot is a black dot.
+    The viewer opens on the object; further out stand the input camera (vermilion), the others
+    (blue), and the pivot is a black dot.
     """
-    from IPython.display import display
-
-    _check(alt, shown.gaussians.num > 0)
     picture = (
-        f'<img src="{_uri(still(shown))}" alt="{html.escape(alt)}" '
+        f'<img src="{picture_uri(still(shown))}" alt="{html.escape(alt)}" '
         f'style="width:{height_px}px;max-width:100%;border-radius:8px">'
     )
     try:
@@ -173,7 +101,7 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420) -> None:
     except (ImportError, OSError) as error:
         lost = html.escape(f"There is no viewer here: {error}. To get one: pip install viser")
         text = f'<figure class="fresnel-viewer">{picture}<figcaption>{lost}</figcaption></figure>'
-        display({"text/html": text, "text/plain": alt}, raw=True)
+        put("text/html", text, alt)
         return
     # the button stays where it was, so that the focus does too
     script = (
@@ -189,14 +117,14 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420) -> None:
         f'<div><button type="button" class="button viewer-open" style="margin-top:.4rem" '
         f'onclick="{html.escape(script)}">Turn it in 3D</button></div></figure>'
     )
-    display({"text/html": text, "text/plain": alt}, raw=True)
+    put("text/html", text, alt)
 
 
 def still(shown: Scene, size_px: int = 320) -> np.ndarray:
     """The scene's Gaussians from above and aside: RGB uint8 array (size_px, size_px, 3)."""
     target, eye = _viewpoint(shown.gaussians.means)
     camera = look_at(eye[None], target, focal_px=1.2 * size_px, width=size_px, height=size_px)
-    return figures.to_uint8(render(shown.gaussians, camera, backend="cpu").rgb[0])
+    return to_uint8(render(shown.gaussians, camera, backend="cpu").rgb[0])
 
 
 def _viewpoint(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,11 +143,8 @@ def _viewer(shown: Scene) -> str:
     g = shown.gaussians
     turn = rotation(g.quats)
     covariances = turn @ torch.diag_embed(g.scales.square()) @ turn.mT
-    everything = torch.cat([g.means, shown.cameras.centers, shown.input_camera.centers[None]])
-    target = (everything.amin(0) + everything.amax(0)) / 2
-    reach = torch.linalg.norm(everything.amax(0) - everything.amin(0)).item()
-    _, eye = _viewpoint(g.means)
-    eye = target + torch.nn.functional.normalize(eye - g.means.mean(0), dim=0) * 1.1 * reach
+    target, eye = _viewpoint(g.means)  # of the object: whoever wants the cameras turns the wheel
+    reach = torch.linalg.norm(shown.cameras.centers - shown.pivot, dim=-1).mean().item()
     console = rich.get_console()
     console.quiet, talked = True, console.quiet  # it greets, and says goodbye
     server = viser.ViserServer(host="127.0.0.1", port=0, verbose=False)
@@ -236,11 +161,11 @@ def _viewer(shown: Scene) -> str:
             opacities=g.opacities.numpy()[:, None],
         )
         space.add_icosphere(
-            "/pivot", radius=0.012 * reach, color=(0, 0, 0), position=shown.pivot.numpy()
+            "/pivot", radius=0.01 * reach, color=(0, 0, 0), position=shown.pivot.numpy()
         )
-        _frustum(space, "/input camera", shown.input_camera, 0.09 * reach, (213, 94, 0))
+        _frustum(space, "/input camera", shown.input_camera, 0.12 * reach, (213, 94, 0))
         for i in range(len(shown.cameras)):
-            _frustum(space, f"/cameras/{i}", shown.cameras[i], 0.06 * reach, (0, 114, 178))
+            _frustum(space, f"/cameras/{i}", shown.cameras[i], 0.08 * reach, (0, 114, 178))
         return space.as_html()
     finally:
         server.stop()
@@ -261,57 +186,55 @@ def _frustum(space: Any, name: str, camera: Cameras, scale: float, color: tuple)
     )
 
 
-def _sheet(
-    rows: Sequence[Sequence[Any]], columns: Sequence[str], labels: Sequence[str], apart: bool
-) -> str:
-    """The SVG of `show_sheet`: each different picture once, in its own pixels."""
-    cell, gap = 96, 4
-    head, caption = (18 if columns else 0), (18 if labels else 0)
-    wide = 2 * gap if apart and max(map(len, rows)) > 1 else 0
-    pictures: dict[str, str] = {}
-    parts: list[str] = []
-
-    def write(x: float, y: float, text: str) -> None:
-        parts.append(f'<text x="{x}" y="{y}" style="font-size: 12px">{html.escape(text)}</text>')
-
-    top = head + gap
-    for r, row in enumerate(rows):
-        if r < len(labels):
-            write(gap, top + 13, labels[r])
-        height = 0
-        for c, picture in enumerate(row):
-            left = gap + c * (cell + gap) + (wide if c else 0)
-            if r == 0 and c < len(columns):
-                write(left, 14, columns[c])
-            array = figures.to_uint8(picture)
-            data = _uri(array)
-            key = "p" + hashlib.sha1(data.encode()).hexdigest()[:10]
-            tall = round(cell * array.shape[0] / array.shape[1])
-            if key not in pictures:
-                pictures[key] = (
-                    f'<image id="{key}" width="{cell}" height="{tall}" '
-                    f'style="image-rendering: pixelated" xlink:href="{data}"/>'
-                )
-            parts.append(f'<use xlink:href="#{key}" x="{left}" y="{top + caption}"/>')
-            height = max(height, tall)
-        top += caption + height + gap
-    width = gap + max(map(len, rows)) * (cell + gap) + wide
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{width}px" height="{top}px" viewBox="0 0 {width} {top}" '
-        f'font-family="DejaVu Sans, sans-serif">'
-        f'<g class="fresnel-sheet"><rect width="{width}" height="{top}" style="fill: #ffffff"/>'
-        f"<defs>{''.join(pictures.values())}</defs>{''.join(parts)}</g></svg>"
-    )
+def record_scene(record: ObjectViews, gaussians: Gaussians | None = None) -> Scene | None:
+    """A record to turn in 3D: these Gaussians of it, or else its pixels; None if it has neither."""
+    found = pixel_gaussians(record) if gaussians is None else gaussians
+    shown = scene(found, record.cameras, record.input_camera, record.pivot)
+    return shown if shown.gaussians.num else None
 
 
-def _uri(picture: np.ndarray) -> str:
-    data = figures.to_png(np.ascontiguousarray(picture))
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+def pixel_gaussians(record: ObjectViews, limit: int = 16_000) -> Gaussians:
+    """The covered pixels of a record as Gaussians in the world, each as large as its pixel.
+
+    What a trainer is shown, in 3D, whoever made it; no Gaussians at all without depth."""
+    means, colors, radii = _covered_pixels(record)
+    kept = evenly(len(means), limit)
+    means, colors, radii = means[kept], colors[kept], radii[kept]
+    quats = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(len(means), 4)
+    scales = radii[:, None].expand(-1, 3).clamp_min(1e-6)
+    return Gaussians(means, quats, scales, torch.full((len(means),), 0.95), colors)
 
 
-def _check(alt: str, fits: bool) -> None:
-    if not alt.strip():
-        raise ValueError("alt: want a sentence that says what the picture shows")
-    if not fits:
-        raise ValueError("pictures: got none, or two of different sizes")
+def content_points(record: ObjectViews, limit: int = 1500) -> np.ndarray:
+    """Points on the object in the world, (P, 3), from the input's and the views' depth maps."""
+    means, _, _ = _covered_pixels(record)
+    return means[evenly(len(means), limit)].numpy()
+
+
+def describe_geometry(record: ObjectViews, content: np.ndarray) -> str:
+    """Alt text of the cameras around `content`."""
+    distance = torch.linalg.norm(record.cameras.centers - record.pivot, dim=-1).mean()
+    text = f"{len(record.cameras)} cameras stand {distance:.1f} units around the pivot; "
+    if len(content) == 0:
+        return text + "no depth says where the object is."
+    away = np.linalg.norm(content.mean(axis=0) - record.pivot.numpy())
+    return text + f"the object's centroid is {away:.1f} units away from the pivot."
+
+
+def _covered_pixels(record: ObjectViews) -> tuple[Tensor, Tensor, Tensor]:
+    """World positions (P, 3), colours (P, 3) and half widths (P,) of all pixels with depth."""
+    seen_by = [(record.input_camera, record.input_depth, record.input_rgb)]
+    if record.depth is not None:
+        seen_by += list(zip(record.cameras, record.depth, record.rgb, strict=True))
+    found = [(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0))]
+    for camera, depth, rgb in seen_by:
+        if depth is None:
+            continue
+        y, x = torch.nonzero(depth > 0, as_tuple=True)
+        pixels = torch.stack([x + 0.5, y + 0.5, torch.ones_like(x)], dim=-1).float()
+        seen = (pixels @ torch.linalg.inv(camera.Ks).T) * depth[y, x][:, None]
+        rotation, translation = camera.viewmats[:3, :3], camera.viewmats[:3, 3]
+        radii = 0.5 * depth[y, x] / camera.Ks[0, 0]
+        found.append(((seen - translation) @ rotation, rgb[y, x].float() / 255, radii))
+    means, colors, radii = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return means, colors, radii

@@ -1,0 +1,226 @@
+"""Sheets of views, and two pictures under a slider: which pictures stand there, and how.
+
+Widgets are one self-contained piece of SVG or HTML each, so that they work in JupyterLab, in the
+report, and without a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fresnel.data.dataset import MultiViewDataset, ObjectViews, ViewTensors
+from fresnel.evaluation.metrics import Predictor
+from fresnel.scene.cameras import relative_azimuth_deg
+from fresnel.show.style import put, to_png, to_uint8
+
+
+def view_azimuths(record: ObjectViews) -> list[float]:
+    """Azimuths of the views relative to the input camera, degrees in (-180, 180]."""
+    azimuth = relative_azimuth_deg(
+        record.cameras.reshape(1, -1), record.input_camera.reshape(1), record.pivot
+    )[0]
+    return [float(a) if a > -179.99 else 180.0 for a in azimuth]
+
+
+def picture_rows(
+    data: MultiViewDataset, limit: int = 6
+) -> tuple[list[list[np.ndarray]], list[float], list[str]]:
+    """Rows of [input, views ordered by azimuth], the azimuths of the first row, and the names."""
+    rows, azimuths, names = [], list[float](), []
+    for i in evenly(len(data), limit):
+        record = data[i]
+        angles = view_azimuths(record)
+        order = np.argsort(angles)
+        rows.append([record.input_rgb.numpy(), *(record.rgb[int(k)].numpy() for k in order)])
+        azimuths = azimuths or [angles[k] for k in order]
+        names.append(record.name)
+    return rows, azimuths, names
+
+
+def predicted_rows(
+    truth: ViewTensors,
+    predictors: Mapping[str, Predictor],
+    records: Sequence[int],
+    *,
+    first: str = "truth",
+) -> tuple[list[list[np.ndarray]], list[str], list[float]]:
+    """For each record, a row of its own views and one per predictor, ordered by azimuth.
+
+    Args:
+        first: what the record's own views are: "truth" of rendered objects and of photographs,
+            never of what a decoder made.
+
+    Returns:
+        Rows of [input, views...], a label per row, and the azimuths of the first record.
+    """
+    rows, labels, azimuths = [], [], list[float]()
+    for i in records:
+        one = truth[[i]]
+        angles = relative_azimuth_deg(one.cameras, one.inputs.cameras, one.pivots)[0]
+        angles = torch.where(angles < -179.99, angles + 360, angles)
+        order = angles.argsort()
+        azimuths = azimuths or angles[order].tolist()
+        source = one.inputs.rgb[0].cpu().numpy()
+        rows.append([source, *one.rgb[0][order].cpu().numpy()])
+        labels.append(f"{truth.names[i]}: {first}")
+        for name, predict in predictors.items():
+            with torch.no_grad():
+                views = predict(one.inputs, one.cameras)
+            rows.append([source, *views.rgb[0][order].float().cpu().numpy()])
+            labels.append(f"{truth.names[i]}: {name}")
+    return rows, labels, azimuths
+
+
+def identity_pair(data: MultiViewDataset, limit: int = 8) -> tuple[np.ndarray, np.ndarray] | None:
+    """Inputs, and what was rendered from the inputs' own cameras: two pictures of one size.
+
+    None for data that has no such renders."""
+    records = [data[i] for i in evenly(len(data), limit)]
+    if any(record.identity_rgb is None for record in records):
+        return None
+    return (
+        tile([record.input_rgb for record in records]),
+        tile([record.identity_rgb for record in records]),
+    )
+
+
+def evenly(count: int, limit: int) -> list[int]:
+    """Indices of at most `limit` of `count` things, evenly spread."""
+    return np.linspace(0, max(0, count - 1), min(limit, count)).round().astype(int).tolist()
+
+
+def tile(pictures: Sequence[Any], columns: int = 4) -> np.ndarray:
+    """Pictures (H, W, 3) of one size in a grid without gaps: RGB uint8 array."""
+    cells = [to_uint8(picture) for picture in pictures]
+    cells += [np.zeros_like(cells[0])] * (-len(cells) % columns)
+    lines = [np.concatenate(cells[i : i + columns], 1) for i in range(0, len(cells), columns)]
+    return np.concatenate(lines, 0)
+
+
+def show_sheet(
+    rows: Sequence[Sequence[Any]],
+    alt: str,
+    *,
+    columns: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    first_apart: bool = True,
+) -> None:
+    """Put a labelled grid of pictures into the notebook's output: lettering sharp, each different
+    picture once, in its own pixels.
+
+    Args:
+        rows: pictures (H, W, 3), uint8 or [0, 1]; each row may be of another size.
+        alt: the finding in words, for readers who cannot see the pictures.
+        columns: a heading per column.
+        labels: a caption per row, above its pictures.
+        first_apart: leave a wider gap after the first column (the input).
+    """
+    size, texts, places = _layout(rows, columns, labels, first_apart)
+    seen: dict[str, str] = {}
+    parts = [f'<text x="{x}" y="{y}" font-size="12">{html.escape(text)}</text>'
+             for x, y, text in texts]  # fmt: skip
+    for x, y, side, picture in places:
+        data = picture_uri(picture)
+        key = "p" + hashlib.sha1(data.encode()).hexdigest()[:10]
+        seen[key] = (
+            f'<image id="{key}" width="{side[0]}" height="{side[1]}" '
+            f'style="image-rendering: pixelated" xlink:href="{data}"/>'
+        )
+        parts.append(f'<use xlink:href="#{key}" x="{x}" y="{y}"/>')
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{size[0]}px" height="{size[1]}px" viewBox="0 0 {size[0]} {size[1]}" '
+        f'font-family="DejaVu Sans, sans-serif"><g class="fresnel-sheet">'
+        f'<rect width="{size[0]}" height="{size[1]}" style="fill: #ffffff"/>'
+        f"<defs>{''.join(seen.values())}</defs>{''.join(parts)}</g></svg>"
+    )
+    put("image/svg+xml", svg, alt)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Any]], *, columns: Sequence[str] = (), labels: Sequence[str] = ()
+) -> np.ndarray:
+    """The grid of `show_sheet` as one picture, for a file: RGB uint8 array."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    size, texts, places = _layout(rows, columns, labels, first_apart=True)
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for x, y, text in texts:
+        draw.text((x, y), text, fill="#333333", font=font, anchor="ls")
+    for x, y, side, picture in places:
+        up = picture.shape[1] < side[0]
+        how = Image.Resampling.NEAREST if up else Image.Resampling.BOX
+        sheet.paste(Image.fromarray(picture).convert("RGB").resize(side, how), (x, y))
+    return np.asarray(sheet)
+
+
+def _layout(
+    rows: Sequence[Sequence[Any]], columns: Sequence[str], labels: Sequence[str], first_apart: bool
+) -> tuple[tuple[int, int], list[tuple], list[tuple]]:
+    """Where everything of a sheet stands: its (width, height); texts (x, baseline y, text); and
+    pictures (x, y, (width, height), uint8 array)."""
+    if not rows or not all(len(row) for row in rows):
+        raise ValueError("pictures: got none, want at least one row of at least one")
+    arrays = [[to_uint8(picture) for picture in row] for row in rows]
+    cell, gap = min(128, max(96, *(row[0].shape[1] for row in arrays))), 4
+    count = max(map(len, arrays))
+    apart = 2 * gap if first_apart and count > 1 else 0
+    lefts = [gap + c * (cell + gap) + (apart if c else 0) for c in range(count)]
+    texts: list[tuple] = [(x, 14, text) for x, text in zip(lefts, columns, strict=False)]
+    places: list[tuple] = []
+    top = gap + (18 if columns else 0)
+    for r, row in enumerate(arrays):
+        if r < len(labels):
+            texts.append((gap, top + 13, labels[r]))
+        top += 18 if labels else 0
+        sides = [(cell, round(cell * p.shape[0] / p.shape[1])) for p in row]
+        places += [(*place, p) for *place, p in zip(lefts, [top] * len(row), sides, row,
+                                                    strict=False)]  # fmt: skip
+        top += max(height for _, height in sides) + gap
+    return (lefts[-1] + cell + gap, top), texts, places
+
+
+def show_pair(before: Any, after: Any, names: tuple[str, str], alt: str) -> None:
+    """Put two pictures of one size on top of each other, with a slider that parts them.
+
+    Args:
+        before, after: pictures (H, W, 3), uint8 or [0, 1]; `before` shows left of the slider.
+        names: what they are, in a word or two each.
+        alt: what the two together show.
+    """
+    one, two = to_uint8(before), to_uint8(after)
+    if one.shape != two.shape or one.ndim != 3:
+        raise ValueError("pictures: got two of different sizes")
+    left, right = (html.escape(name) for name in names)
+    whole = "display:block;width:100%;height:auto;border-radius:8px"
+    text = (
+        f'<figure class="fresnel-pair" style="--at:50%;margin:.75rem 0;max-width:56rem">'
+        f'<div style="position:relative">'
+        f'<img src="{picture_uri(two)}" alt="{html.escape(alt)}" style="{whole}">'
+        f'<img src="{picture_uri(one)}" alt="" style="{whole};position:absolute;inset:0;'
+        f'clip-path:inset(0 calc(100% - var(--at)) 0 0)">'
+        '<i aria-hidden="true" style="position:absolute;top:0;bottom:0;left:var(--at);width:2px;'
+        'margin-left:-1px;background:#fff;box-shadow:0 0 0 1px #000"></i></div>'
+        '<div class="pair-slide" style="display:flex;gap:.8rem;align-items:center">'
+        f"<span>{left}</span>"
+        f'<input type="range" min="0" max="100" value="50" style="flex:1" '
+        f'aria-label="How much of {left} to show, over {right}" '
+        "oninput=\"this.closest('figure').style.setProperty('--at',this.value+'%')\">"
+        f"<span>{right}</span></div></figure>"
+    )
+    put("text/html", text, alt)
+
+
+def picture_uri(picture: np.ndarray) -> str:
+    """A data address that holds a picture (H, W, 3) uint8 as PNG."""
+    return (
+        f"data:image/png;base64,{base64.b64encode(to_png(np.ascontiguousarray(picture))).decode()}"
+    )
