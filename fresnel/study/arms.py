@@ -1,4 +1,4 @@
-"""The arms of the experiment: what is trained, and what it is compared with.
+"""The arms of an experiment: what is trained, and what it is compared with.
 
 One place builds every network's task and every `Predictor`, so that two arms differ in what their
 parameters say and in nothing else.
@@ -25,7 +25,7 @@ from fresnel.scene.cameras import Cameras, intrinsics, orbit, relative_azimuth_d
 from fresnel.training.loop import TrainResult
 from fresnel.training.task import Task
 
-RENDER_MODELS = ("cvs-render", "cvs-refine", "cvs-twin")
+RENDER_MODELS = ("cvs-refine", "cvs-twin")
 CVS_MODELS = ("cvs", *RENDER_MODELS)
 _DECODER_SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "decoder": {
@@ -63,11 +63,10 @@ def make_task(
     Args:
         validation: objects for the training's own figures, its "best" checkpoint and its pictures;
             neither trained on nor those that judge it in the end. None: the training's.
-        model: "cvs", "cvs-render" (sees `renderer`'s render of the target view), "cvs-refine"
-            (sees it, and adds to it rather than drawing the view anew), "cvs-twin" (the same with
-            a second render, of the mirrored input: adds to the mean of both), "decoder"
-            (multi-view supervision) or "decoder-frontal" (the original's patch decoder, supervised
-            by the input view alone).
+        model: "cvs", "cvs-refine" (sees `renderer`'s render of the target view, and adds to it
+            rather than drawing the view anew), "cvs-twin" (the same with a second render, of the
+            mirrored input: adds to the mean of both), "decoder" (multi-view supervision) or
+            "decoder-frontal" (the original's patch decoder, supervised by the input view alone).
         size: the CVS's preset, or the decoder's base channels.
         augment: mirror half of the pairs and scale each colour channel of a pair by up to
             exp(0.3) either way, so that few objects do not become the only colours there are.
@@ -93,7 +92,7 @@ def make_task(
             image_size=data.rgb.shape[2],
             loss_weight=loss_mask,
             render_condition=model in RENDER_MODELS,
-            render_base=model in ("cvs-refine", "cvs-twin"),
+            render_base=model in RENDER_MODELS,
             render_twin=model == "cvs-twin",
             **changes,
         )
@@ -131,21 +130,6 @@ def make_task(
         any_input=ground_truth,
         device=device,
     )
-
-
-class OneBatch:
-    """A task that sees the same batch at every step: what a network must be able to overfit."""
-
-    def __init__(self, task: Task, seed: int) -> None:
-        self._task = task
-        generator = torch.Generator(next(task.model.parameters()).device).manual_seed(seed)
-        self._batch = task.batch(0, generator)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._task, name)
-
-    def batch(self, step: int, generator: torch.Generator) -> Any:
-        return self._batch
 
 
 def original_camera_map(
@@ -270,128 +254,26 @@ def more_steps(
     return {f"cvs, {n} steps": predictor(model, network, steps=n, **options) for n in counts}
 
 
-def steps_per_epoch(views: ViewTensors, batch_size: int) -> int:
-    """Steps that draw as many (record, view) pairs as the set has."""
-    return max(1, views.rgb.shape[0] * views.rgb.shape[1] // batch_size)
-
-
-def loss_fall(history: Sequence[Mapping[str, Any]], first: float | None = None) -> float:
-    """First over last loss, each the mean of a tenth of the logged steps.
-
-    Args:
-        first: take this as the first loss, such as `untrained_loss` where training went on from
-            other weights.
-    """
-    losses = [row["loss"] for row in history if row.get("loss") is not None]
-    tenth = max(1, len(losses) // 10)
-    last = sum(losses[-tenth:]) / tenth
-    if first is None:
-        first = sum(losses[:tenth]) / tenth
-    return first / last if last else float("inf")
-
-
-@torch.no_grad()
-def untrained_loss(task: Any, seed: int, *, batches: int = 4) -> float:
-    """A CVS task's loss for a network that has learned nothing: its last layer is zero."""
-    model = copy.deepcopy(task.model)
-    for weights in model.unet.head.parameters():
-        weights.zero_()
-    blank, losses = copy.copy(task), []
-    blank.model = model
-    for step in range(batches):
-        generator = torch.Generator(next(model.parameters()).device).manual_seed(seed + step)
-        terms = blank.loss(
-            blank.batch(step, generator), progress=0.0, generator=generator, ema=model
-        )
-        losses.append(float(terms["loss"]))
-    return sum(losses) / len(losses)
-
-
-def loss_terms(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The loss, then its named terms, as the log has them."""
-    names = {k for k, v in history[-1].items() if isinstance(v, float)} if history else set()
-    return ["loss", *sorted(names - {"loss", "lr", "grad_norm", "samples_per_s", "progress"})]
-
-
-def validation_curves(
-    validations: Sequence[Mapping[str, Any]],
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Held-out ratios over steps: name -> (steps, values)."""
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    for row in validations:
-        for name, value in row.items():
-            if "ratio" in name:
-                steps, values = curves.setdefault(name.replace("_", " "), ([], []))
-                steps.append(row["step"])
-                values.append(value)
-    return curves
-
-
-def training_metrics(result: TrainResult, held_out: Mapping[str, Any]) -> dict[str, Any]:
-    """A training run's key figures for results.json."""
-    return {
-        "luminance_ratio": held_out["luminance_ratio"],
-        "coverage_ratio": held_out["coverage_ratio"],
-        "psnr": held_out["psnr"],
-        "ssim": held_out["ssim"],
-        "loss_fall": loss_fall(result.history),
-        "loss_history": [[row["step"], row["loss"]] for row in result.history if "loss" in row],
-        "steps": result.steps,
-        "gate_overridden": result.gate_overridden,
-        **speed_metrics(result),
-    }
-
-
-def speed_metrics(result: TrainResult) -> dict[str, Any]:
-    """What a training took, for results.json."""
-    return {
-        "samples_per_s": result.samples_per_s,
-        "train_duration_s": result.duration_s,
-        "compile_s": result.compile_s,
-        "paused_s": result.paused_s,
-        "peak_memory_bytes": result.peak_memory_bytes,
-    }
-
-
-_PLACES = {
-    "export_to",
-    "output_dir",
-    "dataset_dir",
-    "truth_source",
-    "decoder_weights",
-}  # of the machine, not the run
-
-
-def export(network: Any, path: str | Path, record: RunRecord) -> Path:
-    """Write a trained network in half precision, with the run that made it in its metadata."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    provenance = {
-        "notebook": record.notebook,
-        "params": {k: v for k, v in record.params.items() if k not in _PLACES},
-        "provenance": {k: v for k, v in record.provenance.items() if k != "datasets"},
-        "data": [found["content_hash"] for found in record.provenance["datasets"]],
-        "started_utc": record.started_utc,
-    }
-    if isinstance(network, decoder.Decoder):
-        network.provenance = provenance
-        return network.save(path, half=True)
-    network.save(path, half=True, **provenance)
-    return path
-
-
-def exported_with(path: str | Path) -> dict[str, Any] | None:
-    """What `export` noted in a weights file: "params" of the run, content hashes of its "data";
-    None if the file does not say it."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), "np") as file:
-            metadata = file.metadata() or {}
-        decoder_notes = json.loads(metadata.get("fresnel_decoder", "{}")).get("provenance") or {}
-        notes = {**decoder_notes, **json.loads(metadata.get("fresnel", "{}"))}
-    except (SafetensorError, json.JSONDecodeError):
-        return None
-    if not isinstance(notes.get("params"), dict):
-        return None
-    return {"params": notes["params"], "data": list(notes.get("data") or [])}
+def held_out_scene(
+    model: str,
+    network: Any,
+    truth: ViewTensors,
+    *,
+    original: bool,
+    device: str,
+    weights: str | Path = "",
+) -> Scene:
+    """The first held-out object as the model's decoder makes it: its own where the model is one,
+    the one it is compared with where it is a CVS; in the original's world for the original."""
+    first = truth[[0]]
+    inputs, cameras, pivots = first.inputs, first.cameras, first.pivots
+    source = inputs.cameras
+    if model in CVS_MODELS:
+        network = load_decoder("patch" if original else "pixel", device, weights)
+    with torch.no_grad():
+        if original or model == "decoder-frontal":
+            found, _ = place(inputs, network, ORIGINAL)
+            source, cameras, pivots = original_camera_map(inputs, cameras)
+        else:
+            found = network.world(inputs)
+    return scene(found[0], cameras[0], source[0], pivots[0])
