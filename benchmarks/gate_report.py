@@ -163,8 +163,8 @@ def curves(result: Mapping[str, Any]) -> Any:
     """Recall against strength, one small panel per fault."""
     names, columns = list(faults.EXPECTED), 6
     height = -(-len(names) // columns)
-    figure, axes = figures._figure(
-        height, columns, figsize=(11, 1.9 * height), sharex=True, sharey=True, squeeze=False
+    figure, axes = figures.new_figure(
+        height, columns, size=(11, 1.9 * height), sharex=True, sharey=True, squeeze=False
     )
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)

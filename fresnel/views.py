@@ -22,7 +22,7 @@ from fresnel.data.images import DatasetError, InputImages
 from fresnel.models import cvs, decoder
 from fresnel.render import Views
 from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
-from fresnel.show import style as figures
+from fresnel.show import pictures, style
 
 INPUT_SIZE = 128
 """Pixels: what the shipped decoder sees."""
@@ -274,10 +274,10 @@ def _sheet(
     path: Path, photo: Photo, steps: int, views: dict[str, Views], azimuths: Sequence[float]
 ) -> None:
     source = photo.inputs.rgb[0].cpu().numpy()
-    rows = [[source, *figures.to_uint8(v.rgb[0])] for v in views.values()]
+    rows = [[source, *style.to_uint8(v.rgb[0])] for v in views.values()]
     calls = "one network call a view" if steps == 1 else f"{steps} network calls a view"
     labels = [f"CVS, {calls}", "the decoder's Gaussians, rendered"]
-    sheet = figures.contact_sheet(
-        rows, columns=["input", *figures.azimuth_labels(azimuths)], labels=labels
+    sheet = pictures.contact_sheet(
+        rows, columns=["input", *style.azimuth_labels(azimuths)], labels=labels
     )
     _save(path, sheet)

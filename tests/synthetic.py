@@ -16,7 +16,7 @@ from PIL import Image
 from fresnel.evaluation import metrics as evaluate
 from fresnel.evaluation.metrics import AZIMUTH_BINS
 from fresnel.report import record
-from fresnel.show import rows as evidence
+from fresnel.study import results
 
 BINS = [name for name, _ in AZIMUTH_BINS]
 LEVELS = {
@@ -88,7 +88,7 @@ def training(arm: str, seed: int) -> dict[str, Any]:
         **{name: overall[name] for name in ("luminance_ratio", "coverage_ratio", "psnr", "ssim")},
         "loss_fall": 12.0 + seed, "loss_history": [[1, 0.5], [100, 0.1], [3000, 0.04]],
         "steps": 3000, "samples_per_s": 330.0, "train_duration_s": 300.0 + seed,
-        "summaries": summaries, **evidence.by_object(measured),
+        "summaries": summaries, **results.psnr_by_object(measured),
         "credits": [
             {"title": "Chair", "author": "Somebody", "licence": "CC-BY-3.0", "source": "a place"}
         ],

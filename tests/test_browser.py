@@ -42,7 +42,7 @@ TOLD = """(figures) => figures.map((figure) => [...figure.querySelectorAll("img,
 PARAMETERS = 'image_size = 64  # pixels\nseed = 0  # of the poses\noutput_dir = ""\n'
 SHOW = """\
 import torch
-from fresnel.show import widgets as exhibits, style as figures
+from fresnel.show import charts, pictures, style, widgets
 from fresnel.report import record
 from fresnel.scene.cameras import orbit
 from fresnel.scene.gaussians import Gaussians
@@ -53,20 +53,20 @@ quats = torch.tensor([1.0, 0, 0, 0]).expand(500, 4)
 many = Gaussians(means, quats, 0.02 * torch.ones(500, 3), 0.9 * ones, torch.rand(500, 3))
 size = dict(focal_px=77, width=64, height=64)
 cameras = orbit(torch.arange(8) * 45.0, 10.0, 2.0, pivot=(0, 0, 0), **size)
-scene = exhibits.scene(many, cameras, cameras[0], torch.zeros(3))
-exhibits.show_scene(scene, "A cloud of 500 Gaussians, eight cameras around it.")
-frusta = figures.camera_frusta(cameras, cameras[0], pivot=[0, 0, 0], content=means.numpy())
-figures.show(frusta, "Eight cameras stand around the cloud.")"""
+scene = widgets.scene(many, cameras, cameras[0], torch.zeros(3))
+widgets.show_scene(scene, "A cloud of 500 Gaussians, eight cameras around it.")
+frusta = charts.camera_frusta(cameras, cameras[0], pivot=[0, 0, 0], content=means.numpy())
+style.show(frusta, "Eight cameras stand around the cloud.")"""
 PICTURES = """\
 views = [torch.rand(64, 64, 3) for _ in range(9)]
-exhibits.show_sheet([views, views], "Nine pictures of noise, twice.", columns=list("abcdefghi"),
+pictures.show_sheet([views, views], "Nine pictures of noise, twice.", columns=list("abcdefghi"),
                     labels=["one", "two"])
-exhibits.show_pair(views[0], views[1], ("noise", "more noise"), "Two pictures of noise.")
+pictures.show_pair(views[0], views[1], ("noise", "more noise"), "Two pictures of noise.")
 rows = [dict(step=i, loss=1 / (i + 1)) for i in range(20)]
 light = {"luminance ratio": ([0, 10, 20], [0.0, 0.0, 0.01])}
-figures.show(figures.loss_curves(rows, against=light), "The loss falls, the light stays at 0.")
+style.show(charts.loss_curves(rows, against=light), "The loss falls, the light stays at 0.")
 lines = ["| a | b |", "|---|---|", *(f"| {i} | {i}.00 [0.1, 2] |" for i in range(20))]
-figures.show_table("\\n".join(lines))"""
+style.show_table("\\n".join(lines))"""
 FINISH = (
     'run.metric("psnr", 21.5)\nrun.finish("FAIL", "All of it is noise.", ["there is no object"])'
 )

@@ -24,7 +24,7 @@ from fresnel.models.cvs import (
 )
 from fresnel.models.unet import count_parameters
 from fresnel.scene.cameras import Cameras, orbit
-from fresnel.study import arms
+from fresnel.study import smoke
 from fresnel.training.cvs_task import CVSTask, mirror
 from fresnel.training.losses import (
     consistency_loss,
@@ -527,10 +527,12 @@ def test_the_loss_of_a_network_that_has_learned_nothing() -> None:
     with torch.no_grad():
         for p in trained.model.unet.head.parameters():
             p.add_(1.0)
-    at_first = arms.untrained_loss(fresh, 3)
-    assert at_first == arms.untrained_loss(trained, 3)
+    at_first = smoke.untrained_loss(fresh, 3)
+    assert at_first == smoke.untrained_loss(trained, 3)
     generator = torch.Generator().manual_seed(3)
     batch = fresh.batch(0, generator)
     loss = fresh.loss(batch, progress=0.0, generator=generator, ema=fresh.model)["loss"]
-    assert arms.untrained_loss(fresh, 3, batches=1) == pytest.approx(float(loss))
-    assert arms.loss_fall([{"loss": 0.2}, {"loss": 0.1}], at_first) == pytest.approx(at_first / 0.1)
+    assert smoke.untrained_loss(fresh, 3, batches=1) == pytest.approx(float(loss))
+    assert smoke.loss_fall([{"loss": 0.2}, {"loss": 0.1}], at_first) == pytest.approx(
+        at_first / 0.1
+    )

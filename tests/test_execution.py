@@ -239,7 +239,8 @@ import os, signal
 import torch
 from pathlib import Path
 from types import SimpleNamespace
-from fresnel.study import protocol as experiment
+from fresnel.report import params
+from fresnel.study.data import train_dir
 from fresnel.gate import receipts
 from fresnel.training.loop import fit
 from fresnel.training.task import TrainConfig
@@ -277,7 +278,7 @@ folder = Path(marker).parent
 data.path = folder
 receipt = receipts.write_receipt(data, "gate", True, "fine")
 config = TrainConfig(steps=8, warmup_steps=0, log_every=1, snapshot_every=2, validate_every=0)
-place = folder / experiment.train_dir("line", data, experiment.parameters(globals())).name
+place = folder / train_dir("line", data, params.parameters_of(globals())).name
 result = fit(Line(), receipt=receipt, config=config, run_dir=place, resume=resume)
 starts = [line for line in open(place / "log.jsonl") if '"start"' in line]
 run.metrics({"samples_per_s": result.samples_per_s, "start": starts[-1]})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 import sys
@@ -23,8 +21,7 @@ from fresnel.report import page as pages
 from fresnel.report.record import RunRecord
 from fresnel.scene.cameras import orbit
 from fresnel.scene.gaussians import Gaussians
-from fresnel.show import style as figures
-from fresnel.show import widgets as exhibits
+from fresnel.show import charts, style, widgets
 
 Shown = list[tuple[dict[str, Any], dict[str, Any]]]
 
@@ -52,7 +49,7 @@ def page_of(tmp_path: Path, shown: Shown, text: str = "# T", **record: Any) -> s
     return pages.to_html(tmp_path / "executed.ipynb").read_text()
 
 
-def cloud(count: int = 50) -> exhibits.Scene:
+def cloud(count: int = 50) -> widgets.Scene:
     generator = torch.Generator().manual_seed(0)
     gaussians = Gaussians(
         0.2 * torch.randn(count, 3, generator=generator),
@@ -63,7 +60,7 @@ def cloud(count: int = 50) -> exhibits.Scene:
     )
     azimuth = torch.arange(4) * 90.0
     cameras = orbit(azimuth, 10.0, 2.0, pivot=(0, 0, 0), focal_px=40, width=32, height=32)
-    return exhibits.scene(gaussians, cameras, cameras[0], torch.zeros(3), most=40)
+    return widgets.scene(gaussians, cameras, cameras[0], torch.zeros(3), most=40)
 
 
 def test_question_rule_and_answer_come_first(tmp_path: Path) -> None:
@@ -110,8 +107,8 @@ def test_drawings_take_the_pages_ink_and_keep_their_names_apart(
     tmp_path: Path, shown: Shown
 ) -> None:
     for alt in ("first <one>", "second"):
-        figures.show(figures.loss_curves([{"step": i, "loss": 2.0 - i} for i in range(2)]), alt)
-    figures.show(figures.to_uint8(np.zeros((2, 3, 3))), "black")
+        style.show(charts.loss_curves([{"step": i, "loss": 2.0 - i} for i in range(2)]), alt)
+    style.show(style.to_uint8(np.zeros((2, 3, 3))), "black")
     html = page_of(tmp_path, shown)
     assert 'aria-label="first &lt;one&gt;"' in html and 'aria-label="second"' in html
     assert 'alt="black"' in html and 'width="3"' in html and 'height="2"' in html
@@ -130,77 +127,10 @@ def test_another_programs_drawing_stays_a_picture() -> None:
     assert html.startswith("<img ") and 'alt="a &quot;b&quot;"' in html and "<script" not in html
 
 
-def test_figures_are_drawn_in_our_style() -> None:
-    figure = figures.loss_curves(
-        [{"step": 1, "loss": 1.0, "rgb": 0.5}, {"step": 2, "loss": 0.5, "rgb": 0.1}],
-        terms=("loss", "rgb"),
-        against={"luminance ratio": ([1, 2], [0.0, 0.1])},
-    )
-    left, right = figure.axes
-    assert left.get_title(loc="left") and right.get_title(loc="left")
-    assert [line.get_color() for line in left.lines] == [figures.BLUE, figures.VERMILION]
-    assert not left.get_legend().get_frame_on() and left.get_yscale() == "log"
-    # the acceptable band is in sight even where the light never reaches it
-    assert right.get_ylim()[0] == 0 and right.patches
-
-
-def test_cameras_are_drawn_in_three_dimensions() -> None:
-    scene = cloud()
-    figure = figures.camera_frusta(
-        scene.cameras, scene.input_camera, pivot=[0, 0, 0], content=scene.gaussians.means.numpy()
-    )
-    space, above, front = figure.axes
-    assert space.name == "3d" and len(space.lines) == len(scene.cameras) + 1
-    assert above.yaxis_inverted() and not front.yaxis_inverted()
-    # a pyramid's lines start in the camera and end `depth` in front of it
-    (line, *_) = figures._frusta(scene.cameras, 0.5)
-    np.testing.assert_allclose(line[0], scene.cameras.centers[0], atol=1e-6)
-    ahead = (line[1:3] - line[0]) @ scene.cameras.forward[0].numpy()
-    np.testing.assert_allclose(ahead, 0.5, atol=1e-6)
-
-
-def test_a_sheet_holds_every_picture_once_in_its_own_pixels(shown: Shown) -> None:
-    one, two = np.zeros((4, 4, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
-    exhibits.show_sheet([[one, two], [one]], "Two.", columns=["a<", "b"], labels=["r", "s"])
-    ((data, about),) = shown
-    svg = data["image/svg+xml"]
-    assert about["image/svg+xml"]["alt"] == "Two." and ">a&lt;</text>" in svg
-    found = re.findall(r"data:image/png;base64,([^\"]+)", svg)
-    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in found]
-    assert sizes == [(4, 4), (8, 8)] and svg.count("<use ") == 3
-    with pytest.raises(ValueError, match="pictures: got none"):
-        exhibits.show_sheet([[]], "x")
-    with pytest.raises(ValueError, match="alt: want a sentence"):
-        exhibits.show_sheet([[one]], " ")
-
-
-def test_a_pair_wants_two_pictures_of_one_size(shown: Shown) -> None:
-    one = np.zeros((4, 6, 3))
-    exhibits.show_pair(one, one + 1, ("a & b", "c"), "Dark, then light.")
-    html = shown[0][0]["text/html"]
-    assert 'alt="Dark, then light."' in html and "a &amp; b" in html
-    assert 'type="range"' in html and 'aria-label="How much of a &amp; b to show, over c"' in html
-    with pytest.raises(ValueError, match="different sizes"):
-        exhibits.show_pair(one, one[:2], ("a", "b"), "x")
-    assert exhibits.tile([one] * 5, columns=2).shape == (12, 12, 3)
-
-
-def test_a_scene_keeps_what_can_be_seen_and_survives_its_file(tmp_path: Path) -> None:
-    scene = cloud()
-    assert scene.gaussians.num == 40 and scene.gaussians.opacities.min() >= 0.02
-    again = exhibits.Scene.load(scene.save(tmp_path / "scene.npz"))
-    torch.testing.assert_close(again.gaussians.means, scene.gaussians.means, atol=1e-3, rtol=0)
-    torch.testing.assert_close(again.gaussians.colors, scene.gaussians.colors, atol=3e-3, rtol=0)
-    torch.testing.assert_close(again.cameras.viewmats, scene.cameras.viewmats)
-    torch.testing.assert_close(again.input_camera.Ks, scene.input_camera.Ks)
-    picture = exhibits.still(again, 48)
-    assert picture.shape == (48, 48, 3) and picture.max() > 60
-
-
 def test_a_viewer_is_complete_in_itself_and_silent(
     tmp_path: Path, shown: Shown, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    exhibits.show_scene(cloud(), 'A "cloud".')
+    widgets.show_scene(cloud(), 'A "cloud".')
     assert "viser" not in "".join(capfd.readouterr())
     html = page_of(tmp_path, shown)
     assert pages.external_requests(html) == [] and len(html) < 1_500_000
@@ -213,7 +143,7 @@ def test_without_viser_the_still_picture_stands_alone(
     tmp_path: Path, shown: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "viser", None)
-    exhibits.show_scene(cloud(), "A cloud.")
+    widgets.show_scene(cloud(), "A cloud.")
     html = page_of(tmp_path, shown)
     assert "pip install viser" in html and "data-document=" not in html
 

@@ -446,4 +446,5 @@ def main_table(trained: Mapping[str, Run]) -> str:
 def credits_table(runs: Iterable[Run | None]) -> str:
     """What the runs' own reports say of the objects that they picture (Markdown)."""
     entries = [entry for run in runs if run for entry in run["metrics"].get("credits", [])]
-    return credits.table(entries) or "The runs name nobody: their reports are of an older version."
+    rows = credits.credit_rows(entries)
+    return rows or "The runs name nobody: their reports are of an older version."

@@ -41,7 +41,7 @@ _SHOWS_ONLY = {
 """Of this package, what runs or shows a report but has no part in its figures."""
 NOT_TRAINING = {
     *("analysis", "show", "report", "host", "views.py", "objects/furniture.py"),
-    *("study/protocol.py", "training/forecast.py"),
+    *("study/data.py", "study/smoke.py", "study/results.py", "training/forecast.py"),
 }
 """What else has no part in a training: a checkpoint outlives a change to these."""
 _FORMAT = 1

@@ -112,8 +112,8 @@ def _thresholds(config: GateConfig) -> list[dict[str, str]]:
 
 
 def _evidence(data: Any, verdict: Verdict) -> list[Section]:
-    from fresnel.show import rows as evidence
-    from fresnel.show import style as figures
+    from fresnel.show import charts, pictures
+    from fresnel.show import gate as evidence
 
     worst = _worst_records(data, verdict)
     sections = []
@@ -125,7 +125,7 @@ def _evidence(data: Any, verdict: Verdict) -> list[Section]:
         alt = f"The worst views by {_key(verdict, _OF_VIEWS).lstrip('-').replace('_', ' ')}: "
         alt += "; ".join(f"{row['object']} view {row['view']}" for row in views)
         drawn = _drawn(
-            lambda: figures.contact_sheet(
+            lambda: pictures.contact_sheet(
                 [[data[_at(data, row)].rgb[row["view"]].numpy() for row in views]],
                 columns=captions,
                 first_apart=False,
@@ -136,7 +136,7 @@ def _evidence(data: Any, verdict: Verdict) -> list[Section]:
     profile = evidence.azimuth_profile(verdict)
     if np.isfinite(profile["coverage_ratio"]).any():
         rose = _drawn(
-            lambda: figures.azimuth_rose(
+            lambda: charts.azimuth_rose(
                 profile["azimuth_deg"],
                 {
                     "coverage, views / input": profile["coverage_ratio"],
@@ -153,21 +153,20 @@ def _evidence(data: Any, verdict: Verdict) -> list[Section]:
 
 
 def _cameras(data: Any, index: int) -> Section:
-    from fresnel.show import rows as evidence
-    from fresnel.show import style as figures
+    from fresnel.show import charts, widgets
 
     def frusta() -> Any:
         record = data[index]
-        return figures.camera_frusta(
+        return charts.camera_frusta(
             record.cameras,
             record.input_camera,
             pivot=record.pivot.tolist(),
-            content=evidence.content_points(record),
+            content=widgets.content_points(record),
         )
 
     def words() -> str:
         record = data[index]
-        return evidence.describe_geometry(record, evidence.content_points(record))
+        return widgets.describe_geometry(record, widgets.content_points(record))
 
     text = f"Where the cameras of {data.names[index]} stand, look, and are said to turn about."
     return Section("Cameras and pivot", text, _drawn(frusta, words))
@@ -219,12 +218,12 @@ def _at(data: Any, row: dict[str, Any]) -> int:
 
 
 def _sheet(data: Any, worst: Sequence[int]) -> np.ndarray:
-    from fresnel.show import rows as evidence
+    from fresnel.show import pictures
     from fresnel.show import style as figures
 
-    rows, azimuths, names = evidence.picture_rows(data.subset(list(worst)), limit=_SHOWN)
+    rows, azimuths, names = pictures.picture_rows(data.subset(list(worst)), limit=_SHOWN)
     columns = ["input", *figures.azimuth_labels(azimuths)]
-    return figures.contact_sheet([row[:13] for row in rows], columns=columns[:13], labels=names)
+    return pictures.contact_sheet([row[:13] for row in rows], columns=columns[:13], labels=names)
 
 
 def _how(verdict: Verdict) -> str:
@@ -234,6 +233,6 @@ def _how(verdict: Verdict) -> str:
 
 
 def _alt_of_sheet(verdict: Verdict, worst: Sequence[int]) -> str:
-    from fresnel.show import rows as evidence
+    from fresnel.show import gate as evidence
 
     return f"{len(worst)} records. {evidence.describe_views(verdict)}"

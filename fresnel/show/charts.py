@@ -13,7 +13,15 @@ import numpy as np
 
 from fresnel.scene.cameras import Cameras
 from fresnel.show.style import (
-    BLUE, CYCLE, GREEN, GREY, ORANGE, SKY, VERMILION, new_figure, styled,
+    BLUE,
+    CYCLE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SKY,
+    VERMILION,
+    new_figure,
+    styled,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -177,7 +185,7 @@ def loss_curves(
 
 
 @styled
-def binsnew_figure(
+def bins_figure(
     summaries: Mapping[str, Sequence[Mapping[str, Any]]],
     metric: str,
     *,

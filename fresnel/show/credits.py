@@ -42,28 +42,31 @@ def credits(names: Iterable[str], source: str | MultiViewDataset) -> list[dict[s
 
 
 def show_credits(entries: Sequence[Mapping[str, str]]) -> None:
-    """Put `credits` into the notebook's output: a table of who must be named, then what is CC0."""
+    """Put `credits` into the notebook's output: who must be named, then what is CC0."""
+    rows = credit_rows(entries)
+    if rows:
+        show_table(rows, links=("licence", "source"))
+
+
+def credit_rows(entries: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The rows of `show_credits`; licence and source are HTML."""
     unique = list({tuple(entry.items()): entry for entry in entries}.values())
     others = [entry for entry in unique if not entry["licence"].startswith("CC0")]
-    free = [entry for entry in unique if entry not in others]
-    if others:
-        rows = [
-            {
-                "object pictured": entry["title"],
-                "author": entry["author"],
-                "licence": link(entry["licence"], _LICENCES.get(entry["licence"], "")),
-                "source": link(
-                    entry["source"], _FURNITURE if "sweethome3d" in entry["source"] else ""
-                ),
-                "changed": "rendered at one size in one light, and views made of it by a model",
-            }
-            for entry in sorted(others, key=lambda e: (e["author"], e["title"]))
-        ]
-        show_table(rows, links=("licence", "source"))
+    free = [f"{entry['title']} by {entry['author']}" for entry in unique if entry not in others]
+    rows = [
+        {
+            "object pictured": entry["title"],
+            "author": entry["author"],
+            "licence": link(entry["licence"], _LICENCES.get(entry["licence"], "")),
+            "source": link(entry["source"], _FURNITURE if "sweethome3d" in entry["source"] else ""),
+            "changed": "rendered at one size, in one light; views of it made by a model",
+        }
+        for entry in sorted(others, key=lambda e: (e["author"], e["title"]))
+    ]
     if free:
-        named = "; ".join(f"{entry['title']} by {entry['author']}" for entry in free)
-        rows = [{"objects pictured": named, "licence": link("CC0-1.0", _LICENCES["CC0-1.0"])}]
-        show_table(rows, links=("licence",))
+        licence = link("CC0-1.0", _LICENCES["CC0-1.0"])
+        rows.append({"object pictured": "; ".join(free), "licence": licence})
+    return rows
 
 
 def _known(wanted: Sequence[str], source: str | MultiViewDataset) -> dict[str, str]:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,14 @@ def evenly(count: int, limit: int) -> list[int]:
     return np.linspace(0, max(0, count - 1), min(limit, count)).round().astype(int).tolist()
 
 
+def read(path: Path) -> np.ndarray:
+    """A picture file as RGB uint8 array."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
 def tile(pictures: Sequence[Any], columns: int = 4) -> np.ndarray:
     """Pictures (H, W, 3) of one size in a grid without gaps: RGB uint8 array."""
     cells = [to_uint8(picture) for picture in pictures]
@@ -170,8 +179,9 @@ def _layout(
     if not rows or not all(len(row) for row in rows):
         raise ValueError("pictures: got none, want at least one row of at least one")
     arrays = [[to_uint8(picture) for picture in row] for row in rows]
-    cell, gap = min(128, max(96, *(row[0].shape[1] for row in arrays))), 4
-    count = max(map(len, arrays))
+    count, gap = max(map(len, arrays)), 4
+    widest = max(row[0].shape[1] for row in arrays)
+    cell = min(max(128, 1040 // count), max(96, widest))
     apart = 2 * gap if first_apart and count > 1 else 0
     lefts = [gap + c * (cell + gap) + (apart if c else 0) for c in range(count)]
     texts: list[tuple] = [(x, 14, text) for x, text in zip(lefts, columns, strict=False)]

@@ -10,6 +10,7 @@ import functools
 import html
 import io
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -141,6 +142,12 @@ def to_png(picture: Figure | np.ndarray, dpi: int = 192) -> bytes:
     else:
         picture.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+def save_png(path: Path, picture: Figure | np.ndarray) -> Path:
+    """Write a figure or RGB uint8 array as PNG."""
+    path.write_bytes(to_png(picture))
+    return path
 
 
 def to_uint8(images: Any) -> np.ndarray:

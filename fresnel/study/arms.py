@@ -6,9 +6,6 @@ parameters say and in nothing else.
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +15,14 @@ from torch import Tensor
 from fresnel.bootstrap import NEAR, ORIGINAL, original_input_viewmat, place
 from fresnel.data.dataset import InputImages, ViewTensors
 from fresnel.evaluation import metrics as evaluate
-from fresnel.models import decoder
+from fresnel.models import cvs, decoder
+from fresnel.models.cvs import CVS, CVSConfig
+from fresnel.models.decoder import DecoderConfig
 from fresnel.render import Views
-from fresnel.report.record import RunRecord
 from fresnel.scene.cameras import Cameras, intrinsics, orbit, relative_azimuth_deg
-from fresnel.training.loop import TrainResult
-from fresnel.training.task import Task
+from fresnel.show.widgets import Scene, scene
+from fresnel.training.cvs_task import CVSTask
+from fresnel.training.decoder_task import DecoderTask
 
 RENDER_MODELS = ("cvs-refine", "cvs-twin")
 CVS_MODELS = ("cvs", *RENDER_MODELS)
@@ -81,9 +80,6 @@ def make_task(
     """
     torch.manual_seed(seed)
     if model in CVS_MODELS:
-        from fresnel.models.cvs import CVS, CVSConfig, load_shipped
-        from fresnel.training.cvs_task import CVSTask
-
         changes: dict[str, Any] = {"parameterisation": parameterisation}
         if parameterisation == "regression":
             changes = {"sigma_max_fraction": 1.0, "ect_stages": 1}
@@ -99,7 +95,7 @@ def make_task(
         network = CVS(config)
         if initial_weights:
             network.start_from(
-                load_shipped(model=model)
+                cvs.load_shipped(model=model)
                 if initial_weights == "shipped"
                 else CVS.load(initial_weights)
             )
@@ -115,9 +111,6 @@ def make_task(
             renderer=renderer,
             device=device,
         )
-    from fresnel.models.decoder import DecoderConfig
-    from fresnel.training.decoder_task import DecoderTask
-
     if initial_weights:
         raise ValueError(f"initial_weights: only a CVS takes them; got model {model!r}, want ''")
     if model not in _DECODER_SIZES:
@@ -194,8 +187,6 @@ def predictor(
         renderer: what a CVS with `render_condition` sees.
     """
     if model in CVS_MODELS:
-        from fresnel.models import cvs
-
         camera_map = original_camera_map if original else None
         return cvs.predictor(network, steps, seed, camera_map, renderer=renderer)
     return original_decoder(network) if model == "decoder-frontal" else decoder.predictor(network)
@@ -234,8 +225,6 @@ def rivals(
         own = load_decoder("patch" if original else "pixel", device, weights)
         others["decoder render"] = original_decoder(own) if original else decoder.predictor(own)
         if initial_weights == "shipped" and not original:
-            from fresnel.models import cvs
-
             twin = cvs.load_shipped(device, "cvs-twin")
             others["shipped twin"] = cvs.predictor(twin, renderer=renderer("cvs-twin", device))
     return others

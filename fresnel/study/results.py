@@ -1,4 +1,4 @@
-"""What a training leaves: figures for results.json, and weights that name the run that made them."""
+"""What a training leaves: figures for results.json, and weights that name the run behind them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def validation_curves(
 
 
 def training_metrics(result: TrainResult, held_out: Mapping[str, Any]) -> dict[str, Any]:
-    """A training run's key figures: of its held-out views over all azimuths, and of its training."""
+    """A training run's key figures: of its held-out views over all azimuths, and its own."""
     ours = ("luminance_ratio", "coverage_ratio", "psnr", "ssim")
     return {
         **{name: held_out[name] for name in ours},
@@ -116,7 +116,7 @@ def export(network: Any, path: str | Path, record: RunRecord) -> Path:
         "data": [found["content_hash"] for found in record.provenance["datasets"]],
         "started_utc": record.started_utc,
     }
-    if isinstance(network, decoder.Decoder):
+    if isinstance(network, Decoder):
         network.provenance = provenance
         return network.save(path, half=True)
     network.save(path, half=True, **provenance)

@@ -319,9 +319,9 @@ def has_weights(step: Step) -> bool:
     path = project_root() / step.params.get("export_to", "")
     if not path.is_file():  # most often; what reads one takes seconds to import
         return False
-    from fresnel.study import arms
+    from fresnel.study.results import exported_with
 
-    made = arms.exported_with(path)
+    made = exported_with(path)
     if made is None:
         return False
     manifest = project_root() / step.params.get("dataset_dir", "") / "manifest.json"

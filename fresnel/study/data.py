@@ -1,0 +1,138 @@
+"""What a run trains on, is validated on, and whether the gate lets it: found, or made."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fresnel.bootstrap import CORRECTED, ORIGINAL, BootstrapConfig, bootstrap
+from fresnel.data import dataset
+from fresnel.data.dataset import MultiViewDataset, ViewTensors
+from fresnel.gate import verdict as gate
+from fresnel.host.files import fingerprint
+from fresnel.host.machine import project_root
+from fresnel.models.decoder import load_shipped
+from fresnel.objects import sources, splits
+from fresnel.report.cache import NOT_TRAINING, code_hash
+from fresnel.report.record import Recorder
+
+VALIDATION_OBJECTS = 4
+"""Embedded training objects whose true views a training is validated on."""
+_APART = {
+    *("output_dir", "export_to", "price_per_hour_usd", "resume", "compare_steps"),
+    *("keep_every", "previews"),
+}
+"""Parameters of 03 that have no part in the training."""
+
+
+class Refused(RuntimeError):
+    """A run that stopped because its protocol said so; the report says why, without a trace."""
+
+    def _render_traceback_(self) -> list[str]:  # what IPython shows in place of the trace
+        return [f"Refused: {self}"]
+
+
+def refuse(run: Recorder, why: str) -> None:
+    """End the run as REFUSED."""
+    run.finish("REFUSED", why, [why])
+    raise Refused(why)
+
+
+def require(
+    run: Recorder, data: MultiViewDataset, kinds: Sequence[str], *, allow_failed: bool
+) -> gate.Receipt:
+    """The gate's receipt, if every kind of receipt allows training; else ends the run as REFUSED.
+
+    Raises:
+        Refused: says which check is missing or failed and what to run.
+    """
+    try:
+        first = gate.require_receipt(data, kinds[0], allow_failed)
+        # the files were hashed for the first one
+        same = types.SimpleNamespace(path=data.path, content_hash=data.content_hash)
+        for kind in kinds[1:]:
+            gate.require_receipt(same, kind, allow_failed)
+    except gate.GateRefusal as refusal:
+        refuse(run, str(refusal))
+    return first
+
+
+def bootstrap_config(
+    preset: str, views_per_image: int, image_size: int, seed: int
+) -> BootstrapConfig | None:
+    """The named geometry at this size; None for "truth" and "none", which need no decoder."""
+    presets = {"original": ORIGINAL, "corrected": CORRECTED, "truth": None, "none": None}
+    if preset not in presets:
+        raise ValueError(f"preset: got {preset!r}, want one of {', '.join(map(repr, presets))}")
+    known = presets[preset]
+    asked = {"views_per_image": views_per_image, "image_size": image_size, "seed": seed}
+    return None if known is None else replace(known, **asked)
+
+
+def dataset_folder(config: BootstrapConfig, source: str, images: int, **more: Any) -> Path:
+    """Default folder of a bootstrap: named by what it is, so that a second run finds it.
+
+    `more`: what else makes it what it is (its objects, the decoder's weights).
+    """
+    more = {name: value for name, value in more.items() if value not in ("", "all")}
+    key = fingerprint({**asdict(config), "source": source, "images": images, **more})
+    name = f"{config.name}-{Path(source).stem}-{images}x{config.image_size}px-{key}"
+    return sources.data_dir() / name
+
+
+def train_dir(name: str, data: MultiViewDataset, config: Mapping[str, Any]) -> Path:
+    """Where the checkpoints of one model on one dataset with one configuration go.
+
+    What has no part in the training does not count: a run that was stopped has a report of its own,
+    and the next one must find its checkpoints.  Those of other code it must not find.
+    """
+    config = {key: value for key, value in config.items() if key not in _APART}
+    key = fingerprint({**config, "code": code_hash(NOT_TRAINING)})
+    stem = f"{name}-{data.content_hash.removeprefix('sha256:')[:8]}-{key}"
+    return project_root() / "runs" / "train" / stem
+
+
+def demo_dataset(model: str = "cvs", *, image_size: int = 32) -> MultiViewDataset:
+    """The smallest corrected bootstrap (for "decoder": ground truth), made and gated if need be.
+
+    What notebooks 02 and 03 train on when they are opened and run with their defaults.
+    """
+    if model.startswith("decoder"):
+        data = sources.ground_truth("embedded", "train", image_size=image_size)
+    else:
+        config = replace(CORRECTED, image_size=image_size)
+        path = dataset_folder(config, "embedded", 16)
+        if not (path / "manifest.json").exists():
+            inputs, _ = sources.input_images("embedded", images=16, image_size=image_size)
+            bootstrap(inputs, load_shipped("pixel"), config, path)
+        data = dataset.open(path)
+    if gate.read_receipt(data) is None:
+        gate.issue_receipt(data, gate.validate(data))
+    return data
+
+
+def validation_objects(
+    source: str, held_out: MultiViewDataset, *, device: str
+) -> ViewTensors | None:
+    """What a training's own figures and its `best` checkpoint come from: never the held-out
+    objects, which judge it once, in the end.
+
+    The source's "val" objects; of the embedded objects true views of a few that may be trained on;
+    None of a source that states no such split: the training then looks at its own data.
+    """
+    size = held_out.image_size
+    if source == "embedded":
+        split, count = "train", VALIDATION_OBJECTS
+    else:
+        split, count = "val", 0
+    try:
+        found = sources.ground_truth(source, split, image_size=size, objects=count, seed=2000)
+    except dataset.DatasetError:  # no such split
+        return None
+    if {*found.names} & {*held_out.names}:  # it states no splits at all
+        return None
+    splits.require_apart(found.names, held_out.names)
+    return found.tensors(size=size, device=device)
