@@ -112,7 +112,7 @@ def show_table(
         return
     import pandas as pd
 
-    frame = pd.DataFrame(table).fillna("")
+    frame = pd.DataFrame(table).astype(object).fillna("")
     for name in frame.columns.difference(list(links)):
         frame[name] = [
             f"{cell:,.2f}" if isinstance(cell, float) else html.escape(str(cell))

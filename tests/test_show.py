@@ -1,0 +1,231 @@
+"""Pictures, charts, tables and scenes: what is drawn, what is said of it, what is escaped."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from boxes import views_of
+from PIL import Image
+
+from fresnel.data import dataset
+from fresnel.render import Views
+from fresnel.scene.cameras import orbit
+from fresnel.scene.gaussians import Gaussians
+from fresnel.show import charts, gate, pictures, style, widgets
+
+Shown = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """What was put into the notebook's output: (data, metadata) each."""
+    outputs: Shown = []
+    monkeypatch.setattr(
+        "IPython.display.display",
+        lambda data, raw=False, metadata=None: outputs.append((data, metadata or {})),
+    )
+    return outputs
+
+
+def cloud(count: int = 50) -> widgets.Scene:
+    generator = torch.Generator().manual_seed(0)
+    gaussians = Gaussians(
+        0.2 * torch.randn(count, 3, generator=generator),
+        torch.tensor([1.0, 0, 0, 0]).expand(count, 4),
+        torch.full((count, 3), 0.03),
+        torch.linspace(0, 1, count),
+        torch.rand(count, 3, generator=generator),
+    )
+    azimuth = torch.arange(4) * 90.0
+    cameras = orbit(azimuth, 10.0, 2.0, pivot=(0, 0, 0), focal_px=40, width=32, height=32)
+    return widgets.scene(gaussians, cameras, cameras[0], torch.zeros(3), most=40)
+
+
+def test_figures_are_drawn_in_our_style() -> None:
+    figure = charts.loss_curves(
+        [{"step": 1, "loss": 1.0, "rgb": 0.5}, {"step": 2, "loss": 0.5, "rgb": 0.1}],
+        terms=("loss", "rgb"),
+        against={"luminance ratio": ([1, 2], [0.0, 0.1])},
+    )
+    left, right = figure.axes
+    assert left.get_title(loc="left") and right.get_title(loc="left")
+    assert [line.get_color() for line in left.lines] == [style.BLUE, style.VERMILION]
+    assert not left.get_legend().get_frame_on() and left.get_yscale() == "log"
+    # the acceptable band is in sight even where the light never reaches it
+    assert right.get_ylim()[0] == 0 and right.patches
+
+
+def test_cameras_are_drawn_in_three_dimensions() -> None:
+    scene = cloud()
+    figure = charts.camera_frusta(
+        scene.cameras, scene.input_camera, pivot=[0, 0, 0], content=scene.gaussians.means.numpy()
+    )
+    space, above, front = figure.axes
+    assert space.name == "3d" and len(space.lines) == len(scene.cameras) + 1
+    assert above.yaxis_inverted() and not front.yaxis_inverted()
+    # a pyramid's lines start in the camera and end `depth` in front of it
+    (line, *_) = charts._frusta(scene.cameras, 0.5)
+    np.testing.assert_allclose(line[0], scene.cameras.centers[0], atol=1e-6)
+    ahead = (line[1:3] - line[0]) @ scene.cameras.forward[0].numpy()
+    np.testing.assert_allclose(ahead, 0.5, atol=1e-6)
+
+
+def test_a_sheet_holds_every_picture_once_in_its_own_pixels(shown: Shown) -> None:
+    one, two = np.zeros((4, 4, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
+    pictures.show_sheet([[one, two], [one]], "Two.", columns=["a<", "b"], labels=["r", "s"])
+    ((data, about),) = shown
+    svg = data["image/svg+xml"]
+    assert about["image/svg+xml"]["alt"] == "Two." and ">a&lt;</text>" in svg
+    found = re.findall(r"data:image/png;base64,([^\"]+)", svg)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in found]
+    assert sizes == [(4, 4), (8, 8)] and svg.count("<use ") == 3
+    with pytest.raises(ValueError, match="pictures: got none"):
+        pictures.show_sheet([[]], "x")
+    with pytest.raises(ValueError, match="alt: want a sentence"):
+        pictures.show_sheet([[one]], " ")
+
+
+def test_a_pair_wants_two_pictures_of_one_size(shown: Shown) -> None:
+    one = np.zeros((4, 6, 3))
+    pictures.show_pair(one, one + 1, ("a & b", "c"), "Dark, then light.")
+    html = shown[0][0]["text/html"]
+    assert 'alt="Dark, then light."' in html and "a &amp; b" in html
+    assert 'type="range"' in html and 'aria-label="How much of a &amp; b to show, over c"' in html
+    with pytest.raises(ValueError, match="different sizes"):
+        pictures.show_pair(one, one[:2], ("a", "b"), "x")
+    assert pictures.tile([one] * 5, columns=2).shape == (12, 12, 3)
+
+
+def test_a_scene_keeps_what_can_be_seen_and_survives_its_file(tmp_path: Path) -> None:
+    scene = cloud()
+    assert scene.gaussians.num == 40 and scene.gaussians.opacities.min() >= 0.02
+    again = widgets.Scene.load(scene.save(tmp_path / "scene.npz"))
+    torch.testing.assert_close(again.gaussians.means, scene.gaussians.means, atol=1e-3, rtol=0)
+    torch.testing.assert_close(again.gaussians.colors, scene.gaussians.colors, atol=3e-3, rtol=0)
+    torch.testing.assert_close(again.cameras.viewmats, scene.cameras.viewmats)
+    torch.testing.assert_close(again.input_camera.Ks, scene.input_camera.Ks)
+    picture = widgets.still(again, 48)
+    assert picture.shape == (48, 48, 3) and picture.max() > 60
+
+
+def test_a_table_escapes_what_it_is_given_and_keeps_our_links(shown: Shown) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    rows = [
+        {"what": evil, "is": 0.12345, "link": style.link("CC<0>", "https://a/?b&c")},
+        {evil: "x", "link": style.link("no", "javascript:alert(1)")},
+    ]
+    style.show_table(rows, links=("link",))
+    text = shown[0][0]["text/html"]
+    assert "<img" not in text and text.count("&lt;img src=x") == 2, "cell and heading"
+    assert "0.12<" in text and "nan" not in text.lower()
+    assert '<a href="https://a/?b&amp;c">CC&lt;0&gt;</a>' in text and "javascript" not in text
+
+
+def test_the_file_of_a_sheet_has_what_the_page_has() -> None:
+    dark, light = np.zeros((48, 96, 3), np.uint8), np.full((96, 96, 3), 0.5)
+    sheet = pictures.contact_sheet([[dark, light], [dark]], columns=["a"], labels=["r", "s"])
+    assert sheet.shape == (22 + 2 * 18 + 96 + 4 + 48 + 4, 4 + 96 + 4 + 8 + 96 + 4, 3)
+    assert (sheet[60, 4:100] == 0).all() and (sheet[60, 112:208] == 128).all()
+    with pytest.raises(ValueError, match="pictures: got none"):
+        pictures.contact_sheet([])
+
+
+def test_views_stand_by_azimuth_and_only_true_ones_are_called_truth(tmp_path: Path) -> None:
+    data = dataset.write(tmp_path / "set", [views_of(i, size=16, views=4) for i in (0, 1)], meta={})
+    rows, azimuths, names = pictures.picture_rows(data)
+    assert azimuths == sorted(azimuths) and azimuths[0] > -180 and len(azimuths) == 4
+    record = data[0]
+    order = np.argsort(pictures.view_azimuths(record))
+    assert names == list(data.names) and len(rows[0]) == 5
+    for column, k in enumerate(order, 1):
+        np.testing.assert_array_equal(rows[0][column], record.rgb[int(k)].numpy())
+    tensors = data.tensors()
+
+    def grey(inputs: Any, cameras: Any) -> Views:
+        shape = (*cameras.batch_shape, cameras.height, cameras.width)
+        picture = torch.linspace(0, 1, shape[1])[None, :, None, None, None].expand(*shape, 1)
+        return Views(picture.expand(*shape, 3), picture, picture)
+
+    made, labels, again = pictures.predicted_rows(tensors, {"ours": grey}, [1], first="target")
+    assert labels == [f"{data.names[1]}: target", f"{data.names[1]}: ours"]
+    assert again == pytest.approx(azimuths, abs=1e-3)
+    np.testing.assert_array_equal(made[0][1:], rows[1][1:])
+    order = np.argsort(pictures.view_azimuths(data[1]))
+    np.testing.assert_allclose([view.mean() for view in made[1][1:]], order / 3, atol=1e-6)
+    assert pictures.predicted_rows(tensors, {}, [0])[1] == [f"{data.names[0]}: truth"]
+
+
+def verdict(rows: list[dict[str, Any]], reasons: tuple[Any, ...] = ()) -> Any:
+    return SimpleNamespace(
+        measurements=rows, reasons=reasons, notes=("poses",), duration_s=1.0, figures={}
+    )
+
+
+def test_what_the_gate_measured_by_azimuth() -> None:
+    def seen(azimuth_deg: float, coverage: float, luminance: float) -> dict[str, Any]:
+        ratios = {"coverage_ratio": coverage, "luminance_ratio": luminance}
+        return {"azimuth_deg": azimuth_deg, "empty": coverage == 0, "object": "a", **ratios}
+
+    found = verdict([seen(44, 1.0, 0.5), seen(50, 0.5, 1.0), seen(-180, 0.0, float("nan"))])
+    profile = gate.azimuth_profile(found)
+    at = dict(
+        zip(profile["azimuth_deg"], zip(*list(profile.values())[1:], strict=True), strict=True)
+    )
+    assert at[45] == (0.75, 0.75, 0.5, 2) and at[180][:1] == (0.0,) and at[180][2:] == (0.0, 1)
+    assert "+45 degrees: 0.75 of the input's area, 0.50 of its light" in gate.describe_profile(
+        profile
+    )
+    assert "1 of 3 views are empty" in gate.describe_views(found)
+    metrics = gate.gate_metrics(found)
+    assert metrics["empty_views"] == pytest.approx(1 / 3) and metrics["gate_codes"] == []
+    assert metrics["frame_luminance_ratio"] == pytest.approx(1 / 3)
+    assert [row["what"] for row in gate.reasons_rows(found)] == ["No check failed.", "poses"]
+    reason = SimpleNamespace(code="dark", message="m", hint="h", symptom_of="empty")
+    first = gate.reasons_rows(verdict([], (reason,)))[0]
+    assert (first["finding"], first["what"], first["symptom of"]) == ("dark", "m", "empty")
+
+
+def test_the_worst_views_have_the_least_light(tmp_path: Path) -> None:
+    data = dataset.write(tmp_path / "set", [views_of(i, size=16, views=2) for i in (0, 1)], meta={})
+    rows = [
+        {"object": name, "view": view, "azimuth_deg": 90.0 * view,
+         "coverage_ratio": 1.0, "luminance_ratio": light}
+        for name, view, light in zip(np.repeat(data.names, 2), (0, 1, 0, 1), (1, 0.2, 0.5, 2),
+                                     strict=True)
+    ]  # fmt: skip
+    worst, captions, whose = gate.worst_views(data, verdict(rows), count=2)
+    assert whose == list(data.names) and captions == [
+        "+90\N{DEGREE SIGN}, 1.00",
+        "+0\N{DEGREE SIGN}, 1.00",
+    ]
+    np.testing.assert_array_equal(worst[0], data[0].rgb[1].numpy())
+
+
+def test_a_record_in_3d_is_its_covered_pixels(tmp_path: Path) -> None:
+    record = views_of(0, size=32, views=4)
+    content = widgets.content_points(record)
+    assert len(content) > 50
+    assert np.abs(content - record.pivot.numpy()).max() < 1.0, "on the object, around its pivot"
+    shown = widgets.record_scene(record)
+    assert shown is not None and 0 < shown.gaussians.num <= 16_000
+    assert "4 cameras stand" in widgets.describe_geometry(record, content)
+
+
+def test_charts_say_bins_and_bands() -> None:
+    entry = {"bin": "45", "psnr": 20.0, "psnr_low": 19.0, "psnr_high": 22.0}
+    figure = charts.bins_figure({"a": [entry], "b": [{**entry, "psnr": 10.0}]}, "psnr",
+                                label="PSNR, dB", band=(1, 2))  # fmt: skip
+    (axis,) = figure.axes
+    assert [bar.get_height() for box in axis.containers[::2] for bar in box] == [20.0, 10.0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["45"]
+    rose = charts.azimuth_rose([0, 10, 90, 180], {"light": [1.0, 0.5, 0.25, float("nan")]})
+    heights = [bar.get_height() for bar in rose.axes[0].patches]
+    assert heights == [0.75, 0, 0.25, 0, 0, 0, 0, 0]
