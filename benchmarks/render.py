@@ -1,20 +1,32 @@
-"""How fast the CPU rasteriser is, and how near to what this machine can do at all.
+"""How fast the renderers are, how near to what the machine can do, and whether they agree.
 
-    python benchmarks/render.py [--rounds 15] [--out benchmarks]
+    python benchmarks/render.py [--rounds 15]        # the CPU rasteriser: render.json, render.md
+    python benchmarks/render.py --device cuda        # gsplat, against the others: render_gpu.*
+    python benchmarks/render.py --objects FOLDER     # ray-tracing 3D objects: one line of JSON
 
-Renders an object-like scene (Gaussians on a bumpy shell, wide enough to cover it) and writes
-render.json, render.md (the table) and render.png (time against N). Every figure is the median of
-rounds in which all cases take turns, so that a busy moment does not fall on one of them. At its
-turn a case runs a few times and the last run counts, as in a loop; what cold caches cost the first
-is told apart, for the smallest case.
+Renders an object-like scene (Gaussians on a bumpy shell, wide enough to cover it). Every figure is
+the median of rounds in which all cases take turns, so that a busy moment does not fall on one of
+them; at its turn a case runs a few times and the last run counts, as in a loop.
+
+Two renderers may disagree where an opacity sits on the 1/255 threshold, by that step; so an image
+agrees when all but one pixel in a thousand are within 1e-3 and the rest within 5/255, and gradients
+within 1e-2 (relative, L2). Where many Gaussians overlap, some of a pixel's depths are equal to the
+last bit of float32, and their order is a matter of rounding. How much that is worth is measured:
+"gsplat / itself + 1 ulp" renders the same scene with every mean moved to the next float32. A pair
+that misses the bounds but stays within three times that noise is marked "as itself".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +39,16 @@ from fresnel.render.kernels.simd import fma, load, store
 from fresnel.scene.cameras import Cameras, orbit
 from fresnel.scene.gaussians import Gaussians
 
+NAMES = ("means", "quats", "scales", "opacities", "colors")
 SIZES = [(n, size) for n in (1_000, 10_000, 100_000) for size in (128, 256, 512)]
 TARGETS = {(1_000, 128): (0.25, 0.7), (10_000, 256): (2, 5), (100_000, 256): (10, 22)}
-TARGETS[100_000, 512] = (18, 42)
+TARGETS[100_000, 512] = (18, 42)  # ms forward, ms with backward, on two threads
 # Useful floating-point operations for one (pixel, Gaussian) pair, an FMA counted as two.
 FLOPS_FORWARD, FLOPS_BACKWARD = 32, 78
 TURNS = {1_000: 10, 10_000: 4, 100_000: 2}  # runs of a case at its turn
-REFERENCE_LIMIT = 5e7  # pixels x Gaussians that the dense renderer gets
+DENSE_LIMIT = 3e8  # pixels x Gaussians that the reference gets
+NUDGED = "itself + 1 ulp"
+PAIRS = (("cpu", "gsplat"), ("cpu", "reference"), ("gsplat", "reference"), ("gsplat", NUDGED))
 
 
 def scene(num: int, seed: int = 0, batch: tuple[int, ...] = ()) -> Gaussians:
@@ -59,23 +74,28 @@ def view(size: int, azimuths: torch.Tensor | None = None) -> Cameras:
 
 
 def leaves(gaussians: Gaussians) -> tuple[Gaussians, list[torch.Tensor]]:
-    names = ("means", "quats", "scales", "opacities", "colors")
-    tensors = [getattr(gaussians, name).detach().clone().requires_grad_() for name in names]
+    tensors = [getattr(gaussians, name).detach().clone().requires_grad_() for name in NAMES]
     return Gaussians(*tensors), tensors
 
 
-def forward_ms(gaussians: Gaussians, cameras: Cameras, **options: Any) -> float:
-    start = time.perf_counter()
+def forward(gaussians: Gaussians, cameras: Cameras) -> None:
     with torch.no_grad():
-        render(gaussians, cameras, **options)
-    return (time.perf_counter() - start) * 1e3
+        render(gaussians, cameras)
 
 
-def both_ms(gaussians: Gaussians, cameras: Cameras, slope: torch.Tensor, **options: Any) -> float:
+def both(gaussians: Gaussians, cameras: Cameras) -> None:
     gaussians, tensors = leaves(gaussians)
+    rgb = render(gaussians, cameras).rgb
+    torch.autograd.grad(rgb, tensors, torch.ones_like(rgb))
+
+
+def elapsed_ms(function: Callable[..., Any], *args: Any) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
-    views = render(gaussians, cameras, **options)
-    torch.autograd.grad(views.rgb, tensors, slope.to(views.rgb))
+    function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3
 
 
@@ -91,8 +111,6 @@ def _fma_loop(memory, rounds):  # type: ignore[no-untyped-def]
 
 def peak_gflops(threads: int) -> float:
     """Single-precision FMA throughput of `threads` threads, measured."""
-    from concurrent.futures import ThreadPoolExecutor
-
     rounds = 2_000_000
     memories = [np.full(32, 0.5, np.float32) for _ in range(threads)]
     _fma_loop(memories[0], 1)
@@ -142,91 +160,28 @@ def touched_pairs(gaussians: Gaussians, cameras: Cameras) -> int:
     )
 
 
-def executed_lanes(views: Views) -> int:
-    """Lanes that the forward pass's inner loop ran for the blocks that were reached."""
-    return 16 * int(np.bitwise_count(cpu.touched(views.rgb)).sum())
-
-
-class Outside:
-    """Within it, time spent in kernels is counted, so that the rest can be told from it."""
-
-    def __enter__(self) -> Outside:
-        self.run, self.inside_ms = cpu.run, 0.0
-
-        def timed(*args: Any) -> Any:
-            start = time.perf_counter()
-            progress = self.run(*args)
-            self.inside_ms += (time.perf_counter() - start) * 1e3
-            return progress
-
-        cpu.run = timed
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        cpu.run = self.run
-
-
-def turn(
-    case: tuple[Any, ...], count: int, times: dict[tuple[Any, ...], list[float]], key: Any
-) -> None:
-    """Run a case as often as its turn has runs; note the last, and what the remarks want."""
-    gaussians, cameras, slope = case[:3]
-    options = {"threads": count, "backend": "cpu"}
-    for name, function in (("forward", forward_ms), ("both", both_ms)):
-        arguments = (gaussians, cameras, *([slope] if name == "both" else []))
-        for k in range(TURNS[gaussians.num]):
-            with Outside() as outside:
-                elapsed = function(*arguments, **options)  # type: ignore[operator]
-            if k == 0 and name == "forward":
-                times.setdefault((*key, "forward_cold"), []).append(elapsed)
-        times.setdefault((*key, name), []).append(elapsed)
-        times.setdefault((*key, name + "_outside"), []).append(elapsed - outside.inside_ms)
-        reuse, cpu._pool.limit = cpu._pool.limit, 0
-        for _ in range(2):
-            elapsed = function(*arguments, **options)  # type: ignore[operator]
-        cpu._pool.limit = reuse
-        times.setdefault((*key, name + "_fresh"), []).append(elapsed)
-
-
 def measure(rounds: int, threads: list[int]) -> dict[str, Any]:
-    cases = {}
-    for num, size in SIZES:
-        gaussians, cameras = scene(num), view(size)
-        slope = torch.randn(1, size, size, 3, generator=torch.Generator().manual_seed(1))
-        lanes = executed_lanes(render(leaves(gaussians)[0], cameras))
-        cases[num, size] = (gaussians, cameras, slope, touched_pairs(gaussians, cameras), lanes)
-    times: dict[tuple[int, int, Any, str], list[float]] = {}
+    cases = {(num, size): (scene(num), view(size)) for num, size in SIZES}
+    times: dict[Any, list[float]] = {}
     for _ in range(rounds):
         for (num, size), case in cases.items():
             for count in threads:
-                turn(case, count, times, (num, size, count))
-    for (num, size), (gaussians, cameras, slope, _, _) in cases.items():
-        if num * size**2 <= REFERENCE_LIMIT:
-            forward = [forward_ms(gaussians, cameras, backend="reference") for _ in range(3)]
-            both = [both_ms(gaussians, cameras, slope, backend="reference") for _ in range(3)]
-            times[num, size, "reference", "forward"] = forward
-            times[num, size, "reference", "both"] = both
+                cpu._threads = lambda projections, pixels, count=count: count
+                for function in (forward, both):
+                    last = [elapsed_ms(function, *case) for _ in range(TURNS[num])][-1]
+                    times.setdefault((num, size, count, function.__name__), []).append(last)
     peaks = {count: peak_gflops(count) for count in threads}
     rows = []
     for num, size in SIZES:
-        pairs, lanes = cases[num, size][3:]
-        for who in [*threads, "reference"]:
-            if (num, size, who, "forward") not in times:
-                continue
-            forward, both = (
-                float(np.median(times[num, size, who, what])) for what in ("forward", "both")
-            )
+        pairs = touched_pairs(*cases[num, size])
+        for who in threads:
+            ms = [float(np.median(times[num, size, who, name])) for name in ("forward", "both")]
             row = {"gaussians": num, "pixels": size, "who": who, "pairs": pairs}
-            row |= {"forward_ms": forward, "both_ms": both, "live_lanes": pairs / lanes}
-            row |= {"forward_ns_per_pair": forward * 1e6 / pairs}
-            if who != "reference":
-                flops = (FLOPS_FORWARD + FLOPS_BACKWARD) * pairs
-                row |= {"peak_share_forward": FLOPS_FORWARD * pairs / forward / 1e6 / peaks[who]}
-                row |= {"peak_share_both": flops / both / 1e6 / peaks[who]}
-                for what in ("cold", "outside", "fresh"):
-                    for name in ("forward", "both"):
-                        if measured := times.get((num, size, who, f"{name}_{what}")):
-                            row[f"{name}_{what}_ms"] = float(np.median(measured))
+            row |= {"forward_ms": ms[0], "both_ms": ms[1]}
+            row["forward_ns_per_pair"] = ms[0] * 1e6 / pairs
+            row["peak_share_forward"] = FLOPS_FORWARD * pairs / ms[0] / 1e6 / peaks[who]
+            flops = (FLOPS_FORWARD + FLOPS_BACKWARD) * pairs
+            row["peak_share_both"] = flops / ms[1] / 1e6 / peaks[who]
             rows.append(row)
     return {"machine": processor(), "rounds": rounds, "peak_gflops": peaks, "rows": rows}
 
@@ -246,93 +201,169 @@ def table(result: dict[str, Any]) -> str:
     lines = ["**The cores were busy with other work: run this again.**", ""] if busy else []
     lines += [
         f"{result['machine']}; FMA peak measured: "
-        + ", ".join(f"{v:.0f} GFLOP/s on {k} threads" for k, v in result["peak_gflops"].items())
+        + ", ".join(f"{v:.0f} GFLOP/s on {k} threads" for k, v in peaks.items())
         + f"; medians of {result['rounds']} interleaved rounds. Targets are for 2 threads.",
         "",
-        "| Gaussians | px | who | forward ms | target | forward + backward ms | target | pairs | "
-        "ns/pair | live lanes | of peak, fwd | of peak, fwd+bwd |",
-        "|--:|--:|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| Gaussians | px | threads | forward ms | target | forward + backward ms | target | pairs "
+        "| ns/pair | of peak, fwd | of peak, fwd+bwd |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
-        ours = row["who"] != "reference"
-        who = f"cpu, {row['who']} threads" if ours else "reference"
         target = TARGETS.get((row["gaussians"], row["pixels"])) if row["who"] == 2 else None
-        share = [f"{row[k]:.0%}" if ours else "" for k in ("peak_share_forward", "peak_share_both")]
         cells = [
-            f"{row['gaussians']:,}", row["pixels"], who,
+            f"{row['gaussians']:,}", row["pixels"], row["who"],
             f"{row['forward_ms']:.2f}", target[0] if target else "",
             f"{row['both_ms']:.2f}", target[1] if target else "",
             f"{row['pairs'] / 1e6:.2f} M", f"{row['forward_ns_per_pair']:.2f}",
-            f"{row['live_lanes']:.0%}" if ours else "", *share,
+            f"{row['peak_share_forward']:.0%}", f"{row['peak_share_both']:.0%}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join([*lines, "", *remarks(result)]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
-def remarks(result: dict[str, Any]) -> list[str]:
-    """Beside the table: the time outside kernels, cold caches, and what reusing memory gives."""
-    ours = {(r["gaussians"], r["pixels"]): r for r in result["rows"] if r["who"] == 2}
-    if not ours:
-        return []
+# --- a GPU ---------------------------------------------------------------------------------------
 
-    def pair(row: dict[str, Any], what: str) -> str:
-        return f"{row[f'forward{what}_ms']:.2f} / {row[f'both{what}_ms']:.2f} ms"
 
-    small = ours[1_000, 128]
-    fresh = (f"{n:,} at {size} px {pair(ours[n, size], '_fresh')}" for n, size in TARGETS)
-    return [
-        "Two threads, forward / forward + backward. Of 1,000 at 128 px, outside the kernels "
-        f"(argument checks, allocation, autograd): {pair(small, '_outside')}; the first forward "
-        f"call after other sizes, with cold caches, takes {small['forward_cold_ms']:.2f} ms. With "
-        f"fresh memory for every pass instead of reused memory: {'; '.join(fresh)}.",
+def images_and_gradients(
+    gaussians: Gaussians, cameras: Cameras, backend: str, device: str
+) -> tuple[Views, list[torch.Tensor]]:
+    """Views, and the gradients of a fixed weighted sum of them, brought to the CPU in float64."""
+    gaussians, tensors = leaves(gaussians.to(device))
+    views = render(gaussians, cameras.to(device), backend=backend)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(image.shape, generator=generator) for image in (views.rgb, views.alpha)]
+    images = (views.rgb, views.alpha)
+    loss = sum((i * w.to(i)).sum() for i, w in zip(images, weights, strict=True))
+    grads = torch.autograd.grad(loss, tensors)
+    images = (i.detach().cpu().double() for i in (views.rgb, views.alpha, views.depth))
+    return Views(*images), [grad.cpu().double() for grad in grads]
+
+
+def compare(a: tuple[Views, list], b: tuple[Views, list]) -> dict[str, Any]:
+    difference = (a[0].rgb - b[0].rgb).abs().amax(-1)
+    worst, over = float(difference.max()), float((difference > 1e-3).double().mean())
+    gradient = max(
+        float(torch.linalg.norm(x - y) / torch.linalg.norm(y).clamp_min(1e-30))
+        for x, y in zip(a[1], b[1], strict=True)
+    )
+    agrees = over <= 1e-3 and worst <= 5 / 255 and gradient <= 1e-2
+    found = {"image_max": worst, "pixels_over_1e-3": over, "gradient_max": gradient}
+    return found | {"agrees": agrees}
+
+
+def on_gpu() -> tuple[dict[str, Any], str]:
+    rows, lines = [], []
+    for num, size in SIZES:
+        gaussians, cameras = scene(num), view(size)
+        device, moved = gaussians.to("cuda"), cameras.to("cuda")
+        nudged = torch.nextafter(gaussians.means, torch.full_like(gaussians.means, torch.inf))
+        results = {
+            "cpu": images_and_gradients(gaussians, cameras, "cpu", "cpu"),
+            "gsplat": images_and_gradients(gaussians, cameras, "gsplat", "cuda"),
+            NUDGED: images_and_gradients(
+                replace(gaussians, means=nudged), cameras, "gsplat", "cuda"
+            ),
+        }
+        if num * size**2 <= DENSE_LIMIT:
+            results["reference"] = images_and_gradients(gaussians, cameras, "reference", "cuda")
+        row: dict[str, Any] = {"gaussians": num, "pixels": size, "who": "gsplat"}
+        for function in (forward, both):
+            found = [elapsed_ms(function, device, moved) for _ in range(11)][1:]
+            row[f"{function.__name__}_ms"] = float(np.median(found))
+        noise = compare(results["gsplat"], results[NUDGED])
+        for a, b in PAIRS:
+            if b in results:
+                row[f"{a}_{b}"] = found = compare(results[a], results[b])
+                keys = ("pixels_over_1e-3", "gradient_max")
+                alike = all(found[key] <= 3 * noise[key] for key in keys)
+                word = "yes" if found["agrees"] else "as itself" if alike else "NO"
+                lines.append(
+                    f"| {num:,} | {size} | {a} / {b} | {found['image_max']:.1e} | "
+                    f"{found['pixels_over_1e-3']:.3%} | {found['gradient_max']:.1e} | {word} |"
+                )
+        rows.append(row)
+    name = torch.cuda.get_device_name()
+    head = [
+        f"{name}, torch {torch.__version__}, gsplat 1.5.3",
+        "",
+        "| Gaussians | px | pair | image max | pixels over 1e-3 | gradients, rel. L2 | agree |",
+        "|--:|--:|:--|--:|--:|--:|:--|",
     ]
+    cost = overhead()
+    tail = ["", f"{cost['views']} views x {cost['gaussians']:,} Gaussians at {cost['pixels']} px, "]
+    tail[-1] += "our adapter over gsplat itself: " + ", ".join(
+        f"{cost[key]:+.1%} {key.replace('_', ' + ')}" for key in ("forward", "forward_backward")
+    )
+    return {"machine": name, "rows": rows, "overhead": cost}, "\n".join([*head, *lines, *tail, ""])
 
 
-def picture(result: dict[str, Any], path: Path, gpu: Path) -> None:
-    """Time against N at 256 px (the reference where it fits, at 128 px)."""
-    import matplotlib
+def overhead(scenes: int = 64, views: int = 8, num: int = 16_384, size: int = 256) -> dict:
+    """What `render` costs beyond gsplat called directly, the two taking turns."""
+    from gsplat import rasterization
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    rows = list(result["rows"])
-    if gpu.is_file():
-        rows += json.loads(gpu.read_text())["rows"]
-    for axis, key, title in zip(
-        axes, ("forward_ms", "both_ms"), ("forward", "forward + backward"), strict=True
+    gaussians, tensors = leaves(scene(num, batch=(scenes,)).to("cuda"))
+    single = view(size, torch.linspace(0, 315, views)).to("cuda")
+    matrices = single.viewmats.expand(scenes, views, 4, 4).contiguous()
+    Ks = single.Ks.expand(scenes, views, 3, 3).contiguous()
+    cameras = Cameras(matrices, Ks, size, size)
+    calls: list[Callable[[], torch.Tensor]] = [
+        lambda: render(gaussians, cameras).rgb,
+        lambda: rasterization(
+            *tensors, matrices, Ks, size, size, packed=False, render_mode="RGB+ED"
+        )[0][..., :3],
+    ]
+    result: dict[str, Any] = {"views": scenes * views, "gaussians": num, "pixels": size}
+    for name, wrap in (
+        ("forward", lambda call: torch.no_grad()(call)()),
+        ("forward_backward", lambda call: torch.autograd.grad(call().sum(), tensors)),
     ):
-        for who in dict.fromkeys(row["who"] for row in rows):
-            size = 128 if who == "reference" else 256
-            points = [
-                (row["gaussians"], row[key])
-                for row in rows
-                if row["who"] == who and row["pixels"] == size and key in row
-            ]
-            if points:
-                label = f"cpu, {who} threads" if isinstance(who, int) else str(who)
-                axis.loglog(*zip(*points, strict=True), "o-", label=f"{label}, {size} px")
-        axis.set(xlabel="Gaussians", title=title)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("ms per view")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        times = [[elapsed_ms(wrap, call) for call in calls] for _ in range(16)][1:]
+        ours, direct = np.median(times, axis=0)
+        result[name] = float(ours / direct - 1)
+    return result
+
+
+def objects(path: str, views: int = 8, size: int = 128) -> dict[str, Any]:
+    """How long ray-tracing takes: objects at 8 views, 128 px, 4 samples, on all cores."""
+    from fresnel.objects.assets import find_assets
+    from fresnel.objects.render_set import render_set
+
+    assets = find_assets(path)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        made = render_set(assets, Path(folder) / "set", views=views, image_size=size)
+        seconds = time.perf_counter() - start
+    rays = len(made) * (views + 1) * size**2 * 4
+    result = {"cores": len(os.sched_getaffinity(0)), "objects": len(made)}
+    return result | {
+        "seconds": round(seconds, 1),
+        "million_rays_per_s": round(rays / seconds / 1e6, 2),
+        "content_hash": made.content_hash,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--objects", help="folder, zip file, .sh3f or manifest of 3D objects")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
+    if arguments.objects:
+        print(json.dumps(objects(arguments.objects)))
+        return
     # Torch's idle OpenMP threads spin for a while after every operation, on the cores we time.
     torch.set_num_threads(1)
-    result = measure(arguments.rounds, arguments.threads)
-    (arguments.out / "render.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.out / "render.md").write_text(table(result))
-    picture(result, arguments.out / "render.png", arguments.out / "render_gpu.json")
-    print(table(result))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.device == "cuda":
+        name, (result, text) = "render_gpu", on_gpu()
+    else:
+        name, result = "render", measure(arguments.rounds, arguments.threads)
+        text = table(result)
+    (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.out / f"{name}.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

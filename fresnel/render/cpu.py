@@ -1,8 +1,8 @@
 """The CPU rasteriser: Numba kernels behind one autograd function.
 
 Tiles, front-to-back blending and the cut-offs are 3DGS's (arXiv 2308.04079) as gsplat 1.5.3 has
-them. See `_passes` for what runs, `_tasks` for why its results have the same bits on any number of
-threads, and `_scratch` for where its memory comes from.
+them. Of `kernels`, passes says what runs, tasks why results have the same bits on any number of
+threads, and scratch where memory comes from.
 """
 
 from __future__ import annotations
@@ -17,36 +17,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fresnel.render.kernels import passes as _passes
-from fresnel.render.kernels.scratch import Array, Pool
+from fresnel.render.kernels.scratch import Pool
 from fresnel.render.kernels.tasks import BAD, TOTAL, run
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.gaussians import Gaussians
 
 _pool = Pool(limit=256 << 20)  # idle memory only; a pass of 100k Gaussians at 512 px takes 40 MB
 ROOM = 8  # entries for each Gaussian that there is room for at first
+MOST_PIXELS = 32_767 * 16
 _ZEROS = torch.zeros(48)  # stands for a gradient that is zero everywhere
 
 
 def rasterize(
-    gaussians: Gaussians,
-    cameras: Cameras,
-    background: Tensor | None,
-    *,
-    near: float,
-    far: float,
-    eps2d: float,
-    alpha_max: float,
-    threads: int | None,
+    gaussians: Gaussians, cameras: Cameras, background: Tensor | None, near: float, eps2d: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Render; parameters and results as in `fresnel.render.render`.
 
     Raises:
-        ValueError: for NaN or infinite values.
+        ValueError: for NaN or infinite values, and where there are more pixels or Gaussians than
+            the kernels can count.
     """
     g = gaussians
     tensors = [t.float().contiguous() for t in (g.means, g.quats, g.scales, g.opacities, g.colors)]
     views = cameras.viewmats.shape[:-2]
     images, N, pixels = views.numel(), g.means.shape[-2], cameras.width * cameras.height
+    if max(cameras.width, cameras.height) > MOST_PIXELS:  # boxes of tiles are 16-bit
+        size = f"{cameras.width} x {cameras.height}"
+        raise ValueError(f"cameras: images of {size} pixels, want at most {MOST_PIXELS} each way")
+    _check_count(images * N)
     if background is None:
         background = torch.zeros(*views, 3)
     job = _Job(
@@ -62,22 +60,30 @@ def rasterize(
         viewmats=cameras.viewmats.double().contiguous(),
         Ks=cameras.Ks.double().contiguous(),
         near=float(near),
-        far=float(far),
         eps2d=float(eps2d),
-        alpha_max=float(alpha_max),
-        threads=_threads(threads, images * N, images * pixels),
+        threads=_threads(images * N, images * pixels),
     )
+    tensors.append(background.float().contiguous())
     result: tuple[Tensor, Tensor, Tensor]
     if torch.is_grad_enabled():
-        result = _Rasterize.apply(job, *tensors, background.float().contiguous())
+        result = _Rasterize.apply(job, *tensors)
     else:
-        result = _forward(job, *tensors, background.float().contiguous())[0]
+        result = _forward(job, *tensors)[0]
     return result
 
 
-def _threads(asked: int | None, projections: int, pixels: int) -> int:
+def _check_count(count: int) -> None:
+    """Entries are counted and named in 32 bits."""
+    if count >= 1 << 31:
+        raise ValueError(
+            f"gaussians: {count} pairs of a Gaussian and a view or tile in one call, want fewer "
+            "than 2^31. Render fewer views at a time"
+        )
+
+
+def _threads(projections: int, pixels: int) -> int:
     """How many threads to wake: each should find as much to do as waking it costs."""
-    limit = asked or numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    limit: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     microseconds = 0.08 * projections + 0.002 * pixels
     return max(1, min(limit, int(microseconds / 20)))
 
@@ -94,9 +100,7 @@ class _Job(NamedTuple):
     viewmats: Tensor
     Ks: Tensor
     near: float
-    far: float
     eps2d: float
-    alpha_max: float
     threads: int
 
 
@@ -118,7 +122,7 @@ def _forward(
             progress = run(
                 _passes.forward, job.threads, total > 0, *scenes, job.coefficients, background,
                 job.viewmats.data_ptr(), job.Ks.data_ptr(), images, job.C, N, job.chunk,
-                job.width, job.height, job.near, job.far, job.eps2d, job.alpha_max,
+                job.width, job.height, job.near, job.eps2d,
                 1 if job.threads <= images else job.threads, memory.data_ptr(), capacity,
                 rgb.data_ptr(), alpha.data_ptr(), depth.data_ptr(),
             )  # fmt: skip
@@ -126,24 +130,13 @@ def _forward(
             what = "gaussians" if progress[BAD] == 1 else "cameras"
             raise ValueError(f"{what}: got NaN or infinite values, want finite ones")
         total = total or int(progress[TOTAL])
+        _check_count(total)
         if total <= capacity:
             return (rgb, alpha, depth), memory, (capacity, total)
         capacity, smaller = total, memory
         size = _passes.memory_size(images, N, job.chunk, tiles, capacity)[1]
         memory = torch.from_numpy(_pool.take(size))
         memory[:fixed] = smaller[:fixed]
-
-
-def touched(image: Tensor) -> Array:
-    """Which blocks of its tile each (Gaussian, tile) entry of an image reached: 16 bits an entry.
-
-    What a benchmark counts, of an image whose graph has not been used yet.
-    """
-    node: Any = image.grad_fn
-    job, (capacity, total) = node.job, node.entries
-    images, tiles = job.scenes * job.C, -(-job.width // 16) * -(-job.height // 16)
-    fixed, _ = _passes.memory_size(images, job.N, job.chunk, tiles, capacity)
-    return _passes.touched_in(node.saved_tensors[-1].numpy(), fixed, capacity, total)
 
 
 class _Rasterize(torch.autograd.Function):
@@ -169,7 +162,7 @@ class _Rasterize(torch.autograd.Function):
                 _passes.backward, job.threads,
                 *(t.data_ptr() for t in tensors), job.coefficients, background.data_ptr(),
                 job.scenes, job.C, job.N, job.chunk, job.width, job.height, job.eps2d,
-                job.alpha_max, memory.data_ptr(), capacity,
+                memory.data_ptr(), capacity,
                 rgb.data_ptr(), alpha.data_ptr(), depth.data_ptr(),
                 *(v.data_ptr() for v in given), *(int(v is not None) for v in slopes),
                 sums.data_ptr(), total, *(v.data_ptr() for v in grads),

@@ -17,7 +17,7 @@ import torch.utils.cpp_extension
 from torch import Tensor
 
 from fresnel.host.files import locked
-from fresnel.render import one_batch
+from fresnel.render.reference import one_batch
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.gaussians import Gaussians
 
@@ -37,14 +37,7 @@ def _rasterization() -> Any:
 
 
 def rasterize(
-    gaussians: Gaussians,
-    cameras: Cameras,
-    background: Tensor | None,
-    *,
-    near: float,
-    far: float,
-    eps2d: float,
-    packed: bool,
+    gaussians: Gaussians, cameras: Cameras, background: Tensor | None, near: float, eps2d: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Render tensors on a GPU; parameters and results as in `fresnel.render.render`.
 
@@ -62,18 +55,13 @@ def rasterize(
         if background is not None:
             rgb = rgb + background.reshape(*views, 1, 1, 3)
         return rgb, empty, empty
-    rasterization = _rasterization()
-    image, alpha, _ = rasterization(
+    image, alpha, _ = _rasterization()(
         means, quats, scales, opacities, colors, viewmats, Ks, width, height,
-        near_plane=near, far_plane=far, eps2d=eps2d,
+        near_plane=near, eps2d=eps2d, packed=False, render_mode="RGB+ED",
         sh_degree=None if colors.ndim == 3 else math.isqrt(colors.shape[-2]) - 1,
-        packed=packed,
-        # packed, gsplat 1.5.3 takes no background for more than one image
-        backgrounds=None if background is None or packed else background.float(),
-        render_mode="RGB+ED",
+        backgrounds=None if background is None else background.float(),
     )  # fmt: skip
-    rgb, depth = image[..., :3], image[..., 3:]
-    if packed and background is not None:
-        rgb = rgb + (1 - alpha) * background.float()[:, :, None, None]
-    rgb, alpha, depth = (t.reshape(*views, *t.shape[2:]) for t in (rgb, alpha, depth))
+    rgb, alpha, depth = (
+        t.reshape(*views, *t.shape[2:]) for t in (image[..., :3], alpha, image[..., 3:])
+    )
     return rgb, alpha, depth

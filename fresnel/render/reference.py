@@ -12,19 +12,12 @@ import math
 import torch
 from torch import Tensor
 
+from fresnel.scene.cameras import Cameras
+from fresnel.scene.gaussians import Gaussians, rotation_from_quaternion
+
 ALPHA_MIN = 1.0 / 255.0  # a contribution below one 8-bit step is skipped
+ALPHA_MAX = 0.999  # of one Gaussian at one pixel
 TRANSMITTANCE_STOP = 1e-4  # a pixel is finished before its transmittance would fall to this
-
-
-def rotation(quats: Tensor) -> Tensor:
-    """Rotation matrices (..., 3, 3) of quaternions (..., 4) wxyz of any length."""
-    w, x, y, z = torch.nn.functional.normalize(quats, dim=-1).unbind(-1)
-    rows = [
-        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
-    ]  # fmt: skip
-    return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 
 def sh_basis(directions: Tensor, degree: int) -> Tensor:
@@ -62,7 +55,7 @@ def project(
     width: int, height: int, eps2d: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gaussians in the image: centres (N, 2) px, covariances (N, 2, 2) px^2, depths (N,)."""
-    M = rotation(quats) * scales[..., None, :]
+    M = rotation_from_quaternion(quats) * scales[..., None, :]
     cov3d = M @ M.mT  # 3DGS eq. 6: Sigma = R S S^T R^T
     W = viewmat[:3, :3]
     x, y, z = (means @ W.T + viewmat[:3, 3]).unbind(-1)
@@ -79,9 +72,7 @@ def project(
     return torch.stack([fx * x / z + cx, fy * y / z + cy], -1), cov2d, z
 
 
-def alphas(
-    means2d: Tensor, cov2d: Tensor, opacities: Tensor, width: int, height: int, alpha_max: float
-) -> Tensor:
+def alphas(means2d: Tensor, cov2d: Tensor, opacities: Tensor, width: int, height: int) -> Tensor:
     """Opacity (N, H, W) of every Gaussian at every pixel centre, zero below ALPHA_MIN."""
     ys = torch.arange(height).to(means2d) + 0.5
     xs = torch.arange(width).to(means2d) + 0.5
@@ -89,24 +80,24 @@ def alphas(
     dy = ys[None, :, None] - means2d[:, 1, None, None]
     a, b, c = (cov2d[:, i, j, None, None] for i, j in ((0, 0), (0, 1), (1, 1)))
     sigma = 0.5 * (c * dx * dx - 2 * b * dx * dy + a * dy * dy) / (a * c - b * b)
-    alpha = (opacities[:, None, None] * torch.exp(-sigma)).clamp_max(alpha_max)  # 3DGS eq. 4
+    alpha = (opacities[:, None, None] * torch.exp(-sigma)).clamp_max(ALPHA_MAX)  # 3DGS eq. 4
     return torch.where(alpha < ALPHA_MIN, 0, alpha)
 
 
-def rasterize(
+def draw(
     means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor,
     viewmat: Tensor, K: Tensor, width: int, height: int, background: Tensor,
-    *, near: float, far: float, eps2d: float, alpha_max: float,
+    *, near: float, eps2d: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One scene (N Gaussians), one camera -> rgb (H, W, 3), alpha (H, W, 1), depth (H, W, 1)."""
     z = means @ viewmat[2, :3] + viewmat[2, 3]
     order = torch.argsort(z.detach().float(), stable=True)  # 3DGS sec. 6: front to back
-    order = order[(z[order] >= near) & (z[order] <= far) & (opacities[order] >= ALPHA_MIN)]
+    order = order[(z[order] >= near) & (opacities[order] >= ALPHA_MIN)]
     means, quats, scales, opacities = (t[order] for t in (means, quats, scales, opacities))
     means2d, cov2d, z = project(means, quats, scales, viewmat, K, width, height, eps2d)
     seen = torch.linalg.det(cov2d.detach()) > 0
     rgb = radiance(means, colors[order], viewmat)
-    alpha = alphas(means2d[seen], cov2d[seen], opacities[seen], width, height, alpha_max)
+    alpha = alphas(means2d[seen], cov2d[seen], opacities[seen], width, height)
     after = torch.cumprod(1 - alpha, 0)
     live = after > TRANSMITTANCE_STOP
     before = torch.cat([torch.ones_like(after[:1]), after[:-1]])[: len(after)]
@@ -115,3 +106,50 @@ def rasterize(
     color = torch.einsum("nhw,nc->hwc", weights, rgb[seen]) + (1 - opacity) * background
     depth = torch.einsum("nhw,n->hw", weights, z[seen])[..., None]
     return color, opacity, depth / torch.where(opacity > 0, opacity, 1)
+
+
+def one_batch(
+    gaussians: Gaussians, cameras: Cameras, background: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Everything with one batch dimension, for backends that want B scenes and C views of each.
+
+    Returns:
+        means, quats, scales, opacities and colors (B, N, ...), viewmats (B, C, 4, 4) and Ks
+        (B, C, 3, 3); the background (B, C, 3) or None.
+    """
+    g, batch, C = gaussians, len(gaussians.batch_shape), cameras.batch_shape[-1]
+    B = gaussians.batch_shape.numel()
+    tensors = [
+        t.reshape(B, *t.shape[batch:]) for t in (g.means, g.quats, g.scales, g.opacities, g.colors)
+    ]
+    tensors += [cameras.viewmats.reshape(B, C, 4, 4), cameras.Ks.reshape(B, C, 3, 3)]
+    return tensors, None if background is None else background.reshape(B, C, 3)
+
+
+def rasterize(
+    gaussians: Gaussians, cameras: Cameras, background: Tensor | None, near: float, eps2d: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Render one image at a time; parameters and results as in `fresnel.render.render`."""
+    tensors, background = one_batch(gaussians, cameras, background)
+    *scenes, viewmats, Ks = (tensor.double() for tensor in tensors)
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ValueError("gaussians or cameras: got NaN or infinite values, want finite ones")
+    width, height = cameras.width, cameras.height
+    B, C = viewmats.shape[:2]
+    if B * C == 0:
+        empty = viewmats.new_zeros(*cameras.batch_shape, height, width, 1)
+        return empty.expand(*empty.shape[:-1], 3), empty, empty
+    behind = viewmats.new_zeros(B, C, 3) if background is None else background.double()
+    images = [
+        draw(
+            *(t[b] for t in scenes), viewmats[b, c], Ks[b, c], width, height, behind[b, c],
+            near=near, eps2d=eps2d,
+        )
+        for b in range(B)
+        for c in range(C)
+    ]  # fmt: skip
+    rgb, alpha, depth = (
+        torch.stack(parts).reshape(*cameras.batch_shape, *parts[0].shape)
+        for parts in zip(*images, strict=True)
+    )
+    return rgb, alpha, depth

@@ -240,6 +240,17 @@ class Gaussians:
         )
 
 
+def rotation_from_quaternion(quats: Tensor) -> Tensor:
+    """Rotation matrices (..., 3, 3) of quaternions (..., 4) wxyz of any length."""
+    w, x, y, z = normalize(quats, dim=-1).unbind(-1)
+    rows = [
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    ]  # fmt: skip
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
 def quaternion_product(a: Tensor, b: Tensor) -> Tensor:
     """Hamilton product of wxyz quaternions (..., 4): the rotation b, then the rotation a."""
     aw, ax, ay, az = a.unbind(-1)

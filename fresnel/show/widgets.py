@@ -13,9 +13,12 @@ from torch import Tensor
 
 from fresnel.data.dataset import ObjectViews
 from fresnel.render import render
-from fresnel.render.reference import rotation
 from fresnel.scene.cameras import Cameras, look_at
-from fresnel.scene.gaussians import Gaussians, quaternion_from_rotation
+from fresnel.scene.gaussians import (
+    Gaussians,
+    quaternion_from_rotation,
+    rotation_from_quaternion,
+)
 from fresnel.show.pictures import evenly, picture_uri
 from fresnel.show.style import put, to_uint8
 
@@ -141,7 +144,7 @@ def _viewer(shown: Scene) -> str:
     import viser
 
     g = shown.gaussians
-    turn = rotation(g.quats)
+    turn = rotation_from_quaternion(g.quats)
     covariances = turn @ torch.diag_embed(g.scales.square()) @ turn.mT
     target, eye = _viewpoint(g.means)  # of the object: whoever wants the cameras turns the wheel
     reach = torch.linalg.norm(shown.cameras.centers - shown.pivot, dim=-1).mean().item()

@@ -41,6 +41,8 @@ from fresnel.render.kernels.tasks import aligned, claim, finish, inline, stage
 BATCH = 64  # entries of a tile looked at together
 CUT = np.float32(math.log2(1 / 255))  # contributions below one 8-bit step are skipped
 STOP = np.float32(1e-4)  # a pixel is finished before its transmittance would fall to this
+ALPHA_MAX = np.float32(0.999)  # of one Gaussian at one pixel
+CLAMP = np.float32(math.log2(ALPHA_MAX))
 _F0, _F1 = np.float32(0), np.float32(1)
 
 # Lane i of a block is its pixel (i % 4, i // 4); block j of a tile starts at 4 * (j % 4, j // 4).
@@ -107,7 +109,7 @@ def next_tile(progress, number, tile, last, images, tiles_x, tiles):
 
 
 @inline
-def blend(state, at, u, v, log2_opacity, alpha_max):
+def blend(state, at, u, v, log2_opacity):
     """Put one Gaussian over a block whose transmittance is in `state`, and say what became of it.
 
     Returns which of its pixels it reaches and which of them are not finished, log2 of the opacity
@@ -115,7 +117,7 @@ def blend(state, at, u, v, log2_opacity, alpha_max):
     """
     power = fnma(v, v, fnma(u, u, log2_opacity))
     seen = power >= CUT
-    opaque = select(seen, minimum(exp2(power), alpha_max), _F0)
+    opaque = select(seen, minimum(exp2(power), ALPHA_MAX), _F0)
     before = load(state, at)
     weight = opaque * before
     after = before - weight
@@ -128,7 +130,7 @@ def blend(state, at, u, v, log2_opacity, alpha_max):
 @stage
 def composite(
     progress, number, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
-    alpha_max, background, rgb, alpha, depth, touched,
+    background, rgb, alpha, depth, touched,
 ):
     """Blend every tile's Gaussians front to back. A task is a run of tiles.
 
@@ -178,9 +180,7 @@ def composite(
                     j = lowest_bit(blocks)
                     blocks &= blocks - 1
                     u, v = u0 + places[32 * i + j], v0 + places[32 * i + 16 + j]
-                    seen, live, _, _, _, weight = blend(
-                        state, 96 * j, u, v, log2_opacity, alpha_max
-                    )
+                    seen, live, _, _, _, weight = blend(state, 96 * j, u, v, log2_opacity)
                     reached |= np.int64(lanes(seen) != 0) << j
                     store(state, 96 * j + 16, load(state, 96 * j + 16) + weight)
                     store(state, 96 * j + 32, fma(weight, red, load(state, 96 * j + 32)))
@@ -266,7 +266,7 @@ def four_blocks(state, stride, blocks, field):
 @stage
 def composite_backward(
     progress, number, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
-    alpha_max, background, rgb, alpha, depth, touched, v_rgb, v_alpha, v_depth, strides, sums,
+    background, rgb, alpha, depth, touched, v_rgb, v_alpha, v_depth, strides, sums,
 ):
     """Gradients of the images with respect to every entry's record. A task is a run of tiles.
 
@@ -286,7 +286,6 @@ def composite_backward(
     state = aligned(7 * 256 + 4 * 96)
     places = aligned(32)
     zero = splat(_F0)
-    clamp = np.float32(math.log2(alpha_max))
     tile = last = 0
     while True:
         tile, last, image, left, top = next_tile(
@@ -320,9 +319,7 @@ def composite_backward(
                 j = lowest_bit(blocks)
                 blocks &= blocks - 1
                 u, v = u0 + places[j], v0 + places[16 + j]
-                _, live, power, opaque, before, weight = blend(
-                    state, 112 * j, u, v, log2_opacity, alpha_max
-                )
+                _, live, power, opaque, before, weight = blend(state, 112 * j, u, v, log2_opacity)
                 v_red, v_green = load(state, 112 * j + 32), load(state, 112 * j + 48)
                 v_blue, v_z = load(state, 112 * j + 64), load(state, 112 * j + 80)
                 shade = fma(v_z, z, load(state, 112 * j + 96))
@@ -330,7 +327,7 @@ def composite_backward(
                 remainder = fnma(weight, shade, load(state, 112 * j + 16))
                 store(state, 112 * j + 16, remainder)
                 slope = fma(before, shade, -remainder / (_F1 - opaque))
-                g = select(live & (power <= clamp), opaque * slope, _F0)
+                g = select(live & (power <= CLAMP), opaque * slope, _F0)
                 gu, gv = g * u, g * v
                 s, su, sv = s + g, su + gu, sv + gv
                 suu, suv, svv = fma(gu, u, suu), fma(gu, v, suv), fma(gv, v, svv)

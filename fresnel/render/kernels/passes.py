@@ -73,15 +73,10 @@ def memory_size(images: int, N: int, chunk_size: int, tiles: int, capacity: int)
     return fixed, fixed + (10 * capacity + 4 * AHEAD + 7) // 8
 
 
-def touched_in(memory: np.ndarray, fixed: int, capacity: int, total: int) -> np.ndarray:
-    """The blocks that a forward pass found each entry to reach, 16 bits each."""
-    return memory[fixed:].view(np.uint16)[4 * capacity + 2 * AHEAD :][:total]
-
-
 @kernel
 def forward(
     progress, again, means, quats, scales, opacities, colors, sh, background, viewmats, Ks,
-    images, C, N, chunk_size, width, height, near, far, eps2d, alpha_max, bands,
+    images, C, N, chunk_size, width, height, near, eps2d, bands,
     memory, capacity, rgb, alpha, depth,
 ):
     """Gaussians to images. Memory comes as addresses; see `memory_size` for its size.
@@ -101,7 +96,7 @@ def forward(
             floats(scales, 3 * scenes * N), floats(opacities, scenes * N),
             floats(colors, 3 * max(sh, 1) * scenes * N), sh, doubles(viewmats, 16 * images),
             doubles(Ks, 9 * images), images, C, N, chunks, chunk_size, width, height, tiles_x,
-            tiles, near, far, eps2d, cameras, records, records32, boxes, firsts, keys, chunk_table,
+            tiles, near, eps2d, cameras, records, records32, boxes, firsts, keys, chunk_table,
             tile_counts,
         )
         wait(progress, 0, images * chunks)
@@ -122,8 +117,8 @@ def forward(
     wait(progress, 2, images * bands)
     composite(
         progress, 3, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
-        np.float32(alpha_max), floats(background, 3 * images),
-        floats(rgb, 3 * images * width * height), floats(alpha, images * width * height),
+        floats(background, 3 * images), floats(rgb, 3 * images * width * height),
+        floats(alpha, images * width * height),
         floats(depth, images * width * height), touched,
     )
     run = run_of(tiles)
@@ -133,7 +128,7 @@ def forward(
 @kernel
 def backward(
     progress, means, quats, scales, opacities, colors, sh, background, scenes, C, N, chunk_size,
-    width, height, eps2d, alpha_max, memory, capacity, rgb, alpha, depth,
+    width, height, eps2d, memory, capacity, rgb, alpha, depth,
     v_rgb, v_alpha, v_depth, of_rgb, of_alpha, of_depth, sums, total,
     v_means, v_quats, v_scales, v_opacities, v_colors,
 ):
@@ -148,7 +143,7 @@ def backward(
     entry_sums = floats(sums, 16 * total)
     composite_backward(
         progress, 0, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
-        np.float32(alpha_max), floats(background, 3 * images), floats(rgb, 3 * pixels),
+        floats(background, 3 * images), floats(rgb, 3 * pixels),
         floats(alpha, pixels), floats(depth, pixels), touched, floats(v_rgb, 3 * pixels),
         floats(v_alpha, pixels), floats(v_depth, pixels), (of_rgb, of_alpha, of_depth), entry_sums,
     )

@@ -147,7 +147,7 @@ def ellipse_of(camera, mx, my, mz, rotation, sx, sy, sz, eps2d):
 @stage
 def project(
     progress, number, means, quats, scales, opacities, colors, sh, viewmats, Ks, images, C, N,
-    chunks, chunk_size, width, height, tiles_x, tiles, near, far, eps2d, cameras, records,
+    chunks, chunk_size, width, height, tiles_x, tiles, near, eps2d, cameras, records,
     records32, boxes, firsts, keys, chunk_table, tile_counts,
 ):
     """Project every Gaussian into every image. One task is one chunk of one image.
@@ -197,7 +197,7 @@ def project(
             z, slope_x, slope_y = ellipse[0], ellipse[2], ellipse[3]
             a, b, c = ellipse[20], ellipse[21], ellipse[22]
             determinant = fnma(b, b, a * c)
-            seen = (z >= near) & (z <= far) & (opacity >= 1 / 255) & (determinant > 0.0)
+            seen = (z >= near) & (opacity >= 1 / 255) & (determinant > 0.0)
             u = fma(slope_x, fx, cx)
             v = fma(slope_y, fy, cy)
             # Farther out than this many standard deviations opacity falls below 1/255.

@@ -109,8 +109,8 @@ _operator(operator.lt, lambda b, x, y: b.fcmp_ordered("<", x, y), compares=True)
 _operator(operator.le, lambda b, x, y: b.fcmp_ordered("<=", x, y), compares=True)
 
 
-def _function(name: str, arity: int):
-    """An element-wise function from an LLVM intrinsic; scalar arguments are broadcast."""
+def _elementwise(arity: int, emit):
+    """An intrinsic on vectors, lane by lane; scalar arguments are broadcast."""
 
     def typed(typingctx, *args):
         vector = _vector_of(args)
@@ -118,7 +118,7 @@ def _function(name: str, arity: int):
 
         def codegen(context, builder, sig, values):
             kind = context.get_value_type(vector)
-            return _call(builder, name, *(_splat(builder, v, kind) for v in values))
+            return emit(builder, *(_splat(builder, v, kind) for v in values))
 
         return vector(*want), codegen
 
@@ -129,45 +129,15 @@ def _function(name: str, arity: int):
     return intrinsic(lambda typingctx, a, b, c: typed(typingctx, a, b, c))
 
 
-fma = _function("fma", 3)  # a * b + c, rounded once
-absolute = _function("fabs", 1)
-root = _function("sqrt", 1)
-ceiling = _function("ceil", 1)
-floor = _function("floor", 1)
-
-
-def _extremum(comparison: str):
-    """`a if a < b else b` (or >): the hardware's own minimum, without minnum's care for NaN."""
-
-    def typed(typingctx, a, b):
-        vector = _vector_of((a, b))
-        want = [x if isinstance(x, Vector) else vector.element for x in (a, b)]
-
-        def codegen(context, builder, sig, values):
-            kind = context.get_value_type(vector)
-            x, y = (_splat(builder, v, kind) for v in values)
-            return builder.select(builder.fcmp_ordered(comparison, x, y), x, y)
-
-        return vector(*want), codegen
-
-    return intrinsic(typed)
-
-
-minimum, maximum = _extremum("<"), _extremum(">")
-
-
-@intrinsic
-def fnma(typingctx, a, b, c):
-    """c - a * b, rounded once."""
-    vector = _vector_of((a, b, c))
-    want = [x if isinstance(x, Vector) else vector.element for x in (a, b, c)]
-
-    def codegen(context, builder, sig, values):
-        kind = context.get_value_type(vector)
-        x, y, z = (_splat(builder, v, kind) for v in values)
-        return _call(builder, "fma", builder.fneg(x), y, z)
-
-    return vector(*want), codegen
+fma = _elementwise(3, lambda b, x, y, z: _call(b, "fma", x, y, z))  # x * y + z, rounded once
+fnma = _elementwise(3, lambda b, x, y, z: _call(b, "fma", b.fneg(x), y, z))  # z - x * y
+absolute = _elementwise(1, lambda b, x: _call(b, "fabs", x))
+root = _elementwise(1, lambda b, x: _call(b, "sqrt", x))
+ceiling = _elementwise(1, lambda b, x: _call(b, "ceil", x))
+floor = _elementwise(1, lambda b, x: _call(b, "floor", x))
+# the hardware's own minimum and maximum, without minnum's care for NaN
+minimum = _elementwise(2, lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
+maximum = _elementwise(2, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
 
 
 @intrinsic

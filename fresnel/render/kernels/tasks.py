@@ -11,6 +11,7 @@ result depends on who did what, and when the caller's thread is done, the pass's
 # mypy: ignore-errors
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -56,16 +57,17 @@ class _Cache(FunctionCache):
 
 @functools.lru_cache(maxsize=4)
 def _digest(folder: Path) -> str:
-    """Content hash of the modules in a folder whose names start with one underscore."""
-    names = sorted(path for path in folder.glob("_*.py") if not path.name.startswith("__"))
-    parts = [f"{path.name}\0".encode() + path.read_bytes() for path in names]
+    """Content hash of the modules in a folder."""
+    parts = [f"{p.name}\0".encode() + p.read_bytes() for p in sorted(folder.glob("*.py"))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function that threads run without the GIL, and keep the result on disk."""
+    """Compile a function that threads run without the GIL, and keep the result on disk, if any
+    place that Numba knows can be written to."""
     dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
-    dispatcher._cache = _Cache(function)
+    with contextlib.suppress(RuntimeError):
+        dispatcher._cache = _Cache(function)
     return dispatcher
 
 
