@@ -364,8 +364,8 @@ def test_overfitting_one_batch_learns_the_views_in_one_step() -> None:
 
 def test_preview_is_a_grid_of_four_columns() -> None:
     net = model()
-    grid = CVSTask(net, views(), preview_pairs=3).preview(net, generator())
-    assert grid.shape == (3 * SIZE, 4 * SIZE, 3) and str(grid.dtype) == "uint8"
+    grid = CVSTask(net, views()).preview(net, generator())
+    assert grid.shape == (4 * SIZE, 4 * SIZE, 3) and str(grid.dtype) == "uint8"
 
 
 # --- sampling, prediction, files ------------------------------------------------------------

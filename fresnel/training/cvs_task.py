@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,6 +17,9 @@ from fresnel.models.cvs import CONDITION_CHANNELS, CVS, CVSConfig, condition_ten
 from fresnel.scene.colour import luminance
 from fresnel.training import losses
 from fresnel.training.task import digest
+
+_VALIDATED, _SHOWN = 32, 4
+"""Pairs that a validation and a picture look at, spread over the set."""
 
 
 class CVSTask:
@@ -35,7 +37,6 @@ class CVSTask:
         colour_jitter: each channel of a pair is scaled by exp(uniform(-j, j)), clipped at alpha.
         pairs: train on these (record, view) pairs alone, (P, 2); None: on all.
         renderer: the decoder's predictor, for models with `render_condition`.
-        validation_pairs, preview_pairs: how many pairs those look at, spread over the set.
         device: where model and data live.
     """
 
@@ -51,8 +52,6 @@ class CVSTask:
         colour_jitter: float = 0.0,
         pairs: Tensor | None = None,
         renderer: Predictor | None = None,
-        validation_pairs: int = 32,
-        preview_pairs: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:
         config = model.config
@@ -75,7 +74,6 @@ class CVSTask:
         self.data, self.batch_size = views.to(device), batch_size
         self.held_out = self.data if validation is None else validation.to(device)
         self.any_input, self.mirror, self.colour_jitter = any_input, mirror, colour_jitter
-        self.validation_pairs, self.preview_pairs = validation_pairs, preview_pairs
         self._pairs = None if pairs is None else pairs.to(device)
         self._renders: Tensor | None = None
         self._held_out_renders: Tensor | None = None
@@ -97,7 +95,7 @@ class CVSTask:
             "pairs": None if pairs is None else f"{len(pairs)}, {digest(pairs)}",
             # of the first record: another renderer draws it otherwise
             "renders": None if self._renders is None else digest(self._renders[0]),
-            "validation": [validation_pairs, self.held_out.content_hash, *self.held_out.names],
+            "validation": [self.held_out.content_hash, *self.held_out.names],
         }
 
     def phase(self, progress: float) -> int:
@@ -161,27 +159,19 @@ class CVSTask:
         """
         assert isinstance(model, CVS)
         generator = torch.Generator(self.data.rgb.device).manual_seed(0)
-        sums: dict[str, list[float]] = {}
-        for pair in self._spread(self.validation_pairs):
-            out, target = sample(model, pair["cond"], generator=generator), pair["target"]
-            square = (out - target).square()
-            weights = losses.pixel_weights(model.config, target, pair["depth"])
-            for name, values in {
-                "loss": (weights * square).mean(dim=(1, 2, 3)).sqrt(),
-                "square": square[:, :3].mean(dim=(1, 2, 3)) / 4,
-                "area": out[:, 3] + 1,
-                "true area": target[:, 3] + 1,
-                "light": _light(out),
-                "true light": _light(target),
-                "count": torch.ones(len(target)),
-            }.items():
-                sums.setdefault(name, []).append(values.sum().item())
-        total = {name: sum(values) for name, values in sums.items()}
+        pairs = list(self._spread(_VALIDATED))
+        out = torch.cat([sample(model, pair["cond"], generator=generator) for pair in pairs])
+        target = torch.cat([pair["target"] for pair in pairs])
+        depths = [pair["depth"] for pair in pairs if pair["depth"] is not None]
+        weights = losses.pixel_weights(model.config, target, torch.cat(depths) if depths else None)
+        square = (out - target).square()
+        area, true_area = ((images[:, 3] + 1).sum() for images in (out, target))
+        light, true_light = (_light(images).sum() for images in (out, target))
         return {
-            "loss": total["loss"] / total["count"],
-            "psnr": -10 * math.log10(max(total["square"] / total["count"], 1e-10)),
-            "coverage_ratio": total["area"] / max(total["true area"], 1e-10),
-            "luminance_ratio": total["light"] / max(total["true light"], 1e-10),
+            "loss": float((weights * square).mean(dim=(1, 2, 3)).sqrt().mean()),
+            "psnr": float(-10 * (square[:, :3].mean() / 4).clamp_min(1e-10).log10()),
+            "coverage_ratio": float(area / true_area.clamp_min(1e-10)),
+            "luminance_ratio": float(light / true_light.clamp_min(1e-10)),
         }
 
     @torch.no_grad()
@@ -189,7 +179,7 @@ class CVSTask:
         """One row a pair: input, target, one step, two steps; over black, uint8 (H, W, 3)."""
         assert isinstance(model, CVS)
         rows = []
-        for pair in self._spread(self.preview_pairs):
+        for pair in self._spread(_SHOWN):
             made = [sample(model, pair["cond"], steps=n, generator=generator) for n in (1, 2)]
             images = torch.cat([pair["cond"][:, :4], pair["target"], *made], dim=-1)[:, :3]
             rows.append(images.permute(0, 2, 3, 1).flatten(0, 1))
