@@ -1,19 +1,33 @@
-"""The four notebooks through papermill, at the smallest size that still means something."""
+"""The four notebooks through papermill, at the smallest size that still means something; and the
+rules that decide in 02 and 03, which stand in cells of their own, on opposite data."""
 
 import ast
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
+from boxes import views_of
 
+from fresnel.data import dataset
+from fresnel.evaluation import metrics as evaluate
+from fresnel.render import Views
 from fresnel.report import run as report
 from fresnel.report.params import check_parameters, read_parameters
 from fresnel.report.record import RunRecord
-from fresnel.study import runner
+from fresnel.study import data as training_data
+from fresnel.study import runner, smoke
 from fresnel.training import forecast as planning
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+CONTROL = {
+    "allow_failed_gate": True, "loss_mask": "depth_laplacian", "parameterisation": "original",
+    "augment": False,
+}  # fmt: skip
+SMALL = {"size": "tiny", "batch_size": 4, "truth_objects": 2}
 
 
 def run(name, folder, step=None, **params):
@@ -50,6 +64,27 @@ def corrected(reports):
     return record, directory, folder
 
 
+@pytest.fixture(scope="module")
+def trained(original, corrected, reports):
+    """The main job's steps, each seconds long: name -> (record, folder)."""
+    short = {"overfit_steps": 4, "max_steps": 6, "full_steps": 6}
+    made = {"01-original": original[:2], "01-corrected": corrected[:2]}
+    for name, data, more in (
+        ("control", original[2], CONTROL),
+        ("corrected", corrected[2], {}),
+    ):
+        made[f"02-{name}"] = run(
+            "02_smoke_train", reports, f"02-{name}", dataset_dir=str(data), **SMALL, **short, **more
+        )
+        # Six steps can't earn a GO; what this needs is that the full run works on healthy data.
+        made[f"03-{name}"] = run(
+            "03_full_train", reports, f"03-{name}", dataset_dir=str(data), steps=6,
+            **{**SMALL, **more, "allow_failed_gate": True}, keep_every=3, previews=2,
+            export_to=str(reports / f"{name}.safetensors"),
+        )  # fmt: skip
+    return made
+
+
 def test_the_original_is_refused_for_its_pivot(original):
     record, directory, _ = original
     assert record.verdict == "FAIL"
@@ -61,75 +96,74 @@ def test_the_original_is_refused_for_its_pivot(original):
     }
 
 
-def test_the_corrected_set_passes(corrected):
-    record, _, folder = corrected
+def test_the_corrected_set_passes_and_says_so_once(corrected):
+    record, directory, folder = corrected
     assert record.verdict == "PASS", record.summary
     assert json.loads((folder / "receipts" / "gate.json").read_text())["passed"] is True
     assert 0.5 < record.metrics["coverage_ratio"] < 1.5
+    assert "PASS: PASS" not in (directory / "report.html").read_text()
+    assert not record.summary.startswith("PASS")
+    assert record.metrics["credits"][0]["licence"] == "CC0-1.0"
 
 
-def test_training_is_refused_without_the_smoke_verdict(corrected, reports):
-    record, _ = run(
-        "03_full_train", reports, "03-refused", dataset_dir=str(corrected[2]), steps=2
-    )  # fmt: skip
-    assert record.verdict == "REFUSED" and "smoke-cvs" in record.summary
-
-
-def test_the_control_is_refused_unless_overridden(original, reports):
-    record, _ = run("02_smoke_train", reports, "02-refused", dataset_dir=str(original[2]))
-    assert record.verdict == "REFUSED" and "gate" in record.summary
-
-
-def test_smoke_then_full_then_analysis(original, corrected, reports):
-    small = {"size": "tiny", "batch_size": 4, "overfit_steps": 4, "max_steps": 6}
-    control, _ = run(
-        "02_smoke_train", reports, "02-control", dataset_dir=str(original[2]),
-        allow_failed_gate=True, loss_mask="depth_laplacian", parameterisation="original",
-        augment=False, full_steps=6, truth_objects=2, **small,
-    )  # fmt: skip
-    assert control.verdict == "NO-GO"
-    assert any("empty" in reason for reason in control.reasons)
-    smoke, _ = run(
-        "02_smoke_train", reports, "02-corrected", dataset_dir=str(corrected[2]), **small
-    )
-    assert smoke.metrics["forecast"]["duration_s"] > 0
-    assert set(smoke.metrics["forecast"]["parts"]) == set(planning.PARTS)
-    assert smoke.metrics["target_luminance"] > 0.5
-
-    control, _ = run(
-        "03_full_train", reports, "03-control", dataset_dir=str(original[2]), size="tiny",
-        batch_size=4, steps=6, truth_objects=2, allow_failed_gate=True,
-        loss_mask="depth_laplacian", parameterisation="original", augment=False,
-    )  # fmt: skip
-    assert control.metrics["gate_overridden"] is True
-    assert set(control.metrics["forecast_error"]) == {"duration_s", "peak_memory_bytes"}
-    # Six steps can't earn a GO; what this test needs is that the full run works on healthy data.
-    trained, directory = run(
-        "03_full_train", reports, "03-corrected", dataset_dir=str(corrected[2]), size="tiny",
-        batch_size=4, steps=6, truth_objects=2, allow_failed_gate=smoke.verdict != "GO",
-        export_to=str(reports / "cvs.safetensors"), accumulate=2,
-    )  # fmt: skip
-    assert "forecast_error" not in trained.metrics, "02 spoke of other settings"
-    for record in (smoke, trained):
-        assert {"samples_per_s", "peak_memory_bytes", "compile_s", "paused_s"} <= set(
-            record.metrics
-        )
-        assert record.metrics["samples_per_s"] > 0 and record.metrics["peak_memory_bytes"] > 1e6
-    names = set(trained.metrics["summaries"])
-    assert names == {"cvs", "copy_input", "mean_image", "black_image", "decoder render"}
-    assert (reports / "cvs.safetensors").is_file() and (directory / "held_out.png").is_file()
-
-    story, directory = run(
-        "04_analyze_negative_results", reports, "04", reports_dir=str(reports),
-        attribution_objects=2, attribution_size=32,
-    )  # fmt: skip
-    assert story.verdict == "DONE" and story.metrics["missing_runs"] == []
-    assert len(story.metrics["claims"]) == 10
-    path = story.metrics["attribution"]["light"]["factors"]["path"]
-    assert path["share"] > 0.5, "the camera path explains most of the darkness"
+def test_a_set_as_it_is_gets_a_page_of_its_own(tmp_path):
+    """What `validate --html` shows."""
+    records = [views_of(i, size=32, views=8) for i in range(4)]
+    data = dataset.write(tmp_path / "chairs", records, meta={})
+    record, directory = run("01_validate_data", tmp_path, source=str(data.path), preset="none")
     page = (directory / "report.html").read_text()
-    for text in ("pivot_offset", "@software", "stops it after", "fresnel.gate.verdict.validate"):
-        assert text in page
+    assert record.provenance["datasets"][0]["content_hash"] == data.content_hash
+    assert "the multi-view set chairs, as it is" in page and "as the decoder sees it" not in page
+
+
+@pytest.mark.parametrize(
+    ("notebook", "which", "missing"),
+    [("03_full_train", "corrected", "smoke-cvs"), ("02_smoke_train", "original", "gate")],
+)
+def test_training_is_refused_without_its_receipts(
+    notebook, which, missing, original, corrected, reports
+):
+    folder = {"original": original, "corrected": corrected}[which][2]
+    assert not (folder / "receipts" / "smoke-cvs.json").exists(), "before `trained` makes it"
+    record, _ = run(notebook, reports, f"refused-{which}", dataset_dir=str(folder))
+    assert record.verdict == "REFUSED" and missing in record.summary
+
+
+def test_a_smoke_test_forecasts_and_the_control_is_no_go(trained):
+    control, _ = trained["02-control"]
+    assert control.verdict == "NO-GO" and any("empty" in reason for reason in control.reasons)
+    smoked, directory = trained["02-corrected"]
+    assert smoked.metrics["forecast"]["duration_s"] > 0
+    assert set(smoked.metrics["forecast"]["parts"]) == set(planning.PARTS)
+    assert smoked.metrics["target_luminance"] > 0.5
+    page = (directory / "report.html").read_text()
+    assert ": target" in page and ": truth" not in page, "a decoder made the targets"
+
+
+def test_a_full_run_keeps_its_promises(trained, reports):
+    control, _ = trained["03-control"]
+    assert control.metrics["gate_overridden"] is True and control.verdict == "FAIL"
+    record, directory = trained["03-corrected"]
+    assert set(record.metrics["forecast_error"]) == {"duration_s", "peak_memory_bytes"}
+    for name in ("02-corrected", "03-corrected"):
+        metrics = trained[name][0].metrics
+        assert {"samples_per_s", "compile_s", "paused_s"} <= set(metrics)
+        assert metrics["samples_per_s"] > 0 and metrics["peak_memory_bytes"] > 1e6
+    names = {"cvs", "copy_input", "mean_image", "black_image", "decoder render"}
+    assert set(record.metrics["summaries"]) == names
+    assert (reports / "corrected.safetensors").is_file() and (directory / "held_out.png").is_file()
+    page = (directory / "report.html").read_text()
+    assert "step 0" in page and "step 6" in page, "pictures made during the training"
+    kept = [Path(path) for name, path in record.artifacts.items() if "weights at step" in name]
+    assert [path.name for path in kept] == ["step_000003.safetensors", "step_000006.safetensors"]
+    assert "validation: " in page and not set(re_names(page, "validation: ")) & set(
+        re_names(page, "held-out objects: ")
+    )
+
+
+def re_names(page, lead):
+    """The records named behind `lead` in a page."""
+    return page.split(lead, 1)[1].split("\n", 1)[0].split(", ")
 
 
 def test_an_arm_with_its_own_decoder_objects_and_render(reports):
@@ -139,7 +173,8 @@ def test_an_arm_with_its_own_decoder_objects_and_render(reports):
         "03_full_train", reports, "03-decoder-A", model="decoder", size="tiny", batch_size=2,
         steps=2, truth_objects=2, objects="A", export_to=str(weights),
     )  # fmt: skip
-    assert {"samples_per_s", "peak_memory_bytes", "compile_s", "paused_s"} <= set(decoder.metrics)
+    names = {"decoder", "copy_input", "mean_image", "black_image"}
+    assert set(decoder.metrics["summaries"]) == names
     made, _ = run(
         "01_validate_data", reports, "01-B", images=16, examples=4, image_size=32, objects="B",
         decoder_weights=str(weights), dataset_dir=str(reports / "data-B"), on_fail="continue",
@@ -148,51 +183,157 @@ def test_an_arm_with_its_own_decoder_objects_and_render(reports):
     arm, _ = run(
         "03_full_train", reports, "03-refine", model="cvs-refine", size="tiny", batch_size=4,
         steps=2, truth_objects=2, objects="A", drop_worst_views=0.25, compare_steps="2",
-        decoder_weights=str(weights), parameterisation="regression",
+        decoder_weights=str(weights), parameterisation="regression", accumulate=2,
     )  # fmt: skip
     assert {"cvs-refine", "cvs, 2 steps", "decoder render"} < set(arm.metrics["summaries"])
     assert arm.metrics["pairs"] % 6 == 0 and arm.metrics["pairs"] < 16 * 6, "a quarter left out"
     assert len(arm.metrics["psnr_by_object"]["cvs-refine"]["all"]) == 2
     assert any("LPIPS" in note for note in arm.notes)
+    assert "forecast_error" not in arm.metrics, "02 spoke of other settings"
 
 
-def test_decoder_training(reports):
-    record, _ = run(
-        "03_full_train", reports, "03-decoder", model="decoder", size="tiny", batch_size=2,
-        steps=3, truth_objects=2,
+def test_validation_objects_never_judge(tmp_path):
+    records = [views_of(i, size=16, views=2) for i in range(3)]
+    names = [record.name.split("__")[0] for record in records]
+    splits = dict(zip(names, ("train", "val", "test"), strict=True))
+    data = dataset.write(tmp_path / "all", records, meta={"object_splits": splits})
+    held_out = data.subset([2])
+    found = training_data.validation_objects(str(data.path), held_out, device="cpu")
+    assert found is not None and found.names == (data.names[1],)
+    alone = dataset.write(tmp_path / "alone", records, meta={})
+    assert training_data.validation_objects(str(alone.path), alone, device="cpu") is None
+
+
+def decide(notebook, **given):
+    """What the notebook's rule makes of these measurements."""
+    (path,) = (path for path in NOTEBOOKS if path.stem == notebook)
+    cells = nbformat.read(path, as_version=4).cells
+    (rule,) = (cell.source for cell in cells if "rule" in cell.metadata.get("tags", []))
+    exec(rule, given)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"target_coverage": 0.39}, "area of the targets"),
+        ({"target_luminance": 0.39}, "light of the targets"),
+        ({"loss_fall": 1.49}, "loss"),
+        ({"luminance_ratio": 0.79}, "light of the outputs"),
+        ({"luminance_ratio": 1.26}, "light of the outputs"),
+        ({"coverage_ratio": 0.74}, "area of the outputs"),
+        ({"coverage_ratio": 1.34}, "area of the outputs"),
+        ({"coverage_ratio": math.nan}, "area of the outputs"),
+    ],
+)
+def test_the_smoke_tests_rule(change, reason):
+    fine = {"loss_fall": 1.5, "luminance_ratio": 0.8, "coverage_ratio": 1.33}
+    fine |= {"target_coverage": 0.4, "target_luminance": 0.4} | change
+    ratios = {name: fine.pop(name) for name in ("luminance_ratio", "coverage_ratio")}
+    fall = fine.pop("loss_fall")
+    made = decide("02_smoke_train", math=math, targets=fine, loss_fall=fall, overall=ratios)
+    assert made["go"] == (reason is None)
+    assert [reason in text for text in made["reasons"]] == ([True] if reason else [])
+
+
+def test_the_rule_of_03_on_truth_copy_grey_and_black(tmp_path):
+    """A uniform grey of the right mean light and area fails, as it is worse than a copy."""
+    records = [views_of(i, size=32, views=4) for i in range(3)]
+    truth = dataset.write(tmp_path / "truth", records, meta={}).tensors()
+    rgb, alpha = truth.rgb.float() / 255, truth.alpha.float()[..., None] / 255
+
+    def picks(inputs, cameras, colour, cover):
+        rows = [truth.names.index(name) for name in inputs.names]
+        return Views(colour[rows], cover[rows], torch.zeros_like(cover[rows]))
+
+    light = evaluate.summarise(
+        evaluate.evaluate(lambda i, c: picks(i, c, rgb, alpha), truth, progress=False)
     )  # fmt: skip
-    assert set(record.metrics["summaries"]) == {
-        "decoder", "copy_input", "mean_image", "black_image",
+    mean = alpha.mean(dim=(2, 3), keepdim=True).expand_as(alpha)
+    linear = evaluate.luminance(rgb).mean(dim=(2, 3))[..., None, None, None]
+    grey = torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    made = {
+        "truth": lambda i, c: picks(i, c, rgb, alpha),
+        "grey": lambda i, c: picks(i, c, grey.expand_as(rgb), mean),
+        **evaluate.baselines(truth),
+    }
+    overall = {
+        name: evaluate.summarise(evaluate.evaluate(predict, truth, progress=False))[-1]
+        for name, predict in made.items()
+    }
+    assert light[-1]["luminance_ratio"] == pytest.approx(1)
+    decided = {name: decide("03_full_train", overall=overall, model=name) for name in made}
+    assert {name: found["passed"] for name, found in decided.items()} == {
+        "truth": True, "grey": False, "copy_input": False, "mean_image": False,
+        "black_image": False,
     }  # fmt: skip
+    (reason,) = decided["grey"]["reasons"]
+    assert "PSNR above a copy" in reason, "light and area are right"
+    assert decided["truth"]["worse"] == []
+    assert any("psnr than copy input" in text for text in decided["grey"]["worse"])
 
 
-def test_analysis_of_nothing_leaves_every_claim_open(tmp_path):
-    record, _ = run(
+@pytest.mark.parametrize(
+    ("ratio", "value", "passed"),
+    [
+        ("luminance_ratio", 0.79, False), ("luminance_ratio", 1.26, False),
+        ("coverage_ratio", 0.74, False), ("coverage_ratio", 1.34, False),
+        ("coverage_ratio", math.nan, False), ("psnr", 20.0, False), ("psnr", 20.1, True),
+    ],
+)  # fmt: skip
+def test_the_bands_of_03(ratio, value, passed):
+    fine = {"luminance_ratio": 1.25, "coverage_ratio": 0.75, "psnr": 21.0, "ssim": 0.9}
+    fine["ssim_foreground"] = 0.5
+    overall = {"cvs": {**fine, ratio: value}, "copy_input": {**fine, "psnr": 20.0}}
+    made = decide("03_full_train", overall=overall, model="cvs")
+    assert made["passed"] == passed and bool(made["reasons"]) != passed
+
+
+def test_what_a_smoke_test_measures():
+    fall = [{"step": 1, "loss": 0.4}, {"step": 2, "loss": 0.1}, {"step": 3}]
+    assert smoke.loss_fall(fall) == pytest.approx(4)
+    assert smoke.loss_fall(fall, first=0.2) == pytest.approx(2)
+    views = SimpleNamespace(
+        rgb=torch.zeros(2, 4, 8, 8, 3, dtype=torch.uint8),
+        alpha=torch.full((2, 4, 8, 8), 51, dtype=torch.uint8),
+        inputs=SimpleNamespace(
+            rgb=torch.full((2, 16, 16, 3), 255, dtype=torch.uint8),
+            alpha=torch.full((2, 16, 16), 102, dtype=torch.uint8),
+        ),
+    )
+    views.rgb[:, :2] = 255  # half of the views
+    assert smoke.light_of_targets(views) == pytest.approx(
+        {"target_luminance": 0.5, "target_coverage": 0.5}
+    )
+    assert smoke.steps_per_epoch(views, 3) == 2
+
+
+def test_analysis_of_the_runs_and_of_nothing(trained, reports, tmp_path):
+    story, _ = run(
+        "04_analyze_negative_results", reports, "04", reports_dir=str(reports),
+        attribution_objects=2, attribution_size=32,
+    )  # fmt: skip
+    assert story.verdict == "DONE" and story.metrics["claims"]
+    nothing, _ = run(
         "04_analyze_negative_results", tmp_path, "04", reports_dir=str(tmp_path),
         attribution_source="",
     )  # fmt: skip
-    decided = {claim for claim, verdict in record.metrics["claims"].items() if verdict != "open"}
-    assert len(record.metrics["claims"]) == 10
-    assert decided == {"Quality-aware loss masking is implemented properly."}, "its formula says"
-    assert len(record.metrics["missing_runs"]) == 6
+    assert nothing.verdict == "DONE"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_house_rules(path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert len(code) <= 16
-    # a parameters cell has a line for each parameter
     parameters = [c for c in code if "parameters" in c.metadata.get("tags", [])]
+    assert len(parameters) == 1  # it has a line for each parameter
     assert all(cell.source.count("\n") < 25 for cell in code if cell not in parameters)
     assert not any(cell.outputs or cell.execution_count for cell in code)
-    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1
     for cell in code:
-        tree = ast.parse(cell.source)
         defined = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef, ast.Lambda)
-        assert not any(isinstance(node, defined) for node in ast.walk(tree))
-    for node in ast.parse(tagged[0].source).body:
+        assert not any(isinstance(node, defined) for node in ast.walk(ast.parse(cell.source)))
+    for node in ast.parse(parameters[0].source).body:
         assert isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.UnaryOp)
 
 

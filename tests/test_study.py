@@ -13,9 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from fresnel.__main__ import main
 from fresnel.report import run as report
@@ -102,7 +100,6 @@ def test_a_rehearsal_overrides_what_the_notebooks_have(study: Path) -> None:
         ("- {name: a, notebook: x, parms: {}}", "step 1: does not know parms"),
         ("- {name: a, notebook: x, needs: b}", "a needs b, no step before it"),
         ("- {name: a, notebook: x}\n- {name: a, notebook: x}", "two steps have the same name"),
-        ("- {name: a, notebook: x, params_file: none.yaml}", "none.yaml: cannot be read"),
         ("- {", "not valid YAML"),
     ],
 )
@@ -230,28 +227,6 @@ def test_what_a_step_makes_ready_comes_before_what_follows(study: Path, runner: 
     assert runner.ran == ["data", "decoder-s1", "arm-s1", "decoder-s0"]
 
 
-def test_weights_that_are_there_let_what_needs_them_go_first(
-    study: Path, runner: Runner, tmp_path: Path
-) -> None:
-    steps = study_runner.load(study, runs=tmp_path)
-    decoder = next(step for step in steps if step.name == "decoder-s1")
-    assert not study_runner.has_weights(decoder)
-
-    def weights(**params: Any) -> None:
-        notes = {"params": {"steps": 100, "size": "base", "seed": 1, **params}, "data": []}
-        header = {"fresnel_decoder": json.dumps({"provenance": notes})}
-        save_file({"w": np.zeros(1)}, decoder.params["export_to"], header)
-
-    weights(steps=99)
-    assert not study_runner.has_weights(decoder)
-    weights()
-    assert study_runner.has_weights(decoder)
-    assert study_runner.run(steps, runner.reports) == []
-    assert runner.ran == ["data", "decoder-s0", "arm-s1", "arm-s2", "decoder-s1"]
-    (tmp_path / "decoder-s1.safetensors").write_bytes(b"cut short")
-    assert not study_runner.has_weights(decoder)
-
-
 def test_two_processes_share_the_steps(study: Path, runner: Runner) -> None:
     """While the first computes decoder-s0, the second finds all other work, and waits for none."""
     steps = study_runner.load(study)
@@ -314,10 +289,14 @@ def test_a_profile_goes_on_after_a_crash_and_asks_the_cache_of_every_step(
         {"name": "the control", "notebook": uses, "expect": "FAIL"},
         {"name": "broken", "notebook": uses},
         {"name": "after", "notebook": uses, "needs": "broken"},
-        {"name": "story", "notebook": uses, "params_file": "story.yaml", "expect": "GO"},
+        {
+            "name": "story",
+            "notebook": uses,
+            "params": {"folder": "{run:the control}"},
+            "expect": "GO",
+        },
     ]
     file.write_text(json.dumps(entries))
-    (tmp_path / "story.yaml").write_text('folder: "{run:the control}"')
     steps = study_runner.load(file)
     runner.failing = {"broken"}
     problems = study_runner.run(steps, runner.reports, keep_finished=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,20 +120,3 @@ def export(network: Any, path: str | Path, record: RunRecord) -> Path:
         return network.save(path, half=True)
     network.save(path, half=True, **provenance)
     return path
-
-
-def exported_with(path: str | Path) -> dict[str, Any] | None:
-    """What `export` noted in a weights file: "params" of the run, content hashes of its "data";
-    None if the file does not say it."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), "np") as file:
-            metadata = file.metadata() or {}
-        decoder_notes = json.loads(metadata.get("fresnel_decoder", "{}")).get("provenance") or {}
-        notes = {**decoder_notes, **json.loads(metadata.get("fresnel", "{}"))}
-    except (SafetensorError, json.JSONDecodeError):
-        return None
-    if not isinstance(notes.get("params"), dict):
-        return None
-    return {"params": notes["params"], "data": list(notes.get("data") or [])}

@@ -8,6 +8,7 @@ finished.  Stopped ones are called again and go on; a training resumes from its 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from fresnel.host.files import lock_if_free
 from fresnel.host.machine import project_root
 from fresnel.report import run as report
 from fresnel.report.params import check_parameters, read_parameters
-from fresnel.report.record import slug
+from fresnel.report.record import RunRecord, slug
 
 _WAIT_S = 3.0
 
@@ -43,13 +44,13 @@ class Step:
 
 
 def load(path: str | Path, *, runs: str | Path = "runs") -> list[Step]:
-    """Read a study: a list of {name, notebook, params | params_file, expect, needs, seeds}, or a
-    mapping with such lists under "stages", by name (its other keys hold YAML anchors).
+    """Read a study: a list of {name, notebook, params, expect, needs, seeds}, or a mapping with
+    such lists under "stages", by name (its other keys hold YAML anchors).
 
     A step with seeds: [0, 1] becomes the steps NAME-s0 and NAME-s1 with the parameter `seed`.  A
     `needs` that names a step with seeds means that of the same seed, or all of them.  In texts
     {seed} is the seed and {runs} the folder of data and weights.  Notebooks are relative to the
-    project, a params_file to the study.
+    project.
 
     Order is priority: stage by stage, and in a stage all steps of a seed before those of the next,
     so that a study which is stopped has every arm once rather than the first arms three times.
@@ -98,20 +99,14 @@ def _step(
 ) -> Step:
     if not {"name", "notebook"} <= entry.keys():
         raise StudyError(f"{where}: needs 'name' and 'notebook'")
-    known = {"name", "notebook", "params", "params_file", "expect", "needs", "seeds"}
+    known = {"name", "notebook", "params", "expect", "needs", "seeds"}
     unknown = entry.keys() - known
     if unknown:
         raise StudyError(f"{where}: does not know {', '.join(sorted(unknown))}")
-    given = dict(entry.get("params") or {})
-    if "params_file" in entry:
-        file = Path(where.rpartition(", step")[0]).parent / entry["params_file"]
-        given = {**(read_yaml(file) or {}), **given}
-    params = {
-        key: value.replace("{runs}", runs).replace("{seed}", str(seed))
-        if isinstance(value, str)
-        else value
-        for key, value in given.items()
-    }
+    params = dict(entry.get("params") or {})
+    for key, value in params.items():
+        if isinstance(value, str):
+            params[key] = value.replace("{runs}", runs).replace("{seed}", str(seed))
     name = str(entry["name"])
     if seed is not None:
         name, params["seed"] = f"{name}-s{seed}", seed
@@ -161,8 +156,7 @@ def run(
     A step is finished when a run of its name with its very parameters has a verdict (not REFUSED).
     A step that crashes or is refused stops only those that need it; another process tries a
     crashed one once more, a refused one not before the next call.  An unexpected verdict is a
-    problem to report and stops nothing.  Where the weights that a step exports are there already
-    (`has_weights`), what needs them goes first, and the step itself, for its report, last.
+    problem to report and stops nothing.
 
     Args:
         only: names of steps (with or without their seed); what they need must be finished.
@@ -178,131 +172,120 @@ def run(
         The problems, a sentence each; steps that time or another process kept are none.
     """
     reports = report.reports_folder(reports_dir)
-    known = {name for step in steps for name in (step.name, _stem(step.name))}
-    if unknown := [name for name in only if name not in known]:
-        raise StudyError(f"no step named {', '.join(unknown)} here; it has: {_names(steps)}")
-    chosen = [step for step in steps if not only or {step.name, _stem(step.name)} & set(only)]
-    for step in chosen:
+    chosen = _chosen(steps, only)
+    by_name, begun = {step.name: step for step in steps}, datetime.now(UTC)
+    end = math.inf if stop_after_s is None else time.monotonic() + stop_after_s
+    width = max(len(step.name) for step in chosen)
+    leads = {
+        step.name: f"[{number}/{len(chosen)}] {step.name:<{width}}"
+        for number, step in enumerate(chosen, 1)
+    }
+    waiting, problems, folders = list(chosen), list[str](), dict[str, Path]()
+    done, failed = set[str](), set[str]()
+
+    def missing(step: Step) -> list[str]:
+        later = failed | {other.name for other in waiting}
+        new = set(step.needs) - done - later
+        done.update(need for need in new if finished(by_name[need], reports))
+        return [need for need in step.needs if need not in done]
+
+    def take(step: Step) -> None:
+        lead, left_s = leads[step.name], end - time.monotonic()
+        if _given_up(step, reports, begun):
+            failed.add(step.name)
+            print(f"{lead}  failed in another process; see there", flush=True)
+            return
+        limit_s = min(timeout_s or math.inf, left_s)
         try:
-            check_parameters(read_parameters(step.notebook), step.params)
-        except (ValueError, OSError) as error:
-            raise StudyError(f"step {step.name}: {error}") from error
-    end = None if stop_after_s is None else time.monotonic() + stop_after_s
-    turn = _Turn({step.name: step for step in steps}, chosen, reports, fresh, timeout_s)
-    if keep_finished and not fresh:
-        turn.done |= {step.name for step in steps if has_weights(step)}
-    waiting = sorted(chosen, key=lambda step: step.name in turn.done)
+            made = report.run(
+                step.notebook, _with_folders(step.params, folders, reports), step.name, reports,
+                fresh=fresh, timeout_s=None if limit_s == math.inf else limit_s,
+                label=lead.rstrip(),
+            )  # fmt: skip
+        except Exception as error:  # such as a full disk: the steps that are left may fare better
+            failed.add(step.name)
+            kind = "" if isinstance(error, StudyError) else f"{type(error).__name__}: "
+            problems.append(f"{step.name}: {kind}{error}")
+            return
+        folders[step.name] = made.directory
+        print(f"{lead}  {report.line(made)}", flush=True)
+        if made.problem:
+            problems.append(f"{step.name}: {made.problem}")
+        if made.crashed or made.record.verdict == "REFUSED":
+            failed.add(step.name)
+        problem = _problem(step, made.record)
+        stopped = (made.record.failure or {}).get("kind") == "timed_out" and limit_s == left_s
+        if problem and not stopped:  # what time stopped goes on in the next call
+            problems.append(problem)
+
     try:
         while waiting:
-            left = None if end is None else end - time.monotonic()
-            if left is not None and left <= 0:
-                unfinished = [step for step in waiting if not finished(step, reports)]
-                print(f"time is up; left for the next call: {_names(unfinished)}", flush=True)
+            if time.monotonic() >= end:
+                names = [step.name for step in waiting if not finished(step, reports)]
+                print(f"time is up; left for the next call: {', '.join(names)}", flush=True)
                 break
-            ready = [step for step in waiting if turn.ready(step, waiting)]
-            if not ready:
-                turn.leave_out(waiting)
-                break
+            ready = [step for step in waiting if not missing(step)]
             for step in ready:
                 with lock_if_free(reports / ".study" / f"{slug(step.name)}.lock") as mine:
                     if not mine:
                         continue
                     waiting.remove(step)
-                    if not (keep_finished and not fresh and finished(step, reports)):
-                        turn.take(step, left)
+                    if fresh or not (keep_finished and finished(step, reports)):
+                        take(step)
                 break  # what it made ready may come before what follows
             else:
-                time.sleep(_WAIT_S)
+                if ready:  # in other hands
+                    time.sleep(_WAIT_S)
+                    continue
+                for step in waiting:
+                    needs = ", ".join(missing(step))
+                    print(f"{leads[step.name]}  LEFT OUT  (needs {needs})", flush=True)
+                    problems.append(f"{step.name} was left out: it needs {needs}.")
+                break
     finally:
         problem = report.try_index(reports)
-    return [*turn.problems, problem] if problem else turn.problems
+    return [*problems, problem] if problem else problems
 
 
-class _Turn:
-    """One call of `run`: what it has done, what failed, and where its runs are."""
-
-    def __init__(
-        self,
-        steps: Mapping[str, Step],
-        chosen: Sequence[Step],
-        reports: Path,
-        fresh: bool,
-        timeout_s: float | None,
-    ) -> None:
-        self.steps, self.reports, self.fresh, self.timeout_s = steps, reports, fresh, timeout_s
-        self.done, self.failed = set[str](), set[str]()
-        self.problems: list[str] = []
-        self.folders: dict[str, Path] = {}
-        self.begun = datetime.now(UTC)
-        width = max(len(step.name) for step in chosen)
-        self.lead = {
-            step.name: f"[{number}/{len(chosen)}] {step.name:<{width}}"
-            for number, step in enumerate(chosen, 1)
-        }
-
-    def ready(self, step: Step, waiting: Sequence[Step]) -> bool:
-        later = self.failed | {other.name for other in waiting}
-        for need in set(step.needs) - self.done:
-            if need in later or not finished(self.steps[need], self.reports):
-                return False
-            self.done.add(need)
-        return True
-
-    def take(self, step: Step, left_s: float | None) -> None:
-        """Run one step; whatever happens to it becomes a line, and a problem where it is one."""
-        lead = self.lead[step.name]
-        if self._given_up(step):
-            self.failed.add(step.name)
-            print(f"{lead}  failed in another process; see there", flush=True)
-            return
-        limits = [limit for limit in (self.timeout_s, left_s) if limit is not None]
+def _chosen(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
+    """The steps named in `only`, or all; their parameters are as their notebooks take them."""
+    names = {step.name: {step.name, _stem(step.name)} for step in steps}
+    unknown = set(only) - set().union(*names.values())
+    if unknown:
+        raise StudyError(f"no step named {', '.join(sorted(unknown))} here; it has: "
+                         f"{', '.join(names)}")  # fmt: skip
+    chosen = [step for step in steps if not only or names[step.name] & set(only)]
+    for step in chosen:
         try:
-            params = _with_folders(step.params, self.folders, self.reports)
-            done = report.run(
-                step.notebook, params, step.name, self.reports, fresh=self.fresh,
-                timeout_s=min(limits, default=None), label=lead.rstrip(),
-            )  # fmt: skip
-        except Exception as error:  # such as a full disk: the steps that are left may fare better
-            self.failed.add(step.name)
-            said = (
-                str(error) if isinstance(error, StudyError) else f"{type(error).__name__}: {error}"
-            )
-            self.problems.append(f"{step.name}: {said}")
-            return
-        self.folders[step.name] = done.directory
-        print(f"{lead}  {report.line(done)}", flush=True)
-        record, kind = done.record, (done.record.failure or {}).get("kind")
-        if done.problem:
-            self.problems.append(f"{step.name}: {done.problem}")
-        if done.crashed or record.verdict == "REFUSED":
-            self.failed.add(step.name)
-            if kind != "timed_out" or left_s is None:
-                word = "crashed" if done.crashed else "was refused"
-                self.problems.append(f"{step.name} {word}: {record.error or record.summary}")
-        elif step.expect and record.verdict != step.expect:
-            self.problems.append(
-                f"{step.name} ended with {record.verdict}, but {step.expect} was expected."
-            )
+            check_parameters(read_parameters(step.notebook), step.params)
+        except (ValueError, OSError) as error:
+            raise StudyError(f"step {step.name}: {error}") from error
+    return chosen
 
-    def leave_out(self, waiting: Sequence[Step]) -> None:
-        for step in waiting:
-            missing = ", ".join(need for need in step.needs if need not in self.done)
-            self.problems.append(f"{step.name} was left out: it needs {missing}.")
-            print(f"{self.lead[step.name]}  LEFT OUT  (needs {missing})", flush=True)
 
-    def _given_up(self, step: Step) -> bool:
-        """Whether other processes have tried the step since this one began in vain: twice, as a
-        crash may come of sharing a GPU's memory; once, where the protocol refused it."""
-        tries = 0
-        for record in _records(step, self.reports):
-            if record.get("started_utc", "") < f"{self.begun:%Y-%m-%dT%H:%M:%S}":
-                continue
-            cut_short = (record.get("failure") or {}).get("kind") in ("timed_out", "stopped")
-            if record.get("verdict") == "REFUSED":
-                tries += 2
-            elif record.get("status") == "crashed" and not cut_short:
-                tries += 1
-        return tries > 1
+def _problem(step: Step, record: RunRecord) -> str | None:
+    if record.status == "crashed":
+        return f"{step.name} crashed: {record.error}"
+    if record.verdict == "REFUSED":
+        return f"{step.name} was refused: {record.summary}"
+    if step.expect and record.verdict != step.expect:
+        return f"{step.name} ended with {record.verdict}, but {step.expect} was expected."
+    return None
+
+
+def _given_up(step: Step, reports: Path, since: datetime) -> bool:
+    """Whether other processes have tried the step since then in vain: twice, as a crash may come
+    of sharing a GPU's memory; once, where the protocol refused it."""
+    tries = 0
+    for record in _records(step, reports):
+        if record.get("started_utc", "") < f"{since:%Y-%m-%dT%H:%M:%S}":
+            continue
+        cut_short = (record.get("failure") or {}).get("kind") in ("timed_out", "stopped")
+        if record.get("verdict") == "REFUSED":
+            tries += 2
+        elif record.get("status") == "crashed" and not cut_short:
+            tries += 1
+    return tries > 1
 
 
 def finished(step: Step, reports: Path) -> bool:
@@ -311,26 +294,6 @@ def finished(step: Step, reports: Path) -> bool:
         record.get("status") == "finished" and record.get("verdict") != "REFUSED"
         for record in _records(step, reports)
     )
-
-
-def has_weights(step: Step) -> bool:
-    """Whether the weights that the step exports are there, made with its very parameters, and of
-    its very data where these are there: trained on another machine, or earlier."""
-    path = project_root() / step.params.get("export_to", "")
-    if not path.is_file():  # most often; what reads one takes seconds to import
-        return False
-    from fresnel.study.results import exported_with
-
-    made = exported_with(path)
-    if made is None:
-        return False
-    manifest = project_root() / step.params.get("dataset_dir", "") / "manifest.json"
-    if manifest.is_file():
-        content_hash = json.loads(manifest.read_text(encoding="utf-8")).get("content_hash")
-        if content_hash not in made["data"]:
-            return False
-    known = made["params"].keys() & step.params.keys()  # folders are no part of what was made
-    return bool(known) and all(made["params"][key] == step.params[key] for key in known)
 
 
 def read_yaml(path: Path) -> Any:
@@ -385,7 +348,3 @@ def _runs(reports: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
 def _stem(name: str) -> str:
     stem, _, seed = name.rpartition("-s")
     return stem if seed.isdigit() else name
-
-
-def _names(steps: Sequence[Step]) -> str:
-    return ", ".join(step.name for step in steps)
