@@ -32,47 +32,42 @@ _PALE, _INK = "#B9C0C8", "#111111"
 
 
 @styled
-def azimuth_rose(
-    azimuth_deg: Sequence[float], series: Mapping[str, Sequence[float]], *, limit: float = 1.0
-) -> Figure:
+def azimuth_rose(azimuth_deg: Sequence[float], series: Mapping[str, Sequence[float]]) -> Figure:
     """Polar bars of view statistics over azimuth, one rose per series; the input is at the top.
 
     Args:
         azimuth_deg: relative azimuths of the views, (K,).
-        series: name -> K ratios to the input (1 = as bright, or as large, as the input).
-        limit: outer radius of the dashed reference circle.
+        series: name -> K ratios to the input (1, dashed: as bright, or as large, as the input).
     """
-    azimuth = np.round((np.asarray(azimuth_deg, float) + 22.5) % 360 // 45).astype(int)
+    sector = np.round((np.asarray(azimuth_deg, float) + 22.5) % 360 // 45).astype(int)
     figure, axes = new_figure(1, len(series), subplot_kw={"projection": "polar"}, size=(7.2, 3.5))
     angles = np.deg2rad(np.arange(8) * 45.0)
     for axis, color, (name, values) in zip(
         np.atleast_1d(axes), [ORANGE, BLUE, GREEN], series.items(), strict=False
     ):
         ratios = np.asarray(values, float)
-        means = [
-            np.nanmean(ratios[azimuth == k]) if np.isfinite(ratios[azimuth == k]).any() else 0.0
-            for k in range(8)
-        ]
+        known = [ratios[(sector == k) & np.isfinite(ratios)] for k in range(8)]
+        means = [found.mean() if len(found) else 0.0 for found in known]
         axis.bar(angles, means, width=np.deg2rad(40), color=color, alpha=0.85)
-        axis.plot(np.linspace(0, 2 * np.pi, 100), [limit] * 100, "--", color=GREY, lw=1)
+        axis.plot(np.linspace(0, 2 * np.pi, 100), np.ones(100), "--", color=GREY, lw=1)
         axis.set_theta_zero_location("N")
         axis.set_theta_direction(-1)
         axis.set_xticks(angles, [f"{a}\N{DEGREE SIGN}" for a in range(0, 360, 45)])
-        axis.set_ylim(0, max(1.25 * limit, 1.1 * max(means)))
-        axis.set_yticks([limit / 2, limit], [f"{limit / 2:g}", f"{limit:g}"], color=GREY)
+        axis.set_ylim(0, max(1.25, 1.1 * max(means)))
+        axis.set_yticks([0.5, 1], ["0.5", "1"], color=GREY)
         axis.set_title(name, loc="center")
     return figure
 
 
 @styled
 def camera_frusta(
-    cameras: Cameras, input_camera: Cameras, *, pivot: Sequence[float], content: np.ndarray | None
+    cameras: Cameras, input_camera: Cameras, *, pivot: Sequence[float], content: np.ndarray
 ) -> Figure:
     """The cameras of one record, their pivot and the object: in 3D, from above and from the front.
 
     Args:
-        cameras: `Cameras` (V,) in the world.
-        input_camera: `Cameras` ().
+        cameras: (V,) in the world.
+        input_camera: ().
         pivot: the point the cameras are said to orbit.
         content: points on the object in the world, (P, 3).
     """
@@ -81,19 +76,16 @@ def camera_frusta(
     figure = Figure(figsize=(7.2, 4.8))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.6, 1))
     space: Any = figure.add_subplot(grid[:, 0], projection="3d")
-    flat: list[Any] = [figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])]
-    points = np.zeros((0, 3)) if content is None else content
-    centers = cameras.centers.detach().cpu().numpy()
-    forward = cameras.forward.detach().cpu().numpy()
-    eye = input_camera.centers.detach().cpu().numpy()
-    gaze = input_camera.forward.detach().cpu().numpy()
+    centers, forward = cameras.centers.numpy(), cameras.forward.numpy()
+    eye, gaze = input_camera.centers.numpy(), input_camera.forward.numpy()
     reach = 0.22 * float(np.linalg.norm(centers - np.asarray(pivot), axis=-1).mean())
     # matplotlib's third axis is up, the world's second is; +z comes towards the reader
     turn = [0, 2, 1]
-    space.scatter(*points[:, turn].T, s=1.5, color=SKY, alpha=0.9, rasterized=True)
+    space.scatter(*content[:, turn].T, s=1.5, color=SKY, alpha=0.9, rasterized=True)
     for corners in _frusta(cameras, reach):
         space.plot(*corners[:, turn].T, color=BLUE, lw=0.9)
-    space.plot(*_frusta(input_camera, 1.25 * reach)[0][:, turn].T, color=VERMILION, lw=1.4)
+    (corners,) = _frusta(input_camera.reshape(1), 1.25 * reach)
+    space.plot(*corners[:, turn].T, color=VERMILION, lw=1.4)
     space.scatter(*np.asarray(pivot)[turn, None], s=70, color="black", marker="+", zorder=5)
     space.invert_yaxis()
     space.set_aspect("equal")
@@ -103,43 +95,34 @@ def camera_frusta(
         side.set_pane_color((0, 0, 0, 0))
         side.set_tick_params(labelsize=7, pad=-2)
         side.set_label_text(name)
-    for axis, (i, j), title in zip(
-        flat, [(0, 2), (0, 1)], ["from above (x, z)", "from the front (x, y)"], strict=True
-    ):
+    arrow: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1.0, "width": 0.008}
+    for row, (j, title) in enumerate([(2, "from above (x, z)"), (1, "from the front (x, y)")]):
+        axis: Any = figure.add_subplot(grid[row, 1])
+        flat = [0, j]
         axis.scatter(
-            *points[:, [i, j]].T, s=2, color=SKY, label="object", alpha=0.5, rasterized=True
+            *content[:, flat].T, s=2, color=SKY, label="object", alpha=0.5, rasterized=True
         )
-        arrows: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1.0, "width": 0.008}
-        axis.quiver(
-            *centers[:, [i, j]].T, *(2 * reach * forward[:, [i, j]]).T, color=GREY, **arrows
-        )
-        axis.scatter(*centers[:, [i, j]].T, s=22, color=BLUE, label="view cameras", zorder=3)
-        axis.quiver(*eye[[i, j]], *(2 * reach * gaze[[i, j]]), color=VERMILION, **arrows)
-        axis.scatter(
-            *eye[[i, j]], s=34, color=VERMILION, marker="s", label="input camera", zorder=4
-        )
-        axis.scatter(pivot[i], pivot[j], s=60, color="black", marker="+", label="pivot", zorder=5)
+        axis.quiver(*centers[:, flat].T, *(2 * reach * forward[:, flat]).T, color=GREY, **arrow)
+        axis.scatter(*centers[:, flat].T, s=22, color=BLUE, label="view cameras", zorder=3)
+        axis.quiver(*eye[flat], *(2 * reach * gaze[flat]), color=VERMILION, **arrow)
+        axis.scatter(*eye[flat], s=34, color=VERMILION, marker="s", label="input camera", zorder=4)
+        axis.scatter(pivot[0], pivot[j], s=60, color="black", marker="+", label="pivot", zorder=5)
         axis.set_aspect("equal", adjustable="datalim")
         axis.set_title(title)
-    flat[0].invert_yaxis()  # +z, where azimuth 0 stands, is towards the reader
-    handles, labels = flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=4, loc="outside lower center")
+        if j == 2:
+            axis.invert_yaxis()  # +z, where azimuth 0 stands, is towards the reader
+    figure.legend(*axis.get_legend_handles_labels(), ncols=4, loc="outside lower center")
     return figure
 
 
-def _frusta(cameras: Cameras, depth: float) -> list[np.ndarray]:
-    """One line (P, 3) a camera, that draws its pyramid from the eye to `depth` in the world."""
-    many = cameras if cameras.batch_shape else cameras.reshape(1)
-    K, pose = (value.detach().cpu().numpy() for value in (many.Ks, many.viewmats))
+def _frusta(cameras: Cameras, depth: float) -> np.ndarray:
+    """A line (V, P, 3) for each camera, that draws its pyramid from the eye to `depth`."""
     w, h = cameras.width, cameras.height
     corners = np.array([[0, 0, 1], [w, 0, 1], [w, h, 1], [0, h, 1]], float)
-    lines = []
-    for intrinsic, view in zip(K, pose, strict=True):
-        seen = depth * corners @ np.linalg.inv(intrinsic).T
-        a, b, c, d = (seen - view[:3, 3]) @ view[:3, :3]
-        eye = -view[:3, 3] @ view[:3, :3]
-        lines.append(np.stack([eye, a, b, eye, c, d, eye, b, c, d, a]))
-    return lines
+    seen = depth * corners @ np.linalg.inv(cameras.Ks.numpy()).transpose(0, 2, 1)
+    pose, eyes = cameras.viewmats.numpy(), cameras.centers.numpy()[:, None]
+    world = (seen - pose[:, None, :3, 3]) @ pose[:, :3, :3]
+    return np.concatenate([eyes, world, eyes], axis=1)[:, [0, 1, 2, 0, 3, 4, 0, 2, 3, 4, 1]]
 
 
 @styled
@@ -148,14 +131,13 @@ def loss_curves(
     *,
     terms: Sequence[str] = ("loss",),
     against: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
-    target: tuple[float, float] | None = (0.8, 1.25),
 ) -> Figure:
     """Loss terms over steps, and beside them what the outputs are worth.
 
     Args:
         log: rows of the training log with ``step`` and the terms.
-        against: name -> (steps, values) of held-out measurements drawn on the right.
-        target: the acceptable band of those measurements.
+        against: name -> (steps, values) of ratios to the truth, drawn on the right over the band
+            0.8 to 1.25.
     """
     figure, axes = new_figure(1, 2 if against else 1, size=(7.2, 2.9), squeeze=False)
     axis = axes[0, 0]
@@ -165,21 +147,16 @@ def loss_curves(
             axis.plot(*np.array(rows, float).T, "" if len(rows) > 2 else "o-", lw=1.4, label=term)
     if all(np.min(line.get_ydata()) > 0 for line in axis.lines) and axis.lines:
         axis.set_yscale("log")
-    axis.set_xlabel("step")
-    axis.set_ylabel("loss")
-    axis.set_title("What the optimiser sees")
+    axis.set(xlabel="step", ylabel="loss", title="What the optimiser sees")
     if len(terms) > 1:
         axis.legend()
     if against:
         axis = axes[0, 1]
-        if target:
-            axis.axhspan(*target, color=GREEN, alpha=0.12, lw=0)
+        axis.axhspan(0.8, 1.25, color=GREEN, alpha=0.12, lw=0)
         for name, (steps, values) in against.items():
             axis.plot(steps, values, "o-", ms=4, lw=1.4, label=name)
         axis.set_ylim(bottom=0)
-        axis.set_xlabel("step")
-        axis.set_ylabel("held-out outputs / truth")
-        axis.set_title("What a person sees")
+        axis.set(xlabel="step", ylabel="validation outputs / truth", title="What a person sees")
         axis.legend()
     return figure
 
@@ -210,11 +187,10 @@ def bins_figure(
         )
         x = np.arange(len(bins)) + (k - (len(summaries) - 1) / 2) * width
         axis.bar(x, mean, width * 0.92, label=name, color=CYCLE[k % len(CYCLE)])
-        spread = np.nan_to_num(np.abs(np.stack([mean - low, high - mean])))
+        spread = np.nan_to_num(np.abs([mean - low, high - mean]))
         axis.errorbar(x, mean, spread, fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2)
     axis.set_xticks(np.arange(len(bins)), bins)
-    axis.set_xlabel("azimuth away from the input, degrees")
-    axis.set_ylabel(label)
+    axis.set(xlabel="azimuth away from the input, degrees", ylabel=label)
     axis.grid(axis="x", visible=False)
     figure.legend(ncols=min(5, len(summaries)), loc="outside upper center")
     return figure
