@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,3 +141,42 @@ def test_rigid_and_indexing():
     assert cameras[1].batch_shape == (4,) and cameras[1, 2].batch_shape == ()
     moved = cameras.transformed(rigid(torch.eye(3), torch.tensor([1.0, 0.0, 0.0])))
     torch.testing.assert_close(moved.centers, cameras.centers + torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_mirrored_cameras_see_the_mirrored_world():
+    cameras = orbit(
+        torch.tensor([20.0, 130.0]),
+        25.0,
+        2.0,
+        pivot=(0.1, 0, 0.2),
+        focal_px=30.0,
+        width=40,
+        height=32,
+    )
+    Ks = cameras.Ks.clone()
+    Ks[:, 0, 2] += 3  # off the centre
+    cameras = replace(cameras, Ks=Ks)
+    point = torch.tensor([0.3, -0.2, 0.5, 1.0])
+
+    def pixel(of, where):
+        seen = (of.viewmats @ where)[:, :3]
+        image = (of.Ks @ seen[..., None])[..., 0]
+        return image[:, :2] / image[:, 2:]
+
+    there = pixel(cameras, point)
+    mirrored = pixel(cameras.mirrored(), point * torch.tensor([-1.0, 1, 1, 1]))
+    torch.testing.assert_close(mirrored[:, 0], 40 - there[:, 0])
+    torch.testing.assert_close(mirrored[:, 1], there[:, 1])
+    cameras.mirrored().validate()
+
+
+def test_azimuth_and_elevation_are_those_of_the_orbit_about_any_pivot():
+    pivot = torch.tensor([0.3, -1.0, 2.0])
+    azimuths, elevations = (
+        torch.tensor([-170.0, -30.0, 0.0, 90.0]),
+        torch.tensor([-60.0, 0, 10, 45]),
+    )
+    cameras = orbit(azimuths, elevations, 3.0, pivot=pivot, focal_px=9.0, width=8, height=8)
+    torch.testing.assert_close(cameras.azimuth_deg(pivot), azimuths, atol=1e-3, rtol=0)
+    torch.testing.assert_close(cameras.elevation_deg(pivot), elevations, atol=1e-3, rtol=0)
+    assert cameras[3].centers[0] > pivot[0], "azimuth grows towards +X"

@@ -1,8 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fresnel.render import render
+from fresnel.scene.cameras import look_at
 from fresnel.scene.gaussians import Gaussians, quaternion_from_rotation, quaternion_product
 
 
@@ -139,3 +142,15 @@ def test_files_that_are_not_splats(tmp_path):
         Gaussians.load(tmp_path / "text.ply")
     with pytest.raises(ValueError, match="suffix"):
         random_gaussians().save(tmp_path / "scene.obj")
+
+
+@pytest.mark.parametrize("suffix", [".ply", ".spz"])
+def test_what_is_darker_than_black_looks_the_same_when_loaded_again(tmp_path, suffix):
+    """A renderer has max(0, 0.5 + c Y) of harmonics; plain colours have no such floor."""
+    base = random_gaussians()
+    scene = replace(base, colors=torch.linspace(-3, 1, base.num * 3).reshape(-1, 1, 3))
+    loaded = Gaussians.load(scene.save(tmp_path / f"scene{suffix}"))
+    assert loaded.sh_degree is None and loaded.colors.min() == 0
+    camera = look_at(torch.tensor([[0.0, 0, 4]]), (0, 0, 0), focal_px=24.0, width=24, height=24)
+    want, got = render(scene, camera).rgb, render(loaded, camera).rgb
+    assert want.max() > 0.1 and (want - got).abs().max() < (1e-4 if suffix == ".ply" else 0.05)

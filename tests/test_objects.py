@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -19,13 +20,14 @@ from PIL import Image
 from fresnel import look_at, orbit
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError
+from fresnel.host.pool import processes
+from fresnel.objects import assets as assets_module
 from fresnel.objects import render_set as rendering
 from fresnel.objects import sources, trace
 from fresnel.objects import trace as _trace
 from fresnel.objects.assets import Asset, embedded_assets, find_assets
 from fresnel.objects.render_set import render_set
-from fresnel.objects.surface import AMBIENT, LIGHTS, surface
-from fresnel.scene.colour import linear_to_srgb, srgb_to_linear
+from fresnel.objects.surface import surface
 
 PBR = trimesh.visual.material.PBRMaterial
 
@@ -36,12 +38,22 @@ def camera(eye=(0.0, 0.0, 3.0), size=32, focal=1.2):
     )
 
 
+AMBIENT = 0.32
+LIGHTS = (((0.55, 0.70, 0.60), 0.58), ((-0.75, 0.20, 0.55), 0.30), ((-0.10, 0.45, -0.90), 0.38))
+"""Towards the key, the fill and the rim light, and their strengths."""
+
+
 def light(normal) -> float:
     unit = np.array(normal) / np.linalg.norm(normal)
     return AMBIENT + sum(
         strength * max(0.0, float(unit @ (np.array(way) / np.linalg.norm(way))))
         for way, strength in LIGHTS
     )
+
+
+def linear(encoded: float) -> float:
+    """IEC 61966-2-1, above its linear foot."""
+    return ((encoded + 0.055) / 1.055) ** 2.4
 
 
 def quad(z=0.0, half=0.5, **visual) -> trimesh.Trimesh:
@@ -162,7 +174,8 @@ def center(views) -> list[float]:
 
 
 def expected(linear_color, normal) -> list[float]:
-    return linear_to_srgb(np.float32(linear_color) * np.float32(light(normal))).tolist()
+    lit = [value * light(normal) for value in linear_color]
+    return [1.055 * v ** (1 / 2.4) - 0.055 if v > 0.0031308 else 12.92 * v for v in lit]
 
 
 def test_base_colour_factor_is_linear_and_lit_by_the_stated_lights():
@@ -196,7 +209,7 @@ def test_textures_are_srgb_with_the_first_row_on_top_and_repeat():
     red, green, blue, grey = corners(quad(baseColorTexture=big))
     assert red[0] > 0.5 and red[1:].max() < 0.01
     assert green[1] > 0.5 and blue[2] > 0.5
-    want = expected(srgb_to_linear(np.array([128 / 255] * 3)), (0, 0, 1))
+    want = expected([linear(128 / 255)] * 3, (0, 0, 1))
     assert grey.tolist() == pytest.approx(want, abs=0.01)
     moved = [[3, -2], [4, -2], [4, -1], [3, -1]]
     for a, b in zip(corners(quad(baseColorTexture=big, uv=moved)), (red, green), strict=False):
@@ -208,11 +221,11 @@ def test_textures_are_srgb_with_the_first_row_on_top_and_repeat():
 def test_vertex_and_face_colours(tmp_path):
     mesh = quad()
     mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=[[128, 0, 0, 255]] * 4)
-    want = expected([srgb_to_linear(np.float64(128 / 255)), 0, 0], (0, 0, 1))
+    want = expected([linear(128 / 255), 0, 0], (0, 0, 1))
     assert center(trace.render(mesh, camera())) == pytest.approx(want, abs=0.01)
-    linear = loaded(mesh, tmp_path)  # glTF's vertex colours are linear
+    again = loaded(mesh, tmp_path)  # glTF's vertex colours are linear
     want = expected([128 / 255, 0, 0], (0, 0, 1))
-    assert center(trace.render(linear, camera())) == pytest.approx(want, abs=0.01)
+    assert center(trace.render(again, camera())) == pytest.approx(want, abs=0.01)
     mesh.visual = trimesh.visual.ColorVisuals(mesh, face_colors=[[0, 200, 0, 255]] * 2)
     assert center(trace.render(mesh, camera()))[1] > 0.5
 
@@ -252,7 +265,7 @@ def test_obj_with_its_material_file(tmp_path):
         "mtllib a.mtl\nusemtl red\nv -1 -1 0\nv 1 -1 0\nv 1 1 0\nv -1 1 0\nf 1 2 3 4\n"
     )
     views = trace.render(trace.load(tmp_path / "a.obj"), camera())
-    want = expected([srgb_to_linear(np.float64(127 / 255)), 0, 0], (0, 0, 1))
+    want = expected([linear(127 / 255), 0, 0], (0, 0, 1))
     assert center(views) == pytest.approx(want, abs=0.01)
 
 
@@ -422,12 +435,15 @@ def test_random_azimuths_stay_in_their_sectors(tmp_path):
     assert len(set(np.round(azimuths % 45, 3))) == 8
 
 
-def test_worker_processes_change_nothing(tmp_path):
-    assets = embedded_assets()[:1]
+def test_worker_processes_change_nothing(tmp_path, monkeypatch):
+    assets = embedded_assets()[:2]
     options = {"image_size": 8, "views": 1, "samples": 1}
     one = render_set(assets, tmp_path / "a", workers=1, **options)
+    pools = []
+    monkeypatch.setattr(rendering, "processes", lambda n: pools.append(n) or processes(n))
+    monkeypatch.setattr(rendering, "_render_object", None)  # of this process
     two = render_set(assets, tmp_path / "b", workers=2, **options)
-    assert one.content_hash == two.content_hash
+    assert one.content_hash == two.content_hash and pools == [2]
 
 
 KILLED = """
@@ -513,7 +529,7 @@ def test_a_texture_that_is_not_laid_out_leaves_the_colour(tmp_path):
         "mtllib a.mtl\nusemtl red\nv -1 -1 0\nv 1 -1 0\nv 1 1 0\nv -1 1 0\nf 1 2 3 4\n"
     )
     shown = center(trace.render(trace.load(tmp_path / "a.obj"), camera()))
-    want = expected([srgb_to_linear(np.float64(127 / 255)), 0, 0], (0, 0, 1))
+    want = expected([linear(127 / 255), 0, 0], (0, 0, 1))
     assert shown == pytest.approx(want, abs=0.01)
 
 
@@ -536,3 +552,138 @@ def test_render_set_refuses_what_it_cannot_render(tmp_path):
     with pytest.raises(DatasetError, match="'dots': mesh: holds no triangle"):
         render_set([dots], tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+# --- renderings are found again by content -------------------------------------------------------
+
+SMALL = {"image_size": 8, "views": 1}
+SQUARE = "v -1 -1 0\nv 1 -1 0\nv 1 1 0\nv -1 1 0\nvt 0 0\nvt 1 0\nvt 1 1\nf 1/1 2/2 3/3 4/3\n"
+
+
+def picture(path: Path, colour: tuple[int, int, int]) -> None:
+    Image.new("RGB", (2, 2), colour).save(path)
+
+
+def obj(folder: Path) -> Path:
+    picture(folder / "my t.png", (0, 0, 255))
+    (folder / "a.mtl").write_text("newmtl m\nKd 0.5 0 0\nmap_Kd my t.png\n")
+    (folder / "a.obj").write_text(f"mtllib a.mtl\nusemtl m\n{SQUARE}")
+    return folder / "a.obj"
+
+
+def gltf(folder: Path) -> Path:
+    for name, data in trimesh.Scene(quad()).export(file_type="gltf").items():
+        (folder / name).write_bytes(data)
+    return (folder / "model.gltf").rename(folder / "a.gltf")
+
+
+@pytest.mark.parametrize(
+    ("make", "changed"),
+    [
+        (obj, "a.obj"),
+        (obj, "a.mtl"),
+        (obj, "my t.png"),
+        (gltf, "a.gltf"),
+        (gltf, "gltf_buffer_0.bin"),
+    ],
+)
+def test_a_change_to_what_is_shown_renders_again(make, changed, tmp_path):
+    path, cache = make(tmp_path), tmp_path / "cache"
+    for read in (
+        lambda: sources.open(path, **SMALL, cache=cache),
+        lambda: sources.ground_truth(str(path), "train", **SMALL, samples=1, cache=cache),
+    ):
+        before = read()
+        assert read().path == before.path
+        data = (tmp_path / changed).read_bytes()
+        (tmp_path / "other.txt").write_text("of no matter")
+        assert read().path == before.path
+        file = tmp_path / changed
+        stat = file.stat()
+        if changed.endswith(".png"):
+            picture(file, (0, 255, 0))
+        elif changed.endswith(".bin"):
+            file.write_bytes(data[:-4] + b"\0\0\0\0")
+        else:
+            file.write_bytes(data.replace(b"0", b"0 ", 1) if b"obj" in data else data + b"\n")
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # content counts, not time
+        assert read().path != before.path
+        file.write_bytes(data)
+        assert read().path == before.path
+
+
+def test_objects_of_one_name_in_two_folders_are_two_truths(tmp_path):
+    found = []
+    for name, colour in (("x", [1.0, 0, 0, 1.0]), ("y", [0, 1.0, 0, 1.0])):
+        (tmp_path / name / "objs").mkdir(parents=True)
+        data = quad(baseColorFactor=colour).export(file_type="glb")
+        (tmp_path / name / "objs" / "a.glb").write_bytes(data)
+        found.append(
+            sources.ground_truth(
+                str(tmp_path / name / "objs"), "train", **SMALL, samples=1, cache=tmp_path
+            )
+        )
+    assert found[0].path != found[1].path
+    assert not torch.equal(found[0][0].input_rgb, found[1][0].input_rgb)
+
+
+WAITS = """
+import sys
+from fresnel.objects import sources
+print(sources.open(sys.argv[1], image_size=48, views=8, cache=sys.argv[2]).content_hash)
+"""
+
+
+def test_of_several_processes_one_renders_and_the_others_wait(tmp_path):
+    (tmp_path / "objects").mkdir()
+    for asset in embedded_assets()[:3]:
+        (tmp_path / "objects" / asset.source.name).write_bytes(asset.source.read_bytes())
+    command = [sys.executable, "-c", WAITS, str(tmp_path / "objects"), str(tmp_path / "cache")]
+    pipe = subprocess.PIPE
+    running = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], said
+    assert len({out for out, _ in said}) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "one set, and nothing beside it"
+
+
+def test_a_record_that_a_crash_emptied_is_rendered_again(tmp_path):
+    assets, options = embedded_assets()[:4], {"image_size": 12, "views": 2, "samples": 1}
+    whole = render_set(assets, tmp_path / "whole", **options)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "set"), "2"]
+    assert subprocess.run(command, check=False, timeout=120).returncode == -9
+    (folder,) = tmp_path.glob(".set.rendering-*")
+    (folder / "image_0000" / "view_001" / "rgb.png").write_bytes(b"")
+    made = render_set(assets, tmp_path / "set", **options)
+    assert made.content_hash == whole.content_hash
+    made.verify()
+
+
+# --- hostile files -------------------------------------------------------------------------------
+
+
+def test_a_texture_that_would_run_another_program_is_refused(tmp_path):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n"
+    (tmp_path / "t.png").write_bytes(eps)
+    (tmp_path / "a.mtl").write_text("newmtl m\nmap_Kd t.png\n")
+    (tmp_path / "a.obj").write_text(f"mtllib a.mtl\nusemtl m\n{SQUARE}")
+    with pytest.raises(ValueError, match="a texture is EPS"):
+        surface(trace.load(tmp_path / "a.obj"))
+    Image.new("L", (9000, 9000)).save(tmp_path / "t.png")
+    with pytest.raises(ValueError, match="9000 x 9000"):
+        surface(trace.load(tmp_path / "a.obj"))
+
+
+def test_a_member_larger_than_it_says_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets_module, "MAX_BYTES", 1000)
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.glb", bytes(1 << 20))
+    data = bytearray(path.read_bytes())
+    size = (1 << 20).to_bytes(4, "little")
+    path.write_bytes(data.replace(size, (100).to_bytes(4, "little")))
+    with pytest.raises(DatasetError, match=r"a\.glb|zip"):
+        find_assets(path)[0].read()
+    with pytest.raises(DatasetError, match="larger than"):
+        (tmp_path / "b.glb").write_bytes(bytes(2000))
+        Asset("b", tmp_path / "b.glb").read()

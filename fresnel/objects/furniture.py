@@ -12,20 +12,23 @@ the authors, whom the dataset's ATTRIBUTION.txt lists.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import lzma
+import os
+import re
 import shutil
 import subprocess
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from fresnel.data.dataset import DatasetError, MultiViewDataset
 from fresnel.data.writing import check_target
-from fresnel.host.files import sha256
+from fresnel.host.files import sha256, write_atomic
 from fresnel.objects.assets import Asset
 from fresnel.objects.render_set import render_set
 
@@ -88,48 +91,31 @@ def make(
     deb: str | Path | None = None,
     sh3f: str | Path | None = None,
     split: Literal["train", "val", "test"] | None = None,
-    views: int = 8,
-    image_size: int = 128,
-    samples: int = 4,
-    inputs_per_object: int = 1,
-    stretch: float = 1.0,
-    seed: int = 0,
-    workers: int | None = None,
     overwrite: bool = False,
+    **settings: Any,
 ) -> MultiViewDataset:
     """Render the set from a package, from its .sh3f files, or (neither given) from apt.
 
     A call that was stopped goes on where it was.
+
+    Args:
+        settings: `render_set`'s.
 
     Raises:
         DatasetError: if the package can't be had or isn't the pinned one, or rendering fails.
     """
     target = Path(out)
     check_target(target, overwrite)  # before anything is fetched
-    options: dict[str, Any] = {
-        "views": views,
-        "image_size": image_size,
-        "samples": samples,
-        "inputs_per_object": inputs_per_object,
-        "stretch": stretch,
-        "seed": seed,
-        "workers": workers,
-        "overwrite": overwrite,
-    }
-    if sh3f is not None:
-        return _rendered(assets(sh3f, split), target, options)
-    with _unpacked(target, None if deb is None else Path(deb)) as folder:
-        return _rendered(assets(folder, split), target, options)
-
-
-def _rendered(chosen: list[Asset], target: Path, options: dict[str, Any]) -> MultiViewDataset:
-    made = render_set(chosen, target, **options)
+    given = contextlib.nullcontext(Path(sh3f)) if sh3f is not None else None
+    with given or _unpacked(target, None if deb is None else Path(deb)) as folder:
+        chosen = assets(folder, split)
+        made = render_set(chosen, target, overwrite=overwrite, **settings)
     lines = sorted({asset.attribution for asset in chosen})
     (target / "ATTRIBUTION.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return made
 
 
-@contextmanager
+@contextlib.contextmanager
 def _unpacked(target: Path, deb: Path | None) -> Iterator[Path]:
     """The .sh3f files in a hidden folder beside ``target``, which goes when all is done."""
     folder = target.parent / f".{target.name}.sh3f"
@@ -173,69 +159,30 @@ def unpack(deb: Path, folder: Path) -> list[Path]:
     """
     found = []
     try:
-        with deb.open("rb") as file:
-            data = _member_of_ar(file, "data.tar")
-            with tarfile.open(fileobj=data, mode="r:*") as tar:
-                for member in tar:
-                    name = member.name.removeprefix("./")
-                    stem = name.removeprefix(_INSIDE_DEB)
-                    if not member.isreg() or stem == name or "/" in stem:
-                        continue
-                    if not stem.endswith(".sh3f"):
-                        continue
+        with tarfile.open(fileobj=io.BytesIO(_member_of_ar(deb, "data.tar"))) as tar:
+            for member in tar:
+                name = member.name.removeprefix("./")
+                stem = name.removeprefix(_INSIDE_DEB)
+                if member.isreg() and stem != name and re.fullmatch(r"\w+\.sh3f", stem):
                     source = tar.extractfile(member)
                     assert source is not None
-                    partial = folder / f".{stem}.partial"
-                    with partial.open("wb") as out:
-                        shutil.copyfileobj(source, out, 1 << 20)
-                    found.append(partial.rename(folder / stem))
+                    write_atomic(folder / stem, source.read())
+                    found.append(folder / stem)
     except (OSError, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
-        if isinstance(error, DatasetError):
-            raise
         raise DatasetError(f"{deb}: can't be unpacked ({error})") from None
     if not found:
         raise DatasetError(f"{deb}: holds no .sh3f file")
     return found
 
 
-class _Part:
-    """A stretch of a file as a file of its own."""
-
-    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
-        self.file, self.start, self.size, self.at = file, start, size, 0
-
-    def read(self, count: int = -1) -> bytes:
-        count = self.size - self.at if count < 0 else min(count, self.size - self.at)
-        self.file.seek(self.start + self.at)
-        data = self.file.read(count)
-        self.at += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = (0, self.at, self.size)[whence] + offset
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-
-def _member_of_ar(file: IO[bytes], stem: str) -> Any:
+def _member_of_ar(path: Path, stem: str) -> bytes:
     """The member of an ar archive (60-byte headers, even offsets) named ``stem`` and something."""
-    if file.read(8) != b"!<arch>\n":
-        raise DatasetError(f"{file.name}: not a Debian package")
-    at = 8
-    while len(header := file.read(60)) == 60:
-        name, size = header[:16].decode("ascii", "replace").strip(" /"), int(header[48:58])
-        if header[58:] != b"`\n" or size < 0:
-            break
-        if name.startswith(stem):
-            return _Part(file, at + 60, size)
-        at += 60 + size + size % 2
-        file.seek(at)
-    raise DatasetError(f"{file.name}: a package without {stem}")
+    with path.open("rb") as file:
+        if file.read(8) != b"!<arch>\n":
+            raise ValueError("not a Debian package")
+        while len(header := file.read(60)) == 60:
+            size = int(header[48:58])
+            if header.startswith(stem.encode()):
+                return file.read(size)
+            file.seek(size + size % 2, os.SEEK_CUR)
+    raise ValueError(f"a package without {stem}")

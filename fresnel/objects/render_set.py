@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,26 @@ INPUT_ELEVATIONS_DEG = (0.0, 30.0)
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
+    """How objects are rendered, every one from one or more random inputs and V views.
+
+    Objects are centred, longest side 1.  Record "name__k" is input pose k: a random azimuth and
+    an elevation in [0, 30] degrees.  Its views stand at azimuths 360 i / V relative to the input
+    ("even") or at a random place in each of those V sectors ("random"), elevations in [-30, 45].
+    What an object gets depends on the seed and its name alone, not on the other objects.
+
+    Args:
+        views: views a record, V.
+        image_size: width and height of inputs and views in pixels.
+        inputs_per_object: records of an object.
+        samples: rays a pixel, a square number.
+        azimuths: "even" or "random".
+        stretch: in [1, 4].  The first record of an object shows it as it is, every further one
+            with each axis scaled by a random factor between 1 / stretch and stretch (even in its
+            logarithm), then centred and of longest side 1 again: training data of more shapes
+            than there are objects.
+    """
+
     views: int = 8
     image_size: int = 64
     inputs_per_object: int = 1
@@ -59,7 +79,7 @@ class _Settings:
 class _Job:
     first: int  # index of its first record
     asset: Asset
-    settings: _Settings
+    settings: Settings
     folder: Path
 
 
@@ -70,7 +90,7 @@ def fingerprint(assets: Sequence[Asset], **settings: Any) -> str:
         {**vars(asset), "source": content_of(asset.source, known), "split": asset.split}
         for asset in assets
     ]
-    said = [_ALGORITHM, asdict(_Settings(**settings)), shown]
+    said = [_ALGORITHM, asdict(Settings(**settings)), shown]
     return hashlib.sha256(canonical_json(said)).hexdigest()[:16]
 
 
@@ -78,36 +98,18 @@ def render_set(
     assets: Sequence[Asset],
     path: str | Path,
     *,
-    views: int = 8,
-    image_size: int = 64,
-    inputs_per_object: int = 1,
-    seed: int = 0,
-    samples: int = 4,
-    azimuths: Literal["even", "random"] = "even",
-    stretch: float = 1.0,
     workers: int | None = None,
     overwrite: bool = False,
     reuse: bool = False,
+    **settings: Any,
 ) -> MultiViewDataset:
-    """Ground-truth multi-view data: every object from one or more random inputs and V views.
-
-    Objects are centred, longest side 1.  Record "name__k" is input pose k: a random azimuth and
-    an elevation in [0, 30] degrees.  Its views stand at azimuths 360 i / V relative to the input
-    ("even") or at a random place in each of those V sectors ("random"), elevations in [-30, 45].
-    What an object gets depends on the seed and its name alone, not on the other objects.
+    """Ground-truth multi-view data of 3D objects, by `Settings`, which see.
 
     Finished records wait in a hidden folder beside ``path``.  Whatever stops the work, a kill
     included: the same call goes on where it stopped, and its result has the same bytes.  A second
     process that wants the same waits for the first.
 
     Args:
-        views: views a record, V.
-        image_size: width and height of inputs and views in pixels.
-        samples: rays a pixel, a square number.
-        stretch: at least 1.  The first record of an object shows it as it is, every further one
-            with each axis scaled by a random factor between 1 / stretch and stretch (even in its
-            logarithm), then centred and of longest side 1 again: training data of more shapes
-            than there are objects.
         workers: processes to render with; None takes one for each core, or this one where
             the set is so small that starting others doesn't pay.
         overwrite: replace an existing dataset at ``path``.
@@ -117,7 +119,7 @@ def render_set(
         DatasetError: if there is no object, two share a name, one can't be rendered, or the disk
             is full.
     """
-    settings = _Settings(views, image_size, inputs_per_object, seed, samples, azimuths, stretch)
+    how = Settings(**settings)
     names = [asset.name for asset in assets]
     if not names:
         raise DatasetError("assets: no object given")
@@ -128,13 +130,13 @@ def render_set(
     with files.locked(lock, f"{target}: another process renders it; waiting"):
         if not (reuse and (target / MANIFEST).is_file()):
             check_target(target, overwrite)
-            _render_into(target, assets, settings, workers)
+            _render_into(target, assets, how, workers)
         lock.unlink()
     return dataset.open(target)
 
 
 def _render_into(
-    target: Path, assets: Sequence[Asset], settings: _Settings, workers: int | None
+    target: Path, assets: Sequence[Asset], settings: Settings, workers: int | None
 ) -> None:
     key = fingerprint(assets, **asdict(settings))
     folder = target.with_name(f".{target.name}.rendering-{key}")
@@ -161,6 +163,8 @@ def _render_into(
         records = _render_all(jobs, workers, f"rendering {target.name}")
         for scratch in folder.glob(".working-*"):  # what killed workers left half done
             shutil.rmtree(scratch, ignore_errors=True)
+        for said in folder.glob(".*.json"):
+            said.unlink()
         black = (0.0, 0.0, 0.0)
         assemble(folder, target, records, settings.image_size, settings.views, black, meta)
     except OSError as error:
@@ -215,25 +219,31 @@ def _write_object(job: _Job) -> list[Record]:
             if place.exists():
                 shutil.rmtree(place)
             (Path(scratch) / record.folder).rename(place)
+            files.write_atomic(_said_of(place), json.dumps(record.files))
             records.append(record)
     return records
 
 
 def _finished(job: _Job) -> list[Record]:
-    """The records of an object, if an earlier call finished them all."""
+    """The records of an object, if an earlier call finished them all and they are as it left them:
+    after a crash of the machine a file may be empty."""
     records = []
     for k in range(job.settings.inputs_per_object):
-        folder = job.folder / record_folder(job.first + k)
-        if not folder.is_dir():
+        place = job.folder / record_folder(job.first + k)
+        try:
+            said = json.loads(_said_of(place).read_text(encoding="utf-8"))
+            found = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
+            if found != set(said) or any(files.sha256(place / f) != said[f] for f in found):
+                return []
+        except (OSError, ValueError):
             return []
-        digests = {
-            path.relative_to(folder).as_posix(): files.sha256(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        name = f"{job.asset.name}__{k}"
-        records.append(Record(name, folder.name, job.asset.attribution, digests))
+        records.append(Record(f"{job.asset.name}__{k}", place.name, job.asset.attribution, said))
     return records
+
+
+def _said_of(record: Path) -> Path:
+    """What was written of a finished record, to be compared with what is there."""
+    return record.with_name(f".{record.name}.json")
 
 
 def _render_object(job: _Job) -> Iterator[ObjectViews]:

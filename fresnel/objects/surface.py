@@ -34,6 +34,8 @@ LIGHTS = (
 # Where a file has no normals, faces that meet at less than this angle are shaded as one surface.
 CREASE_DEG = 35.0
 MAX_FACES = 5_000_000
+TEXTURE_FORMATS = ("PNG", "JPEG", "BMP", "TGA", "TIFF", "WEBP", "GIF")
+_MAX_TEXTURE_PIXELS = 1 << 26
 _MAX_TEXTURE_SIDE = 4096  # larger ones are shrunk: linear floats take 12 bytes a pixel
 LINEAR_COLORS = "fresnel_linear_vertex_colors"
 """Scene metadata key: vertex colours are linear (glTF), not sRGB."""
@@ -198,6 +200,10 @@ def _appearance(
     if image is None or not mapped:
         return colors, uvs, None
     uvs = np.nan_to_num(np.asarray(uv, np.float32)[faces][..., :2], posinf=0.0, neginf=0.0)
+    if image.format not in (*TEXTURE_FORMATS, None):  # not decoded yet: EPS would run Ghostscript
+        raise ValueError(f"mesh: a texture is {image.format}, want one of {TEXTURE_FORMATS}")
+    if image.width * image.height > _MAX_TEXTURE_PIXELS:
+        raise ValueError(f"mesh: a texture has {image.width} x {image.height} pixels. Shrink it")
     if max(image.size) > _MAX_TEXTURE_SIDE:
         image = image.copy()
         image.thumbnail((_MAX_TEXTURE_SIDE, _MAX_TEXTURE_SIDE))

@@ -212,11 +212,6 @@ def _camera_from_pixel(Ks: Tensor) -> Tensor:
     return torch.stack(rows, dim=-1).reshape(Ks.shape)
 
 
-def inverse(matrices: Tensor) -> Tensor:
-    """Inverses of matrices known to have one: no check, for which a GPU's queue would be waited."""
-    return torch.linalg.inv_ex(matrices).inverse
-
-
 def intrinsics(focal_px: float | Tensor, width: int, height: int) -> Tensor:
     """Square-pixel pinhole intrinsics with the principal point at the centre, (..., 3, 3)."""
     focal = torch.as_tensor(focal_px, dtype=torch.float32)

@@ -230,7 +230,10 @@ class Gaussians:
 
         dc = tensor(data.sh0)
         rest = tensor(data.shN) if data.shN is not None and data.shN.size else None
-        colors = dc * _SH_C0 + 0.5 if rest is None else torch.cat([dc[:, None], rest], dim=1)
+        if rest is None:
+            colors = (dc * _SH_C0 + 0.5).clamp_min(0)  # as a renderer has harmonics
+        else:
+            colors = torch.cat([dc[:, None], rest], dim=1)
         return cls(
             means=tensor(data.means),
             quats=tensor(data.quats),

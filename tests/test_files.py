@@ -1,0 +1,135 @@
+"""Files that are whole, inside their folder, and locked; the machine's answers."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+
+from fresnel.host import files, machine
+
+
+def test_a_write_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "a.json"
+    files.write_atomic(path, "ä")
+    assert path.read_bytes() == "ä".encode() and path.stat().st_mode & 0o777 == 0o644
+    files.write_atomic(path, b"\0")
+    assert path.read_bytes() == b"\0"
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_atomic(path, "half")
+    assert path.read_bytes() == b"\0" and os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_write_does_not_follow_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "a").symlink_to(tmp_path / "mine")
+    files.write_atomic(tmp_path / "a", "new")
+    assert (tmp_path / "mine").read_text() == "precious" and not (tmp_path / "a").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "out/x", "out"])
+def test_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "out").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="leads out"):
+        files.inside(folder, name)
+
+
+def test_names_that_stay_inside_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    for name in ("a.png", "b/a.png", "b/../a.png", "link/a.png"):
+        assert files.inside(tmp_path, name) == tmp_path / name
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fresnel.host import files
+with files.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_another_s_until_that_ends_however(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "deep" / "a.lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    with files.lock_if_free(path) as mine:
+        assert not mine
+    holder.kill()
+    holder.wait()
+    with files.lock_if_free(path) as mine:
+        assert mine
+        with files.lock_if_free(path) as twice:
+            assert not twice, "another thread's, or the same one's"
+    with files.locked(path, "waiting"):
+        pass
+    assert "waiting" not in capsys.readouterr().err
+
+
+def test_who_waits_says_so_and_goes_on_when_the_lock_is_free(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.lock"
+    command = HOLD.replace("60", "1.5")
+    holder = subprocess.Popen([sys.executable, "-c", command, str(path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    started = time.monotonic()
+    with files.locked(path, "it is busy"):
+        assert time.monotonic() - started > 0.5
+    assert "it is busy" in capsys.readouterr().err
+    holder.wait()
+
+
+@pytest.mark.parametrize("number", [38, 95, 5])  # ENOSYS, ENOTSUP, EIO
+def test_where_files_cannot_be_locked_it_is_an_error_and_not_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuses(handle: int, how: int) -> None:
+        raise OSError(number, "as it happens")
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    for lock in (files.locked, files.lock_if_free):
+        with pytest.raises(OSError, match=r"a\.lock: can't be locked"), lock(tmp_path / "a.lock"):
+            raise AssertionError
+    assert filelock.FileLock is not None
+
+
+def test_fingerprints_are_of_values_not_of_order() -> None:
+    assert files.fingerprint({"a": 1, "b": 2}) == files.fingerprint({"b": 2, "a": 1})
+    assert files.fingerprint({"a": 1}) != files.fingerprint({"a": 2})
+
+
+def test_the_project_is_found_from_any_folder_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root / "tests")
+    assert machine.project_root() == root
+    monkeypatch.chdir(tmp_path)
+    assert machine.project_root() == tmp_path
+
+
+def test_devices_are_named_or_refused() -> None:
+    assert machine.pick_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match="got 'tpu'"):
+        machine.pick_device("tpu")
+    assert machine.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert not machine.is_out_of_memory(RuntimeError("mat1 and mat2"))
