@@ -37,6 +37,9 @@ def test_furniture_is_named_with_author_licence_and_source(tmp_path: Path) -> No
     data = dataset.write(tmp_path / "set", records, meta={})
     entries = credits.credits([*data.names, data.names[0]], data)
     assert [entry["title"] for entry in entries] == [entry["name"] for entry in chosen]
+    assert all(
+        entry["creator"] in made["author"] for entry, made in zip(chosen, entries, strict=True)
+    )
     assert entries == credits.credits(data.names, str(data.path)), "by path as by data"
     assert all(entry["author"] and "sweethome3d" in entry["source"] for entry in entries)
     rows = credits.credit_rows([*entries, entries[0]])

@@ -219,6 +219,19 @@ def test_a_record_in_3d_is_its_covered_pixels(tmp_path: Path) -> None:
     assert "4 cameras stand" in widgets.describe_geometry(record, content)
 
 
+def test_gaussians_are_shown_as_large_as_decoders_are_trained_to_be_drawn() -> None:
+    """1.2 focal lengths and 2.2 units away, as in the corrected bootstrap, at any size."""
+    points = torch.tensor([[-0.1, 0.0, 0.0], [0.1, 0.0, 0.0]])
+    tiny = Gaussians(points, torch.tensor([[1.0, 0, 0, 0]] * 2), torch.full((2, 3), 1e-4),
+                     torch.ones(2), torch.ones(2, 3))  # fmt: skip
+    for size in (32, 256):
+        camera = orbit(torch.zeros(1), 0.0, 2.2, pivot=(0, 0, 0), focal_px=1.2 * size, width=size,
+                       height=size)  # fmt: skip
+        shown = widgets.scene(tiny, camera, camera[0], torch.zeros(3))
+        expected = torch.full((2, 3), 0.3**0.5 * 2.2 / (1.2 * 128))
+        torch.testing.assert_close(shown.gaussians.scales, expected, atol=1e-5, rtol=1e-3)
+
+
 def test_charts_say_bins_and_bands() -> None:
     entry = {"bin": "45", "psnr": 20.0, "psnr_low": 19.0, "psnr_high": 22.0}
     figure = charts.bins_figure({"a": [entry], "b": [{**entry, "psnr": 10.0}]}, "psnr",

@@ -36,9 +36,14 @@ def credits(names: Iterable[str], source: str | MultiViewDataset) -> list[dict[s
         "title", "author", "licence", "source" each.
     """
     wanted = list(dict.fromkeys(object_name(name) for name in names))
-    known, listed = _known(wanted, source), _furniture()
-    found = [listed.get(text) or _parsed(text) for text in (known.get(n, "") for n in wanted)]
-    return [entry for entry in found if entry]
+    known, furniture_of = _known(wanted, source), _libraries()
+    entries = []
+    for text in (known.get(name, "") for name in wanted):
+        found = re.fullmatch(r"(.+?) by (.+) \(([^()]+)\)", text)
+        if found:
+            entry = {"title": found[1], "author": found[2], "licence": found[3]}
+            entries.append(entry | {"source": furniture_of.get(text, "")})
+    return entries
 
 
 def show_credits(entries: Sequence[Mapping[str, str]]) -> None:
@@ -80,27 +85,12 @@ def _known(wanted: Sequence[str], source: str | MultiViewDataset) -> dict[str, s
     return {name: data[rows[name]].attribution for name in wanted if name in rows}
 
 
-def _furniture() -> dict[str, dict[str, str]]:
-    """The furniture set's attributions, taken apart."""
-    known = furniture.listing()
-    found = {}
-    for entry in known["objects"]:
-        library = known["libraries"][entry["library"]]
-        author = entry["creator"]
-        if library["copyright"] not in (author, ""):
-            author += f" ({library['copyright']})"
-        found[furniture.attribution(entry, library)] = {
-            "title": entry["name"],
-            "author": author,
-            "licence": library["licence"],
-            "source": f"sweethome3d-furniture 1.8-1, {entry['library']}",
-        }
-    return found
-
-
-def _parsed(text: str) -> dict[str, str] | None:
-    """ "Title by Author (licence)" taken apart; None where it is something else."""
-    found = re.fullmatch(r"(.+?) by (.+) \(([^()]+)\)", text)
-    if found is None:
-        return None
-    return {"title": found[1], "author": found[2], "licence": found[3], "source": ""}
+def _libraries() -> dict[str, str]:
+    """An attribution of the furniture set -> where that object comes from."""
+    listed = furniture.listing()
+    return {
+        furniture.attribution(entry, listed["libraries"][entry["library"]]): (
+            f"sweethome3d-furniture 1.8-1, {entry['library']}"
+        )
+        for entry in listed["objects"]
+    }
