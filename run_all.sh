@@ -16,15 +16,23 @@ Usage: ./run_all.sh [--profile auto|cpu|gpu] [--only STEP] [--list] [--reports D
                                   what has not changed is not computed again, unless --fresh
        ./run_all.sh NOTEBOOK.ipynb [-p NAME VALUE]... [-f PARAMS.yaml] [--name RUN]
                     [--fresh] [--timeout SECONDS]
-                                  run one notebook into a report
-       ./run_all.sh pages         make every report's page again, without a new run
-       ./run_all.sh validate DATASET [--json]
+                                  run one notebook into a report (the same as `run NOTEBOOK`)
+       ./run_all.sh validate DATASET [--html PAGE] [--json] [--fix DIR]
                                   gate a dataset; exit 0 passes, 1 fails
+       ./run_all.sh views PICTURE --out DIR
+                                  novel views of the object in one picture, and its Gaussians
+       ./run_all.sh study STUDY.yaml [--list]
+                                  run what is not finished of a study
+       ./run_all.sh pages         make every report's page and the index again, without a new run
+       ./run_all.sh furniture --apt --out DIR
+                                  render a set of 554 objects
        ./run_all.sh lab           open the notebooks in JupyterLab
        ./run_all.sh test          ruff, mypy, nbstripout, pytest
        ./run_all.sh setup         only make the environment
        ./run_all.sh lock          make requirements.lock again, from a fresh environment
-       ./run_all.sh --help
+       ./run_all.sh COMMAND --help
+
+It works from any folder: relative paths are those of the caller.
 
 The environment is made on the first call, and again only when requirements.lock or
 pyproject.toml has changed: the active conda environment if there is one (make it with
@@ -113,7 +121,9 @@ choose_python() {  # sets $python, and sets the environment up where that is our
     exec 9>&-
 }
 
-run_fresnel() {
+run_fresnel() {  # in the project, where a notebook's relative paths begin
+    cd "$root"
+    export FRESNEL_CALLER=$here
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
     # torch's idle OpenMP threads otherwise spin on the cores that the renderer needs
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
@@ -192,23 +202,6 @@ case ${1:-} in
     setup) choose_python; say "Python: $python" ;;
     test) shift; choose_python; run_tests "$@" ;;
     lab) shift; choose_python; cd "$root"; exec "$python" -m jupyter lab --notebook-dir "$root/notebooks" "$@" ;;
-    validate) shift; choose_python; run_fresnel validate "$@" ;;
-    index | pages) choose_python; cd "$root"; run_fresnel "$@" ;;
-    *.ipynb)
-        notebook=$1
-        shift
-        if [[ ! -f $notebook && -f $root/$notebook ]]; then notebook=$root/$notebook; fi
-        [[ -f $notebook ]] || fail "no such notebook: $notebook"
-        notebook=$(cd -- "$(dirname -- "$notebook")" && pwd -P)/$(basename -- "$notebook")
-        choose_python
-        cd "$root"
-        run_fresnel run "$notebook" "$@"
-        ;;
-    "" | --profile | --profile=* | --only | --only=* | --list | --reports | --reports=* | --fresh | \
-        --timeout | --timeout=*)
-        choose_python
-        cd "$root"
-        run_fresnel run "$@"
-        ;;
-    *) usage >&2; fail "does not know '$1' (called from $here)" ;;
+    "" | -* | *.ipynb) choose_python; run_fresnel run "$@" ;;
+    *) choose_python; run_fresnel "$@" ;;
 esac

@@ -14,8 +14,8 @@ from PIL import Image
 from fresnel import faults
 from fresnel.evaluation.metrics import format_rows
 from fresnel.gate import verdict as gate
-from fresnel.report import sheet
-from fresnel.report.record import Recorder, write_atomic
+from fresnel.host.files import write_atomic
+from fresnel.report.record import Recorder
 from fresnel.show import style as figures
 
 STRENGTHS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -201,7 +201,7 @@ _LIMITS = (
 
 
 def publish(run: Recorder, result: dict[str, Any]) -> Path:
-    """Write gate.json, gate.md, gate.png, and the run's results.json and report.html."""
+    """Write gate.json, gate.md, gate.png, and the run's results.json."""
     folder, said, short = run.output_dir, sentence(result), shortcomings(result)
     write_atomic(folder / "gate.json", json.dumps(result, indent=1).replace("NaN", "null") + "\n")
     under = "Share of sets refused, by strength; bold at practical strengths."
@@ -210,25 +210,9 @@ def publish(run: Recorder, result: dict[str, Any]) -> Path:
     picture = figures.to_png(curves(result), dpi=110)
     (folder / "gate.png").write_bytes(picture)
     run.thumbnail(np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")))
-    run.artifact("report", folder / "report.html")
     for key in ("recall", "correct_cause", "false_alarms"):
         run.metrics({key: result[key]["share"], f"{key}_interval": result[key]["interval"]})
     run.metrics({"kinds_of_fault": result["kinds"], "sets": result["sets"]})
     done = run.finish("FAIL" if short else "PASS", said, short).replace(title=_TITLE)
     done.write(folder)
-    wrong = [*result["missed"], *(f"{r['key']}: {r['codes']}" for r in result["miscalled"])]
-    return sheet.write(
-        folder / "report.html",
-        title=_TITLE,
-        badge=done.badge,
-        kicker=f"{run.record.name} · {done.started_utc} · seed {result['parameters']['seed']}",
-        summary=said,
-        reasons=short,
-        sections=[
-            sheet.Section("Faults", under, rows=faults_rows(result)),
-            sheet.Section("Where it goes blind", _CURVES, [sheet.Picture(picture, _CURVES)]),
-            sheet.Section("Healthy sets", rows=healthy_rows(result)),
-            sheet.Section("Missed and miscalled", rows=[{"set": key} for key in wrong]),
-            sheet.Section("Limits", _LIMITS),
-        ],
-    )
+    return folder / "gate.md"

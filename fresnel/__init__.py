@@ -1,15 +1,19 @@
 """fresnel: one image to 3D Gaussians to validated novel views to a view-synthesis model.
 
-The public API, each name in the module that explains it:
+The public API; each name is imported when it is first asked for, and the module that it lives in
+explains it:
 
-    Gaussians, Cameras            the 3D type and the cameras that look at it
-    render, Views                 fresnel.render: float64 reference, CPU, gsplat
-    Decoder, bootstrap            image -> Gaussians -> multi-view dataset
-    dataset, gate                 on-disk data, and the verdict on whether to train on it
-    CVS, fit, evaluate            one network call, one novel view; training; held-out figures
+    Gaussians, Cameras, orbit, look_at    the 3D type, and the cameras that look at it (scene)
+    render, Views                         Gaussians seen by cameras (a room that can be called)
+    open_data                             multi-view data of any format, or 3D objects (objects)
+    Decoder, bootstrap                    image -> Gaussians; `bootstrap.bootstrap`: data on disk
+    validate, issue_receipt               is the data fit to train on, and the proof of it (gate)
+    CVS, fit                              one network call, one novel view; training
+    evaluate, psnr, ssim                  figures on held-out objects (evaluation)
+    write_views                           one picture -> views and Gaussians in files (views)
+    run                                   a notebook -> a report (report)
 """
 
-import os
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -23,22 +27,34 @@ try:
 except PackageNotFoundError:  # imported from a checkout that was not installed
     __version__ = "0.1.0"
 
+_PLACES = {
+    "Gaussians": "scene.gaussians",
+    "Cameras": "scene.cameras",
+    "orbit": "scene.cameras",
+    "look_at": "scene.cameras",
+    "Views": "render",
+    "open_data": "objects.sources:open",
+    "Decoder": "models.decoder",
+    "validate": "gate.verdict",
+    "issue_receipt": "gate.receipts",
+    "CVS": "models.cvs",
+    "fit": "training.loop",
+    "evaluate": "evaluation.metrics",
+    "psnr": "evaluation.metrics",
+    "ssim": "evaluation.metrics",
+    "write_views": "views",
+    "run": "report.run",
+}
 __all__ = ["Cameras", "Gaussians", "__version__", "look_at", "orbit"]
-
-if os.environ.get("FRESNEL_TRACE"):  # the runner asks the kernel, and the kernel its workers
-    from fresnel.report.touched import trace_files
-
-    trace_files(os.environ["FRESNEL_TRACE"])
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for: torch takes seconds, and a report that is at hand needs none."""
-    modules = {"Cameras": "scene.cameras", "look_at": "scene.cameras", "orbit": "scene.cameras"}
-    modules |= {"Gaussians": "scene.gaussians"}
-    if name not in modules:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"fresnel.{modules[name]}"), name)
+    module, _, attribute = _PLACES[name].partition(":")
+    return getattr(import_module(f"fresnel.{module}"), attribute or name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_PLACES})

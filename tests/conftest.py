@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,22 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+
+
+_REQUEST = re.compile(
+    r"""<(?:script|img|image|iframe|video|audio|source|embed|object|link)\b[^>]*?\b
+        (?:src|srcset|href|data|poster)\s*=\s*["']?((?:https?:)?//[^"'\s>]+)
+      | @import\s+(?:url\()?["']?((?:https?:)?//[^"'\s)]+)
+      | url\(\s*["']?((?:https?:)?//[^"'\s)]+)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def external_requests(text: str) -> list[str]:
+    """Addresses that a browser showing this HTML would ask for. A report must have none.
+
+    Links that a reader may click are no requests."""
+    return [next(filter(None, match.groups())) for match in _REQUEST.finditer(text)]
 
 
 @pytest.fixture

@@ -205,7 +205,7 @@ def test_a_found_report_needs_no_torch(make_notebook: Maker, tmp_path: Path) -> 
     report.run(notebook, None, "t", tmp_path)
     code = f"""\
 import sys
-from fresnel.__main__ import main
+from fresnel.cli import main
 status = main(["run", {str(notebook)!r}, "--name", "t", "--reports", {str(tmp_path)!r}])
 slow = {{"torch", "papermill", "matplotlib", "numba"}} & set(sys.modules)
 print(status, sorted(slow))"""

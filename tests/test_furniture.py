@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fresnel.__main__ import main
+from fresnel.cli import main
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError
 from fresnel.objects import furniture, sources

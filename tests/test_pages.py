@@ -13,6 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from conftest import external_requests
 from PIL import Image
 
 from fresnel.report import html as _html
@@ -91,13 +92,13 @@ def test_a_cached_report_says_so_and_where_its_figures_are_from(tmp_path: Path) 
 
 def test_provenance_shows_what_is_known(tmp_path: Path) -> None:
     provenance = {
-        "git": {"commit": "a" * 40, "dirty": True, "changed": ["x.py"], "diff": "-old <b>"},
+        "git": {"commit": "a" * 40, "dirty": True, "changed": ["x.py"]},
         "seed": 7,
         "something_new": {"later": 1},
     }
     notes = ("metrics.a was nan; stored as null", "metrics.b[2] was nan; stored as null", "Look.")
     html = page_of(tmp_path, [], provenance=provenance, notes=notes, price_per_hour_usd=2.0)
-    assert "x.py" in html and "-old &lt;b&gt;" in html
+    assert "x.py" in html
     assert "something new" in html and '{"later": 1}' in html
     assert "not a finite number: a, b[2]" in html and "Look." in html
     assert "energy</th><td>not measured" in html
@@ -133,7 +134,7 @@ def test_a_viewer_is_complete_in_itself_and_silent(
     widgets.show_scene(cloud(), 'A "cloud".')
     assert "viser" not in "".join(capfd.readouterr())
     html = page_of(tmp_path, shown)
-    assert pages.external_requests(html) == [] and len(html) < 1_500_000
+    assert external_requests(html) == [] and len(html) < 1_500_000
     assert "data-document=" in html and "alt='A \"cloud\".'" in html
     assert "'unsafe-eval'" in html.split("</head>")[0]
     assert "'unsafe-eval'" not in page_of(tmp_path, []).split("</head>")[0]
@@ -185,7 +186,10 @@ def test_figures_over_time_oldest_first() -> None:
     (row,) = overview.histories([refused, *runs, once])
     assert (row["name"], row["runs"]) == ("a", 3)
     psnr, cost = row["lines"]
-    assert psnr["values"] == [1.0, 2.0, 3.0] and cost["name"] == "cost, USD"
+    assert psnr["values"] == [1.0, 2.0, 3.0] and cost["name"] == "cost_usd"
+    # dollars and seconds never share a line: one run without a price, and all are drawn in seconds
+    (row,) = overview.histories([*runs, runs[0].replace(cost_usd=0.0, duration_s=7.0)])
+    assert row["lines"][-1]["name"] == "duration_s" and row["lines"][-1]["values"] == [7.0, 0, 0, 0]
     heights = [float(point.split(",")[1]) for point in psnr["points"].split()]
     assert heights == sorted(heights, reverse=True)  # a rising figure rises: y grows downwards
 
@@ -211,7 +215,7 @@ def test_the_index_of_500_runs_is_small_and_asks_for_pictures_late(tmp_path: Pat
         (folder / "thumbnail.png").write_bytes((tmp_path / "one.png").read_bytes())
     html = overview.index(tmp_path / "r").read_text()
     assert len(html) < 2_500_000 and html.count('loading="lazy"') == 500
-    assert "data:image" not in html and pages.external_requests(html) == []
+    assert "data:image" not in html and external_requests(html) == []
     assert html.count("</script>") == 2  # no record's text can end the data
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])  # type: ignore[index]
     first = data["runs"][0]

@@ -9,7 +9,7 @@ import pynvml
 import pytest
 
 from fresnel.host import meters
-from fresnel.report import ledger, provenance, record
+from fresnel.report import costs, provenance, record
 from fresnel.report.record import RecordError, RunRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,35 +259,25 @@ def finished(notebook: str, verdict: str, data: str, day: int, **more) -> RunRec
 def test_cost_avoided_is_the_forecast_less_what_the_verdict_cost() -> None:
     forecast = {"forecast": {"duration_s": 100.0, "cost_usd": 1.0}, "samples_per_s": 1.0}
     smoke = finished("02", "NO-GO", "bad", 1, metrics=forecast)
-    own = ledger.cost_avoided(smoke)
+    own = costs.cost_avoided(smoke)
     assert own is not None
     assert (own["duration_s"], own["usd"], own["dataset"]) == (90.0, 90.0, "bad")
     gate = finished("01", "FAIL", "bad", 2, metrics={"gate_codes": ["pivot"]})
-    none = ledger.cost_avoided(gate)
+    none = costs.cost_avoided(gate)
     assert none is not None and none["usd"] is None and "no smoke test" in none["basis"]
     other = finished("02", "GO", "good", 3, metrics={"forecast": {"duration_s": 5.0}})
-    found = ledger.cost_avoided(gate, [smoke, other])
+    found = costs.cost_avoided(gate, [smoke, other])
     assert found is not None and found["duration_s"] == 90.0 and "2026-01-01" in found["basis"]
     for permitted in (other, finished("03", "FAIL", "good", 4), finished("03", "REFUSED", "x", 4)):
-        assert ledger.cost_avoided(permitted, [smoke]) is None
+        assert costs.cost_avoided(permitted, [smoke]) is None
 
     smoke, gate = smoke.replace(cost_avoided=own), gate.replace(cost_avoided=found)
-    total = ledger.total_avoided([smoke, gate, gate, other])
+    total = costs.total_avoided([smoke, gate, gate, other])
     assert (total["usd"], total["duration_s"], total["trainings"]) == (90.0, 90.0, 1)
     control = finished("03", "FAIL", "bad", 5, metrics={"samples_per_s": 1.0})
-    total = ledger.total_avoided([smoke, gate, other, control])
+    total = costs.total_avoided([smoke, gate, other, control])
     assert (total["usd"], total["trainings"]) == (0, 0)
     assert total["trained_anyway"]["usd"] == 90.0
-
-
-def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "f.txt"
-    record.write_atomic(target, "old")
-    monkeypatch.setattr(record.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        record.write_atomic(target, "new")
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_run_folders_never_collide(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import external_requests
 
 from fresnel.report import page as pages
 from fresnel.report import run as report
@@ -80,7 +81,7 @@ def test_a_run_ends_as_one_page_that_stands_alone(tiny: Path, tmp_path: Path) ->
     assert data["cost_usd"] == pytest.approx(data["duration_s"]) and data["duration_s"] > 0
 
     html = done.report.read_text()
-    assert pages.external_requests(html) == []
+    assert external_requests(html) == []
     assert "default-src 'none'" in html
     assert html.count("<h1>") == 1 and "<h1>Is this fit?</h1>" in html
     assert "Six of &lt;8&gt; views are empty." in html and "alpha is 0" in html
@@ -91,7 +92,7 @@ def test_a_run_ends_as_one_page_that_stands_alone(tiny: Path, tmp_path: Path) ->
     assert f"python is {sys.executable}" in html
 
     index = report.index(tmp_path / "r").read_text()
-    assert pages.external_requests(index) == []
+    assert external_requests(index) == []
     assert f'href="runs/{done.directory.name}/report.html"' in index
     assert "psnr" in index and "21.5" in index and f"runs/{done.directory.name}/thumb" in index
 
@@ -275,7 +276,7 @@ def test_what_counts_as_a_request() -> None:
     page += (
         "<img src=//h/i.png><style>@import 'http://c/s.css'; a{background:url(https://u)}</style>"
     )
-    assert pages.external_requests(page) == [
+    assert external_requests(page) == [
         "https://cdn.x/a.js",
         "//h/i.png",
         "http://c/s.css",

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fresnel import views as sampling
-from fresnel.__main__ import main
+from fresnel.cli import main
 from fresnel.data.dataset import DatasetError
 from fresnel.models import cvs, decoder
 from fresnel.scene.gaussians import Gaussians

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fresnel.__main__ import main
+from fresnel.cli import main
 from fresnel.report import run as report
 from fresnel.report.record import slug
 from fresnel.report.run import Run

@@ -7,9 +7,11 @@ contributions below 1/255 skipped, alpha clamped, a pixel finished at transmitta
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -125,3 +127,13 @@ def _backdrop(
         raise ValueError(
             f"background: got shape {tuple(colors.shape)}, want one broadcastable to {(*views, 3)}"
         ) from None
+
+
+class _Callable(types.ModuleType):
+    """`from fresnel import render` gives this room, and `render(...)` calls its function."""
+
+    def __call__(self, *args: Any, **options: Any) -> Views:
+        return render(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

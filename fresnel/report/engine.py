@@ -1,7 +1,8 @@
-"""Execute a notebook in a kernel of its own, watched: progress, autosave, and a told end.
+"""Execute a notebook's cells in a kernel of their own, watched: progress, autosave, a told end.
 
-nbclient talks to the kernel; what is added here is what an unattended run needs. Whatever ends it,
-`execute()` returns with everything that ran in the notebook, and says how it ended.
+papermill keeps the notebook's state and saves it, nbclient talks to the kernel; what is added is
+what an unattended run needs. Whatever ends it, `execute()` returns with everything that ran in the
+notebook, and says how it ended. papermill's engine that calls this is `fresnel.report.run.Engine`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import contextlib
 import html
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +31,11 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 TICK_S = 0.2
-AUTOSAVE_S = 5.0
+AUTOSAVE_S = 5
 STARTUP_S = 300
 """How long a kernel may take to answer: a minute is too short where ten start on busy cores."""
 GRACE_S = 20.0
 """How long an interrupted cell may take to end by itself: a training run saves a checkpoint."""
-
-# our package first, so that it can note what the kernel touches (`fresnel.report.touched`)
-_KERNEL = "import fresnel; from ipykernel import kernelapp; kernelapp.launch_new_instance()"
 
 
 @dataclass(frozen=True)
@@ -52,121 +49,88 @@ class Failure:
 
 
 def execute(
-    notebook: nbformat.NotebookNode,
+    manager: Any,
     *,
-    save: Callable[[], None],
     folder: Path,
     timeout_s: float | None = None,
     cell_timeout_s: float | None = None,
-    progress: bool | None = None,
-    label: str = "",
-    environment: Mapping[str, str] | None = None,
 ) -> Failure | None:
-    """Run the cells of `notebook` in place, as far as they go; None if all of them ran.
+    """Run the cells of a notebook in place, as far as they go; None if all of them ran.
 
-    save: called after every cell and every few seconds with new output; an OSError of its is
-        passed over, as the next call may fare better.
+    manager: papermill's NotebookExecutionManager, which holds the notebook, saves it after every
+        cell and while one goes on, and shows progress; the kernel's own bar is shown beside it.
     folder: the kernel's working directory.
     timeout_s: most that the run may take, cell_timeout_s: most that one cell may. The cell is then
         interrupted, and killed if it does not heed that.
-    progress: show the cell, the time and the kernel's progress bar on stderr; default: on a
-        terminal, as one line that is redrawn.
-    environment: variables for the kernel.
 
-    Ctrl-C and SIGTERM stop the run with the failure "stopped". Each code cell's metadata get
-    fresnel = {"ran": bool, "duration_s": float}.
+    Ctrl-C and SIGTERM stop the run with the failure "stopped".
     """
-    run = _Execution(notebook, save, _Terminal(progress, label), timeout_s, cell_timeout_s)
-
-    def go() -> Failure | None:
-        return asyncio.run(run.supervise(folder, environment or {}))
-
+    run = _Execution(manager, timeout_s, cell_timeout_s)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return go()
+        return asyncio.run(run.supervise(folder))
     with ThreadPoolExecutor(1) as pool:  # called from a notebook, whose loop is running
-        return pool.submit(go).result()
+        return pool.submit(asyncio.run, run.supervise(folder)).result()
 
 
 class _Execution:
-    def __init__(
-        self,
-        notebook: nbformat.NotebookNode,
-        save: Callable[[], None],
-        terminal: _Terminal,
-        timeout_s: float | None,
-        cell_timeout_s: float | None,
-    ) -> None:
-        self.notebook, self._save, self.terminal = notebook, save, terminal
+    def __init__(self, manager: Any, timeout_s: float | None, cell_timeout_s: float | None) -> None:
+        self.manager, self.notebook = manager, manager.nb
         self.timeout_s, self.cell_timeout_s = timeout_s, cell_timeout_s
-        self.code = [c for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
-        for cell in self.code:
-            cell.outputs, cell.execution_count = [], None
-            cell.metadata.fresnel = {"ran": False}
         self.current: Any = None
         self.ended: str | None = None  # "stopped" or "timed_out", from outside
         self.begun = self.cell_begun = time.monotonic()
-        self.saved, self.saved_messages = time.monotonic(), 0
 
-    async def supervise(self, folder: Path, environment: Mapping[str, str]) -> Failure | None:
-        manager = _ThisPython()
+    async def supervise(self, folder: Path) -> Failure | None:
+        kernel = _ThisPython()
         client = _Client(
-            self.notebook, km=manager, store_widget_state=False, startup_timeout=STARTUP_S
+            self.notebook, km=kernel, store_widget_state=False, startup_timeout=STARTUP_S
         )
+        client.after_message = self.manager.autosave_cell
         client.reset_execution_trackers()
         kills = _oom_kills()
         with tempfile.TemporaryFile() as errors, _stoppable() as stopping:
-            work = asyncio.ensure_future(self._cells(client, folder, environment, errors))
+            work = asyncio.ensure_future(self._cells(client, folder, errors))
             try:
-                await self._watch(work, manager, client, stopping)
+                await self._watch(work, kernel, client, stopping)
                 failure = self._failure(work, client, kills, errors)
             finally:
-                self.terminal.close()
-                await _shut_down(manager, client)
+                await _shut_down(kernel, client)
         self._mark(failure)
         return failure
 
-    async def _cells(
-        self, client: _Client, folder: Path, environment: Mapping[str, str], errors: Any
-    ) -> None:
-        variables = {**os.environ, **environment}
-        await client.async_start_new_kernel(cwd=str(folder), env=variables, stderr=errors)
+    async def _cells(self, client: _Client, folder: Path, errors: Any) -> None:
+        await client.async_start_new_kernel(cwd=str(folder), env=dict(os.environ), stderr=errors)
         channel = await client.async_start_new_kernel_client()
         info = await client.async_wait_for_reply(channel.kernel_info())
         if info is not None:
             self.notebook.metadata["language_info"] = info["content"]["language_info"]
         for index, cell in enumerate(self.notebook.cells):
-            if cell.cell_type != "code" or not cell.source.strip():
-                continue
             if self.ended is not None:  # the cell before took its interrupt for its own affair
                 return
-            self.current, self.cell_begun = cell, time.monotonic()
-            cell.metadata.fresnel = {"ran": True}
-            client.bar = ""
-            try:
-                await client.async_execute_cell(cell, index, client.code_cells_executed + 1)
-            finally:
-                cell.metadata.fresnel["duration_s"] = round(time.monotonic() - self.cell_begun, 3)
-            self.save(client)
+            if cell.cell_type == "code" and cell.source.strip():
+                self.current, self.cell_begun, client.bar = cell, time.monotonic(), ""
+            self.manager.cell_start(cell, index)
+            await client.async_execute_cell(cell, index, client.code_cells_executed + 1)
+            self.manager.cell_complete(cell, cell_index=index)
 
     async def _watch(
-        self, work: asyncio.Future, manager: AsyncKernelManager, client: _Client, stopping: Any
+        self, work: asyncio.Future, kernel: AsyncKernelManager, client: _Client, stopping: Any
     ) -> None:
         """Wait for the cells, and cut them short where it is time to."""
         while not work.done() and self.ended is None:
             # a Ctrl-C is seen at once, a time-out at the next tick
             await asyncio.wait({work, stopping}, timeout=TICK_S, return_when="FIRST_COMPLETED")
-            self._show(client)
-            if client.messages != self.saved_messages and self._since(self.saved) > AUTOSAVE_S:
-                self.save(client)
+            if self.manager.pbar:
+                self.manager.pbar.set_postfix_str(client.bar)
             if stopping.done() and not work.done():
                 self.ended = "stopped"
             elif self._late() and not work.done():
                 self.ended = "timed_out"
         if self.ended is not None:
             with contextlib.suppress(Exception):  # the kernel may be gone, or not yet be there
-                await manager.interrupt_kernel()
+                await kernel.interrupt_kernel()
             await asyncio.wait({work}, timeout=GRACE_S)
             if not work.done():
                 work.cancel()
@@ -181,31 +145,20 @@ class _Execution:
     def _since(moment: float) -> float:
         return time.monotonic() - moment
 
-    def save(self, client: _Client) -> None:
-        self.saved, self.saved_messages = time.monotonic(), client.messages
-        with contextlib.suppress(OSError):
-            self._save()
-
-    def _show(self, client: _Client) -> None:
-        number = self._number(self.current)
-        total = sum(not _injected(cell) for cell in self.code)
-        place = f"cell {number}/{total}" if number else "starting"
-        self.terminal.show(place, self._since(self.begun), client.bar)
-
-    def _number(self, wanted: Any) -> int | None:
-        """The place of a cell among the source's code cells, from 1."""
-        cells = [cell for cell in self.notebook.cells if cell.cell_type == "code"]
+    def _number(self) -> int | None:
+        """The place of the current cell among the source's code cells, from 1."""
         before = 0
-        for cell in cells:
-            before += not _injected(cell)
-            if cell is wanted:
+        for cell in self.notebook.cells:
+            injected = "injected-parameters" in cell.metadata.get("tags", [])
+            before += cell.cell_type == "code" and not injected
+            if cell is self.current:
                 return before or None
         return None
 
     def _failure(
         self, work: asyncio.Future, client: _Client, kills: int, errors: Any
     ) -> Failure | None:
-        number = self._number(self.current)
+        number = self._number()
         problem = None if work.cancelled() else work.exception() if work.done() else None
         place = f" in code cell {number}" if number else ""
         if self.ended == "stopped":
@@ -243,32 +196,34 @@ class _Execution:
             self.current.outputs.append(nbformat.v4.new_output("stream", name="stderr", text=text))
 
     def _mark(self, failure: Failure | None) -> None:
-        """A cell that was cut short without a trace of its own gets an error to show."""
-        cell = self.current
-        if failure is None or cell is None or any(o.output_type == "error" for o in cell.outputs):
+        """Note which cell failed; one cut short without a trace of its own gets one to show."""
+        cell = self.current or next((c for c in self.notebook.cells if c.cell_type == "code"), None)
+        if failure is None or cell is None:
             return
-        cell.outputs.append(
-            nbformat.v4.new_output(
-                "error", ename="Stopped", evalue=failure.message, traceback=[failure.message]
+        self.manager.cell_exception(cell)
+        if not any(output.output_type == "error" for output in cell.outputs):
+            said = failure.message
+            cell.outputs.append(
+                nbformat.v4.new_output("error", ename="Stopped", evalue=said, traceback=[said])
             )
-        )
 
 
 class _Client(NotebookClient):
     """nbclient's, following the progress bar that the kernel shows last."""
 
     bar = ""
-    messages = 0
+    after_message: Any = None
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
-        self.messages += 1
         content = msg["content"]
         if msg["msg_type"] == "stream":
             last = re.split(r"[\r\n]", content["text"].rstrip("\r\n"))[-1]
-            self.bar = last if is_progress(last) else self.bar
+            self.bar = last.strip() if is_progress(last) else self.bar
         elif msg["msg_type"] in ("comm_open", "comm_msg"):
             self._follow(content["comm_id"], content["data"].get("state") or {})
-        return super().process_message(msg, cell, cell_index)
+        output = super().process_message(msg, cell, cell_index)
+        self.after_message()
+        return output
 
     def _follow(self, widget: str, state: Mapping[str, Any]) -> None:
         """tqdm's bar in a notebook is a box of [text, bar, text], each a widget of its own."""
@@ -288,36 +243,6 @@ def is_progress(line: str) -> bool:
     return bool(re.search(r"\d+%\|.*\|\s*\d|\d+(/\d+)? ?\w* \[\d+:\d\d", line))
 
 
-class _Terminal:
-    """One line on stderr that is redrawn; elsewhere than on a terminal, a line now and then."""
-
-    every_s = 30.0
-
-    def __init__(self, progress: bool | None, label: str) -> None:
-        self.redraws = sys.stderr.isatty()
-        self.shown = self.redraws if progress is None else progress
-        self.label, self.last, self.when = label, "", -self.every_s
-
-    def show(self, place: str, elapsed_s: float, bar: str) -> None:
-        if not self.shown:
-            return
-        minutes, seconds = divmod(int(elapsed_s), 60)
-        elapsed = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-        line = " · ".join(part for part in (self.label, place, elapsed, bar.strip()) if part)
-        if self.redraws:
-            width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"\r\x1b[2K{line[:width]}")
-            sys.stderr.flush()
-        elif place != self.last or time.monotonic() - self.when > self.every_s:
-            self.last, self.when = place, time.monotonic()
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.shown and self.redraws:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
-
-
 class _ThisPython(AsyncKernelManager):
     """Starts the kernel with the interpreter that runs us, whatever kernels are installed, and
     with the project importable from a checkout that is not installed."""
@@ -331,7 +256,7 @@ class _ThisPython(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
         return KernelSpec(
-            argv=[sys.executable, "-c", _KERNEL, "-f", "{connection_file}"],
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
             display_name="Python 3",
             language="python",
             metadata={"supported_encryption": ["curve"]},
@@ -376,10 +301,6 @@ async def _shut_down(manager: AsyncKernelManager, client: _Client) -> None:
         await ensure_async(manager.cleanup_resources())
     if client.kc is not None:
         client.kc.stop_channels()
-
-
-def _injected(cell: Any) -> bool:
-    return "injected-parameters" in cell.metadata.get("tags", [])
 
 
 def _cell_error(problem: CellExecutionError, number: int | None) -> Failure:

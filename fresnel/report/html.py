@@ -1,4 +1,4 @@
-"""What the report page and the index share: the policy, the style, and how values are written.
+"""What the pages share: the policy, the style, how values and texts from elsewhere are written.
 
 Neither page asks any host for anything: style and script are inline, and a Content-Security-Policy
 has the browser hold us to it.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from html import escape as _escape
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,7 @@ from fresnel.report.record import RunRecord
 TEMPLATES = Path(__file__).parent / "templates"
 
 _TONES = {"PASS": "good", "GO": "good", "FAIL": "bad", "NO-GO": "bad", "CRASHED": "bad"}
-_TONES |= {"REFUSED": "warn", "RUNNING": "warn"}
-_REQUEST = re.compile(
-    r"""<(?:script|img|image|iframe|video|audio|source|embed|object|link)\b[^>]*?\b
-        (?:src|srcset|href|data|poster)\s*=\s*["']?((?:https?:)?//[^"'\s>]+)
-      | @import\s+(?:url\()?["']?((?:https?:)?//[^"'\s)]+)
-      | url\(\s*["']?((?:https?:)?//[^"'\s)]+)""",
-    re.IGNORECASE | re.VERBOSE,
-)
+_TONES |= {"REFUSED": "warn", "RUNNING": "warn", "STOPPED": "warn", "DIED": "bad"}
 
 
 def policy(*, pictures: str = "", viewer: bool = False) -> str:
@@ -41,13 +35,6 @@ def policy(*, pictures: str = "", viewer: bool = False) -> str:
         "connect-src data: blob:; worker-src blob: data:; frame-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def external_requests(text: str) -> list[str]:
-    """Addresses that a browser showing this HTML would ask for. A report must have none.
-
-    Links that a reader may click are no requests."""
-    return [next(filter(None, match.groups())) for match in _REQUEST.finditer(text)]
 
 
 def style(*names: str) -> str:
@@ -135,3 +122,75 @@ FILTERS: Mapping[str, Any] = {
     "tone": _record_tone,
     "words": words,
 }
+
+_HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+img-src data:">
+<link rel="icon" href="data:,"><title>{title}</title>
+<style>:root{{color-scheme:light dark}}body{{max-width:50rem;margin:2rem auto;padding:0 1rem;\
+font:1rem/1.5 sans-serif}}pre{{overflow-x:auto}}img{{max-width:100%}}</style></head><body><main>
+"""
+
+
+def plain_page(
+    record: RunRecord, notebook: Mapping[str, Any], problem: str, *, pictures: bool = True
+) -> str:
+    """HTML of a run without template, style sheet or exporter that could fail: verdict or error,
+    then its cells with their outputs.
+
+    problem: why there is no better page; said below the error."""
+    title = record.title or record.notebook
+    parts = [
+        _HEAD.format(title=f"{_escape(title)}: {_escape(record.badge)}"),
+        f"<h1>{_escape(title)}</h1><p><strong>{_escape(record.badge)}</strong> ",
+        f"{_escape(record.error or record.summary)}</p>",
+        "<ul>" + "".join(f"<li>{_escape(reason)}</li>" for reason in record.reasons) + "</ul>"
+        if record.reasons
+        else "",
+        f"<p>This page is a plain one, as the full one could not be made: {_escape(problem)} "
+        "Nothing of the run is lost: <code>./run_all.sh pages</code> makes it again from "
+        "the executed notebook.</p>",
+    ]
+    parts += [part for cell in notebook["cells"] for part in _plain_cell(cell, pictures)]
+    values = {"run": record.name, "begun": record.started_utc, "took": f"{record.duration_s:.1f} s"}
+    git = record.provenance.get("git") or {}
+    values |= {"commit": str(git.get("commit")), **{k: repr(v) for k, v in record.params.items()}}
+    rows = (f"<tr><th>{_escape(k)}</th><td>{_escape(v)}</td></tr>" for k, v in values.items())
+    parts.append(f"<h2>The run</h2><table>{''.join(rows)}</table></main></body></html>\n")
+    return "".join(parts)
+
+
+def _plain_cell(cell: Mapping[str, Any], pictures: bool) -> Iterator[str]:
+    source = _escape("".join(cell["source"]))
+    if cell["cell_type"] != "code":
+        yield f'<pre style="white-space:pre-wrap">{source}</pre>\n'
+        return
+    ran = cell.get("metadata", {}).get("papermill", {}).get("status") != "pending"
+    summary = "Code" if ran else "Code, not run"
+    yield f"<details><summary>{summary}</summary><pre>{source}</pre></details>\n"
+    for output in cell.get("outputs", ()):
+        if output["output_type"] == "stream":
+            yield f"<pre>{_escape(''.join(output['text']))}</pre>\n"
+        elif output["output_type"] == "error":
+            trace = _escape("\n".join(output["traceback"]))
+            yield f"<p><strong>{_escape(output['ename'])}: {_escape(output['evalue'])}</strong></p>"
+            yield f"<details><summary>Traceback</summary><pre>{trace}</pre></details>\n"
+        else:
+            yield from _plain_output(output, pictures)
+
+
+def _plain_output(output: Mapping[str, Any], pictures: bool) -> Iterator[str]:
+    data, about = output.get("data", {}), output.get("metadata", {})
+    for kind in ("image/png", "image/jpeg"):
+        if kind in data:
+            alt = about.get(kind, {}).get("alt") or about.get("alt") or "Figure"
+            if pictures:
+                yield f'<img src="data:{kind};base64,{_escape(data[kind])}" alt="{_escape(alt)}">\n'
+            else:
+                yield f"<p>[{_escape(alt)}]</p>\n"
+            return
+    text = data.get("text/markdown") or data.get("text/plain")
+    if text:
+        yield f"<pre>{_escape(''.join(text))}</pre>\n"

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from fresnel.host.files import write_atomic
 from fresnel.report import html as _html
-from fresnel.report.ledger import cost_avoided, total_avoided
-from fresnel.report.record import RESULTS_NAME, RecordError, RunRecord, write_atomic
+from fresnel.report.costs import cost_avoided, total_avoided
+from fresnel.report.provenance import RESULTS_NAME
+from fresnel.report.record import RecordError, RunRecord
 
 INDEX_NAME = "index.html"
 _COMPARED = ("psnr", "ssim", "luminance_ratio", "coverage_ratio")
@@ -104,8 +106,10 @@ def histories(records: Sequence[RunRecord], most: int = 40) -> list[dict[str, An
             finite = [v for v in values if math.isfinite(v)]
             if len(finite) > 1 and len(lines) < 4:
                 lines.append({"name": figure, "values": finite, **_polyline(finite)})
-        cost = [run.cost_usd or run.duration_s for run in runs[-most:]]
-        unit = "cost, USD" if any(run.cost_usd for run in runs) else "time, s"
+        # one unit for all: a run without a price would be drawn in seconds among dollars
+        priced = all(run.cost_usd > 0 for run in runs[-most:])
+        cost = [run.cost_usd if priced else run.duration_s for run in runs[-most:]]
+        unit = "cost_usd" if priced else "duration_s"
         lines.append({"name": unit, "values": cost, **_polyline(cost)})
         verdicts = [(run.badge, _html.tone(run.badge)) for run in runs[-12:]]
         rows.append({"name": name, "runs": len(runs), "verdicts": verdicts, "lines": lines})

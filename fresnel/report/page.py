@@ -18,13 +18,11 @@ from urllib.parse import quote
 
 import nbformat
 
+from fresnel.host.files import write_atomic
 from fresnel.report import html as _html
-from fresnel.report.html import external_requests
-from fresnel.report.index import INDEX_NAME, index, key_figures
-from fresnel.report.params import ParameterError, read_parameters
-from fresnel.report.record import RecordError, RunRecord, write_atomic
-
-__all__ = ["INDEX_NAME", "external_requests", "index", "notebook_title", "to_html"]
+from fresnel.report.index import key_figures
+from fresnel.report.params import ParameterError, injected_values, read_parameters
+from fresnel.report.record import RecordError, RunRecord
 
 _UNITS = re.compile(
     r"^(pixels|degrees|seconds|hours|dB|USD per hour|steps|images|views|objects|pairs)"
@@ -32,6 +30,15 @@ _UNITS = re.compile(
 )
 _LEAD = re.compile(r"^\*\*(Question|(?:Stopping rule|Rule)[^*.]*)\.\*\*\s*(.+)$", re.DOTALL)
 _SHOWN_PROVENANCE = {"git", "python", "packages", "os", "cpu", "gpu", "seed", "datasets"}
+_SHOWN_PROVENANCE |= {"process", "identity", "inputs"}
+_TAGS = frozenset(
+    (
+        *("a", "abbr", "b", "blockquote", "br", "code", "dd", "del", "details", "div", "dl", "dt"),
+        *("em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "li", "ol", "p", "pre", "s"),
+        *("span", "strong", "sub", "summary", "sup", "table", "tbody", "td", "tfoot", "th"),
+        *("thead", "tr", "ul"),
+    )
+)
 
 
 def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
@@ -65,6 +72,7 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
             **_html.FILTERS,
             "drawing": lambda svg, alt: _drawing(svg, alt, next(count)),
             "png_size": _png_size,
+            "safe_markdown": safe_markdown,
             "region": _region,
         },
     )
@@ -102,6 +110,29 @@ def notebook_title(notebook: nbformat.NotebookNode) -> str:
             if match:
                 return re.sub(r"[*`]", "", match.group(1))
     return ""
+
+
+def safe_markdown(text: str) -> str:
+    """Markdown as HTML in which nothing runs: names and credits from elsewhere are part of it.
+
+    Tags and attributes that prose and tables don't need stand there as text, and links lead to
+    the web, the page or a mail address alone."""
+    import bleach
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    renderer = IPythonRenderer(escape=False, exclude_anchor_links=True)
+    made = MarkdownWithMath(renderer=renderer).render(text)
+    return bleach.clean(
+        made, tags=_TAGS, attributes=_allowed, protocols=("http", "https", "mailto", "data")
+    )
+
+
+def _allowed(tag: str, name: str, value: str) -> bool:
+    if name == "src":
+        return tag == "img" and value.startswith("data:image/")
+    if name == "href":
+        return tag == "a" and not value.strip().lower().startswith("data:")
+    return name in ("class", "alt", "title", "align", "id", "start", "colspan", "rowspan")
 
 
 def _lead(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
@@ -175,15 +206,10 @@ def _parameter_rows(
         known = read_parameters(notebook)
     except ParameterError:
         known = {}
-    given: dict[str, Any] = {}
-    for cell in notebook.cells:
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            alone = nbformat.v4.new_code_cell(cell.source, metadata={"tags": ["parameters"]})
-            try:
-                injected = read_parameters(nbformat.v4.new_notebook(cells=[alone]))
-            except ParameterError:
-                continue
-            given = {name: parameter.default for name, parameter in injected.items()}
+    try:
+        given = injected_values(notebook)
+    except ParameterError:
+        given = {}
     if record is not None:
         given = {name: value for name, value in record.params.items() if name in known} | given
     rows = []

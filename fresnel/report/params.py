@@ -98,6 +98,15 @@ def parameters_of(namespace: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def injected_values(notebook: nbformat.NotebookNode) -> dict[str, Any]:
+    """The values that papermill put into a notebook behind its parameters cell, by name."""
+    given: dict[str, Any] = {}
+    for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            given |= {name: found.default for name, found in _parse_cell(cell.source).items()}
+    return given
+
+
 def check_parameters(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` with every value as its parameter takes it, or a ParameterError naming them all."""
     problems, checked = [], {}

@@ -1,8 +1,14 @@
-"""Where a result comes from: commit, versions, hardware; what is unknown is None, never a guess."""
+"""Where a result comes from: commit, versions, hardware, and the content of what it was made from.
+
+What is unknown is None, never a guess.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -11,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fresnel.host.files import sha256
 from fresnel.host.machine import accelerators, core_count, cuda
 
+RESULTS_NAME = "results.json"
 _PACKAGES = (
     *("fresnel", "torch", "numpy", "gsplat", "numba", "trimesh", "embreex", "gsply", "pillow"),
     *("torchmetrics", "matplotlib", "viser", "transformers", "papermill", "nbconvert"),
@@ -70,6 +78,37 @@ def machine() -> dict[str, Any]:
         "cpu": {"model": _cpu_model(), "count": core_count()},
         "accelerators": accelerators(),
     }
+
+
+def digest(path: Path, apart: Path | None = None) -> str:
+    """What identifies the content of `path`: of data that states it, its content hash; of runs'
+    folders, their results; of any other folder, its files' names and bytes; "" if it is not there.
+
+    apart: a folder below it that does not count."""
+    if path.is_file():
+        return _results(path) if path.name == RESULTS_NAME else sha256(path)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        return str(manifest["content_hash"])
+    if not path.is_dir():
+        return ""
+    results = sorted([*path.glob(RESULTS_NAME), *path.glob(f"*/{RESULTS_NAME}")])
+    files = results or [p for p in sorted(path.rglob("*")) if not p.name.startswith(".")]
+    total = hashlib.sha256()
+    for file in files:
+        if file.is_file() and not (apart and file.is_relative_to(apart)):
+            total.update(f"{file.relative_to(path)}\0{digest(file)}\n".encode())
+    return total.hexdigest()
+
+
+def _results(path: Path) -> str:
+    """Of a results.json; that its run was used again meanwhile is no news about it."""
+    data = path.read_bytes()
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        content = json.loads(data)
+        content.pop("cached", None)
+        data = json.dumps(content, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()
 
 
 def _versions(names: Sequence[str]) -> dict[str, str]:

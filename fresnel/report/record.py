@@ -12,7 +12,8 @@ is checked on writing and on reading. Beside what a notebook records itself it h
   ``{"joules", "gpu_joules", "cpu_joules", "source", "reason"}`` (`meters.EnergyMeter`), None where
   nothing could be read, and then "reason" says why.
 - ``cost_avoided``: what the training would have cost that this verdict forbids, less what the
-  verdict cost: ``{"usd", "duration_s", ...}`` (`ledger`, which also sums it over runs).
+  verdict cost: ``{"usd", "duration_s", ...}`` (`fresnel.report.costs` sums it over runs).
+- ``provenance``: `identity` and `inputs` say what the run was made from (`fresnel.report.cache`).
 - ``cached``: None, or ``{"reused_utc", "computed_utc", "commit", "dirty"}`` once a later call of
   the same report found nothing changed: the figures are those of `computed_utc` at `commit`.
 """
@@ -25,7 +26,7 @@ import json
 import math
 import os
 import re
-import tempfile
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,14 +35,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fresnel.host.files import write_atomic
 from fresnel.host.machine import cuda, project_root
 from fresnel.host.meters import EnergyMeter, PeakMemory
-from fresnel.report.provenance import provenance
+from fresnel.report.provenance import RESULTS_NAME, digest, provenance
 
 SCHEMA_VERSION = 2
 SCHEMA = Path(__file__).parent / "schema" / "results.schema.json"
 VERDICTS = ("PASS", "FAIL", "GO", "NO-GO", "REFUSED", "DONE")
-RESULTS_NAME = "results.json"
 THUMBNAIL_NAME = "thumbnail.png"
 
 
@@ -95,8 +96,15 @@ class RunRecord:
 
     @property
     def badge(self) -> str:
-        """The one word for a person: the verdict of a finished run, else the status."""
-        return self.verdict if self.status == "finished" and self.verdict else self.status.upper()
+        """The one word for a person: the verdict of a finished run, else how it stands or ended;
+        DIED where its process is gone without a word."""
+        if self.status == "finished" and self.verdict:
+            return self.verdict
+        if self.status == "crashed" and (self.failure or {}).get("kind") == "stopped":
+            return "STOPPED"
+        if self.status == "running" and not _lives(self.provenance.get("process")):
+            return "DIED"
+        return self.status.upper()
 
     def _repr_markdown_(self) -> str:
         lines = [f"**{self.badge}.** {self.error or self.summary}"]
@@ -135,11 +143,13 @@ class RunRecord:
             source = source / RESULTS_NAME
         try:
             data = json.loads(source.read_text(encoding="utf-8"))
+            return cls.from_dict(data, where=str(source))
         except OSError as error:
             raise RecordError(f"{source}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
+        except RecordError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise RecordError(f"{source}: is not valid JSON ({error})") from error
-        return cls.from_dict(data, where=str(source))
 
     @classmethod
     def from_dict(cls, data: Any, *, where: str = "results") -> RunRecord:
@@ -272,17 +282,26 @@ class Recorder:
         self._record = self._record.replace(metrics=merged)
 
     def dataset(self, dataset: Any) -> None:
-        """Record which data the run used: `content_hash`, `path` and length of `dataset`."""
-        self._check_open()
+        """Record which data the run used or made: `content_hash`, `path`, length of `dataset`."""
         entry = {
             "content_hash": dataset.content_hash,
             "path": _relative(Path(dataset.path), project_root()),
             "objects": len(dataset),
         }
-        provenance = dict(self._record.provenance)
-        others = [d for d in provenance.get("datasets", []) if d != entry]
-        provenance["datasets"] = [*others, entry]
-        self._record = self._record.replace(provenance=provenance)
+        known = self._record.provenance.get("datasets", [])
+        self._note(datasets=[*(other for other in known if other != entry), entry])
+        self.input(dataset.path)
+
+    def input(self, path: str | Path) -> None:
+        """Declare a file or folder that the run depends on, or that it made: the run is used again
+        only while its content is as it is now. What parameters name counts by itself."""
+        place = Path(path).resolve()
+        known = self._record.provenance.get("inputs", {})
+        self._note(inputs={**known, str(place): digest(place, self.output_dir)})
+
+    def _note(self, **origin: Any) -> None:
+        self._check_open()
+        self._record = self._record.replace(provenance={**self._record.provenance, **origin})
         self._save()
 
     def thumbnail(self, image: Any, *, longest_px: int = 480) -> Path:
@@ -383,7 +402,10 @@ def start(
         status="running",
         name=name,
         params=dict(params),
-        provenance=provenance(seed if seed is not None else params.get("seed")),
+        provenance={
+            **provenance(seed if seed is not None else params.get("seed")),
+            "process": {"pid": os.getpid(), "host": socket.gethostname()},
+        },
         started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         price_per_hour_usd=float(price_per_hour_usd),
     )
@@ -409,21 +431,17 @@ def new_run_dir(reports_dir: str | Path, name: str) -> Path:
     raise FileExistsError(f"{reports_dir}/runs: a thousand runs named {name!r} in one second")
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Write `text` so that `path` holds either its old content or all of the new one."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+def _lives(process: Mapping[str, Any] | None) -> bool:
+    """Whether a run's process may still be at work; one of another machine may."""
+    if not process or process["host"] != socket.gethostname():
+        return True
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        os.kill(process["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -1,37 +1,34 @@
 """Notebook in, report out: run it, keep what ran even when it died, and show it as one HTML page.
 
-`run()` executes one notebook into a folder of its own (`fresnel.report.engine`), or finds that
-nothing has changed since it last did (`fresnel.report.cache`). What a report and the index look
-like is `fresnel.report.page`; a list of notebooks is `fresnel.study.runner`.
+`run()` has papermill execute one notebook into a folder of its own, or finds that nothing has
+changed since it last did (`fresnel.report.cache`). `Engine` is what papermill calls, for `run()`
+and for `papermill --engine fresnel` alike. What a report and the index look like is
+`fresnel.report.page`; a list of notebooks is `fresnel.study.runner`.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fresnel.host.files import locked
+from fresnel.host.files import locked, write_atomic
 from fresnel.host.machine import project_root
-from fresnel.report import cache
-from fresnel.report.params import check_parameters, read_parameters
-from fresnel.report.plain_page import plain_page
-from fresnel.report.record import (
-    RESULTS_NAME,
-    THUMBNAIL_NAME,
-    RecordError,
-    RunRecord,
-    new_run_dir,
-    write_atomic,
-)
+from fresnel.report import cache, costs
+from fresnel.report.html import plain_page
+from fresnel.report.params import check_parameters, injected_values, read_parameters
+from fresnel.report.provenance import RESULTS_NAME
+from fresnel.report.record import THUMBNAIL_NAME, RecordError, RunRecord, new_run_dir
 
 if TYPE_CHECKING:
     from fresnel.report.engine import Failure
@@ -50,6 +47,7 @@ EXIT_STATUS = {
     "stopped": 130,
 }
 """How a process ends that ran one notebook, unless it finished (0) or was used wrongly (2)."""
+_BAR = {"leave": False, "bar_format": "{desc} · {n_fmt}/{total_fmt} cells, {elapsed}{postfix}"}
 _BALLAST_BYTES = 8 << 20
 """Room kept on the run's disk while it goes on, for its report should the disk fill up."""
 
@@ -105,8 +103,8 @@ def run(
     caller sets `output_dir`, it is that one instead.
 
     A run that finished and of which nothing has changed since, neither code nor parameters nor
-    anything that it read or made (`fresnel.report.cache`), is not computed again: its folder comes
-    back, its record and page marked as `cached`. Of two such calls at once the second waits for the
+    what it was made from (`fresnel.report.cache`), is not computed again: its folder comes back,
+    its record and page marked as `cached`. Of two such calls at once the second waits for the
     first.
 
     Args:
@@ -132,32 +130,97 @@ def run(
     told = given.pop("output_dir", "")
     chosen = Path(told).resolve() if told else None
     wanted = cache.identity(source, given, name, chosen)
-    with _alone(reports, wanted, name):
-        if not fresh:
-            found = cache.find(reports, wanted)
-            if not isinstance(found, str):
-                return _reuse(*found)
-        elif "resume" in known:
+    waiting = f"{name}: another process is computing this very report; waiting for it"
+    with locked(reports / cache.CACHE_NAME / f"{wanted[:16]}.lock", waiting):
+        found = None if fresh else cache.find(reports, wanted, name, chosen)
+        if found is not None:
+            return _reuse(found)
+        if fresh and "resume" in known:
             given["resume"] = False
-        directory = chosen or new_run_dir(reports, name).resolve()
-        directory.mkdir(parents=True, exist_ok=True)
-        for stale in (RESULTS_NAME, EXECUTED_NAME, REPORT_NAME, THUMBNAIL_NAME):
-            (directory / stale).unlink(missing_ok=True)
+        begun = _begin(source, name, given, reports, chosen, wanted)
         if "output_dir" in known:
-            given["output_dir"] = str(directory)
-        begun = _Begun(source, directory, name, given)
-        with tempfile.TemporaryDirectory(prefix="fresnel-") as scratch:
-            trace = Path(scratch) / "touched.jsonl"
-            trace.touch()
-            done, interrupt = _compute(
-                begun, reports, trace, timeout_s, cell_timeout_s, progress, label
+            given["output_dir"] = str(begun.directory)
+        shown = sys.stderr.isatty() if progress is None else progress
+        import papermill
+        from papermill.engines import papermill_engines
+
+        papermill_engines.register("fresnel", Engine)  # a checkout that is not installed has none
+        with contextlib.suppress(papermill.PapermillExecutionError):  # the record says it too
+            papermill.execute_notebook(
+                source,
+                None,
+                given,
+                engine_name="fresnel",
+                kernel_name="python3",
+                language="python",
+                progress_bar=_BAR | {"desc": label or name} if shown else False,
+                begun=begun,
+                execution_timeout=timeout_s,
+                cell_timeout=cell_timeout_s,
             )
-            if not done.crashed and interrupt is None:
-                with contextlib.suppress(OSError):  # a full disk: compute it again next time
-                    cache.keep(reports, wanted, directory, done.record, trace, begun.unix)
-    if interrupt is not None:
-        raise interrupt
-    return done
+    if begun.done is None:
+        raise RuntimeError(f"papermill did not execute {source}")
+    return begun.done
+
+
+class Engine:
+    """papermill's engine "fresnel": cells run watched (`fresnel.report.engine`), and whatever ends
+    them a report is written.
+
+    Called by `run`, or by `papermill --engine fresnel NOTEBOOK OUT -p NAME VALUE`, whose report
+    goes to a folder of its own below the project's reports/, beside those of `run`.
+    """
+
+    @classmethod
+    def execute_notebook(
+        cls,
+        nb: Any,
+        kernel_name: str,
+        output_path: str | None = None,
+        *,
+        input_path: str = "",
+        begun: _Begun | None = None,
+        execution_timeout: float | None = None,
+        cell_timeout: float | None = None,
+        progress_bar: Any = True,
+        **_: Any,
+    ) -> Any:
+        """papermill's interface; `execution_timeout` is the whole run's, in seconds.
+
+        Raises ParameterError before any cell runs, KeyboardInterrupt after a stop."""
+        from papermill.engines import NotebookExecutionManager
+
+        from fresnel.report.engine import AUTOSAVE_S
+
+        direct = begun is None
+        if begun is None:
+            begun = _begin_directly(nb, Path(input_path).resolve())
+        # papermill writes to its own output path at the end; the run's folder is ours
+        manager = NotebookExecutionManager(
+            nb, None, progress_bar=progress_bar, autosave_cell_every=AUTOSAVE_S
+        )
+
+        def save(**_: Any) -> None:
+            manager.last_save_time = manager.now()
+            with contextlib.suppress(OSError):  # the next one may fare better
+                begun.save(nb)
+
+        manager.save = save
+        interrupt = begun.compute(manager, execution_timeout, cell_timeout)
+        if direct and begun.done is not None:
+            try_index(begun.reports)
+            print(describe(begun.done), file=sys.stderr)
+        if interrupt is not None:
+            raise interrupt
+        return nb
+
+    @classmethod
+    def nb_kernel_name(cls, nb: Any, name: str | None = None) -> str:
+        return name or "python3"  # whatever is installed, it is this Python that runs
+
+    @classmethod
+    def nb_language(cls, nb: Any, language: str | None = None) -> str:
+        return language or "python"
 
 
 def rebuild(reports_dir: str | Path | None = None) -> list[str]:
@@ -179,11 +242,11 @@ def rebuild(reports_dir: str | Path | None = None) -> list[str]:
 
 def index(reports_dir: str | Path | None = None) -> Path:
     """Write the index over all runs. Calls at once take turns, so that the last one sees all."""
-    from fresnel.report import page as pages
+    from fresnel.report import index as overview
 
     reports = reports_folder(reports_dir)
     with locked(reports / cache.CACHE_NAME / "index.lock"):
-        return pages.index(reports)
+        return overview.index(reports)
 
 
 def try_index(reports: Path) -> str | None:
@@ -217,80 +280,144 @@ def line(done: Run) -> str:
     return f"{text}  (unchanged; computed {cached['computed_utc']}{commit})"
 
 
-@dataclass(frozen=True)
+def _begin(
+    source: Path,
+    name: str,
+    params: dict[str, Any],
+    reports: Path,
+    chosen: Path | None,
+    identity: str = "",
+) -> _Begun:
+    directory = chosen or new_run_dir(reports, name).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    for stale in (RESULTS_NAME, EXECUTED_NAME, REPORT_NAME, THUMBNAIL_NAME):
+        (directory / stale).unlink(missing_ok=True)
+    return _Begun(source, directory, name, params, reports, identity)
+
+
+def _begin_directly(notebook: Any, source: Path) -> _Begun:
+    """What papermill was asked to run by itself; the parameters are in the cell it injected."""
+    known = read_parameters(notebook)
+    given = check_parameters(known, injected_values(notebook))
+    reports = reports_folder()
+    told = given.get("output_dir", "")
+    chosen = Path(told).resolve() if told else None
+    params = {key: value for key, value in given.items() if key != "output_dir"}
+    wanted = cache.identity(source, params, source.stem, chosen)
+    begun = _begin(source, source.stem, given, reports, chosen, wanted)
+    if "output_dir" in known and not told:
+        from papermill.parameterize import parameterize_notebook
+
+        given["output_dir"] = str(begun.directory)
+        filled = parameterize_notebook(notebook, given, kernel_name="python3", language="python")
+        notebook.cells = filled.cells
+        for cell in notebook.cells:  # the new ones lack what papermill notes in each
+            cell.metadata.setdefault("papermill", {})
+    return begun
+
+
+@dataclass
 class _Begun:
-    """What is known of a run when it starts."""
+    """A run from its start to its report."""
 
     source: Path
     directory: Path
     name: str
     params: dict[str, Any]
-    clock: float = 0.0
-    unix: float = 0.0
-    utc: str = ""
+    reports: Path
+    identity: str
+    clock: float = field(default_factory=time.perf_counter)
+    utc: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    done: Run | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "clock", time.perf_counter())
-        object.__setattr__(self, "unix", time.time())
-        object.__setattr__(self, "utc", datetime.now(UTC).isoformat(timespec="seconds"))
+    def save(self, notebook: Any) -> None:
+        import nbformat
 
+        write_atomic(self.directory / EXECUTED_NAME, nbformat.writes(notebook) + "\n")
 
-def _compute(
-    begun: _Begun,
-    reports: Path,
-    trace: Path,
-    timeout_s: float | None,
-    cell_timeout_s: float | None,
-    progress: bool | None,
-    label: str,
-) -> tuple[Run, BaseException | None]:
-    """Run it and write everything about it; with the interrupt that is still to be raised."""
-    import nbformat
+    def compute(
+        self, manager: Any, timeout_s: float | None, cell_timeout_s: float | None
+    ) -> BaseException | None:
+        """Run it and write everything about it; returns the interrupt that is to be raised."""
+        from fresnel.report.engine import Failure, execute
 
-    from fresnel.report.engine import Failure, execute
-
-    directory = begun.directory
-    notebook = _with_parameters(nbformat.read(begun.source, as_version=4), begun.params)
-    interrupt: BaseException | None = None
-
-    def save() -> None:
-        write_atomic(directory / EXECUTED_NAME, nbformat.writes(notebook) + "\n")
-
-    with _ballast(directory):
+        interrupt: BaseException | None = None
+        with _ballast(self.directory):
+            manager.notebook_start()
+            try:
+                failure = execute(
+                    manager,
+                    folder=project_root(),
+                    timeout_s=timeout_s,
+                    cell_timeout_s=cell_timeout_s,
+                )
+            except Exception as error:
+                text = f"The notebook could not be run: {type(error).__name__}: {error}"
+                failure = Failure("not_started", text)
+            except BaseException as second:  # Ctrl-C again, while the kernel was being stopped
+                failure, interrupt = Failure("stopped", "The run was stopped from outside."), second
+        manager.notebook_complete()
+        if failure is not None and failure.kind == "stopped" and interrupt is None:
+            interrupt = KeyboardInterrupt()
+        problems = []
         try:
-            failure = execute(
-                notebook,
-                save=save,
-                folder=project_root(),
-                timeout_s=timeout_s,
-                cell_timeout_s=cell_timeout_s,
-                progress=progress,
-                label=label,
-                environment={"FRESNEL_TRACE": str(trace)},
+            self.save(manager.nb)
+        except OSError as error:
+            problems.append(f"The executed notebook could not be saved ({error.strerror}).")
+        record = self._settle(manager.nb, failure)
+        try:
+            record.write(self.directory / RESULTS_NAME)
+        except OSError as error:
+            problems.append(f"{RESULTS_NAME} could not be written ({error.strerror}).")
+        problem = _page(self.directory, record, manager.nb)
+        problems += [problem] if problem else []
+        self.done = Run(record, self.directory, " ".join(problems) or None)
+        return interrupt
+
+    def _settle(self, executed: Any, failure: Failure | None) -> RunRecord:
+        """The record's final state: the notebook's own where it wrote one."""
+        from fresnel.report.engine import Failure
+        from fresnel.report.page import notebook_title
+
+        try:
+            record = RunRecord.read(self.directory)
+        except RecordError:
+            record = RunRecord(self.source.stem, "finished", "DONE", params=dict(self.params))
+            record = record.replace(started_utc=self.utc)
+        if failure is None and record.status == "running":
+            text = "The notebook ended without a verdict: its last cell must call finish()."
+            failure = Failure("no_verdict", text)
+        refused = record.status == "finished" and record.verdict == "REFUSED"
+        if failure is not None and not refused:  # a refusal stops the notebook by raising
+            record = record.replace(
+                status="crashed",
+                verdict=None,
+                error=failure.message,
+                failure={"kind": failure.kind, "cell": failure.cell},
             )
-        except Exception as error:
-            text = f"The notebook could not be run: {type(error).__name__}: {error}"
-            failure = Failure("not_started", text)
-        except BaseException as second:  # Ctrl-C again, while the kernel was being stopped
-            failure, interrupt = Failure("stopped", "The run was stopped from outside."), second
-    if failure is not None and failure.kind == "stopped" and interrupt is None:
-        interrupt = KeyboardInterrupt()
-    problems = []
-    try:
-        save()
-    except OSError as error:
-        problems.append(f"The executed notebook could not be saved ({error.strerror}).")
-    record = _settle(begun, notebook, failure, reports)
-    try:
-        record.write(directory / RESULTS_NAME)
-    except OSError as error:
-        problems.append(f"{RESULTS_NAME} could not be written ({error.strerror}).")
-    problem = _page(directory, record, notebook)
-    problems += [problem] if problem else []
-    return Run(record, directory, " ".join(problems) or None), interrupt
+        artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
+        with contextlib.suppress(OSError):
+            if "thumbnail" not in artifacts and _first_picture(executed, self.directory):
+                artifacts["thumbnail"] = THUMBNAIL_NAME
+        # the notebook's clock misses the kernel's start and end, which the machine's owner pays too
+        duration = time.perf_counter() - self.clock
+        inputs = {
+            **cache.inputs_of(self.params, self.directory),
+            **record.provenance.get("inputs", {}),
+        }
+        record = record.replace(
+            duration_s=duration,
+            cost_usd=record.price_per_hour_usd * duration / 3600.0,
+            name=self.name,
+            title=notebook_title(executed) or self.source.stem,
+            artifacts=artifacts,
+            provenance={**record.provenance, "identity": self.identity, "inputs": inputs},
+        )
+        return record.replace(cost_avoided=costs.cost_avoided(record, _others(self.reports)))
 
 
-def _reuse(directory: Path, record: RunRecord) -> Run:
+def _reuse(directory: Path) -> Run:
+    record = RunRecord.read(directory)
     git = record.provenance.get("git") or {}
     record = record.replace(
         cached={
@@ -302,59 +429,6 @@ def _reuse(directory: Path, record: RunRecord) -> Run:
     )
     record.write(directory / RESULTS_NAME)
     return Run(record, directory, _page(directory, record))
-
-
-def _with_parameters(notebook: Any, params: Mapping[str, Any]) -> Any:
-    """The notebook with a cell behind its parameters cell that sets those that differ."""
-    if not params:
-        return notebook
-    from papermill.parameterize import parameterize_notebook
-
-    notebook.metadata["papermill"] = {}  # where it notes the parameters; our record has them
-    for cell in notebook.cells:
-        cell.metadata.setdefault("tags", [])
-    filled = parameterize_notebook(notebook, dict(params), kernel_name="python3", language="python")
-    del filled.metadata["papermill"]
-    return filled
-
-
-def _settle(begun: _Begun, executed: Any, failure: Failure | None, reports: Path) -> RunRecord:
-    """The record's final state: the notebook's own where it wrote one."""
-    from fresnel.report import ledger
-    from fresnel.report.engine import Failure
-    from fresnel.report.page import notebook_title
-
-    directory, source = begun.directory, begun.source
-    try:
-        record = RunRecord.read(directory)
-    except RecordError:
-        record = RunRecord(source.stem, "finished", "DONE", params=dict(begun.params))
-        record = record.replace(started_utc=begun.utc)
-    if failure is None and record.status == "running":
-        text = "The notebook ended without a verdict: its last cell must call finish()."
-        failure = Failure("no_verdict", text)
-    refused = record.status == "finished" and record.verdict == "REFUSED"
-    if failure is not None and not refused:  # a refusal stops the notebook by raising, on purpose
-        record = record.replace(
-            status="crashed",
-            verdict=None,
-            error=failure.message,
-            failure={"kind": failure.kind, "cell": failure.cell},
-        )
-    # the notebook's clock misses the kernel's start and end, which the machine's owner pays too
-    duration = time.perf_counter() - begun.clock
-    artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
-    with contextlib.suppress(OSError):
-        if "thumbnail" not in artifacts and _first_picture(executed, directory / THUMBNAIL_NAME):
-            artifacts["thumbnail"] = THUMBNAIL_NAME
-    record = record.replace(
-        duration_s=duration,
-        cost_usd=record.price_per_hour_usd * duration / 3600.0,
-        name=begun.name,
-        title=notebook_title(executed) or source.stem,
-        artifacts=artifacts,
-    )
-    return record.replace(cost_avoided=ledger.cost_avoided(record, _others(reports)))
 
 
 def _others(reports: Path) -> Iterator[RunRecord]:
@@ -392,28 +466,19 @@ def _page(directory: Path, record: RunRecord, notebook: Any = None) -> str | Non
 
 
 @contextlib.contextmanager
-def _alone(reports: Path, wanted: Mapping[str, Any], name: str) -> Iterator[None]:
-    waiting = f"{name}: another process is computing this very report; waiting for it"
-    with locked(cache.lock_file(reports, wanted), waiting):
-        yield
-
-
-@contextlib.contextmanager
 def _ballast(directory: Path) -> Iterator[None]:
     """Hold some room on the run's disk, and give it back at the end."""
     path = directory / ".ballast"
-    with contextlib.suppress(OSError), open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, _BALLAST_BYTES)
+    with contextlib.suppress(OSError):
+        path.write_bytes(b"\0" * _BALLAST_BYTES)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
 
 
-def _first_picture(notebook: Any, target: Path) -> bool:
+def _first_picture(notebook: Any, folder: Path) -> bool:
     """A run without a thumbnail of its own shows its first figure."""
-    import base64
-
     from PIL import Image
 
     for cell in notebook.cells:
@@ -422,6 +487,6 @@ def _first_picture(notebook: Any, target: Path) -> bool:
             if encoded:
                 picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
                 picture.thumbnail((480, 480), Image.Resampling.LANCZOS)
-                picture.save(target, optimize=True)
+                picture.save(folder / THUMBNAIL_NAME, optimize=True)
                 return True
     return False
