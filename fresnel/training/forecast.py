@@ -174,18 +174,13 @@ def rehearse(
     truth: ViewTensors,
     contenders: Mapping[str, evaluate.Predictor],
 ) -> dict[str, float]:
-    """Seconds of single acts of the full run, each done once or twice.
+    """Seconds of single acts of the full run with this `config`, each done once or twice:
+    "compile", "validation", "preview", "checkpoint"; "evaluate_first", the contenders on the first
+    record of `truth`, with what they load for it; "evaluate_record", on every further record.
 
     Args:
         task: a fresh one, as the smoke run's may already be compiled.
         result: of the smoke run, whose `compile_s` may be for an empty cache.
-        config: of the full run.
-        truth: held-out views.
-        contenders: what the full run will evaluate on them.
-
-    Returns:
-        "compile", "validation", "preview", "checkpoint"; "evaluate_first", the contenders' first
-        record, with what they load for it; "evaluate_record", every further record.
     """
     stepper, model, acts = Stepper(task, config), result.ema_model, dict[str, float]()
     gpu = stepper.device.type == "cuda"
@@ -230,20 +225,17 @@ def full_run(
     start_s: float,
     price_per_hour_usd: float,
 ) -> dict[str, Any]:
-    """Time, memory and cost of the whole notebook 03.
+    """Time, memory and cost of the whole notebook 03 with this `config`: "steps", "samples",
+    "samples_per_s", "duration_s", "cost_usd", "peak_memory_bytes" of the training, and "parts", the
+    seconds of each of `PARTS`.
 
     Args:
         acts: from `rehearse`.
         result: of the smoke run, which went through the whole curriculum.
         stages: of this notebook so far; the full run will open and draw as much.
-        config: of the full run.
         batch_size: samples a step.
         records: how many held-out records will be evaluated.
         around_s: `around_steps` of this process's first training, as 03's is its first.
-
-    Returns:
-        "steps", "samples", "samples_per_s", "duration_s", "cost_usd", "peak_memory_bytes" of the
-        training, and "parts", the seconds of each of `PARTS`.
     """
     on_gpu = next(result.model.parameters()).is_cuda
     step_s, warm_up_s = pace(result.history, batch_size, recorded=on_gpu and config.graphs)

@@ -107,11 +107,11 @@ class Stepper:
         Raises:
             OutOfMemory: says what to lower.
         """
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.lr(step))
-            else:
-                group["lr"] = self.lr(step)
+        (group,) = self.optimizer.param_groups
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(self.lr(step))
+        else:
+            group["lr"] = self.lr(step)
         with explained_memory_errors(self.task, self.device, step):
             if self.recorder:
                 phase = self.task.phase(step / self.config.steps)
@@ -263,10 +263,11 @@ def kernels(deterministic: bool | None, device: torch.device) -> Iterator[None]:
     new shape and keeps the fastest. TF32 stays as it is: geometry needs float32.
     """
     memory: Any = torch.utils.deterministic
+    cudnn = torch.backends.cudnn
     wanted = device.type == "cpu" if deterministic is None else deterministic
     before = torch.are_deterministic_algorithms_enabled()
-    warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill_before, trials_before = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, tried = memory.fill_uninitialized_memory, cudnn.benchmark
     try:
         if wanted:
             # cuBLAS reads it when it starts, and keeps to one order of summation
@@ -274,9 +275,8 @@ def kernels(deterministic: bool | None, device: torch.device) -> Iterator[None]:
             torch.use_deterministic_algorithms(True, warn_only=True)
             # costs a write of every new tensor, and nothing here reads uninitialised memory
             memory.fill_uninitialized_memory = False
-        torch.backends.cudnn.benchmark = not wanted
+        cudnn.benchmark = not wanted
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_before)
-        memory.fill_uninitialized_memory = fill_before
-        torch.backends.cudnn.benchmark = trials_before
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        memory.fill_uninitialized_memory, cudnn.benchmark = filled, tried
