@@ -29,7 +29,7 @@ from fresnel.render import render
 from fresnel.scene.cameras import Cameras, gravity_frame, orbit
 from fresnel.scene.gaussians import Gaussians
 from fresnel.training.decoder_task import DecoderTask
-from fresnel.training.losses import WEIGHTS, multiview_loss, similarity
+from fresnel.training.losses import WEIGHTS, multiview_loss
 
 TINY = DecoderConfig(
     image_size=32, base_channels=8, channel_multipliers=(1, 2), attention_levels=(), patch=2
@@ -461,17 +461,6 @@ def test_pivots_away_from_the_origin_make_no_difference():
 def test_task_refuses_what_it_cannot_train_on():
     with pytest.raises(ValueError, match="batch_size"):
         DecoderTask(blobs(), TINY, batch_size=0)
-
-
-def test_training_similarity_is_torchmetrics_ssim():
-    from fresnel.evaluation.metrics import ssim
-
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(3, 2, 24, 30, 3, generator=generator, dtype=torch.float64)
-    truth = (image + 0.2 * torch.rand(image.shape, generator=generator)).clamp(0, 1)
-    expected = ssim(image.flatten(0, 1), truth.flatten(0, 1)).mean()
-    torch.testing.assert_close(similarity(image, truth), expected, atol=1e-6, rtol=1e-6)
-    assert similarity(image.float(), image.float()) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_large_renders_leave_no_gaps_between_small_gaussians():

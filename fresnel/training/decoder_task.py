@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fresnel.data.records import ViewTensors
-from fresnel.evaluation.metrics import psnr
+from fresnel.evaluation.metrics import psnr, ssim_window
 from fresnel.models.decoder import Decoder, DecoderConfig, resize
 from fresnel.models.patch_decoder import normalised_depth
 from fresnel.render import Views, render
 from fresnel.scene.cameras import Cameras, mirror_signs, rigid_inverse
 from fresnel.scene.colour import luminance
 from fresnel.scene.gaussians import Gaussians
-from fresnel.training.losses import WEIGHTS, multiview_loss, uniform, window
+from fresnel.training.losses import WEIGHTS, multiview_loss, uniform
 from fresnel.training.task import digest
 
 Batch = dict[str, Tensor]
@@ -68,7 +68,7 @@ class DecoderTask:
         self._train = _Pool(views, self.device)
         self._held_out = _Pool(validation, self.device) if validation else self._train
         self.target_views = min(target_views, self._train.views - 1)
-        self._windows = (window(self._train.size, torch.zeros((), device=self.device)),) * 2
+        self._windows = (ssim_window(self._train.size, torch.zeros((), device=self.device)),) * 2
         self._mirroring = mirror_signs(self.device)
         self.hot: dict[str, Callable[..., Any]] = {
             "network": decoded,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fresnel.evaluation.metrics import ssim_map
 from fresnel.models.cvs import CVS, CVSConfig, randn
 from fresnel.render import Views
 from fresnel.scene.colour import srgb_to_linear
@@ -283,7 +284,7 @@ def multiview_loss(
         background: sRGB in [0, 1], broadcastable to (B, V, H, W, 3).
         target_depth: z-depth, (B, V, H, W), 0 where unknown; None: no depth term.
         gaussians: the scenes, for the regularisers; None: none.
-        windows: see `similarity`.
+        windows: see `ssim_map`.
 
     Returns:
         "rgb_l1", "rgb_mse", "ssim" (1 - SSIM), "alpha_l1", perhaps "depth_l1", "scale",
@@ -297,7 +298,7 @@ def multiview_loss(
         "alpha_l1": F.l1_loss(views.alpha, target[..., 3:]),
     }
     if weights["ssim"] > 0:
-        terms["ssim"] = 1 - similarity(ours, truth, windows)
+        terms["ssim"] = 1 - ssim_map(ours, truth, windows).mean()
     if target_depth is not None:
         depth, alpha = views.depth[..., 0], views.alpha[..., 0].detach()
         valid = ((target_depth > 0) & (target[..., 3] > 0.5) & (alpha > 0.5)).float()
@@ -310,44 +311,3 @@ def multiview_loss(
         terms["opacity"] = (opacity * (1 - opacity)).mean()
     terms["loss"] = torch.stack([weights[k] * v for k, v in terms.items()]).sum()
     return terms
-
-
-def similarity(
-    image: Tensor, truth: Tensor, windows: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Mean SSIM of images (..., H, W, 3) in [0, 1], of at least 6 pixels a side.
-
-    The value of `evaluate.ssim` (torchmetrics'), for training: the 11 x 11 Gaussian window is
-    separable, and as two products with banded matrices it costs a hundredth of the convolution.
-    `windows`: `window` of the height and of the width, where they are at hand.
-    """
-
-    def mean(values: Tensor) -> Tensor:
-        return rows @ (values @ columns.mT)
-
-    x, y = (value.movedim(-1, -3) for value in (image, truth))
-    rows, columns = windows or (window(size, x) for size in x.shape[-2:])
-    mean_x, mean_y = mean(x), mean(y)
-    var_x, var_y, covariance = (
-        mean(a * b) - mean_a * mean_b
-        for a, b, mean_a, mean_b in (
-            (x, x, mean_x, mean_x),
-            (y, y, mean_y, mean_y),
-            (x, y, mean_x, mean_y),
-        )
-    )
-    c1, c2 = 0.01**2, 0.03**2
-    spread = var_x.clamp_min(0) + var_y.clamp_min(0) + c2
-    alike = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    return (alike / ((mean_x.square() + mean_y.square() + c1) * spread)).mean()
-
-
-def window(size: int, like: Tensor, *, reach: int = 5, sigma: float = 1.5) -> Tensor:
-    """Matrix (size, size) that averages neighbours by a Gaussian; edges are reflected."""
-    place = torch.arange(size, device=like.device)
-    outer = torch.arange(-reach, size + reach, device=like.device)
-    offset = (outer - place[:, None]).to(like.dtype)
-    weights = torch.exp(-0.5 * (offset / sigma).square()) * (offset.abs() <= reach)
-    inner = (size - 1) - ((size - 1) - outer.abs()).abs()
-    weights = weights @ (inner[:, None] == place).to(like.dtype)
-    return weights / weights.sum(dim=1, keepdim=True)
