@@ -79,50 +79,31 @@ def make_task(
             that 03 exported.
     """
     torch.manual_seed(seed)
-    if model in CVS_MODELS:
-        changes: dict[str, Any] = {"parameterisation": parameterisation}
-        if parameterisation == "regression":
-            changes = {"sigma_max_fraction": 1.0, "ect_stages": 1}
-        config = CVSConfig.preset(
-            size,
-            image_size=data.rgb.shape[2],
-            loss_weight=loss_mask,
-            render_condition=model in RENDER_MODELS,
-            render_base=model in RENDER_MODELS,
-            render_twin=model == "cvs-twin",
-            **changes,
-        )
-        network = CVS(config)
+    common: dict[str, Any] = {"batch_size": batch_size, "validation": validation, "device": device}
+    common["any_input"] = ground_truth
+    if model in _DECODER_SIZES:
         if initial_weights:
-            network.start_from(
-                cvs.load_shipped(model=model)
-                if initial_weights == "shipped"
-                else CVS.load(initial_weights)
-            )
-        return CVSTask(
-            network,
-            data,
-            batch_size=batch_size,
-            validation=validation,
-            any_input=ground_truth,
-            mirror=augment,
-            colour_jitter=0.3 if augment else 0.0,
-            pairs=pairs,
-            renderer=renderer,
-            device=device,
-        )
-    if initial_weights:
-        raise ValueError(f"initial_weights: only a CVS takes them; got model {model!r}, want ''")
-    if model not in _DECODER_SIZES:
+            raise ValueError(f"initial_weights: only a CVS takes them; got model {model!r}")
+        return DecoderTask(data, DecoderConfig(**_DECODER_SIZES[model][size]), **common)
+    if model not in CVS_MODELS:
         raise ValueError(f"model: got {model!r}, want one of {(*CVS_MODELS, *_DECODER_SIZES)}")
-    return DecoderTask(
-        data,
-        DecoderConfig(**_DECODER_SIZES[model][size]),
-        validation=validation,
-        batch_size=batch_size,
-        any_input=ground_truth,
-        device=device,
-    )
+    changes: dict[str, Any] = {"parameterisation": parameterisation}
+    if parameterisation == "regression":
+        changes = {"sigma_max_fraction": 1.0, "ect_stages": 1}
+    refines, side = model in RENDER_MODELS, data.rgb.shape[2]
+    config = CVSConfig.preset(
+        size, image_size=side, loss_weight=loss_mask, render_condition=refines,
+        render_base=refines, render_twin=model == "cvs-twin", **changes,
+    )  # fmt: skip
+    network = CVS(config)
+    if initial_weights:
+        ships = initial_weights == "shipped"
+        network.start_from(cvs.load_shipped(model=model) if ships else CVS.load(initial_weights))
+    jitter = 0.3 if augment else 0.0
+    return CVSTask(
+        network, data, mirror=augment, colour_jitter=jitter, pairs=pairs, renderer=renderer,
+        **common,
+    )  # fmt: skip
 
 
 def original_camera_map(
