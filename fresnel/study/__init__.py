@@ -1,1 +1,1 @@
-"""Many runs as one experiment: arms, seeds, profiles, the notebooks' protocol."""
+"""Many runs as one experiment: what is trained on which data, against what, and in which order."""

@@ -6,7 +6,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fresnel.bootstrap import CORRECTED, ORIGINAL, BootstrapConfig, bootstrap
 from fresnel.data import dataset
@@ -35,7 +35,7 @@ class Refused(RuntimeError):
         return [f"Refused: {self}"]
 
 
-def refuse(run: Recorder, why: str) -> None:
+def refuse(run: Recorder, why: str) -> NoReturn:
     """End the run as REFUSED."""
     run.finish("REFUSED", why, [why])
     raise Refused(why)
