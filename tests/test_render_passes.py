@@ -5,14 +5,11 @@ Whatever is kept alive must stay as it was, however often, deeply and concurrent
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import subprocess
 import sys
-import weakref
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -182,28 +179,6 @@ def test_no_views_have_gradients_of_zero() -> None:
     assert all((g == 0).all() for g in torch.autograd.grad(views.rgb.sum(), tensors))
 
 
-def test_memory_comes_back_as_soon_as_autograd_lets_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = Pool(limit=1 << 30)
-    monkeypatch.setattr(cpu, "_pool", pool)
-    tensors = leaves(12)
-    views = images(tensors)
-    assert len(pool.lent) == 1 and not pool.idle
-    torch.autograd.grad(loss(views), tensors, retain_graph=True)
-    assert len(pool.lent) == 1 and len(pool.idle) == 1  # the sums are back, the pass is not
-    torch.autograd.grad(loss(views), tensors)
-    assert not pool.lent  # although the images still live
-    size = pool.idle_bytes
-    for _ in range(20):
-        torch.autograd.grad(loss(images(tensors)), tensors)
-        with torch.no_grad():
-            images(tensors)
-    assert pool.idle_bytes == size and not pool.lent
-    with pytest.raises(ValueError, match="NaN"):
-        images([tensors[0] * float("nan"), *tensors[1:]])
-    gc.collect()
-    assert not pool.lent
-
-
 @pytest.mark.parametrize("coefficients", [0, 4])
 def test_what_is_left_in_reused_memory_does_not_matter(
     coefficients: int, monkeypatch: pytest.MonkeyPatch
@@ -225,38 +200,6 @@ def test_what_is_left_in_reused_memory_does_not_matter(
         grads = torch.autograd.grad(loss(views), tensors)
         results.append([views.rgb, views.alpha, views.depth, *grads])
     assert same(results[0], results[1]) and same(results[0], results[2])
-
-
-def test_the_pool_lends_what_fits_and_keeps_no_more_than_its_limit() -> None:
-    pool = Pool(limit=1 << 20)
-    loans = [pool.take(10_000) for _ in range(20)]
-    spans = sorted((loan.ctypes.data, loan.nbytes) for loan in loans)
-    assert all(at % 64 == 0 and size >= 80_000 for at, size in spans)
-    assert all(a + size <= b for (a, size), (b, _) in pairwise(spans))
-    alive = weakref.ref(loans[0])
-    loans.clear()
-    assert alive() is None and 0 < pool.idle_bytes <= pool.limit
-    assert pool.idle_bytes == sum(memory.nbytes for memory in pool.idle)
-    before, warm = len(pool.idle), pool.idle[-1].ctypes.data
-    small = pool.take(100)  # not out of something a hundred times as large
-    assert len(pool.idle) == before
-    assert pool.take(9_000).ctypes.data == warm
-    del small
-    huge = pool.take(1 << 20)
-    del huge
-    assert pool.idle_bytes <= pool.limit
-
-
-def test_the_pool_does_not_wait_for_its_lock() -> None:
-    """A collector that runs while the lock is held, or a fork then, must not be the end."""
-    pool = Pool(limit=1 << 30)
-    del (loan := [pool.take(1000)])[0]
-    assert len(pool.idle) == 1
-    with pool.lock:
-        loan = [pool.take(1000)]
-        assert len(pool.idle) == 1 and len(pool.lent) == 1
-        loan.clear()
-        assert len(pool.idle) == 1 and not pool.lent
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

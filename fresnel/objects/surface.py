@@ -105,14 +105,9 @@ def surface(scene: trimesh.Scene | trimesh.Trimesh) -> Surface:
     for part in parts:
         indices.append(np.where(part.texture >= 0, part.texture + len(textures), -1))
         textures += part.textures
-    return Surface(
-        np.concatenate([part.corners for part in parts]),
-        np.concatenate([part.normals for part in parts]),
-        np.concatenate([part.colors for part in parts]),
-        np.concatenate([part.uvs for part in parts]),
-        np.concatenate(indices),
-        tuple(textures),
-    )
+    fields = ("corners", "normals", "colors", "uvs")
+    joined = (np.concatenate([getattr(part, field) for part in parts]) for field in fields)
+    return Surface(*joined, np.concatenate(indices), tuple(textures))
 
 
 def _part(mesh: trimesh.Trimesh, matrix: NDArray[np.float64], linear: bool) -> Surface:

@@ -7,7 +7,6 @@ averaged there, because this library composites sRGB values.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +112,13 @@ def render(
     count, height, width = len(cameras), cameras.height, cameras.width
     out = np.zeros((count * height * width, 5), np.float32)
     tracer = _tracer(solid)
-    boxes = _pixel_boxes(solid, viewmats, Ks, width, height)
-    limit = max(_RAYS_AT_ONCE // samples, 1)
-    for pixels in _chunks(boxes, width, height, limit):
+    touched = []  # flat indices (view, y, x)
+    for view, (x0, x1, y0, y1) in enumerate(_pixel_boxes(solid, viewmats, Ks, width, height)):
+        rows = (view * height + np.arange(y0, y1)) * width
+        touched.append((rows[:, None] + np.arange(x0, x1)).ravel())
+    indices, limit = np.concatenate(touched), max(_RAYS_AT_ONCE // samples, 1)
+    for start in range(0, len(indices), limit):
+        pixels = indices[start : start + limit]
         out[pixels] = _trace(tracer, solid, pixels, offsets, viewmats, inverse_Ks, width, height)
     image = torch.from_numpy(out.reshape(count, height, width, 5))
     return Views(image[..., :3], image[..., 3:4], image[..., 4:5])
@@ -158,25 +161,6 @@ def _pixel_boxes(
         x1, y1 = (int(value) for value in np.clip(high, 0, (width, height)))
         boxes.append((x0, x1, y0, y1))
     return boxes
-
-
-def _chunks(
-    boxes: Sequence[tuple[int, int, int, int]], width: int, height: int, limit: int
-) -> Iterator[np.ndarray]:
-    """Flat indices (view, y, x) of the pixels in the boxes, at most ``limit`` at a time."""
-    waiting: list[np.ndarray] = []
-    size = 0
-    for view, (x0, x1, y0, y1) in enumerate(boxes):
-        rows = (view * height + np.arange(y0, y1)) * width
-        box = (rows[:, None] + np.arange(x0, x1)).ravel()
-        for part in np.array_split(box, max(1, -(-len(box) // limit))):
-            if size + len(part) > limit and waiting:
-                yield np.concatenate(waiting)
-                waiting, size = [], 0
-            waiting.append(part)
-            size += len(part)
-    if size:
-        yield np.concatenate(waiting)
 
 
 def _trace(
