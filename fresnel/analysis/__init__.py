@@ -1,1 +1,4 @@
-"""What the runs of a study say: tables, statistics, attribution, claims, costs."""
+"""What finished runs say: a table of them, statistics over seeds and objects, attribution, claims.
+
+Numbers, tables and rules; sentences about results stand in notebook 04 and are made from these.
+"""

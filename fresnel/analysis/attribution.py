@@ -16,14 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from fresnel.bootstrap import CORRECTED, ORIGINAL
-from fresnel.bootstrap import records as render_records
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
 from fresnel.data.layout import object_name
-from fresnel.evaluation.metrics import format_rows
 from fresnel.gate import verdict as gate
 from fresnel.host.machine import project_root
 from fresnel.models.decoder import Decoder
@@ -33,23 +31,17 @@ from fresnel.scene.colour import linear_to_srgb, luminance, srgb_to_linear
 from fresnel.scene.gaussians import Gaussians
 from fresnel.study import arms
 
-FACTORS = ("path", "decoder", "position", "exposure")
-"""Bits of a cell's name, in this order: in "0000" nothing is mended, in "1111" all four are."""
+FACTORS = {
+    "path": ("camera path", "cameras orbit the object"),
+    "decoder": ("decoder's training", "decoder trained on many views"),
+    "position": ("free positions", "Gaussians may leave ray and depth"),
+    "exposure": ("exposure", "views scaled to the input's luminance"),
+}
+"""Bits of a cell's name, in this order, and what is done where the bit is 1 (mended)."""
+NAMES = {factor: name for factor, (name, _) in FACTORS.items()}
 AS_IT_WAS = "0010"
 """The original's own cell: its Gaussians could leave ray and depth by up to a quarter unit."""
 PATH_ALONE = "1010"
-LABELS = {
-    "path": ("cameras orbit the input camera's place", "cameras orbit the object"),
-    "decoder": ("decoder trained on frontal views", "decoder trained on many views"),
-    "position": ("Gaussians locked to ray and depth", "Gaussians may leave ray and depth"),
-    "exposure": ("colours as rendered", "views scaled to the input's luminance"),
-}
-SHORT = {
-    "path": "camera path",
-    "decoder": "decoder's training",
-    "position": "free positions",
-    "exposure": "exposure",
-}
 OUTCOMES = ("light", "coverage")
 _MAX_GAIN = 16.0
 """Exposure is raised by no more: beyond, 8-bit views would be made of noise."""
@@ -253,150 +245,112 @@ def shapley(values: Mapping[str, Any], factors: int = len(FACTORS)) -> np.ndarra
     return np.stack(found)
 
 
-def attribute(
-    measured: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """What `factorial` measured, split among the factors, with bootstrap intervals over objects.
+def attribute(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `factorial` measured, split among the factors; intervals hold objects and decoders.
 
     Args:
-        measured: of one pair of decoders, or of several (seeds), of the same objects: means over
-            seeds are split, and the spread over them (standard deviation) stands beside.
+        measured: an entry a pair of decoders (seed), all of the same objects; of none, all is
+            unknown.
 
     Returns:
         For "light" and "coverage": "original" (`AS_IT_WAS`), "none" mended (and positions locked),
-        all "mended", and "truth" (each value, low, high, sd);
-        "factors": factor -> {"gain" (Shapley value), "share" of the whole way, "alone" (mended
-        first, nothing else), "last" (everything else mended before), each with _low, _high, _sd}.
-        "cells": a row a cell: name, light, coverage with intervals, the gate's verdict and in how
-        many seeds it failed. "objects", "seeds": how many.  One seed has no _sd.
+        all "mended", and "truth", each an `Estimate`; "factors": factor -> {"gain" (Shapley value),
+        "share" of the whole way, "alone" (mended first, nothing else), "last" (everything else
+        mended before)}.  "cells": name -> {"light", "coverage", "passed": 1 or 0 a seed, "codes" of
+        the gate}.  "objects", "seeds": how many.
 
     Raises:
         ValueError: if the seeds are of different objects.
     """
-    runs = [measured] if isinstance(measured, Mapping) else list(measured)
-    if any(run["objects"] != runs[0]["objects"] for run in runs):
+    if not measured:
+        unknown = dict.fromkeys(("gain", "share", "alone", "last"), Estimate())
+        part = dict.fromkeys(("original", "none", "mended", "truth"), Estimate())
+        part |= {"factors": dict.fromkeys(FACTORS, unknown)}
+        return {"objects": 0, "seeds": 0, "cells": {}, **dict.fromkeys(OUTCOMES, part)}
+    if any(run["objects"] != measured[0]["objects"] for run in measured):
         raise ValueError("measured: seeds of different objects")
-    objects = [object_name(name) for name in runs[0]["objects"]]
+    objects = [object_name(name) for name in measured[0]["objects"]]
     unique = list(dict.fromkeys(objects))
     member = np.array([[name == one for name in objects] for one in unique], float)
     member /= member.sum(axis=1, keepdims=True)  # poses of one object count once
-    draws = np.random.default_rng(seed).integers(len(unique), size=(resamples, len(unique)))
-    tail = 100 * (1 - confidence) / 2
-
-    def summary(name: str, values: np.ndarray, over: np.ndarray | None = None) -> dict[str, float]:
-        """Of (seeds, objects): the mean, or ratio of means, its interval and its spread."""
-        below = np.ones_like(values) if over is None else over
-        with np.errstate(invalid="ignore", divide="ignore"):  # no gain has no shares
-            each = values.mean(axis=1) / below.mean(axis=1)
-            mean = values.mean() / below.mean()
-            drawn = values.mean(0)[draws].mean(axis=1) / below.mean(0)[draws].mean(axis=1)
-        low, high = np.percentile(drawn, [tail, 100 - tail]) if len(unique) > 1 else (np.nan,) * 2
-        found = {"": mean, "_low": low, "_high": high}
-        if len(each) > 1:
-            found["_sd"] = each.std(ddof=1)
-        return {name + ending: float(value) for ending, value in found.items()}
-
-    def per_object(cells: Sequence[Mapping[str, Any]], outcome: str) -> np.ndarray:
-        return np.stack([member @ np.array(cell[outcome]) for cell in cells])
-
-    names = list(runs[0]["cells"])
     none, everything = "0" * len(FACTORS), "1" * len(FACTORS)
-    result: dict[str, Any] = {"objects": len(unique), "seeds": len(runs)}
+    names = list(measured[0]["cells"])
+    result: dict[str, Any] = {"objects": len(unique), "seeds": len(measured)}
+    cells = result["cells"] = {
+        name: {
+            "passed": [float(run["cells"][name]["verdict"] == "PASS") for run in measured],
+            "codes": list(
+                dict.fromkeys(c for run in measured for c in run["cells"][name]["codes"])
+            ),
+        }
+        for name in names
+    }
     for outcome in OUTCOMES:
-        values = {name: per_object([run["cells"][name] for run in runs], outcome) for name in names}
-        gains = shapley(values)
+        values = {
+            name: np.stack([member @ np.array(run["cells"][name][outcome]) for run in measured])
+            for name in names
+        }
+        truth = np.stack([member @ np.array(run["truth"][outcome]) for run in measured])
         whole = values[everything] - values[none]
-        factors: dict[str, Any] = {}
-        for i, factor in enumerate(FACTORS):
-            alone = "".join("1" if k == i else "0" for k in range(len(FACTORS)))
-            last = "".join("0" if k == i else "1" for k in range(len(FACTORS)))
+        factors = {}
+        for i, (factor, gain) in enumerate(zip(FACTORS, shapley(values), strict=True)):
+            alone = none[:i] + "1" + none[i + 1 :]
+            last = everything[:i] + "0" + everything[i + 1 :]
             factors[factor] = {
-                **summary("gain", gains[i]),
-                **summary("share", gains[i], whole),
-                **summary("alone", values[alone] - values[none]),
-                **summary("last", values[everything] - values[last]),
+                "gain": _summary(gain),
+                "share": _summary(gain, whole),
+                "alone": _summary(values[alone] - values[none]),
+                "last": _summary(values[everything] - values[last]),
             }
         result[outcome] = {
             "factors": factors,
-            **summary("original", values[AS_IT_WAS]),
-            **summary("none", values[none]),
-            **summary("mended", values[everything]),
-            **summary("truth", per_object([run["truth"] for run in runs], outcome)),
+            "original": _summary(values[AS_IT_WAS]),
+            "none": _summary(values[none]),
+            "mended": _summary(values[everything]),
+            "truth": _summary(truth),
         }
-    result["cells"] = []
-    for name in names:
-        same = [run["cells"][name] for run in runs]
-        codes = [code for cell in same for code in cell["codes"]]
-        failed = sum(cell["verdict"] == "FAIL" for cell in same)
-        row: dict[str, Any] = {"cell": name, "verdict": "FAIL" if failed else "PASS"}
-        row |= {"failed": failed, "codes": list(dict.fromkeys(codes))}
-        for outcome in OUTCOMES:
-            row |= summary(outcome, per_object(same, outcome))
-        result["cells"].append(row)
+        for name in names:
+            cells[name][outcome] = _summary(values[name])
     return result
 
 
-def shares_table(found: Mapping[str, Any]) -> str:
-    """The split as Markdown, a table an outcome, a row a factor."""
-    tables = []
-    for outcome in OUTCOMES:
-        rows = []
-        for factor, (_, mended) in LABELS.items():
-            entry = found[outcome]["factors"][factor]
-            rows.append(
-                {
-                    f"{outcome}: factor, mended": f"{SHORT[factor]}: {mended}",
-                    "share": _text(entry, "share", percent=True),
-                    "gained": _text(entry, "gain"),
-                    "mended alone": _text(entry, "alone"),
-                    "mended last": _text(entry, "last"),
-                }
-            )
-        tables.append(format_rows(rows))
-    return "\n\n".join(tables)
+def _summary(values: np.ndarray, over: np.ndarray | None = None) -> Estimate:
+    """Of (seeds, objects): the mean, or the ratio of means, whose interval is that of its
+    linearisation (values - ratio over) / mean(over)."""
+    below = np.ones_like(values) if over is None else over
+    if not below.mean():
+        return Estimate()  # no gain has no shares
+    mean = float(values.mean() / below.mean())
+    low, high = interval((values - mean * below) / below.mean())
+    each = values.mean(axis=1) / below.mean(axis=1)
+    return Estimate(mean, tuple(map(float, each)), mean + low, mean + high)
 
 
-def cells_table(found: Mapping[str, Any]) -> str:
-    """The 16 cells as a Markdown table; "x" marks a mended factor."""
+def shares_table(split: Mapping[str, Any], outcome: str) -> pd.DataFrame:
+    """A row a factor: its share of what was gained (%), the gain, and alone and last."""
     rows = []
-    for cell in found["cells"]:
-        marks = {f: "x" if bit == "1" else "" for f, bit in zip(FACTORS, cell["cell"], strict=True)}
-        said = cell["verdict"] + (f": {cell['codes'][0]}" if cell["codes"] else "")
-        if 0 < cell["failed"] < found["seeds"]:
-            said += f" ({cell['failed']} of {found['seeds']} seeds)"
-        rows.append(
-            {**marks, **{o: _text(cell, o) for o in OUTCOMES}, "the gate says": said}
-        )  # fmt: skip
-    return format_rows(rows)
+    for factor, (name, mended) in FACTORS.items():
+        entry = split[outcome]["factors"][factor]
+        rows.append({f"{outcome}: mended": f"{name}: {mended}", "share": percent(entry["share"])})
+        rows[-1] |= {"gained": entry["gain"].text(), "mended alone": entry["alone"].text()}
+        rows[-1] |= {"mended last": entry["last"].text()}
+    return pd.DataFrame(rows)
 
 
-def sentence(found: Mapping[str, Any]) -> str:
-    """The finding in words, from the same numbers."""
-    parts = []
-    for outcome in OUTCOMES:
-        part = found[outcome]
-        shares = sorted(part["factors"].items(), key=lambda item: -item[1]["share"])
-        split = ", ".join(f"{name} {_text(entry, 'share', percent=True)}" for name, entry in shares)
-        parts.append(
-            f"Of the input's {outcome} the original's views hold {part['original']:.2f} "
-            f"({part['none']:.2f} with its Gaussians locked), the mended ones "
-            f"{part['mended']:.2f}, true views {part['truth']:.2f}; of the gain: {split}."
-        )
-    seeds = f", {found['seeds']} seeds (± their spread)" if found["seeds"] > 1 else ""
-    return " ".join(parts) + f" {found['objects']} held-out objects{seeds}."
+def percent(share: Estimate) -> str:
+    """A share in per cent."""
+    mean, low, high = (100 * v for v in (share.mean, share.low, share.high))
+    return Estimate(mean, tuple(100 * s for s in share.seeds), low, high).text(0) + " %"
 
 
-def _text(entry: Mapping[str, Any], name: str, *, percent: bool = False) -> str:
-    scale, unit, digits = (100, " %", 0) if percent else (1, "", 2)
-    value, low, high = (entry[name + end] for end in ("", "_low", "_high"))
-    text = f"{scale * value:.{digits}f}"
-    if f"{name}_sd" in entry:
-        text += f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{scale * entry[f'{name}_sd']:.{digits}f}"
-    text += unit
-    if low is None or not math.isfinite(low):
-        return text
-    return f"{text} [{scale * low:.{digits}f},\N{NO-BREAK SPACE}{scale * high:.{digits}f}]"
+def cells_table(split: Mapping[str, Any]) -> pd.DataFrame:
+    """The 16 cells, "x" where a factor is mended, and what the gate says to each."""
+    rows = []
+    for name, cell in split["cells"].items():
+        passed = int(sum(cell["passed"]))
+        said = "PASS" if passed == split["seeds"] else f"FAIL: {', '.join(cell['codes'][:2])}"
+        if 0 < passed < split["seeds"]:
+            said += f" ({split['seeds'] - passed} of {split['seeds']} seeds)"
+        marks = {f: "x" if bit == "1" else "" for f, bit in zip(FACTORS, name, strict=True)}
+        rows.append({**marks, **{o: cell[o].text() for o in OUTCOMES}, "the gate says": said})
+    return pd.DataFrame(rows)

@@ -1,0 +1,147 @@
+"""Finished runs as tables: a row a run, and a row a figure of a training.
+
+`read` takes what lies below a folder: `results.json` of every run, or `runs.jsonl`, which has a
+line a run and is how a study is published (reports/published/study).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+TABLE = "runs.jsonl"
+"""Every run's results.json, one a line, without what only its own page needs."""
+ROLES = {
+    "01-original": "01-original-B",
+    "01-corrected": "01-bootstrap-B",
+    "02-control": "02-original-B",
+    "02-corrected": "02-bootstrap-B",
+    "03-control": "03-original",
+    "03-corrected": "03-gated",
+}
+"""The main job's runs, and the step of notebooks/params/study.yaml that does the same."""
+OWN = "own"
+"""The predictor of a figure: what the run trained, whatever its kind."""
+_COLUMNS = ["notebook", "step", "seed", "role", "verdict", "summary", "reasons", "params"]
+_COLUMNS += ["metrics", "stages", "artifacts", "provenance", "started_utc", "duration_s"]
+_COLUMNS += ["price_per_hour_usd", "cost_usd", "folder"]
+_METRICS = ("psnr", "psnr_white", "psnr_foreground", "ssim", "luminance_ratio", "coverage_ratio")
+
+
+def read(folder: str | Path, prefix: str = "") -> pd.DataFrame:
+    """The newest run of each name below a folder that finished and was not refused.
+
+    Args:
+        prefix: what the names of the main job's runs start with.
+
+    Returns:
+        A row a run, by name: columns of results.json, and
+        step: the study's step without its seed ("03-gated"), also of the main job's runs where no
+            study has that step; a run that is neither is its own step;
+        seed: a number, 0 where there is none;
+        role: the main job's run that it is or, at seed 0, stands in for (`ROLES`); else "".
+    """
+    newest: dict[str, dict[str, Any]] = {}
+    for record in _records(Path(folder)):
+        name = record.get("name")
+        if record.get("status") != "finished" or record.get("verdict") == "REFUSED" or not name:
+            continue
+        if name not in newest or record["started_utc"] > newest[name]["started_utc"]:
+            newest[name] = record
+    mine = {prefix + role: step for role, step in ROLES.items() if prefix + role in newest}
+    steps = {name: re.sub(r"-s\d+$", "", name) for name in newest}
+    known = set(steps.values())
+    for name, record in newest.items():
+        number = re.search(r"-s(\d+)$", name)
+        record |= {"step": steps[name], "seed": int(number[1]) if number else 0, "role": ""}
+        if name in mine:
+            record["role"] = name.removeprefix(prefix)
+            if mine[name] not in known:
+                record["step"] = mine[name]
+        elif record["seed"] == 0 and number:
+            stands_in = {step: role for role, step in ROLES.items()}.get(steps[name], "")
+            record["role"] = "" if prefix + stands_in in newest else stands_in
+    found = pd.DataFrame.from_dict(newest, orient="index", columns=_COLUMNS).sort_index()
+    return found.astype({"seed": int})
+
+
+def _records(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every readable record below a folder, with the folder that its artifacts lie in."""
+    for path in sorted(folder.rglob("results.json")):
+        try:
+            yield {**json.loads(path.read_text(encoding="utf-8")), "folder": str(path.parent)}
+        except (OSError, ValueError, TypeError):
+            continue  # a run that is being written, or was damaged: the index says so
+    for path in sorted(folder.rglob(TABLE)):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            yield {**record, "folder": str(path.parent / record["name"])}
+
+
+def of(runs: pd.DataFrame, step: str) -> list[dict[str, Any]]:
+    """The metrics of a step's runs, one a seed, with "verdict", "summary", "reasons" and times."""
+    keep = ["verdict", "summary", "reasons", "duration_s"]
+    rows = runs[runs.step == step].sort_values("seed")
+    return [{**row.metrics, **{name: row[name] for name in keep}} for _, row in rows.iterrows()]
+
+
+def recorded(runs: pd.DataFrame, metric: str) -> list[Any]:
+    """What the newest run that has it recorded as a metric, a list; [] of none."""
+    rows = runs[[metric in metrics for metrics in runs.metrics]].sort_values("started_utc")
+    return rows.metrics.iloc[-1][metric] if len(rows) else []
+
+
+def roles(runs: pd.DataFrame) -> dict[str, pd.Series]:
+    """Role -> its run, of those that there are."""
+    rows = {row.role: row for _, row in runs[runs.role != ""].iterrows()}
+    return {role: rows[role] for role in ROLES if role in rows}
+
+
+def figures(runs: pd.DataFrame) -> pd.DataFrame:
+    """What the trainings (03) showed of held-out objects.
+
+    Returns:
+        A row for each (arm, metric, predictor, bin, seed), which is the index: columns mean, low,
+        high (95 %, over objects) and one an object, where values by object were kept.  An arm is a
+        step without "03-"; a predictor is `OWN`, or a name as "copy_input" or "decoder render".
+    """
+    rows = {}
+    for _, run in runs[runs.step.str.startswith("03-")].iterrows():
+        model = run.params.get("model", "")
+        for name, summary in run.metrics.get("summaries", {}).items():
+            predictor = OWN if name == model else name
+            for entry in summary:
+                for metric in (m for m in _METRICS if entry.get(m) is not None):
+                    key = (run.step[3:], metric, predictor, entry["bin"], run.seed)
+                    objects = run.metrics.get(f"{metric}_by_object", {}).get(name, {})
+                    rows[key] = {
+                        "mean": entry[metric],
+                        "low": _number(entry.get(f"{metric}_low")),
+                        "high": _number(entry.get(f"{metric}_high")),
+                        **objects.get(entry["bin"], {}),
+                    }
+    names = ["arm", "metric", "predictor", "bin", "seed"]
+    index = pd.MultiIndex.from_tuples(rows, names=names) if rows else _empty(names)
+    columns = dict.fromkeys(["mean", "low", "high", *(c for row in rows.values() for c in row)])
+    found = pd.DataFrame(list(rows.values()), index=index, columns=list(columns), dtype=float)
+    return found.sort_index()
+
+
+def _empty(names: list[str]) -> pd.MultiIndex:
+    return pd.MultiIndex.from_arrays([[] for _ in names], names=names)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def pictures(runs: Mapping[str, pd.Series], artifact: str) -> dict[str, Path]:
+    """Role -> the picture that its run left; a published run may have none."""
+    files = {role: Path(run.folder, run.artifacts.get(artifact, "-")) for role, run in runs.items()}
+    return {role: path for role, path in files.items() if path.is_file()}
