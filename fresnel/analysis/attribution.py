@@ -20,6 +20,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fresnel.analysis.stats import Estimate, interval
+from fresnel.bootstrap import CORRECTED, ORIGINAL
+from fresnel.bootstrap import records as render_records
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
 from fresnel.data.layout import object_name
 from fresnel.gate import verdict as gate
@@ -29,7 +32,7 @@ from fresnel.models.patch_decoder import FARTHEST, NEAREST
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.colour import linear_to_srgb, luminance, srgb_to_linear
 from fresnel.scene.gaussians import Gaussians
-from fresnel.study import arms
+from fresnel.study.arms import load_decoder
 
 FACTORS = {
     "path": ("camera path", "cameras orbit the object"),
@@ -57,29 +60,25 @@ class LockedDecoder(Decoder):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder.config)
         self.load_state_dict(decoder.state_dict())
-        self.provenance = decoder.provenance
         self.to(decoder.device).eval()
 
     def decode(
         self, rgba: Tensor, cameras: Cameras, depth: Tensor | None = None
     ) -> tuple[Gaussians, dict[str, Tensor]]:
         gaussians, aux = super().decode(rgba, cameras, depth)
-        m = len(rgba)
         if self.config.kind == "patch":
             used = aux.get("depth_known", aux["depth_predicted"])
             along = torch.linspace(-1.0, 1.0, used.shape[-1], device=used.device)
             y, x = torch.meshgrid(along, along, indexing="ij")  # OpenCV: y grows downwards
             z = NEAREST + (FARTHEST - NEAREST) * used
             points = torch.stack([x.expand_as(z), y.expand_as(z), z], dim=-1).flatten(1, 2)
-            means = points[:, :, None].expand(-1, -1, self.config.gaussians_per_patch, -1)
-            return replace(gaussians, means=means.flatten(1, 2)), aux
-        side = rgba.shape[-1] // (2 if self.config.gaussian_grid == "half" else 1)
-        small = cameras.resized(side, side)
-        eye = torch.eye(4).to(rgba).expand(m, 4, 4)
-        rays = Cameras(eye, small.Ks, side, side).rays()[1].flatten(1, 2)
-        layers = self.config.gaussians_per_pixel
-        seen = gaussians.means[:, : side * side, 2:]
-        means = (rays / rays[..., 2:] * seen).repeat(1, layers, 1)
+            means = points.repeat_interleave(self.config.gaussians_per_patch, dim=1)
+        else:
+            side = rgba.shape[-1]
+            eye = torch.eye(4).to(rgba).expand(len(rgba), 4, 4)
+            rays = Cameras(eye, cameras.Ks, side, side).rays()[1].flatten(1, 2)
+            seen = gaussians.means[:, : side * side, 2:]
+            means = (rays / rays[..., 2:] * seen).repeat(1, self.config.gaussians_per_pixel, 1)
         return replace(gaussians, means=means), aux
 
 
@@ -114,16 +113,15 @@ def decoder_pairs(
     Raises:
         ValueError: if a file is missing, or the two have no seed in common.
     """
-    found = [_by_seed(text) for text in (frontal_weights, multiview_weights)]
-    named = [set(files) for files in found if "" not in files]
+    frontal, many = (_by_seed(text) for text in (frontal_weights, multiview_weights))
+    named = [set(files) for files in (frontal, many) if "" not in files]
     seeds = sorted(set.intersection(*named), key=int) if named else [""]
     if not seeds:
         raise ValueError(f"no seed in common: {frontal_weights!r} and {multiview_weights!r}")
-    frontal, many = found
     return {
         seed: {
-            "frontal": arms.load_decoder("patch", device, frontal.get(seed, frontal.get("", ""))),
-            "multi-view": arms.load_decoder("pixel", device, many.get(seed, many.get("", ""))),
+            "frontal": load_decoder("patch", device, frontal.get(seed, frontal.get("", ""))),
+            "multi-view": load_decoder("pixel", device, many.get(seed, many.get("", ""))),
         }
         for seed in seeds
     }
@@ -134,11 +132,12 @@ def _by_seed(text: str) -> dict[str, str]:
     if "{seed}" not in text:
         return {"": text}
     path = project_root() / text
-    pattern = re.escape(path.name).replace(re.escape("{seed}"), r"(\d+)")
-    files = {}
-    for file in path.parent.glob(path.name.replace("{seed}", "*")):
-        if match := re.fullmatch(pattern, file.name):
-            files[match[1]] = str(file)
+    before, after = path.name.split("{seed}")
+    files = {
+        match[1]: str(file)
+        for file in path.parent.glob(f"{before}*{after}")
+        if (match := re.fullmatch(re.escape(before) + r"(\d+)" + re.escape(after), file.name))
+    }
     if not files:
         raise ValueError(f"no weights at {text}: train them (notebooks/params/study.yaml)")
     return files
@@ -150,7 +149,6 @@ def factorial(
     *,
     image_size: int = 64,
     views: int = 8,
-    seed: int = 0,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Light and coverage of every object in every cell.
@@ -165,30 +163,30 @@ def factorial(
 
     Returns:
         "objects": names; "cells": name of the cell -> {"light", "coverage": one value an object,
-        "verdict": the gate's summary}; "truth": the same of the true views.
+        "verdict", "codes": what the gate says}; "truth": the same of the true views.
     """
     from tqdm.auto import tqdm
 
-    inputs = truth.inputs()
-    records = [truth[i] for i in range(len(truth))]
-    cells = {"truth": _measured(records)}
-    geometry = {"0": ORIGINAL, "1": CORRECTED}
-    networks = {"0": decoders["frontal"], "1": decoders["multi-view"]}
+    inputs, cells = truth.inputs(), {}
     options = list(itertools.product("01", repeat=3))
     for path, which, position in tqdm(options, desc="attribution", unit="cells", delay=2):
-        decoder = networks[which] if position == "1" else LockedDecoder(networks[which])
+        decoder = decoders["frontal" if which == "0" else "multi-view"]
         config = replace(
-            geometry[path],
+            ORIGINAL if path == "0" else CORRECTED,
             decoder_kind=decoder.config.kind,
             image_size=image_size,
             views_per_image=views,
-            seed=seed,
+            seed=0,
         )
-        made = list(render_records(inputs, decoder.to(device), config, device, 8))
+        used = (decoder if position == "1" else LockedDecoder(decoder)).to(device)
+        made = list(render_records(inputs, used, config, device, 8))
         cells[f"{path}{which}{position}0"] = _measured(made)
         cells[f"{path}{which}{position}1"] = _measured([exposed(record) for record in made])
-    ceiling = cells.pop("truth")
-    return {"objects": list(truth.names), "cells": dict(sorted(cells.items())), "truth": ceiling}
+    return {
+        "objects": list(truth.names),
+        "cells": cells,
+        "truth": _measured([truth[i] for i in range(len(truth))]),
+    }
 
 
 def exposed(record: ObjectViews) -> ObjectViews:
@@ -210,19 +208,21 @@ def exposed(record: ObjectViews) -> ObjectViews:
 
 
 def _measured(records: list[ObjectViews]) -> dict[str, Any]:
+    """Of a cell: a value an object (mean over its views), and what the gate says."""
     verdict = gate.validate(_InMemory(records), first=len(records), progress=False)
-    shares: dict[str, dict[str, list[float]]] = {
-        outcome: {record.name: [] for record in records} for outcome in OUTCOMES
-    }
-    for row in verdict.measurements:
-        area, light = row["coverage_ratio"], row["luminance_ratio"]
-        area = area if math.isfinite(area) else 0.0
-        shares["coverage"][row["object"]].append(min(area, 1.0))
-        light = light if math.isfinite(light) else 0.0
-        shares["light"][row["object"]].append(min(area * light, 1.0))
-    means = {o: [float(np.mean(v)) for v in shares[o].values()] for o in OUTCOMES}
+    views = pd.DataFrame(verdict.measurements).set_index("object")
+    views = views[["coverage_ratio", "luminance_ratio"]].astype(float)
+    views = views.replace([math.inf, -math.inf], math.nan).fillna(0.0)
+    shares = pd.DataFrame(
+        {
+            "light": views.coverage_ratio * views.luminance_ratio,
+            "coverage": views.coverage_ratio,
+        }
+    ).clip(upper=1.0)
+    means = shares.groupby(level=0).mean().loc[[record.name for record in records]]
     codes = [reason.code for reason in verdict.reasons]
-    return {**means, "verdict": "PASS" if verdict.passed else "FAIL", "codes": codes}
+    said = {"verdict": "PASS" if verdict.passed else "FAIL", "codes": codes}
+    return {**means.to_dict("list"), **said}
 
 
 def shapley(values: Mapping[str, Any], factors: int = len(FACTORS)) -> np.ndarray:
@@ -274,43 +274,33 @@ def attribute(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     member = np.array([[name == one for name in objects] for one in unique], float)
     member /= member.sum(axis=1, keepdims=True)  # poses of one object count once
     none, everything = "0" * len(FACTORS), "1" * len(FACTORS)
-    names = list(measured[0]["cells"])
-    result: dict[str, Any] = {"objects": len(unique), "seeds": len(measured)}
-    cells = result["cells"] = {
-        name: {
-            "passed": [float(run["cells"][name]["verdict"] == "PASS") for run in measured],
-            "codes": list(
-                dict.fromkeys(c for run in measured for c in run["cells"][name]["codes"])
-            ),
-        }
-        for name in names
-    }
+    cells: dict[str, dict[str, Any]] = {}
+    for name in measured[0]["cells"]:
+        seeds = [run["cells"][name] for run in measured]
+        codes = list(dict.fromkeys(code for cell in seeds for code in cell["codes"]))
+        cells[name] = {"passed": [float(c["verdict"] == "PASS") for c in seeds], "codes": codes}
+    result: dict[str, Any] = {"objects": len(unique), "seeds": len(measured), "cells": cells}
     for outcome in OUTCOMES:
         values = {
             name: np.stack([member @ np.array(run["cells"][name][outcome]) for run in measured])
-            for name in names
+            for name in cells
         }
-        truth = np.stack([member @ np.array(run["truth"][outcome]) for run in measured])
         whole = values[everything] - values[none]
-        factors = {}
+        part = {"original": AS_IT_WAS, "none": none, "mended": everything}
+        result[outcome] = {word: _summary(values[name]) for word, name in part.items()}
+        truth = np.stack([member @ np.array(run["truth"][outcome]) for run in measured])
+        result[outcome] |= {"truth": _summary(truth), "factors": {}}
         for i, (factor, gain) in enumerate(zip(FACTORS, shapley(values), strict=True)):
             alone = none[:i] + "1" + none[i + 1 :]
             last = everything[:i] + "0" + everything[i + 1 :]
-            factors[factor] = {
+            result[outcome]["factors"][factor] = {
                 "gain": _summary(gain),
                 "share": _summary(gain, whole),
                 "alone": _summary(values[alone] - values[none]),
                 "last": _summary(values[everything] - values[last]),
             }
-        result[outcome] = {
-            "factors": factors,
-            "original": _summary(values[AS_IT_WAS]),
-            "none": _summary(values[none]),
-            "mended": _summary(values[everything]),
-            "truth": _summary(truth),
-        }
-        for name in names:
-            cells[name][outcome] = _summary(values[name])
+        for name, cell in cells.items():
+            cell[outcome] = _summary(values[name])
     return result
 
 
@@ -331,9 +321,9 @@ def shares_table(split: Mapping[str, Any], outcome: str) -> pd.DataFrame:
     rows = []
     for factor, (name, mended) in FACTORS.items():
         entry = split[outcome]["factors"][factor]
-        rows.append({f"{outcome}: mended": f"{name}: {mended}", "share": percent(entry["share"])})
-        rows[-1] |= {"gained": entry["gain"].text(), "mended alone": entry["alone"].text()}
-        rows[-1] |= {"mended last": entry["last"].text()}
+        row = {f"{outcome}: mended": f"{name}: {mended}", "share": percent(entry["share"])}
+        row |= {"gained": entry["gain"].text(), "mended alone": entry["alone"].text()}
+        rows.append(row | {"mended last": entry["last"].text()})
     return pd.DataFrame(rows)
 
 
