@@ -357,13 +357,17 @@ def test_the_published_table_holds_the_study() -> None:
 
 def test_notebook_04_tells_the_whole_story(tmp_path: Path) -> None:
     synthetic.write_study(tmp_path / "study", seeds=2)
-    parameters = {"reports_dir": str(tmp_path / "study"), "attribution_objects": 2}
-    parameters |= {"attribution_size": 32, "price_per_hour_usd": 3.6}
+    parameters = {"reports_dir": str(tmp_path / "study"), "attribution_source": ""}
     done = report.run(NOTEBOOK, parameters, "04", tmp_path, progress=False)
     assert not done.crashed, done.record.error
     found = done.record.metrics
     assert done.record.verdict == "DONE" and found["missing_runs"] == []
-    assert "open" not in {v for c, v in found["claims"].items() if c not in ("decoder", "exposure")}
+    assert {c for c in ("decoder", "exposure", "current") if found["claims"][c] == "open"} == {
+        "decoder",
+        "exposure",
+        "current",
+    }, "nothing was attributed"
+    assert found["claims"]["abandon"] == "refuted" and found["claims"]["early"] == "confirmed"
     assert found["differences_db"]["gated - oracle"]["0-30"]["mean"] == pytest.approx(
         -0.3, abs=1e-3
     )

@@ -17,8 +17,7 @@ from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset
 from fresnel.models.decoder import Decoder, DecoderConfig
 from fresnel.scene.cameras import Cameras
-from fresnel.show import charts as figures_study
-from fresnel.show import style as figures
+from fresnel.show import charts, style
 
 
 @pytest.fixture(scope="module")
@@ -55,37 +54,52 @@ def test_shapley_values_of_known_games() -> None:
     np.testing.assert_allclose(values.sum(0), cells["1111"] - cells["0000"])
 
 
-def test_attribution_splits_the_way_and_says_how_sure(capsys: pytest.CaptureFixture[str]) -> None:
-    """Light is path x decoder, coverage the path's alone; exposure and position do nothing."""
-    names = [f"o{i}__{k}" for i in range(6) for k in range(2)]
-    strength = np.repeat(np.linspace(0.5, 1.0, 6), 2)
-    cells = {}
-    for bits in itertools.product("01", repeat=4):
-        path, decoder = int(bits[0]), int(bits[1])
-        cells["".join(bits)] = {
-            "light": list(0.1 + 0.8 * path * decoder * strength),
-            "coverage": list(0.2 + 0.6 * path * np.ones(12)),
-            "verdict": "PASS" if path else "FAIL",
-            "codes": [] if path else ["pivot_offset"],
+def measured(light, coverage=lambda bits: 0.5, passed=lambda bits: True, names="abcd") -> dict:
+    """What `factorial` returns, of values by cell (bits, and an object's strength)."""
+    strength = np.linspace(0.5, 1.0, len(names))
+    cells = {
+        "".join(bits): {
+            "light": list(light(bits, strength) * np.ones(len(names))),
+            "coverage": list(coverage(bits) * np.ones(len(names))),
+            "verdict": "PASS" if passed(bits) else "FAIL",
+            "codes": [] if passed(bits) else ["pivot_offset"],
         }
-    truth = {"light": [0.9] * 12, "coverage": [0.8] * 12}
-    found = at.attribute({"objects": names, "cells": cells, "truth": truth})
-    assert found["objects"] == 6
+        for bits in itertools.product("01", repeat=4)
+    }
+    truth = {"light": [0.9] * len(names), "coverage": [0.8] * len(names)}
+    return {"objects": list(names), "cells": cells, "truth": truth}
+
+
+def test_attribution_splits_the_way_and_says_how_sure() -> None:
+    """Light is path x decoder, coverage the path's alone; exposure and position do nothing."""
+    found = at.attribute(
+        [
+            measured(
+                lambda bits, strength: 0.1 + 0.8 * int(bits[0]) * int(bits[1]) * strength,
+                lambda bits: 0.2 + 0.6 * int(bits[0]),
+                lambda bits: bits[0] == "1",
+                [f"o{i}__{k}" for i in range(6) for k in range(2)],
+            )
+        ]
+    )
+    assert found["objects"] == 6 and found["seeds"] == 1, "poses of one object count once"
     light = found["light"]["factors"]
-    assert light["path"]["share"] == pytest.approx(0.5) == light["decoder"]["share"]
-    assert light["path"]["alone"] == 0 and light["path"]["last"] == pytest.approx(0.6)
-    assert light["path"]["gain_low"] < light["path"]["gain"] < light["path"]["gain_high"]
-    assert light["exposure"]["gain"] == light["position"]["gain"] == pytest.approx(0.0)
-    coverage = found["coverage"]["factors"]
-    assert coverage["path"]["share"] == pytest.approx(1.0) == coverage["path"]["share_low"]
-    assert sum(entry["gain"] for entry in light.values()) == pytest.approx(
-        found["light"]["mended"] - found["light"]["none"]
+    for factor in ("path", "decoder"):
+        share = light[factor]["share"]
+        assert [share.mean, share.low, share.high] == pytest.approx([0.5] * 3), "a steady ratio"
+    assert light["path"]["alone"].mean == 0 and light["path"]["last"].mean == pytest.approx(0.6)
+    assert light["path"]["gain"].low < light["path"]["gain"].mean < light["path"]["gain"].high
+    assert light["exposure"]["gain"].mean == pytest.approx(0) == light["position"]["gain"].mean
+    assert found["coverage"]["factors"]["path"]["share"].mean == pytest.approx(1.0)
+    assert sum(entry["gain"].mean for entry in light.values()) == pytest.approx(
+        found["light"]["mended"].mean - found["light"]["none"].mean
     )
     table = at.cells_table(found)
-    assert table.count("\n") == 17 and table.count("FAIL: pivot_offset") == 8
-    assert "50 %" in at.shares_table(found) and "path 100 %" in at.sentence(found)
-    figure = figures_study.waterfall({o: found[o] for o in at.OUTCOMES}, at.SHORT)
-    assert len(figure.axes) == 2 and figures.to_png(figure, 40)
+    assert len(table) == 16 and list(table["the gate says"]).count("FAIL: pivot_offset") == 8
+    assert list(table.iloc[8][list(at.FACTORS)]) == ["x", "", "", ""]
+    assert at.shares_table(found, "light")["share"][0].startswith("50")
+    figure = charts.waterfall({o: found[o] for o in at.OUTCOMES}, at.NAMES)
+    assert len(figure.axes) == 2 and style.to_png(figure, 40)
 
 
 def test_locked_gaussians_stay_on_ray_and_depth(
@@ -132,43 +146,38 @@ def test_exposure_brings_each_view_to_its_inputs_luminance() -> None:
 def test_every_cell_of_a_small_factorial_is_measured(
     boxes: MultiViewDataset, decoders: dict[str, Decoder]
 ) -> None:
-    measured = at.factorial(boxes, decoders, image_size=32, views=4)
-    assert set(measured["cells"]) == {"".join(b) for b in itertools.product("01", repeat=4)}
-    for cell in measured["cells"].values():
+    cells = at.factorial(boxes, decoders, image_size=32, views=4)
+    assert set(cells["cells"]) == {"".join(b) for b in itertools.product("01", repeat=4)}
+    for cell in cells["cells"].values():
         assert len(cell["light"]) == 3 == len(cell["coverage"])
         assert all(0 <= v <= 1 for v in (*cell["light"], *cell["coverage"]))
-    found = at.attribute(measured)
+    found = at.attribute([cells])
     # Even untrained, a pixel decoder shows its input's copy: what matters is where one looks from.
-    assert found["coverage"]["factors"]["path"]["share"] > 0.5
-    assert measured["cells"]["0000"]["verdict"] == "FAIL"
-    assert all(math.isfinite(found[o]["truth"]) for o in at.OUTCOMES)
+    assert found["coverage"]["factors"]["path"]["share"].mean > 0.5
+    assert cells["cells"]["0000"]["verdict"] == "FAIL"
+    assert all(math.isfinite(found[o]["truth"].mean) for o in at.OUTCOMES)
 
 
 def test_several_seeds_are_averaged_and_their_spread_stands_beside() -> None:
-    def one(strength: float, failed: bool) -> dict:
-        cells = {
-            "".join(bits): {
-                "light": [0.1 + strength * int(bits[0]) + 0.01 * i for i in range(4)],
-                "coverage": [0.5] * 4,
-                "verdict": "FAIL" if failed else "PASS",
-                "codes": ["views_dark"] if failed else [],
-            }
-            for bits in itertools.product("01", repeat=4)
-        }
-        truth = {"light": [1.0] * 4, "coverage": [1.0] * 4}
-        return {"objects": list("abcd"), "cells": cells, "truth": truth}
-
-    seeds = [one(0.4, True), one(0.5, False), one(0.6, False)]
+    seeds = [
+        measured(
+            lambda bits, strength, x=x: 0.1 + x * int(bits[0]), passed=lambda bits, x=x: x > 0.4
+        )
+        for x in (0.4, 0.5, 0.6)
+    ]
     found = at.attribute(seeds)
-    gain = found["light"]["factors"]["path"]
-    assert found["seeds"] == 3 and gain["gain"] == pytest.approx(0.5)
-    assert gain["gain_sd"] == pytest.approx(0.1) and gain["share_sd"] == pytest.approx(0.0)
-    assert "0.50 ± 0.10 [0.50, 0.50]" in at.shares_table(found).replace("\N{NO-BREAK SPACE}", " ")
-    assert at.cells_table(found).count("FAIL: views_dark (1 of 3 seeds)") == 16
-    assert "3 seeds" in at.sentence(found)
-    assert at.sentence(at.attribute(seeds[:1])) == at.sentence(at.attribute(seeds[0]))
+    gain = found["light"]["factors"]["path"]["gain"]
+    assert found["seeds"] == 3 and gain.mean == pytest.approx(0.5) and gain.sd == pytest.approx(0.1)
+    assert gain.low < 0.4 and gain.high > 0.6, "three trainings say little about others"
+    assert found["cells"]["1010"]["passed"] == [0.0, 1.0, 1.0]
+    assert (
+        list(at.cells_table(found)["the gate says"]).count("FAIL: pivot_offset (1 of 3 seeds)")
+        == 16
+    )
     with pytest.raises(ValueError, match="different objects"):
         at.attribute([seeds[0], {**seeds[1], "objects": list("abce")}])
+    nothing = at.attribute([])
+    assert math.isnan(nothing["light"]["factors"]["path"]["share"].mean) and not nothing["cells"]
 
 
 def test_decoders_pair_by_seed(tmp_path: Path, decoders: dict[str, Decoder]) -> None:
@@ -190,11 +199,7 @@ def test_decoders_pair_by_seed(tmp_path: Path, decoders: dict[str, Decoder]) -> 
         at.decoder_pairs(frontal, apart, "cpu")
 
 
-def test_one_object_has_no_interval(boxes: MultiViewDataset, decoders: dict[str, Decoder]) -> None:
-    cells = {
-        "".join(b): {"light": [0.5], "coverage": [0.5], "verdict": "PASS", "codes": []}
-        for b in itertools.product("01", repeat=4)
-    }
-    truth = {"light": [1.0], "coverage": [1.0]}
-    found = at.attribute({"objects": ["a"], "cells": cells, "truth": truth})
-    assert math.isnan(found["light"]["mended_low"]) and found["light"]["mended"] == 0.5
+def test_one_object_has_no_interval() -> None:
+    found = at.attribute([measured(lambda bits, strength: 0.5, names="a")])["light"]
+    assert math.isnan(found["mended"].low) and found["mended"].mean == 0.5
+    assert math.isnan(found["factors"]["path"]["share"].mean), "where nothing is gained"

@@ -258,30 +258,29 @@ def waterfall(parts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str])
     """From nothing mended to all of it, a step a factor; one panel an outcome.
 
     Args:
-        parts: outcome -> its entry of `attribution.attribute`: "none", "mended", "truth", each
-            with an interval, and "factors" with their "gain".
+        parts: outcome -> "none", "mended", "truth", and "factors" with their "gain": estimates
+            with mean, low and high.
         labels: factor -> what stands at its step.
     """
     figure, axes = new_figure(1, len(parts), size=(7.2, 3.4), squeeze=False, sharey=True)
     for axis, (outcome, part) in zip(axes[0], parts.items(), strict=True):
         names = ["none mended", *(labels[name] for name in part["factors"]), "all mended"]
-        gains = [entry["gain"] for entry in part["factors"].values()]
-        bottoms = part["none"] + np.cumsum([0.0, *gains[:-1]])
+        steps = [entry["gain"] for entry in part["factors"].values()]
+        gains, ends = [step.mean for step in steps], [part["none"].mean, part["mended"].mean]
+        bottoms = ends[0] + np.cumsum([0.0, *gains[:-1]])
         places = np.arange(len(names))
-        axis.bar(places[[0, -1]], [part["none"], part["mended"]], color=[VERMILION, GREEN])
+        axis.bar(places[[0, -1]], ends, color=[VERMILION, GREEN])
         colors = [BLUE if gain >= 0 else ORANGE for gain in gains]
         axis.bar(places[1:-1], gains, bottom=bottoms, color=colors)
-        tops = np.array([part["none"], *(bottoms + gains), part["mended"]])
-        entries = [(part, "none"), *((e, "gain") for e in part["factors"].values())]
-        entries.append((part, "mended"))
+        tops = np.array([ends[0], *(bottoms + gains), ends[1]])
         spread = [
-            [max(entry[key] - entry[f"{key}_low"], 0), max(entry[f"{key}_high"] - entry[key], 0)]
-            for entry, key in entries
+            [max(one.mean - one.low, 0), max(one.high - one.mean, 0)]
+            for one in (part["none"], *steps, part["mended"])
         ]
         error = np.nan_to_num(np.array(spread, float)).T
         axis.errorbar(places, tops, error, fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2)
-        axis.axhline(part["truth"], color=GREY, ls="--", lw=1)
-        axis.text(-0.4, part["truth"], "true views", color=GREY, fontsize=8, va="bottom")
+        axis.axhline(part["truth"].mean, color=GREY, ls="--", lw=1)
+        axis.text(-0.4, part["truth"].mean, "true views", color=GREY, fontsize=8, va="bottom")
         axis.set_xticks(places, names, rotation=35, ha="right", fontsize=8)
         axis.grid(axis="x", visible=False)
         axis.set_title(f"Share of the input's {outcome}", fontsize=10)
@@ -297,7 +296,7 @@ def timeline(
     """Where the original's hours and dollars went, and when it could have ended.
 
     Args:
-        spans: of `timeline.spans`.
+        spans: "what", "began", "ended" (hours) and "usd" each.
         stop_hours: when the gate would have stopped it; NaN: no gate ran.
         ours: a name -> seconds, drawn as bars on the same scale.
     """
@@ -392,7 +391,7 @@ def dots(
             axis.plot([one.mean], [y], "D", ms=5, color=color, mec="white", mew=0.6)
             below = [y + 0.3] * len(one.seeds)
             axis.plot(one.seeds, below, "o", ms=2.6, color=ORANGE, clip_on=False)
-        axis.set_title(f"{name}\N{DEGREE SIGN}", fontsize=10)
+        axis.set_title(f"{name}\N{DEGREE SIGN}" if name[0].isdigit() else name, fontsize=10)
         axis.tick_params(axis="x", labelsize=8)
     axes[0, 0].set_xlim(low, high)
     axes[0, 0].set_yticks(range(len(rows)), list(rows), fontsize=8.5)
