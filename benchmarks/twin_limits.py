@@ -34,7 +34,7 @@ from decoder_spread import mean_of
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from fresnel.analysis.comparison import BINS
+from fresnel.analysis.stats import BINS
 from fresnel.data.dataset import InputImages, ViewTensors
 from fresnel.evaluation import metrics as evaluate
 from fresnel.evaluation.metrics import Predictor
