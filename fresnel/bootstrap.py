@@ -262,7 +262,7 @@ def _drawn(
         size,
         size,
     )
-    views = render_small(gaussians, both, near=NEAR)
+    views = render_small(gaussians, both, render_size=decoder.render_size, near=NEAR)
     arrived = None
     rgb, alpha, depth = (image.to("cpu", non_blocking=True) for image in _stored(views, config))
     if views.rgb.is_cuda:

@@ -19,16 +19,17 @@ from torch.nn.functional import avg_pool2d, max_pool2d
 
 from fresnel.data import images
 from fresnel.data.images import DatasetError, InputImages
+from fresnel.host.files import write_atomic
 from fresnel.models import cvs, decoder
+from fresnel.models.weights import read_header
 from fresnel.render import Views
 from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
 from fresnel.show import pictures, style
 
-INPUT_SIZE = 128
-"""Pixels: what the shipped decoder sees."""
+MOST_VIEWS = 3600
 FOREGROUND_EXTENT = 0.6
 """Share of the frame that the longer side of an object takes in the pictures of the training."""
-_MATTE_SIZE = 512  # pixels: a matte is as good as the 128 px picture needs, and costs a blink
+_MATTE_SIZE = 512  # pixels: a matte is as good as what networks see needs, and costs a blink
 _ORIGIN = (0.0, 0.0, 0.0)
 _ASSUMED = {
     "alpha": "the picture's alpha channel says what the object is",
@@ -54,12 +55,12 @@ class Photo:
     assumed: tuple[str, ...]
 
 
-def read_photo(path: str | Path, *, elevation_deg: float = 15.0, size: int = INPUT_SIZE) -> Photo:
+def read_photo(path: str | Path, *, elevation_deg: float = 15.0, size: int = 128) -> Photo:
     """A picture of one object, of any size, framed as the training pictures are.
 
     Args:
         elevation_deg: how far above the horizon the camera stood; a photograph doesn't say.
-        size: pixels of the square that the networks see.
+        size: pixels of the square, at least what the networks see.
 
     Raises:
         DatasetError: if the file can't be read, or shows nothing.
@@ -186,7 +187,9 @@ def write_views(
     decoder's own render) and views.json, which holds what is returned.
 
     Args:
-        weights: a CVS checkpoint; None: the twin that ships, which adds to the decoder's renders.
+        weights: a CVS checkpoint; None: the twin that ships, which adds to the decoder's
+            renders. One that learned from another decoder than the one that ships draws with that,
+            which must lie in the same folder.
         elevation_deg: of the input camera, and of the views.
         steps: network calls per view.
         ply, spz: where the Gaussians go; None: nowhere.
@@ -199,29 +202,37 @@ def write_views(
         FileNotFoundError, ValueError: for weights or options that won't do.
     """
     began = time.monotonic()
-    for name, value in (("steps", steps), ("views", count)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, want at least 1")
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}, want at least 1")
+    if not 1 <= count <= MOST_VIEWS:
+        raise ValueError(f"views: got {count}, want 1 to {MOST_VIEWS}")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{out}: is a file; want a folder for the views")
     for file, suffix in ((ply, ".ply"), (spz, ".spz")):
         if file is not None and Path(file).suffix.lower() != suffix:
             raise ValueError(f"{file}: want a name that ends in {suffix}")
-    photo = read_photo(path, elevation_deg=elevation_deg)
     network = (
         cvs.load_shipped(device, "cvs-twin") if weights is None else cvs.CVS.load(weights, device)
     )
-    splats = decoder.load_shipped("pixel", device)
+    splats = _decoder_of(network, weights, device)
+    size = network.config.image_size
+    photo = read_photo(path, elevation_deg=elevation_deg, size=max(size, splats.config.image_size))
     inputs = photo.inputs.to(device)
-    cameras = view_cameras(elevation_deg, network.config.image_size, count).to(device)
-    render = decoder.predictor(splats)
-    own = render(inputs, cameras)
+    cameras = view_cameras(elevation_deg, size, count).to(device)
+    draw, drawn = decoder.predictor(splats), []
+
+    def render(inputs: InputImages, cameras: Cameras) -> Views:
+        drawn.append(draw(inputs, cameras))
+        return drawn[-1]
+
     made = cvs.predictor(network, steps, seed, renderer=render)(inputs, cameras)
+    own = drawn[0] if drawn else draw(inputs, cameras)  # the mirrored input's come later
 
     folder.mkdir(parents=True, exist_ok=True)
     azimuths = [360.0 * i / count for i in range(count)]
-    files = {f"{a:g}": f"azimuth_{round(a):03d}.png" for a in azimuths}
+    form = "03.0f" if count <= 360 else "05.1f"
+    files = {f"{a:g}": f"azimuth_{a:{form}}.png" for a in azimuths}
     for picture, file in zip(_straight(made), files.values(), strict=True):
         _save(folder / file, picture)
     given = torch.cat([inputs.rgb, inputs.alpha[..., None]], dim=-1)[0].cpu().numpy()
@@ -240,7 +251,7 @@ def write_views(
         "steps": steps,
         "seed": seed,
         "weights": "shipped" if weights is None else Path(weights).name,
-        "image_size": network.config.image_size,
+        "image_size": size,
         "files": files,
         "gaussians": {
             "count": gaussians.num,
@@ -248,8 +259,24 @@ def write_views(
         },
         "duration_s": time.monotonic() - began,
     }
-    (folder / "views.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_atomic(folder / "views.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _decoder_of(network: cvs.CVS, file: str | Path | None, device: str) -> decoder.Decoder:
+    """The decoder whose renders a CVS learned from: the one that ships, or one beside its file."""
+    ships = decoder.load_shipped("pixel", device)
+    if network.decoder in ("", ships.checksum()) or file is None:
+        return ships
+    for path in sorted(Path(file).resolve().parent.glob("*.safetensors")):
+        if read_header(path).get("kind") == "decoder":
+            found = decoder.Decoder.load(path, device)
+            if found.checksum() == network.decoder:
+                return found
+    raise ValueError(
+        f"{file}: learned from the renders of the decoder {network.decoder[:19]}, which is not the "
+        f"one that ships; put that decoder's file into the same folder"
+    )
 
 
 def _straight(views: Views) -> list[np.ndarray]:

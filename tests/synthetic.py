@@ -82,7 +82,7 @@ def training(arm: str, seed: int) -> dict[str, Any]:
         own = "decoder-A50" if "50" in arm else "decoder-A"
         measured["decoder render"] = rows(LEVELS[own], 1.0, seed)
         measured |= {f"cvs, {n} steps": rows(level + 0.1 * n, light, seed) for n in (2, 4)}
-    summaries = {n: evaluate.summarise(found, resamples=40) for n, found in measured.items()}
+    summaries = {n: evaluate.summarise(found) for n, found in measured.items()}
     overall = summaries[model][-1]
     return {
         **{name: overall[name] for name in ("luminance_ratio", "coverage_ratio", "psnr", "ssim")},

@@ -12,7 +12,7 @@ from fresnel.models.unet import (
 )
 
 
-def small(**changes) -> UNet:
+def small(*, trained: bool = False, **changes) -> UNet:
     options = {
         "base_channels": 8,
         "channel_multipliers": (1, 2),
@@ -20,7 +20,12 @@ def small(**changes) -> UNet:
         "attention_levels": (1,),
         "patch": 2,
     }
-    return UNet(5, 3, **{**options, **changes})
+    net = UNet(5, 3, **{**options, **changes})
+    if trained:  # residual branches and the head start at zero; open them
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.weight.abs().sum() == 0:
+                module.reset_parameters()
+    return net
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +44,11 @@ def test_zero_output_starts_at_zero_and_still_learns() -> None:
     assert torch.equal(out, torch.zeros_like(out))
     (out - 1).square().mean().backward()
     assert net.head.weight.grad.abs().sum() > 0
-    assert small(zero_output=False)(torch.randn(2, 5, 8, 8)).abs().max() > 0
+    assert small(trained=True)(torch.randn(2, 5, 8, 8)).abs().max() > 0
 
 
 def test_magnitudes_stay_sane_at_the_start() -> None:
-    net = small(
-        base_channels=32, channel_multipliers=(1, 2, 2), blocks_per_level=3, zero_output=False
-    )
+    net = small(base_channels=32, channel_multipliers=(1, 2, 2), blocks_per_level=3, trained=True)
     std = net(torch.randn(4, 5, 16, 16)).std().item()
     assert 0.1 < std < 3.0
 
@@ -53,21 +56,14 @@ def test_magnitudes_stay_sane_at_the_start() -> None:
 def test_wrong_inputs_name_the_argument() -> None:
     with pytest.raises(ValueError, match=r"x: got 6 x 8 pixels, want both divisible by 4"):
         small()(torch.zeros(1, 5, 6, 8))
-    with pytest.raises(ValueError, match=r"x: got shape \(1, 4, 8, 8\), want \(B, 5"):
-        small()(torch.zeros(1, 4, 8, 8))
-    with pytest.raises(ValueError, match=r"embedding: got None, want \(1, 7\)"):
-        small(embedding_dim=7)(torch.zeros(1, 5, 8, 8))
     with pytest.raises(ValueError, match="attention_levels"):
         small(attention_levels=(2,))
-    with pytest.raises(ValueError, match="patch: got 0"):
+    with pytest.raises(ValueError, match="patch, channel_multipliers: got 8, 1, 0"):
         small(patch=0)
 
 
 def test_embedding_changes_the_output_and_gets_gradients() -> None:
-    net = small(embedding_dim=6, zero_output=False)
-    for module in net.modules():  # residual branches start at zero; open them
-        if isinstance(module, torch.nn.Conv2d) and module.weight.abs().sum() == 0:
-            torch.nn.init.normal_(module.weight, std=0.1)
+    net = small(embedding_dim=6, trained=True)
     x = torch.randn(2, 5, 8, 8)
     embedding = torch.randn(2, 6, requires_grad=True)
     out = net(x, embedding)
@@ -77,7 +73,7 @@ def test_embedding_changes_the_output_and_gets_gradients() -> None:
 
 
 def test_channels_last_gives_the_same_values() -> None:
-    net = small(zero_output=False)
+    net = small(trained=True)
     x = torch.randn(2, 5, 16, 16)
     expected = net(x)
     net = net.to(memory_format=torch.channels_last)
@@ -116,9 +112,8 @@ def test_checkpointing_changes_no_bit_of_output_or_gradient() -> None:
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        net = small(embedding_dim=6, dropout=0.3, zero_output=False)
+        net = small(embedding_dim=6, trained=True)
         net.checkpointing = checkpointing
-        torch.manual_seed(1)  # dropout's masks
         out = net(torch.ones(2, 5, 8, 8), torch.ones(2, 6))
         out.square().sum().backward()
         gradients.append([out, *(p.grad for p in net.parameters())])
@@ -127,7 +122,7 @@ def test_checkpointing_changes_no_bit_of_output_or_gradient() -> None:
 
 
 def test_on_a_cpu_bf16_keeps_norms_in_float32_and_agrees_with_float32() -> None:
-    net = small(base_channels=32, zero_output=False)
+    net = small(base_channels=32, trained=True)
     x = torch.randn(2, 5, 16, 16)
     want = net(x)
     seen = []

@@ -1,1 +1,1 @@
-"""How good are views: metrics by azimuth, trivial baselines, intervals."""
+"""How good predicted views are: metrics, azimuth bins, trivial baselines, intervals."""

@@ -7,48 +7,59 @@ is meant to be read beside `baselines`.
 
 from __future__ import annotations
 
-import html
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fresnel.data.images import InputImages
 from fresnel.data.layout import object_name
 from fresnel.data.records import ViewTensors
+from fresnel.evaluation.azimuth import AZIMUTH_BINS, azimuth_bin
+from fresnel.evaluation.baselines import baselines
+from fresnel.evaluation.intervals import (
+    MEANS,
+    PERCEPTUAL,
+    RATIOS,
+    by_object,
+    format_rows,
+    mean_interval,
+    paired_difference,
+    summarise,
+    table,
+)
+from fresnel.models import Predictor
 from fresnel.render import Views
-from fresnel.scene.cameras import Cameras, relative_azimuth_deg
+from fresnel.scene.cameras import relative_azimuth_deg
 from fresnel.scene.colour import luminance
 
 if TYPE_CHECKING:
     from fresnel.data.dataset import MultiViewDataset
 
-Predictor = Callable[[InputImages, Cameras], Views]
-"""Input images (M) and target cameras (M, V) in, `Views` (M, V, H, W, ...) over black out."""
-
-AZIMUTH_BINS = (("0-30", 30.0), ("30-60", 60.0), ("60-90", 90.0), ("90-180", 180.0))
-"""Name and inclusive upper end, in degrees, of the bins of |azimuth relative to the input|."""
+__all__ = [
+    "AZIMUTH_BINS",
+    "MEANS",
+    "PERCEPTUAL",
+    "RATIOS",
+    "Predictor",
+    "azimuth_bin",
+    "baselines",
+    "by_object",
+    "evaluate",
+    "find_lpips",
+    "format_rows",
+    "mean_interval",
+    "paired_difference",
+    "psnr",
+    "ssim",
+    "summarise",
+    "table",
+]
 
 MAX_PSNR = 100.0
 """PSNR in dB of identical images; infinity would make every mean infinite."""
-
-RATIOS = ("luminance_ratio", "coverage_ratio")
-"""Metrics aggregated as a ratio of sums per object."""
-MEANS = ("psnr", "psnr_white", "ssim", "psnr_foreground", "ssim_foreground", "alpha_mae")
-"""Metrics aggregated as a mean per object."""
-PERCEPTUAL = "lpips"
-"""Aggregated as a mean per object too, where it was measured."""
-
-
-def azimuth_bin(azimuth_deg: float) -> str:
-    """Name of the bin of |azimuth_deg|; rounded to 1e-3 first, so that 30.0001 is in 0-30."""
-    distance = round(abs((azimuth_deg + 180.0) % 360.0 - 180.0), 3)
-    return next(name for name, upper in AZIMUTH_BINS if distance <= upper)
 
 
 def psnr(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -281,185 +292,3 @@ def _compare(
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 0, a / b, torch.nan)
-
-
-def summarise(
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Mean and bootstrap confidence interval per azimuth bin, and over all views ("all").
-
-    Every object counts once: its views (of all its records) are averaged first, for the ratios as
-    a ratio of sums (so that a view edge-on, with almost no target, can't dominate); then objects
-    are averaged. The interval is a percentile bootstrap that resamples objects, because views of
-    one object are no independent evidence (Efron & Tibshirani 1993, ch. 13).
-
-    Returns:
-        One dict per bin that has views: bin, objects, views and, for every metric m: m, m_low,
-        m_high. With one object the interval is NaN: nothing can be said about the spread.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: got {confidence}, want inside (0, 1)")
-    summary = []
-    for name in (*(name for name, _ in AZIMUTH_BINS), "all"):
-        chosen = [row for row in rows if name == "all" or row["bin"] == name]
-        if not chosen:
-            continue
-        groups: dict[str, list[Mapping[str, Any]]] = {}
-        for row in chosen:
-            groups.setdefault(row["object"], []).append(row)
-        entry: dict[str, Any] = {"bin": name, "objects": len(groups), "views": len(chosen)}
-        # The same resamples for every metric and every call: tables of two models are paired.
-        draws = np.random.default_rng(seed).integers(len(groups), size=(resamples, len(groups)))
-        measured = [PERCEPTUAL] if all(PERCEPTUAL in row for row in chosen) else []
-        for metric in (*MEANS, *measured, *RATIOS):
-            values = np.array([_object_value(group, metric) for group in groups.values()])
-            entry[metric] = _nanmean(values)
-            low = high = math.nan
-            if len(groups) > 1 and np.isfinite(entry[metric]):
-                sample = np.ma.masked_invalid(values[draws])
-                tail = (1 - confidence) / 2
-                means = sample.mean(axis=1).compressed()
-                low, high = np.quantile(means, [tail, 1 - tail])
-            entry[f"{metric}_low"], entry[f"{metric}_high"] = float(low), float(high)
-        summary.append(entry)
-    return summary
-
-
-def by_object(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, float]]:
-    """Bin -> object -> value: what `summarise` averages, so that two runs can be compared."""
-    found: dict[str, dict[str, float]] = {}
-    for name in (*(name for name, _ in AZIMUTH_BINS), "all"):
-        groups: dict[str, list[Mapping[str, Any]]] = {}
-        for row in rows:
-            if name in ("all", row["bin"]):
-                groups.setdefault(row["object"], []).append(row)
-        if groups:
-            found[name] = {key: _object_value(group, metric) for key, group in groups.items()}
-    return found
-
-
-def paired_difference(
-    ours: Mapping[str, float | None],
-    theirs: Mapping[str, float | None],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean of ours - theirs over the objects that both have, and its bootstrap interval.
-
-    Args:
-        ours, theirs: object -> value, a bin of `by_object`.
-    """
-    pairs = [(ours[key], theirs[key]) for key in ours if key in theirs]
-    values = np.array([a - b for a, b in pairs if a is not None and b is not None])
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return (float(values[0]) if len(values) else math.nan), math.nan, math.nan
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values[draws].mean(axis=1), [tail, 1 - tail])
-    return float(values.mean()), float(low), float(high)
-
-
-def _nanmean(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else math.nan
-
-
-def _object_value(rows: Sequence[Mapping[str, Any]], metric: str) -> float:
-    if metric not in RATIOS:
-        return _nanmean(np.array([row[metric] for row in rows], dtype=np.float64))
-    quantity = metric.removesuffix("_ratio")
-    target = sum(row[f"{quantity}_target"] for row in rows)
-    return sum(row[quantity] for row in rows) / target if target > 0 else math.nan
-
-
-def baselines(train: ViewTensors) -> dict[str, Predictor]:
-    """What a model has to beat: copy_input, mean_image (of the training views), black_image."""
-    rgb = train.rgb.flatten(0, 1).float().mean(dim=0) / 255.0
-    alpha = train.alpha.flatten(0, 1).float().mean(dim=0)[..., None] / 255.0
-
-    def copy_input(inputs: InputImages, cameras: Cameras) -> Views:
-        picture = _to_float(inputs.rgb, cameras.device)
-        return _constant(picture, _to_float(inputs.alpha, cameras.device)[..., None], cameras)
-
-    def mean_image(inputs: InputImages, cameras: Cameras) -> Views:
-        count, device = len(inputs.names), cameras.device
-        picture = rgb.to(device).expand(count, -1, -1, -1)
-        return _constant(picture, alpha.to(device).expand(count, -1, -1, -1), cameras)
-
-    def black_image(inputs: InputImages, cameras: Cameras) -> Views:
-        shape = (*cameras.batch_shape, cameras.height, cameras.width)
-        zero = torch.zeros(*shape, 1, device=cameras.device)
-        return Views(zero.expand(*shape, 3), zero, zero)
-
-    return {"copy_input": copy_input, "mean_image": mean_image, "black_image": black_image}
-
-
-def _to_float(image: Any, device: torch.device) -> Tensor:
-    return torch.as_tensor(image, device=device).float() / 255.0
-
-
-def _constant(rgb: Tensor, alpha: Tensor, cameras: Cameras) -> Views:
-    """The picture (M, H, W, C) of each record as every one of its views."""
-    size, views = (cameras.height, cameras.width), cameras.batch_shape[1]
-    both = torch.cat([rgb, alpha], dim=-1).permute(0, 3, 1, 2)
-    if tuple(both.shape[-2:]) != size:
-        both = interpolate(both, size=size, mode="bilinear", align_corners=False, antialias=True)
-    both = both.permute(0, 2, 3, 1)[:, None].expand(-1, views, -1, -1, -1)
-    return Views(both[..., :3], both[..., 3:], torch.zeros_like(both[..., 3:]))
-
-
-def table(
-    summaries: Mapping[str, Sequence[Mapping[str, Any]]] | Sequence[Mapping[str, Any]],
-    *,
-    metrics: Sequence[str] = ("psnr", "ssim", PERCEPTUAL, "psnr_foreground", *RATIOS),
-    style: str = "markdown",
-    digits: int = 2,
-) -> str:
-    """A summary, or several by name (model and baselines), as one table with intervals.
-
-    Args:
-        summaries: what `summarise` returned, or a dict name -> that.
-        style: "markdown" or "html".
-        digits: after the decimal point.
-    """
-    named = summaries if isinstance(summaries, Mapping) else {"": summaries}
-    rows = []
-    for name, summary in named.items():
-        for entry in summary:
-            row = {"model": name} if name else {}
-            row |= {"azimuth (deg)": entry["bin"], "objects": str(entry["objects"])}
-            row |= {m: _with_interval(entry, m, digits) for m in metrics if m in entry}
-            rows.append(row)
-    return format_rows(rows, style=style)
-
-
-def _with_interval(entry: Mapping[str, Any], metric: str, digits: int) -> str:
-    value, low, high = (entry[metric + end] for end in ("", "_low", "_high"))
-    if not math.isfinite(value):
-        return "-"
-    text = f"{value:.{digits}f}"
-    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) else text
-
-
-def format_rows(rows: Sequence[Mapping[str, Any]], *, style: str = "markdown") -> str:
-    """Rows with the same keys as a Markdown or HTML table; cells are escaped."""
-    if style not in ("markdown", "html"):
-        raise ValueError(f"style: got {style!r}, want 'markdown' or 'html'")
-    if not rows:
-        return ""
-    head = list(rows[0])
-    body = [[str(row.get(key, "")) for key in head] for row in rows]
-    if style == "html":
-        lines = ["".join(f"<th>{html.escape(key)}</th>" for key in head)]
-        lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in body]
-        return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
-    lines_of_cells = [head, ["---"] * len(head), *body]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines_of_cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)

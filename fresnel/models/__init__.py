@@ -1,1 +1,10 @@
-"""The networks: image -> Gaussians (decoder), image and cameras -> view (CVS)."""
+"""Networks: one image -> Gaussians (decoder), one image and two cameras -> a view (cvs)."""
+
+from collections.abc import Callable
+
+from fresnel.data.images import InputImages
+from fresnel.render import Views
+from fresnel.scene.cameras import Cameras
+
+Predictor = Callable[[InputImages, Cameras], Views]
+"""Input images (M) and target cameras (M, V) in, `Views` (M, V, H, W, ...) over black out."""

@@ -9,12 +9,9 @@ Training: Easy Consistency Tuning (ECT), arXiv 2406.14548; what differs is said 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from importlib import resources
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fresnel.data.images import InputImages
-from fresnel.models import refine as rendered
+from fresnel.models import Predictor, refine, weights
 from fresnel.models.unet import FourierEmbedding, UNet
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras, gravity_frame
@@ -97,7 +94,6 @@ class CVSConfig:
     blocks_per_level: int = 1
     attention_levels: tuple[int, ...] = (2, 3)
     embedding_channels: int = 128
-    dropout: float = 0.0
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
@@ -115,36 +111,33 @@ class CVSConfig:
     light_weight: float = 0.3  # of the loss on local light, which blur would otherwise swallow
     foreground_share: float = 0.7  # of the alpha-aware weight: the object with a margin
     parameterisation: str = "consistency"  # "consistency" | "original" (no boundary condition)
-    render_condition: bool = False  # also see a render of the target view: `fresnel.models.refine`
+    render_condition: bool = False  # also see a render of the target view: `models.refine`
     render_base: bool = False  # ... and add to it, rather than draw the view anew
     render_twin: bool = False  # ... and a second one, from the mirrored input
 
     def __post_init__(self) -> None:
-        for name, choices in {
+        want = {
             "loss_weight": ("alpha_aware", "depth_laplacian", "none"),
             "parameterisation": ("consistency", "original"),
-        }.items():
+        }
+        for name, choices in want.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, want one of {choices}")
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
-                f"sigma_min, sigma_max: got {self.sigma_min:g}, {self.sigma_max:g}, "
-                "want 0 < sigma_min < sigma_max"
-            )
         for name in ("sigma_max_fraction", "foreground_share", "denoising_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want a value in [0, 1]")
-        for name in ("render_base", "render_twin"):
-            if getattr(self, name) and not self.render_condition:
-                raise ValueError(f"{name}: got True, want render_condition=True too")
+        if not 0 < self.sigma_min < self.sigma_max or self.ect_stages < 1 or self.ect_q <= 1:
+            raise ValueError(
+                f"sigma_min, sigma_max, ect_stages, ect_q: got {self.sigma_min:g}, "
+                f"{self.sigma_max:g}, {self.ect_stages}, {self.ect_q:g}, want 0 < sigma_min < "
+                "sigma_max, at least one stage, and ect_q > 1"
+            )
+        if (self.render_base or self.render_twin) and not self.render_condition:
+            raise ValueError("render_base, render_twin: want render_condition=True too")
         if self.render_base and self.parameterisation == "original":
             raise ValueError(
                 'parameterisation: got "original", which is the network\'s output alone, want '
                 '"consistency" for a model that adds to a render'
-            )
-        if self.ect_stages < 1 or self.ect_q <= 1:
-            raise ValueError(
-                f"ect_stages, ect_q: got {self.ect_stages}, {self.ect_q:g}, want >= 1 and > 1"
             )
         # lists come from JSON and YAML
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
@@ -153,16 +146,13 @@ class CVSConfig:
     @property
     def condition_channels(self) -> int:
         renders = self.render_condition + self.render_twin
-        return CONDITION_CHANNELS + renders * rendered.CHANNELS
+        return CONDITION_CHANNELS + renders * refine.CHANNELS
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> CVSConfig:
         """'tiny' (tests), 'small' (64 px, CPU), 'base' (128 px, GPU) or 'large' (256 px, GPU)."""
         if name not in _PRESETS:
             raise ValueError(f"preset: got {name!r}, want one of {tuple(_PRESETS)}")
-        unknown = changes.keys() - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"CVSConfig has no field {', '.join(sorted(unknown))}")
         return replace(cls(**_PRESETS[name]), **changes)
 
 
@@ -183,6 +173,8 @@ class CVS(nn.Module):
         super().__init__()
         self.config = config
         self.origin = "random"  # of the weights that training starts from
+        self.decoder = ""  # checksum of the decoder whose renders it learned from
+        self.provenance: dict[str, Any] = {}
         self.embedding = FourierEmbedding(config.embedding_channels)
         self.unet = UNet(
             4 + config.condition_channels,
@@ -193,7 +185,6 @@ class CVS(nn.Module):
             attention_levels=config.attention_levels,
             patch=config.patch,
             embedding_dim=config.embedding_channels,
-            dropout=config.dropout,
         )
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
@@ -208,7 +199,7 @@ class CVS(nn.Module):
         c_skip, c_out = self.scalings(s)
         denoised = c_skip * x + c_out * f
         if self.config.render_base:
-            renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, rendered.CHANNELS))
+            renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, refine.CHANNELS))
             denoised = denoised + (1 - c_skip) * renders[:, :, :4].mean(dim=1)
         return denoised
 
@@ -237,58 +228,35 @@ class CVS(nn.Module):
                 + ", ".join(f"{ours[name]!r}" for name in different)
                 + ". Choose the size they were trained at"
             )
-        weights = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        found = {name: tensor.clone() for name, tensor in other.state_dict().items()}
         if self.config.parameterisation == "original" != other.config.parameterisation:
             at_max = other.scalings(torch.tensor(other.config.sigma_max))[1]
             for name in ("unet.head.weight", "unet.head.bias"):
-                weights[name] *= at_max
-        self.load_state_dict(weights)
-        digest = hashlib.sha256()
-        for name in sorted(weights):
-            digest.update(weights[name].cpu().numpy().tobytes())
-        self.origin = f"sha256:{digest.hexdigest()}"
+                found[name] *= at_max
+        self.load_state_dict(found)
+        self.origin = weights.checksum(found)
 
-    def save(self, path: str | Path, *, half: bool = False, **metadata: Any) -> None:
-        """Write weights (float16 if `half`) and config to one safetensors file, atomically.
+    def save(self, path: str | Path, *, half: bool = False, **provenance: Any) -> Path:
+        """Write weights, config and the decoder's name to one file: `weights.save`.
 
-        `metadata`: anything JSON can hold, such as the provenance of the run.
+        `provenance`: what is known of the run, where it isn't in the attribute of that name.
         """
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: (t.half() if half and t.is_floating_point() else t).detach().cpu().contiguous()
-            for name, t in self.state_dict().items()
-        }
-        header = {"kind": "cvs", "config": asdict(self.config), **metadata}
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(weights, temporary, {"fresnel": json.dumps(header)})
-        temporary.replace(path)
+        return weights.save(
+            path,
+            "cvs",
+            self,
+            asdict(self.config),
+            half=half,
+            provenance={**self.provenance, **provenance},
+            facts={"decoder": self.decoder},
+        )
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CVS:
-        """Read what `save` wrote, in evaluation mode and float32.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is not a CVS file, or damaged.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such CVS checkpoint")
-        try:
-            with safe_open(str(path), "pt") as file:
-                header = json.loads((file.metadata() or {}).get("fresnel", "{}"))
-                weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not a readable CVS file ({error})") from error
-        if header.get("kind") != "cvs":
-            raise ValueError(f"{path}: not a CVS file (kind {header.get('kind')!r})")
-        model = cls(CVSConfig(**header["config"]))
-        model.load_state_dict(weights)
-        return model.to(device).eval()
+        """Read what `save` wrote, in evaluation mode and float32; raises as `weights.load`."""
+        model, facts, provenance = weights.load(path, "cvs", lambda c: cls(CVSConfig(**c)))
+        model.decoder, model.provenance = str(facts.get("decoder", "")), provenance
+        return model.to(device)
 
 
 def rgba(rgb: Tensor, alpha: Tensor) -> Tensor:
@@ -300,21 +268,16 @@ def rgba(rgb: Tensor, alpha: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1.0
 
 
-def condition(inputs: InputImages, cameras: Cameras, pivots: Tensor) -> Tensor:
+def condition_tensors(image: Tensor, source: Cameras, cameras: Cameras, pivots: Tensor) -> Tensor:
     """What the network knows: input image, its rays, the target's rays. (M V, 16, H, W).
 
     Args:
-        inputs: M input images with their cameras.
+        image: M premultiplied RGBA images (M, 4, H, W) in [-1, 1].
+        source: their cameras (M,).
         cameras: target cameras (M, V), of the input images' size.
         pivots: (M, 3), the origin of the canonical frame, in the world.
     """
-    return condition_tensors(rgba(inputs.rgb, inputs.alpha), inputs.cameras, cameras, pivots)
-
-
-def condition_tensors(image: Tensor, source: Cameras, cameras: Cameras, pivots: Tensor) -> Tensor:
-    m, (h, w) = image.shape[0], image.shape[-2:]
-    if len(cameras.batch_shape) != 2 or cameras.batch_shape[0] != m:
-        raise ValueError(f"cameras: got batch {tuple(cameras.batch_shape)}, want ({m}, views)")
+    h, w = image.shape[-2:]
     if {(c.height, c.width) for c in (source, cameras)} != {(h, w)}:
         raise ValueError(
             f"cameras: got {source.width} x {source.height} (input) and {cameras.width} x "
@@ -351,7 +314,6 @@ def sample(
     *,
     steps: int = 1,
     generator: torch.Generator,
-    sigmas: Sequence[float] | None = None,
     repeat: int = 1,
 ) -> Tensor:
     """Views (B, 4, H, W) in [-1, 1] for conditions (B, 16, H, W): one pass per noise level.
@@ -360,10 +322,9 @@ def sample(
     to the next, lower level. `repeat`: noise is drawn for B / repeat images and tiled.
     """
     b, _, h, w = cond.shape
-    levels = sampling_sigmas(steps, model.config) if sigmas is None else tuple(sigmas)
     x = cond.new_zeros(b // repeat, 4, h, w)
     out = cond.new_zeros(b, 4, h, w)
-    for i, sigma in enumerate(levels):
+    for i, sigma in enumerate(sampling_sigmas(steps, model.config)):
         spread = sigma if i == 0 else math.sqrt(max(sigma**2 - model.config.sigma_min**2, 0.0))
         noise = randn(x, generator).repeat(repeat, 1, 1, 1)
         out = model(out + spread * noise, out.new_full((b,), sigma), cond).clamp(-1, 1)
@@ -376,10 +337,9 @@ def predictor(
     seed: int = 0,
     camera_map: CameraMap | None = None,
     *,
-    renderer: Callable[[InputImages, Cameras], Views] | None = None,
-    pivot: Sequence[float] = (0.0, 0.0, 0.0),
+    renderer: Predictor | None = None,
     max_batch: int = 64,
-) -> Callable[[InputImages, Cameras], Views]:
+) -> Predictor:
     """A function (inputs M, cameras (M, V)) -> Views (M, V, H, W) over black, depth all zero.
 
     Every object sees the same noise, drawn from `seed`, so a result does not depend on what else
@@ -389,7 +349,6 @@ def predictor(
         camera_map: replaces (input cameras, target cameras, pivots (M, 3)) before conditioning,
             for models trained in another geometry.
         renderer: the decoder's predictor, for models with `render_condition`.
-        pivot: the object's centre in the world, where no `camera_map` says otherwise.
 
     Raises:
         ValueError: if the model needs a `renderer` and there is none.
@@ -403,17 +362,15 @@ def predictor(
         m, v = cameras.batch_shape
         inputs = inputs.resized(size).to(device)
         cameras = cameras.to(device)
-        if camera_map is None:
-            source, targets = inputs.cameras, cameras
-            pivots = torch.tensor(pivot, dtype=torch.float32, device=device).expand(m, 3)
-        else:
+        source, targets, pivots = inputs.cameras, cameras, torch.zeros(m, 3, device=device)
+        if camera_map is not None:
             source, targets, pivots = camera_map(inputs, cameras)
         source, targets = source.resized(size, size), targets.resized(size, size)
         image = rgba(inputs.rgb, inputs.alpha)
         cond = condition_tensors(image, source, targets, pivots).unflatten(0, (m, v))
-        if model.config.render_condition and renderer is not None:
+        if renderer is not None and model.config.render_condition:
             twin = model.config.render_twin
-            seen = rendered.seen(renderer, inputs, targets, pivots, twin=twin)
+            seen = refine.seen(renderer, inputs, targets, pivots, twin=twin)
             cond = torch.cat([cond, seen.to(cond)], dim=2)
         was_training, chunk = model.training, max(1, max_batch // v)
         model.eval()
@@ -455,12 +412,5 @@ def load_shipped(device: torch.device | str = "cpu", model: str = "cvs") -> CVS:
     """
     if model not in SHIPPED:
         raise ValueError(f"no trained {model!r} ships, but {' and '.join(SHIPPED)}; want a file")
-    name = SHIPPED[model]
-    with resources.as_file(resources.files("fresnel") / "assets" / name) as path:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"fresnel/assets/{name} is missing: no CVS ships with this installation; train "
-                f"one with notebooks/03_full_train.ipynb (model={model}, export_to=FILE) and pass "
-                f"it"
-            )
-        return CVS.load(path, device)
+    how = f"train one with notebooks/03_full_train.ipynb (model={model}, export_to=FILE)"
+    return CVS.load(weights.shipped(SHIPPED[model], how), device)

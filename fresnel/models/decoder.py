@@ -7,29 +7,22 @@ emits a few Gaussians a pixel, trained through the renderer against other views 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fresnel.data.images import InputImages
-from fresnel.models.patch_decoder import PatchNetwork, normalised_depth
+from fresnel.models import Predictor, weights
+from fresnel.models.patch_decoder import PatchNetwork, normalised_depth, resize
 from fresnel.models.unet import UNet
 from fresnel.render import Views, render
 from fresnel.scene.cameras import Cameras, gravity_frame, intrinsics
 from fresnel.scene.gaussians import Gaussians
-
-if TYPE_CHECKING:
-    from fresnel.evaluation.metrics import Predictor
 
 _REACH = 0.9
 """Depths stay within this of the pivot's, before the offset: a unit box fits (0.866)."""
@@ -39,7 +32,6 @@ _PIXEL_SIGMA = 0.55  # initial standard deviation in pixels: neighbours overlap 
 _LOG_SCALE_RANGE = 2.5  # scales stay within a factor e^2.5 of that, 0.05 to 6.7 pixels
 _SEEN_OFFSET, _BEHIND_OFFSET = 0.05, 0.3
 _CHANNELS = 15  # depth 1, offset 3, scale 3, quaternion 4, opacity 1, colour 3
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -49,56 +41,35 @@ class DecoderConfig:
     Args:
         kind: "pixel" (ours) or "patch" (the original's).
         image_size: side of the square image the network sees, in pixels.
-        gaussian_grid: pixel kind: Gaussians for every pixel of that image ("full"), or for
-            every 2 x 2 pixels ("half", a quarter of the Gaussians).
         gaussians_per_pixel: pixel kind: one for what is seen, the others for what is behind.
         base_channels, channel_multipliers, blocks_per_level, attention_levels, patch: pixel
-            kind: the U-Net's, see `networks.UNet`.
-        encoder: patch kind: "conv" from scratch or "dinov2" through transformers.
-        encoder_weights: model name or folder of the DINOv2 weights.
+            kind: the U-Net's, see `unet.UNet`.
         gaussians_per_patch: patch kind: the original's K, 4 or 8.
         patch_grid: patch kind: patches along a side; the original has 37.
     """
 
     kind: Literal["pixel", "patch"] = "pixel"
     image_size: int = 128
-    gaussian_grid: Literal["full", "half"] = "full"
     gaussians_per_pixel: int = 2
     base_channels: int = 40
     channel_multipliers: tuple[int, ...] = (1, 2, 3, 4)
     blocks_per_level: int = 1
     attention_levels: tuple[int, ...] = (3,)
     patch: int = 1
-    encoder: Literal["conv", "dinov2"] = "conv"
-    encoder_weights: str = "facebook/dinov2-small"
     gaussians_per_patch: int = 4
     patch_grid: int = 37
 
     def __post_init__(self) -> None:
-        for name, want in (
-            ("kind", ("pixel", "patch")),
-            ("gaussian_grid", ("full", "half")),
-            ("encoder", ("conv", "dinov2")),
-        ):
-            if getattr(self, name) not in want:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, want one of {want}")
+        if self.kind not in ("pixel", "patch"):
+            raise ValueError(f"kind: got {self.kind!r}, want 'pixel' or 'patch'")
         if self.gaussians_per_pixel < 2:
             raise ValueError(
                 f"gaussians_per_pixel: got {self.gaussians_per_pixel}, want at least 2, one for "
                 f"what is seen and one for what is behind"
             )
         shrink = self.patch * 2 ** (len(self.channel_multipliers) - 1)
-        shrink *= 2 if self.gaussian_grid == "half" else 1
         if self.kind == "pixel" and (self.image_size < shrink or self.image_size % shrink):
             raise ValueError(f"image_size: got {self.image_size}, want a multiple of {shrink}")
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> DecoderConfig:
-        known = {field.name for field in fields(DecoderConfig)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"decoder config: unknown keys {unknown}; want {sorted(known)}")
-        lists = {key: tuple(v) for key, v in values.items() if isinstance(v, list | tuple)}
-        return DecoderConfig(**{**values, **lists})
 
 
 class Decoder(nn.Module):
@@ -107,24 +78,23 @@ class Decoder(nn.Module):
     Attributes:
         config: what it is made of.
         provenance: JSON-able facts about the run that trained it; travels with the checkpoint.
+        render_size: pixels of the pictures that its Gaussians were trained to be drawn in; travels
+            with the checkpoint too, see `render_small`.
     """
 
     def __init__(self, config: DecoderConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or DecoderConfig()
         self.provenance: dict[str, Any] = {}
+        self.render_size = 128
         self.network: UNet | PatchNetwork
         if config.kind == "patch":
             self.network = PatchNetwork(
-                encoder=config.encoder,
-                encoder_weights=config.encoder_weights,
-                per_patch=config.gaussians_per_patch,
-                grid=config.patch_grid,
+                per_patch=config.gaussians_per_patch, grid=config.patch_grid
             )
             return
-        fold = 2 if config.gaussian_grid == "half" else 1
         self.network = UNet(
-            (4 + 6) * fold**2,
+            4 + 6,
             _CHANNELS * config.gaussians_per_pixel,
             base_channels=config.base_channels,
             channel_multipliers=config.channel_multipliers,
@@ -172,9 +142,6 @@ class Decoder(nn.Module):
             frame = gravity_frame(cameras, cameras.viewmats.new_zeros(3))
             rays = cameras.pluecker(frame).permute(0, 3, 1, 2)
         x = torch.cat([rgba * 2 - 1, rays], dim=1)
-        if self.config.gaussian_grid == "half":
-            x, rgba = F.pixel_unshuffle(x, 2), F.avg_pool2d(rgba, 2)
-            cameras = cameras.resized(rgba.shape[-1], rgba.shape[-2])
         # channels last: what tensor cores take as it is, and 1.5 times as fast on a CPU
         raw = self.network(x.contiguous(memory_format=torch.channels_last)).float()
         with torch.autocast(rgba.device.type, enabled=False):
@@ -208,73 +175,30 @@ class Decoder(nn.Module):
         return Cameras(cameras.viewmats, Ks.expand_as(cameras.Ks), cameras.width, cameras.height)
 
     def checksum(self) -> str:
-        """SHA-256 of config and weights, "sha256:..."; what a dataset made by it records."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return f"sha256:{digest.hexdigest()}"
+        """SHA-256 of the weights, "sha256:..."; what is made by this decoder records it."""
+        return weights.checksum(self.state_dict())
 
     def save(self, path: str | Path, *, half: bool = True) -> Path:
-        """Write weights, config and provenance to one safetensors file, atomically.
-
-        A frozen DINOv2 encoder is left out; its weights have their own home.
-        """
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        tensors = {
-            name: (tensor.half() if half and tensor.is_floating_point() else tensor)
-            .detach()
-            .cpu()
-            .contiguous()
-            for name, tensor in self.state_dict().items()
-            if not name.startswith(_FROZEN)
-        }
-        header = {
-            "format": _FORMAT,
-            "config": asdict(self.config),
-            "parameters": sum(tensor.numel() for tensor in tensors.values()),
-            "provenance": self.provenance,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, partial, metadata={"fresnel_decoder": json.dumps(header)})
-        os.replace(partial, path)
-        return path
+        """Write weights, config, render size and provenance to one file: `weights.save`."""
+        return weights.save(
+            path,
+            "decoder",
+            self,
+            asdict(self.config),
+            half=half,
+            provenance=self.provenance,
+            facts={"render_size": self.render_size},
+        )
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> Decoder:
-        """Read what `save` wrote, in float32, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is not a decoder checkpoint, or damaged.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such decoder checkpoint")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["fresnel_decoder"])
-                tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not a readable decoder checkpoint ({error})") from error
-        decoder = Decoder(DecoderConfig.from_dict(header["config"]))
-        missing, unexpected = decoder.load_state_dict(tensors, strict=False)
-        missing = [name for name in missing if not name.startswith(_FROZEN)]
-        if missing or unexpected:
-            raise ValueError(
-                f"{path}: weights don't fit the config in the file; missing {missing[:3]}, "
-                f"unexpected {unexpected[:3]}"
-            )
-        decoder.provenance = header.get("provenance", {})
-        return decoder.to(device).eval()
-
-
-_FROZEN = "network.encoder.backbone."
+        """Read what `save` wrote, in float32, in evaluation mode; raises as `weights.load`."""
+        decoder, facts, provenance = weights.load(
+            path, "decoder", lambda config: Decoder(DecoderConfig(**config))
+        )
+        decoder.provenance = provenance
+        decoder.render_size = int(facts.get("render_size", 128))
+        return decoder.to(device)
 
 
 def pixel_parametrisation(raw: Tensor, rgba: Tensor, cameras: Cameras) -> Gaussians:
@@ -339,28 +263,19 @@ def _extended_colour(rgba: Tensor) -> Tensor:
     return ((rgba[:, :3] + weight * mean) / (rgba[:, 3:] + weight)).permute(0, 2, 3, 1)
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Images (M, C, H, W) -> (M, C, size, size), low-pass filtered where it shrinks."""
-    if images.shape[-2:] == (size, size):
-        return images
-    return F.interpolate(
-        images, size=(size, size), mode="bilinear", antialias=True, align_corners=False
-    )
-
-
 def centroid(gaussians: Gaussians) -> Tensor:
     """Opacity-weighted mean positions, shape (M, 3)."""
     weights = gaussians.opacities[..., None]
     return (gaussians.means * weights).sum(-2) / weights.sum(-2).clamp_min(1e-6)
 
 
-def prune(gaussians: Gaussians, min_opacity: float = 1 / 255) -> Gaussians:
+def prune(gaussians: Gaussians) -> Gaussians:
     """Drop Gaussians too transparent to change an 8-bit picture.
 
     A batch stays rectangular: every scene keeps as many as the scene that needs most, its most
     opaque ones.  Order is not kept.
     """
-    count = max(1, int((gaussians.opacities >= min_opacity).sum(-1).max()))
+    count = max(1, int((gaussians.opacities >= 1 / 255).sum(-1).max()))
     keep = gaussians.opacities.topk(count, dim=-1).indices
 
     def pick(values: Tensor) -> Tensor:
@@ -373,22 +288,23 @@ def prune(gaussians: Gaussians, min_opacity: float = 1 / 255) -> Gaussians:
 
 
 def render_small(
-    gaussians: Gaussians, cameras: Cameras, *, min_size: int = 128, near: float = 0.01
+    gaussians: Gaussians, cameras: Cameras, *, render_size: int = 128, near: float = 0.01
 ) -> Views:
-    """Render over black as a decoder's Gaussians were trained to be drawn, at `min_size` pixels.
+    """Render over black as a decoder's Gaussians were trained to be drawn, at `render_size` pixels.
 
     Splatting widens every Gaussian by 0.3 square pixels, which is nothing for large ones, but
     Gaussians about as small as a pixel were trained with it. Drawn at 32 px they would grow a
-    halo, so smaller pictures are averaged down; at 256 px gaps would open between them (10 dB
-    less on the input view), so larger ones widen them by as much in the world as at `min_size`.
-    Depth is averaged over what is covered.
+    halo, so smaller pictures are drawn by a whole factor larger, and averaged down; at other sizes
+    than `render_size` gaps would open between them (10 dB less on the input view at 256 px), so
+    they are widened by as much in the world as there. Depth is averaged over what is covered.
     """
-    smaller = min(cameras.width, cameras.height)
-    factor = -(-min_size // smaller)
-    if factor == 1:
-        return render(gaussians, cameras, near=near, eps2d=0.3 * (smaller / min_size) ** 2)
     width, height = cameras.width, cameras.height
-    views = render(gaussians, cameras.resized(width * factor, height * factor), near=near)
+    factor = -(-render_size // min(width, height))
+    eps2d = 0.3 * (min(width, height) * factor / render_size) ** 2
+    if factor == 1:
+        return render(gaussians, cameras, near=near, eps2d=eps2d)
+    large = cameras.resized(width * factor, height * factor)
+    views = render(gaussians, large, near=near, eps2d=eps2d)
     batch = views.rgb.shape[:-3]
 
     def average(image: Tensor) -> Tensor:
@@ -400,16 +316,18 @@ def render_small(
     return Views(average(views.rgb), alpha, depth)
 
 
-def predictor(model: Decoder, background: Sequence[float] = (0.0, 0.0, 0.0)) -> Predictor:
-    """The decoder as `evaluate` sees every method: (inputs (M,), cameras (M, V)) -> Views."""
+def predictor(model: Decoder) -> Predictor:
+    """The decoder as evaluation sees every method: (inputs (M,), cameras (M, V)) -> Views.
+
+    Its attribute `decoder` is the decoder's checksum, which a CVS that learns from it keeps.
+    """
 
     @torch.no_grad()
     def predict(inputs: InputImages, cameras: Cameras) -> Views:
         gaussians = prune(model.world(inputs))
-        views = render_small(gaussians, cameras.to(model.device))
-        colour = torch.tensor(background, device=model.device)
-        return Views(views.rgb + (1 - views.alpha) * colour, views.alpha, views.depth)
+        return render_small(gaussians, cameras.to(model.device), render_size=model.render_size)
 
+    setattr(predict, "decoder", model.checksum())  # noqa: B010 - a function has no such field
     return predict
 
 
@@ -421,12 +339,5 @@ def load_shipped(
     Raises:
         FileNotFoundError: if this installation carries none; the message says how to make one.
     """
-    name = f"decoder_{kind}.safetensors"
-    asset = resources.files("fresnel") / "assets" / name
-    with resources.as_file(asset) as path:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"fresnel/assets/{name} is missing: no {kind!r} decoder ships with this "
-                f"installation; train one with notebooks/03_full_train.ipynb (model=decoder)"
-            )
-        return Decoder.load(path, device)
+    how = "train one with notebooks/03_full_train.ipynb (model=decoder)"
+    return Decoder.load(weights.shipped(f"decoder_{kind}.safetensors", how), device)

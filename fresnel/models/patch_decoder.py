@@ -1,13 +1,12 @@
 """The original experiment's decoder: one frontal view -> K Gaussians for each of 37 x 37 patches.
 
-Kept faithful, as the negative control.  It works in OpenGL camera coordinates, holds every
-Gaussian at z in [-4.25, -1.75] and was trained on the input view alone, so nothing ever told it
-what the side or the back of an object looks like.
+Kept faithful, as the negative control, but for the encoder: a small one trained from scratch stands
+for the original's frozen DINOv2.  It works in OpenGL camera coordinates, holds every Gaussian at z
+in [-4.25, -1.75] and was trained on the input view alone, so nothing ever told it what the side or
+the back of an object looks like.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,16 @@ NEAREST, FARTHEST = 2.0, 4.0
 _OFFSET = 0.25
 _SCALE = 0.15
 _NUMBERS = 16  # offset 3, scale 3, rotation 6, colour 3, opacity 1
-_CONV_STRIDE, _DINO_STRIDE = 4, 14
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_STRIDE = 4  # pixels of the encoder's input for each patch
 
 
-class EncoderUnavailable(ValueError):
-    """The encoder's weights or its library can't be loaded; the message says how to get them."""
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images (M, C, H, W) -> (M, C, size, size), low-pass filtered where it shrinks."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(
+        images, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
 
 
 def normalised_depth(depth: Tensor, alpha: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ def normalised_depth(depth: Tensor, alpha: Tensor) -> Tensor:
 class ConvEncoder(nn.Module):
     """Patch features from scratch: rgba (M, 4, 4G, 4G) in [-1, 1] -> (M, channels, G, G)."""
 
-    def __init__(self, channels: int = 384, width: int = 64) -> None:
+    def __init__(self, channels: int, width: int = 64) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(4, width, 3, stride=2, padding=1),
@@ -71,54 +74,6 @@ class ConvEncoder(nn.Module):
         return self.out(F.silu(self.norm(torch.cat([fine, coarse], dim=1))))
 
 
-class DinoEncoder(nn.Module):
-    """Frozen DINOv2 patch features through transformers: rgb (M, 3, 14G, 14G) in [0, 1].
-
-    Args:
-        weights: a Hugging Face model name or a folder that `save_pretrained` wrote.
-
-    Raises:
-        EncoderUnavailable: if transformers is missing or the weights can't be loaded.
-    """
-
-    def __init__(self, weights: str = "facebook/dinov2-small") -> None:
-        super().__init__()
-        self.backbone = _load_dinov2(weights).eval().requires_grad_(False)
-        self.channels = int(self.backbone.config.hidden_size)
-
-    def train(self, mode: bool = True) -> DinoEncoder:
-        super().train(mode)
-        self.backbone.eval()  # frozen: no dropout or drop path while the head trains
-        return self
-
-    @torch.no_grad()
-    def forward(self, rgb: Tensor) -> Tensor:
-        mean, std = (rgb.new_tensor(v)[:, None, None] for v in (_IMAGENET_MEAN, _IMAGENET_STD))
-        tokens = self.backbone(pixel_values=(rgb - mean) / std).last_hidden_state[:, 1:]
-        grid = rgb.shape[-1] // _DINO_STRIDE
-        return tokens.transpose(1, 2).reshape(len(rgb), self.channels, grid, grid)
-
-
-def _load_dinov2(weights: str) -> Any:
-    try:
-        from transformers import Dinov2Model
-    except ImportError as error:
-        raise EncoderUnavailable(
-            "encoder 'dinov2' needs transformers: pip install transformers, or use encoder='conv'"
-        ) from error
-    failure: Exception | None = None
-    for local in (True, False):  # what is on this machine first; the network only if it must
-        try:
-            return Dinov2Model.from_pretrained(weights, local_files_only=local)
-        except (OSError, ValueError, RuntimeError) as error:
-            failure = error
-    raise EncoderUnavailable(
-        f"can't load DINOv2 weights {weights!r}. Where the network reaches huggingface.co, run "
-        f"`hf download facebook/dinov2-small`, or copy that folder here and pass its path as "
-        f"encoder_weights; encoder='conv' needs no weights"
-    ) from failure
-
-
 class PatchNetwork(nn.Module):
     """Image (and depth) -> grid^2 * K Gaussians, in the input camera's OpenCV frame.
 
@@ -126,27 +81,15 @@ class PatchNetwork(nn.Module):
     A small head of ours predicts the depth where none was given.
 
     Args:
-        encoder: "conv" (from scratch) or "dinov2".
         per_patch: K, Gaussians for each patch.
         grid: patches along a side; the original has 37.
     """
 
-    def __init__(
-        self,
-        *,
-        encoder: str = "conv",
-        encoder_weights: str = "facebook/dinov2-small",
-        per_patch: int = 4,
-        grid: int = 37,
-    ) -> None:
+    def __init__(self, *, per_patch: int = 4, grid: int = 37) -> None:
         super().__init__()
         self.grid, self.per_patch = grid, per_patch
-        self.encoder: ConvEncoder | DinoEncoder
-        if encoder == "conv":
-            self.encoder, channels = ConvEncoder(), 384
-        else:
-            self.encoder = DinoEncoder(encoder_weights)
-            channels = self.encoder.channels
+        channels = 384
+        self.encoder = ConvEncoder(channels)
         self.depth_head = nn.Sequential(nn.Conv2d(channels, 64, 1), nn.SiLU(), nn.Conv2d(64, 1, 1))
         layers: list[nn.Module] = []
         width = channels + 1
@@ -165,7 +108,8 @@ class PatchNetwork(nn.Module):
             Gaussians (M, grid^2 * K), and {"depth_predicted": (M, G, G), "depth_known": (M, G, G)}
             (the second only where depth was given).
         """
-        features = self._features(rgba)
+        image = resize(rgba * 2 - 1, self.grid * _STRIDE)
+        features = self.encoder(image).float()
         with torch.autocast(rgba.device.type, enabled=False):
             predicted = torch.sigmoid(self.depth_head(features))[:, 0]
         aux = {"depth_predicted": predicted}
@@ -178,18 +122,6 @@ class PatchNetwork(nn.Module):
         raw = raw.reshape(len(rgba), self.grid, self.grid, self.per_patch, _NUMBERS)
         with torch.autocast(rgba.device.type, enabled=False):
             return original_parametrisation(raw, used), aux
-
-    def _features(self, rgba: Tensor) -> Tensor:
-        if isinstance(self.encoder, ConvEncoder):
-            image, stride = rgba * 2 - 1, _CONV_STRIDE
-        else:
-            image, stride = rgba[:, :3], _DINO_STRIDE
-        side = self.grid * stride
-        if image.shape[-1] != side:
-            image = F.interpolate(
-                image, size=(side, side), mode="bilinear", antialias=True, align_corners=False
-            )
-        return self.encoder(image).float()
 
 
 def original_parametrisation(raw: Tensor, depth: Tensor) -> Gaussians:

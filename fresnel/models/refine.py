@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fresnel.data.images import InputImages
 from fresnel.data.records import ViewTensors
-from fresnel.evaluation.metrics import Predictor
+from fresnel.models import Predictor
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,15 +90,12 @@ class ResidualBlock(nn.Module):
     The second convolution starts at zero, so a fresh block passes its skip branch through.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, embedding_dim: int = 0, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int = 0) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.affine = nn.Linear(embedding_dim, 2 * out_channels) if embedding_dim else None
         self.norm2 = group_norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = (
             nn.Conv2d(in_channels, out_channels, 1)
@@ -110,7 +108,7 @@ class ResidualBlock(nn.Module):
         if self.affine is not None and embedding is not None:
             scale, shift = self.affine(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
             h = torch.addcmul(shift, h, scale + 1)
-        h = self.conv2(self.dropout(F.silu(h)))
+        h = self.conv2(F.silu(h))
         return (self.skip(x) + h) * _RESIDUAL_SCALE
 
 
@@ -121,9 +119,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = max(1, channels // head_channels)
         if channels % self.heads:
-            raise ValueError(
-                f"channels: got {channels}, want a multiple of the {self.heads} attention heads"
-            )
+            raise ValueError(f"channels: got {channels}, want a multiple of {self.heads} heads")
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = _zero(nn.Conv2d(channels, channels, 1))
@@ -151,7 +147,7 @@ class UNet(nn.Module):
     divisible by `divisor` = patch * 2^(levels - 1) will do; others raise ValueError.
 
     `embedding_dim` > 0 makes forward() require an embedding (B, embedding_dim) that drives
-    every residual block's adaptive norm. `zero_output` starts the network at exactly zero.
+    every residual block's adaptive norm. A fresh network's output is exactly zero.
 
     `checkpointing`, an attribute, keeps each block's inputs only and computes the rest again on
     the way back: less memory for more time (arXiv 1604.06174).
@@ -168,36 +164,31 @@ class UNet(nn.Module):
         attention_levels: Sequence[int] = (),
         patch: int = 1,
         embedding_dim: int = 0,
-        dropout: float = 0.0,
-        zero_output: bool = True,
     ) -> None:
         super().__init__()
         multipliers = tuple(channel_multipliers)
-        for name, value in {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "base_channels": base_channels,
-            "blocks_per_level": blocks_per_level,
-            "patch": patch,
-            "len(channel_multipliers)": len(multipliers),
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, want at least 1")
+        if min(base_channels, blocks_per_level, patch, *multipliers) < 1:
+            raise ValueError(
+                f"base_channels, blocks_per_level, patch, channel_multipliers: got "
+                f"{base_channels}, {blocks_per_level}, {patch}, {multipliers}, want at least 1"
+            )
         if any(not 0 <= level < len(multipliers) for level in attention_levels):
             raise ValueError(
                 f"attention_levels: got {tuple(attention_levels)}, "
                 f"want levels in [0, {len(multipliers) - 1}]"
             )
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.embedding_dim, self.patch = embedding_dim, patch
+        self.patch = patch
         self.divisor = patch * 2 ** (len(multipliers) - 1)
-        self.dropout, self.checkpointing = dropout, False
+        self.checkpointing = False
 
         def block(cin: int, cout: int) -> ResidualBlock:
-            return ResidualBlock(cin, cout, embedding_dim, dropout)
+            return ResidualBlock(cin, cout, embedding_dim)
 
-        def attention(channels: int, level: int) -> nn.Module:
-            return SelfAttention(channels) if level in attention_levels else nn.Identity()
+        def attended(level: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                SelfAttention(widths[level]) if level in attention_levels else nn.Identity()
+                for _ in range(blocks_per_level)
+            )
 
         widths = [base_channels * m for m in multipliers]
         self.stem = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
@@ -209,9 +200,7 @@ class UNet(nn.Module):
             self.down_blocks.append(
                 nn.ModuleList(block(width, width) for _ in range(blocks_per_level))
             )
-            self.down_attention.append(
-                nn.ModuleList(attention(width, level) for _ in range(blocks_per_level))
-            )
+            self.down_attention.append(attended(level))
         last = widths[-1]
         self.middle_in, self.middle_out = block(last, last), block(last, last)
         self.middle_attention = SelfAttention(last) if attention_levels else nn.Identity()
@@ -225,18 +214,19 @@ class UNet(nn.Module):
                     block(2 * width if i == 0 else width, width) for i in range(blocks_per_level)
                 )
             )
-            self.up_attention.append(
-                nn.ModuleList(attention(width, level) for _ in range(blocks_per_level))
-            )
+            self.up_attention.append(attended(level))
             if level:
                 # 1x1 before the nearest upsampling: a quarter of the cost of after it, same values
                 self.upsample.append(nn.Conv2d(width, widths[level - 1], 1))
         self.norm_out = group_norm(widths[0])
-        head = nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1)
-        self.head = _zero(head) if zero_output else head
+        self.head = _zero(nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        self._check(x, embedding)
+        if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
+            raise ValueError(
+                f"x: got {x.shape[2]} x {x.shape[3]} pixels, want both divisible by "
+                f"{self.divisor} (patch {self.patch} x 2^{len(self.downsample)} for the levels)"
+            )
         h = self.stem(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         skips = []
         for level, (blocks, attentions) in enumerate(
@@ -257,10 +247,7 @@ class UNet(nn.Module):
         h = self.head(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
-    def _run(
-        self, blocks: nn.Module, attentions: nn.Module, h: Tensor, embedding: Tensor | None
-    ) -> Tensor:
-        assert isinstance(blocks, nn.ModuleList) and isinstance(attentions, nn.ModuleList)
+    def _run(self, blocks: Any, attentions: Any, h: Tensor, embedding: Tensor | None) -> Tensor:
         for block, attention in zip(blocks, attentions, strict=True):
             h = self._block(block, attention, h, embedding)
         return h
@@ -273,26 +260,9 @@ class UNet(nn.Module):
             return h if attention is None else attention(h)
 
         if self.checkpointing and torch.is_grad_enabled():
-            # without dropout there is no random state to restore, which would wait for a GPU
-            return checkpoint(
-                run, h, embedding, use_reentrant=False, preserve_rng_state=self.dropout > 0
-            )
+            # there is no random state to restore, which would wait for a GPU
+            return checkpoint(run, h, embedding, use_reentrant=False, preserve_rng_state=False)
         return run(h, embedding)
-
-    def _check(self, x: Tensor, embedding: Tensor | None) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, want (B, {self.in_channels}, H, W)")
-        if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
-            raise ValueError(
-                f"x: got {x.shape[2]} x {x.shape[3]} pixels, want both divisible by "
-                f"{self.divisor} (patch {self.patch} x 2^{len(self.downsample)} for the levels)"
-            )
-        if bool(self.embedding_dim) != (embedding is not None) or (
-            embedding is not None and tuple(embedding.shape) != (x.shape[0], self.embedding_dim)
-        ):
-            got = None if embedding is None else tuple(embedding.shape)
-            want = (x.shape[0], self.embedding_dim) if self.embedding_dim else None
-            raise ValueError(f"embedding: got {got}, want {want}")
 
 
 def count_parameters(model: nn.Module) -> int:

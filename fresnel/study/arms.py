@@ -180,7 +180,7 @@ def original_decoder(network: decoder.Decoder) -> evaluate.Predictor:
     def predict(inputs: InputImages, cameras: Cameras) -> Views:
         gaussians, _ = place(inputs, network, ORIGINAL)
         _, targets, _ = original_camera_map(inputs, cameras)
-        return decoder.render_small(gaussians, targets, near=NEAR)
+        return decoder.render_small(gaussians, targets, render_size=network.render_size, near=NEAR)
 
     return predict
 

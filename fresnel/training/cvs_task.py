@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fresnel.data.records import ViewTensors
-from fresnel.evaluation.metrics import Predictor
+from fresnel.models import Predictor
 from fresnel.models import refine as rendered
 from fresnel.models.cvs import CONDITION_CHANNELS, CVS, CVSConfig, condition_tensors, rgba, sample
 from fresnel.scene.colour import luminance
@@ -78,6 +78,7 @@ class CVSTask:
         self._renders: Tensor | None = None
         self._held_out_renders: Tensor | None = None
         if config.render_condition and renderer is not None:
+            model.decoder = getattr(renderer, "decoder", "")
             twin = config.render_twin
             self._renders = rendered.prepared(renderer, self.data, any_input=any_input, twin=twin)
             self._held_out_renders = rendered.prepared(renderer, self.held_out, twin=twin)

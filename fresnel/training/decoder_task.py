@@ -66,6 +66,7 @@ class DecoderTask:
         self.batch_size, self.any_input, self.augment = batch_size, any_input, augment
         self.frontal_only = self.model.config.kind == "patch"
         self._train = _Pool(views, self.device)
+        self.model.render_size = self._train.size
         self._held_out = _Pool(validation, self.device) if validation else self._train
         self.target_views = min(target_views, self._train.views - 1)
         self._windows = (ssim_window(self._train.size, torch.zeros((), device=self.device)),) * 2

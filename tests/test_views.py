@@ -82,6 +82,58 @@ def test_views_by_weights_that_see_the_decoders_render(tmp_path: Path) -> None:
     assert np.abs(np.median(made[8, 6:10], axis=0) - COLOUR).max() < 40
 
 
+def test_views_draw_with_the_decoder_that_the_weights_belong_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    other = decoder.Decoder(
+        decoder.DecoderConfig(image_size=32, base_channels=8, channel_multipliers=(1, 2),
+                              attention_levels=(), patch=2)
+    )  # fmt: skip
+    config = cvs.CVSConfig.preset("tiny", render_condition=True, render_base=True)
+    network, picture = cvs.CVS(config), save(tmp_path / "toy.png", disc(), None)
+    network.decoder = other.checksum()
+    (tmp_path / "weights").mkdir()
+    path = network.save(tmp_path / "weights" / "refine.safetensors", half=True)
+    with pytest.raises(ValueError, match="put that decoder's file into the same folder"):
+        sampling.write_views(picture, tmp_path / "out", weights=path, count=2)
+    other.save(tmp_path / "weights" / "other.safetensors", half=False)
+    drawn = []
+    draw = decoder.render_small
+    monkeypatch.setattr(
+        decoder, "render_small", lambda *a, **k: drawn.append(a[1].batch_shape) or draw(*a, **k)
+    )
+    facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=2)
+    assert facts["gaussians"]["count"] <= 2 * 32 * 32  # the shipped one has 2 x 128 x 128
+    assert drawn == [(1, 2)], "one render serves the sheet and the network"
+
+
+def test_a_picture_is_read_as_large_as_the_network_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    read = sampling.read_photo
+    monkeypatch.setattr(
+        sampling, "read_photo", lambda *a, **k: seen.append(read(*a, **k)) or seen[-1]
+    )
+    network = cvs.CVS(cvs.CVSConfig.preset("tiny", image_size=160))
+    path = network.save(tmp_path / "w.safetensors")
+    facts = sampling.write_views(
+        save(tmp_path / "toy.png", disc(), None), tmp_path / "out", weights=path, count=1
+    )
+    assert seen[0].inputs.rgb.shape[1] == 160 == facts["image_size"]
+
+
+def test_every_view_has_a_file_of_its_own(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = save(tmp_path / "toy.png", disc(), None)
+    monkeypatch.setattr(sampling, "_sheet", lambda *_: None)
+    facts = sampling.write_views(picture, tmp_path / "out", weights=weights, count=400)
+    assert len(list((tmp_path / "out").glob("azimuth_*.png"))) == 400 == len(facts["files"])
+    assert facts["files"]["0.9"] == "azimuth_000.9.png"
+
+
 def test_alpha_and_a_plain_background_give_the_same_input(tmp_path: Path) -> None:
     alpha = disc()
     given = sampling.read_photo(save(tmp_path / "a.png", alpha, None))
@@ -92,7 +144,7 @@ def test_alpha_and_a_plain_background_give_the_same_input(tmp_path: Path) -> Non
         difference = (cut.inputs.alpha.float() - given.inputs.alpha.float()).abs()
         assert difference.mean() < 1.0 and difference.max() < 70
     covered = (given.inputs.alpha[0] > 127).nonzero()
-    extent = (covered.max(0).values - covered.min(0).values + 1) / sampling.INPUT_SIZE
+    extent = (covered.max(0).values - covered.min(0).values + 1) / 128
     assert extent.tolist() == pytest.approx([0.6, 0.6], abs=0.03), "framed as the training was"
 
 
@@ -131,10 +183,11 @@ def test_large_pictures_shrink_without_becoming_transparent(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--weights", "missing.safetensors"], "no such CVS checkpoint"),
-        (["--weights", "toy.png"], "not a readable CVS file"),
+        (["--weights", "missing.safetensors"], "no such cvs checkpoint"),
+        (["--weights", "toy.png"], "not a readable cvs checkpoint"),
         (["--elevation", "95"], "elevation_deg: got 95"),
         (["--steps", "0"], "steps: got 0"),
+        (["--views", "3601"], "views: got 3601"),
         (["--ply", "toy.obj"], "ends in .ply"),
         (["--out", "toy.png"], "want a folder"),
     ],
@@ -154,16 +207,6 @@ def test_wrong_use_is_one_clear_line(
     assert message in error and error.count("\n") == 1
     assert main(["views", "gone.jpg", "--out", "o", "--weights", str(weights)]) == 2
     assert "no such file" in capsys.readouterr().err
-
-
-def test_without_shipped_weights_the_message_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(cvs.resources, "files", lambda _: tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"cvs\.safetensors.*03_full_train"):
-        cvs.load_shipped()
-    with pytest.raises(ValueError, match="no trained 'cvs-render' ships"):
-        cvs.load_shipped(model="cvs-render")
 
 
 def test_what_ships_draws_the_object_and_stays_near_the_decoder(tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""Weights in files: what comes back, what is refused, and what belongs to what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fresnel.models import cvs, decoder, weights
+from fresnel.models.cvs import CVS, CVSConfig
+from fresnel.models.decoder import Decoder, DecoderConfig
+
+TINY = DecoderConfig(
+    image_size=32, base_channels=8, channel_multipliers=(1, 2), attention_levels=(), patch=2
+)
+
+
+def networks() -> dict[str, Any]:
+    torch.manual_seed(0)
+    patch = Decoder(DecoderConfig(kind="patch", image_size=32, patch_grid=5))
+    return {"pixel": Decoder(TINY), "patch": patch, "cvs": CVS(CVSConfig.preset("tiny"))}
+
+
+@pytest.mark.parametrize("kind", ["pixel", "patch", "cvs"])
+def test_what_is_saved_comes_back(kind: str, tmp_path: Path) -> None:
+    network = networks()[kind].train()
+    network.provenance = {"params": {"steps": 7}, "data": ["sha256:1"]}
+    if kind == "cvs":
+        network.decoder = "sha256:of the decoder"
+    else:
+        network.render_size = 48
+    full, half = tmp_path / "new" / "full.safetensors", tmp_path / "new" / "half.safetensors"
+    network.save(full, half=False)
+    network.save(half, half=True)
+    loaded = type(network).load(full)
+    assert loaded.config == network.config and not loaded.training
+    assert loaded.provenance == network.provenance
+    assert weights.checksum(loaded.state_dict()) == weights.checksum(network.state_dict())
+    if kind == "cvs":
+        assert loaded.decoder == "sha256:of the decoder"
+    else:
+        assert loaded.render_size == 48 and loaded.checksum() == network.checksum()
+    for name, tensor in type(network).load(half).state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, network.state_dict()[name], atol=1e-3, rtol=1e-3)
+    assert half.stat().st_size < 0.75 * full.stat().st_size
+    assert sorted(path.name for path in full.parent.iterdir()) == [full.name, half.name]
+    assert weights.read_header(half)["params"] == {"steps": 7}
+
+
+def edited(path: Path, change: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None):
+    """The file with another configuration or other tensors, its header else as it was."""
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["fresnel"])
+    header["config"] |= change
+    save_file(tensors or load_file(path), path, metadata={"fresnel": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_channels": 1_000_000}, "base_channels 1000000 is out of bounds"),
+        ({"channel_multipliers": [1, 4000]}, "out of bounds"),
+        ({"channel_multipliers": [1] * 17}, "out of bounds"),
+        ({"blocks_per_level": 500}, "blocks_per_level 500 is out of bounds"),
+        ({"image_size": 65536}, "image_size 65536 is out of bounds"),
+        ({"base_channels": 2000}, "don't fit the configuration"),
+        ({"flavour": 3}, "flavour"),
+        ({"encoder": "dinov2"}, "encoder 'dinov2' is not supported"),
+        ({"gaussian_grid": "half"}, "gaussian_grid 'half' is not supported"),
+    ],
+)
+def test_a_configuration_that_is_not_of_its_weights_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = Decoder(TINY).save(tmp_path / "d.safetensors")
+    edited(path, change)
+    with pytest.raises(ValueError, match=message):
+        Decoder.load(path)
+
+
+def test_damaged_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
+    path = Decoder(TINY).save(tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match=r"d\.safetensors: not a cvs checkpoint"):
+        CVS.load(path)
+    with pytest.raises(FileNotFoundError, match="no such decoder checkpoint"):
+        Decoder.load(tmp_path / "none.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match="not a readable decoder checkpoint"):
+        Decoder.load(path)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit of one weight
+    with pytest.raises(ValueError, match="not those that were saved"):
+        Decoder.load(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="kind None"):
+        Decoder.load(path)
+
+
+def test_what_ships_loads_and_says_what_it_is() -> None:
+    shipped = {kind: decoder.load_shipped(kind) for kind in ("pixel", "patch")}
+    for kind, network in shipped.items():
+        assert network.config.kind == kind and network.render_size == 128
+        assert network.provenance["notebook"] == "03_full_train"
+        assert network.save.__self__ is network
+    for model in cvs.SHIPPED:
+        network = cvs.load_shipped(model=model)
+        assert network.config.render_twin is (model == "cvs-twin") and not network.training
+        assert network.provenance["params"]["model"] == model
+    with pytest.raises(ValueError, match="no trained 'cvs-refine' ships"):
+        cvs.load_shipped(model="cvs-refine")
+
+
+def test_what_ships_can_be_saved_again(tmp_path: Path) -> None:
+    network = cvs.load_shipped(model="cvs-twin")
+    again = CVS.load(network.save(tmp_path / "twin.safetensors", half=True))
+    assert again.config == network.config and again.provenance == network.provenance
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)  # half precision already
+
+
+def test_without_shipped_weights_the_message_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(weights.resources, "files", lambda _: tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"cvs\.safetensors.*03_full_train"):
+        cvs.load_shipped()
+    with pytest.raises(FileNotFoundError, match=r"decoder_patch\.safetensors.*03_full_train"):
+        decoder.load_shipped("patch")
