@@ -236,18 +236,15 @@ class CVS(nn.Module):
         self.load_state_dict(found)
         self.origin = weights.checksum(found)
 
-    def save(self, path: str | Path, *, half: bool = False, **provenance: Any) -> Path:
-        """Write weights, config and the decoder's name to one file: `weights.save`.
-
-        `provenance`: what is known of the run, where it isn't in the attribute of that name.
-        """
+    def save(self, path: str | Path, *, half: bool = False) -> Path:
+        """Write weights, config, provenance and the decoder's name to one file: `weights.save`."""
         return weights.save(
             path,
             "cvs",
             self,
             asdict(self.config),
             half=half,
-            provenance={**self.provenance, **provenance},
+            provenance=self.provenance,
             facts={"decoder": self.decoder},
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset
-from fresnel.evaluation.metrics import object_name
+from fresnel.data.layout import object_name
 from fresnel.objects import assets, furniture, sources
 from fresnel.show.style import link, show_table
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fresnel.data.dataset import MultiViewDataset, ObjectViews, ViewTensors
-from fresnel.evaluation.metrics import Predictor
+from fresnel.models import Predictor
 from fresnel.scene.cameras import relative_azimuth_deg
 from fresnel.show.style import put, to_png, to_uint8
 

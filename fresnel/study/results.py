@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fresnel.evaluation import metrics as evaluate
-from fresnel.models.decoder import Decoder
 from fresnel.report.record import RunRecord
 from fresnel.study.smoke import loss_fall
 from fresnel.training.loop import TrainResult
@@ -106,17 +105,11 @@ _PLACES = {
 
 def export(network: Any, path: str | Path, record: RunRecord) -> Path:
     """Write a trained network in half precision, with the run that made it in its metadata."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    provenance = {
+    network.provenance = {
         "notebook": record.notebook,
         "params": {k: v for k, v in record.params.items() if k not in _PLACES},
         "provenance": {k: v for k, v in record.provenance.items() if k != "datasets"},
         "data": [found["content_hash"] for found in record.provenance["datasets"]],
         "started_utc": record.started_utc,
     }
-    if isinstance(network, Decoder):
-        network.provenance = provenance
-        return network.save(path, half=True)
-    network.save(path, half=True, **provenance)
-    return path
+    return network.save(path, half=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fresnel.data.dataset import ViewTensors
-from fresnel.evaluation.metrics import luminance
+from fresnel.scene.colour import luminance
 from fresnel.training.task import Task
 
 
