@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,38 +25,25 @@ run = record.start("n", dict(data=data, helper=helper, verdict=verdict), output_
 PARAMETERS = 'data = ""  # a file\nhelper = ""\nverdict = "PASS"\noutput_dir = ""'
 
 
-def rewrite(path: Path, text: str) -> None:
-    """Change a file in a way that its size and modification time do not tell."""
-    before = path.stat()
-    assert len(text) == before.st_size
-    path.write_text(text)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
 @pytest.fixture
 def reader(make_notebook: Maker, tmp_path: Path) -> Callable[..., report.Run]:
-    """Runs a notebook that lists data/, reads data/a.txt, imports helping.py, writes made.txt."""
+    """Runs a notebook whose parameter names a file, which declares a folder and what it made."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("one")
-    (tmp_path / "helping.py").write_text("def answer(text):\n    return len(text)\n")
+    (tmp_path / "named.txt").write_text("named")
     body = f"""\
-import sys
-sys.path.insert(0, {str(tmp_path)!r})
 from pathlib import Path
-import helping
-folder = Path({str(tmp_path / "data")!r})
-print([path.name for path in folder.iterdir()], helping.answer((folder / "a.txt").read_text()))
+print(Path(data).read_text())
+run.input({str(tmp_path / "data")!r})
 Path({str(tmp_path / "made.txt")!r}).write_text("made")
-scratch = folder.parent / "scratch.txt"
-scratch.write_text("gone at the end")
-scratch.read_text()
-scratch.unlink()"""
+run.input({str(tmp_path / "made.txt")!r})"""
     notebook = make_notebook(
         "reads", START, body, "run.finish(verdict, 'so')", parameters=PARAMETERS
     )
 
     def run(fresh: bool = False, **params: object) -> report.Run:
-        return report.run(notebook, params, "r", tmp_path / "reports", fresh=fresh)
+        given = {"data": str(tmp_path / "named.txt"), **params}
+        return report.run(notebook, given, "r", tmp_path / "reports", fresh=fresh)
 
     return run
 
@@ -73,29 +61,73 @@ def test_unchanged_is_found_and_marked_and_all_else_computed(
     assert RunRecord.read(first.directory).cached == mark
     assert again.record.replace(cached=None) == first.record
     assert len(list((tmp_path / "reports" / "runs").iterdir())) == 1
+    assert not list((tmp_path / "reports").rglob("*.pkl")), "no cache has anything to unpickle"
 
     last = [again]
 
     def computed(**params: object) -> bool:
         """Whether the next run is computed; the one after it must be found."""
-        done = reader(**{"verdict": "FAIL", **params})
-        last.append(done)
-        return not done.reused
+        last.append(reader(**{"verdict": "FAIL", **params}))
+        return not last[-1].reused
 
     assert computed(fresh=True) and not computed(), "--fresh ignores the cache, and fills it"
-    assert computed(data="other") and not computed(), "a changed parameter, and back"
-    rewrite(tmp_path / "data" / "a.txt", "two")
-    assert computed() and not computed(), "changed data, though of the same size and time"
+    assert computed(helper="other") and not computed(), "a changed parameter, and back"
+    (tmp_path / "named.txt").write_text("other")
+    assert computed() and not computed(), "a file that a parameter names"
+    (tmp_path / "data" / "a.txt").write_text("two")
+    assert computed(), "a file in a folder that the notebook declared"
     (tmp_path / "data" / "b.txt").write_text("new")
-    assert computed() and not computed(), "a new file in a folder that was listed"
-    (tmp_path / "helping.py").write_text("def answer(text):\n    return 2 * len(text)\n")
-    assert computed() and not computed(), "a changed module"
+    assert computed() and not computed(), "a new file in it"
     (tmp_path / "made.txt").unlink()
     assert computed() and (tmp_path / "made.txt").exists(), "what the run made is gone"
+    (last[-1].directory / "executed.ipynb").unlink()
+    assert not computed(), "an earlier run of the same kind is as good"
     (last[-1].directory / "results.json").write_text("{")
-    assert computed(), "a damaged record"
     monkeypatch.setattr(cache, "code_hash", lambda: "other code")
     assert computed(), "changed code"
+
+
+def test_a_dataset_counts_by_its_content_hash(make_notebook: Maker, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    manifest = folder / "manifest.json"
+    manifest.write_text('{"content_hash": "sha256:1", "note": "a"}')
+    body = f"""\
+class Data(list):
+    path, content_hash = {str(folder)!r}, "sha256:1"
+run.dataset(Data())
+run.finish("PASS", "")"""
+    notebook = make_notebook("d", START, body, parameters=PARAMETERS)
+
+    def reused() -> bool:
+        return report.run(notebook, None, "d", tmp_path / "r").reused
+
+    assert [reused(), reused()] == [False, True]
+    manifest.write_text('{"content_hash": "sha256:1", "note": "b"}')
+    assert reused()
+    manifest.write_text('{"content_hash": "sha256:2"}')
+    assert not reused()
+
+
+def test_other_runs_count_by_their_results(make_notebook: Maker, tmp_path: Path) -> None:
+    """As for an analysis, whose own run lies among those that it reads."""
+    runs = tmp_path / "r" / "runs"
+    other = RunRecord("x", "finished", "DONE", "one")
+    (runs / "other").mkdir(parents=True)
+    other.write(runs / "other")
+    body = f"run.input({str(runs)!r})\nrun.finish('DONE', '')"
+    notebook = make_notebook("story", START, body, parameters=PARAMETERS)
+
+    def reused() -> bool:
+        return report.run(notebook, None, "story", tmp_path / "r").reused
+
+    assert [reused(), reused()] == [False, True]
+    mark = {"reused_utc": "", "computed_utc": "", "commit": None, "dirty": None}
+    other.replace(cached=mark).write(runs / "other")
+    (runs / "other" / "report.html").write_text("a new page")
+    assert reused(), "that another run was found again, and its page, is no news about it"
+    other.replace(summary="two").write(runs / "other")
+    assert not reused()
 
 
 def test_what_did_not_finish_is_computed_again(make_notebook: Maker, tmp_path: Path) -> None:
@@ -111,45 +143,8 @@ def test_what_did_not_finish_is_computed_again(make_notebook: Maker, tmp_path: P
         assert once.directory != twice.directory and not twice.reused
 
 
-def test_files_that_worker_processes_read_count(make_notebook: Maker, tmp_path: Path) -> None:
-    RunRecord("x", "finished", "DONE", "one").write(tmp_path / "results.json")
-    body = f"""\
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-    print(pool.submit(record.RunRecord.read, {str(tmp_path / "results.json")!r}).result().summary)
-run.finish("DONE", "")"""
-    notebook = make_notebook("pool", START, body, parameters=PARAMETERS)
-
-    def run() -> bool:
-        return report.run(notebook, None, "p", tmp_path / "r").reused
-
-    assert [run(), run()] == [False, True]
-    found = RunRecord.read(tmp_path).replace(cached={
-        "reused_utc": "", "computed_utc": "", "commit": None, "dirty": None,
-    })  # fmt: skip
-    found.write(tmp_path)
-    assert run(), "that another run was found in the cache changes nothing in it"
-    found.replace(summary="two").write(tmp_path)
-    assert not run()
-
-
-def test_a_file_that_changes_while_it_is_read_keeps_a_run_out(
-    make_notebook: Maker, tmp_path: Path
-) -> None:
-    (tmp_path / "shifting.txt").write_text("a")
-    body = f"""\
-import subprocess
-print(open({str(tmp_path / "shifting.txt")!r}).read())
-subprocess.run(["sh", "-c", "echo b > {tmp_path / "shifting.txt"}"], check=True)
-run.finish("DONE", "")"""
-    notebook = make_notebook("shift", START, body, parameters=PARAMETERS)
-    assert not report.run(notebook, None, "p", tmp_path / "r").reused
-    assert not report.run(notebook, None, "p", tmp_path / "r").reused
-
-
 def test_the_code_hash_is_of_what_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = "report/page.py", "report/templates/page.css"
+    shown = "report/page.py", "report/templates/page.css", "cli.py"
     for name in (*shown, "training/loop.py", "assets/a.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("a")
@@ -159,45 +154,40 @@ def test_the_code_hash_is_of_what_computes(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).write_text("b")
         assert (cache.code_hash() == before) == (name in shown), name
         before = cache.code_hash()
-    for name in cache._SHOWS_ONLY | cache.NOT_TRAINING:
+    for name in cache.NOT_TRAINING:
         assert (ROOT / "fresnel" / name).exists(), name
 
 
-def test_a_state_is_told_by_content(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    assert cache.state(str(path)) == ["none", None, None]
-    path.write_text("abc")
-    before = cache.state(str(path))
-    rewrite(path, "abd")
-    assert cache.state(str(path), before)[-1] != before[-1], "looked at right after it was written"
-    settled = cache.state(str(path))
-    settled[1][4] = True
-    assert cache.state(str(path), settled) is settled, "not read again"
-    path.touch()
-    assert cache.state(str(path), settled)[-1] == settled[-1], "read again, and the same"
-    listed = cache.state(str(tmp_path))
-    (tmp_path / ".hidden").touch()
-    assert cache.state(str(tmp_path)) == listed
-    (tmp_path / "seen").touch()
-    assert cache.state(str(tmp_path)) != listed
-
-
-def test_a_second_holder_of_a_lock_waits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_holder_of_a_lock_waits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lock = tmp_path / "locks" / "a.lock"
-    code = "import sys, time\nfrom pathlib import Path\nfrom fresnel.host import files\n"
-    code += f"with files.locked(Path({str(lock)!r})):\n    print('held', flush=True)\n"
-    code += "    sys.stdin.read()\n"
-    command = [sys.executable, "-c", code]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as other:  # type: ignore[call-overload]
-        assert other.stdout.readline() == "held\n"
+    code = f"""\
+import sys
+import threading
+from pathlib import Path
+from fresnel.host.files import locked
+with locked(Path({str(lock)!r})):
+    print("held", flush=True)
+    sys.stdin.read()"""
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with files.lock_if_free(lock) as mine:
+            assert not mine
+        got = threading.Event()
+
+        def take() -> None:
+            with files.locked(lock, "waiting for it"):
+                got.set()
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        assert not got.wait(0.5), "it waits while the other holds the lock"
         other.kill()  # the lock goes with its holder
-        other.wait()
-    with files.locked(lock, "waiting"):
-        pass
-    assert capsys.readouterr().err == ""
+        assert got.wait(30)
+        thread.join()
+    assert "waiting for it" in capfd.readouterr().err
+    with files.lock_if_free(lock) as mine:
+        assert mine
 
 
 def test_a_found_report_needs_no_torch(make_notebook: Maker, tmp_path: Path) -> None:
@@ -205,6 +195,7 @@ def test_a_found_report_needs_no_torch(make_notebook: Maker, tmp_path: Path) -> 
     report.run(notebook, None, "t", tmp_path)
     code = f"""\
 import sys
+import threading
 from fresnel.cli import main
 status = main(["run", {str(notebook)!r}, "--name", "t", "--reports", {str(tmp_path)!r}])
 slow = {{"torch", "papermill", "matplotlib", "numba"}} & set(sys.modules)
