@@ -70,16 +70,17 @@ def find(reports: Path, wanted: str, name: str, output_dir: Path | None) -> Path
 
 
 def inputs_of(params: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Path -> hash of the files and folders that parameters name. The run's own folder is none of
-    them, nor is one that holds it or other runs, whose results the notebook declares."""
+    """Path -> hash of the files and folders that parameters name, but for the run's own `folder`.
+    Where a notebook reads other runs, its `reports_dir` "" names those of the project."""
+    texts = [text for text in params.values() if isinstance(text, str) and text]
+    if params.get("reports_dir") == "":
+        texts.append("reports/runs")
     found = {}
-    for text in params.values():
-        path = project_root() / text if isinstance(text, str) and text else None
-        if path is None or folder.is_relative_to(path.resolve()) or (path / "runs").is_dir():
-            continue
+    for text in texts:
+        path = project_root() / text
         with contextlib.suppress(OSError):  # a text that names no file
-            if path.exists():
-                found[str(path)] = digest(path)
+            if path.exists() and path.resolve() != folder:
+                found[str(path)] = digest(path, folder)
     return found
 
 

@@ -92,13 +92,20 @@ def digest(path: Path, apart: Path | None = None) -> str:
         return str(manifest["content_hash"])
     if not path.is_dir():
         return ""
-    results = sorted([*path.glob(RESULTS_NAME), *path.glob(f"*/{RESULTS_NAME}")])
-    files = results or [p for p in sorted(path.rglob("*")) if not p.name.startswith(".")]
+    files = sorted(path.glob(RESULTS_NAME))
+    if not files and (runs := sorted(path.glob(f"*/{RESULTS_NAME}"))):
+        files = [*runs, *sorted(path.glob("*.*"))]
+    files = files or [p for p in sorted(path.rglob("*")) if not _hidden(p.relative_to(path))]
     total = hashlib.sha256()
     for file in files:
         if file.is_file() and not (apart and file.is_relative_to(apart)):
             total.update(f"{file.relative_to(path)}\0{digest(file)}\n".encode())
     return total.hexdigest()
+
+
+def _hidden(path: Path) -> bool:
+    """Whether it is no content: hidden files, and receipts, which are told apart from the data."""
+    return "receipts" in path.parts or any(part.startswith(".") for part in path.parts)
 
 
 def _results(path: Path) -> str:

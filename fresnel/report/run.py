@@ -129,6 +129,8 @@ def run(
     name = name or source.stem
     told = given.pop("output_dir", "")
     chosen = Path(told).resolve() if told else None
+    if "reports_dir" in known and reports != reports_folder().resolve():
+        given.setdefault("reports_dir", str(reports / "runs"))  # it reads the runs it lies among
     wanted = cache.identity(source, given, name, chosen)
     waiting = f"{name}: another process is computing this very report; waiting for it"
     with locked(reports / cache.CACHE_NAME / f"{wanted[:16]}.lock", waiting):
@@ -402,7 +404,7 @@ class _Begun:
         # the notebook's clock misses the kernel's start and end, which the machine's owner pays too
         duration = time.perf_counter() - self.clock
         inputs = {
-            **cache.inputs_of(self.params, self.directory),
+            **cache.inputs_of({**self.params, **record.params}, self.directory),
             **record.provenance.get("inputs", {}),
         }
         record = record.replace(

@@ -50,6 +50,8 @@ def require(
         Refused: says which check is missing or failed and what to run.
     """
     try:
+        for kind in kinds:
+            run.input(data.path / "receipts" / f"{kind}.json")
         first = gate.require_receipt(data, kinds[0], allow_failed)
         # the files were hashed for the first one
         same = types.SimpleNamespace(path=data.path, content_hash=data.content_hash)
