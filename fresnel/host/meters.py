@@ -101,8 +101,10 @@ class EnergyMeter:
     def _watch(self) -> None:
         while not self._stop.wait(self._interval_s):
             with self._lock:
-                for meter in (*self._packages, *self._gpus):
-                    meter.joules()
+                for package in self._packages:
+                    package.joules()
+                for gpu in self._gpus:
+                    gpu.joules()
 
 
 class _Package:

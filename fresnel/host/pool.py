@@ -80,7 +80,7 @@ class _Pool(ProcessPoolExecutor):
         return super().submit(_run, buffer.getvalue())
 
 
-class _Process(_context.Process):  # type: ignore[name-defined, misc]
+class _Process(_context.Process):  # type: ignore[name-defined]
     def start(self) -> None:
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")  # or each worker would run it

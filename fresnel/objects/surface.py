@@ -106,8 +106,10 @@ def surface(scene: trimesh.Scene | trimesh.Trimesh) -> Surface:
         indices.append(np.where(part.texture >= 0, part.texture + len(textures), -1))
         textures += part.textures
     fields = ("corners", "normals", "colors", "uvs")
-    joined = (np.concatenate([getattr(part, field) for part in parts]) for field in fields)
-    return Surface(*joined, np.concatenate(indices), tuple(textures))
+    corners, normals, colors, uvs = (
+        np.concatenate([getattr(part, field) for part in parts]) for field in fields
+    )
+    return Surface(corners, normals, colors, uvs, np.concatenate(indices), tuple(textures))
 
 
 def _part(mesh: trimesh.Trimesh, matrix: NDArray[np.float64], linear: bool) -> Surface:

@@ -131,7 +131,7 @@ def rasterize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Render one image at a time; parameters and results as in `fresnel.render.render`."""
     tensors, background = one_batch(gaussians, cameras, background)
-    *scenes, viewmats, Ks = (tensor.double() for tensor in tensors)
+    means, quats, scales, opacities, colors, viewmats, Ks = (t.double() for t in tensors)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ValueError("gaussians or cameras: got NaN or infinite values, want finite ones")
     width, height = cameras.width, cameras.height
@@ -142,8 +142,8 @@ def rasterize(
     behind = viewmats.new_zeros(B, C, 3) if background is None else background.double()
     images = [
         draw(
-            *(t[b] for t in scenes), viewmats[b, c], Ks[b, c], width, height, behind[b, c],
-            near=near, eps2d=eps2d,
+            means[b], quats[b], scales[b], opacities[b], colors[b], viewmats[b, c], Ks[b, c],
+            width, height, behind[b, c], near=near, eps2d=eps2d,
         )
         for b in range(B)
         for c in range(C)
