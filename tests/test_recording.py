@@ -98,7 +98,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "original": {"loss_mask": "depth_laplacian", "parameterisation": "original", "augment": False},
     "regression": {"parameterisation": "regression"},
     "some pairs": {"pairs": torch.tensor([[0, 1], [1, 0], [1, 2], [2, 1]])},
-    "render": {"model": "cvs-render", "ground_truth": True},
+    "render": {"model": "cvs-refine", "ground_truth": True},
     "refine": {"model": "cvs-refine"},
     "twin": {"model": "cvs-twin"},
     "decoder": {"model": "decoder", "ground_truth": True},

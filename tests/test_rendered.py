@@ -144,8 +144,8 @@ def test_training_keeps_to_the_chosen_pairs() -> None:
 
 
 def test_a_refining_network_starts_from_the_render_and_keeps_the_boundary() -> None:
-    config = CVSConfig.preset("tiny", render_condition=True, render_base=True)
-    fresh, trained = CVS(config), network(render_base=True)
+    config = CVSConfig.preset("tiny", render_condition=True)
+    fresh, trained = CVS(config), network()
     x = torch.randn(2, 4, SIZE, SIZE, generator=generator())
     cond = torch.rand(2, 21, SIZE, SIZE, generator=generator()) * 2 - 1
     at_max, at_min = (torch.full((2,), s) for s in (config.sigma_max, config.sigma_min))
@@ -153,12 +153,8 @@ def test_a_refining_network_starts_from_the_render_and_keeps_the_boundary() -> N
     torch.testing.assert_close(fresh(80 * x, at_max, cond), render, atol=0.02, rtol=0)
     assert (trained(80 * x, at_max, cond) - render).abs().max() > 0.05, "and learns to change it"
     assert torch.equal(trained(x, at_min, cond), x), "D(x, sigma_min) = x"
-    with pytest.raises(ValueError, match="want render_condition=True"):
-        CVSConfig.preset("tiny", render_base=True)
     with pytest.raises(ValueError, match="adds to a render"):
-        CVSConfig.preset(
-            "tiny", render_condition=True, render_base=True, parameterisation="original"
-        )
+        CVSConfig.preset("tiny", render_condition=True, parameterisation="original")
 
 
 def one_sided(inputs: InputImages, cameras: Cameras) -> Views:
@@ -196,7 +192,7 @@ def test_the_twin_is_made_of_the_mirrored_input_and_mirrored_back() -> None:
 
 
 def test_a_twin_network_starts_from_the_mean_and_swaps_its_renders_in_the_mirror() -> None:
-    config = CVSConfig.preset("tiny", render_condition=True, render_base=True, render_twin=True)
+    config = CVSConfig.preset("tiny", render_condition=True, render_twin=True)
     assert config.condition_channels == 26
     cond = torch.rand(2, 26, SIZE, SIZE, generator=generator()) * 2 - 1
     x = torch.randn(2, 4, SIZE, SIZE, generator=generator())
@@ -206,12 +202,12 @@ def test_a_twin_network_starts_from_the_mean_and_swaps_its_renders_in_the_mirror
     flipped, _ = mirror(cond, cond[:, :4])
     assert torch.equal(flipped[:, 16:21], cond[:, 21:26].flip(-1))
     assert torch.equal(flipped[:, 21:26], cond[:, 16:21].flip(-1))
-    with pytest.raises(ValueError, match="render_twin: want render_condition=True"):
+    with pytest.raises(ValueError, match="render_twin: got True, want render_condition=True"):
         CVSConfig.preset("tiny", render_twin=True)
 
 
 def test_twin_training_sees_both_renders_tinted_and_sampling_asks_for_both() -> None:
-    net, faultless, data = network(render_base=True, render_twin=True), truth_renderer(), views()
+    net, faultless, data = network(render_twin=True), truth_renderer(), views()
     straight = {tuple(m.flatten().tolist()) for m in data.cameras.viewmats.flatten(0, 1)}
 
     def both(inputs: InputImages, cameras: Cameras) -> Views:

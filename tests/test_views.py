@@ -74,7 +74,7 @@ def test_views_writes_pictures_gaussians_and_what_it_assumed(
 def test_views_by_weights_that_see_the_decoders_render(tmp_path: Path) -> None:
     torch.manual_seed(0)
     path, picture = tmp_path / "refine.safetensors", save(tmp_path / "toy.png", disc(), None)
-    config = cvs.CVSConfig.preset("tiny", render_condition=True, render_base=True, render_twin=True)
+    config = cvs.CVSConfig.preset("tiny", render_condition=True, render_twin=True)
     cvs.CVS(config).save(path, half=True)
     facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=2)
     made = np.asarray(Image.open(tmp_path / "out" / facts["files"]["0"]).convert("RGB"), float)
@@ -90,7 +90,7 @@ def test_views_draw_with_the_decoder_that_the_weights_belong_to(
         decoder.DecoderConfig(image_size=32, base_channels=8, channel_multipliers=(1, 2),
                               attention_levels=(), patch=2)
     )  # fmt: skip
-    config = cvs.CVSConfig.preset("tiny", render_condition=True, render_base=True)
+    config = cvs.CVSConfig.preset("tiny", render_condition=True)
     network, picture = cvs.CVS(config), save(tmp_path / "toy.png", disc(), None)
     network.decoder = other.checksum()
     (tmp_path / "weights").mkdir()

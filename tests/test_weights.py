@@ -132,3 +132,13 @@ def test_without_shipped_weights_the_message_says_what_to_do(
         cvs.load_shipped()
     with pytest.raises(FileNotFoundError, match=r"decoder_patch\.safetensors.*03_full_train"):
         decoder.load_shipped("patch")
+
+
+def test_a_network_that_saw_a_render_and_drew_anew_is_refused(tmp_path: Path) -> None:
+    path = CVS(CVSConfig.preset("tiny", render_condition=True)).save(tmp_path / "w.safetensors")
+    assert CVS.load(path).config.render_condition
+    edited(path, {"render_base": True})
+    assert CVS.load(path).config.render_condition
+    edited(path, {"render_base": False})
+    with pytest.raises(ValueError, match="does not add to it"):
+        CVS.load(path)

@@ -71,18 +71,6 @@ def by_object(rows: Rows, metric: str) -> dict[str, dict[str, float]]:
     }
 
 
-def paired_difference(
-    ours: Mapping[str, float | None], theirs: Mapping[str, float | None]
-) -> tuple[float, float, float]:
-    """Mean of ours - theirs over the objects that both have, and its interval.
-
-    Args:
-        ours, theirs: object -> value, a bin of `by_object`.
-    """
-    pairs = [(ours[key], theirs[key]) for key in ours if key in theirs]
-    return mean_interval(np.array([a - b for a, b in pairs if a is not None and b is not None]))
-
-
 def _binned(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
     names = [name for name, _ in AZIMUTH_BINS]
     found = {name: [row for row in rows if row["bin"] == name] for name in names}
@@ -139,11 +127,10 @@ def _with_interval(entry: Mapping[str, Any], metric: str, digits: int) -> str:
 
 
 def format_rows(rows: Rows) -> str:
-    """Rows with the same keys as a Markdown table; cells are escaped."""
+    """Rows with the first one's keys as a Markdown table; bars are escaped."""
     if not rows:
         return ""
     head = list(rows[0])
-    body = [[str(row.get(key, "")) for key in head] for row in rows]
-    lines = [head, ["---"] * len(head), *body]
+    lines = [head, ["---"] * len(head), *([str(row.get(key, "")) for key in head] for row in rows)]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in escaped)

@@ -26,7 +26,6 @@ from fresnel.evaluation.intervals import (
     by_object,
     format_rows,
     mean_interval,
-    paired_difference,
     summarise,
     table,
 )
@@ -51,7 +50,6 @@ __all__ = [
     "find_lpips",
     "format_rows",
     "mean_interval",
-    "paired_difference",
     "psnr",
     "ssim",
     "summarise",

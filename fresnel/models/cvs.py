@@ -75,7 +75,6 @@ _ARCHITECTURE = (
     "attention_levels",
     "embedding_channels",
     "render_condition",
-    "render_base",
     "render_twin",
 )
 
@@ -111,9 +110,8 @@ class CVSConfig:
     light_weight: float = 0.3  # of the loss on local light, which blur would otherwise swallow
     foreground_share: float = 0.7  # of the alpha-aware weight: the object with a margin
     parameterisation: str = "consistency"  # "consistency" | "original" (no boundary condition)
-    render_condition: bool = False  # also see a render of the target view: `models.refine`
-    render_base: bool = False  # ... and add to it, rather than draw the view anew
-    render_twin: bool = False  # ... and a second one, from the mirrored input
+    render_condition: bool = False  # also see a render of the target view, and add to it: `refine`
+    render_twin: bool = False  # ... and to a second one, from the mirrored input: to their mean
 
     def __post_init__(self) -> None:
         want = {
@@ -132,9 +130,9 @@ class CVSConfig:
                 f"{self.sigma_max:g}, {self.ect_stages}, {self.ect_q:g}, want 0 < sigma_min < "
                 "sigma_max, at least one stage, and ect_q > 1"
             )
-        if (self.render_base or self.render_twin) and not self.render_condition:
-            raise ValueError("render_base, render_twin: want render_condition=True too")
-        if self.render_base and self.parameterisation == "original":
+        if self.render_twin and not self.render_condition:
+            raise ValueError("render_twin: got True, want render_condition=True too")
+        if self.render_condition and self.parameterisation == "original":
             raise ValueError(
                 'parameterisation: got "original", which is the network\'s output alone, want '
                 '"consistency" for a model that adds to a render'
@@ -164,9 +162,9 @@ class CVS(nn.Module):
     c_skip = 1 and c_out = 0 exactly, so D(x, sigma_min) = x bit for bit: the boundary condition
     of a consistency model. The "original" parameterisation is D = F: nothing ties it to x.
 
-    With `render_base`, D = c_skip x + (1 - c_skip) R + c_out F for the render R in the condition
-    (the mean of two): the boundary condition holds, and from noise alone the untrained network
-    gives R.
+    With `render_condition`, D = c_skip x + (1 - c_skip) R + c_out F for the render R in the
+    condition (the mean of two): the boundary condition holds, and from noise alone the untrained
+    network gives R.
     """
 
     def __init__(self, config: CVSConfig) -> None:
@@ -198,7 +196,7 @@ class CVS(nn.Module):
             return f
         c_skip, c_out = self.scalings(s)
         denoised = c_skip * x + c_out * f
-        if self.config.render_base:
+        if self.config.render_condition:
             renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, refine.CHANNELS))
             denoised = denoised + (1 - c_skip) * renders[:, :, :4].mean(dim=1)
         return denoised
@@ -251,7 +249,14 @@ class CVS(nn.Module):
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CVS:
         """Read what `save` wrote, in evaluation mode and float32; raises as `weights.load`."""
-        model, facts, provenance = weights.load(path, "cvs", lambda c: cls(CVSConfig(**c)))
+
+        def build(config: dict[str, Any]) -> CVS:
+            sees = config.get("render_condition", False)
+            if config.get("render_base", sees) != sees:
+                raise ValueError(f"{path}: sees a render but does not add to it: not supported")
+            return cls(CVSConfig(**{k: v for k, v in config.items() if k != "render_base"}))
+
+        model, facts, provenance = weights.load(path, "cvs", build)
         model.decoder, model.provenance = str(facts.get("decoder", "")), provenance
         return model.to(device)
 

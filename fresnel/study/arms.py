@@ -93,7 +93,7 @@ def make_task(
     refines, side = model in RENDER_MODELS, data.rgb.shape[2]
     config = CVSConfig.preset(
         size, image_size=side, loss_weight=loss_mask, render_condition=refines,
-        render_base=refines, render_twin=model == "cvs-twin", **changes,
+        render_twin=model == "cvs-twin", **changes,
     )  # fmt: skip
     network = CVS(config)
     if initial_weights:
