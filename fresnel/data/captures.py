@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
-from fresnel.data.images import DatasetError, has_alpha, image_size, load_image, resize
-from fresnel.data.layout import inside, named
+from fresnel.data import images
+from fresnel.data.images import DatasetError, has_alpha, load_image, resize, squared
+from fresnel.data.layout import inside, named, read_checked
 from fresnel.data.records import ObjectViews
 from fresnel.scene.cameras import Cameras
 
@@ -34,8 +35,10 @@ MAX_VIEWS = 50_000
 MAX_RECORD_BYTES = 1 << 28
 """What the views of one object may take in memory; decides the default size of the pictures."""
 LARGEST_SIDE, SMALLEST_SIDE = 512, 64
-TERMS = 8
-"""Distortion terms a view: OpenCV's k1 k2 p1 p2 k3 k4 k5 k6 (fisheye: k1 k2 k3 k4)."""
+Lens = tuple[str, tuple[float, ...]]
+"""COLMAP's name of a lens model, and what bends rays in it: its parameters after the focal lengths
+and the principal point (https://colmap.github.io/cameras.html)."""
+PINHOLE: Lens = ("PINHOLE", ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +50,7 @@ class Capture:
         images: V paths relative to the dataset's folder; ``masks`` too, "" where there is none.
         viewmats: OpenCV world-to-camera matrices (V, 4, 4) in a world whose Y is up.
         Ks: pixels of pictures of ``sizes``, corners at integers, (V, 3, 3).
-        distortion: (V, 8), see `TERMS`; ``fisheye`` (V,) says which lens model they belong to.
+        lenses: V lens models, see `Lens`.
         sizes: width and height (V, 2) that ``Ks`` is for; 0 where the description doesn't say.
         descriptions: the files that all this was read from.
         world_from_file: rotation (3, 3) from the description's world into ours.
@@ -62,8 +65,7 @@ class Capture:
     masks: tuple[str, ...]
     viewmats: Floats
     Ks: Floats
-    distortion: Floats
-    fisheye: NDArray[np.bool_]
+    lenses: tuple[Lens, ...]
     sizes: NDArray[np.int64]
     descriptions: tuple[str, ...]
     world_from_file: Floats
@@ -118,24 +120,20 @@ def collect(
         masks=tuple(view.mask for view in views),
         viewmats=viewmats @ turn,
         Ks=np.stack([view.K for view in views]),
-        distortion=np.stack([view.distortion for view in views]),
-        fisheye=np.array([view.fisheye for view in views]),
+        lenses=tuple(view.lens for view in views),
         sizes=np.array([view.size for view in views]),
         descriptions=tuple(descriptions),
         world_from_file=world_from_file,
         **more,
     )
-    for what, values in (("intrinsics", capture.Ks), ("distortion", capture.distortion)):
+    bends = np.array([max(map(abs, view.lens[1]), default=0.0) for view in views])
+    for what, values in (("intrinsics", capture.Ks), ("distortion", bends)):
         bad_rows = ~np.isfinite(values.reshape(len(views), -1)).all(axis=1)
         if bad_rows.any():
             image = images[int(bad_rows.argmax())]
             raise DatasetError(f"{where}: the {what} of {image!r} hold NaN or infinity")
     focal = np.minimum(capture.Ks[:, 0, 0], capture.Ks[:, 1, 1])
-    if (
-        (focal <= 0).any()
-        or np.abs(capture.Ks).max() > 1e7
-        or np.abs(capture.distortion).max() > 1e4
-    ):
+    if (focal <= 0).any() or np.abs(capture.Ks).max() > 1e7 or bends.max() > 1e4:
         image = images[int(focal.argmin())]
         raise DatasetError(f"{where}: intrinsics of {image!r} are absurd; want focal lengths > 0")
     if (capture.sizes < 0).any() or (capture.sizes > 1_000_000).any():
@@ -152,8 +150,7 @@ class View:
     K: Floats
     size: tuple[int, int] = (0, 0)
     mask: str = ""
-    distortion: Floats = field(default_factory=lambda: np.zeros(TERMS))
-    fisheye: bool = False
+    lens: Lens = PINHOLE
 
 
 def _broken(viewmats: Floats) -> list[str]:
@@ -276,7 +273,7 @@ def alpha_source(root: Path, capture: Capture) -> str:
 
 def natural_side(root: Path, capture: Capture, source: str) -> int:
     """The side in pixels of the square that the first view becomes without scaling."""
-    width, height = image_size(inside(root, capture.images[0]))
+    width, height = images.image_size(inside(root, capture.images[0]))
     return min(width, height) if source == "none" else max(width, height)
 
 
@@ -291,6 +288,76 @@ def common_side(where: Path, sides: Sequence[int], views: int) -> int:
             f"even at {SMALLEST_SIDE} px. Pass views= to take fewer, evenly spaced"
         )
     return min(side, affordable)
+
+
+def prepare(
+    root: Path, found: Sequence[Capture], image_size: int | None, views: int | None
+) -> tuple[list[Capture], int, dict[str, Any]]:
+    """Captures thinned to ``views``, the common side of their pictures, and what to say of them.
+
+    Raises:
+        DatasetError: if a capture has fewer views, or all of one don't fit into memory.
+    """
+    for name, value in (("image_size", image_size), ("views", views)):
+        if value is not None and not 1 <= value <= 100_000:
+            raise ValueError(f"{name}: got {value}, want at least 1")
+    chosen = [_thinned(root, capture, views) for capture in found]
+    sources = {capture.name: alpha_source(root, capture) for capture in chosen}
+    most = max(len(capture) for capture in chosen)
+    if image_size is None:
+        sides = [natural_side(root, c, sources[c.name]) for c in chosen]
+        image_size = common_side(root, sides, most)
+    else:
+        common_side(root, [image_size], most)
+    kinds = set(sources.values())
+    meta: dict[str, Any] = {
+        "source": "captures",
+        "formats": sorted({str(capture.notes["format"]) for capture in chosen}),
+        "elevation_is_assumed": False,
+        "alpha_source": kinds.pop() if len(kinds) == 1 else "mixed",
+        "input": "one of the views acts as the input: the one its description names, the middle "
+        "one of a capture from one side, else the first",
+        "undistorted": any(_bends(lens) for c in chosen for lens in c.lenses),
+        "scale": "the capture's own",
+        "objects": {
+            capture.name: {
+                "input": capture.images[input_of(capture)],
+                "pivot": pivot_of(capture).tolist(),
+                "pivot_source": "nearest point to the optical axes"
+                if capture.pivot is None
+                else "description",
+                "alpha_source": sources[capture.name],
+                "views": len(capture),
+                "views_left_out": len(whole) - len(capture),
+                "world_from_file": capture.world_from_file.tolist(),
+                **capture.notes,
+            }
+            for capture, whole in zip(chosen, found, strict=True)
+        },
+    }
+    return chosen, image_size, meta
+
+
+def _thinned(root: Path, capture: Capture, views: int | None) -> Capture:
+    """Evenly spaced views, the declared input among them."""
+    if views is None or views == len(capture):
+        return capture
+    if views > len(capture):
+        raise DatasetError(f"{root}: {capture.name!r} has {len(capture)} views, views asks {views}")
+    rows = np.linspace(0, len(capture) - 1, views).round().astype(int)
+    kept = capture.input_view
+    if kept is not None:
+        rows[np.abs(rows - kept).argmin()] = kept
+    return replace(
+        capture,
+        images=tuple(capture.images[row] for row in rows),
+        masks=tuple(capture.masks[row] for row in rows),
+        viewmats=capture.viewmats[rows],
+        Ks=capture.Ks[rows],
+        lenses=tuple(capture.lenses[row] for row in rows),
+        sizes=capture.sizes[rows],
+        input_view=None if kept is None else int(np.abs(rows - kept).argmin()),
+    )
 
 
 # --- pictures ----------------------------------------------------------------------------------
@@ -339,30 +406,33 @@ def _view(
 ) -> tuple[Tensor, Floats]:
     """Premultiplied rgba uint8 (side, side, 4) and K (3, 3) of view k."""
     path = inside(root, capture.images[k])
-    rgb, alpha = load_image(path, rotate=False)
+    rgb, alpha = load_image(path, rotate=False, data=_bytes(root, capture, capture.images[k]))
     height, width = alpha.shape
     if capture.masks[k]:
-        alpha = _masked(inside(root, capture.masks[k]), alpha)
+        alpha = _masked(
+            inside(root, capture.masks[k]), _bytes(root, capture, capture.masks[k]), alpha
+        )
         rgb = ((rgb.to(torch.int32) * alpha[..., None] + 127) // 255).to(torch.uint8)
     rgba = torch.cat([rgb, alpha[..., None]], dim=-1)
     K = _fitted(capture, k, width, height, path)
-    if capture.distortion[k].any() or capture.fisheye[k]:
+    if _bends(capture.lenses[k]):
         rgba, K = _shrunk(rgba, K, 2 * side)
-        rgba = _undistorted(rgba, K, capture.distortion[k], bool(capture.fisheye[k]), grids)
+        rgba = _undistorted(rgba, K, capture.lenses[k], grids)
         height, width = rgba.shape[:2]
     length = min(height, width) if opaque else max(height, width)
-    x0, y0 = (width - length) // 2, (height - length) // 2
-    square = rgba.new_zeros(length, length, 4)
-    xa, xb, ya, yb = max(x0, 0), min(x0 + length, width), max(y0, 0), min(y0 + length, height)
-    square[ya - y0 : yb - y0, xa - x0 : xb - x0] = rgba[ya:yb, xa:xb]
+    square, x0, y0 = squared(rgba, length)
     K = K - np.array([[0, 0, x0], [0, 0, y0], [0, 0, 0]])
     scale = np.array([side / length, side / length, 1.0])
     return resize(square, side) if side != length else square, K * scale[:, None]
 
 
-def _masked(path: Path, alpha: Tensor) -> Tensor:
+def _bytes(root: Path, capture: Capture, file: str) -> bytes:
+    return read_checked(inside(root, file), capture.files[file])
+
+
+def _masked(path: Path, data: bytes, alpha: Tensor) -> Tensor:
     """The picture's alpha times a mask's grey value (its alpha, where a mask is all white)."""
-    grey, mask_alpha = load_image(path, rotate=False)
+    grey, mask_alpha = load_image(path, rotate=False, data=data)
     mask = grey.amax(dim=-1) if bool((mask_alpha == 255).all()) else mask_alpha
     if mask.shape != alpha.shape:
         both = (mask.shape[1] * alpha.shape[0], mask.shape[0] * alpha.shape[1])
@@ -400,21 +470,21 @@ def _shrunk(rgba: Tensor, K: Floats, limit: int) -> tuple[Tensor, Floats]:
     return picture, K * np.array([shape[1] / width, shape[0] / height, 1.0])[:, None]
 
 
-def _undistorted(
-    rgba: Tensor, K: Floats, terms: Floats, fisheye: bool, grids: dict[bytes, Tensor]
-) -> Tensor:
+def _bends(lens: Lens) -> bool:
+    return any(lens[1]) or "FISHEYE" in lens[0]
+
+
+def _undistorted(rgba: Tensor, K: Floats, lens: Lens, grids: dict[Any, Tensor]) -> Tensor:
     height, width = rgba.shape[:2]
-    key = b"".join([K.tobytes(), terms.tobytes(), np.array([width, height, fisheye]).tobytes()])
+    key = (K.tobytes(), lens, width, height)
     grid = grids.get(key)
     if grid is None:
         x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-        x, y = (x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1]
-        with np.errstate(all="ignore"):
-            x, y = distorted(x, y, terms, fisheye)
-        u, v = x * K[0, 0] + K[0, 2], y * K[1, 1] + K[1, 2]
-        pixels = np.stack([2 * u / width - 1, 2 * v / height - 1], axis=-1)
-        pixels = np.nan_to_num(pixels, nan=9.0, posinf=9.0, neginf=-9.0).clip(-9.0, 9.0)
-        grid = torch.from_numpy(pixels.astype(np.float32))[None]
+        rays = np.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1]], axis=-1)
+        bent = distorted(rays.reshape(-1, 2), lens).reshape(height, width, 2)
+        uv = bent * [K[0, 0], K[1, 1]] + K[:2, 2]
+        pixels = np.nan_to_num(2 * uv / [width, height] - 1, nan=9.0, posinf=9.0, neginf=-9.0)
+        grid = torch.from_numpy(pixels.clip(-9.0, 9.0).astype(np.float32))[None]
         if len(grids) < 4:  # one lens, a few at most; a lens per view would fill the memory
             grids[key] = grid
     picture = rgba.permute(2, 0, 1)[None].float()
@@ -422,31 +492,26 @@ def _undistorted(
     return (sampled[0].permute(1, 2, 0) + 0.5).clamp(0, 255).to(torch.uint8)
 
 
-def distorted(
-    x: NDArray[Any], y: NDArray[Any], terms: Floats, fisheye: bool
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Where the lens puts the ray (x, y, 1): OpenCV's rational and fisheye models.
+def distorted(rays: Floats, lens: Lens) -> Floats:
+    """Where the lens puts the rays (x, y, 1) of shape (N, 2), in focal lengths: (N, 2).
 
-    Rays beyond the radius where the radial polynomial turns back have no place in the
-    picture; they come out as NaN.
+    Rays beyond the radius where the lens' polynomial turns back have no place in the picture;
+    they come out as NaN.
     """
-    k1, k2, p1, p2, k3, k4, k5, k6 = terms
-    r2 = x * x + y * y
-    if fisheye:
-        r = np.sqrt(r2)
-        theta = np.arctan(r)
-        t2 = theta * theta
-        bent = theta * (1 + t2 * (k1 + t2 * (k2 + t2 * (p1 + t2 * p2))))
-        scale = np.where(r > 1e-12, bent / np.maximum(r, 1e-12), 1.0)
-        return x * scale, y * scale
-    above, below = 1 + r2 * (k1 + r2 * (k2 + r2 * k3)), 1 + r2 * (k4 + r2 * (k5 + r2 * k6))
-    scale = above / below
-    # d(r scale)/dr > 0, up to the factor below^2 > 0
-    slope = (1 + r2 * (3 * k1 + r2 * (5 * k2 + 7 * r2 * k3))) * below - above * r2 * (
-        2 * k4 + r2 * (4 * k5 + 6 * r2 * k6)
-    )
-    scale = np.where((slope > 0) & (scale > 0), scale, np.nan)
-    return (
-        x * scale + 2 * p1 * x * y + p2 * (r2 + 2 * x * x),
-        y * scale + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y,
-    )
+    import pycolmap
+
+    camera = pycolmap.Camera.create_from_model_name(0, lens[0], 1.0, 1, 1)
+    names = [name.strip() for name in camera.params_info.split(",")]
+    focals = 1 if names[0] == "f" else 2
+    camera.params = [1.0] * focals + [0.0, 0.0, *lens[1]]
+
+    def project(scale: float) -> Floats:
+        points = np.concatenate([rays * scale, np.ones((len(rays), 1))], axis=1)
+        return np.asarray(camera.img_from_cam(points), dtype=np.float64)
+
+    placed = project(1.0)
+    with np.errstate(all="ignore"):
+        grows = ((project(1.0 + 1e-5) - placed) * placed).sum(axis=1) > 0
+        same_side = (placed * rays).sum(axis=1) > 0
+    centre = np.abs(rays).max(axis=1) < 1e-9
+    return np.where(((grows & same_side) | centre)[:, None], placed, np.nan)

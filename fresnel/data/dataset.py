@@ -2,24 +2,24 @@
 
 A dataset is a set of objects, each with one input image and V views of it from known cameras.
 `write` is atomic and binds what it wrote to a content hash; `open` reads that layout, the
-original experiment's, and what other tools write (`fresnel.data.formats`); `export` writes
+original experiment's, and what other tools write (`FORMATS`); `export` writes
 what other tools read, `write_shards` and `stream` what doesn't fit on a disk;
 `MultiViewDataset.verify` tells whether a byte has changed since.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fresnel.data import captures as captured
-from fresnel.data import formats, shards
+from fresnel.data import co3d, colmap, shards, transforms
 from fresnel.data import layout as _layouts
 from fresnel.data.captures import Capture
 from fresnel.data.images import (
@@ -30,12 +30,10 @@ from fresnel.data.images import (
     resize,
     resize_depth,
 )
-from fresnel.data.layout import MANIFEST, Record
-from fresnel.data.reading import read_all
+from fresnel.data.layout import MANIFEST, DatasetChanged, Record
 from fresnel.data.records import (
     ObjectViews,
     ViewTensors,
-    over_black,
     read_object,
     read_original,
     resized,
@@ -44,6 +42,9 @@ from fresnel.data.records import (
 from fresnel.data.shards import stream, write_shards
 from fresnel.data.transforms import export
 from fresnel.data.writing import store
+from fresnel.host.files import sha256
+from fresnel.host.machine import core_count
+from fresnel.host.pool import processes
 from fresnel.scene.cameras import Cameras
 
 __all__ = [
@@ -64,6 +65,10 @@ __all__ = [
 ]
 
 
+FORMATS = (transforms, colmap, co3d)
+"""Readers of other tools' data: each `recognises` a folder, and `read`s its `Capture`s."""
+_MAX_FOLDERS = 20_000
+_RECORDS_A_WORKER = 300  # about three seconds of decoding, which is what a process costs to start
 _WANTED = (
     f"not a dataset; want a {MANIFEST} of ours, folders image_0000 ... with input.png and "
     "view_000/rgb.png, a transforms.json, a COLMAP model, CO3D's frame_annotations.jgz, a folder "
@@ -73,10 +78,6 @@ _WANTED = (
 
 class NotADataset(DatasetError):
     """Nothing there that `open` knows; it may be 3D objects, which `objects.sources.open` reads."""
-
-
-class DatasetChanged(DatasetError):
-    """The files on disk are not the ones whose hash was recorded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,21 +97,26 @@ class MultiViewDataset:
     """A dataset on disk; objects are read when asked for.
 
     ``layout`` is "fresnel", "original", "captures" or "set" (folders of these).  ``image_size`` is
-    the side of its (square) views in pixels, ``background`` the sRGB colour they were composited
-    over, ``views_per_object`` the most that an object has (captures may differ).
-    ``content_hash`` stands for the whole dataset, for a `subset` too: see `is_subset`.
+    the side of its (square) views in pixels, ``views_per_object`` the most that an object has
+    (captures may differ).  Every view comes over black, whatever it is stored over.
+    ``content_hash`` stands for the whole dataset, for a `subset` too: see `is_subset`.  What is
+    decoded is compared with the hashes of its files first: other bytes are a `DatasetChanged`.
     """
 
     path: Path
     layout: str
     names: tuple[str, ...]
-    background: tuple[float, float, float]
     content_hash: str
     meta: dict[str, Any]
     image_size: int
     views_per_object: int
     is_subset: bool = False
     records: tuple[Record | Capture | _Part, ...] = field(default=(), repr=False)
+    stored_over: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """The sRGB colour that the files' views are over; readers need not care."""
+
+    background = (0.0, 0.0, 0.0)
+    """What views come over."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -120,11 +126,20 @@ class MultiViewDataset:
         if isinstance(record, Capture):
             return captured.read(self.path, record, self.image_size)
         if isinstance(record, _Part):
-            views = record.dataset[record.row]
-            views = resized(views, self.image_size, record.dataset.background)
+            views = resized(record.dataset[record.row], self.image_size)
             return replace(views, name=self.names[index])
-        read = read_original if self.layout == "original" else read_object
-        return read(self.path, record, self.image_size, self.views_per_object)
+        base = _layouts.inside(self.path, record.folder)
+
+        def load(file: str) -> bytes:
+            if file not in record.files:
+                raise DatasetError(f"{base / file}: is not among the dataset's files")
+            path = _layouts.inside(self.path, f"{record.folder}/{file}")
+            return _layouts.read_checked(path, record.files[file])
+
+        shape = (self.image_size, self.views_per_object)
+        if self.layout == "original":
+            return read_original(base, record, *shape, load)
+        return read_object(base, record, *shape, load, self.stored_over)
 
     def subset(self, which: Sequence[int] | Sequence[str] | slice) -> MultiViewDataset:
         """The same dataset with only some objects, by index or by name."""
@@ -152,8 +167,6 @@ class MultiViewDataset:
     def tensors(self, size: int | None = None, device: torch.device | str = "cpu") -> ViewTensors:
         """Everything in memory, inputs and views scaled to ``size`` (None: as stored).
 
-        Views over another background are recomposited over black, from their alpha.
-
         Raises:
             DatasetError: if the objects differ in their number of views; open with ``views=``.
         """
@@ -166,7 +179,6 @@ class MultiViewDataset:
         objects = self._read_all()
         rgb = torch.stack([o.rgb for o in objects])
         alpha = torch.stack([o.alpha for o in objects])
-        rgb = over_black(rgb, alpha, self.background)
         cameras = Cameras(
             torch.stack([o.cameras.viewmats for o in objects]),
             torch.stack([o.cameras.Ks for o in objects]),
@@ -227,7 +239,17 @@ class MultiViewDataset:
             raise _changed(self.path, before, after)
 
     def _read_all(self) -> list[ObjectViews]:
-        return read_all(self, light=all(isinstance(r, Record) for r in self.records))
+        # Records are many small files, whose decoding is Python's work: more threads than two only
+        # slow each other down, so a large set goes to processes.
+        light = all(isinstance(record, Record) for record in self.records)
+        workers = min(core_count(), len(self) // _RECORDS_A_WORKER)
+        if not light or workers < 3:
+            with ThreadPoolExecutor(2 if light else None) as pool:
+                return list(pool.map(self.__getitem__, range(len(self))))
+        rows = np.array_split(np.arange(len(self)), workers)
+        with processes(workers) as pool:
+            parts = pool.map(_read_part, [self.subset(part.tolist()) for part in rows])
+            return [views for part in parts for views in part]
 
     def _inputs(self, objects: list[ObjectViews]) -> InputImages:
         singles = [
@@ -260,12 +282,14 @@ class MultiViewDataset:
         )
 
 
+def _read_part(part: MultiViewDataset) -> list[ObjectViews]:
+    return [part[i] for i in range(len(part))]
+
+
 def _changed(folder: Path, want: dict[str, str], got: dict[str, str]) -> DatasetChanged:
-    for file in sorted({*want, *got}):
-        if want.get(file) != got.get(file):
-            what = "was changed" if file in want and file in got else "was removed"
-            what = what if file in want else "was added"
-            break
+    file = next(file for file in sorted({*want, *got}) if want.get(file) != got.get(file))
+    what = "was changed" if file in want and file in got else "was removed"
+    what = what if file in want else "was added"
     return DatasetChanged(
         f"{folder / file}: {what} after the dataset was written. Restore it, or write and gate "
         "the dataset anew"
@@ -273,27 +297,16 @@ def _changed(folder: Path, want: dict[str, str], got: dict[str, str]) -> Dataset
 
 
 def _hashed(root: Path, record: Record) -> Record:
-    files = {
-        file: _layouts.sha256(_layouts.inside(root, f"{record.folder}/{file}").read_bytes())
-        for file in _layouts.data_files(root, record.folder)
-    }
-    return replace(record, files=files)
+    paths = {file: f"{record.folder}/{file}" for file in _layouts.data_files(root, record.folder)}
+    return replace(record, files={f: sha256(_layouts.inside(root, p)) for f, p in paths.items()})
 
 
 def _digests(root: Path, paths: Iterable[str]) -> dict[str, str]:
     """sha256 of files by path relative to ``root``; those that are gone are left out."""
-
-    def digest(path: str) -> str:
-        try:
-            with _layouts.inside(root, path).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            return ""
-
-    ordered = sorted(set(paths))
+    ordered = [path for path in sorted(set(paths)) if _layouts.inside(root, path).is_file()]
     with ThreadPoolExecutor() as pool:
-        found = zip(ordered, pool.map(digest, ordered), strict=True)
-    return {path: value for path, value in found if value}
+        found = pool.map(lambda path: sha256(_layouts.inside(root, path)), ordered)
+        return dict(zip(ordered, found, strict=True))
 
 
 def open(
@@ -309,7 +322,7 @@ def open(
     * The original experiment's: views have no alpha, so it is estimated as "any channel > 0" and
       ``meta["alpha_source"]`` says so.  Its input camera stands at the world origin and looks
       along -Z; focal lengths equal the image size; the orbit's pivot is the world origin.
-    * Captures (`fresnel.data.formats`): a transforms.json of nerfstudio or Blender, a COLMAP
+    * Captures (`FORMATS`): a transforms.json of nerfstudio or Blender, a COLMAP
       model, a CO3D category, or a folder of such folders, one object each (stored
       datasets may be among them; their objects are resized where they differ).  ``meta`` tells
       which view acts as the input, where alpha came from ("mask", "file", or "none": opaque
@@ -325,7 +338,7 @@ def open(
 
     Raises:
         NotADataset: if nothing is recognised.
-        DatasetError: if a description is damaged.
+        DatasetError: if a description is damaged, or a stored set is asked for another size.
         DatasetChanged: if our manifest was edited.
     """
     root = Path(path)
@@ -334,36 +347,39 @@ def open(
     if not root.is_dir():
         raise NotADataset(f"{path}: {_WANTED}")
     if _layouts.is_ours(root):
+        _fixed(root, image_size, views)
         manifest, records = _layouts.parse_manifest(root)
-        digest = _layouts.content_hash(records, manifest)
-        if digest != manifest.get("content_hash"):
+        if _layouts.content_hash(records, manifest) != manifest.get("content_hash"):
             raise DatasetChanged(
                 f"{root / MANIFEST}: was edited: its content_hash doesn't match its entries. "
                 "Restore it, or write the dataset anew"
             )
-        background = tuple(float(value) for value in manifest["background"])
+        manifest["schema_version"] = _layouts.SCHEMA_VERSION  # an older one's hash left out `meta`
         return MultiViewDataset(
             path=root,
-            layout=str(manifest.get("layout", "fresnel")),
+            layout="fresnel",
             names=tuple(record.name for record in records),
-            background=(background[0], background[1], background[2]),
-            content_hash=digest,
+            content_hash=_layouts.content_hash(records, manifest),
             meta=manifest["meta"],
             image_size=manifest["image_size"],
             views_per_object=manifest["views_per_object"],
             records=records,
+            stored_over=tuple(float(value) for value in manifest["background"]),
         )
     if shards.recognises(root):
         return open(shards.unpacked(root, cache))
     records = _layouts.scan_original(root)
     if not records:
+        if here := captures_in(root, ""):
+            return _open_captures(root, here, image_size, views)
         inner = sorted(p for p in root.iterdir() if p.is_dir() and _is_stored(root, p))
         if inner:
             return _open_set(root, inner, image_size, views)
-        found = formats.captures(root)
+        found = captures_below(root)
         if not found:
             raise NotADataset(f"{path}: {_WANTED}")
         return _open_captures(root, found, image_size, views)
+    _fixed(root, image_size, views)
     folders = view_folders(records[0])
     if not folders:
         raise DatasetError(f"{root / records[0].folder}: has no view_000. Restore or remove it")
@@ -374,7 +390,6 @@ def open(
         path=root,
         layout="original",
         names=tuple(record.name for record in records),
-        background=(0.0, 0.0, 0.0),
         content_hash=_layouts.content_hash(records, None),
         meta={"alpha_source": "estimated", "elevation_is_assumed": True},
         image_size=load_image(first)[0].shape[0],
@@ -389,7 +404,7 @@ def _open_captures(
     names = [capture.name for capture in found]
     if len(set(names)) < len(names):
         raise DatasetError(f"{root}: two captures share a name; rename a folder")
-    chosen, side, meta = formats.prepare(root, found, image_size, views)
+    chosen, side, meta = captured.prepare(root, found, image_size, views)
     digests = _digests(root, (path for capture in chosen for path in capture.paths))
     records = []
     for capture in chosen:
@@ -408,13 +423,45 @@ def _open_captures(
         path=root,
         layout="captures",
         names=tuple(names),
-        background=(0.0, 0.0, 0.0),
         content_hash="sha256:" + _layouts.sha256("\n".join(lines).encode()),
         meta=meta,
         image_size=side,
         views_per_object=max(len(capture) for capture in chosen),
         records=tuple(records),
     )
+
+
+def captures_in(root: Path, folder: str) -> list[Capture]:
+    """What other tools' description in ``root / folder`` says; [] where no reader knows it.
+
+    Raises:
+        DatasetError: if a description is recognised but damaged.
+    """
+    for reader in FORMATS:
+        if reader.recognises(root / folder):
+            return reader.read(root, folder)
+    return []
+
+
+def captures_below(root: Path) -> list[Capture]:
+    """The captures in the folders directly inside ``root``."""
+    folders = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    if len(folders) > _MAX_FOLDERS:
+        raise DatasetError(
+            f"{root}: holds {len(folders)} entries, the limit is {_MAX_FOLDERS}. Split it up"
+        )
+    inner = [name for name in folders if (root / name).is_dir()]
+    inner = [name for name in inner if (root / name).resolve().is_relative_to(root.resolve())]
+    return [capture for name in inner for capture in captures_in(root, name)]
+
+
+def _fixed(root: Path, image_size: int | None, views: int | None) -> None:
+    """A stored set is as it is: it can't be opened at another size."""
+    if image_size is not None or views is not None:
+        raise DatasetError(
+            f"{root}: image_size= and views= are for captures, this set is stored. Read it with "
+            "tensors(size=), or write it anew"
+        )
 
 
 def _is_stored(root: Path, folder: Path) -> bool:
@@ -430,8 +477,8 @@ def _open_set(
     """Stored datasets, and captures beside them, as one; objects are named FOLDER/NAME."""
     parts = [open(folder) for folder in stored]
     parts += [
-        _open_captures(root / folder, formats.captures(root / folder), None, views)
-        for folder in sorted({capture.name.split("/")[0] for capture in formats.captures(root)})
+        _open_captures(root / folder, captures_in(root / folder, ""), None, views)
+        for folder in sorted({capture.name.split("/")[0] for capture in captures_below(root)})
     ]
     side = image_size or min(part.image_size for part in parts)
     hashes = sorted([part.path.name, part.content_hash] for part in parts)
@@ -442,7 +489,6 @@ def _open_set(
         path=root,
         layout="set",
         names=tuple(f"{part.path.name}/{part.names[row]}" for part, row in rows),
-        background=(0.0, 0.0, 0.0),
         content_hash="sha256:" + digest,
         meta={
             "source": "set",
@@ -463,7 +509,7 @@ def recognises(path: str | Path) -> bool:
     if _layouts.is_ours(root) or shards.recognises(root) or _layouts.image_folders(root):
         return True
     inner = any(_is_stored(root, folder) for folder in root.iterdir() if folder.is_dir())
-    return inner or bool(formats.captures(root))
+    return inner or bool(captures_in(root, "") or captures_below(root))
 
 
 def write(
@@ -490,4 +536,5 @@ def write(
         DatasetError: if ``path`` is taken, no object came, objects differ in size or number of
             views, two share a name, or the disk is full.
     """
-    return open(store(path, objects, background, meta, overwrite, total))
+    made = store(path, objects, meta=meta, background=background, overwrite=overwrite, total=total)
+    return open(made)

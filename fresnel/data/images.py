@@ -179,7 +179,9 @@ def _interpolate(images: Tensor, size: int) -> Tensor:
     return interpolate(images, (size, size), mode="bilinear", align_corners=False)
 
 
-def load_image(path: str | Path, *, rotate: bool = True) -> tuple[Tensor, Tensor]:
+def load_image(
+    path: str | Path, *, rotate: bool = True, data: bytes | None = None
+) -> tuple[Tensor, Tensor]:
     """Read any common image as sRGB over black and alpha.
 
     Handles RGB(A), greyscale, palettes, transparency keys, 16 bits a channel, CMYK and EXIF
@@ -188,6 +190,7 @@ def load_image(path: str | Path, *, rotate: bool = True) -> tuple[Tensor, Tensor
     Args:
         rotate: turn the picture as its EXIF data say; False for pictures whose camera was
             calibrated on the stored pixels (COLMAP and nerfstudio ignore EXIF).
+        data: the file's bytes where they were read already; ``path`` is then for messages.
 
     Returns:
         rgb uint8 (H, W, 3) composited over black, and alpha uint8 (H, W) (255 if there is none).
@@ -196,41 +199,47 @@ def load_image(path: str | Path, *, rotate: bool = True) -> tuple[Tensor, Tensor
         DatasetError: if the file is missing, not an image, truncated, or larger than
             ``MAX_PIXELS`` pixels.
     """
-    rgba = _decode(path, _read(path), rotate)
+    with opened(path, read_bytes(path) if data is None else data) as image:
+        image = _eight_bit(ImageOps.exif_transpose(image) if rotate else image)
+        rgba = np.asarray(image.convert("RGBA"))
     colour, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3]
     over_black = (colour * alpha[..., None] + 127) // 255
     return torch.from_numpy(over_black.astype(np.uint8)), torch.from_numpy(alpha.copy())
 
 
-def has_alpha(path: str | Path) -> bool:
+def has_alpha(path: str | Path, data: bytes | None = None) -> bool:
     """Whether the image file carries transparency of its own."""
-    with _opened(path, _read(path), decode=False) as image:
+    with opened(path, read_bytes(path) if data is None else data, decode=False) as image:
         return "A" in image.getbands() or "transparency" in image.info
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height of the stored pixels; only the file's header is decoded."""
-    with _opened(path, _read(path), decode=False) as image:
+    with opened(path, read_bytes(path), decode=False) as image:
         return image.width, image.height
 
 
-def _read(path: str | Path) -> bytes:
+def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
+    """A regular file's bytes, at most ``limit`` of them.
+
+    Raises:
+        DatasetError: if there is none, it is larger, or it can't be read.
+    """
     try:
-        return Path(path).read_bytes()
+        if not Path(path).is_file() and Path(path).exists():
+            raise DatasetError(f"{path}: is no regular file")
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such file") from None
     except OSError as error:
         raise DatasetError(f"{path}: can't be read ({error.strerror or error})") from error
+    if len(data) > limit:
+        raise DatasetError(f"{path}: more than {limit} bytes, which is the limit. Make it smaller")
+    return data
 
 
-def _decode(path: str | Path, data: bytes, rotate: bool = True) -> np.ndarray:
-    """RGBA uint8 (H, W, 4) of an encoded image; ``path`` is for messages."""
-    with _opened(path, data) as image:
-        image = _eight_bit(ImageOps.exif_transpose(image) if rotate else image)
-        return np.asarray(image.convert("RGBA"))
-
-
-class _opened:
+class opened:
     """Context: a decoded PIL image, every way of failing turned into a DatasetError."""
 
     def __init__(self, path: str | Path, data: bytes, decode: bool = True) -> None:
@@ -288,39 +297,19 @@ def holds_images(folder: str | Path) -> bool:
 def as_photographs(images: InputImages, size: int, elevation_deg: float) -> InputImages:
     """Pictures whose cameras are forgotten and assumed, as `load_images` does."""
     small = images.resized(size)
-    cameras = _assumed_cameras(len(images), size, elevation_deg, STANDARD_RADIUS, STANDARD_FOCAL)
+    cameras = _assumed_cameras(len(images), size, elevation_deg)
     return replace(small, cameras=cameras, depth=None, elevation_is_assumed=True)
 
 
-def _assumed_cameras(
-    count: int, size: int, elevation_deg: float, radius: float, focal: float
-) -> Cameras:
-    camera = orbit(
-        0.0,
-        elevation_deg,
-        radius,
-        pivot=(0.0, 0.0, 0.0),
-        focal_px=focal * size,
-        width=size,
-        height=size,
-    )
-    return Cameras(
-        camera.viewmats.expand(count, 4, 4).clone(),
-        camera.Ks.expand(count, 3, 3).clone(),
-        size,
-        size,
-    )
+def _assumed_cameras(count: int, size: int, elevation_deg: float) -> Cameras:
+    """All at azimuth 0 of our renders' orbit about the world's origin."""
+    return orbit(
+        torch.zeros(count), elevation_deg, STANDARD_RADIUS,
+        pivot=(0.0, 0.0, 0.0), focal_px=STANDARD_FOCAL * size, width=size, height=size,
+    )  # fmt: skip
 
 
-def load_images(
-    folder: str | Path,
-    size: int,
-    *,
-    elevation_deg: float = 15.0,
-    radius: float = STANDARD_RADIUS,
-    focal: float = STANDARD_FOCAL,
-    foreground_extent: float | None = None,
-) -> InputImages:
+def load_images(folder: str | Path, size: int, *, elevation_deg: float = 15.0) -> InputImages:
     """Every image of a folder, sorted by name, as ``size`` x ``size`` inputs.
 
     An image with transparency is padded to a square; an opaque one is cropped to its central
@@ -329,16 +318,10 @@ def load_images(
 
     Args:
         elevation_deg: assumed elevation of the cameras.
-        radius: assumed distance to the object, in object lengths.
-        focal: assumed focal length, in image widths.
-        foreground_extent: if given, images with transparency are framed anew so that the
-            foreground's longer side takes this fraction of the frame (our renders: about 0.6).
 
     Raises:
         DatasetError: if the folder is missing or holds no image, or an image can't be read.
     """
-    if foreground_extent is not None and not 0 < foreground_extent <= 1:
-        raise ValueError(f"foreground_extent: got {foreground_extent}, want a fraction in (0, 1]")
     if not -89 <= elevation_deg <= 89:
         raise ValueError(f"elevation_deg: got {elevation_deg}, want degrees in [-89, 89]")
     root = Path(folder)
@@ -348,34 +331,27 @@ def load_images(
     if not paths:
         raise DatasetError(f"{folder}: holds no image; want files ending in {IMAGE_SUFFIXES}")
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda p: _square(*load_image(p), size, foreground_extent), paths))
+        images = list(pool.map(lambda path: _small_square(path, size), paths))
     rgba = torch.stack(images)
-    count = len(paths)
-    cameras = _assumed_cameras(count, size, elevation_deg, radius, focal)
-    names = tuple(p.stem for p in paths)
-    if len(set(names)) < count:
-        names = tuple(p.name for p in paths)
+    cameras = _assumed_cameras(len(paths), size, elevation_deg)
+    names = tuple(path.stem for path in paths)
+    if len(set(names)) < len(paths):
+        names = tuple(path.name for path in paths)
     return InputImages(names, rgba[..., :3], rgba[..., 3], cameras, elevation_is_assumed=True)
 
 
-def _square(rgb: Tensor, alpha: Tensor, size: int, extent: float | None) -> Tensor:
-    """Premultiplied rgba uint8 (size, size, 4) of one image."""
-    rgba = torch.cat([rgb, alpha[..., None]], dim=-1)
-    height, width = alpha.shape
-    opaque = bool((alpha == 255).all())
-    if opaque:
-        side, cy, cx = min(height, width), height / 2, width / 2
-    elif extent is None or not bool(alpha.any()):
-        side, cy, cx = max(height, width), height / 2, width / 2
-    else:
-        ys, xs = (alpha > 127).nonzero(as_tuple=True) if (alpha > 127).any() else alpha.nonzero().T
-        top, bottom = int(ys.min()), int(ys.max()) + 1
-        left, right = int(xs.min()), int(xs.max()) + 1
-        side = math.ceil(max(bottom - top, right - left) / extent)
-        cy, cx = (top + bottom) / 2, (left + right) / 2
-    y0, x0 = round(cy - side / 2), round(cx - side / 2)
+def squared(rgba: Tensor, side: int) -> tuple[Tensor, int, int]:
+    """Pictures (H, W, 4) padded or cropped about their middle to ``side`` x ``side``, and the
+    column and row of the picture at which that square begins."""
+    height, width = rgba.shape[:2]
+    x0, y0 = (width - side) // 2, (height - side) // 2
     square = rgba.new_zeros(side, side, 4)
-    ya, yb = max(y0, 0), min(y0 + side, height)
-    xa, xb = max(x0, 0), min(x0 + side, width)
+    xa, xb, ya, yb = max(x0, 0), min(x0 + side, width), max(y0, 0), min(y0 + side, height)
     square[ya - y0 : yb - y0, xa - x0 : xb - x0] = rgba[ya:yb, xa:xb]
-    return resize(square, size)
+    return square, x0, y0
+
+
+def _small_square(path: Path, size: int) -> Tensor:
+    rgb, alpha = load_image(path)
+    side = min(alpha.shape) if bool((alpha == 255).all()) else max(alpha.shape)
+    return resize(squared(torch.cat([rgb, alpha[..., None]], dim=-1), side)[0], size)

@@ -26,11 +26,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fresnel.data.images import DatasetError, _opened, _read, as_depth
+from fresnel.data.images import DatasetError, as_depth, opened, read_bytes
 from fresnel.host import files as _files
 from fresnel.scene.cameras import Cameras, intrinsics
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1: sets whose content hash does not cover `meta`; they are read, and hashed anew."""
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 1 << 20
 _MAX_MANIFEST_BYTES = 1 << 28
@@ -45,6 +46,10 @@ _FILE = re.compile(
 _IGNORED = {"input_features.npy", "input_depth.npy"}
 # At 256 px level 4 packs 4000 views into 72 MB in 18 s; 6 into 71 MB in 23 s, 1 into 84 MB in 12 s.
 PNG_LEVEL = 4
+
+
+class DatasetChanged(DatasetError):
+    """The files on disk are not the ones whose hash was recorded."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,12 @@ def depth_png(depth: Tensor) -> bytes:
     return png(values.astype(np.uint16))
 
 
-def read_png(path: Path, mode: str, data: bytes | None = None) -> Tensor:
+def read_png(path: Path, mode: str, data: bytes) -> Tensor:
     """uint8 (H, W, 3) for mode "RGB", (H, W) for "L", uint16 (H, W) for "I;16".
 
-    With ``data`` these bytes are decoded, and ``path`` is only for messages; so below.
+    The bytes are decoded; ``path`` is only for messages; so below.
     """
-    with _opened(path, _read(path) if data is None else data) as image:
+    with opened(path, data) as image:
         if image.mode != mode:
             raise DatasetError(
                 f"{path}: a PNG of mode {image.mode}, want {mode}. Write the dataset again with "
@@ -94,7 +99,7 @@ def read_png(path: Path, mode: str, data: bytes | None = None) -> Tensor:
         return torch.from_numpy(np.array(image))
 
 
-def read_depth(path: Path, scale: float, data: bytes | None = None) -> Tensor:
+def read_depth(path: Path, scale: float, data: bytes) -> Tensor:
     values = read_png(path, "I;16", data).numpy()
     if math.frexp(scale)[0] == 0.5 and 1e-30 < scale < 1e30:  # a power of two: nothing to round
         return torch.from_numpy(values.astype(np.float32) * np.float32(scale))
@@ -102,12 +107,11 @@ def read_depth(path: Path, scale: float, data: bytes | None = None) -> Tensor:
 
 
 def read_json(
-    path: Path, limit: int = _MAX_JSON_BYTES, data: bytes | None = None
+    path: Path, data: bytes | None = None, limit: int = _MAX_JSON_BYTES
 ) -> dict[str, Any]:
-    size = path.stat().st_size if data is None and path.is_file() else len(data or b"")
-    if size > limit:
-        raise DatasetError(f"{path}: {size} bytes of JSON, the limit is {limit}")
-    data = _read(path) if data is None else data
+    data = read_bytes(path, limit) if data is None else data
+    if len(data) > limit:
+        raise DatasetError(f"{path}: more than {limit} bytes of JSON, which is the limit")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -115,6 +119,23 @@ def read_json(
     if not isinstance(value, dict):
         raise DatasetError(f"{path}: holds a {type(value).__name__}, want a JSON object")
     return value
+
+
+def read_checked(path: Path, digest: str) -> bytes:
+    """The bytes of a file whose sha256 was recorded.
+
+    Raises:
+        DatasetChanged: if they are others, or the file is gone: what is decoded is what was hashed.
+    """
+    if not path.is_file():
+        raise DatasetChanged(f"{path}: was removed after the dataset was opened. Restore it")
+    data = read_bytes(path)
+    if sha256(data) != digest:
+        raise DatasetChanged(
+            f"{path}: was changed after its hash was recorded. Restore it, or write and gate the "
+            "dataset anew"
+        )
+    return data
 
 
 def sha256(data: bytes) -> str:
@@ -165,11 +186,9 @@ def array(pose: dict[str, Any], key: str, shape: tuple[int, ...], path: Path) ->
     return array
 
 
-def read_camera(
-    path: Path, width: int, height: int, data: bytes | None = None
-) -> tuple[Cameras, dict[str, Any]]:
+def read_camera(path: Path, width: int, height: int, data: bytes) -> tuple[Cameras, dict[str, Any]]:
     """The camera of a pose file for an image of width x height, and the file's other entries."""
-    pose = read_json(path, data=data)
+    pose = read_json(path, data)
     rotation, translation = array(pose, "R", (3, 3), path), array(pose, "t", (3,), path)
     error = np.abs(rotation @ rotation.T - np.eye(3)).max()
     if error > 1e-3 or np.linalg.det(rotation) < 0:
@@ -218,24 +237,24 @@ def inside(root: Path, relative: str) -> Path:
 
 
 def is_ours(root: Path) -> bool:
-    """Whether the folder has a manifest of ours; other tools call a list of objects that too."""
+    """Whether the folder has a manifest of ours; other tools write files of that name too."""
     path = root / MANIFEST
-    if not path.exists():
+    if not path.is_file():
         return False
     if any(_FOLDER.fullmatch(entry.name) for entry in root.iterdir()):
         return True
     with inside(root, MANIFEST).open("rb") as file:
-        start = file.read(1 << 16).lstrip()
-    return not start.startswith(b"[") and b'"assets"' not in start
+        start = file.read(1 << 16)
+    return b'"schema_version"' in start and b'"views_per_object"' in start
 
 
 def parse_manifest(root: Path) -> tuple[dict[str, Any], tuple[Record, ...]]:
     path = inside(root, MANIFEST)
-    manifest = read_json(path, _MAX_MANIFEST_BYTES)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
+    manifest = read_json(path, limit=_MAX_MANIFEST_BYTES)
+    if manifest.get("schema_version") not in (1, SCHEMA_VERSION):
         raise DatasetError(
             f"{path}: schema_version is {manifest.get('schema_version')!r}, this version of "
-            f"fresnel reads {SCHEMA_VERSION}"
+            f"fresnel reads 1 and {SCHEMA_VERSION}"
         )
     background = array(manifest, "background", (3,), path)
     if (background < 0).any() or (background > 1).any():
@@ -282,8 +301,8 @@ def _record(entry: Any, path: Path) -> Record:
 def content_hash(records: Iterable[Record], manifest: dict[str, Any] | None) -> str:
     """sha256 over the sorted lines "path, NUL, sha256 of the bytes" of every data file.
 
-    For our layout a last line covers what the manifest alone says of the pictures: background,
-    sizes, names and attributions (not ``meta``).
+    For our layout a last line covers all else that is read of the manifest: background, sizes,
+    names and attributions, and ``meta`` (which splits, cameras and assumptions are taken from).
     """
     records = list(records)
     lines = sorted(f"{r.folder}/{f}\0{digest}" for r in records for f, digest in r.files.items())
@@ -294,6 +313,8 @@ def content_hash(records: Iterable[Record], manifest: dict[str, Any] | None) -> 
             "views_per_object": manifest["views_per_object"],
             "objects": [[r.name, r.folder, r.attribution] for r in records],
         }
+        if manifest["schema_version"] > 1:
+            said["meta"] = manifest["meta"]
         lines.append(f"{MANIFEST}\0{sha256(canonical_json(said))}")
     return "sha256:" + sha256("\n".join(lines).encode())
 
@@ -324,20 +345,18 @@ def scan_original(root: Path) -> tuple[Record, ...]:
     return tuple(records)
 
 
-def read_npy_depth(path: Path, shape: tuple[int, int]) -> Tensor:
+def read_npy_depth(path: Path, shape: tuple[int, int], data: bytes) -> Tensor:
     """The original's depth.npy, (H, W) or (1, H, W) floats."""
     try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(io.BytesIO(data), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DatasetError(f"{path}: not a readable .npy array ({error}). Make it again") from None
-    if not isinstance(mapped, np.ndarray) or mapped.shape not in (shape, (1, *shape)):
-        got = getattr(mapped, "shape", type(mapped).__name__)
+    if not isinstance(array, np.ndarray) or array.shape not in (shape, (1, *shape)):
+        got = getattr(array, "shape", type(array).__name__)
         raise DatasetError(f"{path}: has shape {got}, want {shape} like the image beside it")
-    if mapped.dtype.kind not in "fiu":
-        raise DatasetError(f"{path}: has dtype {mapped.dtype}, want floats")
-    return named(
-        path, lambda: as_depth(np.array(mapped, np.float32).reshape(shape), "depth", shape)
-    )
+    if array.dtype.kind not in "fiu":
+        raise DatasetError(f"{path}: has dtype {array.dtype}, want floats")
+    return named(path, lambda: as_depth(array.astype(np.float32).reshape(shape), "depth", shape))
 
 
 def named(path: Path, check: Callable[[], Any]) -> Any:

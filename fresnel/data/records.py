@@ -36,7 +36,7 @@ class ObjectViews:
         input_rgb: uint8 (H, W, 3) over black.
         input_alpha: uint8 (H, W).
         input_camera: Cameras of batch shape ().
-        rgb: uint8 (V, S, S, 3) over the dataset's background.
+        rgb: uint8 (V, S, S, 3) over black.
         alpha: uint8 (V, S, S).
         cameras: Cameras of batch shape (V,).
         pivot: the world point the views turn about, float32 (3,).
@@ -142,14 +142,13 @@ def over_black(rgb: Tensor, alpha: Tensor, background: Sequence[float]) -> Tenso
     return (rgb.float() - behind + 0.5).clamp(0, 255).to(torch.uint8)
 
 
-def resized(views: ObjectViews, size: int, background: Sequence[float]) -> ObjectViews:
-    """The record over black, its views (not its input) ``size`` x ``size`` pixels."""
-    rgb = over_black(views.rgb, views.alpha, background)
-    if rgb.shape[1] == size:
-        return replace(views, rgb=rgb)
+def resized(views: ObjectViews, size: int) -> ObjectViews:
+    """The record with its views (not its input) at ``size`` x ``size`` pixels."""
+    if views.rgb.shape[1] == size:
+        return views
     return replace(
         views,
-        rgb=resize(rgb, size),
+        rgb=resize(views.rgb, size),
         alpha=resize(views.alpha[..., None], size)[..., 0],
         depth=resize_depth(views.depth, views.alpha, size),
         cameras=views.cameras.resized(size, size),
@@ -160,11 +159,11 @@ def view_folders(record: Record) -> list[str]:
     return sorted({file.split("/")[0] for file in record.files if file.startswith("view_")})
 
 
-def _expect_views(root: Path, record: Record, count: int) -> list[str]:
+def _expect_views(base: Path, record: Record, count: int) -> list[str]:
     views = view_folders(record)
     if len(views) != count:
         raise DatasetError(
-            f"{root / record.folder}: has {len(views)} views, the dataset's other "
+            f"{base}: has {len(views)} views, the dataset's other "
             f"objects have {count}. Restore the views or remove the folder"
         )
     return views
@@ -181,46 +180,47 @@ def _expect_size(path: Path, image: Tensor, size: int) -> Tensor:
 
 
 def read_object(
-    root: Path,
+    base: Path,
     record: Record,
     size: int,
     count: int,
-    load: Callable[[str], bytes] | None = None,
+    load: Callable[[str], bytes],
+    background: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> ObjectViews:
-    """Decode one record; ``load`` gives a file's bytes where they don't lie under ``root``."""
-    base = root / record.folder if load else _layouts.inside(root, record.folder)
+    """Decode one record of our layout.
 
-    def at(file: str) -> Path:
-        return base / file if load else _layouts.inside(root, f"{record.folder}/{file}")
-
-    def data(file: str) -> bytes | None:
-        return load(file) if load else None
+    Args:
+        base: its folder, for messages.
+        load: the bytes of a file of ``record.files``.
+        background: sRGB that its views are over; they are composited over black here, once.
+    """
 
     def png(file: str, mode: str) -> Tensor:
-        return _layouts.read_png(at(file), mode, data(file))
+        return _layouts.read_png(base / file, mode, load(file))
+
+    def sized(file: str, mode: str) -> Tensor:
+        return _expect_size(base / file, png(file, mode), size)
+
+    def depth_of(file: str, pose: dict[str, Any], pose_file: str) -> Tensor:
+        return _layouts.read_depth(base / file, _scale(pose, base / pose_file), load(file))
 
     input_rgb = png("input.png", "RGB")
+    pose_file = "input_pose.json"
     height, width = input_rgb.shape[:2]
-    pose_file = at("input_pose.json")
     input_camera, input_pose = _layouts.read_camera(
-        pose_file, width, height, data("input_pose.json")
+        base / pose_file, width, height, load(pose_file)
     )
     rgb, alpha, depth, cameras = [], [], [], []
-    for view in _expect_views(root, record, count):
-        rgb.append(_expect_size(at(f"{view}/rgb.png"), png(f"{view}/rgb.png", "RGB"), size))
-        alpha.append(_expect_size(at(f"{view}/alpha.png"), png(f"{view}/alpha.png", "L"), size))
-        file = at(f"{view}/pose.json")
-        camera, pose = _layouts.read_camera(file, size, size, data(f"{view}/pose.json"))
+    for view in _expect_views(base, record, count):
+        rgb.append(sized(f"{view}/rgb.png", "RGB"))
+        alpha.append(sized(f"{view}/alpha.png", "L"))
+        file = f"{view}/pose.json"
+        camera, pose = _layouts.read_camera(base / file, size, size, load(file))
         cameras.append(camera)
-        name = f"{view}/depth.png"
-        if name in record.files:
-            image = _layouts.read_depth(at(name), _scale(pose, file), data(name))
-            depth.append(_expect_size(at(name), image, size))
+        if (name := f"{view}/depth.png") in record.files:
+            depth.append(_expect_size(base / name, depth_of(name, pose, file), size))
     has = record.files.__contains__
-    name = "input_depth.png"
-    input_depth = None
-    if has(name):
-        input_depth = _layouts.read_depth(at(name), _scale(input_pose, pose_file), data(name))
+    alphas = torch.stack(alpha)
     return _layouts.named(
         base,
         lambda: ObjectViews(
@@ -228,12 +228,14 @@ def read_object(
             input_rgb=input_rgb,
             input_alpha=png("input_alpha.png", "L"),
             input_camera=input_camera,
-            rgb=torch.stack(rgb),
-            alpha=torch.stack(alpha),
+            rgb=over_black(torch.stack(rgb), alphas, background),
+            alpha=alphas,
             cameras=_layouts.stack_cameras(cameras),
-            pivot=torch.from_numpy(_layouts.array(input_pose, "pivot", (3,), pose_file)),
+            pivot=torch.from_numpy(_layouts.array(input_pose, "pivot", (3,), base / pose_file)),
             depth=torch.stack(depth) if len(depth) == len(rgb) else None,
-            input_depth=input_depth,
+            input_depth=depth_of("input_depth.png", input_pose, pose_file)
+            if has("input_depth.png")
+            else None,
             identity_rgb=png("identity.png", "RGB") if has("identity.png") else None,
             identity_alpha=png("identity_alpha.png", "L") if has("identity_alpha.png") else None,
             attribution=record.attribution,
@@ -248,38 +250,35 @@ def _scale(pose: dict[str, Any], path: Path) -> float:
     return float(scale)
 
 
-def read_original(root: Path, record: Record, size: int, count: int) -> ObjectViews:
-    base = _layouts.inside(root, record.folder)
+def read_original(
+    base: Path, record: Record, size: int, count: int, load: Callable[[str], bytes]
+) -> ObjectViews:
+    """Decode one record of the original experiment's layout."""
 
     def image(file: str) -> tuple[Tensor, Tensor]:
-        path = _layouts.inside(root, f"{record.folder}/{file}")
-        rgb, alpha = load_image(path)
-        if not has_alpha(path):
+        data = load(file)
+        rgb, alpha = load_image(base / file, data=data)
+        if not has_alpha(base / file, data):
             alpha = (rgb > 0).any(dim=-1).to(torch.uint8) * 255
         return rgb, alpha
 
     input_rgb, input_alpha = image("input.png")
     height, width = input_rgb.shape[:2]
     rgb, alpha, depth, cameras = [], [], [], []
-    for view in _expect_views(root, record, count):
+    for view in _expect_views(base, record, count):
         view_rgb, view_alpha = image(f"{view}/rgb.png")
         rgb.append(_expect_size(base / view / "rgb.png", view_rgb, size))
         alpha.append(view_alpha)
-        cameras.append(_layouts.read_camera(base / view / "pose.json", size, size)[0])
-        if f"{view}/depth.npy" in record.files:
-            depth.append(_layouts.read_npy_depth(base / view / "depth.npy", (size, size)))
-    origin = Cameras.from_opengl(
-        torch.eye(3),
-        torch.zeros(3),
-        intrinsics(float(width), width, height),
-        width,
-        height,
-    )
+        file = f"{view}/pose.json"
+        cameras.append(_layouts.read_camera(base / file, size, size, load(file))[0])
+        if (file := f"{view}/depth.npy") in record.files:
+            depth.append(_layouts.read_npy_depth(base / file, (size, size), load(file)))
+    K = intrinsics(float(width), width, height)
     return ObjectViews(
         name=record.name,
         input_rgb=input_rgb,
         input_alpha=input_alpha,
-        input_camera=origin,
+        input_camera=Cameras.from_opengl(torch.eye(3), torch.zeros(3), K, width, height),
         rgb=torch.stack(rgb),
         alpha=torch.stack(alpha),
         cameras=_layouts.stack_cameras(cameras),

@@ -11,7 +11,6 @@ reads the same files but is not needed here.  shards.json lists the shards and t
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -26,7 +25,7 @@ from fresnel.data.images import DatasetError
 from fresnel.data.layout import Record
 from fresnel.data.records import ObjectViews, encode_object, read_object
 from fresnel.data.writing import store
-from fresnel.host.files import locked
+from fresnel.host.files import locked, sha256
 from fresnel.host.machine import cache_dir
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def unpacked(root: Path, cache: str | Path | None) -> Path:
     with locked(target.with_name(f".{target.name}.lock"), f"{target}: another process unpacks it"):
         if not (target / _layouts.MANIFEST).is_file():
             meta = {**index["meta"], "unpacked_from": root.name}
-            store(target, checked(root, index), index["background"], meta, False, None)
+            store(target, checked(root, index), meta=meta)
     return target
 
 
@@ -75,20 +74,18 @@ def write_shards(
         partial = target / f".shard-{len(shards):06d}.partial"
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
             for row in rows:
-                for name, data in _members(f"image_{row:04d}", dataset[row], dataset.background):
+                for name, data in _members(f"image_{row:04d}", dataset[row]):
                     member = tarfile.TarInfo(name)  # no owner, no time: the same bytes every time
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
         file = partial.rename(target / f"shard-{len(shards):06d}.tar")
-        with file.open("rb") as stream_:
-            digest = hashlib.file_digest(stream_, "sha256").hexdigest()
-        shards.append({"file": file.name, "objects": len(rows), "sha256": digest})
+        shards.append({"file": file.name, "objects": len(rows), "sha256": sha256(file)})
     index = {
         "schema_version": _layouts.SCHEMA_VERSION,
         "content_hash": dataset.content_hash,
         "image_size": dataset.image_size,
         "views_per_object": dataset.views_per_object,
-        "background": dataset.background,
+        "background": (0.0, 0.0, 0.0),
         "meta": dataset.meta,
         "shards": shards,
     }
@@ -135,8 +132,7 @@ def checked(folder: Path, index: dict[str, Any]) -> Iterator[ObjectViews]:
     for entry in index["shards"]:
         path = _layouts.inside(folder, entry["file"])
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256(path)
         except OSError as error:
             raise DatasetError(f"{path}: can't be read ({error.strerror})") from None
         if digest != entry["sha256"]:
@@ -144,13 +140,10 @@ def checked(folder: Path, index: dict[str, Any]) -> Iterator[ObjectViews]:
         yield from _stream(path)
 
 
-def _members(
-    key: str, views: ObjectViews, background: tuple[float, float, float]
-) -> Iterator[tuple[str, bytes]]:
+def _members(key: str, views: ObjectViews) -> Iterator[tuple[str, bytes]]:
     record = {
         "name": views.name,
         "attribution": views.attribution,
-        "background": background,
         "image_size": views.rgb.shape[1],
         "views": len(views.rgb),
     }
@@ -217,9 +210,10 @@ def _stream(source: Path | IO[bytes]) -> Iterator[ObjectViews]:
 
 
 def _decoded(where: Path, key: str, files: dict[str, bytes]) -> ObjectViews:
-    about = _layouts.read_json(where / key / "record.json", data=files.pop("record.json", b""))
+    about = _layouts.read_json(where / key / "record.json", files.pop("record.json", b""))
     name, attribution = about.get("name"), about.get("attribution", "")
     size, count = about.get("image_size"), about.get("views")
+    background = _layouts.array({"background": [0, 0, 0], **about}, "background", (3,), where / key)
     if not isinstance(name, str) or not isinstance(attribution, str):
         raise DatasetError(f"{where}: {key}.record.json has no name or attribution")
     if not isinstance(size, int) or not isinstance(count, int):
@@ -235,4 +229,4 @@ def _decoded(where: Path, key: str, files: dict[str, bytes]) -> ObjectViews:
             raise DatasetError(f"{where}: {key} has no {file}")
         return ours[file]
 
-    return read_object(where, record, size, count, load)
+    return read_object(where / key, record, size, count, load, background.tolist())

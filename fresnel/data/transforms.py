@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 
 from fresnel.data import layout as _layouts
-from fresnel.data.captures import TERMS, Capture, Floats, View, collect, pinhole, relative
+from fresnel.data.captures import Capture, Floats, Lens, View, collect, pinhole, relative
 from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, image_size
 from fresnel.data.layout import inside
 from fresnel.data.records import ObjectViews
@@ -50,7 +51,7 @@ def read(root: Path, folder: str) -> list[Capture]:
     marks: dict[str, Any] = {}
     for name in names:
         path = inside(root, f"{folder}/{name}" if folder else name)
-        top = _layouts.read_json(path, _MAX_JSON_BYTES)
+        top = _layouts.read_json(path, limit=_MAX_JSON_BYTES)
         frames = top.get("frames")
         if not isinstance(frames, list):
             raise DatasetError(f"{path}: has no list of frames")
@@ -99,19 +100,22 @@ def _view(
     if model not in _MODELS:
         raise DatasetError(f"{path}: camera_model {model!r}; want one of {_MODELS}")
     K, size = _intrinsics(root, path, both, image, sizes)
-    terms = np.zeros(TERMS)
-    fisheye = model == "OPENCV_FISHEYE"
-    names = ("k1", "k2", "k3", "k4") if fisheye else ("k1", "k2", "p1", "p2", "k3")
-    if model in ("OPENCV", "OPENCV_FISHEYE"):
-        terms[: len(names)] = [_number(both, name, path, 0.0) for name in names]
+    lens: Lens = ("PINHOLE", ())
+    if model == "OPENCV":
+        k1, k2, p1, p2, k3 = (
+            _number(both, name, path, 0.0) for name in ("k1", "k2", "p1", "p2", "k3")
+        )
+        lens = ("FULL_OPENCV", (k1, k2, p1, p2, k3, 0.0, 0.0, 0.0))
+    elif model == "OPENCV_FISHEYE":
+        fisheye = ("k1", "k2", "k3", "k4")
+        lens = (model, tuple(_number(both, name, path, 0.0) for name in fisheye))
     return View(
         image=image,
         viewmat=viewmat,
         K=K,
         size=size,
         mask="" if mask is None else relative(root, folder, mask, path),
-        distortion=terms,
-        fisheye=fisheye,
+        lens=lens,
     )
 
 
@@ -209,7 +213,7 @@ def export(path: str | Path, objects: Iterable[ObjectViews], *, overwrite: bool 
     "fresnel" keeps the pivot, the input and the attribution; other tools ignore it.  gsplat's own
     trainer reads COLMAP: ``sparse/0`` is a text model of the same cameras, with points from the
     depth where there is some (without, its trainer wants --init_type random).  Depth maps are not
-    written.  Views must be over black, as `ObjectViews` of a dataset with a black background are.
+    written.
 
     Returns:
         ``path``, which `dataset.open` reads again.
@@ -218,8 +222,11 @@ def export(path: str | Path, objects: Iterable[ObjectViews], *, overwrite: bool 
         DatasetError: if ``path`` is taken or nothing came.
     """
     target = Path(path)
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise DatasetError(f"{target}: exists. Choose another path or pass overwrite=True")
+    if target.exists() and any(target.iterdir()):
+        if not overwrite:
+            raise DatasetError(f"{target}: exists. Choose another path or pass overwrite=True")
+        if not all(_is_export(entry) for entry in target.iterdir()):
+            raise DatasetError(f"{target}: holds more than an export of ours. Choose another path")
     partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
     try:
         partial.mkdir(parents=True)
@@ -239,6 +246,17 @@ def export(path: str | Path, objects: Iterable[ObjectViews], *, overwrite: bool 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether `export` wrote the folder of one object: only that may be replaced."""
+    path = folder / "transforms.json"
+    if not path.is_file():
+        return False
+    try:
+        return isinstance(_layouts.read_json(path, limit=_MAX_JSON_BYTES).get("fresnel"), dict)
+    except DatasetError:
+        return False
 
 
 def _export_one(folder: Path, views: ObjectViews) -> None:
@@ -311,7 +329,8 @@ class _Model:
         height, width = alpha.shape
         focals = f"{K[0, 0]:.9g} {K[1, 1]:.9g} {K[0, 2]:.9g} {K[1, 2]:.9g}"
         self.cameras.append(f"{number} PINHOLE {width} {height} {focals}")
-        seven = (*_quaternion(viewmat[:3, :3]), *viewmat[:3, 3])
+        x, y, z, w = Rotation.from_matrix(viewmat[:3, :3]).as_quat()
+        seven = (w, x, y, z, *viewmat[:3, 3])
         pose = " ".join(f"{value:.17g}" for value in seven)
         seen: list[str] = []
         if depth is not None:
@@ -336,19 +355,3 @@ class _Model:
         for name in ("cameras", "images"):
             (folder / f"{name}.txt").write_text("\n".join(getattr(self, name)) + "\n")
         (folder / "points3D.txt").write_text("".join(f"{line}\n" for line in self.points))
-
-
-def _quaternion(rotation: Floats) -> Floats:
-    """Unit quaternion (w, x, y, z) of a rotation: the best of Shepperd's four branches."""
-    m = rotation
-    diagonal = np.array([m.trace(), m[0, 0], m[1, 1], m[2, 2]])
-    k = int(diagonal.argmax())
-    if k == 0:
-        q = np.array([1 + m.trace(), m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]])
-    else:
-        i, j, h = k - 1, k % 3, (k + 1) % 3
-        q = np.zeros(4)
-        q[0] = m[h, j] - m[j, h]
-        q[1 + i] = 1 + m[i, i] - m[j, j] - m[h, h]
-        q[1 + j], q[1 + h] = m[j, i] + m[i, j], m[h, i] + m[i, h]
-    return q / np.linalg.norm(q)

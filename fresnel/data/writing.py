@@ -29,10 +29,11 @@ _WORTH_PROCESSES = 40e6  # pixels: some seconds of encoding on one core, as proc
 def store(
     path: str | Path,
     objects: Iterable[ObjectViews],
-    background: Sequence[float],
+    *,
     meta: dict[str, Any],
-    overwrite: bool,
-    total: int | None,
+    background: Sequence[float] = (0.0, 0.0, 0.0),
+    overwrite: bool = False,
+    total: int | None = None,
 ) -> Path:
     """`dataset.write`, which see, up to opening what was written."""
     target = Path(path)
@@ -129,7 +130,6 @@ def assemble(
     """Give a folder of finished records its manifest, and put it in the place of ``target``."""
     manifest: dict[str, Any] = {
         "schema_version": _layouts.SCHEMA_VERSION,
-        "layout": "fresnel",
         "background": list(background),
         "image_size": image_size,
         "views_per_object": views,
