@@ -90,9 +90,8 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
             pose = pycolmap.Rigid3d(np.hstack([np.eye(3), [[k], [0.0], [3.0]]]))
             made.add_image_with_trivial_frame(image, pose)
         (made.write_binary if name.endswith(".bin") else made.write_text)(str(place))
-        binary = name.endswith(".bin")
         return (place / name).read_bytes(), lambda data: _written(
-            place / name, data, lambda: colmap._from_frames(folder, "", place, binary, {})
+            place / name, data, lambda: colmap.read(folder, "")
         )
 
     def ours() -> Path:
@@ -159,8 +158,8 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
     return {
         "transforms": transforms,
         "annotations": annotations,
-        "frames.bin": lambda: model("frames.bin"),
-        "rigs.txt": lambda: model("rigs.txt"),
+        "images.bin": lambda: model("images.bin"),
+        "cameras.txt": lambda: model("cameras.txt"),
         "manifest": lambda: of_ours("manifest.json"),
         "pose": lambda: of_ours("image_0000/view_001/pose.json"),
         "shard": tar,

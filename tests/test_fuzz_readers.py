@@ -25,10 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fresnel.data import co3d, colmap, dataset
+from fresnel.data import co3d, dataset, layout
 from fresnel.data import transforms as nerfstudio
-from fresnel.data.dataset import DatasetError
-from fresnel.data.formats import captures
+from fresnel.data.dataset import DatasetError, captures_in
 from fresnel.objects import trace
 from fresnel.objects.assets import find_assets
 from fresnel.objects.surface import surface
@@ -255,15 +254,6 @@ def test_colmap_bytes(photos, model, data):
     refuses_or(lambda: read_first(photos))
 
 
-@fuzz
-@given(data=st.data())
-def test_colmap_frames_and_rigs(photos, model, data):
-    suffix = data.draw(st.sampled_from([".bin", ".txt"]))
-    name = data.draw(st.sampled_from(["rigs", "frames"])) + suffix
-    place = lay(photos, {**model, name: data.draw(bent(model[name]))})
-    refuses_or(lambda: colmap._from_frames(photos, "", place, suffix == ".bin", {}))
-
-
 # --- our own layout ----------------------------------------------------------------------------
 
 
@@ -279,13 +269,15 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @fuzz
 @given(data=st.data())
 def test_manifests_and_poses(ours, data):
-    file = data.draw(st.sampled_from(["manifest.json", "image_0000/view_001/pose.json"]))
-    sound = (ours / file).read_bytes()
+    manifest, pose = ours / "manifest.json", ours / "image_0000/view_001/pose.json"
+    sound = manifest.read_bytes()
+    changed = json.dumps(data.draw(damaged(json.loads(pose.read_bytes())))).encode()
+    refuses_or(lambda: layout.read_camera(pose, 8, 8, changed))
     try:
-        (ours / file).write_text(json.dumps(data.draw(damaged(json.loads(sound)))))
+        manifest.write_text(json.dumps(data.draw(damaged(json.loads(sound)))))
         refuses_or(lambda: read_first(ours))
     finally:
-        (ours / file).write_bytes(sound)
+        manifest.write_bytes(sound)
 
 
 @fuzz
@@ -442,7 +434,7 @@ def test_paths_out_of_the_folder_are_refused(photos, tmp_path):
         frames = [{**TRANSFORMS["frames"][0], "file_path": path}]
         (photos / "transforms.json").write_text(json.dumps({**TRANSFORMS, "frames": frames}))
         with pytest.raises(DatasetError, match="refuses"):
-            captures(photos)
+            captures_in(photos, "")
     (tmp_path / "images").mkdir()
     (tmp_path / "images/0.png").symlink_to(photos / "images/0.png")
     frames = TRANSFORMS["frames"][:1]
@@ -474,7 +466,7 @@ def test_singular_and_mirrored_poses_say_so(photos):
         frames = [{**TRANSFORMS["frames"][0], "transform_matrix": matrix.tolist()}]
         (photos / "transforms.json").write_text(json.dumps({**TRANSFORMS, "frames": frames}))
         with pytest.raises(DatasetError, match=message):
-            captures(photos)
+            captures_in(photos, "")
 
 
 def test_a_hundred_thousand_views_are_refused(photos):

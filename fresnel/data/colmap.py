@@ -86,16 +86,16 @@ def _parsed(model: Path, files: list[Path]) -> list[Any]:
         (Path(folder) / f"points3D{suffix}").write_bytes(b"\0" * 8 if suffix == ".bin" else b"")
         try:
             found = pycolmap.Reconstruction(folder)
-        except Exception as error:
+            images = sorted((i for i in found.images.values() if i.has_pose), key=lambda i: i.name)
+        except Exception as error:  # names that are no UTF-8 among them
             said = (str(error).strip().splitlines() or ["it crashed"])[-1][:300]
             raise DatasetError(f"{model}: not a readable COLMAP model ({said})") from None
-    images = [image for image in found.images.values() if image.has_pose]
     if len(images) > MAX_VIEWS:
         raise DatasetError(f"{model}: {len(images)} views, the limit is {MAX_VIEWS}")
     for image in images:
         if image.camera_id not in found.cameras:
             raise DatasetError(f"{model}: {image.name!r} names a camera that isn't there")
-    return sorted(images, key=lambda image: str(image.name))
+    return images
 
 
 def _view(root: Path, prefix: str, folder: str, model: Path, image: Any) -> View:
