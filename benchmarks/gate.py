@@ -34,7 +34,7 @@ from gate_shapes import HARD, hard_set
 from fresnel import bootstrap, faults
 from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
-from fresnel.gate import verdict as gate
+from fresnel import gate
 from fresnel.models import decoder
 from fresnel.objects.assets import embedded_assets, find_assets
 from fresnel.objects.render_set import render_set

@@ -36,7 +36,7 @@ _PLACES = {
     "open_data": "objects.sources:open",
     "Decoder": "models.decoder",
     "validate": "gate.verdict",
-    "issue_receipt": "gate.receipts",
+    "issue_receipt": "gate.verdict",
     "CVS": "models.cvs",
     "fit": "training.loop",
     "evaluate": "evaluation.metrics",

@@ -216,7 +216,8 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _gated(arguments: argparse.Namespace) -> int:
-    from fresnel.gate import verdict as gate
+    from fresnel import gate
+    from fresnel.gate.fix import fix
     from fresnel.objects import sources
 
     data = sources.open(arguments.dataset)
@@ -233,7 +234,7 @@ def _gated(arguments: argparse.Namespace) -> int:
     if arguments.fix and not verdict.passed:
         said["mended"] = None
         try:
-            mended, after = gate.fix(data, arguments.fix, verdict=verdict)
+            mended, after = fix(data, arguments.fix, verdict=verdict)
         except ValueError as error:  # nothing in it can be mended: the verdict stands
             lines.append(f"not mended: {error}")
             print(f"not mended: {error}", file=sys.stderr)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from boxes import Memory, views_of
 
-from fresnel import faults
+from fresnel import faults, gate
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, MultiViewDataset, ObjectViews
-from fresnel.gate import verdict as gate
+from fresnel.gate import measure
+from fresnel.gate import verdict as verdicts
 from fresnel.scene.cameras import orbit
 
 
@@ -32,10 +35,7 @@ def test_healthy_data_passes_and_says_what_it_saw() -> None:
     assert verdict.passed and verdict.reasons == ()
     assert verdict.examples_seen == verdict.examples_total == 12
     assert len(verdict.measurements) == 12 * 8 and len(verdict.objects) == 12
-    assert {row["azimuth_deg"] for row in verdict.profile} == {
-        -135.0, -90.0, -45.0, 0.0, 45.0, 90.0, 135.0, 180.0,
-    }  # fmt: skip
-    assert all(row["views"] == 12 for row in verdict.profile)
+    assert {round(row["azimuth_deg"]) % 360 for row in verdict.measurements} == {*range(0, 360, 45)}
     assert verdict.summary.startswith("PASS: 12 of 12 records (96 views)")
     again = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
     assert again["passed"] is True and len(again["measurements"]) == 96
@@ -181,7 +181,10 @@ def test_the_whole_set_is_read_when_the_first_ten_pass() -> None:
 
 
 def test_one_record_or_none() -> None:
-    assert gate.validate(Memory([views_of(0)]), progress=False).passed
+    for i in (*range(8), 9, 10, 11):  # box 8 does leave its frames
+        assert codes([views_of(i)]) == []
+    dark = list(faults.corrupt([views_of(0)], "darken", 0.8))
+    assert codes(dark) == ["views_dark"]
     verdict = gate.validate(Memory([]), progress=False)
     assert not verdict.passed and verdict.reasons[0].code == "no_data"
     with pytest.raises(ValueError, match="first, workers"):
@@ -204,17 +207,66 @@ def test_thresholds_can_be_set() -> None:
     assert codes(records, config=strict) == ["views_dark"]
 
 
+def test_no_light_at_all_is_dark_even_beside_a_black_input() -> None:
+    def black(views: ObjectViews) -> ObjectViews:
+        return replace(views, rgb=0 * views.rgb, input_rgb=0 * views.input_rgb)
+
+    assert codes([black(views_of(i, identity=False)) for i in range(4)])[0] == "views_dark"
+
+
+def test_a_set_of_single_views_is_no_multi_view_set() -> None:
+    def alone(views: ObjectViews) -> ObjectViews:
+        one = slice(0, 1)
+        depth = views.depth[one] if views.depth is not None else None
+        parts = {"rgb": views.rgb[one], "alpha": views.alpha[one], "depth": depth}
+        return replace(views, cameras=views.cameras[one], **parts)
+
+    assert "too_few_views" in codes([alone(views_of(i)) for i in range(6)])
+
+
+def test_all_views_of_a_record_are_tested_and_no_order_is_guessed_from_some() -> None:
+    """The views that a first look leaves out have each other's poses."""
+    records = [views_of(i, views=32) for i in range(2)]
+    assert codes(records) == []
+    order = torch.arange(32)
+    looked_at = torch.linspace(0, 31, 16).round().long()
+    rest = order[~torch.isin(order, looked_at)]
+    order[rest] = rest.roll(5)
+    wrong = [replace(views, cameras=views.cameras[order]) for views in records]
+    assert codes(wrong)[0] == "pose_mismatch"
+    rolled = list(faults.corrupt(records, "rolled_poses", 1.0))
+    first = gate.validate(Memory(rolled), progress=False).reasons[0]
+    assert first.code == "pose_mismatch" and first.mend is None
+
+
+def test_frozen_views_are_found_in_a_moment_among_hundreds() -> None:
+    views = views_of(0, views=8, depth=False)
+    many = {k: getattr(views, k).repeat(50, *[1] * (getattr(views, k).ndim - 1))
+            for k in ("rgb", "alpha")}  # fmt: skip
+    elevations = torch.linspace(-40, 50, 400)
+    optics: dict[str, Any] = {"focal_px": 38.4, "width": 32, "height": 32}
+    cameras = orbit(torch.arange(400) * 7.0, elevations, 2.2, pivot=(0, 0, 0), **optics)
+    started = time.process_time()
+    row = measure._frozen(
+        many["rgb"].numpy(), many["alpha"].numpy(),
+        np.stack([cameras.azimuth_deg((0, 0, 0)), elevations], 1), np.full(400, 0.2), 0.0,
+    )  # fmt: skip
+    assert row == 1.0 and time.process_time() - started < 2
+
+
 @pytest.fixture
 def written(tmp_path: Path) -> MultiViewDataset:
     return dataset.write(tmp_path / "set", [views_of(i, size=24) for i in range(3)], meta={})
 
 
 def test_a_receipt_lets_exactly_its_data_through(written: MultiViewDataset) -> None:
-    with pytest.raises(gate.GateRefusal, match="python -m fresnel validate"):
+    with pytest.raises(gate.GateRefusal, match=r"run_all\.sh validate"):
         gate.require_receipt(written)
     verdict = gate.validate(written, progress=False)
     issued = gate.issue_receipt(written, verdict)
     assert issued.passed and issued.dataset_hash == written.content_hash
+    assert (issued.records_seen, issued.records_total) == (3, 3)
+    assert issued.thresholds["max_hull_miss"] == gate.GateConfig().max_hull_miss
     assert gate.read_receipt(written) == issued
     assert gate.require_receipt(dataset.open(written.path)) == issued
     with pytest.raises(gate.GateRefusal, match="smoke_train"):
@@ -229,8 +281,71 @@ def test_a_receipt_of_other_data_is_refused(written: MultiViewDataset, tmp_path:
     (other.path / "receipts" / "gate.json").write_text(copy)
     with pytest.raises(gate.GateRefusal, match="other data"):
         gate.require_receipt(other, allow_failed=True)
+    verdict = gate.validate(written, progress=False)
     with pytest.raises(ValueError, match="verdict: is about data"):
-        gate.issue_receipt(other, gate.validate(written, progress=False))
+        gate.issue_receipt(other, verdict)
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [0, 1, 1]])
+def test_a_subset_certifies_nothing_but_itself(written: MultiViewDataset, rows: list[int]) -> None:
+    verdict = gate.validate(written.subset(rows), progress=False)
+    assert verdict.dataset_hash == written.content_hash and verdict.is_subset
+    for data in (written, written.subset(rows)):
+        with pytest.raises(ValueError, match="subset"):
+            gate.issue_receipt(data, verdict)
+    whole = gate.validate(written, progress=False)
+    for part in (replace(whole, examples_seen=2), replace(whole, examples_total=2)):
+        with pytest.raises(ValueError, match="verdict"):
+            gate.issue_receipt(written, part)
+
+
+def test_lax_thresholds_count_as_overridden(written: MultiViewDataset) -> None:
+    dark = faults.apply(written, "darken", 0.95, written.path.parent / "dark")
+    lax = gate.GateConfig(min_luminance_ratio=1e-9, dark_view=1e-9)
+    verdict = gate.validate(dark, lax, progress=False)
+    assert verdict.passed and gate.issue_receipt(dark, verdict).passed
+    with pytest.raises(gate.GateRefusal, match="calibrated ones: min_luminance_ratio 1e-09"):
+        gate.require_receipt(dark)
+    assert gate.require_receipt(dark, allow_failed=True).overridden
+
+
+def test_a_receipt_of_another_gate_is_void(written: MultiViewDataset) -> None:
+    issued = gate.issue_receipt(written, gate.validate(written, progress=False))
+    path = written.path / "receipts" / "gate.json"
+    content = json.loads(path.read_text())
+    for version in ({"gate_version": 1}, {}):
+        old = {k: v for k, v in content.items() if k != "gate_version"} | version
+        path.write_text(json.dumps(old))
+        with pytest.raises(gate.GateRefusal, match="written by gate 1"):
+            gate.require_receipt(written)
+    with pytest.raises(gate.GateRefusal, match="by gate 1"):
+        gate.require_receipt(written, receipt=replace(issued, gate_version=1))
+
+
+def test_tensors_are_let_through_by_their_hash(written: MultiViewDataset) -> None:
+    receipt = gate.issue_receipt(written, gate.validate(written, progress=False))
+    tensors = written.tensors()
+    assert gate.require_receipt(tensors, receipt=receipt) == receipt
+    for other in ("", "sha256:" + "0" * 64):
+        with pytest.raises(gate.GateRefusal, match="other data"):
+            gate.require_receipt(replace(tensors, content_hash=other), receipt=receipt)
+
+
+def test_receipts_are_not_written_through_links(written: MultiViewDataset) -> None:
+    verdict = gate.validate(written, progress=False)
+    elsewhere = written.path.parent / "elsewhere"
+    elsewhere.mkdir()
+    (written.path / "receipts").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="leads out"):
+        gate.issue_receipt(written, verdict)
+    (written.path / "receipts").unlink()
+    (written.path / "receipts").mkdir()
+    victim = elsewhere / "victim"
+    victim.write_text("mine")
+    (written.path / "receipts" / "gate.json").symlink_to(victim)
+    with pytest.raises(ValueError, match="leads out"):
+        gate.issue_receipt(written, verdict)
+    assert victim.read_text() == "mine"
 
 
 def test_changed_files_void_the_receipt(written: MultiViewDataset) -> None:
@@ -279,9 +394,12 @@ def test_processes_measure_what_threads_measure(
     records = [replace(views_of(i), name=f"box{i}") for i in range(12)]
     data = dataset.write(tmp_path / "d", records, meta={})
     alone = gate.validate(data, progress=False)
-    monkeypatch.setattr(gate, "_WORTH_PROCESSES", 1)
-    monkeypatch.setattr(gate, "core_count", lambda: 4)
-    for _ in range(2):  # the second finds the first one's crew, which takes the first examples too
-        together = gate.validate(data, progress=False)
-        assert together.measurements == alone.measurements
-        assert (together.passed, together.figures) == (alone.passed, alone.figures)
+    started = []
+    monkeypatch.setattr(verdicts, "_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(verdicts, "core_count", lambda: 4)
+    pool = verdicts.processes
+    monkeypatch.setattr(verdicts, "processes", lambda n: started.append(n) or pool(n))
+    together = gate.validate(data, progress=False)
+    assert started == [4]
+    assert together.measurements == alone.measurements
+    assert (together.passed, together.figures) == (alone.passed, alone.figures)

@@ -25,7 +25,7 @@ from fresnel.bootstrap import CORRECTED, ORIGINAL
 from fresnel.bootstrap import records as render_records
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
 from fresnel.data.layout import object_name
-from fresnel.gate import verdict as gate
+from fresnel import gate
 from fresnel.host.machine import project_root
 from fresnel.models.decoder import Decoder
 from fresnel.models.patch_decoder import FARTHEST, NEAREST

@@ -1,43 +1,40 @@
-"""From findings to a ranked verdict: which faults the set has, and which of them is the cause."""
+"""From findings to ranked reasons: which faults the set has, and which of them is the cause.
+
+Whether a *set* has a fault is decided by Wald's sequential probability ratio test on its records'
+flags, so the gate can stop at ten records and state how often it will be wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+from scipy.special import bdtrc
 
-from fresnel.gate import checks, checks_poses, checks_set
-from fresnel.gate.explain import diagnose
-from fresnel.gate.findings import (
-    Finding,
-    GateConfig,
-    Reason,
-    Row,
-    Seen,
-    binomial_tail,
-    median,
-    sequential,
-    share,
-)
+from fresnel.gate import checks, checks_set
+from fresnel.gate.checks import Check
+from fresnel.gate.explain import explain
 from fresnel.gate.geometry import Rig
+from fresnel.gate.thresholds import Finding, GateConfig, Row, Seen, median, share
 
-Check = Callable[[Seen], Finding | None]
 CHECKS: tuple[Check, ...] = (
     checks.check_unreadable,
-    checks_poses.check_poses,
+    checks.check_poses,
     checks.check_depth,
     checks.check_constant,
     checks_set.check_leak,
-    checks_poses.check_up,
-    checks_poses.check_pivot,
-    checks_poses.check_frozen,
-    checks_poses.check_sides,
-    checks_poses.check_poses_match,
-    checks_poses.check_input,
-    checks_poses.check_epipolar,
+    checks.check_up,
+    checks.check_pivot,
+    checks.check_frozen,
+    checks.check_sides,
+    checks.check_poses_match,
+    checks.check_input,
+    checks.check_epipolar,
     checks_set.check_azimuths,
+    checks.check_views,
     checks.check_cropped,
     checks.check_empty,
     checks.check_exposure,
@@ -47,7 +44,7 @@ CHECKS: tuple[Check, ...] = (
     checks.check_grain,
     checks.check_clipping,
     checks.check_detail,
-    checks_poses.check_colours,
+    checks.check_colours,
     checks_set.check_duplicates,
     checks_set.check_classes,
 )
@@ -68,7 +65,7 @@ EXPLAINS = {
         *("views_bright", "views_dark", "views_empty", "blurred", "pose_mismatch"),
         *("out_of_frame", "exposure_drift", "clipped", "channels_swapped", "frozen_views"),
     ),
-    "azimuth_imbalance": ("pose_mismatch",),
+    "azimuth_imbalance": ("pose_mismatch", "too_few_views"),
     "pose_convention": (*_GEOMETRY, "up_axis", "azimuth_imbalance"),
     "mirrored": (*_GEOMETRY, "azimuth_imbalance"),
     "focal_length": (*_GEOMETRY, "out_of_frame"),
@@ -96,10 +93,61 @@ EXPLAINS = {
 }
 """What else a fault brings about."""
 
-Phase = Literal["early", "final"]
+
+@dataclass(frozen=True)
+class Reason:
+    """Why data was refused.
+
+    Args:
+        code: machine name, e.g. "pivot_offset".
+        message: plain language with the numbers, no full stop.
+        hint: what to do about it.
+        values: the numbers and their thresholds.
+        symptom_of: code of the reason that explains this one, if any.
+        mend: name of the change that makes the data consistent again, if one was found.
+    """
+
+    code: str
+    message: str
+    hint: str
+    values: dict[str, float] = field(default_factory=dict)
+    symptom_of: str | None = None
+    mend: str | None = None
 
 
-def decide(finding: Finding, config: GateConfig, phase: Phase) -> tuple[bool, bool]:
+@dataclass(frozen=True)
+class Decision:
+    """Ranked reasons (none: passed), notes, and whether more records could change any of it."""
+
+    reasons: tuple[Reason, ...]
+    notes: tuple[str, ...]
+    settled: bool
+
+
+def sequential(
+    shown: int, asked: int, config: GateConfig
+) -> tuple[Literal["faulty", "healthy", "undecided"], float]:
+    """Wald's test of "in at most `healthy_rate` of the records" against "in `faulty_rate`".
+
+    Returns:
+        The decision and the log likelihood ratio; its sign decides where no more data comes
+        (Wald, Sequential Analysis, 1947; error probabilities hold to within his approximation).
+    """
+    low, high = config.healthy_rate, config.faulty_rate
+    ratio = shown * math.log(high / low) + (asked - shown) * math.log((1 - high) / (1 - low))
+    if ratio >= math.log((1 - config.miss) / config.false_alarm):
+        return "faulty", ratio
+    if ratio <= math.log(config.miss / (1 - config.false_alarm)):
+        return "healthy", ratio
+    return "undecided", ratio
+
+
+def chance(shown: int, asked: int, rate: float) -> float:
+    """P(at least `shown` of `asked`) at a rate."""
+    return float(bdtrc(shown - 1, asked, rate)) if shown else 1.0
+
+
+def has_fault(finding: Finding, config: GateConfig, final: bool) -> tuple[bool, bool]:
     """Whether the set has a fault, and whether that is settled.
 
     In the end, when no more data comes, a fault needs the likelihood on its side and so many
@@ -108,62 +156,54 @@ def decide(finding: Finding, config: GateConfig, phase: Phase) -> tuple[bool, bo
     """
     asked = int(np.isfinite(finding.flags).sum())
     shown = int(np.nansum(finding.flags))
-    if finding.late and phase == "early":
+    if finding.late and not final:
         return False, True
     if finding.at_once or not asked:
         return shown > 0, shown > 0 or not asked
     decision, ratio = sequential(shown, asked, config)
-    if phase == "early":
+    if not final:
         return decision == "faulty", decision != "undecided"
-    chance = binomial_tail(shown, asked, config.healthy_rate) if shown else 1.0
-    return ratio > 0 and (chance < 0.005 or (chance < 0.051 and shown > 0.3 * asked)), True
+    odds = chance(shown, asked, config.healthy_rate)
+    return ratio > 0 and (odds < 0.005 or (odds < 0.051 and shown > 0.3 * asked)), True
 
 
-def judge(
+def decide(
     rows: Sequence[Row],
     objects: Sequence[Row],
     config: GateConfig,
     *,
-    meta: Mapping[str, Any] | None = None,
-    rigs: Mapping[int, Rig] | None = None,
-    phase: Phase = "final",
-) -> tuple[tuple[Reason, ...], dict[str, float], tuple[str, ...], bool]:
-    """Ranked reasons (none: passed), the figures behind them, notes, and whether all is settled.
-
-    Every cause is followed by its symptoms.
+    meta: Mapping[str, Any],
+    rigs: Mapping[int, Rig],
+    final: bool,
+) -> Decision:
+    """What is wrong with what was measured so far; every cause is followed by its symptoms.
 
     Args:
         rigs: of records (by their place in `objects`), to find out what is wrong with poses.
-        phase: "early" while more records can be read, "final" when not.
+        final: no more records can be read.
     """
-    seen = Seen(rows, objects, config, dict(meta or {}))
+    seen = Seen(rows, objects, config, meta)
     found: list[Reason] = []
-    settled = True
-    notes: list[str] = []
-    suspects: list[int] = []
-    for check in CHECKS:
-        if not rows and check is not CHECKS[0]:
-            break
-        if check is checks_poses.check_sides and any(
-            reason.code == "pivot_offset" for reason in found
-        ):
+    notes, suspects, settled = _notes(seen), dict[int, None](), True
+    for check in CHECKS if rows else CHECKS[:1]:
+        if check is checks.check_sides and any(r.code == "pivot_offset" for r in found):
             continue  # an orbit around another point says nothing about the object's sides
         finding = check(seen)
         if finding is None:
             continue
-        faulty, sure = decide(finding, config, phase)
+        faulty, sure = has_fault(finding, config, final)
         settled &= sure
+        marked = np.flatnonzero(finding.flags > 0)
         if faulty:
             found.append(_reason(finding, config))
             if finding.code in ("pose_mismatch", "pivot_offset", "billboard", "input_pose"):
-                suspects += np.flatnonzero(finding.flags > 0).tolist()
-        elif phase == "final" and np.nansum(finding.flags) >= max(1, 0.01 * len(objects)):
-            which = [str(objects[k]["name"]) for k in np.flatnonzero(finding.flags > 0)[:3]]
-            count = int(np.nansum(finding.flags))
-            notes.append(f"{finding.code}: {count} of {len(objects)} records, e.g. {which[0]}")
-    if rigs and found:
-        found = _diagnosed(found, [rigs[k] for k in dict.fromkeys(suspects) if k in rigs])
-    return _ranked(found), _figures(seen) if rows else {}, (*_notes(seen), *notes), settled
+                suspects |= dict.fromkeys(marked.tolist())
+        elif final and len(marked) >= max(1, 0.01 * len(objects)):
+            count, first = len(marked), objects[marked[0]]["name"]
+            notes.append(f"{finding.code}: {count} of {len(objects)} records, e.g. {first}")
+    if found:
+        found = _explained(found, [rigs[k] for k in suspects if k in rigs])
+    return Decision(_ranked(found), tuple(notes), settled)
 
 
 def _reason(finding: Finding, config: GateConfig) -> Reason:
@@ -172,7 +212,7 @@ def _reason(finding: Finding, config: GateConfig) -> Reason:
     values |= {"records_shown": float(shown), "records_asked": float(asked)}
     message = finding.message
     if not finding.at_once:
-        values["chance"] = binomial_tail(shown, asked, config.healthy_rate)
+        values["chance"] = chance(shown, asked, config.healthy_rate)
         message += f"; {shown} of {asked} records show it"
     return Reason(finding.code, message, finding.hint, values)
 
@@ -180,13 +220,13 @@ def _reason(finding: Finding, config: GateConfig) -> Reason:
 _CAUSE_KNOWN = ("pose_invalid", "constant_frames", "frozen_views")
 
 
-def _diagnosed(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
+def _explained(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
     """Ask which convention explains a mismatch, and let the answer take its place."""
     codes = [reason.code for reason in found]
     at = next((codes.index(c) for c in ("pose_mismatch", "input_pose") if c in codes), -1)
     if at < 0 or not rigs or any(code in codes for code in _CAUSE_KNOWN):
         return found
-    result = diagnose(rigs, thorough="pivot_offset" not in codes)
+    result = explain(rigs, thorough="pivot_offset" not in codes)
     if not result.words or (result.mend is None and "pivot_offset" in codes):
         return found
     values = found[at].values | {"before": result.before, "after": result.after}
@@ -199,10 +239,10 @@ def _diagnosed(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
             found[at] = replace(found[at], message=words, values=values, mend=name)
         return found
     if result.code in codes:  # a check of its own has seen it too and has the better figures
-        own = codes.index(result.code)
-        better = replace(found[own], mend=name, values=values | found[own].values)
-        rest = [reason for reason in found if reason is not found[own]]
-        return [*rest[: min(at, own)], better, *rest[min(at, own) :]]
+        own = found.pop(codes.index(result.code))
+        place = min(at, codes.index(result.code))
+        found.insert(place, replace(own, mend=name, values=values | own.values))
+        return found
     iou = found[at].values.get("hull_iou", np.nan)
     message = f"pictures and poses disagree (outlines agree to {iou:.0%})"
     message += f"; they fit if {result.words}" if name else f": {result.words}"
@@ -213,8 +253,8 @@ def _diagnosed(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
     before = [codes.index(c) for c in ("up_axis", "pivot_offset", "billboard") if c in codes]
     if before and (name is None or _often(found[at]) < 0.7 * max(_often(found[k]) for k in before)):
         return found
-    place = min([at, *before])
-    return [*found[:place], first, *found[place:]]
+    found.insert(min([at, *before]), first)
+    return found
 
 
 def _often(reason: Reason) -> float:
@@ -231,21 +271,6 @@ _HINTS = {
     "pivot_offset": "check the transform between the input's camera and the views'",
     "billboard": "the geometry has no depth: supervise the decoder with side views",
 }
-
-
-def _reordered(found: Sequence[Reason]) -> list[Reason]:
-    """Faults of pictures that pass for others in some of the records go before those, if they show
-    in as many records or more: jumps, stretched contrast and noise shift mean brightness; empty,
-    blurred, noisy or few views have ragged outlines."""
-    found = list(found)
-    for code, rivals in _PASSES_FOR.items():
-        at = next((k for k, r in enumerate(found) if r.code == code), -1)
-        first = next((k for k, r in enumerate(found[: max(at, 0)]) if r.code in rivals), -1)
-        if first >= 0 and _is_it(found[at], found[first]):
-            found.insert(first, found.pop(at))
-    return found
-
-
 _EXPOSED = ("views_dark", "views_bright")
 _PASSES_FOR = {
     "clipped": _EXPOSED,
@@ -255,6 +280,18 @@ _PASSES_FOR = {
     "views_empty": _LOOSE,
     "azimuth_imbalance": _LOOSE,
 }
+
+
+def _reordered(found: list[Reason]) -> list[Reason]:
+    """Faults of pictures that pass for others in some of the records go before those, if they show
+    in as many records or more: jumps, stretched contrast and noise shift mean brightness; empty,
+    blurred, noisy or few views have ragged outlines."""
+    for code, rivals in _PASSES_FOR.items():
+        at = next((k for k, r in enumerate(found) if r.code == code), -1)
+        first = next((k for k, r in enumerate(found[: max(at, 0)]) if r.code in rivals), -1)
+        if first >= 0 and _is_it(found[at], found[first]):
+            found.insert(first, found.pop(at))
+    return found
 
 
 def _is_it(reason: Reason, other: Reason) -> bool:
@@ -271,7 +308,7 @@ def _is_it(reason: Reason, other: Reason) -> bool:
     return often > 1.2
 
 
-def _ranked(found: Sequence[Reason]) -> tuple[Reason, ...]:
+def _ranked(found: list[Reason]) -> tuple[Reason, ...]:
     reasons: list[Reason] = []
     for reason in _reordered(found):
         if any(earlier.code == reason.code for earlier in reasons):
@@ -283,75 +320,63 @@ def _ranked(found: Sequence[Reason]) -> tuple[Reason, ...]:
     return tuple(r for c in causes for r in (c, *(s for s in reasons if s.symptom_of == c.code)))
 
 
-def _figures(seen: Seen) -> dict[str, float]:
-    config = seen.config
+def figures(rows: Sequence[Row], objects: Sequence[Row], config: GateConfig) -> dict[str, float]:
+    """The numbers of a set that were compared with the thresholds, by name."""
+    if not rows:
+        return {}
+    seen = Seen(rows, objects, config)
+    of_records = {
+        median: (
+            *("pivot_distance", "pivot_relative", "photometric", "epipolar", "drift"),
+            *("up_tilt_deg", "identity_psnr", "identity_iou"),
+        ),
+        share: ("stray", "hull_iou", "hull_miss", "floating"),
+    }
     return {
         "empty_share": share(seen.empty),
         "coverage_mean": float(np.mean(seen.column("coverage"))),
         "coverage_ratio": median(seen.column("coverage_ratio")),
-        "luminance_ratio": median(seen.of_filled("luminance_ratio")),
-        "detail_ratio": median(seen.of_filled("detail_ratio")),
-        "pivot_distance": median(seen.of_objects("pivot_distance")),
-        "pivot_relative": median(seen.of_objects("pivot_relative")),
-        "stray": share(seen.of_objects("stray")),
-        "hull_iou": share(seen.of_objects("hull_iou")),
-        "hull_miss": share(seen.of_objects("hull_miss")),
-        "floating": share(seen.of_objects("floating")),
-        "photometric": median(seen.of_objects("photometric")),
-        "epipolar": median(seen.of_objects("epipolar")),
-        "drift": median(seen.of_objects("drift")),
-        "up_tilt_deg": median(seen.of_objects("up_tilt_deg")),
-        "frozen_share": share(seen.of_objects("frozen")),
-        "constant_share": share(seen.column("constant") > 0),
-        "identity_psnr": median(seen.of_objects("identity_psnr")),
-        "identity_iou": median(seen.of_objects("identity_iou")),
+        "luminance_ratio": median(seen.filled("luminance_ratio")),
+        "detail_ratio": median(seen.filled("detail_ratio")),
+        "frozen_share": share(seen.record("frozen")),
+        "constant_share": share(seen.column("constant")),
+        **{key: how(seen.record(key)) for how, keys in of_records.items() for key in keys},
         "false_alarm_per_check": config.false_alarm,
         "miss_per_check": config.miss,
-        "miss_bound": (1 - config.faulty_rate) ** len(seen.objects),
+        "miss_bound": (1 - config.faulty_rate) ** len(objects),
     }
 
 
-def _notes(seen: Seen) -> tuple[str, ...]:
-    notes = []
-    sources = [row.get("foreground") for row in seen.objects]
-    if "estimated" in sources:
-        notes.append(
-            f"no alpha in {sources.count('estimated')} records: the foreground is estimated as "
-            "what differs from the border's colour"
-        )
-    if "none" in sources:
-        notes.append(
-            f"no alpha and no plain background in {sources.count('none')} records: coverage and "
-            "outlines are not judged; poses are judged by matched features"
-        )
-    if not np.isfinite(seen.record("input_coverage")).any() and seen.rows:
-        notes.append("no input image: views are compared with each other's median instead")
-    if not len(seen.of_objects("identity_psnr")):
-        notes.append("identity check skipped: no render from the input camera is stored")
-    if not len(seen.of_objects("stray")):
-        notes.append("surfaces not compared between views: no usable depth is stored")
-    if not len(seen.of_objects("pivot_distance")):
-        notes.append("pivot not located: no content, or cameras that all look the same way")
-    return tuple(notes)
-
-
-def profile(rows: Sequence[Row], config: GateConfig | None = None) -> list[Row]:
-    """Coverage and luminance by 45 degree bins of azimuth relative to the input.
-
-    Medians over views; `empty` is the share of empty ones.
-    """
-    seen = Seen(rows, (), config or GateConfig())
-    if not rows:
-        return []
-    bins, empty = seen.azimuth_bins(), seen.empty
-    coverage, light = seen.column("coverage_ratio"), seen.column("luminance_ratio")
-    return [
-        {
-            "azimuth_deg": float(centre),
-            "views": int((bins == centre).sum()),
-            "coverage_ratio": median(coverage[bins == centre]),
-            "luminance_ratio": median(light[(bins == centre) & ~empty]),
-            "empty": share(empty[bins == centre]),
-        }
-        for centre in np.unique(bins[np.isfinite(bins)])
-    ]
+def _notes(seen: Seen) -> list[str]:
+    """Checks that could not be made, and why."""
+    known = {key: np.isfinite(seen.record(key)).any() for key in ("identity_psnr", "stray")}
+    guessed, unknown = (int(seen.foreground(kind).sum()) for kind in ("estimated", "none"))
+    said = (
+        (
+            guessed > 0,
+            f"no alpha in {guessed} records: the foreground is estimated as what differs from the "
+            "border's colour",
+        ),
+        (
+            unknown > 0,
+            f"no alpha and no plain background in {unknown} records: coverage, outlines and sides "
+            "are not judged; poses are judged by matched features",
+        ),
+        (
+            len(seen.objects) == 1,
+            "one record only: its limits are half as wide again, since nothing can confirm a flag",
+        ),
+        (
+            not known["identity_psnr"],
+            "identity check skipped: no render from the input camera is stored",
+        ),
+        (
+            not known["stray"],
+            "surfaces not compared between views: no usable depth is stored",
+        ),
+        (
+            not np.isfinite(seen.record("pivot_distance")).any(),
+            "pivot not located: no content, or cameras that all look the same way",
+        ),
+    )
+    return [text for applies, text in said if applies]

@@ -7,17 +7,20 @@ the poses draw in the other.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import numpy as np
 
+from fresnel.data.records import ObjectViews
+
 _PAIRS, _MATCHES = 8, 24
 _LONGEST = 320
-_FLOOR = 0.002
+FLOOR = 0.002
 """In image widths: as exactly as features are found and phones track their pose."""
+Features = tuple[np.ndarray, np.ndarray]
 
 
-def misfit(views: Any) -> float:
+def misfit(views: ObjectViews) -> float:
     """How much worse the given poses explain matched features than the best possible ones.
 
     By pair of neighbouring views: the median distance of matches to their epipolar lines, matches
@@ -26,31 +29,24 @@ def misfit(views: Any) -> float:
     for wrong ones, NaN where fewer than two pairs have 24 matches that agree with any epipolar
     geometry.  Poses that are wrong all in the same way, such as a focal length off by less than
     half, hardly move epipolar lines and pass.
-
-    Args:
-        views: an `ObjectViews`.
     """
     viewmats = views.cameras.viewmats.double().numpy()
     Ks = views.cameras.Ks.double().numpy()
-    features: dict[int, tuple[np.ndarray, np.ndarray] | None] = {}
+    width = views.cameras.width
 
-    def of(index: int) -> tuple[np.ndarray, np.ndarray] | None:
-        if index not in features:
-            features[index] = _features(views.rgb[index].numpy())
-        return features[index]
+    @functools.cache
+    def of(index: int) -> Features | None:
+        return features(views.rgb[index].numpy(), views.alpha[index].numpy())
 
     found: list[float] = []
     for i, j in _neighbours(viewmats):
         a, b = of(i), of(j)
-        if a is None or b is None:
-            continue
-        fitted = explained(*_matches(a, b))
+        fitted = None if a is None or b is None else explained(*matches(a, b))
         if fitted is None:
             continue
         x, y, best = fitted
-        width = views.cameras.width
         error = pair_error(viewmats[i], Ks[i], viewmats[j], Ks[j], x, y, lost=float(width))
-        found.append(error / max(best, _FLOOR * width))
+        found.append(error / max(best, FLOOR * width))
         if len(found) == _PAIRS:
             break
     return float(np.median(found)) if len(found) >= 2 else float("nan")
@@ -65,33 +61,29 @@ def pair_error(
     y: np.ndarray,
     lost: float,
 ) -> float:
-    """Median Sampson distance in pixels of matches under two poses; `lost` for a match whose point
-    would lie behind a camera."""
-    error = _distance(_fundamental(a, Ka, b, Kb), x, y)
-    return float(np.median(np.where(_in_front(a, Ka, b, Kb, x, y), error, lost)))
-
-
-def _in_front(
-    a: np.ndarray, Ka: np.ndarray, b: np.ndarray, Kb: np.ndarray, x: np.ndarray, y: np.ndarray
-) -> np.ndarray:
-    """Whether the rays of two matched pixels come nearest to each other before both cameras."""
+    """Median Sampson distance in pixels of matches (N, 2) under two poses (4, 4); `lost` for those
+    whose rays come nearest to each other behind a camera."""
     relative = b @ np.linalg.inv(a)
-    one = np.ones((len(x), 1))
-    ray_a = np.linalg.solve(Ka, np.concatenate([x, one], axis=1).T).T @ relative[:3, :3].T
-    ray_b = np.linalg.solve(Kb, np.concatenate([y, one], axis=1).T).T
+    rotation, t = relative[:3, :3], relative[:3, 3]
+    # y^T F x = 0 (Hartley and Zisserman, 9.6)
+    F = np.linalg.inv(Kb).T @ np.cross(np.eye(3), t) @ rotation @ np.linalg.inv(Ka)
+    ray_a = _homogeneous(x) @ np.linalg.inv(Ka).T @ rotation.T
+    ray_b = _homogeneous(y) @ np.linalg.inv(Kb).T
     system = np.stack([ray_a, -ray_b], axis=-1)
     normal = np.einsum("nij,nik->njk", system, system) + 1e-12 * np.eye(2)
-    right = np.einsum("nij,i->nj", system, -relative[:3, 3])
-    depths = np.linalg.solve(normal, right[..., None])[..., 0]
-    return np.min(depths, axis=1) > 0
+    depths = np.linalg.solve(normal, np.einsum("nij,i->nj", system, -t)[..., None])[..., 0]
+    return float(np.median(np.where(depths.min(axis=1) > 0, _distance(F, x, y), lost)))
+
+
+def _homogeneous(pixels: np.ndarray) -> np.ndarray:
+    return np.concatenate([pixels, np.ones((len(pixels), 1))], axis=1)
 
 
 def _neighbours(viewmats: np.ndarray) -> list[tuple[int, int]]:
     """Pairs of views that stand beside each other: consecutive ones (as the pictures were taken,
     whatever their poses say), then the nearest by pose."""
     count = len(viewmats)
-    step = max(1, count // _PAIRS)
-    pairs = [(i, i + 1) for i in range(0, count - 1, step)]
+    pairs = [(i, i + 1) for i in range(0, count - 1, max(1, count // _PAIRS))]
     forward = viewmats[:, 2, :3]
     alike = np.triu(forward @ forward.T, 1)
     order = np.argsort(-alike, axis=None)[: 4 * _PAIRS]
@@ -99,8 +91,9 @@ def _neighbours(viewmats: np.ndarray) -> list[tuple[int, int]]:
     return list(dict.fromkeys(pairs))
 
 
-def _features(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """SIFT positions in pixels of the full picture (N, 2) as x, y, and descriptors."""
+def features(rgb: np.ndarray, alpha: np.ndarray) -> Features | None:
+    """SIFT positions in pixels of the full picture (N, 2) as x, y, and descriptors; none at the rim
+    that a lens left, which moves with the camera."""
     from skimage.color import rgb2gray
     from skimage.feature import SIFT
     from skimage.transform import rescale
@@ -116,12 +109,18 @@ def _features(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     if sift.positions is None or sift.descriptors is None:
         return None
-    return sift.positions[:, ::-1] / scale + 0.5, sift.descriptors
+    where = sift.positions[:, ::-1] / scale + 0.5
+    if (alpha == 255).all():
+        return where, sift.descriptors
+    from scipy.ndimage import distance_transform_edt
+
+    x, y = np.minimum(where.astype(int), np.array(alpha.shape[::-1]) - 1).T
+    kept = distance_transform_edt(alpha == 255)[y, x] > 0.03 * alpha.shape[1]
+    return where[kept], sift.descriptors[kept]
 
 
-def _matches(
-    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+def matches(a: Features, b: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (N, 2) of two pictures that show the same."""
     from skimage.feature import match_descriptors
 
     pairs = match_descriptors(a[1], b[1], max_ratio=0.8, cross_check=True)
@@ -145,19 +144,9 @@ def explained(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, flo
     return x, y, float(np.median(_distance(best.params, x, y)))
 
 
-def _fundamental(a: np.ndarray, Ka: np.ndarray, b: np.ndarray, Kb: np.ndarray) -> np.ndarray:
-    """F with y^T F x = 0 for pixels x of view a and y of view b (Hartley and Zisserman, 9.6)."""
-    relative = b @ np.linalg.inv(a)
-    t = relative[:3, 3]
-    cross = np.array([[0, -t[2], t[1]], [t[2], 0, -t[0]], [-t[1], t[0], 0]])
-    return np.linalg.inv(Kb).T @ cross @ relative[:3, :3] @ np.linalg.inv(Ka)
-
-
 def _distance(F: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Sampson distance in pixels, (N,)."""
-    one = np.ones((len(x), 1))
-    x, y = np.concatenate([x, one], axis=1), np.concatenate([y, one], axis=1)
+    x, y = _homogeneous(x), _homogeneous(y)
     lines, back = x @ F.T, y @ F
-    numerator = np.abs((y * lines).sum(axis=1))
     slope = np.square(lines[:, :2]).sum(axis=1) + np.square(back[:, :2]).sum(axis=1)
-    return numerator / np.sqrt(np.maximum(slope, 1e-18))
+    return np.abs((y * lines).sum(axis=1)) / np.sqrt(np.maximum(slope, 1e-18))

@@ -1,186 +1,179 @@
-"""Mends of whole records: what `gate.fix` applies, planned from a verdict's first reason."""
+"""What can be mended in a copy of refused data: conventions and labels, never lost information."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fresnel.faults import pictures as faults_pictures
-from fresnel.gate import mend
-from fresnel.gate.geometry import nearest_point, rig_of
-from fresnel.scene.cameras import Cameras
-from fresnel.scene.colour import linear_to_srgb, srgb_to_linear
+from fresnel.data import dataset as datasets
+from fresnel.data.records import ObjectViews, over_black
+from fresnel.gate import explain, transforms
+from fresnel.gate.geometry import Rig, nearest_point, rigs_of
+from fresnel.gate.thresholds import GateConfig
+from fresnel.gate.verdict import Verdict, validate
+
+BRIGHTEST_GAIN = 8.0
+"""What is darker than an eighth keeps less than 42% of sRGB's levels: 107 of 256."""
+MOST_CLIPPED = 0.05
+"""Share of pixels at the end of the scale beyond which brightness can't be taken back."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One mend of a record.
-
-    Args:
-        words: what it does, for the copy's meta.
-        apply: (ObjectViews, background) -> ObjectViews.
-    """
+    """One mend of a record: what it does in words, for the copy's meta, and the doing."""
 
     words: str
-    apply: Callable[[Any, Any], Any]
+    apply: Callable[[ObjectViews], ObjectViews]
 
 
 @dataclass(frozen=True)
 class Mended:
-    """A dataset seen through mends, record by record, as they are read."""
+    """A dataset seen through mends, record by record, over black, as they are read."""
 
     source: Any
     steps: tuple[Step, ...] = ()
 
-    def then(self, step: Step) -> Mended:
-        return replace(self, steps=(*self.steps, step))
-
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> ObjectViews:
         views = self.source[index]
+        background = tuple(getattr(self.source, "background", ()))
+        views = replace(views, rgb=over_black(views.rgb, views.alpha, background))
         for step in self.steps:
-            views = step.apply(views, self.background)
+            views = step.apply(views)
         return views
 
-    @property
-    def background(self) -> tuple[float, float, float]:
-        red, green, blue = (float(value) for value in self.source.background)
-        return red, green, blue
-
-    @property
-    def content_hash(self) -> str:
-        return str(self.source.content_hash)
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        return dict(getattr(self.source, "meta", None) or {})
-
-    @property
-    def layout(self) -> str:
-        return str(getattr(self.source, "layout", "fresnel"))
-
-    @property
-    def names(self) -> Any:
-        return getattr(self.source, "names", None)
+    def __getattr__(self, name: str) -> Any:
+        if name == "background":
+            return (0.0, 0.0, 0.0)
+        if name not in ("content_hash", "meta", "layout", "names"):
+            raise AttributeError(name)
+        return getattr(self.source, name)
 
 
-def plan(verdict: Any) -> Step | None:
-    """How to mend the first reason of a failed verdict, or None where a copy can't help."""
+def fix(
+    dataset: Any,
+    path: str | Path,
+    *,
+    verdict: Verdict | None = None,
+    config: GateConfig | None = None,
+    overwrite: bool = False,
+    rounds: int = 3,
+    progress: bool = True,
+) -> tuple[Any, Verdict]:
+    """Write a corrected copy of a dataset to `path` and gate that.
+
+    Conventions of poses, mirrored or reordered pictures, focal length, principal point, the stated
+    pivot, moderate exposure and exchanged channels can be mended; each round mends the first reason
+    of the verdict before it.  The copy's meta lists what was done.
+
+    Args:
+        verdict: of this dataset, if there is one already.
+        rounds: mends to try, at most.
+
+    Returns:
+        The copy (a `MultiViewDataset`) and its verdict, which may still be a failure.
+
+    Raises:
+        ValueError: if the data passes, or what is wrong can't be mended without making it anew.
+    """
+    verdict = verdict or validate(dataset, config, progress=progress)
     if verdict.passed:
-        return None
+        raise ValueError("dataset: passes the gate; there is nothing to fix")
+    mended = Mended(dataset)
+    for _ in range(rounds):
+        step = plan(verdict)
+        if step is None:
+            break
+        mended = replace(mended, steps=(*mended.steps, step))
+        verdict = validate(mended, config, progress=progress)
+        if verdict.passed:
+            break
+    if not mended.steps:
+        reason = verdict.reasons[0]
+        raise ValueError(f"dataset: {reason.code} can't be mended in a copy; {reason.hint}")
+    meta = {**getattr(dataset, "meta", {}), "mended": [step.words for step in mended.steps]}
+    records = (mended[k] for k in range(len(mended)))
+    written = datasets.write(path, records, meta=meta, overwrite=overwrite, total=len(mended))
+    return written, validate(written, config, progress=progress)
+
+
+def plan(verdict: Verdict) -> Step | None:
+    """How to mend the first reason of a verdict, or None where a copy can't help."""
     reason = verdict.reasons[0]
     values = reason.values
     if reason.mend is not None and reason.code not in ("billboard", "exposure_drift"):
         amounts = [values[key] for key in ("mend_0", "mend_1") if key in values]
-        change = mend.named(reason.mend, amounts)
-        return Step(change.words, lambda views, _: corrected(views, change))
-    if reason.code in ("views_dark", "views_bright") and values["luminance_ratio"] > 0:
-        gain = 1 / values["luminance_ratio"]
-        return Step(
-            f"linear light of the views multiplied by {gain:.2f}",
-            lambda views, background: _brighter(views, gain, background),
-        )
+        mend = explain.named(reason.mend, amounts)
+        return Step(mend.words, lambda views: corrected(views, mend))
+    if reason.code in ("views_dark", "views_bright"):
+        gain = 1 / max(values["luminance_ratio"], 1e-9)
+        if gain > BRIGHTEST_GAIN or (gain < 1 and values["clipped"] > MOST_CLIPPED):
+            return None  # a mend may not pass what has lost its information
+        words = f"linear light of the views multiplied by {gain:.2f}"
+        return Step(words, lambda views: transforms.exposed(views, gain))
     if reason.code == "channels_swapped":
-        return Step(
-            "red and blue of the views exchanged",
-            lambda views, _: replace(views, rgb=views.rgb.flip(-1)),
-        )
+        words = "red and blue of the views exchanged"
+        return Step(words, lambda views: replace(views, rgb=views.rgb.flip(-1)))
     if reason.code == "up_axis":
-        return Step("the world turned so that +Y is up", lambda views, _: _upright(views))
+        turned = lambda views: transforms.turned_world(views, transforms.nearest_up(views))  # noqa: E731
+        return Step("the world turned so that +Y is up", turned)
     if reason.code == "pivot_offset" and verdict.figures.get("pivot_relative", 1.0) < 0.2:
-        return Step(
-            "the pivot set to the point that the cameras look at",
-            lambda views, _: _pivot_at_axes(views),
-        )
+        return Step("the pivot set to the point that the cameras look at", _pivot_at_axes)
     return None
 
 
-def _brighter(views: Any, gain: float, background: Any) -> Any:
-    linear = srgb_to_linear(faults_pictures.straight(views, background) / 255) * gain
-    encoded = 255 * linear_to_srgb(linear)
-    return replace(views, rgb=faults_pictures.join(encoded, views.alpha, background))
-
-
-def _upright(views: Any) -> Any:
-    """The world turned by the quarter turns that bring the cameras' mean up nearest to +Y."""
-    up = -views.cameras.viewmats[:, 1, :3].mean(dim=0)
-    axis = int(up.abs().argmax())
-    sign = float(up[axis].sign())
-    turn = torch.zeros(4, 4)
-    turn[3, 3] = 1.0
-    if axis == 1:
-        turn[:3, :3] = torch.diag(torch.tensor([1.0, sign, sign]))
-    else:
-        other = 2 - axis
-        turn[1, axis] = sign
-        turn[axis, 1] = -sign
-        turn[other, other] = 1.0
-    return replace(
-        views,
-        cameras=views.cameras.transformed(turn),
-        input_camera=views.input_camera.transformed(turn),
-        pivot=turn[:3, :3] @ views.pivot,
-    )
-
-
-def _pivot_at_axes(views: Any) -> Any:
+def _pivot_at_axes(views: ObjectViews) -> ObjectViews:
     origins = views.cameras.centers.double().numpy()
     point = nearest_point(origins, views.cameras.forward.double().numpy())
-    if point is None:
-        return views
-    return replace(views, pivot=torch.from_numpy(np.asarray(point)).float())
+    return views if point is None else replace(views, pivot=torch.from_numpy(point).float())
 
 
-def corrected(views: Any, change: mend.Mend) -> Any:
-    """An `ObjectViews` with a mend applied: cameras rewritten, pictures flipped where needed.
+def corrected(views: ObjectViews, mend: explain.Mend) -> ObjectViews:
+    """A record over black with a mend applied: cameras rewritten, pictures flipped where needed.
 
     Raises:
         ValueError: for mends of the pictures' content (a flat cut-out can't be mended).
     """
-    if change.code == "billboard":
+    if mend.code == "billboard":
         raise ValueError("mend: a flat cut-out has no side views to restore; make the data anew")
-    rgb, alpha = views.rgb.numpy(), views.alpha.numpy()
-    rig = rig_of(views, rgb, alpha, with_input=True, most=len(rgb))
-    after = change.apply(rig)
-    by = np.array([views.cameras.width / rig.width, views.cameras.height / rig.masks.shape[1], 1])
-    Ks, viewmats = after.Ks * by[:, None], after.viewmats
-    count = len(rgb)
+    if mend.name == "depth_scale":
+        return transforms.scaled_depth(views, mend.amounts[0])
+    after = mend.apply(_whole_rig(views))
+    cameras, own, count = views.cameras, views.input_camera, len(views.rgb)
+    height, width = after.masks.shape[1:]
+    Ks = after.Ks.copy()
     flipped = Ks[:, 0, 0] < 0
     Ks[flipped] = np.diag([-1.0, 1, 1]) @ Ks[flipped]
-    Ks[flipped, 0, 2] += views.cameras.width
-    out = replace(views, cameras=_cameras(views.cameras, viewmats[:count], Ks[:count]))
-    if change.name == "depth_scale" and views.depth is not None:
-        own = None if views.input_depth is None else views.input_depth * change.amounts[0]
-        return replace(views, depth=views.depth * change.amounts[0], input_depth=own)
-    if flipped[:count].any():
-        rows = torch.from_numpy(flipped[:count])
-        turn = lambda x: None if x is None else torch.where(_like(rows, x), x.flip(2), x)  # noqa: E731
-        out = replace(out, rgb=turn(views.rgb), alpha=turn(views.alpha), depth=turn(views.depth))
-    scale = views.input_camera.width / views.cameras.width
-    input_K = Ks[count] * np.array([scale, scale, 1])[:, None]
-    camera = _cameras(views.input_camera, viewmats[count], input_K)
-    out = replace(out, input_camera=camera)
-    if flipped[count]:
-        for name in ("input_rgb", "input_alpha", "input_depth", "identity_rgb", "identity_alpha"):
-            value = getattr(out, name)
-            if value is not None:
-                out = replace(out, **{name: value.flip(1)})
-    return out
-
-
-def _like(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return rows.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def _cameras(like: Cameras, viewmats: np.ndarray, Ks: np.ndarray) -> Cameras:
-    return replace(
-        like,
-        viewmats=torch.from_numpy(viewmats).to(like.viewmats),
-        Ks=torch.from_numpy(Ks).to(like.Ks),
+    Ks[flipped, 0, 2] += width
+    sizes = [(cameras.width, cameras.height)] * count + [(own.width, own.height)]
+    Ks *= np.array([(w / width, h / height, 1) for w, h in sizes])[:, :, None]
+    out = replace(
+        views,
+        cameras=transforms.cameras_of(cameras, after.viewmats[:count], Ks[:count]),
+        input_camera=transforms.cameras_of(own, after.viewmats[count], Ks[count]),
     )
+    if flipped[:count].any():
+        out = transforms.flipped_pictures(out, torch.from_numpy(flipped[:count]))
+    return transforms.flipped_input(out) if flipped[count] else out
+
+
+def _whole_rig(views: ObjectViews) -> Rig:
+    """The rig of all views and the input, in the record's order."""
+    rigs = rigs_of(views, views.rgb.numpy(), views.alpha.numpy(), with_input=True)
+    order = np.argsort(
+        [k for part in range(len(rigs)) for k in range(part, len(views.rgb), len(rigs))]
+    )
+    last = rigs[-1]
+    columns = {}
+    for name in ("viewmats", "Ks", "masks", "colors", "depths"):
+        parts = [getattr(rig, name) for rig in rigs]
+        whole = np.concatenate([part[:-1] for part in parts])[order]
+        columns[name] = np.concatenate([whole, parts[-1][-1:]])
+    return replace(last, **columns, input_index=len(views.rgb), whole=True)

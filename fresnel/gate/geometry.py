@@ -1,7 +1,7 @@
 """Do poses and pictures belong together?  Silhouettes, depth and colours asked across views.
 
 A `Rig` is what all questions are asked of: cameras, and small masks, depths and colours beside
-them.  Whatever rewrites its cameras (see `mend`) can ask again.
+them.  Whatever rewrites its cameras (see `transforms`) can ask again.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.ndimage import maximum_filter
+from scipy.optimize import least_squares
 from torch.nn.functional import interpolate
 
+from fresnel.data.records import ObjectViews
 from fresnel.scene.cameras import Cameras
 
-RIG_SIZE = 64
-_RAYS, _DEPTHS, _MOST_VIEWS = 40, 48, 16
+Row = dict[str, Any]
+_SIDE, _VIEWS = 64, 16  # of a rig: pixels, and views beside the input
+_RAYS, _DEPTHS = 40, 48
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Rig:
         depths: z-depth (V, h, w), 0 where unknown.
         pivot: what the data says the views turn about, (3,).
         input_index: the row of the input camera, or None.
+        whole: whether all of a record's views are here, in their order.
     """
 
     viewmats: np.ndarray
@@ -41,6 +46,7 @@ class Rig:
     depths: np.ndarray
     pivot: np.ndarray
     input_index: int | None = None
+    whole: bool = True
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -59,64 +65,63 @@ class Rig:
         coverage = self.masks.mean(axis=(1, 2))
         return (coverage > 0.001) & (coverage < 0.98)
 
+    @property
+    def views(self) -> np.ndarray:
+        """Which rows are views, not the input, (V,)."""
+        return np.arange(len(self)) != (-1 if self.input_index is None else self.input_index)
+
     def only(self, which: np.ndarray) -> Rig:
-        """Fewer views, by index."""
+        """Fewer views, by index or mask."""
         which = np.asarray(which)
         rows = np.flatnonzero(which) if which.dtype == bool else which
         at = np.flatnonzero(rows == self.input_index) if self.input_index is not None else rows[:0]
-        return replace(
-            self,
-            viewmats=self.viewmats[rows],
-            Ks=self.Ks[rows],
-            masks=self.masks[rows],
-            colors=self.colors[rows],
-            depths=self.depths[rows],
-            input_index=int(at[0]) if len(at) else None,
-        )
+        arrays = ("viewmats", "Ks", "masks", "colors", "depths")
+        chosen: dict[str, Any] = {name: getattr(self, name)[rows] for name in arrays}
+        return replace(self, **chosen, input_index=int(at[0]) if len(at) else None, whole=False)
 
 
-def rig_of(
-    views: Any, rgb: np.ndarray, alpha: np.ndarray, *, with_input: bool, most: int = _MOST_VIEWS
-) -> Rig:
-    """The rig of a record, at most `most` of its views, evenly spread.
+def rigs_of(
+    views: ObjectViews, rgb: np.ndarray, alpha: np.ndarray, *, with_input: bool
+) -> list[Rig]:
+    """Rigs of a record that hold all its views between them, each a few from all around.
 
     Args:
-        views: an `ObjectViews`.
-        rgb, alpha: its views' pictures over black, uint8.
-        with_input: take the input camera and picture in as the last row.
+        rgb, alpha: the views' pictures over black, uint8.
+        with_input: take the input camera and picture in as the last row of each.
     """
-    rows = np.arange(len(rgb))
-    if len(rows) > most:
-        rows = rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]
+    parts = -(-len(rgb) // _VIEWS)
+    rows = [np.arange(part, len(rgb), parts) for part in range(parts)]
+    return [_rig(views, rgb, alpha, some, with_input, parts == 1) for some in rows]
+
+
+def _rig(
+    views: ObjectViews,
+    rgb: np.ndarray,
+    alpha: np.ndarray,
+    rows: np.ndarray,
+    with_input: bool,
+    whole: bool,
+) -> Rig:
     depth = None if views.depth is None else views.depth.numpy()[rows]
     parts = [_small(views.cameras[torch.from_numpy(rows)], rgb[rows], alpha[rows], depth)]
     if with_input:
-        one = views.input_depth
-        parts.append(
-            _small(
-                views.input_camera.reshape(1),
-                views.input_rgb.numpy()[None],
-                views.input_alpha.numpy()[None],
-                None if one is None else one.numpy()[None],
-                parts[0][2].shape[1:],
-            )
-        )
-    viewmats, Ks, masks, colors, depths = (
-        np.concatenate(column) for column in zip(*parts, strict=True)
-    )
+        own = (views.input_rgb, views.input_alpha, views.input_depth)
+        pictures = (None if part is None else part.numpy()[None] for part in own)
+        parts.append(_small(views.input_camera.reshape(1), *pictures, parts[0][2].shape[1:]))
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     pivot = views.pivot.double().numpy()
-    return Rig(viewmats, Ks, masks, colors, depths, pivot, len(rows) if with_input else None)
+    return Rig(*columns, pivot, len(rows) if with_input else None, whole)
 
 
 def _small(
     cameras: Cameras,
-    rgb: np.ndarray,
-    alpha: np.ndarray,
+    rgb: Any,
+    alpha: Any,
     depth: np.ndarray | None,
     shape: tuple[int, ...] | None = None,
 ) -> tuple[np.ndarray, ...]:
     height, width = alpha.shape[1:]
-    scale = min(1.0, RIG_SIZE / max(height, width))
+    scale = min(1.0, _SIDE / max(height, width))
     shape = shape or (max(1, round(height * scale)), max(1, round(width * scale)))
     # Of large pictures every second pixel (or fewer) is averaged: two a side are enough.
     step = max(1, min(height // shape[0], width // shape[1]) // 2)
@@ -159,11 +164,11 @@ def centroids(rig: Rig) -> np.ndarray:
         return np.where(rig.shown[:, None], sums / weight[:, None], np.nan)
 
 
-def directions(rig: Rig, pixels: np.ndarray) -> np.ndarray:
-    """World directions with z-depth 1 of one pixel per view, (V, 2) -> (V, 3)."""
+def rays(rig: Rig, who: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """World directions with z-depth 1 of pixels (N, 2) of the views `who` (N,), (N, 3)."""
     homogeneous = np.concatenate([pixels, np.ones((len(pixels), 1))], axis=1)
-    local = np.linalg.solve(rig.Ks, homogeneous[..., None])
-    return (rig.viewmats[:, :3, :3].transpose(0, 2, 1) @ local)[..., 0]
+    local = np.einsum("nij,nj->ni", np.linalg.inv(rig.Ks)[who], homogeneous)
+    return np.einsum("nji,nj->ni", rig.viewmats[who][:, :3, :3], local)
 
 
 def project(rig: Rig, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -179,50 +184,48 @@ def triangulate(rig: Rig) -> np.ndarray | None:
     shown = rig.shown
     if shown.sum() < 2:
         return None
-    rays = directions(rig, np.nan_to_num(centroids(rig)))
-    return nearest_point(rig.centers[shown], rays[shown])
+    toward = rays(rig, np.flatnonzero(shown), centroids(rig)[shown])
+    return nearest_point(rig.centers[shown], toward)
+
+
+def centroid_residual(rig: Rig) -> float:
+    """RMS of the silhouettes' centroids about the image of one point, in image widths; NaN where it
+    can't be asked."""
+    return _residual(*_common_point(rig))
+
+
+def _common_point(rig: Rig) -> tuple[Rig, np.ndarray | None]:
+    point, part = triangulate(rig), rig.only(rig.shown)
+    if point is None or len(part) < 4 or (project(part, point)[1] <= 0).any():
+        return part, None
+    return part, point
+
+
+def _residual(part: Rig, point: np.ndarray | None, shift: Any = 0.0) -> float:
+    if point is None:
+        return np.nan
+    off = centroids(part) - project(part, point)[0] - shift
+    return float(np.sqrt(np.square(off).sum(axis=1).mean())) / part.width
 
 
 def principal_shift(rig: Rig) -> tuple[np.ndarray, float, float]:
     """A common shift of all pictures that makes their centroids the image of one point.
 
-    Gauss-Newton over the point and the shift.
-
     Returns:
-        The shift (2,) in image widths, and the RMS of the residuals without and with it, in image
-        widths; NaN where it can't be asked.
+        The shift (2,) in image widths, and `centroid_residual` without and with it; NaN where it
+        can't be asked.
     """
-    nothing = np.full(2, np.nan), np.nan, np.nan
-    point, shown = triangulate(rig), rig.shown
-    if point is None or shown.sum() < 4:
-        return nothing
-    target, shift, before = centroids(rig)[shown], np.zeros(2), np.nan
-    part = rig.only(shown)
-    for _ in range(4):
-        pixel, z = project(part, point)
-        if (z <= 0).any() or not np.isfinite(pixel).all():
-            return nothing
-        residual = target - pixel - shift
-        if np.isnan(before):
-            before = float(np.sqrt(np.square(residual).sum(axis=1).mean()))
-        local = part.viewmats[:, :3, :3] @ point + part.viewmats[:, :3, 3]
-        jacobian = np.zeros((len(part), 2, 5))
-        zero = np.zeros(len(part))
-        fx, fy = part.Ks[:, 0, 0], part.Ks[:, 1, 1]
-        by_local = np.stack(
-            [
-                np.stack([fx / z, zero, -fx * local[:, 0] / z**2], axis=-1),
-                np.stack([zero, fy / z, -fy * local[:, 1] / z**2], axis=-1),
-            ],
-            axis=1,
-        )
-        jacobian[:, :, :3] = by_local @ part.viewmats[:, :3, :3]
-        jacobian[:, :, 3:] = np.eye(2)
-        step = np.linalg.lstsq(jacobian.reshape(-1, 5), residual.reshape(-1), rcond=1e-3)[0]
-        point, shift = point + step[:3], shift + step[3:]
-    pixel, _ = project(part, point)
-    after = float(np.sqrt(np.square(target - pixel - shift).sum(axis=1).mean()))
-    return shift / rig.width, before / rig.width, after / rig.width
+    part, point = _common_point(rig)
+    before = _residual(part, point)
+    if point is None:
+        return np.full(2, np.nan), before, before
+    target = centroids(part)
+
+    def off(x: np.ndarray) -> np.ndarray:
+        return np.nan_to_num(target - project(part, x[:3])[0] - x[3:], posinf=1e6).ravel()
+
+    best = least_squares(off, [*point, 0.0, 0.0], x_scale=[*[1.0] * 3, *[rig.width] * 2]).x
+    return best[3:] / rig.width, before, _residual(part, best[:3], best[3:])
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,6 @@ class Coherence:
         miss: mean share of the other views whose silhouette a ray through this view's misses at
             its best point; 0 for consistent data, whatever the object's shape.
         stray: the same at the point where depth says the surface is; NaN without depth.
-        votes: miss by pair, (V, V): row i's rays, column j's silhouette; NaN where not asked.
         input_miss: miss of the input with the views, both ways, less what the median view has;
             NaN without an input.
     """
@@ -243,21 +245,28 @@ class Coherence:
     hull_iou: float
     miss: float
     stray: float
-    votes: np.ndarray
     input_miss: float = np.nan
 
     @property
     def score(self) -> float:
-        """What a mend has to bring down."""
-        return self.miss if np.isnan(self.stray) else 0.5 * (self.miss + self.stray)
+        """Inconsistency: 0 healthy, about 0.1 and more for wrong poses, NaN where not asked."""
+        return self.hull_miss + (0.0 if np.isnan(self.stray) else self.stray)
+
+    @property
+    def hull_miss(self) -> float:
+        return self.miss + 0.1 * (1 - self.hull_iou)
 
 
-_UNKNOWN = np.full((0, 0), np.nan)
-NOT_ASKED = Coherence(np.nan, np.nan, np.nan, _UNKNOWN)
-IMPOSSIBLE = Coherence(0.0, 1.0, np.nan, _UNKNOWN)
+_NOT_ASKED = Coherence(np.nan, np.nan, np.nan)
+_IMPOSSIBLE = Coherence(0.0, 1.0, np.nan)
 
 
-def coherence(rig: Rig, rays: int = _RAYS) -> Coherence:
+def score(rig: Rig) -> float:
+    """`Coherence.score` of a rig."""
+    return coherence(rig).score
+
+
+def coherence(rig: Rig) -> Coherence:
     """Silhouette coherence, after Hernandez, Schmitt and Cipolla (TPAMI 2007).
 
     Every ray through a silhouette must meet the object somewhere, so it holds at least one point
@@ -267,34 +276,27 @@ def coherence(rig: Rig, rays: int = _RAYS) -> Coherence:
     """
     rig = rig.only(rig.shown)
     if len(rig) < 3:
-        return NOT_ASKED
+        return _NOT_ASKED
     centre = triangulate(rig)
     if centre is None:
-        return IMPOSSIBLE
+        return _IMPOSSIBLE
     _, z = project(rig, centre)
     if (z <= 0).mean() > 0.3:
-        return IMPOSSIBLE
+        return _IMPOSSIBLE
     solid = rig.masks > 0.6
     solid[~solid.any(axis=(1, 2))] = rig.masks[~solid.any(axis=(1, 2))] > 0.1
-    picked = [_spread(mask, rays) for mask in solid]
+    picked = [_spread(mask, _RAYS) for mask in solid]
     if min(len(p) for p in picked) < 2:
         keep = np.array([len(p) >= 2 for p in picked])
-        return coherence(rig.only(keep), rays) if keep.sum() >= 3 else NOT_ASKED
-    middles = centroids(rig)
-    reach, tall = (
-        np.array([np.abs(p[:, k] + 0.5 - c[k]).max() for p, c in zip(picked, middles, strict=True)])
-        / np.abs(rig.Ks[:, k, k])
-        for k in (0, 1)
-    )
-    radius = 1.25 * float(np.median(np.abs(z) * np.maximum(reach, tall))) + 1e-6
+        return coherence(rig.only(keep)) if keep.sum() >= 3 else _NOT_ASKED
+    reach = [
+        np.abs((p + 0.5 - c) / np.diagonal(K)[:2]).max()
+        for p, c, K in zip(picked, centroids(rig), rig.Ks, strict=True)
+    ]
+    radius = 1.25 * float(np.median(np.abs(z) * reach)) + 1e-6
     who = np.repeat(np.arange(len(rig)), [len(p) for p in picked])
     pixels = np.concatenate(picked)
-    local = np.einsum(
-        "vij,vj->vi",
-        np.linalg.inv(rig.Ks)[who],
-        np.concatenate([pixels + 0.5, np.ones((len(pixels), 1))], axis=1),
-    )
-    toward = np.einsum("vji,vj->vi", rig.viewmats[who][:, :3, :3], local)
+    toward = rays(rig, who, pixels + 0.5)
     origin = rig.centers[who]
     middle = np.einsum("vi,vi->v", centre - origin, toward) / np.square(toward).sum(axis=1)
     half = radius / np.linalg.norm(toward, axis=1)
@@ -305,27 +307,20 @@ def coherence(rig: Rig, rays: int = _RAYS) -> Coherence:
     z_of = np.concatenate([z_of, np.where(has_depth, given, 1.0)[:, None]], axis=1)
     points = (origin[:, None] + z_of[..., None] * toward[:, None]).astype(np.float32)
     missed, asked = _misses(rig, points.reshape(-1, 3))
-    missed = missed.reshape(len(rig), *z_of.shape)
-    asked = asked.reshape(len(rig), *z_of.shape)
-    own = np.arange(len(rig))[:, None] == who[None]
-    missed[own] = False
-    asked[own] = False
+    shape = (len(rig), *z_of.shape)
+    missed, asked = missed.reshape(shape), asked.reshape(shape)
+    others = np.arange(len(rig))[:, None] != who
+    missed, asked = missed & others[..., None], asked & others[..., None]
     count = missed.sum(axis=0)
-    best = np.argmin(count[:, :-1], axis=1)
-    at = np.arange(len(who))
-    possible = np.maximum(asked.sum(axis=0), 1)
-    worst = count[at, best]
-    votes = np.full((len(rig), len(rig)), np.nan)
-    by_view = missed[:, at, best]
-    for i in range(len(rig)):
-        votes[i] = by_view[:, who == i].mean(axis=1)
+    at, best = np.arange(len(who)), np.argmin(count[:, :-1], axis=1)
+    worst, by_view = count[at, best], missed[:, at, best]
+    votes = np.stack([by_view[:, who == i].mean(axis=1) for i in range(len(rig))])
     np.fill_diagonal(votes, np.nan)
-    stray = count[has_depth, -1] / possible[has_depth, -1]
+    stray = count[has_depth, -1] / np.maximum(asked.sum(axis=0)[has_depth, -1], 1)
     return Coherence(
         hull_iou=float((worst == 0).mean()),
         miss=float((worst / max(len(rig) - 1, 1)).mean()),
         stray=float(stray.mean()) if has_depth.sum() >= 8 else np.nan,
-        votes=votes,
         input_miss=_of_input(votes, rig.input_index),
     )
 
@@ -347,13 +342,11 @@ def _spread(mask: np.ndarray, count: int) -> np.ndarray:
 def _misses(rig: Rig, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For world points (P, 3): beside each view's silhouette?  Asked at all?  Both (V, P)."""
     height, width = rig.masks.shape[1:]
-    seen = grow(rig.masks > 0.05, 1)
-    framed = np.zeros((len(rig), height + 2, width + 2), dtype=bool)
-    framed[:, 1:-1, 1:-1] = seen
+    framed = np.pad(grow(rig.masks > 0.05), ((0, 0), (1, 1), (1, 1)))
     # Where an object leaves the frame nobody knows what is beyond.
     leaves = _touching(rig.masks)
-    framed[leaves, 0], framed[leaves, -1] = True, True
-    framed[leaves, :, 0], framed[leaves, :, -1] = True, True
+    framed[leaves, 0] = framed[leaves, -1] = True
+    framed[leaves, :, 0] = framed[leaves, :, -1] = True
     matrices = (rig.Ks @ rig.viewmats[:, :3]).astype(np.float32)
     pixel = matrices[:, :, :3] @ points.T + matrices[:, :, 3:]
     z = pixel[:, 2]
@@ -365,25 +358,22 @@ def _misses(rig: Rig, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ~inside, ~(outside & leaves[:, None])
 
 
+def _edges(masks: np.ndarray) -> list[np.ndarray]:
+    return [masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]]
+
+
 def _touching(masks: np.ndarray) -> np.ndarray:
     """Which views' objects leave the frame, (V,)."""
-    edges = [masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]]
-    return np.max([(edge > 0.5).mean(axis=1) for edge in edges], axis=0) > 0.03
+    return np.max([(edge > 0.5).mean(axis=1) for edge in _edges(masks)], axis=0) > 0.03
 
 
-def grow(masks: np.ndarray, by: int) -> np.ndarray:
-    """Dilation of masks (..., H, W) by a square of 2 * by + 1 pixels."""
-    for axis in (-2, -1):
-        pad = [(0, 0)] * masks.ndim
-        pad[axis] = (by, by)
-        padded, length = np.pad(masks, pad), masks.shape[axis]
-        masks = np.logical_or.reduce(
-            [np.take(padded, range(k, k + length), axis=axis) for k in range(2 * by + 1)]
-        )
-    return masks
+def grow(masks: np.ndarray) -> np.ndarray:
+    """Masks (..., H, W) grown by a pixel to all sides."""
+    size = (*[1] * (masks.ndim - 2), 3, 3)
+    return maximum_filter(masks, size=size, mode="constant")
 
 
-def photometric(rig: Rig, rays: int = 80) -> tuple[float, float]:
+def photometric(rig: Rig) -> tuple[float, float]:
     """Colours and depths carried from each view to its two nearest neighbours.
 
     Returns:
@@ -399,16 +389,16 @@ def photometric(rig: Rig, rays: int = 80) -> tuple[float, float]:
     same, unrelated, floating, total = [], [], 0, 0
     for i in range(len(rig)):
         # Colours at edges are mixed with what is behind them.
-        inner = ~grow((rig.depths[i] <= 0) | (rig.masks[i] <= 0.9), 1)
-        pixels = _spread(inner, rays)
+        inner = ~grow((rig.depths[i] <= 0) | (rig.masks[i] <= 0.9))
+        pixels = _spread(inner, 2 * _RAYS)
         if len(pixels) < 8:
             continue
         x, y = pixels.T
         z = rig.depths[i, y, x]
-        local = np.linalg.solve(rig.Ks[i], np.stack([x + 0.5, y + 0.5, np.ones(len(x))])) * z
-        world = rig.viewmats[i, :3, :3].T @ (local - rig.viewmats[i, :3, 3:])
+        who = np.full(len(pixels), i)
+        world = rig.centers[i] + z[:, None] * rays(rig, who, pixels + 0.5)
         for j in np.argsort(-alike[i])[:2]:
-            there = rig.viewmats[j, :3, :3] @ world + rig.viewmats[j, :3, 3:]
+            there = rig.viewmats[j, :3, :3] @ world.T + rig.viewmats[j, :3, 3:]
             with np.errstate(invalid="ignore", divide="ignore"):
                 u, v = np.nan_to_num((rig.Ks[j] @ there)[:2] / there[2], nan=-1.0)
             inside = (there[2] > 0) & (u >= 0) & (v >= 0) & (u < rig.width)
@@ -438,3 +428,64 @@ def up_tilt_deg(rig: Rig) -> float:
     if length < 0.3:
         return np.nan
     return float(np.degrees(np.arccos(np.clip(up[1] / length, -1, 1))))
+
+
+def pivot(views: ObjectViews, rig: Rig) -> Row:
+    """Where the cameras look, where the content is, and where the data says the pivot is.
+
+    The first is the nearest point to all optical axes; the second the point to which the
+    silhouettes' centroids triangulate, or, where objects leave frames or too few views show one,
+    the median over views of what depth gives (`_middle`).  `pivot_distance` is between the two, in
+    world units: to the middle of what was rendered, which is not quite where the object ought to
+    be (a decoder may place its Gaussians deeper).  `*_relative` is in units of the cameras'
+    distance.
+    """
+    nothing: Row = {"pivot_distance": np.nan, "pivot_relative": np.nan, "pivot_error": np.nan}
+    origins = views.cameras.centers.double().numpy()
+    looks_at = nearest_point(origins, views.cameras.forward.double().numpy())
+    if looks_at is None:
+        return nothing
+    radius = float(np.median(np.linalg.norm(origins - looks_at, axis=1)))
+    if radius < 1e-6:  # all cameras stand on one point
+        return nothing
+    out = {**nothing, "radius": radius, "looks_at": looks_at.round(4).tolist()}
+    out["pivot_error"] = float(np.linalg.norm(looks_at - rig.pivot)) / radius
+    content = _content(rig)
+    if content is not None:
+        out["content_at"] = content.round(4).tolist()
+        out["pivot_distance"] = float(np.linalg.norm(content - looks_at))
+        out["pivot_relative"] = out["pivot_distance"] / radius
+    return out
+
+
+def _content(rig: Rig) -> np.ndarray | None:
+    inside = np.max([edge.max(axis=1) for edge in _edges(rig.masks)], axis=0) < 0.5
+    whole = rig.shown & inside
+    if whole.sum() >= 0.6 * len(rig) and whole.sum() >= 3:
+        point = triangulate(rig.only(whole))
+        if point is not None and (project(rig, point)[1] > 0).mean() > 0.5:
+            return point
+    if not rig.shown[rig.views].any():
+        return None  # nothing but the input shows anything
+    middles = [_middle(rig, int(i)) for i in np.flatnonzero(rig.shown)]
+    known = [point for point in middles if point is not None]
+    if known:  # every view counts once, whatever it covers
+        return np.median(known, axis=0)
+    # A cut-off silhouette's centroid is off; two whole ones know better.
+    point = triangulate(rig.only(whole)) if whole.sum() >= 2 else None
+    return triangulate(rig) if point is None else point
+
+
+def _middle(rig: Rig, i: int) -> np.ndarray | None:
+    """Where the middle of what a view shows must be, by its depth: the median of its surface (which
+    shrugs off flying pixels), and half the silhouette's radius further from the camera, because
+    what is seen is the near side.  None where depth says nothing."""
+    pixels = np.argwhere((rig.masks[i] > 0.75) & (rig.depths[i] > 0))[:, ::-1]
+    pixels = pixels[:: max(1, len(pixels) // 200)]
+    if len(pixels) < 4:
+        return None
+    z = rig.depths[i, pixels[:, 1], pixels[:, 0]]
+    away = np.median(z[:, None] * rays(rig, np.full(len(z), i), pixels + 0.5), axis=0)
+    # Of a disc of the silhouette's area, as a share of its distance.
+    radius = np.sqrt(rig.masks[i].sum() / np.pi) / np.sqrt(abs(rig.Ks[i, 0, 0] * rig.Ks[i, 1, 1]))
+    return rig.centers[i] + (1 + 0.5 * radius) * away

@@ -1,28 +1,22 @@
-"""Verdicts on disk, each bound to the content hash of the data it was reached on."""
+"""Verdicts on disk, each bound to what it was reached on: content, thresholds, the gate's version.
+
+A receipt protects against accidents, not against forgery: it is not signed (see docs/gate.md).
+"""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fresnel.data.images import DatasetError
-from fresnel.gate.findings import plain
-
-if TYPE_CHECKING:
-    from fresnel.gate.verdict import Verdict
+from fresnel.gate.thresholds import VERSION, GateConfig
+from fresnel.host.files import inside, write_atomic
 
 KINDS = ("gate", "smoke-cvs", "smoke-decoder")
-_COMMANDS = {
-    "gate": "python -m fresnel validate {path}",
-    "smoke-cvs": "./run_all.sh notebooks/02_smoke_train.ipynb -p dataset_dir {path} -p model cvs",
-    "smoke-decoder": "./run_all.sh notebooks/02_smoke_train.ipynb -p dataset_dir {path} "
-    "-p model decoder",
-}
 
 
 class GateRefusal(RuntimeError):
@@ -41,6 +35,9 @@ class Receipt:
         reasons: "code: message" of every failure, ranked.
         created_utc: ISO 8601.
         fresnel_version: of the package that issued it.
+        gate_version: of the gate's rules (`thresholds.VERSION`).
+        thresholds: what the verdict was reached with, by name; {} of a smoke run.
+        records_seen: looked at, of `records_total` in the data.
         overridden: True when a failure was waved through; stays on everything that follows.
     """
 
@@ -51,31 +48,17 @@ class Receipt:
     reasons: tuple[str, ...]
     created_utc: str
     fresnel_version: str
+    gate_version: int
+    thresholds: dict[str, float] = field(default_factory=dict)
+    records_seen: int = 0
+    records_total: int = 0
     overridden: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        return plain(asdict(self))
-
-
-def issue_receipt(
-    dataset: Any, verdict: Verdict, *, kind: str = "gate", overridden: bool = False
-) -> Receipt:
-    """Write the verdict, pass or fail, to `dataset.path`/receipts/`kind`.json.
-
-    Raises:
-        ValueError: if the verdict is about other data, or about a part of it.
-    """
-    if getattr(dataset, "is_subset", False):
-        raise ValueError("dataset: is a subset; validate and certify the whole set")
-    if verdict.dataset_hash and verdict.dataset_hash != dataset.content_hash:
-        raise ValueError(
-            f"verdict: is about data {verdict.dataset_hash[:19]}, the dataset is "
-            f"{dataset.content_hash[:19]}; validate this dataset"
-        )
-    reasons = tuple(f"{reason.code}: {reason.message}" for reason in verdict.reasons)
-    return write_receipt(
-        dataset, kind, verdict.passed, verdict.summary, reasons, overridden=overridden
-    )
+    @property
+    def moved_thresholds(self) -> dict[str, float]:
+        """Those that are not the calibrated defaults."""
+        default = asdict(GateConfig())
+        return {k: v for k, v in self.thresholds.items() if default.get(k) != v}
 
 
 def write_receipt(
@@ -86,6 +69,8 @@ def write_receipt(
     reasons: Sequence[str] = (),
     *,
     overridden: bool = False,
+    thresholds: Mapping[str, float] | None = None,
+    records: tuple[int, int] = (0, 0),
 ) -> Receipt:
     """Write a receipt of any kind, atomically; the smoke run's come through here directly."""
     from fresnel import __version__
@@ -98,13 +83,13 @@ def write_receipt(
         reasons=tuple(reasons),
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         fresnel_version=__version__,
+        gate_version=VERSION,
+        thresholds=dict(thresholds or {}),
+        records_seen=records[0],
+        records_total=records[1],
         overridden=overridden,
     )
-    path = _receipt_path(dataset, kind)
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(receipt.to_dict(), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(_receipt_path(dataset, kind), json.dumps(asdict(receipt), indent=2) + "\n")
     return receipt
 
 
@@ -112,25 +97,28 @@ def read_receipt(dataset: Any, kind: str = "gate") -> Receipt | None:
     """The receipt that lies in the dataset's folder, whatever it says; None if there is none.
 
     Raises:
-        GateRefusal: if the file is there but is no receipt.
+        GateRefusal: if the file is there but is no receipt, or is another version's.
     """
-    path = _receipt_path(dataset, kind)
+    path, advice = _receipt_path(dataset, kind), _advice(dataset, kind)
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.get("gate_version")
+        if "created_utc" in content and version != VERSION:
+            raise GateRefusal(
+                f"{path}: written by gate {version or 1}, this is gate {VERSION}; {advice}"
+            )
         receipt = Receipt(**{**content, "reasons": tuple(content["reasons"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise GateRefusal(
-            f"{path}: not a readable receipt ({error}); {_advice(dataset, kind)}"
-        ) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise GateRefusal(f"{path}: not a readable receipt ({error}); {advice}") from error
     if receipt.kind != kind or not isinstance(receipt.passed, bool):
-        raise GateRefusal(f"{path}: not a {kind} receipt; {_advice(dataset, kind)}")
+        raise GateRefusal(f"{path}: not a {kind} receipt; {advice}")
     return receipt
 
 
 def require_receipt(
-    dataset: Any,
+    data: Any,
     kind: str = "gate",
     allow_failed: bool = False,
     *,
@@ -138,42 +126,49 @@ def require_receipt(
 ) -> Receipt:
     """The passing receipt of exactly this data, or a refusal that says what to do.
 
-    The data's hash is recomputed from the files when the dataset can (`verify`).
-
     Args:
+        data: a dataset, whose files are hashed anew (`verify`); or tensors, whose `content_hash` is
+            that of the files they were read from.
         kind: "gate", "smoke-cvs" or "smoke-decoder".
         allow_failed: let a recorded failure through (negative controls); the receipt comes back
-            with `overridden` set. A missing receipt, or one of other data, is refused regardless:
+            with `overridden` set.  A missing receipt, or one of other data, is refused regardless:
             validating takes seconds, and the control's failure has to be on record.
         receipt: one in hand, instead of the one in the dataset's folder.
 
     Raises:
-        GateRefusal: if there is none, it is of other data, or it failed and that is not allowed.
+        GateRefusal: if there is none, it is of other data or another version of the gate, or it
+            failed, was overridden or reached with other thresholds, and that is not allowed.
     """
-    receipt = receipt or read_receipt(dataset, kind)
-    advice = _advice(dataset, kind)
+    advice = _advice(data, kind)
+    receipt = receipt or read_receipt(data, kind)
     if receipt is None:
-        raise GateRefusal(f"no {kind} receipt for {_place(dataset)}; {advice}")
-    if receipt.kind != kind:
-        raise GateRefusal(f"receipt: got one of kind {receipt.kind!r}, want {kind!r}; {advice}")
-    if hasattr(dataset, "verify"):
+        raise GateRefusal(f"no {kind} receipt for {_place(data)}; {advice}")
+    if receipt.kind != kind or receipt.gate_version != VERSION:
+        raise GateRefusal(
+            f"receipt: got one of kind {receipt.kind!r} by gate {receipt.gate_version}, want "
+            f"{kind!r} by gate {VERSION}; {advice}"
+        )
+    if hasattr(data, "verify"):
         try:
-            dataset.verify()
+            data.verify()
         except DatasetError as error:
             raise GateRefusal(f"{error}; {advice}") from error
-    if receipt.dataset_hash != dataset.content_hash:
+    if not data.content_hash or receipt.dataset_hash != data.content_hash:
         raise GateRefusal(
             f"the {kind} receipt is of other data ({receipt.dataset_hash[:19]}, this is "
-            f"{dataset.content_hash[:19]}); {advice}"
+            f"{data.content_hash[:19] or 'of unknown origin'}); {advice}"
         )
-    if receipt.passed and not receipt.overridden:
+    moved = ", ".join(f"{name} {value:g}" for name, value in receipt.moved_thresholds.items())
+    if receipt.passed and not receipt.overridden and not moved:
         return receipt
     if allow_failed:
         return replace(receipt, overridden=True)
-    state = "was overridden" if receipt.passed else "failed"
-    why = f": {receipt.reasons[0]}" if receipt.reasons else f": {receipt.summary}"
+    state = "failed" if not receipt.passed else "was overridden"
+    why = receipt.reasons[0] if receipt.reasons else receipt.summary
+    if receipt.passed and moved:
+        state, why = "passed by thresholds that are not the calibrated ones", moved
     raise GateRefusal(
-        f"the {kind} check of {_place(dataset)} {state}{why}. Mend the data and {advice}, or pass "
+        f"the {kind} check of {_place(data)} {state}: {why}. Mend the data and {advice}, or pass "
         "allow_failed_gate=True for a negative control"
     )
 
@@ -181,12 +176,15 @@ def require_receipt(
 def _receipt_path(dataset: Any, kind: str) -> Path:
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, want one of {', '.join(KINDS)}")
-    return Path(dataset.path) / "receipts" / f"{kind}.json"
+    return inside(Path(dataset.path), f"receipts/{kind}.json")
 
 
-def _advice(dataset: Any, kind: str) -> str:
-    return f"run: {_COMMANDS[kind].format(path=_place(dataset))}"
+def _advice(data: Any, kind: str) -> str:
+    if kind == "gate":
+        return f"run: ./run_all.sh validate {_place(data)}"
+    where = f"-p dataset_dir {_place(data)} -p model {kind.removeprefix('smoke-')}"
+    return f"run: ./run_all.sh notebooks/02_smoke_train.ipynb {where}"
 
 
-def _place(dataset: Any) -> str:
-    return str(getattr(dataset, "path", "THE DATA"))  # tensors don't know where they come from
+def _place(data: Any) -> str:
+    return str(getattr(data, "path", "THE DATA"))  # tensors don't know where they come from

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from fresnel.bootstrap import CORRECTED, ORIGINAL, BootstrapConfig, bootstrap
 from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset, ViewTensors
-from fresnel.gate import verdict as gate
+from fresnel import gate
 from fresnel.host.files import fingerprint
 from fresnel.host.machine import project_root
 from fresnel.models.decoder import load_shipped
