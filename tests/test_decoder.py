@@ -265,6 +265,52 @@ def test_multiview_loss_is_zero_for_the_truth_and_names_its_terms():
     assert multiview_loss(empty, rgba, background, weights=weights)["loss"] > 0.01
 
 
+def test_both_sides_of_the_loss_lie_over_the_same_background():
+    """Half a grey pixel's cover lets half of the background through, in truth and render alike."""
+    from fresnel.render import Views
+
+    def views(rgb: float, alpha: float) -> Views:
+        return Views(*(torch.full((1, 1, 12, 12, n), v) for n, v in ((3, rgb), (1, alpha), (1, 0))))
+
+    truth = torch.full((1, 1, 12, 12, 4), 0.5)
+    truth[..., :3] = 0.2
+    background = torch.full((3,), 0.8)
+    seen = 0.2 + 0.5 * 0.8
+    for rgb, alpha in ((0.2, 0.5), (0.0, 0.0), (0.1, 1.0)):
+        found = multiview_loss(views(rgb, alpha), truth, background)
+        error = abs(rgb + (1 - alpha) * 0.8 - seen)
+        assert found["rgb_l1"] == pytest.approx(error, abs=1e-6)
+        assert found["rgb_mse"] == pytest.approx(error**2, abs=1e-6)
+
+
+def test_the_colours_of_half_of_the_objects_are_mixed():
+    data, generator = blobs(), torch.Generator
+    task = DecoderTask(data, TINY, batch_size=64, target_views=1)
+    mixed = task.batch(0, generator().manual_seed(5))
+    task.augment = False
+    plain = task.batch(0, generator().manual_seed(5))
+    turned = ~(mixed["viewmats"] == plain["viewmats"]).flatten(1).all(dim=1)
+    assert 0.3 < turned.float().mean() < 0.7
+    ours = torch.where(turned[:, None, None, None, None], mixed["rgba"].flip(3), mixed["rgba"])
+    assert torch.equal(ours[..., 3], plain["rgba"][..., 3])
+    same = (ours == plain["rgba"]).flatten(1).all(dim=1)
+    assert 0.3 < same.float().mean() < 0.7
+    gains = []
+    for after, before in zip(ours[~same], plain["rgba"][~same], strict=True):
+        for channel in range(3):  # each is one of the three, 0.7 to 1.2 times as bright
+            found = [
+                (after[..., channel] / before[..., k].clamp_min(1e-6))[
+                    (before[..., k] > 0.05) & (after[..., channel] < after[..., 3] - 1e-3)
+                ]
+                for k in range(3)
+            ]
+            spread = [float(ratio.std()) if len(ratio) > 2 else 0.0 for ratio in found]
+            best = min(range(3), key=spread.__getitem__)
+            assert spread[best] < 1e-3
+            gains += found[best][:1].tolist()
+    assert 0.69 < min(gains) < 0.8 and 1.1 < max(gains) < 1.21
+
+
 def test_batches_repeat_with_the_generator_and_mirroring_is_consistent():
     data = blobs()
     task = DecoderTask(data, TINY, batch_size=6, target_views=2)
