@@ -161,24 +161,11 @@ def target(
             }
             for metric, word in (("psnr_white", "white"), ("psnr", "black"))
         }
-    return {name: bins for name, bins in rows.items() if not math.isnan(bins[BINS[0]].mean)}
+    return {n: r for n, r in rows.items() if not any(math.isnan(one.mean) for one in r.values())}
 
 
 def _arm(arm: str | Sequence[str], figures: pd.DataFrame) -> str:
     return arm if isinstance(arm, str) else best(figures, arm)
-
-
-def reached(entry: Mapping[str, Any], rows: Mapping[str, Mapping[str, Estimate]]) -> str:
-    """ "met", "missed" and where, or "not run": by the means over seeds, in every bin."""
-    if not rows:
-        return "not run"
-    missed = []
-    for name, bins in rows.items():
-        for b, one in bins.items():
-            low, high = band_of(entry, b)
-            if not low <= one.mean <= high:
-                missed.append(name if b == "all" else f"{name}: {b}")
-    return f"missed ({'; '.join(missed)})" if missed else "met"
 
 
 def band_of(entry: Mapping[str, Any], where: str) -> Band:
@@ -189,17 +176,22 @@ def band_of(entry: Mapping[str, Any], where: str) -> Band:
     return (least if isinstance(least, (int, float)) else least.get(where, 0.0)), math.inf
 
 
-def worst(
+def judge(
     entry: Mapping[str, Any], rows: Mapping[str, Mapping[str, Estimate]]
-) -> tuple[str, Estimate]:
-    """Where a target is nearest to missing or furthest beyond, and the figure there."""
+) -> tuple[str, str, Estimate]:
+    """Of a target's figures: "met", "missed" and where, or "not run", by the means over seeds in
+    every bin; where it is nearest to missing or furthest beyond; and the figure there."""
     margins = []
     for name, bins in rows.items():
         for b, one in bins.items():
             low, high = band_of(entry, b)
-            where = name if b == "all" else f"{name}, {b}"
+            where = name if b == "all" else f"{name}: {b}"
             margins.append((min(one.mean - low, high - one.mean), where, one))
-    return min(margins, key=lambda found: found[0])[1:] if margins else ("-", Estimate())
+    if not margins:
+        return "not run", "-", Estimate()
+    missed = [where for margin, where, _ in margins if margin < 0]
+    _, worst, figure = min(margins, key=lambda found: found[0])
+    return f"missed ({'; '.join(missed)})" if missed else "met", worst, figure
 
 
 def targets_table(
@@ -208,15 +200,7 @@ def targets_table(
     """A row a target: what was wanted, where it stands worst, the figure, seeds, the verdict."""
     rows = []
     for entry in entries:
-        found = target(entry, figures, runs)
-        where, one = worst(entry, found)
-        rows.append(
-            {
-                "target": entry["text"],
-                "at its worst": where,
-                "measured": one.text(),
-                "seeds": len(one.seeds),
-                "verdict": reached(entry, found),
-            }
-        )
+        said, where, one = judge(entry, target(entry, figures, runs))
+        row = {"target": entry["text"], "at its worst": where, "measured": one.text()}
+        rows.append(row | {"seeds": len(one.seeds), "verdict": said})
     return pd.DataFrame(rows)

@@ -7,7 +7,6 @@ line a run and is how a study is published (reports/published/study).
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -122,23 +121,15 @@ def figures(runs: pd.DataFrame) -> pd.DataFrame:
                     objects = run.metrics.get(f"{metric}_by_object", {}).get(name, {})
                     rows[key] = {
                         "mean": entry[metric],
-                        "low": _number(entry.get(f"{metric}_low")),
-                        "high": _number(entry.get(f"{metric}_high")),
+                        "low": entry.get(f"{metric}_low"),
+                        "high": entry.get(f"{metric}_high"),
                         **objects.get(entry["bin"], {}),
                     }
     names = ["arm", "metric", "predictor", "bin", "seed"]
-    index = pd.MultiIndex.from_tuples(rows, names=names) if rows else _empty(names)
+    index = pd.MultiIndex.from_tuples(list(rows), names=names)
     columns = dict.fromkeys(["mean", "low", "high", *(c for row in rows.values() for c in row)])
     found = pd.DataFrame(list(rows.values()), index=index, columns=list(columns), dtype=float)
     return found.sort_index()
-
-
-def _empty(names: list[str]) -> pd.MultiIndex:
-    return pd.MultiIndex.from_arrays([[] for _ in names], names=names)
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
 
 
 def pictures(runs: Mapping[str, pd.Series], artifact: str) -> dict[str, Path]:

@@ -167,14 +167,10 @@ def known(rows: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Mapping[str, 
     }
 
 
-def lowest(bins: Mapping[str, Estimate]) -> Estimate:
-    """The bin with the lowest mean; nothing where a bin is not known."""
-    return min(bins.values(), key=lambda one: -math.inf if math.isnan(one.mean) else one.mean)
-
-
-def highest(bins: Mapping[str, Estimate]) -> Estimate:
-    """The bin with the highest mean; nothing where a bin is not known."""
-    return max(bins.values(), key=lambda one: math.inf if math.isnan(one.mean) else one.mean)
+def extreme(bins: Mapping[str, Estimate], sign: int) -> Estimate:
+    """The bin with the highest (1) or lowest (-1) mean; nothing where a bin is not known."""
+    key = {b: math.inf if math.isnan(one.mean) else sign * one.mean for b, one in bins.items()}
+    return bins[max(bins, key=lambda b: key[b])]
 
 
 def best(figures: pd.DataFrame, arms: Sequence[str]) -> str:
