@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fresnel.render import Views, cpu, render
+from fresnel.render.kernels import tasks
 from fresnel.render.kernels.scratch import Pool
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.gaussians import Gaussians
@@ -247,3 +248,17 @@ def test_an_edited_callee_is_compiled_again(tmp_path: Path) -> None:
     (tmp_path / "callee.py").write_text(MODULES["callee.py"].replace("return 1", "return 3"))
     assert answer() == [6, 0]
     assert answer() == [6, 1]
+    for file in (tmp_path / "cache").rglob("*.nb*"):  # as a full disk or a crash leaves them
+        file.write_bytes(file.read_bytes()[:10])
+    assert answer() == [6, 0]
+    assert answer() == [6, 1]
+
+
+def test_kernels_do_without_a_cache_where_nothing_can_be_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(function: object) -> None:
+        raise RuntimeError("cannot cache function: no locator available for file")
+
+    monkeypatch.setattr(tasks, "_Cache", refused)
+    assert tasks.kernel(lambda x: x + 1)(2) == 3

@@ -54,6 +54,13 @@ class _Cache(FunctionCache):
         folder = Path(self._py_func.__code__.co_filename).parent
         return (*super()._index_key(sig, codegen), _digest(folder))
 
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # a file that was cut off: compile once more
+            self.flush()
+            return None
+
 
 @functools.lru_cache(maxsize=4)
 def _digest(folder: Path) -> str:
