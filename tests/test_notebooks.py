@@ -271,7 +271,7 @@ def test_the_rule_of_03_on_truth_copy_grey_and_black(tmp_path):
     (reason,) = decided["grey"]["reasons"]
     assert "PSNR above a copy" in reason, "light and area are right"
     assert decided["truth"]["worse"] == []
-    assert any("psnr than copy input" in text for text in decided["grey"]["worse"])
+    assert any("PSNR than a copy" in text for text in decided["grey"]["worse"])
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ def show_table(
     import pandas as pd
 
     frame = pd.DataFrame(table).astype(object).fillna("")
+    plain = frame.to_string(index=False)
     for name in frame.columns.difference(list(links)):
         frame[name] = [
             f"{cell:,.2f}" if isinstance(cell, float) else html.escape(str(cell))
@@ -121,7 +122,7 @@ def show_table(
     frame.columns = [html.escape(str(name)) for name in frame.columns]
     with pd.option_context("display.max_colwidth", None):
         text = frame.to_html(escape=False, index=False, border=0, justify="left")
-    display({"text/html": text, "text/plain": frame.to_string(index=False)}, raw=True)
+    display({"text/html": text, "text/plain": plain}, raw=True)
 
 
 def link(text: str, address: str) -> str:

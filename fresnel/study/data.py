@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fresnel import gate
 from fresnel.bootstrap import CORRECTED, ORIGINAL, BootstrapConfig, bootstrap
 from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset, ViewTensors
-from fresnel import gate
 from fresnel.host.files import fingerprint
 from fresnel.host.machine import project_root
 from fresnel.models.decoder import load_shipped
