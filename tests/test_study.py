@@ -363,29 +363,3 @@ def test_the_study_that_ships_needs_whatever_it_reads() -> None:
         if name.startswith("02-"):  # where the gate is in force: see `cvs` in the file
             control = name.startswith("02-original")
             assert step.params.get("allow_failed_gate", False) == control
-
-
-def test_cells_of_the_study_differ_in_what_their_names_say() -> None:
-    """Two cells of the loss table are arms: the tables read these instead."""
-    steps = {step.name.removesuffix("-s0"): step.params for step in study_runner.load(SHIPPED)}
-    cells = {
-        "original-laplacian-onestep": "03-original",
-        "corrected-alpha-consistency": "03-ungated",
-    }
-    for cell in itertools.product(
-        ("original", "corrected"), ("laplacian", "alpha"), ("onestep", "consistency")
-    ):
-        name = "-".join(cell)
-        assert (f"03-loss-{name}" in steps) == (name not in cells)
-        params = steps[cells.get(name, f"03-loss-{name}")]
-        data = "original" if cell[0] == "original" else "bootstrap"
-        assert params["dataset_dir"] == f"runs/data/study-{data}-B-s0"
-        assert (params.get("loss_mask") == "depth_laplacian") == (cell[1] == "laplacian")
-        assert (params.get("parameterisation") == "original") == (cell[2] == "onestep")
-        assert params["allow_failed_gate"] and "drop_worst_views" not in params
-        assert params.get("augment", True) == (cell[0] == "corrected")
-    free = {"loss_mask", "parameterisation", "steps"}
-    fixed = {k: v for k, v in steps["03-original"].items() if k not in free}
-    for name, params in steps.items():
-        if name.startswith("03-loss-original") and params["seed"] == 0:
-            assert {k: v for k, v in params.items() if k not in free} == fixed
