@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +78,14 @@ def read_photo(path: str | Path, *, elevation_deg: float = 15.0, size: int = 128
         background = "photograph" if found is None else "plain"
         if found is not None:
             rgb, alpha = found
-    rgba = images._square(rgb, alpha, size, FOREGROUND_EXTENT)
+    rgba = torch.cat([rgb, alpha[..., None]], dim=-1)
+    side, middle = min(alpha.shape), None
+    if background != "photograph":  # framed as our renders are
+        ys, xs = (alpha > 127).nonzero(as_tuple=True)
+        (top, bottom), (left, right) = ((int(v.min()), int(v.max()) + 1) for v in (ys, xs))
+        side = math.ceil(max(bottom - top, right - left) / FOREGROUND_EXTENT)
+        middle = (left + right) / 2, (top + bottom) / 2
+    rgba = images.resize(images.squared(rgba, side, middle)[0], size)
     camera = orbit(
         torch.zeros(1), elevation_deg, STANDARD_RADIUS,
         pivot=_ORIGIN, focal_px=STANDARD_FOCAL * size, width=size, height=size,

@@ -340,11 +340,15 @@ def load_images(folder: str | Path, size: int, *, elevation_deg: float = 15.0) -
     return InputImages(names, rgba[..., :3], rgba[..., 3], cameras, elevation_is_assumed=True)
 
 
-def squared(rgba: Tensor, side: int) -> tuple[Tensor, int, int]:
-    """Pictures (H, W, 4) padded or cropped about their middle to ``side`` x ``side``, and the
-    column and row of the picture at which that square begins."""
+def squared(
+    rgba: Tensor, side: int, middle: tuple[float, float] | None = None
+) -> tuple[Tensor, int, int]:
+    """A picture (H, W, 4) padded or cropped to ``side`` x ``side`` about its middle, or about
+    ``middle`` (x, y), and the column and row of the picture at which that square begins."""
     height, width = rgba.shape[:2]
     x0, y0 = (width - side) // 2, (height - side) // 2
+    if middle is not None:
+        x0, y0 = round(middle[0] - side / 2), round(middle[1] - side / 2)
     square = rgba.new_zeros(side, side, 4)
     xa, xb, ya, yb = max(x0, 0), min(x0 + side, width), max(y0, 0), min(y0 + side, height)
     square[ya - y0 : yb - y0, xa - x0 : xb - x0] = rgba[ya:yb, xa:xb]
