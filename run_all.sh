@@ -189,7 +189,7 @@ PY
 # builds need is left out, so that the same file serves machines with and without a GPU.
 TEXT
         "$folder/venv/bin/python" -m pip freeze --all |
-            grep -v -i -E '^(pip|wheel|triton|pytorch-triton|nvidia-[a-z0-9_.-]*|cuda-[a-z0-9_.-]*)(==| @)' |
+            grep -v -i -P '^(pip|wheel|triton|pytorch-triton|nvidia-(?!ml-py)[a-z0-9_.-]*|cuda-[a-z0-9_.-]*)(==| @)' |
             sed -E 's/^([^=]+==[^+]+)\+.*$/\1/' | LC_ALL=C sort -f
     } >"$folder/requirements.lock"
     mv "$folder/requirements.lock" "$root/requirements.lock"

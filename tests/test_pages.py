@@ -122,6 +122,34 @@ def test_drawings_take_the_pages_ink_and_keep_their_names_apart(
     assert used and used <= set(names)
 
 
+EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (f"| a |\n|---|\n| {EVIL} |", "&lt;script&gt;"),
+        ("[go](javascript:alert(1)) and [on](data:text/html,x)", "<a>go</a>"),
+        ("<iframe src='https://x.org'></iframe>", "&lt;iframe"),
+        ("<a href='https://x.org' onclick='alert(1)'>x</a>", '<a href="https://x.org">x</a>'),
+        ("<details><summary>*more*</summary>\n\n**text**</details>", "<strong>text</strong>"),
+        ("![p](data:image/png;base64,AAAA)", 'src="data:image/png;base64,AAAA"'),
+        ("![p](https://x.org/p.png)", 'alt="p"'),
+    ],
+)
+def test_text_from_elsewhere_runs_nothing(
+    tmp_path: Path, shown: Shown, text: str, wanted: str
+) -> None:
+    """As a dataset's credits and names reach a page: in tables, in summaries, in provenance."""
+    shown.append(({"text/markdown": text}, {}))
+    git = {"commit": EVIL, "dirty": True, "changed": [EVIL]}
+    origin = {"git": git, "packages": {EVIL: EVIL}, "seed": EVIL, "python": EVIL}
+    html = page_of(tmp_path, shown, f"# T\n\n{text}", summary=EVIL, name=EVIL, provenance=origin)
+    body = html.split("<body>")[1].rsplit("<script>", 1)[0]
+    assert wanted in body
+    assert not re.search(r"<(script|iframe)|<[^>]*\son\w+=|javascript:|href=.data:|src=.http", body)
+
+
 def test_another_programs_drawing_stays_a_picture() -> None:
     svg = "<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>"
     html = pages._drawing(svg, 'a "b"', 1)

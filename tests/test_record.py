@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -116,6 +118,31 @@ def test_damaged_records_say_what_is_wrong(tmp_path: Path, text: str, message: s
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(RecordError, match=message):
         RunRecord.read(tmp_path)
+
+
+def test_a_deeply_nested_record_is_damaged_and_stops_nothing(tmp_path: Path) -> None:
+    from fresnel.report.index import index
+
+    (tmp_path / "runs" / "deep").mkdir(parents=True)
+    (tmp_path / "runs" / "deep" / "results.json").write_text("[" * 200_000)
+    with pytest.raises(RecordError, match="not valid JSON"):
+        RunRecord.read(tmp_path / "runs" / "deep")
+    assert "1 damaged" in index(tmp_path).read_text()
+
+
+def test_a_badge_says_how_a_run_ended(tmp_path: Path) -> None:
+    running = record.start("x", {}, tmp_path).record
+    assert running.badge == "RUNNING"
+    process = dict(running.provenance["process"])
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    gone = {**running.provenance, "process": {**process, "pid": ended.pid}}
+    assert running.replace(provenance=gone).badge == "DIED"
+    elsewhere = {"process": {"pid": ended.pid, "host": "another machine"}}
+    assert running.replace(provenance=elsewhere).badge == "RUNNING"
+    stopped = RunRecord("x", "crashed", failure={"kind": "stopped", "cell": 1})
+    assert stopped.badge == "STOPPED"
+    assert stopped.replace(failure={"kind": "cell_error", "cell": 1}).badge == "CRASHED"
 
 
 def test_the_schema_is_valid_and_says_what_the_code_says() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -108,6 +109,64 @@ def test_a_crash_still_gives_a_report(make_notebook: Maker, tmp_path: Path) -> N
     assert html.index("Code cell 3 stopped with ZeroDivisionError") < html.index("so far")
     assert "Traceback" in html and "not run" in html
     assert "papermill-error" not in html
+
+
+def test_papermill_by_itself_gives_the_same_page(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import papermill
+    from papermill.engines import papermill_engines
+
+    monkeypatch.setattr(report, "reports_folder", lambda _=None: tmp_path / "r")
+    papermill_engines.register("fresnel", report.Engine)
+    target, given = str(tmp_path / "out.ipynb"), {"steps": 5, "rate": 1}
+
+    def execute(**params: object) -> None:
+        papermill.execute_notebook(
+            str(tiny), target, params, engine_name="fresnel", kernel_name="python3",
+            language="python", progress_bar=False,
+        )  # fmt: skip
+
+    with pytest.raises(ParameterError, match="did you mean 'steps'"):
+        execute(step=3)
+    with pytest.raises(ParameterError, match="steps: got 'twelve'"):
+        execute(steps="twelve")
+    assert not (tmp_path / "r").exists(), "refused before anything ran"
+    execute(**given)
+    ours = report.run(tiny, given, "tiny", tmp_path / "ours", progress=False)
+    (folder,) = (tmp_path / "r" / "runs").iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        p.name for p in ours.directory.iterdir()
+    )
+    assert RunRecord.read(folder).params == ours.record.params
+    assert (tmp_path / "r" / "index.html").is_file() and "papermill" in Path(target).read_text()
+
+    def told(page: Path) -> str:
+        """A page without what differs from run to run: times, sizes, cell ids."""
+        text = re.sub(r"<section class=.end.*?</section>|<p class=.kicker.*?</p>", "",
+                      page.read_text(), flags=re.DOTALL)  # fmt: skip
+        return text.split("<main")[1]
+
+    assert told(folder / "report.html") == told(ours.report)
+
+
+def test_a_crash_under_papermill_still_gives_a_report(
+    make_notebook: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import papermill
+    from papermill.engines import papermill_engines
+
+    monkeypatch.setattr(report, "reports_folder", lambda _=None: tmp_path / "r")
+    papermill_engines.register("fresnel", report.Engine)
+    kill = "import os, signal\nprint('so far', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    notebook = make_notebook("killed", "# T", START, kill, "1", parameters=PARAMETERS)
+    with pytest.raises(papermill.PapermillExecutionError, match="killed from outside"):
+        papermill.execute_notebook(
+            str(notebook), None, engine_name="fresnel", kernel_name="python3", progress_bar=False
+        )
+    (folder,) = (tmp_path / "r" / "runs").iterdir()
+    assert RunRecord.read(folder).badge == "CRASHED"
+    assert "killed from outside" in (folder / "report.html").read_text()
 
 
 def test_a_killed_kernel_still_gives_a_report(make_notebook: Maker, tmp_path: Path) -> None:
