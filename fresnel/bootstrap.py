@@ -11,7 +11,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,6 @@ from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbi
 from fresnel.scene.gaussians import Gaussians
 
 _ORIGIN = (0.0, 0.0, 0.0)
-_ORIGINAL_RADIUS = 2.0
 NEAR = 0.2
 """Near plane, 3DGS's own.  One of the original's eight cameras all but touches its Gaussians, and a
 splat that grazes a camera is linearised into a smear over the whole picture."""
@@ -68,55 +67,44 @@ class BootstrapConfig:
                 f"pivot: got {self.pivot!r}, want 'object' or 'world_origin'; cameras that orbit "
                 f"an unstated point are how the original experiment photographed nothing"
             )
-        if self.decoder_kind not in ("pixel", "patch"):
-            raise ValueError(f"decoder_kind: got {self.decoder_kind!r}, want 'pixel' or 'patch'")
-        if self.views_per_image < 1 or self.image_size < 1:
-            raise ValueError(
-                f"views_per_image {self.views_per_image}, image_size {self.image_size}: want >= 1"
-            )
         low, high = self.elevation_range_deg
-        if not -90 < low <= high < 90:
-            raise ValueError(
-                f"elevation_range_deg: got {self.elevation_range_deg}, want -90 < low <= high < 90"
-            )
-        if not (self.radius > 0 and self.focal > 0):
-            raise ValueError(f"radius {self.radius}, focal {self.focal}: want numbers > 0")
+        for name, holds, want in (
+            ("decoder_kind", self.decoder_kind in ("pixel", "patch"), "'pixel' or 'patch'"),
+            ("views_per_image", self.views_per_image >= 1, "at least 1"),
+            ("image_size", self.image_size >= 1, "at least 1"),
+            ("elevation_range_deg", -90 < low <= high < 90, "-90 < low <= high < 90"),
+            ("radius", self.radius > 0, "a number > 0"),
+            ("focal", self.focal > 0, "a number > 0"),
+        ):
+            if not holds:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, want {want}")
 
 
-ORIGINAL = BootstrapConfig(
-    name="original",
-    pivot="world_origin",
-    decoder_kind="patch",
-    radius=_ORIGINAL_RADIUS,
-    focal=1.0,
-)
+ORIGINAL = BootstrapConfig("original", "world_origin", "patch", radius=2.0, focal=1.0)
 """The original's geometry: every camera looks at the point where the input camera stands."""
 
-CORRECTED = BootstrapConfig(name="corrected", pivot="object", decoder_kind="pixel")
+CORRECTED = BootstrapConfig("corrected", "object", "pixel")
 """The standard orbit about the object's centre, azimuths relative to the input camera."""
 
 
 def original_cameras(
-    azimuth_deg: Tensor | float,
-    elevation_deg: Tensor | float,
-    image_size: int,
-    *,
-    radius: float = _ORIGINAL_RADIUS,
-    focal: float = 1.0,
+    azimuth_deg: Tensor | float, elevation_deg: Tensor | float, image_size: int
 ) -> Cameras:
-    """The original's cameras: at radius * (cos az cos el, sin el, sin az cos el), looking at 0.
+    """The original's cameras: at 2 * (cos az cos el, sin el, sin az cos el), looking at 0.
 
     Its azimuth starts on +X and grows towards +Z; ours starts on +Z and grows towards +X.
     """
+    azimuth = 90.0 - torch.as_tensor(azimuth_deg, dtype=torch.float32)
+    return _orbit(ORIGINAL, azimuth, elevation_deg, image_size)
+
+
+def _orbit(
+    config: BootstrapConfig, azimuth_deg: Tensor, elevation_deg: Tensor | float, size: int
+) -> Cameras:
     return orbit(
-        90.0 - torch.as_tensor(azimuth_deg, dtype=torch.float32),
-        elevation_deg,
-        radius,
-        pivot=_ORIGIN,
-        focal_px=focal * image_size,
-        width=image_size,
-        height=image_size,
-    )
+        azimuth_deg, elevation_deg, config.radius,
+        pivot=_ORIGIN, focal_px=config.focal * size, width=size, height=size,
+    )  # fmt: skip
 
 
 def original_input_viewmat() -> Tensor:
@@ -136,18 +124,10 @@ def novel_cameras(inputs: InputImages, config: BootstrapConfig) -> Cameras:
     """The cameras (M, V) from which `bootstrap` renders these inputs."""
     azimuth = torch.arange(config.views_per_image) * (360.0 / config.views_per_image)
     elevation = torch.stack([elevations_deg(config, name) for name in inputs.names])
-    size = config.image_size
     if config.pivot == "world_origin":
-        return original_cameras(azimuth, elevation, size, radius=config.radius, focal=config.focal)
-    return orbit(
-        inputs.cameras.azimuth_deg(_ORIGIN).cpu()[:, None] + azimuth,
-        elevation,
-        config.radius,
-        pivot=_ORIGIN,
-        focal_px=config.focal * size,
-        width=size,
-        height=size,
-    )
+        return _orbit(config, 90.0 - azimuth, elevation, config.image_size)
+    azimuth = inputs.cameras.azimuth_deg(_ORIGIN).cpu()[:, None] + azimuth
+    return _orbit(config, azimuth, elevation, config.image_size)
 
 
 def place(
@@ -163,9 +143,7 @@ def place(
     if config.pivot == "object":
         return decoder.world(inputs), cameras
     viewmat = original_input_viewmat().to(cameras.viewmats)
-    cameras = Cameras(
-        viewmat.expand_as(cameras.viewmats), cameras.Ks, cameras.width, cameras.height
-    )
+    cameras = replace(cameras, viewmats=viewmat.expand_as(cameras.viewmats))
     return decoder(inputs).transform(torch.linalg.inv(viewmat)), cameras
 
 

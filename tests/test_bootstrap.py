@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from fresnel.bootstrap import (
     CORRECTED,
@@ -172,7 +173,9 @@ def test_what_is_written_can_be_read(tmp_path):
     assert read.meta["config"]["name"] == "corrected" and read.meta["source"] == {"k": "v"}
     record = read[1]
     assert record.rgb.shape == (3, 24, 24, 3) and record.input_rgb.shape == (24, 24, 3)
-    assert record.rgb[0, 0, 0].min() > 250  # the background that was asked for
+    with Image.open(tmp_path / "set" / "image_0001" / "view_000" / "rgb.png") as stored:
+        assert min(stored.getpixel((0, 0))) > 250  # the background that was asked for
+    assert record.rgb[0, 0, 0].max() == 0  # and is read over black again
     assert record.identity_rgb is not None and record.depth is not None
     # the identity render is the input again
     difference = record.identity_rgb.float() - record.input_rgb.float()

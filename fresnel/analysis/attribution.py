@@ -60,6 +60,7 @@ class LockedDecoder(Decoder):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder.config)
         self.load_state_dict(decoder.state_dict())
+        self.render_size = decoder.render_size
         self.to(decoder.device).eval()
 
     def decode(
