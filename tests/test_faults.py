@@ -12,16 +12,12 @@ from boxes import Memory, views_of
 from fresnel import faults, gate
 from fresnel.data import dataset
 from fresnel.data.dataset import ObjectViews
-from fresnel.faults import poses as faults_poses
 from fresnel.scene.colour import luminance
 
-BACKGROUNDS = (0.0, 1.0)
 
-
-@pytest.fixture(scope="module", params=BACKGROUNDS, ids=["black", "white"])
-def healthy(request: pytest.FixtureRequest) -> Memory:
-    value = request.param
-    return Memory([views_of(i, background=value) for i in range(10)], (value,) * 3)
+@pytest.fixture(scope="module")
+def healthy() -> Memory:
+    return Memory([views_of(i) for i in range(10)])
 
 
 def corrupted(healthy: Memory, fault: str, strength: float) -> list[ObjectViews]:
@@ -41,8 +37,6 @@ def test_healthy_boxes_pass(healthy: Memory) -> None:
 @pytest.mark.parametrize("fault", sorted(faults.EXPECTED))
 def test_the_gate_names_the_fault_first(healthy: Memory, fault: str) -> None:
     code, strength = faults.EXPECTED[fault]
-    if healthy.background[0] and hasattr(faults_poses, fault):
-        pytest.skip("the background makes no difference to poses")
     data = Memory(corrupted(healthy, fault, strength))
     data.meta = faults.said([record.name for record in data.records], fault, strength)
     verdict = gate.validate(data, progress=False)

@@ -12,7 +12,7 @@ import torch
 
 from fresnel.data import dataset as datasets
 from fresnel.data.dataset import MultiViewDataset
-from fresnel.data.records import ObjectViews, over_black
+from fresnel.data.records import ObjectViews
 from fresnel.faults import pictures, poses  # noqa: F401, poses registers its faults
 from fresnel.faults.pictures import EXPECTED, FAULTS, as_bytes, straight
 
@@ -101,7 +101,7 @@ def said(names: Sequence[str], fault: str, strength: float) -> dict[str, Any]:
 def corrupt(
     objects: Objects, fault: str, strength: float, *, seed: int = 0
 ) -> Iterator[ObjectViews]:
-    """The records with a fault, one after the other, over black; each draws from its own seed.
+    """The records with a fault, one after the other; each draws from its own seed.
 
     Raises:
         ValueError: for an unknown fault or a strength outside (0, 1].
@@ -110,12 +110,10 @@ def corrupt(
         raise ValueError(f"fault: got {fault!r}, want one of {', '.join(EXPECTED)}")
     if not 0 < strength <= 1:
         raise ValueError(f"strength: got {strength}, want in (0, 1]")
-    background = tuple(getattr(objects, "background", ()))
     for index in range(len(objects)):
         rng = np.random.default_rng([seed, index])
         whole = fault in SET_FAULTS
         views = SET_FAULTS[fault](objects, index, strength, rng) if whole else objects[index]
-        views = replace(views, rgb=over_black(views.rgb, views.alpha, background))
         yield FAULTS[fault](views, strength, rng) if fault in FAULTS else views
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fresnel.data import dataset as datasets
-from fresnel.data.records import ObjectViews, over_black
+from fresnel.data.records import ObjectViews
 from fresnel.gate import explain, transforms
 from fresnel.gate.geometry import Rig, nearest_point, rigs_of
 from fresnel.gate.thresholds import GateConfig
@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Mended:
-    """A dataset seen through mends, record by record, over black, as they are read."""
+    """A dataset seen through mends, record by record, as they are read."""
 
     source: Any
     steps: tuple[Step, ...] = ()
@@ -42,16 +42,12 @@ class Mended:
         return len(self.source)
 
     def __getitem__(self, index: int) -> ObjectViews:
-        views = self.source[index]
-        background = tuple(getattr(self.source, "background", ()))
-        views = replace(views, rgb=over_black(views.rgb, views.alpha, background))
+        views: ObjectViews = self.source[index]
         for step in self.steps:
             views = step.apply(views)
         return views
 
     def __getattr__(self, name: str) -> Any:
-        if name == "background":
-            return (0.0, 0.0, 0.0)
         if name not in ("content_hash", "meta", "layout", "names"):
             raise AttributeError(name)
         return getattr(self.source, name)

@@ -13,14 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from fresnel.data.images import DatasetError
-from fresnel.data.records import ObjectViews, over_black
+from fresnel.data.records import ObjectViews
 from fresnel.gate.decide import Decision, Reason, decide, figures
 from fresnel.gate.geometry import Rig
 from fresnel.gate.measure import Row, measure, print_of, unreadable
@@ -133,7 +133,7 @@ def validate(
         meta = dict(getattr(dataset, "meta", None) or {})
         if against is not None:
             numbered = getattr(against, "layout", "") == "original"
-            others = (_over_black(against, k) for k in range(len(against)))
+            others = (against[k] for k in range(len(against)))
             meta["against"] = [print_of(other, numbered) for other in others]
         settled, look = False, min(first, total)
         with contextlib.closing(_stream(dataset, look, workers, rigs, progress)) as stream:
@@ -182,12 +182,6 @@ def _summary(reasons: Sequence[Reason], count: int, total: int, views: int) -> s
     summary = f"FAIL after {seen}: {first.message}."
     summary += f" What follows from it: {', '.join(caused)}." if caused else ""
     return summary + (f" Also: {', '.join(others)}." if others else "")
-
-
-def _over_black(dataset: Any, index: int) -> ObjectViews:
-    views: ObjectViews = dataset[index]
-    background = tuple(float(x) for x in getattr(dataset, "background", ()))
-    return replace(views, rgb=over_black(views.rgb, views.alpha, background))
 
 
 _Measured = tuple[list[Row], Row, Rig | None]
@@ -257,7 +251,7 @@ def _measure(dataset: Any, index: int, with_rig: bool) -> _Measured:
     # Monocular depth in the original layout is relative, and its inputs' alpha is a guess.
     original = getattr(dataset, "layout", "") == "original"
     try:
-        rows, summary, rig = measure(_over_black(dataset, index), trust_input=not original)
+        rows, summary, rig = measure(dataset[index], trust_input=not original)
         summary["numbered"] = original
         return rows, summary, rig if with_rig else None
     except (DatasetError, ValueError, OSError) as error:
