@@ -438,6 +438,9 @@ def test_write_refuses_to_overwrite_unasked_and_what_is_not_a_dataset(written, t
     (tmp_path / "home/letter.txt").write_text("dear")
     with pytest.raises(DatasetError, match="not a dataset"):
         dataset.write(tmp_path / "home", [make_object(0)], meta={}, overwrite=True)
+    (tmp_path / "home/manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(DatasetError, match="not a dataset"):
+        dataset.write(tmp_path / "home", [make_object(0)], meta={}, overwrite=True)
     assert (tmp_path / "home/letter.txt").exists()
 
 

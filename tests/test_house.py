@@ -28,8 +28,6 @@ MODULES = {
 }
 STILL_BROKEN = {
     "fresnel.gate.fix imports fresnel.faults.pictures, which is above it",
-    "circle: fresnel.data.reading -> fresnel.data.dataset -> fresnel.data.reading",
-    "circle: fresnel.data.shards -> fresnel.data.dataset -> fresnel.data.shards",
     "circle: fresnel.gate.verdict -> fresnel.gate.receipts -> fresnel.gate.verdict",
     "fresnel/gate has 13 files",
     "fresnel/data has 12 files",

@@ -18,7 +18,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, Protocol
 
 from fresnel.data import layout as _layouts
 from fresnel.data.images import DatasetError
@@ -28,14 +28,23 @@ from fresnel.data.writing import store
 from fresnel.host.files import locked, sha256
 from fresnel.host.machine import cache_dir
 
-if TYPE_CHECKING:
-    from fresnel.data.dataset import MultiViewDataset
-
 INDEX = "shards.json"
 _KEY = re.compile(r"image_\d{4,}")
 _MAX_MEMBER_BYTES = 1 << 27
 _MAX_SAMPLE_BYTES = 1 << 30
 _MAX_FILES = 200_000
+
+
+class _Views(Protocol):
+    """As much of a dataset as goes into shards."""
+
+    content_hash: str
+    meta: dict[str, Any]
+    image_size: int
+    views_per_object: int
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> ObjectViews: ...
 
 
 def unpacked(root: Path, cache: str | Path | None) -> Path:
@@ -54,9 +63,7 @@ def unpacked(root: Path, cache: str | Path | None) -> Path:
     return target
 
 
-def write_shards(
-    path: str | Path, dataset: MultiViewDataset, *, objects_per_shard: int = 100
-) -> list[Path]:
+def write_shards(path: str | Path, dataset: _Views, *, objects_per_shard: int = 100) -> list[Path]:
     """Write a dataset as ``path/shard-000000.tar`` and so on; one object in memory at a time.
 
     Raises:

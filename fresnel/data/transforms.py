@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from fresnel.data.captures import Capture, Floats, Lens, View, collect, pinhole,
 from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, image_size
 from fresnel.data.layout import inside
 from fresnel.data.records import ObjectViews
+from fresnel.data.writing import replaced
 
 _PARTS = ("transforms_train.json", "transforms_val.json", "transforms_test.json")
 _MAX_JSON_BYTES = 1 << 28
@@ -227,10 +226,8 @@ def export(path: str | Path, objects: Iterable[ObjectViews], *, overwrite: bool 
             raise DatasetError(f"{target}: exists. Choose another path or pass overwrite=True")
         if not all(_is_export(entry) for entry in target.iterdir()):
             raise DatasetError(f"{target}: holds more than an export of ours. Choose another path")
-    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
-    try:
-        partial.mkdir(parents=True)
-        names: set[str] = set()
+    names: set[str] = set()
+    with replaced(target) as partial:
         for views in objects:
             plain = (c if c.isalnum() or c in "-_ ." else "_" for c in views.name)
             folder = "".join(plain).strip(". ")
@@ -240,11 +237,6 @@ def export(path: str | Path, objects: Iterable[ObjectViews], *, overwrite: bool 
             _export_one(partial / folder, views)
         if not names:
             raise DatasetError(f"{target}: nothing to write: no object came")
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

@@ -42,11 +42,9 @@ def store(
         raise ValueError(f"background: got {background}, want three sRGB values in [0, 1]")
     check_target(target, overwrite)
     meta = json.loads(json.dumps(meta))
-    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
     records: list[Record] = []
     shape: tuple[int, ...] | None = None
-    try:
-        partial.mkdir(parents=True)
+    with _said_why(target, records), replaced(target) as partial:
         workers = min(MOST_WORKERS, core_count())
         pool: Executor | None = None
         pending: deque[Future[Record]] = deque()
@@ -75,7 +73,15 @@ def store(
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise DatasetError(f"{target}: two objects are named {twice!r}; want unique names")
-        assemble(partial, target, records, shape[1], shape[0], colour, meta)
+        seal(partial, records, shape[1], shape[0], colour, meta)
+    return target
+
+
+@contextlib.contextmanager
+def _said_why(target: Path, records: list[Record]) -> Iterator[None]:
+    """Failures of disks and workers as a DatasetError."""
+    try:
+        yield
     except BrokenProcessPool:
         raise DatasetError(
             f"{target}: a worker process was killed, perhaps for want of memory. Nothing was kept"
@@ -87,9 +93,6 @@ def store(
                 "free some space or write fewer or smaller views"
             ) from error
         raise DatasetError(f"{target}: can't be written ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
 @contextlib.contextmanager
@@ -128,6 +131,19 @@ def assemble(
     meta: dict[str, Any],
 ) -> None:
     """Give a folder of finished records its manifest, and put it in the place of ``target``."""
+    seal(partial, records, image_size, views, background, meta)
+    _rename(partial, target)
+
+
+def seal(
+    partial: Path,
+    records: list[Record],
+    image_size: int,
+    views: int,
+    background: Sequence[float],
+    meta: dict[str, Any],
+) -> None:
+    """Give a folder of finished records its manifest."""
     manifest: dict[str, Any] = {
         "schema_version": _layouts.SCHEMA_VERSION,
         "background": list(background),
@@ -138,19 +154,28 @@ def assemble(
     manifest["content_hash"] = _layouts.content_hash(records, manifest)
     manifest["objects"] = [vars(record) for record in records]
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _rename(partial, target)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse to replace what isn't a dataset of ours, or is one and wasn't to be replaced."""
-    if target.is_dir() and not any(target.iterdir()):
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not target.exists():
-        return
-    if not (target / MANIFEST).is_file():
+    if not (target.is_dir() and _layouts.is_ours(target)):
         raise DatasetError(f"{target}: exists and is not a dataset of ours. Choose another path")
     if not overwrite:
         raise DatasetError(f"{target}: exists. Choose another path or pass overwrite=True")
+
+
+@contextlib.contextmanager
+def replaced(target: Path) -> Iterator[Path]:
+    """A hidden folder that takes the place of ``target`` at the end, and goes if anything fails."""
+    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _rename(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _rename(partial: Path, target: Path) -> None:
