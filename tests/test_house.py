@@ -30,7 +30,6 @@ STILL_BROKEN = {
     "fresnel.gate.fix imports fresnel.faults.pictures, which is above it",
     "circle: fresnel.gate.verdict -> fresnel.gate.receipts -> fresnel.gate.verdict",
     "fresnel/gate has 13 files",
-    "fresnel/data has 12 files",
     "README.md names fresnel/faults.py",
     "README.md names benchmarks/decoder_spread.md",
     "README.md names benchmarks/twin_limits.md",
