@@ -14,13 +14,13 @@ from boxes import Memory, views_of
 from fresnel import bootstrap, faults, gate
 from fresnel.data import dataset
 from fresnel.gate.decide import chance, sequential
-from fresnel.gate.explain import explain, named
 from fresnel.gate.fix import corrected, fix
-from fresnel.gate.geometry import coherence, principal_shift, rigs_of
 from fresnel.gate.thresholds import GateConfig
 from fresnel.models import decoder
 from fresnel.objects.assets import embedded_assets
 from fresnel.objects.render_set import render_set
+from fresnel.poses.explain import explain, named
+from fresnel.poses.geometry import coherence, principal_shift, rigs_of
 from fresnel.scene.cameras import orbit
 
 
@@ -173,7 +173,7 @@ def test_other_backgrounds_are_no_fault(scene: Any) -> None:
 
 def test_opaque_photographs_are_judged_by_their_features() -> None:
     pytest.importorskip("skimage")
-    from fresnel.gate.epipolar import misfit
+    from fresnel.poses.epipolar import misfit
 
     record = textured_room(views=10)  # of one side, as forward-facing captures are
     assert misfit(record) < 1.0

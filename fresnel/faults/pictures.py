@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from fresnel.data.records import ObjectViews
-from fresnel.gate import transforms
-from fresnel.gate.transforms import as_bytes, recoloured, straight
+from fresnel.poses import transforms
+from fresnel.poses.transforms import as_bytes, recoloured, straight
 from fresnel.scene.cameras import Cameras, relative_azimuth_deg
 from fresnel.scene.colour import srgb_to_linear
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fresnel.data.records import ObjectViews
 from fresnel.faults.pictures import choose, fault, to_camera, unit, warp
-from fresnel.gate import transforms
-from fresnel.gate.transforms import calibrated, posed
+from fresnel.poses import transforms
+from fresnel.poses.transforms import calibrated, posed
 from fresnel.scene.cameras import relative_azimuth_deg
 
 

@@ -79,7 +79,7 @@ EXPECTED |= {
     "class_imbalance": ("class_imbalance", 0.75),
 }
 UNPAIRED = ("rolled_off_centre", "others_poses", "fading_exposure", "linear_colours")
-"""Faults that no mend of `gate.explain` is the inverse of."""
+"""Faults that no mend of `poses.explain` is the inverse of."""
 
 
 def said(names: Sequence[str], fault: str, strength: float) -> dict[str, Any]:

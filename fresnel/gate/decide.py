@@ -16,9 +16,9 @@ from scipy.special import bdtrc
 
 from fresnel.gate import checks, checks_set
 from fresnel.gate.checks import Check
-from fresnel.gate.explain import explain
-from fresnel.gate.geometry import Rig
 from fresnel.gate.thresholds import Finding, GateConfig, Row, Seen, median, share
+from fresnel.poses.explain import explain
+from fresnel.poses.geometry import Rig
 
 CHECKS: tuple[Check, ...] = (
     checks.check_unreadable,

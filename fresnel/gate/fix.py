@@ -12,10 +12,10 @@ import torch
 
 from fresnel.data import dataset as datasets
 from fresnel.data.records import ObjectViews
-from fresnel.gate import explain, transforms
-from fresnel.gate.geometry import Rig, nearest_point, rigs_of
 from fresnel.gate.thresholds import GateConfig
 from fresnel.gate.verdict import Verdict, validate
+from fresnel.poses import explain, transforms
+from fresnel.poses.geometry import Rig, nearest_point, rigs_of
 
 BRIGHTEST_GAIN = 8.0
 """What is darker than an eighth keeps less than 42% of sRGB's levels: 107 of 256."""

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from fresnel.data.records import ObjectViews
-from fresnel.gate import geometry
-from fresnel.gate.epipolar import misfit
-from fresnel.gate.geometry import Rig, Row
+from fresnel.poses import geometry
+from fresnel.poses.epipolar import misfit
+from fresnel.poses.geometry import Rig, Row
 from fresnel.scene.cameras import Cameras, gravity_frame
 from fresnel.scene.colour import LUMINANCE_WEIGHTS, srgb_to_linear
 

@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 from fresnel.data.images import DatasetError
 from fresnel.data.records import ObjectViews
 from fresnel.gate.decide import Decision, Reason, decide, figures
-from fresnel.gate.geometry import Rig
 from fresnel.gate.measure import Row, measure, print_of, unreadable
 from fresnel.gate.receipts import Receipt, write_receipt
 from fresnel.gate.thresholds import GateConfig
 from fresnel.host.machine import core_count
 from fresnel.host.pool import MOST_WORKERS, processes
+from fresnel.poses.geometry import Rig
 
 
 class Data(Protocol):

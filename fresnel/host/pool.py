@@ -30,7 +30,7 @@ import torch
 MOST_WORKERS = 32
 """What one process can hand work to."""
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-_PRELOADED = ["fresnel.gate.verdict", "fresnel.gate.epipolar", "PIL.PngImagePlugin"]
+_PRELOADED = ["fresnel.gate.verdict", "fresnel.poses.epipolar", "PIL.PngImagePlugin"]
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _context = multiprocessing.get_context(_METHOD)
 

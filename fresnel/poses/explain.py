@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fresnel.gate import transforms
-from fresnel.gate.geometry import Rig, principal_shift, score, triangulate
+from fresnel.poses import transforms
+from fresnel.poses.geometry import Rig, principal_shift, score, triangulate
 
 _GOOD = 0.012
 """A score up to which a mended record counts as consistent; healthy training records reach 0.005
