@@ -47,6 +47,18 @@ class _Views(Protocol):
     def __getitem__(self, index: int, /) -> ObjectViews: ...
 
 
+class Records(Protocol):
+    """What `write_shards` needs of a `MultiViewDataset`."""
+
+    content_hash: str
+    image_size: int
+    views_per_object: int
+    meta: dict[str, Any]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> ObjectViews: ...
+
+
 def unpacked(root: Path, cache: str | Path | None) -> Path:
     """The folder of the dataset that these shards hold, unpacked unless that was done before.
 
