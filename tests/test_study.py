@@ -169,6 +169,15 @@ def test_a_crash_stops_only_what_needs_it(study: Path, runner: Runner) -> None:
     assert runner.ran[4:] == ["decoder-s0"], "a later call tries again"
 
 
+def test_a_crash_today_outweighs_what_finished_before(study: Path, runner: Runner) -> None:
+    steps = study_runner.load(study)
+    assert study_runner.run(steps, runner.reports) == []
+    runner.failing = {"decoder-s0"}
+    problems = study_runner.run(steps, runner.reports, fresh=True)
+    assert problems[-1] == "arm-s2 was left out: it needs decoder-s0."
+    assert runner.ran[5:] == ["data", "decoder-s0", "decoder-s1", "arm-s1"]
+
+
 def test_what_crashed_twice_or_was_refused_beside_is_left_alone(
     study: Path, runner: Runner
 ) -> None:
@@ -179,7 +188,7 @@ def test_what_crashed_twice_or_was_refused_beside_is_left_alone(
     def meanwhile(name: str) -> None:
         if name == "data":
             study_runner.run(alone, runner.reports, only=["decoder"])
-            study_runner.run(alone, runner.reports, only=["decoder"])
+            study_runner.run(alone, runner.reports, only=["decoder-s0"])
 
     runner.during = meanwhile
     problems = study_runner.run(steps, runner.reports)

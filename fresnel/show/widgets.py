@@ -197,22 +197,17 @@ def _frustum(space: Any, name: str, camera: Cameras, scale: float, color: tuple)
 
 
 def record_scene(record: ObjectViews, gaussians: Gaussians | None = None) -> Scene | None:
-    """A record to turn in 3D: these Gaussians of it, or else its pixels; None if it has neither."""
-    found = pixel_gaussians(record) if gaussians is None else gaussians
-    shown = scene(found, record.cameras, record.input_camera, record.pivot)
+    """A record to turn in 3D: these Gaussians of it, or else what a trainer is shown, the covered
+    pixels, each a Gaussian as large as its pixel; None without Gaussians and without depth."""
+    if gaussians is None:
+        means, colors, radii = (
+            part[:: len(part) // 16_000 + 1] for part in _covered_pixels(record)
+        )
+        round_, solid = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.full((len(means),), 0.95)
+        scales = radii[:, None].expand(-1, 3).clamp_min(1e-6)
+        gaussians = Gaussians(means, round_.expand(len(means), 4), scales, solid, colors)
+    shown = scene(gaussians, record.cameras, record.input_camera, record.pivot)
     return shown if shown.gaussians.num else None
-
-
-def pixel_gaussians(record: ObjectViews, limit: int = 16_000) -> Gaussians:
-    """The covered pixels of a record as Gaussians in the world, each as large as its pixel.
-
-    What a trainer is shown, in 3D, whoever made it; no Gaussians at all without depth."""
-    means, colors, radii = _covered_pixels(record)
-    kept = evenly(len(means), limit)
-    means, colors, radii = means[kept], colors[kept], radii[kept]
-    quats = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(len(means), 4)
-    scales = radii[:, None].expand(-1, 3).clamp_min(1e-6)
-    return Gaussians(means, quats, scales, torch.full((len(means),), 0.95), colors)
 
 
 def content_points(record: ObjectViews, limit: int = 1500) -> np.ndarray:

@@ -6,6 +6,7 @@ parameters say and in nothing else.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,10 +218,9 @@ def more_steps(
     """Predictors of the same CVS with other numbers of network calls, from "2,4"; {} from ""."""
     if not text or model not in CVS_MODELS:
         return {}
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"compare_steps: got {text!r}, want numbers such as '2,4'") from None
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"compare_steps: got {text!r}, want numbers such as '2,4'")
+    counts = [int(part) for part in text.split(",")]
     return {f"cvs, {n} steps": predictor(model, network, steps=n, **options) for n in counts}
 
 

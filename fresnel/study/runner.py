@@ -133,12 +133,12 @@ def override(steps: Sequence[Step], values: Mapping[str, str]) -> list[Step]:
     for name in values:
         if name == "seed" or not any(name in parameters for parameters in known.values()):
             raise StudyError(f"{name}: no notebook of this study has it, or the study sets it")
-    changed = []
-    for step in steps:
-        theirs = known[step.notebook]
-        new = {name: theirs[name].parse(text) for name, text in values.items() if name in theirs}
-        changed.append(replace(step, params={**step.params, **new}))
-    return changed
+
+    def new(notebook: Path) -> dict[str, Any]:
+        theirs = known[notebook]
+        return {name: theirs[name].parse(text) for name, text in values.items() if name in theirs}
+
+    return [replace(step, params={**step.params, **new(step.notebook)}) for step in steps]
 
 
 def run(
