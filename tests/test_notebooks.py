@@ -297,6 +297,8 @@ def test_what_a_smoke_test_measures():
     fall = [{"step": 1, "loss": 0.4}, {"step": 2, "loss": 0.1}, {"step": 3}]
     assert smoke.loss_fall(fall) == pytest.approx(4)
     assert smoke.loss_fall(fall, first=0.2) == pytest.approx(2)
+    twenty = [{"loss": loss} for loss in [4.0] * 2 + [1.0] * 16 + [0.5] * 2]
+    assert smoke.loss_fall(twenty) == pytest.approx(8), "means of a tenth at either end"
     views = SimpleNamespace(
         rgb=torch.zeros(2, 4, 8, 8, 3, dtype=torch.uint8),
         alpha=torch.full((2, 4, 8, 8), 51, dtype=torch.uint8),
