@@ -28,6 +28,8 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 STILL_BROKEN = {
+    "fresnel/data/captures.py has 517 lines",
+    "fresnel/data/dataset.py has 540 lines",
     "README.md names benchmarks/decoder_spread.md",
     "README.md names benchmarks/twin_limits.md",
     "README.md names benchmarks/recipes.md",
