@@ -20,12 +20,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fresnel import gate
 from fresnel.analysis.stats import Estimate, interval
 from fresnel.bootstrap import CORRECTED, ORIGINAL
 from fresnel.bootstrap import records as render_records
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
 from fresnel.data.layout import object_name
-from fresnel import gate
 from fresnel.host.machine import project_root
 from fresnel.models.decoder import Decoder
 from fresnel.models.patch_decoder import FARTHEST, NEAREST
