@@ -105,12 +105,11 @@ def collect(
         raise DatasetError(f"{where}: {len(views)} views, the limit is {MAX_VIEWS}. Split it up")
     images = tuple(view.image for view in views)
     if len(set(images)) < len(images):
-        seen: set[str] = set()
-        twice = next(path for path in images if path in seen or seen.add(path))  # type: ignore[func-returns-value]
+        twice = next(path for k, path in enumerate(images) if path in images[:k])
         raise DatasetError(f"{where}: two views share the picture {twice!r}")
     viewmats = np.stack([view.viewmat for view in views])
-    for view, bad in zip(views, _broken(viewmats), strict=True):
-        if bad:
+    for view in views:
+        if bad := _fault(view.viewmat):
             raise DatasetError(f"{where}: the pose of {view.image!r} is {bad}. Fix what wrote it")
     turn = np.eye(4)
     turn[:3, :3] = world_from_file.T
@@ -126,16 +125,13 @@ def collect(
         world_from_file=world_from_file,
         **more,
     )
-    bends = np.array([max(map(abs, view.lens[1]), default=0.0) for view in views])
-    for what, values in (("intrinsics", capture.Ks), ("distortion", bends)):
-        bad_rows = ~np.isfinite(values.reshape(len(views), -1)).all(axis=1)
-        if bad_rows.any():
-            image = images[int(bad_rows.argmax())]
-            raise DatasetError(f"{where}: the {what} of {image!r} hold NaN or infinity")
-    focal = np.minimum(capture.Ks[:, 0, 0], capture.Ks[:, 1, 1])
-    if (focal <= 0).any() or np.abs(capture.Ks).max() > 1e7 or bends.max() > 1e4:
-        image = images[int(focal.argmin())]
-        raise DatasetError(f"{where}: intrinsics of {image!r} are absurd; want focal lengths > 0")
+    for view in views:
+        numbers = np.abs([*view.K.ravel(), *view.lens[1]])
+        if not np.isfinite(numbers).all():
+            raise DatasetError(f"{where}: the intrinsics of {view.image!r} hold NaN or infinity")
+        if min(view.K[0, 0], view.K[1, 1]) <= 0 or numbers.max() > 1e7:
+            said = f"the intrinsics of {view.image!r} are absurd; want focal lengths > 0"
+            raise DatasetError(f"{where}: {said}")
     if (capture.sizes < 0).any() or (capture.sizes > 1_000_000).any():
         raise DatasetError(f"{where}: an image size is negative or absurd")
     return capture
@@ -153,24 +149,14 @@ class View:
     lens: Lens = PINHOLE
 
 
-def _broken(viewmats: Floats) -> list[str]:
-    """What is wrong with each matrix, "" if nothing."""
-    with np.errstate(all="ignore"):
-        finite = np.asarray((np.abs(viewmats) < 1e12).all(axis=(1, 2)))  # NaN is not less
-        safe = np.where(finite[:, None, None], viewmats, np.eye(4))
-        rotation = safe[:, :3, :3]
-        error = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2))
-        mirrored = np.linalg.det(rotation) < 0
-    return [
-        "not finite"
-        if not f
-        else "a mirror"
-        if m and e < 1e-3
-        else f"not a rotation (R R^T is off by {e:.3g})"
-        if e > 1e-3
-        else ""
-        for f, e, m in zip(finite, error, mirrored, strict=True)
-    ]
+def _fault(viewmat: Floats) -> str:
+    if not (np.abs(viewmat) < 1e12).all():  # NaN is not less
+        return "not finite"
+    rotation = viewmat[:3, :3]
+    error = np.abs(rotation @ rotation.T - np.eye(3)).max()
+    if error > 1e-3:
+        return f"not a rotation (R R^T is off by {error:.3g})"
+    return "a mirror" if np.linalg.det(rotation) < 0 else ""
 
 
 def pinhole(fx: float, fy: float, cx: float, cy: float) -> Floats:
@@ -348,13 +334,17 @@ def _thinned(root: Path, capture: Capture, views: int | None) -> Capture:
     kept = capture.input_view
     if kept is not None:
         rows[np.abs(rows - kept).argmin()] = kept
+    images, masks, lenses = (
+        tuple(values[row] for row in rows)
+        for values in (capture.images, capture.masks, capture.lenses)
+    )
     return replace(
         capture,
-        images=tuple(capture.images[row] for row in rows),
-        masks=tuple(capture.masks[row] for row in rows),
+        images=images,
+        masks=masks,
+        lenses=lenses,
         viewmats=capture.viewmats[rows],
         Ks=capture.Ks[rows],
-        lenses=tuple(capture.lenses[row] for row in rows),
         sizes=capture.sizes[rows],
         input_view=None if kept is None else int(np.abs(rows - kept).argmin()),
     )

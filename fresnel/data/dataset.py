@@ -179,12 +179,7 @@ class MultiViewDataset:
         objects = self._read_all()
         rgb = torch.stack([o.rgb for o in objects])
         alpha = torch.stack([o.alpha for o in objects])
-        cameras = Cameras(
-            torch.stack([o.cameras.viewmats for o in objects]),
-            torch.stack([o.cameras.Ks for o in objects]),
-            self.image_size,
-            self.image_size,
-        )
+        cameras = _layouts.stack_cameras([o.cameras for o in objects])
         depths = [o.depth for o in objects if o.depth is not None]
         depth = torch.stack(depths) if len(depths) == len(objects) else None
         inputs = self._inputs(objects)
@@ -203,40 +198,27 @@ class MultiViewDataset:
 
         Raises:
             DatasetChanged: if a file of the whole dataset (not only of a subset) was edited,
-                added or removed since it was written (since `open`, for the original's layout).
+                added or removed since it was written (since `open`, for what others wrote; of
+                captures only what is read counts, and a subset checks its own).
         """
-        if self.layout == "captures":
-            self._verify_captures()
+        parts = {r.dataset.path: r.dataset for r in self.records if isinstance(r, _Part)}
+        for dataset in parts.values():
+            dataset.verify()
+        files = [record.files for record in self.records if isinstance(record, Capture)]
+        _compare(self.path, {path: digest for each in files for path, digest in each.items()})
+        if self.layout not in ("fresnel", "original"):
             return
-        if self.layout == "set":
-            parts = {r.dataset.path: r.dataset for r in self.records if isinstance(r, _Part)}
-            for dataset in parts.values():
-                dataset.verify()
-            return
-        if self.layout == "original":
-            records, manifest = _layouts.scan_original(self.path), None
-        else:
-            manifest, records = _layouts.parse_manifest(self.path)
-            folders = _layouts.image_folders(self.path)
-            extra = set(folders) - {record.folder for record in records}
-            if extra:
-                raise DatasetChanged(f"{self.path / min(extra)}: not in the manifest. Remove it")
-        with ThreadPoolExecutor() as pool:
-            on_disk = list(pool.map(lambda record: _hashed(self.path, record), records))
-        if self.layout != "original":
-            for record, disk in zip(records, on_disk, strict=True):
-                if record.files != disk.files:
-                    raise _changed(self.path / record.folder, record.files, disk.files)
-        if _layouts.content_hash(on_disk, manifest) != self.content_hash:
-            raise DatasetChanged(f"{self.path}: changed since it was opened. Open and gate it anew")
-
-    def _verify_captures(self) -> None:
-        """Only what is read counts: other files may come and go.  A subset checks its own."""
-        captures = [record for record in self.records if isinstance(record, Capture)]
-        before = {path: digest for c in captures for path, digest in c.files.items()}
-        after = _digests(self.path, before)
-        if before != after:
-            raise _changed(self.path, before, after)
+        now = open(self.path)  # the original's layout is hashed anew here
+        if self.layout == "fresnel":
+            listed = [record for record in now.records if isinstance(record, Record)]
+            want = {f"{r.folder}/{file}": r.files[file] for r in listed for file in r.files}
+            for folder in _layouts.image_folders(self.path):
+                for file in _layouts.data_files(self.path, folder):
+                    if f"{folder}/{file}" not in want:
+                        raise _changed(self.path / folder / file, "was added")
+            _compare(self.path, want)
+        if now.content_hash != self.content_hash:
+            raise _changed(self.path, "was changed")
 
     def _read_all(self) -> list[ObjectViews]:
         # Records are many small files, whose decoding is Python's work: more threads than two only
@@ -252,16 +234,7 @@ class MultiViewDataset:
             return [views for part in parts for views in part]
 
     def _inputs(self, objects: list[ObjectViews]) -> InputImages:
-        singles = [
-            InputImages(
-                (o.name,),
-                o.input_rgb[None],
-                o.input_alpha[None],
-                o.input_camera.reshape(1),
-                None if o.input_depth is None else o.input_depth[None],
-            )
-            for o in objects
-        ]
+        singles = [views.input() for views in objects]
         shapes = {single.rgb.shape for single in singles}
         if len(shapes) > 1 or len({*next(iter(shapes))[1:3]}) > 1:
             singles = [single.resized(self.image_size) for single in singles]
@@ -286,14 +259,19 @@ def _read_part(part: MultiViewDataset) -> list[ObjectViews]:
     return [part[i] for i in range(len(part))]
 
 
-def _changed(folder: Path, want: dict[str, str], got: dict[str, str]) -> DatasetChanged:
-    file = next(file for file in sorted({*want, *got}) if want.get(file) != got.get(file))
-    what = "was changed" if file in want and file in got else "was removed"
-    what = what if file in want else "was added"
+def _changed(path: Path, what: str) -> DatasetChanged:
     return DatasetChanged(
-        f"{folder / file}: {what} after the dataset was written. Restore it, or write and gate "
-        "the dataset anew"
+        f"{path}: {what} after the dataset was written. Restore it, or write and gate the dataset "
+        "anew"
     )
+
+
+def _compare(root: Path, want: dict[str, str]) -> None:
+    """Read files again, by path relative to ``root``; the first that is another is an error."""
+    got = _digests(root, want)
+    for path in sorted(want):
+        if got.get(path) != want[path]:
+            raise _changed(root / path, "was changed" if path in got else "was removed")
 
 
 def _hashed(root: Path, record: Record) -> Record:
@@ -367,7 +345,7 @@ def open(
             stored_over=tuple(float(value) for value in manifest["background"]),
         )
     if shards.recognises(root):
-        return open(shards.unpacked(root, cache))
+        return open(shards.unpacked(root, cache), image_size=image_size, views=views)
     records = _layouts.scan_original(root)
     if not records:
         if here := captures_in(root, ""):
@@ -528,7 +506,7 @@ def write(
 
     Args:
         background: sRGB colour in [0, 1] that the views were composited over.
-        meta: anything JSON can hold about how the data came to be; not part of the hash.
+        meta: anything JSON can hold about how the data came to be.
         overwrite: replace an existing dataset (never a folder that isn't one).
         total: how many objects will come, for the progress bar.
 

@@ -86,6 +86,16 @@ class ObjectViews:
         if self.pivot.shape != (3,) or not self.pivot.isfinite().all():
             raise ValueError(f"pivot: got {self.pivot.tolist()}, want three finite numbers")
 
+    def input(self) -> InputImages:
+        """The input as a batch of one."""
+        return InputImages(
+            (self.name,),
+            self.input_rgb[None],
+            self.input_alpha[None],
+            self.input_camera.reshape(1),
+            None if self.input_depth is None else self.input_depth[None],
+        )
+
 
 @dataclass(frozen=True)
 class ViewTensors:
