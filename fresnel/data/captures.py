@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -161,29 +161,6 @@ def _fault(viewmat: Floats) -> str:
 
 def pinhole(fx: float, fy: float, cx: float, cy: float) -> Floats:
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=np.float64)
-
-
-def relative(root: Path, folder: str, file: Any, where: str | Path) -> str:
-    """A path of a description, relative to ``folder``, as one relative to the dataset's ``root``.
-
-    Raises:
-        DatasetError: if it is no text, absolute, or leads out of the dataset's folder.
-    """
-    if not isinstance(file, str) or not file or len(file) > 1000 or "\0" in file:
-        shown = repr(file)[:80]
-        raise DatasetError(f"{where}: {shown} is not a path; want text")
-    path = PurePosixPath(file.replace("\\", "/"))
-    parts: list[str] = [part for part in folder.split("/") if part not in ("", ".")]
-    for part in path.parts:
-        if part == "..":
-            if not parts:
-                raise DatasetError(f"{where}: refuses {file!r}: it leads out of the folder")
-            parts.pop()
-        elif part != ".":
-            parts.append(part)
-    if path.is_absolute() or ":" in path.parts[0] or not parts:
-        raise DatasetError(f"{where}: refuses {file!r}; want a path relative to the folder")
-    return "/".join(parts)
 
 
 # --- what the description leaves open ----------------------------------------------------------

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from fresnel.data import layout as _layouts
-from fresnel.data.captures import Capture, Floats, View, collect, pinhole, relative, upright
+from fresnel.data.captures import Capture, Floats, View, collect, pinhole, upright
 from fresnel.data.images import DatasetError
-from fresnel.data.layout import inside
+from fresnel.data.layout import inside, relative
 
 FILE = "frame_annotations.jgz"
 _MAX_JSON_BYTES = 1 << 28

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from fresnel.data.captures import MAX_VIEWS, Capture, View, collect, pinhole, relative, upright
+from fresnel.data.captures import MAX_VIEWS, Capture, View, collect, pinhole, upright
 from fresnel.data.images import DatasetError
-from fresnel.data.layout import inside
+from fresnel.data.layout import inside, relative
 
 _MODELS = ("", "sparse/0", "sparse", "colmap/sparse/0", "0")
 _IMAGES = ("images", "", "images_2", "images_4", "images_8")

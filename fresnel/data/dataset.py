@@ -42,7 +42,6 @@ from fresnel.data.records import (
 from fresnel.data.shards import stream, write_shards
 from fresnel.data.transforms import export
 from fresnel.data.writing import store
-from fresnel.host.files import sha256
 from fresnel.host.machine import core_count
 from fresnel.host.pool import processes
 from fresnel.scene.cameras import Cameras
@@ -205,7 +204,9 @@ class MultiViewDataset:
         for dataset in parts.values():
             dataset.verify()
         files = [record.files for record in self.records if isinstance(record, Capture)]
-        _compare(self.path, {path: digest for each in files for path, digest in each.items()})
+        _layouts.compare(
+            self.path, {path: digest for each in files for path, digest in each.items()}
+        )
         if self.layout not in ("fresnel", "original"):
             return
         now = open(self.path)  # the original's layout is hashed anew here
@@ -215,10 +216,10 @@ class MultiViewDataset:
             for folder in _layouts.image_folders(self.path):
                 for file in _layouts.data_files(self.path, folder):
                     if f"{folder}/{file}" not in want:
-                        raise _changed(self.path / folder / file, "was added")
-            _compare(self.path, want)
+                        raise _layouts.changed(self.path / folder / file, "was added")
+            _layouts.compare(self.path, want)
         if now.content_hash != self.content_hash:
-            raise _changed(self.path, "was changed")
+            raise _layouts.changed(self.path, "was changed")
 
     def _read_all(self) -> list[ObjectViews]:
         # Records are many small files, whose decoding is Python's work: more threads than two only
@@ -257,34 +258,6 @@ class MultiViewDataset:
 
 def _read_part(part: MultiViewDataset) -> list[ObjectViews]:
     return [part[i] for i in range(len(part))]
-
-
-def _changed(path: Path, what: str) -> DatasetChanged:
-    return DatasetChanged(
-        f"{path}: {what} after the dataset was written. Restore it, or write and gate the dataset "
-        "anew"
-    )
-
-
-def _compare(root: Path, want: dict[str, str]) -> None:
-    """Read files again, by path relative to ``root``; the first that is another is an error."""
-    got = _digests(root, want)
-    for path in sorted(want):
-        if got.get(path) != want[path]:
-            raise _changed(root / path, "was changed" if path in got else "was removed")
-
-
-def _hashed(root: Path, record: Record) -> Record:
-    paths = {file: f"{record.folder}/{file}" for file in _layouts.data_files(root, record.folder)}
-    return replace(record, files={f: sha256(_layouts.inside(root, p)) for f, p in paths.items()})
-
-
-def _digests(root: Path, paths: Iterable[str]) -> dict[str, str]:
-    """sha256 of files by path relative to ``root``; those that are gone are left out."""
-    ordered = [path for path in sorted(set(paths)) if _layouts.inside(root, path).is_file()]
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda path: sha256(_layouts.inside(root, path)), ordered)
-        return dict(zip(ordered, found, strict=True))
 
 
 def open(
@@ -363,7 +336,7 @@ def open(
         raise DatasetError(f"{root / records[0].folder}: has no view_000. Restore or remove it")
     first = _layouts.inside(root, f"{records[0].folder}/{folders[0]}/rgb.png")
     with ThreadPoolExecutor() as pool:
-        records = tuple(pool.map(lambda record: _hashed(root, record), records))
+        records = tuple(pool.map(lambda record: _layouts.hashed(root, record), records))
     return MultiViewDataset(
         path=root,
         layout="original",
@@ -383,7 +356,7 @@ def _open_captures(
     if len(set(names)) < len(names):
         raise DatasetError(f"{root}: two captures share a name; rename a folder")
     chosen, side, meta = captured.prepare(root, found, image_size, views)
-    digests = _digests(root, (path for capture in chosen for path in capture.paths))
+    digests = _layouts.digests(root, (path for capture in chosen for path in capture.paths))
     records = []
     for capture in chosen:
         missing = [path for path in capture.paths if path not in digests]

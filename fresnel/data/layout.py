@@ -17,8 +17,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -236,6 +237,29 @@ def inside(root: Path, relative: str) -> Path:
         raise DatasetError(str(error)) from None
 
 
+def relative(root: Path, folder: str, file: Any, where: str | Path) -> str:
+    """A path of a description, relative to ``folder``, as one relative to the dataset's ``root``.
+
+    Raises:
+        DatasetError: if it is no text, absolute, or leads out of the dataset's folder.
+    """
+    if not isinstance(file, str) or not file or len(file) > 1000 or "\0" in file:
+        shown = repr(file)[:80]
+        raise DatasetError(f"{where}: {shown} is not a path; want text")
+    path = PurePosixPath(file.replace("\\", "/"))
+    parts: list[str] = [part for part in folder.split("/") if part not in ("", ".")]
+    for part in path.parts:
+        if part == "..":
+            if not parts:
+                raise DatasetError(f"{where}: refuses {file!r}: it leads out of the folder")
+            parts.pop()
+        elif part != ".":
+            parts.append(part)
+    if path.is_absolute() or ":" in path.parts[0] or not parts:
+        raise DatasetError(f"{where}: refuses {file!r}; want a path relative to the folder")
+    return "/".join(parts)
+
+
 def is_ours(root: Path) -> bool:
     """Whether the folder has a manifest of ours; other tools write files of that name too."""
     path = root / MANIFEST
@@ -329,6 +353,37 @@ def data_files(root: Path, folder: str) -> Iterator[str]:
 
 def image_folders(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir())
+
+
+# --- hashes of files ---------------------------------------------------------------------------
+
+
+def changed(path: Path, what: str) -> DatasetChanged:
+    return DatasetChanged(
+        f"{path}: {what} after the dataset was written. Restore it, or write and gate the dataset "
+        "anew"
+    )
+
+
+def compare(root: Path, want: dict[str, str]) -> None:
+    """Read files again, by path relative to ``root``; the first that is another is an error."""
+    got = digests(root, want)
+    for path in sorted(want):
+        if got.get(path) != want[path]:
+            raise changed(root / path, "was changed" if path in got else "was removed")
+
+
+def hashed(root: Path, record: Record) -> Record:
+    paths = {file: f"{record.folder}/{file}" for file in data_files(root, record.folder)}
+    return replace(record, files={f: _files.sha256(inside(root, p)) for f, p in paths.items()})
+
+
+def digests(root: Path, paths: Iterable[str]) -> dict[str, str]:
+    """sha256 of files by path relative to ``root``; those that are gone are left out."""
+    ordered = [path for path in sorted(set(paths)) if inside(root, path).is_file()]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda path: _files.sha256(inside(root, path)), ordered)
+        return dict(zip(ordered, found, strict=True))
 
 
 # --- the original's layout ---------------------------------------------------------------------

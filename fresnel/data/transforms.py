@@ -23,9 +23,9 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from fresnel.data import layout as _layouts
-from fresnel.data.captures import Capture, Floats, Lens, View, collect, pinhole, relative
+from fresnel.data.captures import Capture, Floats, Lens, View, collect, pinhole
 from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, image_size
-from fresnel.data.layout import inside
+from fresnel.data.layout import inside, relative
 from fresnel.data.records import ObjectViews
 from fresnel.data.writing import replaced
 
