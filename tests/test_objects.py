@@ -182,7 +182,7 @@ def expected(linear_color, normal) -> list[float]:
 def test_base_colour_factor_is_linear_and_lit_by_the_stated_lights():
     mesh = quad(baseColorFactor=[0.2, 0.4, 0.6, 1.0])
     want = expected(np.round(np.array([0.2, 0.4, 0.6]) * 255) / 255, (0, 0, 1))
-    assert center(trace.render(mesh, camera())) == pytest.approx(want, abs=0.01)
+    assert center(trace.render(mesh, camera())) == pytest.approx(want, abs=0.003)
 
 
 def test_surfaces_are_two_sided():
@@ -567,7 +567,9 @@ def picture(path: Path, colour: tuple[int, int, int]) -> None:
 
 def obj(folder: Path) -> Path:
     picture(folder / "my t.png", (0, 0, 255))
-    (folder / "a.mtl").write_text("newmtl m\nKd 0.5 0 0\nmap_Kd my t.png\n")
+    picture(folder / "n.png", (0, 0, 255))
+    text = "newmtl m\nKd 0.5 0 0\nmap_Kd my t.png\nbump -bm 2 n.png\n"
+    (folder / "a.mtl").write_text(text)
     (folder / "a.obj").write_text(f"mtllib a.mtl\nusemtl m\n{SQUARE}")
     return folder / "a.obj"
 
