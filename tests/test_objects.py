@@ -586,6 +586,7 @@ def gltf(folder: Path) -> Path:
         (obj, "a.obj"),
         (obj, "a.mtl"),
         (obj, "my t.png"),
+        (obj, "n.png"),
         (gltf, "a.gltf"),
         (gltf, "gltf_buffer_0.bin"),
     ],
