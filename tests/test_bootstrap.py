@@ -233,3 +233,13 @@ def test_wrong_decoder_and_empty_input_are_refused(tmp_path):
         bootstrap(discs(), Decoder(PIXEL), ORIGINAL, tmp_path / "x")
     with pytest.raises(ValueError, match="no images"):
         bootstrap(discs()[torch.zeros(3, dtype=torch.bool)], Decoder(PIXEL), CORRECTED, tmp_path)
+
+
+def test_views_are_drawn_at_the_size_the_decoder_was_trained_at(tmp_path):
+    decoder, config = Decoder(PIXEL), replace(CORRECTED, image_size=24, views_per_image=2)
+    decoder.render_size = 24
+    made = bootstrap(discs(("a",)), decoder, config, tmp_path / "set")[0]
+    with torch.no_grad():
+        gaussians, _ = place(discs(("a",)), decoder, config)
+    seen = render(gaussians, novel_cameras(discs(("a",)), config), near=0.2).rgb[0]
+    assert (made.rgb.float() / 255 - seen).abs().max() < 0.01
