@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 
-from fresnel import bootstrap
+from fresnel import bootstrap, gate
 from fresnel.data import layout as _layouts
 from fresnel.data.dataset import InputImages
 from fresnel.data.records import encode_object
-from fresnel import gate
 from fresnel.host import machine as surroundings
 from fresnel.host.machine import core_count
 from fresnel.models.decoder import load_shipped, prune, render_small

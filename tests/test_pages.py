@@ -147,7 +147,9 @@ def test_text_from_elsewhere_runs_nothing(
     html = page_of(tmp_path, shown, f"# T\n\n{text}", summary=EVIL, name=EVIL, provenance=origin)
     body = html.split("<body>")[1].rsplit("<script>", 1)[0]
     assert wanted in body
-    assert not re.search(r"<(script|iframe)|<[^>]*\son\w+=|javascript:|href=.data:|<[^>]*src=.http", body)
+    assert not re.search(
+        r"<(script|iframe)|<[^>]*\son\w+=|javascript:|href=.data:|<[^>]*src=.http", body
+    )
 
 
 def test_another_programs_drawing_stays_a_picture() -> None:

@@ -265,9 +265,9 @@ def attribute(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     if not measured:
         unknown = dict.fromkeys(("gain", "share", "alone", "last"), Estimate())
-        part = dict.fromkeys(("original", "none", "mended", "truth"), Estimate())
-        part |= {"factors": dict.fromkeys(FACTORS, unknown)}
-        return {"objects": 0, "seeds": 0, "cells": {}, **dict.fromkeys(OUTCOMES, part)}
+        empty: dict[str, Any] = dict.fromkeys(("original", "none", "mended", "truth"), Estimate())
+        empty["factors"] = dict.fromkeys(FACTORS, unknown)
+        return {"objects": 0, "seeds": 0, "cells": {}, **dict.fromkeys(OUTCOMES, empty)}
     if any(run["objects"] != measured[0]["objects"] for run in measured):
         raise ValueError("measured: seeds of different objects")
     objects = [object_name(name) for name in measured[0]["objects"]]

@@ -48,7 +48,7 @@ class Estimate:
         return text
 
 
-def each(values: Sequence[float]) -> Estimate:
+def each(values: Sequence[float | None]) -> Estimate:
     """A figure that every run has by itself: the interval is from the lowest to the highest, so
     that a rule decides only where all runs agree."""
     known = tuple(float(v) for v in values if v is not None and not math.isnan(v))
@@ -176,7 +176,9 @@ def extreme(bins: Mapping[str, Estimate], sign: int) -> Estimate:
 def best(figures: pd.DataFrame, arms: Sequence[str]) -> str:
     """The arm with the highest mean PSNR over all views; "" of none."""
     scores = {arm: estimate(figures, arm).mean for arm in arms}
-    return max((a for a, s in scores.items() if math.isfinite(s)), key=scores.get, default="")
+    return max(
+        (a for a, s in scores.items() if math.isfinite(s)), key=lambda arm: scores[arm], default=""
+    )
 
 
 def table(

@@ -311,15 +311,11 @@ def _thinned(root: Path, capture: Capture, views: int | None) -> Capture:
     kept = capture.input_view
     if kept is not None:
         rows[np.abs(rows - kept).argmin()] = kept
-    images, masks, lenses = (
-        tuple(values[row] for row in rows)
-        for values in (capture.images, capture.masks, capture.lenses)
-    )
     return replace(
         capture,
-        images=images,
-        masks=masks,
-        lenses=lenses,
+        images=tuple(capture.images[row] for row in rows),
+        masks=tuple(capture.masks[row] for row in rows),
+        lenses=tuple(capture.lenses[row] for row in rows),
         viewmats=capture.viewmats[rows],
         Ks=capture.Ks[rows],
         sizes=capture.sizes[rows],

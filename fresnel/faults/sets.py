@@ -37,12 +37,14 @@ def mixed_objects(
     """In every record, this share of the views shows another record's object."""
     own, other = objects[index], objects[(index + 1) % len(objects)]
     rows = pictures.choose(own, strength, rng)
-    both = own.depth is not None and other.depth is not None
+    depth = own.depth
+    if own.depth is not None and other.depth is not None:
+        depth = pictures.put(own.depth, rows, other.depth[rows])
     return replace(
         own,
         rgb=pictures.put(own.rgb, rows, other.rgb[rows]),
         alpha=pictures.put(own.alpha, rows, other.alpha[rows]),
-        depth=pictures.put(own.depth, rows, other.depth[rows]) if both else own.depth,
+        depth=depth,
     )
 
 

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -191,7 +191,7 @@ _WORTH_PROCESSES = 120  # records: some seconds of measuring on one core, as pro
 
 def _stream(
     dataset: Data, first: int, workers: int | None, rigs: dict[int, Rig], progress: bool
-) -> Iterator[_Measured]:
+) -> Generator[_Measured, None, None]:
     """All records measured: `first` evenly spaced ones, then the rest, each prefix of which is
     spread over the set.  Rigs come with those that may yet be among the `_RIGS` first.
 

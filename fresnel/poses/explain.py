@@ -321,7 +321,9 @@ def _flipped(rig: Rig) -> tuple[float, float]:
     rows, value, done = np.flatnonzero(rig.views), score(rig), 0
     while done <= len(rows) // 2 and value > _GOOD:
         tried = [
-            replace(rig, Ks=np.where(_only(rig, k), transforms.mirrored(rig.Ks, rig.width), rig.Ks))
+            replace(
+                rig, Ks=np.where(_only(rig, int(k)), transforms.mirrored(rig.Ks, rig.width), rig.Ks)
+            )
             for k in rows
         ]
         scores = np.nan_to_num([score(one) for one in tried], nan=np.inf)

@@ -105,12 +105,22 @@ def _rig(
     depth = None if views.depth is None else views.depth.numpy()[rows]
     parts = [_small(views.cameras[torch.from_numpy(rows)], rgb[rows], alpha[rows], depth)]
     if with_input:
-        own = (views.input_rgb, views.input_alpha, views.input_depth)
-        pictures = (None if part is None else part.numpy()[None] for part in own)
-        parts.append(_small(views.input_camera.reshape(1), *pictures, parts[0][2].shape[1:]))
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        seen = views.input_depth
+        parts.append(
+            _small(
+                views.input_camera.reshape(1),
+                views.input_rgb.numpy()[None],
+                views.input_alpha.numpy()[None],
+                None if seen is None else seen.numpy()[None],
+                parts[0][2].shape[1:],
+            )
+        )
+    viewmats, Ks, masks, colors, depths = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
     pivot = views.pivot.double().numpy()
-    return Rig(*columns, pivot, len(rows) if with_input else None, whole)
+    last = len(rows) if with_input else None
+    return Rig(viewmats, Ks, masks, colors, depths, pivot, last, whole)
 
 
 def _small(

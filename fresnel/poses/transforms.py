@@ -117,34 +117,32 @@ def turned_world(views: ObjectViews, turn: Tensor) -> ObjectViews:
     )
 
 
-def flipped_pictures(views: ObjectViews, rows: Tensor) -> ObjectViews:
+def flipped_pictures(views: ObjectViews, rows: Tensor | slice) -> ObjectViews:
     """Pictures of some views (a mask or indices) mirrored left to right; the poses stay."""
 
-    def flip(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
+    def flip(values: Tensor) -> Tensor:
         out = values.clone()
         out[rows] = values[rows].flip(2)
         return out
 
-    rgb, alpha = flip(views.rgb), flip(views.alpha)
-    return replace(views, rgb=rgb, alpha=alpha, depth=flip(views.depth))
+    depth = None if views.depth is None else flip(views.depth)
+    return replace(views, rgb=flip(views.rgb), alpha=flip(views.alpha), depth=depth)
 
 
 def flipped_input(views: ObjectViews) -> ObjectViews:
     """The input's pictures mirrored left to right; its camera stays."""
     names = ("input_rgb", "input_alpha", "input_depth", "identity_rgb", "identity_alpha")
-    parts = {name: getattr(views, name) for name in names}
+    parts: dict[str, Any] = {name: getattr(views, name) for name in names}
     return replace(views, **{n: part.flip(1) for n, part in parts.items() if part is not None})
 
 
 def scaled_depth(views: ObjectViews, factor: float) -> ObjectViews:
     """Depth of views and input times a factor."""
-    parts = {"depth": views.depth, "input_depth": views.input_depth}
+    parts: dict[str, Any] = {"depth": views.depth, "input_depth": views.input_depth}
     return replace(views, **{n: part * factor for n, part in parts.items() if part is not None})
 
 
-def exposed(views: ObjectViews, gain: float) -> ObjectViews:
+def exposed(views: ObjectViews, gain: float | Tensor) -> ObjectViews:
     """The object's linear light times a gain, clipped; alpha stays."""
     linear = srgb_to_linear(straight(views) / 255) * gain
     return recoloured(views, 255 * linear_to_srgb(linear))

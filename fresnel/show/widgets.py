@@ -230,7 +230,9 @@ def _covered_pixels(record: ObjectViews) -> tuple[Tensor, Tensor, Tensor]:
     """World positions (P, 3), colours (P, 3) and half widths (P,) of all pixels with depth."""
     seen_by = [(record.input_camera, record.input_depth, record.input_rgb)]
     if record.depth is not None:
-        seen_by += list(zip(record.cameras, record.depth, record.rgb, strict=True))
+        seen_by += [
+            (record.cameras[k], record.depth[k], record.rgb[k]) for k in range(len(record.rgb))
+        ]
     found = [(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0))]
     for camera, depth, rgb in seen_by:
         if depth is None:

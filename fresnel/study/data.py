@@ -70,8 +70,9 @@ def bootstrap_config(
     if preset not in presets:
         raise ValueError(f"preset: got {preset!r}, want one of {', '.join(map(repr, presets))}")
     known = presets[preset]
-    asked = {"views_per_image": views_per_image, "image_size": image_size, "seed": seed}
-    return None if known is None else replace(known, **asked)
+    if known is None:
+        return None
+    return replace(known, views_per_image=views_per_image, image_size=image_size, seed=seed)
 
 
 def dataset_folder(config: BootstrapConfig, source: str, images: int, **more: Any) -> Path:

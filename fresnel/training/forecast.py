@@ -6,6 +6,7 @@ of 02 and the account of 03 speak of the same parts: see `PARTS`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -333,7 +334,10 @@ def table(
 ) -> list[dict[str, str]]:
     """Rows of forecast and actual, by part and in all."""
     columns = {name: found for name, found in (("forecast", plan), ("actual", actual)) if found}
-    rows = {f"{text}, s": lambda run, n=name: run["parts"][n] for name, text in PARTS.items()}
+    rows: dict[str, Callable[[Any], Any]] = {
+        f"{text}, s": functools.partial(lambda name, run: run["parts"][name], name)
+        for name, text in PARTS.items()
+    }
     rows |= {
         "**in all, s**": lambda run: run["duration_s"],
         "samples/s in the steps": lambda run: run["samples_per_s"],
