@@ -34,8 +34,8 @@ def test_pace_of_recorded_steps_is_that_of_the_fastest_row_of_either_half():
 
 def test_a_forecast_is_the_sum_of_its_parts():
     result = SimpleNamespace(
-        history=history(100, 100, 50, 50), model=nn.Linear(1, 1), compile_s=7.0, duration_s=3.0, paused_s=0.6,
-        peak_memory_bytes=123,
+        history=history(100, 100, 50, 50), model=nn.Linear(1, 1), compile_s=7.0, duration_s=3.0,
+        paused_s=0.6, peak_memory_bytes=123,
     )  # fmt: skip
     stages = [
         Stage("open the data", 1.0, 0),
