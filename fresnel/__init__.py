@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 try:
     __version__ = version("fresnel")
 except PackageNotFoundError:  # imported from a checkout that was not installed
-    __version__ = "0.1.0"
+    __version__ = "0.2.0"
 
 _PLACES = {
     "Gaussians": "scene.gaussians",

@@ -105,16 +105,10 @@ def _rig(
     depth = None if views.depth is None else views.depth.numpy()[rows]
     parts = [_small(views.cameras[torch.from_numpy(rows)], rgb[rows], alpha[rows], depth)]
     if with_input:
-        seen = views.input_depth
-        parts.append(
-            _small(
-                views.input_camera.reshape(1),
-                views.input_rgb.numpy()[None],
-                views.input_alpha.numpy()[None],
-                None if seen is None else seen.numpy()[None],
-                parts[0][2].shape[1:],
-            )
-        )
+        pictures = views.input_rgb.numpy()[None], views.input_alpha.numpy()[None]
+        seen = None if views.input_depth is None else views.input_depth.numpy()[None]
+        shape = parts[0][2].shape[1:]
+        parts.append(_small(views.input_camera.reshape(1), *pictures, seen, shape))
     viewmats, Ks, masks, colors, depths = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
