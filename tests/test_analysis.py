@@ -378,5 +378,5 @@ def test_notebook_04_tells_the_whole_story(tmp_path: Path) -> None:
     page = done.report.read_text()
     assert page.count("What would change our mind?") == len(SAID)
     assert "<em>Written from the verdicts" not in page and "Of the original report" in page
-    for text in ("@software", "def validate", "Objects pictured", "Chair", SAID["early"].quote):
+    for text in ("@software", "def validate", "object pictured", "Chair", SAID["early"].quote):
         assert text in page
