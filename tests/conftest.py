@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,20 @@ def external_requests(text: str) -> list[str]:
 
     Links that a reader may click are no requests."""
     return [next(filter(None, match.groups())) for match in _REQUEST.finditer(text)]
+
+
+Shown = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """What was put into the notebook's output: (data, metadata) each."""
+    outputs: Shown = []
+    monkeypatch.setattr(
+        "IPython.display.display",
+        lambda data, raw=False, metadata=None: outputs.append((data, metadata or {})),
+    )
+    return outputs
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import external_requests
+from conftest import Shown, external_requests
 from PIL import Image
 
 from fresnel.report import html as _html
@@ -23,19 +23,6 @@ from fresnel.report.record import RunRecord
 from fresnel.scene.cameras import orbit
 from fresnel.scene.gaussians import Gaussians
 from fresnel.show import charts, style, widgets
-
-Shown = list[tuple[dict[str, Any], dict[str, Any]]]
-
-
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
-    """What was put into the notebook's output: (data, metadata) each."""
-    outputs: Shown = []
-    monkeypatch.setattr(
-        "IPython.display.display",
-        lambda data, raw=False, metadata=None: outputs.append((data, metadata or {})),
-    )
-    return outputs
 
 
 def page_of(tmp_path: Path, shown: Shown, text: str = "# T", **record: Any) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from boxes import views_of
+from conftest import Shown
 from PIL import Image
 
 from fresnel.data import dataset
@@ -20,19 +21,6 @@ from fresnel.render import Views
 from fresnel.scene.cameras import orbit
 from fresnel.scene.gaussians import Gaussians
 from fresnel.show import charts, gate, pictures, style, widgets
-
-Shown = list[tuple[dict[str, Any], dict[str, Any]]]
-
-
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
-    """What was put into the notebook's output: (data, metadata) each."""
-    outputs: Shown = []
-    monkeypatch.setattr(
-        "IPython.display.display",
-        lambda data, raw=False, metadata=None: outputs.append((data, metadata or {})),
-    )
-    return outputs
 
 
 def cloud(count: int = 50) -> widgets.Scene:
