@@ -62,13 +62,10 @@ class BootstrapConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.pivot not in ("object", "world_origin"):
-            raise ValueError(
-                f"pivot: got {self.pivot!r}, want 'object' or 'world_origin'; cameras that orbit "
-                f"an unstated point are how the original experiment photographed nothing"
-            )
         low, high = self.elevation_range_deg
+        orbits = "'object' or 'world_origin'; an unstated pivot is how the original saw nothing"
         for name, holds, want in (
+            ("pivot", self.pivot in ("object", "world_origin"), orbits),
             ("decoder_kind", self.decoder_kind in ("pixel", "patch"), "'pixel' or 'patch'"),
             ("views_per_image", self.views_per_image >= 1, "at least 1"),
             ("image_size", self.image_size >= 1, "at least 1"),
@@ -87,47 +84,36 @@ CORRECTED = BootstrapConfig("corrected", "object", "pixel")
 """The standard orbit about the object's centre, azimuths relative to the input camera."""
 
 
-def original_cameras(
-    azimuth_deg: Tensor | float, elevation_deg: Tensor | float, image_size: int
-) -> Cameras:
-    """The original's cameras: at 2 * (cos az cos el, sin el, sin az cos el), looking at 0.
-
-    Its azimuth starts on +X and grows towards +Z; ours starts on +Z and grows towards +X.
-    """
-    azimuth = 90.0 - torch.as_tensor(azimuth_deg, dtype=torch.float32)
-    return _orbit(ORIGINAL, azimuth, elevation_deg, image_size)
-
-
-def _orbit(
-    config: BootstrapConfig, azimuth_deg: Tensor, elevation_deg: Tensor | float, size: int
-) -> Cameras:
-    return orbit(
-        azimuth_deg, elevation_deg, config.radius,
-        pivot=_ORIGIN, focal_px=config.focal * size, width=size, height=size,
-    )  # fmt: skip
-
-
 def original_input_viewmat() -> Tensor:
     """World-to-camera matrix (4, 4) of the original's input camera: OpenGL's, at the origin."""
     return torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 
 
-def elevations_deg(config: BootstrapConfig, name: str) -> Tensor:
-    """The elevations (V,) of the views of the image called `name`."""
+def novel_cameras(inputs: InputImages, config: BootstrapConfig) -> Cameras:
+    """The cameras (M, V) from which `bootstrap` renders these inputs.
+
+    The original's stand at 2 (cos az cos el, sin el, sin az cos el) and look at 0: their azimuth
+    starts on +X and grows towards +Z, ours starts on +Z and grows towards +X.
+    """
+    elevation = torch.stack([_elevations_deg(config, name) for name in inputs.names])
+    azimuth = torch.arange(config.views_per_image) * (360.0 / config.views_per_image)
+    if config.pivot == "world_origin":
+        azimuth = 90.0 - azimuth
+    else:
+        azimuth = inputs.cameras.azimuth_deg(_ORIGIN).cpu()[:, None] + azimuth
+    size = config.image_size
+    return orbit(
+        azimuth, elevation, config.radius,
+        pivot=_ORIGIN, focal_px=config.focal * size, width=size, height=size,
+    )  # fmt: skip
+
+
+def _elevations_deg(config: BootstrapConfig, name: str) -> Tensor:
+    """Of the views (V,) of the image called `name`."""
     digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     low, high = config.elevation_range_deg
     return low + (high - low) * torch.rand(config.views_per_image, generator=generator)
-
-
-def novel_cameras(inputs: InputImages, config: BootstrapConfig) -> Cameras:
-    """The cameras (M, V) from which `bootstrap` renders these inputs."""
-    azimuth = torch.arange(config.views_per_image) * (360.0 / config.views_per_image)
-    elevation = torch.stack([elevations_deg(config, name) for name in inputs.names])
-    if config.pivot == "world_origin":
-        return _orbit(config, 90.0 - azimuth, elevation, config.image_size)
-    azimuth = inputs.cameras.azimuth_deg(_ORIGIN).cpu()[:, None] + azimuth
-    return _orbit(config, azimuth, elevation, config.image_size)
 
 
 def place(
@@ -165,8 +151,6 @@ def bootstrap(
 
     Args:
         inputs: M images, the object's pivot at the world origin of their cameras.
-        decoder: of the kind the configuration names.
-        path: folder to write.
         overwrite: replace a dataset that is there already.
         source: JSON-able facts about where the inputs come from; kept in the dataset's meta.
 
@@ -226,35 +210,30 @@ def records(
 
 def _drawn(
     inputs: InputImages, decoder: Decoder, config: BootstrapConfig, device: torch.device | str
-) -> tuple[Cameras, Cameras, tuple[Tensor, Tensor, Tensor], torch.cuda.Event | None]:
-    """Input cameras (M,), new ones (M, V), and the pictures (M, V + 1) seen from both, on their way
-    to the host: the input's view first. An event tells when they are there."""
-    gaussians, input_cameras = place(inputs.to(device), decoder, config)
-    gaussians = prune(gaussians)
-    size = config.image_size
-    input_cameras = input_cameras.resized(size, size)
-    cameras = novel_cameras(inputs, config)
-    both = Cameras(
-        torch.cat([input_cameras.viewmats[:, None], cameras.viewmats.to(device)], dim=1),
-        torch.cat([input_cameras.Ks[:, None], cameras.Ks.to(device)], dim=1),
-        size,
-        size,
+) -> tuple[Cameras, tuple[Tensor, ...], torch.cuda.Event | None]:
+    """Cameras (M, V + 1), the input's first, and the pictures seen from them (rgb, alpha, depth),
+    on their way to the host. An event tells when they are there."""
+    gaussians, here = place(inputs.to(device), decoder, config)
+    here, there = here.resized(config.image_size, config.image_size), novel_cameras(inputs, config)
+    cameras = replace(
+        here,
+        viewmats=torch.cat([here.viewmats[:, None], there.viewmats.to(device)], dim=1),
+        Ks=torch.cat([here.Ks[:, None], there.Ks.to(device)], dim=1),
     )
-    views = render_small(gaussians, both, render_size=decoder.render_size, near=NEAR)
+    views = render_small(prune(gaussians), cameras, render_size=decoder.render_size, near=NEAR)
+    pictures = tuple(image.to("cpu", non_blocking=True) for image in _stored(views, config))
     arrived = None
-    rgb, alpha, depth = (image.to("cpu", non_blocking=True) for image in _stored(views, config))
     if views.rgb.is_cuda:
         arrived = torch.cuda.Event()
         arrived.record()
-    return input_cameras.to("cpu"), cameras, (rgb, alpha, depth), arrived
+    return cameras.to("cpu"), pictures, arrived
 
 
 def _put_together(
     inputs: InputImages,
     config: BootstrapConfig,
-    input_cameras: Cameras,
     cameras: Cameras,
-    pictures: tuple[Tensor, Tensor, Tensor],
+    pictures: tuple[Tensor, ...],
     arrived: torch.cuda.Event | None,
 ) -> list[ObjectViews]:
     if arrived is not None:
@@ -266,14 +245,14 @@ def _put_together(
             name=name,
             input_rgb=stored.rgb[i],
             input_alpha=stored.alpha[i],
-            input_camera=input_cameras[i],
+            input_camera=cameras[i, 0],
             input_depth=None if stored.depth is None else stored.depth[i],
             identity_rgb=rgb[i, 0],
             identity_alpha=alpha[i, 0],
             rgb=rgb[i, 1:],
             alpha=alpha[i, 1:],
             depth=depth[i, 1:],
-            cameras=cameras[i],
+            cameras=cameras[i, 1:],
             pivot=torch.zeros(3),
         )
         for i, name in enumerate(inputs.names)

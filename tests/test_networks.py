@@ -3,24 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fresnel.models.unet import (
-    FourierEmbedding,
-    GroupNorm,
-    SelfAttention,
-    UNet,
-    count_parameters,
-)
+from fresnel.models.unet import FourierEmbedding, GroupNorm, SelfAttention, UNet
 
 
 def small(*, trained: bool = False, **changes) -> UNet:
-    options = {
-        "base_channels": 8,
-        "channel_multipliers": (1, 2),
-        "blocks_per_level": 1,
-        "attention_levels": (1,),
-        "patch": 2,
-    }
-    net = UNet(5, 3, **{**options, **changes})
+    options = {"base_channels": 8, "channel_multipliers": (1, 2), "blocks_per_level": 1}
+    net = UNet(5, 3, **{**options, "attention_levels": (1,), "patch": 2, **changes})
     if trained:  # residual branches and the head start at zero; open them
         for module in net.modules():
             if isinstance(module, torch.nn.Conv2d) and module.weight.abs().sum() == 0:
@@ -33,9 +21,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (16, 12)])
-def test_shape_is_kept_at_any_allowed_resolution(size: tuple[int, int]) -> None:
-    assert small()(torch.randn(2, 5, *size)).shape == (2, 3, *size)
+def test_shape_is_kept_at_any_allowed_resolution_and_magnitudes_stay_sane() -> None:
+    for size in ((8, 8), (16, 12)):
+        assert small()(torch.randn(2, 5, *size)).shape == (2, 3, *size)
+    net = small(base_channels=32, channel_multipliers=(1, 2, 2), blocks_per_level=3, trained=True)
+    assert 0.1 < net(torch.randn(4, 5, 16, 16)).std().item() < 3.0
 
 
 def test_zero_output_starts_at_zero_and_still_learns() -> None:
@@ -45,12 +35,6 @@ def test_zero_output_starts_at_zero_and_still_learns() -> None:
     (out - 1).square().mean().backward()
     assert net.head.weight.grad.abs().sum() > 0
     assert small(trained=True)(torch.randn(2, 5, 8, 8)).abs().max() > 0
-
-
-def test_magnitudes_stay_sane_at_the_start() -> None:
-    net = small(base_channels=32, channel_multipliers=(1, 2, 2), blocks_per_level=3, trained=True)
-    std = net(torch.randn(4, 5, 16, 16)).std().item()
-    assert 0.1 < std < 3.0
 
 
 def test_wrong_inputs_name_the_argument() -> None:
@@ -101,13 +85,6 @@ def test_fourier_embedding_has_unit_power_and_tells_values_apart() -> None:
     assert out.shape == (2, 16) and not torch.allclose(out[0], out[1])
 
 
-def test_count_parameters_counts_trainable_only() -> None:
-    net = small()
-    total = count_parameters(net)
-    net.stem.weight.requires_grad_(False)
-    assert count_parameters(net) == total - net.stem.weight.numel()
-
-
 def test_checkpointing_changes_no_bit_of_output_or_gradient() -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -123,9 +100,8 @@ def test_checkpointing_changes_no_bit_of_output_or_gradient() -> None:
 
 def test_on_a_cpu_bf16_keeps_norms_in_float32_and_agrees_with_float32() -> None:
     net = small(base_channels=32, trained=True)
-    x = torch.randn(2, 5, 16, 16)
+    x, seen = torch.randn(2, 5, 16, 16), []
     want = net(x)
-    seen = []
     for module in net.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
@@ -133,15 +109,11 @@ def test_on_a_cpu_bf16_keeps_norms_in_float32_and_agrees_with_float32() -> None:
         got = net(x).float()
     assert set(seen) == {torch.float32}
     assert (got - want).norm() / want.norm() < 0.03
-    got.square().mean().backward()
-    ours = [p.grad.clone() for p in net.parameters()]
-    net.zero_grad()
-    want.square().mean().backward()
-    theirs = [p.grad for p in net.parameters()]
-    norm = sum(g.square().sum() for g in theirs).sqrt()
-    assert (
-        sum((a - b).square().sum() for a, b in zip(ours, theirs, strict=True)).sqrt() < 0.1 * norm
+    ours, theirs = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(y.square().mean(), net.parameters())])
+        for y in (got, want)
     )
+    assert (ours - theirs).norm() < 0.1 * theirs.norm()
 
 
 def test_a_compiled_norm_is_the_same_norm() -> None:

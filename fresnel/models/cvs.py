@@ -21,62 +21,41 @@ from torch import Tensor, nn
 
 from fresnel.data.images import InputImages
 from fresnel.models import Predictor, refine, weights
-from fresnel.models.unet import FourierEmbedding, UNet
+from fresnel.models.unet import FourierEmbedding, UNet, unet_options
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras, gravity_frame
 
 CONDITION_CHANNELS = 4 + 6 + 6
+LOSS_WEIGHTS = ("alpha_aware", "depth_laplacian", "none")
+KINDS = ("consistency", "original")
+MOST_AT_ONCE = 64  # views in a batch of `predictor`'s
 CameraMap = Callable[[InputImages, Cameras], tuple[Cameras, Cameras, Tensor]]
 
+_GPU: dict[str, Any] = {
+    "channel_multipliers": (1, 2, 4, 4),
+    "blocks_per_level": 2,
+    "attention_levels": (2, 3),
+    "ect_stages": 6,
+}
 _PRESETS: dict[str, dict[str, Any]] = {
     # tests: a fraction of a second a step at 16 px
     "tiny": {
         "image_size": 16,
         "base_channels": 8,
         "channel_multipliers": (1, 2),
-        "blocks_per_level": 1,
         "attention_levels": (1,),
         "embedding_channels": 16,
     },
-    # two CPU cores at 64 px
-    "small": {},
+    "small": {},  # two CPU cores at 64 px
     # 128 px at the price of "small": the one that ships, 6 M parameters
     "compact": {"image_size": 128, "patch": 4, "base_channels": 48},
     # one GPU at 128 px, about 23 M parameters
-    "base": {
-        "image_size": 128,
-        "base_channels": 64,
-        "channel_multipliers": (1, 2, 4, 4),
-        "blocks_per_level": 2,
-        "attention_levels": (2, 3),
-        "embedding_channels": 256,
-        "ect_stages": 6,
-    },
+    "base": _GPU | {"image_size": 128, "base_channels": 64, "embedding_channels": 256},
     # one GPU at 256 px, 81 M parameters: most of them work on 16 x 16 and 8 x 8 cells, so
     # that a sample costs little more arithmetic than in a network of a third of the size
-    "large": {
-        "image_size": 256,
-        "patch": 4,
-        "base_channels": 128,
-        "channel_multipliers": (1, 2, 4, 4),
-        "blocks_per_level": 2,
-        "attention_levels": (2, 3),
-        "embedding_channels": 512,
-        "ect_stages": 6,
-    },
+    "large": _GPU
+    | {"image_size": 256, "patch": 4, "base_channels": 128, "embedding_channels": 512},
 }
-
-
-_ARCHITECTURE = (
-    "patch",
-    "base_channels",
-    "channel_multipliers",
-    "blocks_per_level",
-    "attention_levels",
-    "embedding_channels",
-    "render_condition",
-    "render_twin",
-)
 
 
 @dataclass(frozen=True)
@@ -106,37 +85,36 @@ class CVSConfig:
     ect_k: float = 8.0
     ect_b: float = 1.0
     huber_c: float = 0.01  # root-mean-square error below which the loss turns quadratic
-    loss_weight: str = "alpha_aware"  # "alpha_aware" | "depth_laplacian" | "none"
+    loss_weight: str = "alpha_aware"  # of `LOSS_WEIGHTS`
     light_weight: float = 0.3  # of the loss on local light, which blur would otherwise swallow
     foreground_share: float = 0.7  # of the alpha-aware weight: the object with a margin
-    parameterisation: str = "consistency"  # "consistency" | "original" (no boundary condition)
+    parameterisation: str = "consistency"  # of `KINDS`; "original": no boundary condition
     render_condition: bool = False  # also see a render of the target view, and add to it: `refine`
     render_twin: bool = False  # ... and to a second one, from the mirrored input: to their mean
 
     def __post_init__(self) -> None:
-        want = {
-            "loss_weight": ("alpha_aware", "depth_laplacian", "none"),
-            "parameterisation": ("consistency", "original"),
-        }
-        for name, choices in want.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, want one of {choices}")
-        for name in ("sigma_max_fraction", "foreground_share", "denoising_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want a value in [0, 1]")
-        if not 0 < self.sigma_min < self.sigma_max or self.ect_stages < 1 or self.ect_q <= 1:
-            raise ValueError(
-                f"sigma_min, sigma_max, ect_stages, ect_q: got {self.sigma_min:g}, "
-                f"{self.sigma_max:g}, {self.ect_stages}, {self.ect_q:g}, want 0 < sigma_min < "
-                "sigma_max, at least one stage, and ect_q > 1"
-            )
-        if self.render_twin and not self.render_condition:
-            raise ValueError("render_twin: got True, want render_condition=True too")
-        if self.render_condition and self.parameterisation == "original":
-            raise ValueError(
-                'parameterisation: got "original", which is the network\'s output alone, want '
-                '"consistency" for a model that adds to a render'
-            )
+        share = "a value in [0, 1]"
+        for name, holds, want in (
+            ("loss_weight", self.loss_weight in LOSS_WEIGHTS, f"one of {LOSS_WEIGHTS}"),
+            ("parameterisation", self.parameterisation in KINDS, f"one of {KINDS}"),
+            ("sigma_max_fraction", 0 <= self.sigma_max_fraction <= 1, share),
+            ("foreground_share", 0 <= self.foreground_share <= 1, share),
+            ("denoising_share", 0 <= self.denoising_share <= 1, share),
+            ("sigma_min", 0 < self.sigma_min < self.sigma_max, "0 < sigma_min < sigma_max"),
+            ("ect_stages", self.ect_stages >= 1, "at least one stage"),
+            (
+                "render_twin",
+                self.render_condition or not self.render_twin,
+                "render_condition=True too",
+            ),
+            (
+                "parameterisation",
+                not self.render_condition or self.parameterisation == "consistency",
+                '"consistency" for a model that adds to a render',
+            ),
+        ):
+            if not holds:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, want {want}")
         # lists come from JSON and YAML
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
@@ -160,11 +138,9 @@ class CVS(nn.Module):
     C is 16, 21 where the network also sees a render of the target view, 26 where it sees two.
     D = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, cond, ln(sigma) / 4). At sigma_min
     c_skip = 1 and c_out = 0 exactly, so D(x, sigma_min) = x bit for bit: the boundary condition
-    of a consistency model. The "original" parameterisation is D = F: nothing ties it to x.
-
-    With `render_condition`, D = c_skip x + (1 - c_skip) R + c_out F for the render R in the
-    condition (the mean of two): the boundary condition holds, and from noise alone the untrained
-    network gives R.
+    of a consistency model. The "original" parameterisation is D = F: nothing ties it to x. With
+    `render_condition`, (1 - c_skip) R is added, for the render R in the condition (the mean of
+    two): from noise alone the untrained network gives R.
     """
 
     def __init__(self, config: CVSConfig) -> None:
@@ -177,12 +153,8 @@ class CVS(nn.Module):
         self.unet = UNet(
             4 + config.condition_channels,
             4,
-            base_channels=config.base_channels,
-            channel_multipliers=config.channel_multipliers,
-            blocks_per_level=config.blocks_per_level,
-            attention_levels=config.attention_levels,
-            patch=config.patch,
             embedding_dim=config.embedding_channels,
+            **unet_options(config),
         )
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
@@ -216,15 +188,20 @@ class CVS(nn.Module):
         Raises:
             ValueError: if the two are built differently; the message names what differs.
         """
-        ours, theirs = asdict(self.config), asdict(other.config)
-        different = [name for name in _ARCHITECTURE if ours[name] != theirs[name]]
-        if different:
+        theirs = asdict(other.config)
+        names = (
+            *unet_options(self.config),
+            "embedding_channels",
+            "render_condition",
+            "render_twin",
+        )
+        ours = {name: getattr(self.config, name) for name in names}
+        if different := [name for name in names if ours[name] != theirs[name]]:
+            built = ", ".join(f"{name} {theirs[name]!r}" for name in different)
+            want = ", ".join(repr(ours[name]) for name in different)
             raise ValueError(
-                "initial weights: built with "
-                + ", ".join(f"{name} {theirs[name]!r}" for name in different)
-                + "; want "
-                + ", ".join(f"{ours[name]!r}" for name in different)
-                + ". Choose the size they were trained at"
+                f"initial weights: built with {built}; want {want}. Choose the size they were "
+                "trained at"
             )
         found = {name: tensor.clone() for name, tensor in other.state_dict().items()}
         if self.config.parameterisation == "original" != other.config.parameterisation:
@@ -236,28 +213,13 @@ class CVS(nn.Module):
 
     def save(self, path: str | Path, *, half: bool = False) -> Path:
         """Write weights, config, provenance and the decoder's name to one file: `weights.save`."""
-        return weights.save(
-            path,
-            "cvs",
-            self,
-            asdict(self.config),
-            half=half,
-            provenance=self.provenance,
-            facts={"decoder": self.decoder},
-        )
+        return weights.save(path, "cvs", self, half=half, facts={"decoder": self.decoder})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CVS:
         """Read what `save` wrote, in evaluation mode and float32; raises as `weights.load`."""
-
-        def build(config: dict[str, Any]) -> CVS:
-            sees = config.get("render_condition", False)
-            if config.get("render_base", sees) != sees:
-                raise ValueError(f"{path}: sees a render but does not add to it: not supported")
-            return cls(CVSConfig(**{k: v for k, v in config.items() if k != "render_base"}))
-
-        model, facts, provenance = weights.load(path, "cvs", build)
-        model.decoder, model.provenance = str(facts.get("decoder", "")), provenance
+        model, facts = weights.load(path, "cvs", lambda config: cls(CVSConfig(**config)))
+        model.decoder = str(facts.get("decoder", ""))
         return model.to(device)
 
 
@@ -311,12 +273,7 @@ def sampling_sigmas(steps: int, config: CVSConfig) -> tuple[float, ...]:
 
 @torch.no_grad()
 def sample(
-    model: CVS,
-    cond: Tensor,
-    *,
-    steps: int = 1,
-    generator: torch.Generator,
-    repeat: int = 1,
+    model: CVS, cond: Tensor, *, steps: int = 1, generator: torch.Generator, repeat: int = 1
 ) -> Tensor:
     """Views (B, 4, H, W) in [-1, 1] for conditions (B, 16, H, W): one pass per noise level.
 
@@ -340,7 +297,6 @@ def predictor(
     camera_map: CameraMap | None = None,
     *,
     renderer: Predictor | None = None,
-    max_batch: int = 64,
 ) -> Predictor:
     """A function (inputs M, cameras (M, V)) -> Views (M, V, H, W) over black, depth all zero.
 
@@ -350,10 +306,7 @@ def predictor(
     Args:
         camera_map: replaces (input cameras, target cameras, pivots (M, 3)) before conditioning,
             for models trained in another geometry.
-        renderer: the decoder's predictor, for models with `render_condition`.
-
-    Raises:
-        ValueError: if the model needs a `renderer` and there is none.
+        renderer: the decoder's predictor; ValueError where the model needs it and there is none.
     """
     size = model.config.image_size
     if model.config.render_condition and renderer is None:
@@ -374,18 +327,13 @@ def predictor(
             twin = model.config.render_twin
             seen = refine.seen(renderer, inputs, targets, pivots, twin=twin)
             cond = torch.cat([cond, seen.to(cond)], dim=2)
-        was_training, chunk = model.training, max(1, max_batch // v)
+        was_training, chunk = model.training, max(1, MOST_AT_ONCE // v)
         model.eval()
-        parts = [
-            sample(
-                model,
-                part.flatten(0, 1),
-                steps=steps,
-                generator=torch.Generator(device).manual_seed(seed),
-                repeat=part.shape[0],
-            )
-            for part in cond.split(chunk)
-        ]
+        parts = []
+        for part in cond.split(chunk):
+            noise = torch.Generator(device).manual_seed(seed)
+            flat, repeat = part.flatten(0, 1), len(part)
+            parts.append(sample(model, flat, steps=steps, generator=noise, repeat=repeat))
         model.train(was_training)
         out, shape = torch.cat(parts).float(), (cameras.height, cameras.width)
         if shape != (size, size):
@@ -402,11 +350,8 @@ SHIPPED = {"cvs": "cvs.safetensors", "cvs-twin": "cvs_twin.safetensors"}
 
 
 def load_shipped(device: torch.device | str = "cpu", model: str = "cvs") -> CVS:
-    """A small trained CVS (6 M parameters, 128 px) that comes with the package.
-
-    Args:
-        model: "cvs", which draws a view anew, or "cvs-twin", which adds to what the shipped pixel
-            decoder makes of it.
+    """A small trained CVS (6 M parameters, 128 px) that comes with the package: "cvs" draws a view
+    anew, "cvs-twin" adds to what the shipped pixel decoder makes of it.
 
     Raises:
         ValueError: if none of this model ships.
@@ -414,5 +359,4 @@ def load_shipped(device: torch.device | str = "cpu", model: str = "cvs") -> CVS:
     """
     if model not in SHIPPED:
         raise ValueError(f"no trained {model!r} ships, but {' and '.join(SHIPPED)}; want a file")
-    how = f"train one with notebooks/03_full_train.ipynb (model={model}, export_to=FILE)"
-    return CVS.load(weights.shipped(SHIPPED[model], how), device)
+    return CVS.load(weights.shipped(SHIPPED[model], model), device)

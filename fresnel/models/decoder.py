@@ -8,7 +8,7 @@ emits a few Gaussians a pixel, trained through the renderer against other views 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fresnel.data.images import InputImages
 from fresnel.models import Predictor, weights
 from fresnel.models.patch_decoder import PatchNetwork, normalised_depth, resize
-from fresnel.models.unet import UNet
+from fresnel.models.unet import UNet, unet_options
 from fresnel.render import Views, render
 from fresnel.scene.cameras import Cameras, gravity_frame, intrinsics
 from fresnel.scene.gaussians import Gaussians
@@ -89,18 +89,12 @@ class Decoder(nn.Module):
         self.render_size = 128
         self.network: UNet | PatchNetwork
         if config.kind == "patch":
-            self.network = PatchNetwork(
-                per_patch=config.gaussians_per_patch, grid=config.patch_grid
-            )
+            self.network = PatchNetwork(config.gaussians_per_patch, config.patch_grid)
             return
         self.network = UNet(
             4 + 6,
             _CHANNELS * config.gaussians_per_pixel,
-            base_channels=config.base_channels,
-            channel_multipliers=config.channel_multipliers,
-            blocks_per_level=config.blocks_per_level,
-            attention_levels=config.attention_levels,
-            patch=config.patch,
+            **unet_options(config),
         ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
@@ -181,22 +175,13 @@ class Decoder(nn.Module):
     def save(self, path: str | Path, *, half: bool = True) -> Path:
         """Write weights, config, render size and provenance to one file: `weights.save`."""
         return weights.save(
-            path,
-            "decoder",
-            self,
-            asdict(self.config),
-            half=half,
-            provenance=self.provenance,
-            facts={"render_size": self.render_size},
+            path, "decoder", self, half=half, facts={"render_size": self.render_size}
         )
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> Decoder:
         """Read what `save` wrote, in float32, in evaluation mode; raises as `weights.load`."""
-        decoder, facts, provenance = weights.load(
-            path, "decoder", lambda config: Decoder(DecoderConfig(**config))
-        )
-        decoder.provenance = provenance
+        decoder, facts = weights.load(path, "decoder", lambda c: Decoder(DecoderConfig(**c)))
         decoder.render_size = int(facts.get("render_size", 128))
         return decoder.to(device)
 
@@ -339,5 +324,5 @@ def load_shipped(
     Raises:
         FileNotFoundError: if this installation carries none; the message says how to make one.
     """
-    how = "train one with notebooks/03_full_train.ipynb (model=decoder)"
-    return Decoder.load(weights.shipped(f"decoder_{kind}.safetensors", how), device)
+    model = {"pixel": "decoder", "patch": "decoder-frontal"}[kind]
+    return Decoder.load(weights.shipped(f"decoder_{kind}.safetensors", model), device)

@@ -85,7 +85,7 @@ class PatchNetwork(nn.Module):
         grid: patches along a side; the original has 37.
     """
 
-    def __init__(self, *, per_patch: int = 4, grid: int = 37) -> None:
+    def __init__(self, per_patch: int, grid: int) -> None:
         super().__init__()
         self.grid, self.per_patch = grid, per_patch
         channels = 384

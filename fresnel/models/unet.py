@@ -97,11 +97,8 @@ class ResidualBlock(nn.Module):
         self.affine = nn.Linear(embedding_dim, 2 * out_channels) if embedding_dim else None
         self.norm2 = group_norm(out_channels)
         self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = (
-            nn.Conv2d(in_channels, out_channels, 1)
-            if in_channels != out_channels
-            else nn.Identity()
-        )
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))
@@ -158,31 +155,34 @@ class UNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        base_channels: int = 64,
-        channel_multipliers: Sequence[int] = (1, 2, 3, 4),
-        blocks_per_level: int = 2,
-        attention_levels: Sequence[int] = (),
-        patch: int = 1,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        blocks_per_level: int,
+        attention_levels: Sequence[int],
+        patch: int,
         embedding_dim: int = 0,
     ) -> None:
         super().__init__()
-        multipliers = tuple(channel_multipliers)
-        if min(base_channels, blocks_per_level, patch, *multipliers) < 1:
+        levels = len(channel_multipliers)
+        if min(base_channels, blocks_per_level, patch, *channel_multipliers) < 1:
             raise ValueError(
-                f"base_channels, blocks_per_level, patch, channel_multipliers: got "
-                f"{base_channels}, {blocks_per_level}, {patch}, {multipliers}, want at least 1"
+                "base_channels, blocks_per_level, patch, channel_multipliers: got "
+                f"{base_channels}, {blocks_per_level}, {patch}, {channel_multipliers}, "
+                "want at least 1"
             )
-        if any(not 0 <= level < len(multipliers) for level in attention_levels):
+        if any(not 0 <= level < levels for level in attention_levels):
             raise ValueError(
-                f"attention_levels: got {tuple(attention_levels)}, "
-                f"want levels in [0, {len(multipliers) - 1}]"
+                f"attention_levels: got {attention_levels}, want levels in [0, {levels - 1}]"
             )
-        self.patch = patch
-        self.divisor = patch * 2 ** (len(multipliers) - 1)
+        self.patch, self.divisor = patch, patch * 2 ** (levels - 1)
         self.checkpointing = False
 
-        def block(cin: int, cout: int) -> ResidualBlock:
-            return ResidualBlock(cin, cout, embedding_dim)
+        def blocks(level: int, first: int) -> nn.ModuleList:
+            width = widths[level]
+            return nn.ModuleList(
+                ResidualBlock(first if i == 0 else width, width, embedding_dim)
+                for i in range(blocks_per_level)
+            )
 
         def attended(level: int) -> nn.ModuleList:
             return nn.ModuleList(
@@ -190,34 +190,29 @@ class UNet(nn.Module):
                 for _ in range(blocks_per_level)
             )
 
-        widths = [base_channels * m for m in multipliers]
+        widths = [base_channels * m for m in channel_multipliers]
         self.stem = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
         self.down_blocks, self.down_attention = nn.ModuleList(), nn.ModuleList()
         self.downsample = nn.ModuleList()
         for level, width in enumerate(widths):
             if level:
                 self.downsample.append(nn.Conv2d(widths[level - 1], width, 3, stride=2, padding=1))
-            self.down_blocks.append(
-                nn.ModuleList(block(width, width) for _ in range(blocks_per_level))
-            )
+            self.down_blocks.append(blocks(level, width))
             self.down_attention.append(attended(level))
         last = widths[-1]
-        self.middle_in, self.middle_out = block(last, last), block(last, last)
+        self.middle_in, self.middle_out = (
+            ResidualBlock(last, last, embedding_dim) for _ in range(2)
+        )
         self.middle_attention = SelfAttention(last) if attention_levels else nn.Identity()
         self.up_blocks, self.up_attention = nn.ModuleList(), nn.ModuleList()
         self.upsample = nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            width = widths[level]
-            # both branches of the join carry `width` channels
-            self.up_blocks.append(
-                nn.ModuleList(
-                    block(2 * width if i == 0 else width, width) for i in range(blocks_per_level)
-                )
-            )
+        for level in reversed(range(levels)):
+            # both branches of the join carry as many channels as the level
+            self.up_blocks.append(blocks(level, 2 * widths[level]))
             self.up_attention.append(attended(level))
             if level:
                 # 1x1 before the nearest upsampling: a quarter of the cost of after it, same values
-                self.upsample.append(nn.Conv2d(width, widths[level - 1], 1))
+                self.upsample.append(nn.Conv2d(widths[level], widths[level - 1], 1))
         self.norm_out = group_norm(widths[0])
         self.head = _zero(nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1))
 
@@ -228,16 +223,14 @@ class UNet(nn.Module):
                 f"{self.divisor} (patch {self.patch} x 2^{len(self.downsample)} for the levels)"
             )
         h = self.stem(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
-        skips = []
-        for level, (blocks, attentions) in enumerate(
-            zip(self.down_blocks, self.down_attention, strict=True)
-        ):
-            if level:
-                h = self.downsample[level - 1](h)
+        skips: list[Tensor] = []
+        for blocks, attentions in zip(self.down_blocks, self.down_attention, strict=True):
+            if skips:
+                h = self.downsample[len(skips) - 1](h)
             h = self._run(blocks, attentions, h, embedding)
             skips.append(h)
-        h = self._block(self.middle_in, self.middle_attention, h, embedding)
-        h = self._block(self.middle_out, None, h, embedding)
+        h = self._run([self.middle_in], [self.middle_attention], h, embedding)
+        h = self._run([self.middle_out], [None], h, embedding)
         for i, (blocks, attentions) in enumerate(
             zip(self.up_blocks, self.up_attention, strict=True)
         ):
@@ -249,22 +242,22 @@ class UNet(nn.Module):
 
     def _run(self, blocks: Any, attentions: Any, h: Tensor, embedding: Tensor | None) -> Tensor:
         for block, attention in zip(blocks, attentions, strict=True):
-            h = self._block(block, attention, h, embedding)
+
+            def run(
+                h: Tensor, embedding: Tensor | None, block: Any = block, attention: Any = attention
+            ) -> Tensor:
+                h = block(h, embedding)
+                return h if attention is None else attention(h)
+
+            if self.checkpointing and torch.is_grad_enabled():
+                # there is no random state to restore, which would wait for a GPU
+                h = checkpoint(run, h, embedding, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = run(h, embedding)
         return h
 
-    def _block(
-        self, block: nn.Module, attention: nn.Module | None, h: Tensor, embedding: Tensor | None
-    ) -> Tensor:
-        def run(h: Tensor, embedding: Tensor | None) -> Tensor:
-            h = block(h, embedding)
-            return h if attention is None else attention(h)
 
-        if self.checkpointing and torch.is_grad_enabled():
-            # there is no random state to restore, which would wait for a GPU
-            return checkpoint(run, h, embedding, use_reentrant=False, preserve_rng_state=False)
-        return run(h, embedding)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable scalars."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def unet_options(config: Any) -> dict[str, Any]:
+    """The part of a network's configuration that is its U-Net's."""
+    names = ["base_channels", "channel_multipliers", "blocks_per_level", "attention_levels"]
+    return {name: getattr(config, name) for name in [*names, "patch"]}
