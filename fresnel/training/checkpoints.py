@@ -71,8 +71,7 @@ def save(
 
 
 class Writer:
-    """Writes one checkpoint at a time, beside the training where `background`: a gigabyte takes
-    seconds."""
+    """Writes one checkpoint at a time; beside the training, where `background`."""
 
     def __init__(self, *, background: bool) -> None:
         self._background = background
@@ -94,9 +93,7 @@ class Writer:
     ) -> None:
         """`save` copies of the tensors, which training may go on changing."""
         self.wait()
-        copies = {
-            name: t.detach().to("cpu", non_blocking=True, copy=True) for name, t in tensors.items()
-        }
+        copies = {n: t.detach().to("cpu", non_blocking=True, copy=True) for n, t in tensors.items()}
         if any(t.is_cuda for t in tensors.values()):
             torch.cuda.synchronize()
         self._pending = self._pool.submit(save, folder, copies, metadata, also)
@@ -141,24 +138,21 @@ def read_latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
         except ValueError as error:
             warnings.warn(f"{error}; falling back to the checkpoint before it", stacklevel=2)
     if found:
-        raise ValueError(
-            f"{folder}: no readable checkpoint ({', '.join(path.name for path in found)} damaged); "
-            "start again with resume=False"
-        )
+        raise ValueError(f"{folder}: every checkpoint is damaged; start again with resume=False")
     return None
 
 
-def load_weights(path: str | Path, model: nn.Module, which: str = "ema") -> dict[str, Any]:
-    """Load the "ema" or "model" weights of a checkpoint into `model`; returns its metadata."""
-    tensors, metadata = read(Path(path))
-    model.load_state_dict(_part(tensors, which))
+def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Load the averaged weights of a checkpoint into `model`; returns its metadata."""
+    tensors, metadata = read(path)
+    model.load_state_dict(_part(tensors, "ema"))
     return metadata
 
 
 def pack(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything a run needs to go on, as one flat dict of tensors."""
-    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
-    tensors |= {f"ema.{name}": t for name, t in ema.state_dict().items()}
+    both = {"model": model, "ema": ema}
+    tensors = {f"{w}.{name}": t for w, net in both.items() for name, t in net.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
@@ -166,16 +160,13 @@ def pack(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def unpack(
-    tensors: Mapping[str, Tensor],
-    model: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    found: Mapping[str, Tensor], model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Put back what `pack` took out, bit for bit."""
-    model.load_state_dict(_part(tensors, "model"))
-    ema.load_state_dict(_part(tensors, "ema"))
+    model.load_state_dict(_part(found, "model"))
+    ema.load_state_dict(_part(found, "ema"))
     parameters = dict(model.named_parameters())
-    for name, value in _part(tensors, "optimizer").items():
+    for name, value in _part(found, "optimizer").items():
         key, parameter_name = name.split(".", 1)
         parameter = parameters[parameter_name]
         if value.shape == parameter.shape:  # in the parameter's memory format, as AdamW made it

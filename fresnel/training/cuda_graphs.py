@@ -34,63 +34,56 @@ class Recorder:
     `generator`, which the caller seeds before each run.
 
     Attributes:
+        graphs: the recorded kinds of work.
         refused: why a recording failed; from then on everything runs as it is.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
         self.refused: str | None = None
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._runs: Counter[Hashable] = Counter()
         self._pool: Any = None
 
-    @property
-    def count(self) -> int:
-        """How many kinds of work are recorded."""
-        return len(self._graphs)
-
     def run(self, kind: Hashable, work: Callable[[], None]) -> None:
         """Do `work`; work of another kind is recorded by itself."""
-        if kind not in self._graphs and self.refused is None and self._runs[kind] >= _WARM_UP:
-            self._record(kind, work)
-        if kind in self._graphs:
-            self._graphs[kind].replay()
+        if kind not in self.graphs and self.refused is None and self._runs[kind] >= _WARM_UP:
+            try:
+                self.graphs[kind] = self._recorded(work)
+            except Exception as error:  # whatever can't be recorded must still run
+                self.refused = _refusal("steps run", error)
+        if kind in self.graphs:
+            self.graphs[kind].replay()
         else:
             self._runs[kind] += 1
             work()
 
-    def _record(self, kind: Hashable, work: Callable[[], None]) -> None:
+    def _recorded(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Record without running it. Recordings run one at a time, so they share their memory."""
-        try:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.generator)
-            # other threads, such as the one that writes checkpoints, go on as they like
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                work()
-        except Exception as error:  # whatever can't be recorded must still run
-            self.refused = _reason(error)
-            warnings.warn(
-                f"steps run unrecorded, slower but the same: {self.refused}", stacklevel=2
-            )
-            return
-        self._graphs[kind] = graph
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        # other threads, such as the one that writes checkpoints, go on as they like
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        return graph
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def _refusal(what: str, error: Exception) -> str:
+    """Warns of it, too."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    warnings.warn(f"{what} unrecorded, slower but the same: {reason}", stacklevel=3)
+    return reason
 
 
 class Recorded:
     """A function of tensors, recorded with its gradient after its first runs.
 
     For pieces of a step that can't be recorded whole, as a rasteriser's that asks the GPU how much
-    there is to do.  Gradients live where the next run writes them, so nothing can be added to them:
-    one batch a step.
+    there is to do.  Gradients live where the next run writes them: one batch a step.
 
     Args:
-        function: of tensors, in dicts, tuples, cameras, Gaussians and views, and of anything that
-            stays the same.
+        function: of tensors, also in dicts, tuples and dataclasses, and of what stays the same.
         model: whose parameters the function uses; None: of none.
     """
 
@@ -134,12 +127,8 @@ class Recorded:
                 raise
             self._runs, self._tries = 0, self._tries + 1
             if self._tries == _TRIES:
-                self.refused = _reason(error)
-                warnings.warn(
-                    f"{getattr(self.function, '__name__', 'a part')} runs unrecorded, slower but "
-                    f"the same: {self.refused}",
-                    stacklevel=3,
-                )
+                name = getattr(self.function, "__name__", "a part")
+                self.refused = _refusal(f"{name} runs", error)
 
 
 class _Flat(nn.Module):
@@ -162,20 +151,20 @@ class _Flat(nn.Module):
 
 for _kind in (Cameras, Gaussians, Views):
     pytree.register_dataclass(_kind)
+_HERE = object()
+"""Where a tensor was."""
 
 
 def taken_apart(value: Any) -> tuple[list[Tensor], Any]:
     """The tensors of nested dicts, lists, tuples and registered dataclasses, and the rest."""
     leaves, structure = pytree.tree_flatten(value)
-    places = [isinstance(leaf, Tensor) for leaf in leaves]
-    tensors = [leaf for leaf, place in zip(leaves, places, strict=True) if place]
-    others = [None if place else leaf for leaf, place in zip(leaves, places, strict=True)]
-    return tensors, (others, places, structure)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, ([_HERE if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
 
 def put_together(tensors: Sequence[Tensor], rest: Any) -> Any:
     """What `taken_apart` took apart."""
-    others, places, structure = rest
+    leaves, structure = rest
     given = iter(tensors)
-    leaves = [next(given) if place else o for o, place in zip(others, places, strict=True)]
+    leaves = [next(given) if leaf is _HERE else leaf for leaf in leaves]
     return pytree.tree_unflatten(leaves, structure)

@@ -1,19 +1,17 @@
 """How the full training is set up, and what it will take, from what a smoke test measures.
 
 A notebook's time is grouped by what its stages begin with ("open the data"), so that the forecast
-of 02 and the account of 03 speak of the same parts: see `PARTS`.
+of 02 and the account of 03 speak of the same `PARTS`.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,30 +34,20 @@ PARTS = {
     "pictures": "loading the rivals, drawing",
     "evaluation": "held-out views of the model and its rivals",
 }
+_FIRST_WORDS = {
+    "data": ("open", "check", "render"),
+    "pictures": ("load", "draw"),
+    "compile": ("import",),
+    "evaluation": ("evaluate",),
+}
 _AFRESH = 2.0
 """A new process takes so many times as long to load compiled code as one that has done so before:
 2.1 on two CPU cores, 2.05 on an H200."""
-_WORDS = {
-    **dict.fromkeys(("open", "check", "render"), "data"),
-    **dict.fromkeys(("load", "draw"), "pictures"),
-    "import": "compile",
-    "evaluate": "evaluation",
-}
-
-
-class Stage(Protocol):
-    """A timed part of a notebook, as `fresnel.report.record` notes it."""
-
-    name: str
-    duration_s: float
 
 
 def pick_precision(precision: str, device: str) -> str:
-    """Resolve "auto" to "bf16" on a GPU that has it and on a CPU with matrix units (AMX), else
-    "fp32".
-
-    With AMX bf16 trains 1.13 to 1.25 times as fast.  With AVX512-BF16 alone it trains no faster:
-    the backward pass of narrow convolutions loses what the forward pass gains.
+    """Resolve "auto" to "bf16" on a GPU that has it and on a CPU with matrix units (AMX, where it
+    trains 1.13 to 1.25 times as fast; with AVX512-BF16 alone it gains nothing), else "fp32".
 
     Raises:
         ValueError: if the name is unknown.
@@ -69,8 +57,9 @@ def pick_precision(precision: str, device: str) -> str:
     if precision != "auto":
         return precision
     gpu = device == "cuda"
-    units = torch.cuda.is_bf16_supported() if gpu else machine.has_matrix_units()
-    return "bf16" if units else "fp32"
+    return (
+        "bf16" if (torch.cuda.is_bf16_supported if gpu else machine.has_matrix_units)() else "fp32"
+    )
 
 
 def full_config(steps: int, *, previews: int = 0, **settings: Any) -> TrainConfig:
@@ -106,7 +95,7 @@ def start_s() -> float:
     """Seconds since this kernel was started; of one in which a person has idled, its busy time."""
     import psutil
 
-    process = psutil.Process(os.getpid())
+    process = psutil.Process()
     busy = sum(process.cpu_times()[:2])
     age = time.time() - process.create_time()
     return age if age < 3 * busy + 5 else busy
@@ -118,13 +107,13 @@ def start_compiler() -> None:
     import torch._inductor.compile_fx  # noqa: F401
 
 
-def by_part(stages: Iterable[Stage]) -> dict[str, float]:
-    """Seconds of the stages whose first word says which of `PARTS` they belong to."""
-    parts: dict[str, float] = {}
+def by_part(stages: Iterable[Any]) -> dict[str, float]:
+    """Seconds by part of the stages (`fresnel.report.record`) whose first word says which."""
+    taken = {part: 0.0 for part in _FIRST_WORDS}
     for stage in stages:
-        if part := _WORDS.get(stage.name.split()[0]):
-            parts[part] = parts.get(part, 0.0) + stage.duration_s
-    return parts
+        for part, words in _FIRST_WORDS.items():
+            taken[part] += stage.duration_s * (stage.name.split()[0] in words)
+    return taken
 
 
 def pace(
@@ -144,12 +133,12 @@ def pace(
     counts = np.diff(steps, prepend=0)
     each = np.array([samples / row["samples_per_s"] for row in history])
     late = steps > steps[-1] / 2
-    typical = each.copy()
-    for half in (~late, late):
-        if half.any():
-            typical[half] = each[half].min() if recorded else np.median(each[half])
-    usual = float((typical * counts).sum())
-    return usual / int(steps[-1]), max(0.0, float((each * counts).sum()) - usual)
+    usual = sum(
+        (each[half].min() if recorded else np.median(each[half])) * counts[half].sum()
+        for half in (~late, late)
+        if half.any()
+    )
+    return float(usual / steps[-1]), max(0.0, float((each * counts).sum() - usual))
 
 
 def around_steps(result: TrainResult, fit_s: float) -> float:
@@ -175,16 +164,15 @@ def rehearse(
     truth: ViewTensors,
     contenders: Mapping[str, evaluate.Predictor],
 ) -> dict[str, float]:
-    """Seconds of single acts of the full run with this `config`, each done once or twice:
-    "compile", "validation", "preview", "checkpoint"; "evaluate_first", the contenders on the first
-    record of `truth`, with what they load for it; "evaluate_record", on every further record.
+    """Seconds of single acts of the full run with this `config`: "compile", "validation",
+    "preview", "checkpoint"; "evaluate_first", the contenders on the first record of `truth` with
+    what they load for it, and "evaluate_record", on every further one.
 
     Args:
         task: a fresh one, as the smoke run's may already be compiled.
         result: of the smoke run, whose `compile_s` may be for an empty cache.
     """
     stepper, model, acts = Stepper(task, config), result.ema_model, dict[str, float]()
-    gpu = stepper.device.type == "cuda"
     # compiled code is cached by how exact it must be
     with kernels(config.deterministic, stepper.device):
         if config.compile:
@@ -198,7 +186,7 @@ def rehearse(
     tensors = checkpoints.pack(result.model, model, stepper.optimizer)
     tensors |= {f"moment of {name}": tensor.clone() for name, tensor in tensors.items()}
     with tempfile.TemporaryDirectory(dir=result.run_dir) as folder:
-        if gpu:  # written in the background
+        if stepper.device.type == "cuda":  # written in the background
             acts["checkpoint"] = timed(lambda: {name: t.cpu() for name, t in tensors.items()})
         else:
             acts["checkpoint"] = timed(lambda: checkpoints.save(Path(folder), tensors, {}, ()), 2)
@@ -208,16 +196,15 @@ def rehearse(
         for predict in contenders.values():
             evaluate.evaluate(predict, records, perceptual=perceptual, progress=False)
 
-    few = truth[list(range(min(3, len(truth))))]
-    acts["evaluate_first"] = timed(lambda: judge(truth[[0]]))
-    acts["evaluate_record"] = timed(lambda: judge(few)) / len(few)
+    acts["evaluate_first"] = timed(lambda: judge(truth[:1]))
+    acts["evaluate_record"] = timed(lambda: judge(truth[:3])) / min(3, len(truth))
     return acts
 
 
 def full_run(
     acts: Mapping[str, float],
     result: TrainResult,
-    stages: Sequence[Stage],
+    stages: Iterable[Any],
     config: TrainConfig,
     *,
     batch_size: int,
@@ -244,40 +231,29 @@ def full_run(
     stops = len({config.steps, *range(0, config.steps, config.validate_every)})
     kept = config.steps // config.keep_every if config.keep_every else 0
     shown = 1 + config.steps // config.preview_every if config.preview_every else 0
-    rows = config.steps // config.log_every
-    opened = by_part(stages)
-    parts = {
-        "start": start_s,
-        **opened,
-        "compile": opened.get("compile", 0.0) + min(result.compile_s, _AFRESH * acts["compile"]),
-        "steps": config.steps * step_s + warm_up_s,
-        "pauses": max(0.0, around_s - stop_s)
-        + stops * stop_s
-        + rows * result.paused_s / max(1, len(result.history) - 1)
-        + kept * acts["checkpoint"]
-        + shown * acts["preview"],
-        # four of the objects are drawn too, by the model and by the decoder
-        "pictures": opened.get("pictures", 0.0) + min(4, records) * acts["evaluate_record"],
-        "evaluation": opened.get("evaluation", 0.0)
-        + acts["evaluate_first"]
-        + (records - 1) * acts["evaluate_record"],
-    }
+    parts = by_part(stages)
+    parts["start"] = start_s
+    parts["compile"] += min(result.compile_s, _AFRESH * acts["compile"])
+    parts["steps"] = config.steps * step_s + warm_up_s
+    parts["pauses"] = max(0.0, around_s - stop_s) + stops * stop_s
+    parts["pauses"] += kept * acts["checkpoint"] + shown * acts["preview"]
+    row_s = result.paused_s / max(1, len(result.history) - 1)
+    parts["pauses"] += config.steps // config.log_every * row_s
+    # four of the objects are drawn too, by the model and by the decoder
+    parts["pictures"] += min(4, records) * acts["evaluate_record"]
+    parts["evaluation"] += acts["evaluate_first"] + (records - 1) * acts["evaluate_record"]
     found = _account(parts, batch_size / step_s, result, price_per_hour_usd)
     return {"steps": config.steps, "samples": config.steps * batch_size, **found}
 
 
 def spent(
-    stages: Sequence[Stage], result: TrainResult, *, start_s: float, price_per_hour_usd: float
+    stages: Sequence[Any], result: TrainResult, *, start_s: float, price_per_hour_usd: float
 ) -> dict[str, Any]:
     """The same figures as `full_run`'s, of a run whose figures are drawn."""
     train_s = next(stage.duration_s for stage in stages if stage.name == "train")
-    parts = {
-        "start": start_s,
-        **by_part(stages),
-        "compile": result.compile_s,
-        "steps": result.duration_s,
-        "pauses": train_s - result.compile_s - result.duration_s,
-    }
+    pauses = train_s - result.compile_s - result.duration_s
+    parts = {"start": start_s, "steps": result.duration_s, "pauses": pauses}
+    parts = {**by_part(stages), "compile": result.compile_s, **parts}
     return _account(parts, result.samples_per_s, result, price_per_hour_usd)
 
 
@@ -290,7 +266,7 @@ def _account(
         "duration_s": duration_s,
         "cost_usd": duration_s / 3600 * price_per_hour,
         "peak_memory_bytes": result.peak_memory_bytes,
-        "parts": {name: parts.get(name, 0.0) for name in PARTS},
+        "parts": {name: parts[name] for name in PARTS},
     }
 
 
@@ -333,17 +309,15 @@ def table(
     plan: Mapping[str, Any] | None, actual: Mapping[str, Any] | None = None
 ) -> list[dict[str, str]]:
     """Rows of forecast and actual, by part and in all."""
-    columns = {name: found for name, found in (("forecast", plan), ("actual", actual)) if found}
-    rows: dict[str, Callable[[Any], Any]] = {
-        f"{text}, s": functools.partial(lambda name, run: run["parts"][name], name)
-        for name, text in PARTS.items()
-    }
-    rows |= {
-        "**in all, s**": lambda run: run["duration_s"],
-        "samples/s in the steps": lambda run: run["samples_per_s"],
-        "peak memory of the training, MB": lambda run: run["peak_memory_bytes"] / 1e6,
-    }
-    return [
-        {"": text} | {title: f"{of(run):,.1f}" for title, run in columns.items()}
-        for text, of in rows.items()
-    ]
+
+    def figures(run: Mapping[str, Any]) -> dict[str, float]:
+        return {
+            **{f"{text}, s": run["parts"][name] for name, text in PARTS.items()},
+            "**in all, s**": run["duration_s"],
+            "samples/s in the steps": run["samples_per_s"],
+            "peak memory of the training, MB": run["peak_memory_bytes"] / 1e6,
+        }
+
+    runs = {title: figures(run) for title, run in (("forecast", plan), ("actual", actual)) if run}
+    names = next(iter(runs.values()))
+    return [{"": n} | {title: f"{run[n]:,.1f}" for title, run in runs.items()} for n in names]

@@ -36,13 +36,12 @@ from fresnel.training.task import NonFiniteLoss, ResumeRefused, Task, TrainConfi
 class TrainResult:
     """What came out of `fit`.
 
-    `history`: one row per log interval ("step", the loss terms' means, "grad_norm", "lr",
-    "samples_per_s"); `validations`: "step" and
-    the task's figures. `samples_per_s` and `duration_s` are of this call's training steps alone
-    (`samples_per_s` of the last row, where a finished run had none left to do); `compile_s` came
-    before them, `paused_s` (validation, previews, checkpoints) in between. `peak_memory_bytes` is
-    of the CUDA allocator, or of the process on a CPU. `gate_overridden`: trained on refused data,
-    on purpose. `previews`: pictures made on the way, by step; `snapshots`: checkpoints kept.
+    `history`: one row per log interval ("step", means of the loss terms, "grad_norm", "lr",
+    "samples_per_s"); `validations`: "step" and the task's figures. `samples_per_s` and `duration_s`
+    are of this call's training steps alone (the last row's rate, where none was left to do);
+    `compile_s` came before them, `paused_s` (validation, previews, checkpoints) in between.
+    `peak_memory_bytes`: of the CUDA allocator, or of the process on a CPU. `gate_overridden`:
+    trained on refused data, on purpose. `previews`, `snapshots`: pictures and checkpoints by step.
     """
 
     model: Any
@@ -104,8 +103,9 @@ def fit(
         run.resume() if resume else run.clear()
         resumed_at = run.step if run.resumed else None
         stack.enter_context(kernels(config.deterministic, run.device))
-        cuda = [run.device] if run.device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(
+            torch.random.fork_rng([run.device] if run.device.type == "cuda" else [])
+        )
         interrupted = stack.enter_context(interrupt_flag())
         stack.enter_context(run.writer)
         bar = stack.enter_context(
@@ -113,8 +113,8 @@ def fit(
         )
         run.start_log()
         if config.compile and run.step < end:
-            run.compile_s = run.stepper.compile()
-            run.log("compile", seconds=run.compile_s)
+            run.seconds["compile"] = run.stepper.compile()
+            run.log("compile", seconds=run.seconds["compile"])
         while True:
             done, last = run.step >= end, run.step == config.steps
             if run.step != resumed_at:  # else all of this was done before the checkpoint
@@ -146,12 +146,11 @@ class _Run:
     """The state of one `fit` and the pieces of its loop."""
 
     def __init__(self, task: Task, config: TrainConfig, folder: Path, overridden: bool) -> None:
-        self.task, self.config, self.folder = task, config, folder
+        self.task, self.config, self.folder, self.overridden = task, config, folder, overridden
         self.stepper = Stepper(task, config)
-        self.model, self.ema = self.stepper.model, self.stepper.ema
         self.device = self.stepper.device
+        self.state = (self.stepper.model, self.stepper.ema, self.stepper.optimizer)
         self.writer = checkpoints.Writer(background=self.device.type == "cuda")
-        self.overridden = overridden
         about = {
             "train": asdict(config),
             "task": {"batch_size": task.batch_size, **task.config},
@@ -163,13 +162,11 @@ class _Run:
         self.step, self.resumed = 0, False
         self.best_loss, self.best_step = math.inf, -1
         self.rows: list[dict[str, Any]] = []
-        self.trained_samples, self.trained_s = 0, 0.0
-        self.interval_s, self.compile_s, self.paused_s = 0.0, 0.0, 0.0
-        self.clock_began: float | None = None
-        self.paused_at: float | None = None
+        self.samples, self.logged_s = 0, 0.0  # trained and logged by this call
+        # what came before the first step and what comes after the last one are no pauses
+        self.seconds = {"compile": 0.0, "start": 0.0, "steps": 0.0, "pauses": 0.0}
+        self.doing, self.since = "start", time.perf_counter()
         machine.reset_peak_memory(self.device)
-
-    # --- start --------------------------------------------------------------------------------
 
     def clear(self) -> None:
         """Remove what an earlier run left here."""
@@ -182,13 +179,12 @@ class _Run:
         if found is None:
             return
         tensors, metadata = found
-        different = _differing(metadata["identity"], self.identity)
-        if different:
+        if different := _differing(metadata["identity"], self.identity):
             raise ResumeRefused(
                 f"{self.folder} holds a run with another configuration; differing: "
                 f"{'; '.join(different)}. Use another run_dir, or resume=False to start over"
             )
-        checkpoints.unpack(tensors, self.model, self.ema, self.stepper.optimizer)
+        checkpoints.unpack(tensors, *self.state)
         self.step, self.resumed = metadata["step"], True
         self.best_loss = math.inf if metadata["best_loss"] is None else metadata["best_loss"]
         self.best_step = metadata["best_step"]
@@ -199,19 +195,13 @@ class _Run:
         if self.resumed and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # a kill may cut the last line
-                    row = json.loads(line)
-                    if row["step"] <= self.step:
-                        self.rows.append(row)
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+                    self.rows.append(json.loads(line))
+            self.rows = [row for row in self.rows if row["step"] <= self.step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.log("start", resumed=self.resumed, **self.identity)
 
-    # --- one step -----------------------------------------------------------------------------
-
     def train_step(self) -> None:
-        if self.clock_began is None:
-            self.clock_began = time.perf_counter()
-            if self.paused_at is not None:
-                self.paused_s += self.clock_began - self.paused_at
+        self.clock("steps")
         self.stepper.train(self.step)
         if self.stepper.stopped():
             self.check_finite()
@@ -239,44 +229,40 @@ class _Run:
             path,
         )
 
-    # --- between steps ------------------------------------------------------------------------
-
     def status(self, bar: Any) -> None:
         if not self.stepper.count:
             return
         self.check_finite()
         samples = self.stepper.count * self.task.batch_size * self.config.accumulate
-        row = self.stepper.take_terms()
-        self.pause_clock()
-        seconds, self.interval_s = self.interval_s, 0.0
-        self.trained_s += seconds
-        self.trained_samples += samples
-        lr = self.stepper.lr(self.step - 1)
-        self.log("train", **row, lr=lr, samples_per_s=samples / seconds)
-        bar.set_postfix(loss=f"{row['loss']:.4g}", samples_s=f"{samples / seconds:.1f}")
+        row, before = self.stepper.take_terms(), self.logged_s
+        self.clock("pauses")
+        self.logged_s, self.samples = self.seconds["steps"], self.samples + samples
+        rate = samples / (self.logged_s - before)
+        self.log("train", **row, lr=self.stepper.lr(self.step - 1), samples_per_s=rate)
+        bar.set_postfix(loss=f"{row['loss']:.4g}", samples_s=f"{rate:.1f}")
 
     def validate(self) -> bool:
         """Log the task's validation; True if it is the best so far."""
-        self.pause_clock()
+        self.clock("pauses")
         with torch.no_grad(), self.stepper.autocast():
-            values = self.task.validation(self.ema.eval())
+            values = self.task.validation(self.stepper.ema)
         self.log("validation", **values)
-        if not values["loss"] < self.best_loss:
-            return False
-        self.best_loss, self.best_step = values["loss"], self.step
-        return True
+        best = values["loss"] < self.best_loss
+        if best:
+            self.best_loss, self.best_step = values["loss"], self.step
+        return best
 
     def preview(self) -> None:
-        self.pause_clock()
+        self.clock("pauses")
         generator = torch.Generator(self.device).manual_seed(step_seed(self.config.seed, -1))
         with torch.no_grad(), self.stepper.autocast():
-            picture = self.task.preview(self.ema.eval(), generator)
+            picture = self.task.preview(self.stepper.ema, generator)
         file = BytesIO()
         Image.fromarray(picture).save(file, format="PNG")
         write_atomic(self.folder / "previews" / f"step_{self.step:06d}.png", file.getvalue())
 
     def snapshot(self) -> None:
-        self.pause_clock()
+        self.clock("pauses")
         self.check_finite()
         metadata = {
             "step": self.step,
@@ -288,44 +274,44 @@ class _Run:
         names = ["best"] if self.best_step == self.step else []
         if _due(self.step, self.config.keep_every) and self.step:
             names.append(f"step_{self.step:06d}")
-        tensors = checkpoints.pack(self.model, self.ema, self.stepper.optimizer)
+        tensors = checkpoints.pack(*self.state)
         self.writer.save(self.folder / "checkpoints", tensors, metadata, names)
 
-    def pause_clock(self) -> None:
-        """Leave the time until the next step out of the training rate."""
-        if self.clock_began is not None:
-            self.stepper.synchronize()
-            self.paused_at = time.perf_counter()
-            self.interval_s += self.paused_at - self.clock_began
-            self.clock_began = None
+    def clock(self, doing: str) -> None:
+        """Count the time since the last change; from now on the run is `doing` this."""
+        if doing == self.doing or (self.doing, doing) == ("start", "pauses"):
+            return
+        self.stepper.synchronize()
+        now = time.perf_counter()
+        self.seconds[self.doing] += now - self.since
+        self.doing, self.since = doing, now
 
     def log(self, event: str, **values: Any) -> None:
-        row = {"event": event, "step": self.step, **values}
-        if self.overridden:
-            row["gate_overridden"] = True
-        self.rows.append(row)
+        stamp = {"gate_overridden": True} if self.overridden else {}
+        self.rows.append({"event": event, "step": self.step, **values, **stamp})
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(self.rows[-1]) + "\n")
 
     def result(self) -> TrainResult:
-        def of(event: str) -> list[dict[str, Any]]:
-            return [row for row in self.rows if row["event"] == event]
+        events: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
+        for row in self.rows:
+            events.setdefault(row["event"], []).append(row)
 
         def by_step(pattern: str) -> dict[int, Path]:
             return {int(path.stem[5:]): path for path in sorted(self.folder.glob(pattern))}
 
-        history = of("train")
+        history, steps_s = events["train"], self.seconds["steps"]
         rate = history[-1]["samples_per_s"] if history else 0.0
         return TrainResult(
-            model=self.model,
-            ema_model=self.ema,
+            model=self.stepper.model,
+            ema_model=self.stepper.ema,
             history=history,
-            validations=of("validation"),
+            validations=events["validation"],
             steps=self.step,
-            samples_per_s=self.trained_samples / self.trained_s if self.trained_s else rate,
-            duration_s=self.trained_s,
-            compile_s=self.compile_s,
-            paused_s=self.paused_s,
+            samples_per_s=self.samples / steps_s if steps_s else rate,
+            duration_s=steps_s,
+            compile_s=self.seconds["compile"],
+            paused_s=self.seconds["pauses"],
             peak_memory_bytes=machine.peak_memory(self.device),
             gate_overridden=self.overridden,
             best_step=self.best_step,
@@ -339,22 +325,21 @@ class _Run:
 @contextlib.contextmanager
 def interrupt_flag() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into a flag that the loop reads between steps; a second one acts."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag  # handlers can only be set in the main thread
-        return
-    before = signal.getsignal(signal.SIGINT)
+    flag, before = threading.Event(), signal.getsignal(signal.SIGINT)
 
     def handler(number: int, frame: Any) -> None:
         if flag.is_set():
             raise KeyboardInterrupt
         flag.set()
 
-    signal.signal(signal.SIGINT, handler)
+    main = threading.current_thread() is threading.main_thread()  # handlers can be set there alone
+    if main:
+        signal.signal(signal.SIGINT, handler)
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, before)
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _differing(theirs: Any, ours: Any, path: str = "") -> list[str]:

@@ -8,7 +8,6 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,7 @@ class Stepper:
     GPU nothing in a step waits for the device.
 
     Attributes:
-        sums: of the loss terms and the gradient's norm since `take_terms`, float64, in the order of
-            `names`; count: over how many steps.
+        sums: of the loss terms and the gradient's norm (`names`) in the last `count` steps.
         recorder: records whole steps as CUDA graphs; None where that is not possible.
         first_bad: the first micro-batch (step * accumulate + index) whose loss or gradient was not
             finite, on the device; -1: none.
@@ -108,10 +106,8 @@ class Stepper:
             OutOfMemory: says what to lower.
         """
         (group,) = self.optimizer.param_groups
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(self.lr(step))
-        else:
-            group["lr"] = self.lr(step)
+        lr = self.lr(step)
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
         with explained_memory_errors(self.task, self.device, step):
             if self.recorder:
                 phase = self.task.phase(step / self.config.steps)
@@ -193,9 +189,8 @@ class Stepper:
 
     @torch.no_grad()
     def update_ema(self, updates: int) -> None:
-        """Average with a power-function profile, whose window is a fixed share of the run so far:
-        the initial weights are forgotten from the first step on (EDM2, arXiv 2312.02696, eq. 121).
-        """
+        """Average with a power-function profile, whose window is a fixed share of the run so far
+        (EDM2, arXiv 2312.02696, eq. 121): the first step forgets the initial weights."""
         beta = (1 - 1 / updates) ** (ema_exponent(self.config.ema_std) + 1)
         ours: list[Tensor] = list(self.ema.parameters())
         torch._foreach_lerp_(ours, list[Tensor](self.model.parameters()), 1 - beta)
@@ -203,8 +198,8 @@ class Stepper:
             mine.copy_(its)
 
     def autocast(self) -> torch.autocast:
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        bf16 = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -214,8 +209,7 @@ class Stepper:
 def step_seed(seed: int, step: int, micro: int = 0) -> int:
     """A 63-bit seed that depends on these numbers and on nothing else."""
     text = f"{seed}/{step}/{micro}" if micro else f"{seed}/{step}"
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) >> 1
 
 
 def ema_exponent(std: float) -> float:
@@ -251,17 +245,14 @@ def keep_compiled_code() -> None:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "fresnel" / "inductor")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(machine.cache_dir() / "inductor")
 
 
 @contextlib.contextmanager
 def kernels(deterministic: bool | None, device: torch.device) -> Iterator[None]:
-    """Choose kernels while inside: the same bits twice (None: on a CPU only), or the fastest.
-
-    Deterministic kernels warn where there is none. Otherwise cuDNN tries its algorithms on every
-    new shape and keeps the fastest. TF32 stays as it is: geometry needs float32.
-    """
+    """Choose kernels while inside: the same bits twice (None: on a CPU only; warns where there is
+    no such kernel), or the fastest of those that cuDNN tries. TF32 stays off: geometry needs
+    float32."""
     memory: Any = torch.utils.deterministic
     cudnn = torch.backends.cudnn
     wanted = device.type == "cpu" if deterministic is None else deterministic

@@ -19,25 +19,21 @@ from fresnel.data.records import ViewTensors
 class Task(Protocol):
     """What is trained and on what; model and data live on one device.
 
-    `data` says what it trains on: its content hash is compared with the gate's receipt. `config`
-    is all that makes the task what it is; a resumed run must have the same. `hot` holds by name the
-    functions of tensors that every step calls through it, so that compiled or recorded ones can
-    take their place ("network" calls the model).
+    The content hash of `data` is compared with the gate's receipt. A resumed run must have the same
+    `config`. `hot` holds by name the functions of tensors that every step calls through it, so that
+    compiled or recorded ones can take their place ("network" calls the model).
     """
 
     model: Any
     data: ViewTensors
     batch_size: int
+    config: dict[str, Any]
     hot: dict[str, Callable[..., Any]]
 
-    @property
-    def config(self) -> dict[str, Any]: ...
-
     def phase(self, progress: float) -> Hashable:
-        """What kind of step that is. Steps of one kind do the same work on other random numbers
-        and wait for nothing, so that a GPU can be given them as one CUDA graph. None: not such a
-        step; then, on a GPU, the functions in `hot` become graphs."""
-        ...
+        """What kind of step that is: those of one kind do the same work on other random numbers and
+        wait for nothing, so that they make one CUDA graph. None: not such a step; then, on a GPU,
+        the functions in `hot` become graphs."""
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]: ...
 
@@ -45,15 +41,12 @@ class Task(Protocol):
         self, batch: Any, *, progress: float, generator: torch.Generator, ema: Any
     ) -> dict[str, Tensor]:
         """Named scalar terms; "loss" is the one to minimise. `progress` runs from 0 to 1."""
-        ...
 
     def validation(self, model: Any) -> dict[str, float]:
         """Figures on validation objects; "loss" decides which checkpoint is the best."""
-        ...
 
     def preview(self, model: Any, generator: torch.Generator) -> np.ndarray:
         """A picture to look at, uint8 (H, W, 3)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -82,21 +75,23 @@ class TrainConfig:
     preview_every: int = 0  # steps between pictures, and at the end
 
     def __post_init__(self) -> None:
-        lowest = dict.fromkeys(("steps", "log_every", "accumulate"), 1) | dict.fromkeys(
-            ("validate_every", "snapshot_every", "keep_every", "preview_every"), 0
-        )
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want at least {low}")
-        for name in ("lr", "grad_clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}: got {getattr(self, name)}, want a finite value > 0")
-        if not 0 < self.ema_std < 0.28:  # beyond, no positive exponent has this width
-            raise ValueError(f"ema_std: got {self.ema_std}, want a value in (0, 0.28)")
-        if not 0 <= self.cooldown_share <= 1:
-            raise ValueError(f"cooldown_share: got {self.cooldown_share}, want one in [0, 1]")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision: got {self.precision!r}, want 'fp32' or 'bf16'")
+        wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
+            **dict.fromkeys(("steps", "log_every", "accumulate"), (lambda n: n >= 1, "at least 1")),
+            **dict.fromkeys(
+                ("validate_every", "snapshot_every", "keep_every", "preview_every"),
+                (lambda n: n >= 0, "at least 0"),
+            ),
+            **dict.fromkeys(
+                ("lr", "grad_clip"), (lambda x: 0 < x < math.inf, "a finite value > 0")
+            ),
+            # beyond, no positive exponent has this width
+            "ema_std": (lambda x: 0 < x < 0.28, "a value in (0, 0.28)"),
+            "cooldown_share": (lambda x: 0 <= x <= 1, "one in [0, 1]"),
+            "precision": (lambda name: name in ("fp32", "bf16"), "'fp32' or 'bf16'"),
+        }
+        for name, (fits, want) in wanted.items():
+            if not fits(value := getattr(self, name)):
+                raise ValueError(f"{name}: got {value!r}, want {want}")
 
 
 class OutOfMemory(RuntimeError):

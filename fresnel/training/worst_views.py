@@ -25,11 +25,10 @@ def kept_pairs(
 ) -> Tensor:
     """The (record, view) pairs to train on, (P, 2), without the share `drop` of the worst views.
 
-    A view is the worse the further its covered area, the light of what is covered and its detail
-    are from those of its input (`view_fault`).  Views that the gate did not look at stay.
+    A view is the worse the further the area that it covers, the light of that and its detail are
+    from its input's: sum of |ln ratio|, each at most 3.  Views that the gate did not look at stay.
 
     Args:
-        names: the records'.
         measurements: `Verdict.measurements` of the same data.
 
     Raises:
@@ -41,14 +40,9 @@ def kept_pairs(
     faults = torch.zeros(len(names), views, dtype=torch.float64)
     for seen in measurements:
         if seen["object"] in row:
-            faults[row[seen["object"]], seen["view"]] = view_fault(seen)
+            ratios = (seen[f"{what}_ratio"] for what in ("coverage", "luminance", "detail"))
+            logs = [abs(math.log(r)) if 0 < r < math.inf else 3.0 for r in ratios]
+            faults[row[seen["object"]], seen["view"]] = sum(min(log, 3.0) for log in logs)
     order = faults.flatten().argsort(stable=True)
     kept = order[: order.numel() - math.floor(drop * order.numel())].sort().values
     return torch.stack([kept // views, kept % views], dim=1)
-
-
-def view_fault(seen: Mapping[str, Any]) -> float:
-    """How far a view is from its input: sum of |ln ratio| of area, light and detail, each <= 3."""
-    ratios = [seen.get(f"{name}_ratio") for name in ("coverage", "luminance", "detail")]
-    logs = [abs(math.log(r)) if r is not None and r > 0 else 3.0 for r in ratios]
-    return sum(min(value, 3.0) if math.isfinite(value) else 3.0 for value in logs)
