@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, max_pool2d
+from torch.nn.functional import avg_pool2d
 
 from fresnel.data import images
 from fresnel.data.images import DatasetError, InputImages
@@ -24,14 +24,13 @@ from fresnel.host.files import write_atomic
 from fresnel.models import cvs, decoder
 from fresnel.models.weights import read_header
 from fresnel.render import Views
-from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
+from fresnel.scene.cameras import Cameras, standard_orbit
 from fresnel.show import pictures, style
 
 MOST_VIEWS = 3600
 FOREGROUND_EXTENT = 0.6
 """Share of the frame that the longer side of an object takes in the pictures of the training."""
 _MATTE_SIZE = 512  # pixels: a matte is as good as what networks see needs, and costs a blink
-_ORIGIN = (0.0, 0.0, 0.0)
 _ASSUMED = {
     "alpha": "the picture's alpha channel says what the object is",
     "plain": "the picture's border is of one colour, which is taken for the background; what is "
@@ -86,14 +85,9 @@ def read_photo(path: str | Path, *, elevation_deg: float = 15.0, size: int = 128
         side = math.ceil(max(bottom - top, right - left) / FOREGROUND_EXTENT)
         middle = (left + right) / 2, (top + bottom) / 2
     rgba = images.resize(images.squared(rgba, side, middle)[0], size)
-    camera = orbit(
-        torch.zeros(1), elevation_deg, STANDARD_RADIUS,
-        pivot=_ORIGIN, focal_px=STANDARD_FOCAL * size, width=size, height=size,
-    )  # fmt: skip
-    inputs = InputImages(
-        (Path(path).stem,), rgba[None, ..., :3], rgba[None, ..., 3], camera,
-        elevation_is_assumed=True,
-    )  # fmt: skip
+    camera = standard_orbit(torch.zeros(1), elevation_deg, size)
+    names, rgb, alpha = (Path(path).stem,), rgba[None, ..., :3], rgba[None, ..., 3]
+    inputs = InputImages(names, rgb, alpha, camera, elevation_is_assumed=True)
     stood = f"the camera stood {elevation_deg:g} degrees above the horizon (--elevation)"
     return Photo(inputs, background, (_ASSUMED[background], stood))
 
@@ -123,56 +117,44 @@ def cut_out(rgb: Tensor) -> tuple[Tensor, Tensor] | None:
     Returns:
         rgb uint8 (H, W, 3) over black, alpha uint8 (H, W).
     """
-    from skimage.measure import label
+    from scipy import ndimage
+    from skimage.segmentation import flood
 
     picture = rgb.numpy().astype(np.float32)
     edges = (picture[0], picture[-1], picture[:, 0], picture[:, -1])
     colour = np.median(np.concatenate(edges), axis=0)
     off = [np.abs(edge - colour).max(axis=-1) for edge in edges]
     # One of the four sides may be crossed by the object, which stands on something.
-    plain = sum(float(np.mean(side > 12) < 0.25) for side in off) >= 3
-    if not plain:
+    if sum(float(np.mean(side > 12) < 0.25) for side in off) < 3:
         return None
     still = np.concatenate([side[side <= 12] for side in off])
     noise = max(4.0, 2 * float(np.quantile(still, 0.98)))
-    distance = np.abs(picture - colour).max(axis=-1)
-    labels = label(distance < 2 * noise, background=0, connectivity=1)
-    border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-    behind = np.isin(labels, border[border > 0])
+    alike = np.abs(picture - colour).max(axis=-1) < 2 * noise
+    behind = flood(np.pad(alike, 1, constant_values=True), (0, 0), connectivity=1)[1:-1, 1:-1]
     if behind.mean() > 0.999:
         return None
     seam_px = max(2, max(behind.shape) // 150)
-    outside = torch.from_numpy(behind[None, None].astype(np.float32))
-    inner = 1 - _dilated(outside, seam_px)
-    chw = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    side = 4 * seam_px + 1
-    weight = avg_pool2d(inner, side, 1, side // 2)
-    near = avg_pool2d(chw * inner, side, 1, side // 2) / weight.clamp_min(1e-6)
-    back = torch.from_numpy(colour)[None, :, None, None]
-    towards = near - back
-    share = ((chw - back) * towards).sum(1, keepdim=True)
-    share = (share / towards.square().sum(1, keepdim=True).clamp_min(1.0)).clamp(0, 1)
-    share = torch.where(weight > 0, share, 1.0)  # parts thinner than two seams stay as they are
-    seam = _dilated(outside, seam_px) - outside
-    alpha = torch.where(seam > 0, share, 1 - outside)
-    unmixed = torch.where((seam > 0) & (weight > 0), alpha * near, alpha * chw)[0]
+    grown = ndimage.maximum_filter(behind, 2 * seam_px + 1, mode="constant")
+    inner = ~grown[..., None]
+    window = {"size": (4 * seam_px + 1, 4 * seam_px + 1, 1), "mode": "constant"}
+    weight = ndimage.uniform_filter(inner.astype(np.float32), **window)
+    near = ndimage.uniform_filter(picture * inner, **window) / np.maximum(weight, 1e-6)
+    towards = near - colour
+    share = ((picture - colour) * towards).sum(-1) / np.maximum((towards**2).sum(-1), 1.0)
+    # parts thinner than two seams stay as they are
+    mixed = grown & ~behind & (weight[..., 0] > 1e-6)
+    alpha = np.where(mixed, share.clip(0, 1), ~behind)
+    unmixed = np.where(mixed[..., None], near, picture) * alpha[..., None]
     return (
-        unmixed.permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8),
-        (alpha[0, 0] * 255).round().to(torch.uint8),
+        torch.from_numpy(unmixed.round().clip(0, 255).astype(np.uint8)),
+        torch.from_numpy((alpha * 255).round().astype(np.uint8)),
     )
-
-
-def _dilated(mask: Tensor, radius: int) -> Tensor:
-    return max_pool2d(mask, 2 * radius + 1, stride=1, padding=radius)
 
 
 def view_cameras(elevation_deg: float, size: int, count: int = 8) -> Cameras:
     """Cameras (1, count) about the object, evenly spread from azimuth 0, the input's, onwards."""
     azimuth = torch.arange(count) * (360.0 / count)
-    return orbit(
-        azimuth[None], elevation_deg, STANDARD_RADIUS,
-        pivot=_ORIGIN, focal_px=STANDARD_FOCAL * size, width=size, height=size,
-    )  # fmt: skip
+    return standard_orbit(azimuth[None], elevation_deg, size)
 
 
 def write_views(
@@ -241,11 +223,18 @@ def write_views(
     azimuths = [360.0 * i / count for i in range(count)]
     form = "03.0f" if count <= 360 else "05.1f"
     files = {f"{a:g}": f"azimuth_{a:{form}}.png" for a in azimuths}
-    for picture, file in zip(_straight(made), files.values(), strict=True):
+    rgba = torch.cat([made.rgb, made.alpha], dim=-1)[0].clamp(0, 1).cpu().numpy()
+    for picture, file in zip((rgba * 255 + 0.5).astype(np.uint8), files.values(), strict=True):
         _save(folder / file, picture)
     given = torch.cat([inputs.rgb, inputs.alpha[..., None]], dim=-1)[0].cpu().numpy()
-    _save(folder / "input.png", _unpremultiplied(given))
-    _sheet(folder / "contact_sheet.png", photo, steps, {"made": made, "own": own}, azimuths)
+    _save(folder / "input.png", given)
+    calls = "one network call a view" if steps == 1 else f"{steps} network calls a view"
+    sheet = pictures.contact_sheet(
+        [[given[..., :3], *style.to_uint8(views.rgb[0])] for views in (made, own)],
+        columns=["input", *style.azimuth_labels(azimuths)],
+        labels=[f"CVS, {calls}", "the decoder's Gaussians, rendered"],
+    )
+    Image.fromarray(sheet).save(folder / "contact_sheet.png", optimize=True)
     gaussians = decoder.prune(splats.world(inputs))[0].to("cpu").detach()
     for file in (ply, spz):
         if file is not None:
@@ -287,32 +276,8 @@ def _decoder_of(network: cvs.CVS, file: str | Path | None, device: str) -> decod
     )
 
 
-def _straight(views: Views) -> list[np.ndarray]:
-    """Views (1, V) over black -> V pictures RGBA uint8 with straight alpha."""
-    rgba = torch.cat([views.rgb, views.alpha], dim=-1)[0].clamp(0, 1).cpu().numpy()
-    return [_unpremultiplied((picture * 255 + 0.5).astype(np.uint8)) for picture in rgba]
-
-
-def _unpremultiplied(rgba: np.ndarray) -> np.ndarray:
-    alpha = rgba[..., 3:].astype(np.float32)
-    colour = np.minimum(rgba[..., :3] * 255.0 / np.maximum(alpha, 1.0) + 0.5, 255)
-    return np.concatenate([colour.astype(np.uint8), rgba[..., 3:]], axis=-1)
-
-
-def _save(path: Path, picture: np.ndarray) -> None:
-    from PIL import Image
-
-    Image.fromarray(picture).save(path, optimize=True)
-
-
-def _sheet(
-    path: Path, photo: Photo, steps: int, views: dict[str, Views], azimuths: Sequence[float]
-) -> None:
-    source = photo.inputs.rgb[0].cpu().numpy()
-    rows = [[source, *style.to_uint8(v.rgb[0])] for v in views.values()]
-    calls = "one network call a view" if steps == 1 else f"{steps} network calls a view"
-    labels = [f"CVS, {calls}", "the decoder's Gaussians, rendered"]
-    sheet = pictures.contact_sheet(
-        rows, columns=["input", *style.azimuth_labels(azimuths)], labels=labels
-    )
-    _save(path, sheet)
+def _save(path: Path, rgba: np.ndarray) -> None:
+    """A picture over black, uint8 (H, W, 4), in a file with straight alpha."""
+    alpha = np.maximum(rgba[..., 3:].astype(np.float32), 1.0)
+    colour = np.minimum(rgba[..., :3] * 255.0 / alpha + 0.5, 255).astype(np.uint8)
+    Image.fromarray(np.concatenate([colour, rgba[..., 3:]], axis=-1)).save(path, optimize=True)

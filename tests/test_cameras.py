@@ -74,7 +74,8 @@ def test_gravity_frame_of_a_camera_on_the_pivot_or_looking_down():
     torch.testing.assert_close(
         at_pivot.transformed(frame).forward, torch.tensor([[0.0, 0.0, -1.0]])
     )
-    down = look_at(torch.tensor([[0.0, 2.0, 0.0]]), (0, 0, 0), up=(1.0, 0.0, 0.0), **SIZE)
+    turn = torch.tensor([[[0.0, 0, 1], [1, 0, 0], [0, -1, 0]]])
+    down = replace(at_pivot, viewmats=rigid(turn, torch.tensor([[0.0, 0, 2]])))
     frame = gravity_frame(down, (0, 0, 0))
     assert frame.isfinite().all()
     torch.testing.assert_close(torch.linalg.det(frame), torch.ones(1))

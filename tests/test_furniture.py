@@ -154,7 +154,7 @@ def test_another_package_is_refused(small, tmp_path):
 
 
 def test_without_apt_it_says_what_to_do(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(furniture.shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DatasetError, match="pass --deb"):
         furniture.make(tmp_path / "out")
 

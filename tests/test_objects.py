@@ -686,7 +686,7 @@ def test_what_is_too_large_is_not_read_whole(tmp_path, monkeypatch):
     (tmp_path / "b.glb").write_bytes(bytes(1 << 25))
     for asset in (*find_assets(path), Asset("b", tmp_path / "b.glb")):
         tracemalloc.start()
-        with pytest.raises(DatasetError, match="larger than"):
+        with pytest.raises(DatasetError, match="more than 1000 bytes"):
             asset.read()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -128,7 +128,9 @@ def test_every_view_has_a_file_of_its_own(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = save(tmp_path / "toy.png", disc(), None)
-    monkeypatch.setattr(sampling, "_sheet", lambda *_: None)
+    monkeypatch.setattr(
+        sampling.pictures, "contact_sheet", lambda *_, **__: np.zeros((4, 4, 3), "u1")
+    )
     facts = sampling.write_views(picture, tmp_path / "out", weights=weights, count=400)
     assert len(list((tmp_path / "out").glob("azimuth_*.png"))) == 400 == len(facts["files"])
     assert facts["files"]["0.9"] == "azimuth_000.9.png"

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
+from fresnel.scene.cameras import Cameras, standard_orbit
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded: a small file can claim a huge picture."""
@@ -303,10 +303,7 @@ def as_photographs(images: InputImages, size: int, elevation_deg: float) -> Inpu
 
 def _assumed_cameras(count: int, size: int, elevation_deg: float) -> Cameras:
     """All at azimuth 0 of our renders' orbit about the world's origin."""
-    return orbit(
-        torch.zeros(count), elevation_deg, STANDARD_RADIUS,
-        pivot=(0.0, 0.0, 0.0), focal_px=STANDARD_FOCAL * size, width=size, height=size,
-    )  # fmt: skip
+    return standard_orbit(torch.zeros(count), elevation_deg, size)
 
 
 def load_images(folder: str | Path, size: int, *, elevation_deg: float = 15.0) -> InputImages:

@@ -11,21 +11,19 @@ import hashlib
 import json
 import re
 import zipfile
-import zlib
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
 from urllib.parse import unquote
 
-from fresnel.data.images import DatasetError
+from fresnel.data.images import DatasetError, read_bytes
 from fresnel.host.files import inside, sha256
 
 MESHES = (".glb", ".gltf", ".obj")
 MAX_BYTES = 1 << 28
 """Of a mesh, or of a file that it names."""
 _MAX_LIST_BYTES = 1 << 26
-_MAX_OBJECTS = 100_000
+_CATALOGUE = "PluginFurnitureCatalog.properties"
 _ASSETS = Path(__file__).parents[1] / "assets"
 
 
@@ -56,24 +54,16 @@ class Asset:
         if self.member:
             wanted = self.member if name is None else str(PurePosixPath(self.member).parent / name)
             with _unzipped(self.source) as archive:
-                data = _member(archive, wanted, MAX_BYTES)
-        else:
-            wanted = str(self.source)
-            try:
-                file = self.source
-                if name is not None:
-                    file = inside(file.parent, name.strip().replace("\\", "/"))
-                if not file.is_file():
-                    raise DatasetError(f"{file}: no such file (object {self.name!r})")
-                with file.open("rb") as stream:
-                    data = stream.read(MAX_BYTES + 1)
-            except (OSError, ValueError) as error:
-                if isinstance(error, DatasetError):
-                    raise
-                raise DatasetError(f"{self.source}: refuses {name!r}: {error}") from None
-        if len(data) > MAX_BYTES:
-            raise DatasetError(f"{wanted}: larger than {MAX_BYTES >> 20} MB. Simplify it")
-        return data
+                return _member(archive, wanted, MAX_BYTES)
+        try:
+            file = self.source
+            if name is not None:
+                file = inside(file.parent, name.strip().replace("\\", "/"))
+            return read_bytes(file, MAX_BYTES)
+        except DatasetError:
+            raise
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{self.source}: refuses {name!r}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -83,20 +73,12 @@ def _unzipped(source: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except DatasetError:
         raise
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        RuntimeError,  # encrypted, or compressed in another way
-        EOFError,
-        ValueError,
-        zlib.error,
-    ) as error:
+    except Exception as error:  # each compression has errors of its own
         raise DatasetError(f"{source}: can't be read as a zip file ({error})") from error
 
 
 def _member(archive: zipfile.ZipFile, wanted: str, limit: int) -> bytes:
-    """At most limit + 1 bytes, whatever size the archive states."""
+    """The bytes of a member, at most ``limit`` of them, whatever size the archive states."""
     try:
         info = archive.getinfo(wanted)
     except KeyError:  # file systems that these objects come from ignore case
@@ -105,7 +87,10 @@ def _member(archive: zipfile.ZipFile, wanted: str, limit: int) -> bytes:
             raise DatasetError(f"{archive.filename}: has no member {wanted!r}") from None
         info = archive.getinfo(folded[wanted.lower()])
     with archive.open(info) as stream:
-        return stream.read(limit + 1)
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise DatasetError(f"{archive.filename}: {wanted!r} has more than {limit} bytes")
+    return data
 
 
 _NAMED = {
@@ -136,9 +121,8 @@ def content_of(source: Path, known: dict[Path, str]) -> str:
     return known[source]
 
 
-def embedded_assets(split: Literal["train", "held_out"] | None = None) -> list[Asset]:
-    """The 24 CC0 objects that come with the library: 16 to train on, 8 held out."""
-    entries = json.loads((_ASSETS / "objects.json").read_text())
+def embedded_assets(split: str | None = None) -> list[Asset]:
+    """The 24 CC0 objects that come with the library: 16 to "train" on, 8 "held_out"."""
     return [
         Asset(
             name=entry["name"],
@@ -149,7 +133,7 @@ def embedded_assets(split: Literal["train", "held_out"] | None = None) -> list[A
             category=entry["category"],
             origin=entry["source"].partition(": ")[2],
         )
-        for entry in entries
+        for entry in json.loads((_ASSETS / "objects.json").read_text())
         if split in (None, entry["split"])
     ]
 
@@ -168,37 +152,27 @@ def find_assets(path: str | Path) -> list[Asset]:
     folder (tested on files of our own: the data set itself, several TB, has not been tried).
 
     Raises:
-        DatasetError: if a list is damaged, leads out of its folder, or names too many objects.
+        DatasetError: if a list is damaged, or leads out of its folder.
     """
     source = Path(path)
+    suffix = source.suffix.lower()
     if source.is_dir():
         if (source / "manifest.json").is_file():
-            return _listed(source / "manifest.json")
+            return find_assets(source / "manifest.json")
         found: list[Asset] = []
         kinds = (*MESHES, ".sh3f", ".zip")
         for file in sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds):
-            if not file.resolve().is_relative_to(source.resolve()) or not file.is_file():
-                continue
-            if file.suffix.lower() in MESHES:
-                relative = file.relative_to(source).with_suffix("").as_posix()
-                found.append(Asset(relative, file))
-            else:
-                found += find_assets(file)
-            _check_count(source, found)
-        return _named_apart(found)
-    suffix = source.suffix.lower()
-    if suffix in MESHES:
-        return [Asset(source.stem, source)]
-    if suffix == ".json":
-        return _listed(source)
-    if suffix == ".sh3f":
-        return _library(source)
-    return _archive(source) if suffix == ".zip" else []
-
-
-def _check_count(source: Path, found: Sized) -> None:
-    if len(found) > _MAX_OBJECTS:
-        raise DatasetError(f"{source}: more than {_MAX_OBJECTS} objects. Split it up")
+            if file.is_file() and file.resolve().is_relative_to(source.resolve()):
+                name = file.relative_to(source).with_suffix("").as_posix()
+                mesh = file.suffix.lower() in MESHES
+                found += [Asset(name, file)] if mesh else find_assets(file)
+    elif suffix in MESHES:
+        found = [Asset(source.stem, source)]
+    elif suffix == ".json":
+        found = _listed(source, read_bytes(source, _MAX_LIST_BYTES))
+    else:
+        found = _packed(source) if suffix in (".sh3f", ".zip") else []
+    return _named_apart(found)
 
 
 def _named_apart(assets: list[Asset]) -> list[Asset]:
@@ -210,46 +184,40 @@ def _named_apart(assets: list[Asset]) -> list[Asset]:
     return [replace(asset, name=name) for asset, name in zip(assets, names, strict=True)]
 
 
-def _listed(manifest: Path, archive: zipfile.ZipFile | None = None) -> list[Asset]:
+def _listed(manifest: Path, data: bytes, archived: bool = False) -> list[Asset]:
     """The objects of a JSON manifest: of files beside it, or of members of its archive."""
     try:
-        if archive:
-            data = _member(archive, "manifest.json", _MAX_LIST_BYTES)
-        else:
-            with manifest.open("rb") as stream:
-                data = stream.read(_MAX_LIST_BYTES + 1)
-        if len(data) > _MAX_LIST_BYTES:
-            raise ValueError(f"more than {_MAX_LIST_BYTES} bytes")
         entries = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{manifest}: not a readable JSON list ({error})") from None
     entries = entries.get("assets") if isinstance(entries, dict) else entries
     if not isinstance(entries, list):
         raise DatasetError(f'{manifest}: want a JSON list of objects, or {{"assets": [...]}}')
-    _check_count(manifest, entries)
-    return _named_apart([_entry(manifest, entry, archive is not None) for entry in entries])
+    return [_entry(manifest, entry, archived) for entry in entries]
 
 
 def _entry(manifest: Path, entry: object, archived: bool) -> Asset:
-    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+    pairs = entry.items() if isinstance(entry, dict) else ()
+    text = {key: value for key, value in pairs if isinstance(value, str)}
+    if "file" not in text:
         raise DatasetError(f'{manifest}: an entry has no "file"')
-    text = {key: value for key, value in entry.items() if isinstance(value, str)}
-    file = PurePosixPath(text["file"])
-    try:
-        source = inside(manifest.parent, text["file"])
-    except ValueError:
-        source = None
-    if source is None or ".." in file.parts or "\0" in text["file"]:
-        raise DatasetError(f"{manifest}: refuses {text['file']!r}: it leads out of the folder")
+    file, source = PurePosixPath(text["file"]), manifest
     if file.suffix.lower() not in MESHES:
         raise DatasetError(f"{manifest}: {text['file']!r} is not one of {MESHES}")
-    if not archived and not source.is_file():
-        raise DatasetError(f"{source}: no such file, but {manifest.name} lists it")
+    if not archived:
+        try:
+            source = inside(manifest.parent, text["file"])
+        except (OSError, ValueError):
+            raise DatasetError(
+                f"{manifest}: refuses {text['file']!r}: it leads out of the folder"
+            ) from None
+        if not source.is_file():
+            raise DatasetError(f"{source}: no such file, but {manifest.name} lists it")
     licence = text.get("licence", text.get("license", "unknown"))
     by = " ".join(f"by {text[k]}" for k in ("creator", "copyright") if k in text)
     return Asset(
         name=file.with_suffix("").as_posix(),
-        source=manifest if archived else source,
+        source=source,
         split=text.get("split", "all"),
         licence=licence,
         attribution=f"{text.get('name', file.stem)} {by or 'by an unknown author'} ({licence})",
@@ -259,46 +227,39 @@ def _entry(manifest: Path, entry: object, archived: bool) -> Asset:
     )
 
 
-def _archive(source: Path) -> list[Asset]:
+def _packed(source: Path) -> list[Asset]:
+    """What a zip file's catalogue or manifest lists, or else every mesh in it."""
     with _unzipped(source) as archive:
-        names = archive.namelist()
-        if "manifest.json" in names:
-            return _listed(source, archive)
-        _check_count(source, names)
-    meshes = [name for name in names if name.lower().endswith(MESHES)]
-    return _named_apart([Asset(str(Path(m).with_suffix("")), source, member=m) for m in meshes])
+        members = archive.namelist()
+        if source.suffix.lower() == ".sh3f" and _CATALOGUE in members:
+            return _catalogued(source, members, _member(archive, _CATALOGUE, _MAX_LIST_BYTES))
+        if "manifest.json" in members:
+            return _listed(source, _member(archive, "manifest.json", _MAX_LIST_BYTES), True)
+    meshes = [name for name in members if name.lower().endswith(MESHES)]
+    return [Asset(str(Path(mesh).with_suffix("")), source, member=mesh) for mesh in meshes]
 
 
 _PROPERTY = re.compile(r"^(model|name|creator|category|license)#(\d+)\s*=\s*(.*)$", re.MULTILINE)
 
 
-def _library(source: Path) -> list[Asset]:
-    """A Sweet Home 3D library: a zip file with a Java properties file that describes models."""
-    catalogue = "PluginFurnitureCatalog.properties"
-    with _unzipped(source) as archive:
-        members = set(archive.namelist())
-        if catalogue not in members:
-            return _archive(source)
-        data = _member(archive, catalogue, _MAX_LIST_BYTES)
-    if len(data) > _MAX_LIST_BYTES:
-        raise DatasetError(f"{source}: {catalogue} is too large")
+def _catalogued(source: Path, members: list[str], data: bytes) -> list[Asset]:
+    """The models that the Java properties file of a Sweet Home 3D library describes."""
     found: dict[str, dict[str, str]] = {}
     for key, number, value in _PROPERTY.findall(data.decode("latin-1").replace("\\\n", "")):
         found.setdefault(number, {})[key] = value.strip()
-    _check_count(source, found)
+    meshes = {name for name in members if name.lower().endswith(MESHES)}
     assets: dict[str, Asset] = {}
     for entry in found.values():
         member = entry.get("model", "").lstrip("/")
-        if member not in members or not member.lower().endswith(MESHES):
-            continue
-        licence, author = entry.get("license", "unknown"), entry.get("creator", "unknown")
-        assets[member] = Asset(
-            name=str(Path(member).with_suffix("")),
-            source=source,
-            licence=licence,
-            attribution=f"{entry.get('name', member)} by {author} ({licence})",
-            category=entry.get("category", ""),
-            member=member,
-            origin=f"{source.stem}/{member}",
-        )
-    return _named_apart(list(assets.values()))
+        if member in meshes:
+            licence, author = entry.get("license", "unknown"), entry.get("creator", "unknown")
+            assets[member] = Asset(
+                name=str(Path(member).with_suffix("")),
+                source=source,
+                licence=licence,
+                attribution=f"{entry.get('name', member)} by {author} ({licence})",
+                category=entry.get("category", ""),
+                member=member,
+                origin=f"{source.stem}/{member}",
+            )
+    return list(assets.values())

@@ -1,9 +1,5 @@
 """The furniture set for everyone: Debian's sweethome3d-furniture as multi-view data.
 
-    python -m fresnel furniture --apt --out runs/data/furniture
-    python -m fresnel furniture --deb sweethome3d-furniture_1.8-1_all.deb --out runs/data/furniture
-    python -m fresnel furniture --sh3f /usr/share/sweethome3d/furniture --out runs/data/furniture
-
 554 objects of the package's five libraries, split into train, val and test by kind of object; the
 list is in assets/furniture.json.  Their OBJ models are read as they are, and what is read is
 checked against pinned sha256 sums.  Libraries are CC0 or CC BY: whoever shows the pictures names
@@ -106,8 +102,8 @@ def make(
     """
     target = Path(out)
     check_target(target, overwrite)  # before anything is fetched
-    given = contextlib.nullcontext(Path(sh3f)) if sh3f is not None else None
-    with given or _unpacked(target, None if deb is None else Path(deb)) as folder:
+    given = contextlib.nullcontext(Path(sh3f)) if sh3f else None
+    with given or _unpacked(target, Path(deb) if deb else None) as folder:
         chosen = assets(folder, split)
         made = render_set(chosen, target, overwrite=overwrite, **settings)
     lines = sorted({asset.attribution for asset in chosen})
@@ -121,34 +117,29 @@ def _unpacked(target: Path, deb: Path | None) -> Iterator[Path]:
     folder = target.parent / f".{target.name}.sh3f"
     folder.mkdir(parents=True, exist_ok=True)
     known = listing()
-    missing = [name for name in known["libraries"] if not (folder / f"{name}.sh3f").is_file()]
-    if missing:
-        package = _download(folder, known["package"]) if deb is None else deb
+    if not all((folder / f"{name}.sh3f").is_file() for name in known["libraries"]):
+        package = deb or _download(folder, known["package"])
         _check(package, known["package"])
         unpack(package, folder)
-        if deb is None:
-            package.unlink()
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _download(folder: Path, package: dict[str, Any]) -> Path:
-    name = f"{package['package']}={package['version']}"
-    if shutil.which("apt-get") is None:
+    command = ["apt-get", "download", f"{package['package']}={package['version']}"]
+    try:
+        subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        return next(folder.glob("*.deb"))
+    except FileNotFoundError:
         raise DatasetError(
             "apt-get: not on this machine. Fetch sweethome3d-furniture_1.8-1_all.deb from a Debian "
             "mirror and pass --deb"
-        )
-    done = subprocess.run(
-        ["apt-get", "download", name], cwd=folder, capture_output=True, text=True, check=False
-    )
-    found = sorted(folder.glob("*.deb"))
-    if done.returncode or not found:
-        said = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+        ) from None
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.strip().splitlines() or ["no word why"])[-1]
         raise DatasetError(
-            f"apt-get download {name}: {said}. Run `apt-get update` first, or pass --deb"
-        )
-    return found[0]
+            f"{' '.join(command)}: {said}. Run `apt-get update` first, or pass --deb"
+        ) from None
 
 
 def unpack(deb: Path, folder: Path) -> list[Path]:
@@ -161,13 +152,11 @@ def unpack(deb: Path, folder: Path) -> list[Path]:
     try:
         with tarfile.open(fileobj=io.BytesIO(_member_of_ar(deb, "data.tar"))) as tar:
             for member in tar:
-                name = member.name.removeprefix("./")
-                stem = name.removeprefix(_INSIDE_DEB)
-                if member.isreg() and stem != name and re.fullmatch(r"\w+\.sh3f", stem):
-                    source = tar.extractfile(member)
-                    assert source is not None
-                    write_atomic(folder / stem, source.read())
-                    found.append(folder / stem)
+                name = re.fullmatch(rf"(?:\./)?{_INSIDE_DEB}(\w+\.sh3f)", member.name)
+                source = tar.extractfile(member) if name and member.isreg() else None
+                if name and source:
+                    write_atomic(folder / name[1], source.read())
+                    found.append(folder / name[1])
     except (OSError, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
         raise DatasetError(f"{deb}: can't be unpacked ({error})") from None
     if not found:

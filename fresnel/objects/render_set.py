@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, MultiViewDataset, ObjectViews
 from fresnel.data.layout import MANIFEST, Record, canonical_json
-from fresnel.data.records import record_folder, write_object
+from fresnel.data.records import write_object
 from fresnel.data.writing import assemble, check_target
 from fresnel.host import files
 from fresnel.host.machine import core_count
@@ -29,7 +28,7 @@ from fresnel.host.pool import processes
 from fresnel.objects.assets import Asset, content_of
 from fresnel.objects.surface import surface
 from fresnel.objects.trace import load, render
-from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
+from fresnel.scene.cameras import Cameras, standard_orbit
 
 _ALGORITHM = 1  # raise it when the pictures of one configuration change
 VIEW_ELEVATIONS_DEG = (-30.0, 45.0)
@@ -86,10 +85,7 @@ class _Job:
 def fingerprint(assets: Sequence[Asset], **settings: Any) -> str:
     """What a rendering is found again by: the bytes that it shows, and `render_set`'s settings."""
     known: dict[Path, str] = {}
-    shown = [
-        {**vars(asset), "source": content_of(asset.source, known), "split": asset.split}
-        for asset in assets
-    ]
+    shown = [{**vars(asset), "source": content_of(asset.source, known)} for asset in assets]
     said = [_ALGORITHM, asdict(Settings(**settings)), shown]
     return hashlib.sha256(canonical_json(said)).hexdigest()[:16]
 
@@ -161,18 +157,17 @@ def _render_into(
     }
     try:
         records = _render_all(jobs, workers, f"rendering {target.name}")
-        for scratch in folder.glob(".working-*"):  # what killed workers left half done
-            shutil.rmtree(scratch, ignore_errors=True)
-        for said in folder.glob(".*.json"):
-            said.unlink()
+        for job in jobs:
+            _said_of(job).unlink()
         black = (0.0, 0.0, 0.0)
         assemble(folder, target, records, settings.image_size, settings.views, black, meta)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    except BrokenProcessPool:
         raise DatasetError(
-            f"{target}: the disk is full. Free some space and call again: it goes on from here"
-            if full
-            else f"{target}: can't be written ({error})"
+            "rendering: a worker was killed, perhaps for want of memory. Call again: it goes on"
+        ) from None
+    except OSError as error:
+        raise DatasetError(
+            f"{target}: can't be written ({error}). Mend that and call again: it goes on from here"
         ) from error
     finally:
         if not any(folder.glob("image_*")):
@@ -188,62 +183,41 @@ def _render_all(jobs: Sequence[_Job], workers: int | None, title: str) -> list[R
         rays = pictures * say.image_size**2 * say.samples
         # Processes take about three seconds to start and trace two million rays a second each.
         workers = core_count() if rays > 30_000_000 else 1
-    bar = tqdm(total=len(jobs), initial=len(done), desc=title, unit="object", delay=2)
-    with bar:
-        for job, records in zip(waiting, _rendered(waiting, workers), strict=True):
+    workers = min(workers, len(waiting))
+    with contextlib.ExitStack() as stack:
+        spread = stack.enter_context(processes(workers)).map if workers > 1 else map
+        bar = tqdm(total=len(jobs), initial=len(done), desc=title, unit="object", delay=2)
+        stack.enter_context(bar)
+        for job, records in zip(waiting, spread(_write_object, waiting), strict=True):
             done[job.first] = records
             bar.update()
     return [record for job in jobs for record in done[job.first]]
 
 
-def _rendered(jobs: Sequence[_Job], workers: int) -> Iterator[list[Record]]:
-    if workers <= 1 or len(jobs) <= 1:
-        yield from map(_write_object, jobs)
-        return
-    try:
-        with processes(min(workers, len(jobs))) as pool:
-            yield from pool.map(_write_object, jobs)
-    except BrokenProcessPool:
-        raise DatasetError(
-            "rendering: a worker was killed, perhaps for want of memory. Call again: it goes on"
-        ) from None
-
-
 def _write_object(job: _Job) -> list[Record]:
-    """Render one object; each record appears in the folder by a rename, whole or not at all."""
-    records = []
-    with tempfile.TemporaryDirectory(prefix=".working-", dir=job.folder) as scratch:
-        for k, views in enumerate(_render_object(job)):
-            record = write_object(Path(scratch), job.first + k, views)
-            place = job.folder / record.folder
-            if place.exists():
-                shutil.rmtree(place)
-            (Path(scratch) / record.folder).rename(place)
-            files.write_atomic(_said_of(place), json.dumps(record.files))
-            records.append(record)
+    """Render one object, and say at last what was written of it."""
+    made = enumerate(_render_object(job), job.first)
+    records = [write_object(job.folder, index, views) for index, views in made]
+    files.write_atomic(_said_of(job), json.dumps([vars(record) for record in records]))
     return records
 
 
 def _finished(job: _Job) -> list[Record]:
     """The records of an object, if an earlier call finished them all and they are as it left them:
     after a crash of the machine a file may be empty."""
-    records = []
-    for k in range(job.settings.inputs_per_object):
-        place = job.folder / record_folder(job.first + k)
-        try:
-            said = json.loads(_said_of(place).read_text(encoding="utf-8"))
-            found = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
-            if found != set(said) or any(files.sha256(place / f) != said[f] for f in found):
-                return []
-        except (OSError, ValueError):
-            return []
-        records.append(Record(f"{job.asset.name}__{k}", place.name, job.asset.attribution, said))
+    try:
+        records = [Record(**said) for said in json.loads(_said_of(job).read_text("utf-8"))]
+        for record in records:
+            for file, digest in record.files.items():
+                if files.sha256(job.folder / record.folder / file) != digest:
+                    return []
+    except (OSError, ValueError):
+        return []
     return records
 
 
-def _said_of(record: Path) -> Path:
-    """What was written of a finished record, to be compared with what is there."""
-    return record.with_name(f".{record.name}.json")
+def _said_of(job: _Job) -> Path:
+    return job.folder / f".object-{job.first}.json"
 
 
 def _render_object(job: _Job) -> Iterator[ObjectViews]:
@@ -275,7 +249,6 @@ def _render_object(job: _Job) -> Iterator[ObjectViews]:
 
 
 def _random(job: _Job, what: str) -> np.random.Generator:
-    """Of the seed and the object's name alone."""
     text = f"{job.settings.seed}/{job.asset.name}/{what}"
     return np.random.default_rng(list(hashlib.sha256(text.encode()).digest()))
 
@@ -300,12 +273,5 @@ def _cameras(job: _Job, k: int) -> Cameras:
     jitter = generator.uniform(0.0, 1.0, say.views) if say.azimuths == "random" else 0.0
     relative = (np.arange(say.views) + jitter) * (360.0 / say.views)
     azimuths = np.concatenate([[start], start + relative])
-    return orbit(
-        torch.from_numpy(azimuths),
-        torch.from_numpy(np.concatenate([[input_elevation], elevations])),
-        STANDARD_RADIUS,
-        pivot=(0.0, 0.0, 0.0),
-        focal_px=STANDARD_FOCAL * say.image_size,
-        width=say.image_size,
-        height=say.image_size,
-    )
+    up = torch.from_numpy(np.concatenate([[input_elevation], elevations]))
+    return standard_orbit(torch.from_numpy(azimuths), up, say.image_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, InputImages, MultiViewDataset, NotADataset
@@ -65,8 +65,11 @@ def open(
     return _rendered(found, place, name, views=views or 8, image_size=image_size or 128)
 
 
-def _rendered(assets: Sequence[Asset], place: Path, name: str, **settings: Any) -> MultiViewDataset:
-    """`render_set` in a folder named by what it is made of."""
+def _rendered(
+    assets: Sequence[Asset], place: Path, name: str, images: int = 0, **settings: Any
+) -> MultiViewDataset:
+    """`render_set` in a folder named by what it is made of: `images` records, all objects alike."""
+    settings["inputs_per_object"] = max(1, math.ceil(images / len(assets)))
     path = place / f"{name}-{fingerprint(assets, **settings)}"
     return render_set(assets, path, reuse=True, **settings)
 
@@ -100,23 +103,18 @@ def ground_truth(
             trained on the rest has never seen what the main job bootstraps from.
         cache: where renderings lie (None: `data_dir`).
     """
-    if source == "embedded":
-        assets = embedded_assets(cast(Literal["train", "held_out"], split))
-    elif holds_objects(source):
-        assets = _assets(source, split, exclude_embedded)
-    else:
+    if source != "embedded" and not holds_objects(source):
         data = dataset.open(source)
         several = len(set(data.meta.get("object_splits", {}).values())) > 1
         data = splits.part(data, split) if several else data
         return splits.first_objects(data, objects) if objects else data
-    assets = assets[: objects or None]
     return _rendered(
-        assets,
+        _assets(source, split, exclude_embedded)[: objects or None],
         cache or data_dir(),
         f"truth-{Path(source).stem}-{split}-{image_size}px",
+        images,
         views=views,
         image_size=image_size,
-        inputs_per_object=max(1, math.ceil(images / len(assets))),
         seed=seed,
         samples=samples,
         azimuths=azimuths,
@@ -125,16 +123,20 @@ def ground_truth(
 
 def _assets(source: str, split: str, exclude_embedded: bool) -> list[Asset]:
     """The 3D objects of a source, of one split if it states several."""
+    if source == "embedded":
+        return embedded_assets(split)
     found = find_assets(source)
     if not found:
         raise DatasetError(f"{source}: neither multi-view data nor 3D objects")
+    wanted = "test" if split == "held_out" else split
     if len({asset.split for asset in found}) > 1:
-        wanted = "test" if split == "held_out" else split
         found = [asset for asset in found if asset.split == wanted]
-        if not found:
-            raise DatasetError(f"{source}: holds no object of split {wanted!r}")
-    known = {asset.origin for asset in embedded_assets()} if exclude_embedded else set()
-    return [asset for asset in found if asset.origin not in known]
+    if exclude_embedded:
+        known = {asset.origin for asset in embedded_assets()}
+        found = [asset for asset in found if asset.origin not in known]
+    if not found:
+        raise DatasetError(f"{source}: holds no object of split {wanted!r}")
+    return found
 
 
 def input_images(
@@ -163,36 +165,24 @@ def input_images(
         exclude_embedded: leave out the objects of a .zip that ship with the library.
     """
     name, size = Path(source).name, max(image_size, INPUT_SIZE)
-    if source == "embedded" or (holds_objects(source) and not holds_images(source)):
-        assets = (
-            embedded_assets("train")
-            if source == "embedded"
-            else _assets(source, "train", exclude_embedded)
-        )
-        chosen = splits.choose([asset.name for asset in assets], objects)
-        few = min(images, len(assets)) if objects == "all" else 0
-        truth = ground_truth(
-            source,
-            "train",
-            image_size=size,
-            images=images if few else images * -(-len(assets) // len(chosen)),
-            views=1,
-            objects=few,
-            seed=seed,
-            exclude_embedded=exclude_embedded,
-            cache=cache,
-        )
-        truth = splits.part(truth, objects)
+    unknown = source != "embedded" and holds_objects(source)
+    if source == "embedded" or (unknown and not holds_images(source)):
+        assets = _assets(source, "train", exclude_embedded)
+        chosen = splits.choose([asset.name for asset in assets], objects)[:images]
+        assets = [asset for asset in assets if asset.name in chosen]
+        if not assets:
+            raise DatasetError(f"{source}: has no objects {objects!r} to train on")
+        where = f"truth-{Path(source).stem}-train-{size}px"
+        options: dict[str, Any] = {"views": 1, "image_size": size, "seed": seed}
+        truth = _rendered(assets, cache or data_dir(), where, images, **options)
         # Every object once before any twice: a prefix of the inputs is a varied sample.
         order = sorted(range(len(truth)), key=lambda i: (int(truth.names[i].rsplit("__", 1)[1]), i))
         what = "embedded, CC0" if source == "embedded" else name
-        shown = min(images, len(chosen))
-        return (
-            truth.inputs()[order[:images]],
-            f"{images} rendered input views of {shown} training objects ({what})",
-        )
-    if holds_objects(source):
-        inputs = dataset.load_images(source, size, elevation_deg=elevation_deg)
+        said = f"{images} rendered input views of {len(assets)} training objects ({what})"
+        return truth.inputs()[order[:images]], said
+    if unknown:
+        inputs = dataset.load_images(source, size, elevation_deg=elevation_deg)[:images]
+        said = f"{len(inputs)} images from {name}, elevation assumed"
     else:
         data = dataset.open(source)
         if data.layout == "fresnel":
@@ -200,8 +190,7 @@ def input_images(
             inputs = data.subset(slice(images)).inputs()
             return inputs, f"{len(inputs)} input views of {name}, objects: {objects}"
         inputs = as_photographs(data.subset(slice(images)).inputs(), size, elevation_deg)
+        said = f"{len(inputs)} pictures of {name}, cameras assumed"
     if objects != "all":
         raise ValueError(f"objects: got {objects!r}, but {source} is a folder of photographs")
-    if holds_objects(source):
-        return inputs[:images], f"{len(inputs[:images])} images from {name}, elevation assumed"
-    return inputs, f"{len(inputs)} pictures of {name}, cameras assumed"
+    return inputs, said

@@ -35,18 +35,20 @@ def part(data: MultiViewDataset, objects: str) -> MultiViewDataset:
         DatasetError: if the dataset has no such objects.
         ValueError: for an unknown part.
     """
-    splits = data.meta.get("object_splits", {})
-    names = dict.fromkeys(object_name(name) for name in data.names)
-    chosen = set(choose(list(names), objects, splits))
-    rows = [i for i, name in enumerate(data.names) if object_name(name) in chosen]
-    if not rows:
+    names = list(dict.fromkeys(object_name(name) for name in data.names))
+    chosen = choose(names, objects, data.meta.get("object_splits"))
+    if not chosen:
         raise DatasetError(f"{data.path}: has no objects {objects!r}; it has {len(names)} in all")
-    return data if len(rows) == len(data) else data.subset(rows)
+    return data if len(chosen) == len(names) else _of_objects(data, chosen)
 
 
 def first_objects(data: MultiViewDataset, count: int) -> MultiViewDataset:
     """The records of a dataset's first `count` objects."""
-    known = list(dict.fromkeys(object_name(name) for name in data.names))[:count]
+    return _of_objects(data, list(dict.fromkeys(object_name(name) for name in data.names))[:count])
+
+
+def _of_objects(data: MultiViewDataset, objects: Sequence[str]) -> MultiViewDataset:
+    known = set(objects)
     return data.subset([i for i, name in enumerate(data.names) if object_name(name) in known])
 
 
@@ -58,40 +60,37 @@ def choose(
     Args:
         splits: name -> "train", "val" or "test"; names it doesn't know count as "train".
     """
-    splits = splits or {}
-    training = [name for name in names if splits.get(name, "train") == "train"]
-    if objects == "unshipped":
-        shipped = _shipped()
-        return [name for name in training if name not in shipped]
-    found = re.fullmatch(r"(A|B|rest)(\d*)", objects)
+    of = {name: (splits or {}).get(name, "train") for name in names}
     if objects == "all":
         return list(names)
     if objects in ("train", "val", "test", "held_out"):
         want = "test" if objects == "held_out" else objects
-        return [name for name in names if splits.get(name, "train") in (want, objects)]
-    if found is None or (found[1] == "B" and found[2]) or (found[1] == "rest" and not found[2]):
+        return [name for name in names if of[name] in (want, objects)]
+    training = [name for name in names if of[name] == "train"]
+    if objects == "unshipped":
+        return [name for name in training if name not in _shipped()]
+    found = re.fullmatch(r"(A)(\d*)|(B)|rest(\d+)", objects)
+    if found is None:
         raise ValueError(f"objects: got {objects!r}, want {PARTS}")
-    ranked = sorted(training, key=_rank)
-    in_a = [name for name in ranked if _rank(name)[0] < 0.5]
-    count = int(found[2]) if found[2] else len(in_a)
+    in_a = [name for name in sorted(training, key=_rank) if _rank(name)[0] < 0.5]
+    count = int(found[2] or found[4] or len(in_a))
     if count > len(in_a):
         raise DatasetError(f"objects: {objects!r} asks for {count}, A has {len(in_a)} here")
     first = set(in_a[:count])
-    return [name for name in training if (name in first) == (found[1] == "A")]
+    return [name for name in training if (name in first) == bool(found[1])]
 
 
+@functools.cache
 def _rank(name: str) -> tuple[float, float]:
     """Where an object stands in the order that halves the set, each in [0, 1).
 
     Objects of one kind ("office chair 3") come together, as in the furniture set's own split, so
     that no near-duplicate of an object in A is in B; other data have their names alone.
     """
-    return _uniform(_kinds().get(name, name)), _uniform(name)
-
-
-def _uniform(text: str) -> float:
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+    texts = (_kinds().get(name, name), name)
+    digests = (hashlib.sha256(text.encode()).digest() for text in texts)
+    first, second = (int.from_bytes(digest[:6], "big") / 2**48 for digest in digests)
+    return first, second
 
 
 @functools.cache

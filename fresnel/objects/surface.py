@@ -87,27 +87,23 @@ def surface(scene: trimesh.Scene | trimesh.Trimesh) -> Surface:
     if isinstance(scene, trimesh.Trimesh):
         scene = trimesh.Scene(scene)
     linear = bool(scene.metadata.get(LINEAR_COLORS, False))
-    parts: list[Surface] = []
-    nodes = sorted(scene.graph.nodes_geometry)
-    sizes = (len(getattr(scene.geometry[scene.graph[node][1]], "faces", ())) for node in nodes)
-    faces = sum(sizes)
+    placed = [scene.graph[node] for node in sorted(scene.graph.nodes_geometry)]
+    meshes = [(matrix, scene.geometry[name]) for matrix, name in placed]
+    meshes = [(matrix, mesh) for matrix, mesh in meshes if len(getattr(mesh, "faces", ()))]
+    faces = sum(len(mesh.faces) for _, mesh in meshes)
     if faces > MAX_FACES:
         raise ValueError(f"mesh: {faces} triangles, the limit is {MAX_FACES}. Simplify it")
-    for node in nodes:
-        matrix, name = scene.graph[node]
-        mesh = scene.geometry[name]
-        if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):
-            parts.append(_part(mesh, np.asarray(matrix, np.float64), linear))
-    if not parts:
+    if not meshes:
         raise ValueError("mesh: holds no triangle; want at least one mesh with faces")
+    parts = [_part(mesh, np.asarray(matrix, np.float64), linear) for matrix, mesh in meshes]
     textures: list[Floats] = []
     indices = []
     for part in parts:
         indices.append(np.where(part.texture >= 0, part.texture + len(textures), -1))
         textures += part.textures
-    fields = ("corners", "normals", "colors", "uvs")
     corners, normals, colors, uvs = (
-        np.concatenate([getattr(part, field) for part in parts]) for field in fields
+        np.concatenate([getattr(part, field) for part in parts])
+        for field in ("corners", "normals", "colors", "uvs")
     )
     return Surface(corners, normals, colors, uvs, np.concatenate(indices), tuple(textures))
 
@@ -156,9 +152,8 @@ def _smooth_normals(corners: NDArray[np.float64]) -> NDArray[np.float64]:
     for k in range(min(int(count.max()), 64)):
         rows = np.nonzero(count > k)[0]
         other = face[first[rows] + k]
-        close = np.einsum("ij,ij->i", unit[face[rows]], unit[other]) > math.cos(
-            math.radians(CREASE_DEG)
-        )
+        cosine = np.einsum("ij,ij->i", unit[face[rows]], unit[other])
+        close = cosine > math.cos(math.radians(CREASE_DEG))
         total[rows] += area_normals[other] * close[:, None]
     total += 1e-6 * area_normals[face]
     normals = np.empty_like(total)
@@ -175,25 +170,24 @@ def _appearance(
     uvs = np.zeros((len(faces), 3, 2), np.float32)
     material = getattr(visual, "material", None)
     if material is None:
-        kind = getattr(visual, "kind", None)
-        if kind == "face":
+        if visual.kind == "face":
             colors *= _linear(visual.face_colors, linear)[:, None]
-        elif kind == "vertex":
+        elif visual.kind == "vertex":
             colors *= _linear(visual.vertex_colors, linear)[faces]
         return colors, uvs, None
-    extra = getattr(visual, "vertex_attributes", {}).get("color")
+    extra = visual.vertex_attributes.get("color")
     if extra is not None and len(extra) == len(mesh.vertices):
         colors *= _linear(extra, linear)[faces]
-    uv = getattr(visual, "uv", None)
+    uv = visual.uv
     mapped = uv is not None and len(uv) == len(mesh.vertices)
     if hasattr(material, "baseColorTexture"):  # glTF: factors are linear, textures sRGB
         image, factor = material.baseColorTexture, material.baseColorFactor
         if factor is not None:
             colors *= _linear(factor, True)
     else:  # OBJ: a texture, if laid out, takes the place of the diffuse colour, which is sRGB
-        image = getattr(material, "image", None)
+        image = material.image
         if image is None or not mapped:
-            colors *= _linear(getattr(material, "main_color", (255, 255, 255)), False)
+            colors *= _linear(material.main_color, False)
     if image is None or not mapped:
         return colors, uvs, None
     uvs = np.nan_to_num(np.asarray(uv, np.float32)[faces][..., :2], posinf=0.0, neginf=0.0)
@@ -204,10 +198,8 @@ def _appearance(
     if max(image.size) > _MAX_TEXTURE_SIDE:
         image = image.copy()
         image.thumbnail((_MAX_TEXTURE_SIDE, _MAX_TEXTURE_SIDE))
-    texture = srgb_to_linear((np.arange(256) / 255).astype(np.float32))[
-        np.asarray(image.convert("RGB"))
-    ]
-    return colors, uvs, texture
+    levels = srgb_to_linear((np.arange(256) / 255).astype(np.float32))
+    return colors, uvs, levels[np.asarray(image.convert("RGB"))]
 
 
 def _linear(values: Any, already: bool) -> Floats:
@@ -220,11 +212,7 @@ def _linear(values: Any, already: bool) -> Floats:
 
 
 def shade(
-    surface: Surface,
-    face: NDArray[np.int64],
-    u: Floats,
-    v: Floats,
-    towards_viewer: Floats,
+    surface: Surface, face: NDArray[np.int64], u: Floats, v: Floats, towards_viewer: Floats
 ) -> Floats:
     """sRGB colours (n, 3) of n points: face index, barycentrics u, v, direction to the viewer."""
     normal = _interpolate(surface.normals[face], u, v)
@@ -278,10 +266,9 @@ def check_gltf(data: bytes) -> None:
             data = data[20 : 20 + size]
         header = json.loads(data)
         counts = [accessor.get("count", 0) for accessor in header.get("accessors", [])]
-        nodes = len(header.get("nodes", []))
-        too_many = any(not 0 <= count <= 3 * MAX_FACES for count in counts)
-        total = sum(counts)
+        absurd = any(not 0 <= count <= 3 * MAX_FACES for count in counts)
+        absurd |= sum(counts) > 20 * MAX_FACES or len(header.get("nodes", [])) > 100_000
     except (struct.error, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"can't be read as glTF ({str(error)[:100]})") from None
-    if too_many or total > 20 * MAX_FACES or nodes > 100_000:
+    if absurd:
         raise ValueError("mesh: an absurd number of elements or nodes. Simplify it")

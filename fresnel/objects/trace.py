@@ -7,6 +7,7 @@ averaged there, because this library composites sRGB values.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +48,10 @@ def load(source: str | Path | Asset) -> trimesh.Scene:
         raise DatasetError(f"{name}: larger than {MAX_BYTES >> 22} MB of text. Simplify it")
     if suffix in (".glb", ".gltf"):
         named(Path(name), lambda: check_gltf(data))
+    beside: Any = _Beside(asset)
     try:
         scene = trimesh.load_scene(
-            io.BytesIO(data), file_type=suffix[1:], resolver=_resolver(asset), process=False
+            io.BytesIO(data), file_type=suffix[1:], resolver=beside, process=False
         )
     except Exception as error:
         raise DatasetError(f"{name}: can't be read as {suffix[1:]} ({error})") from error
@@ -57,30 +59,19 @@ def load(source: str | Path | Asset) -> trimesh.Scene:
     return scene
 
 
-def _resolver(asset: Asset) -> Any:
+class _Beside:
     """trimesh's way of asking for a file that another file names."""
-    from trimesh.resolvers import Resolver
 
-    class Beside(Resolver):
-        def __init__(self) -> None:
-            pass
+    def __init__(self, asset: Asset) -> None:
+        self.asset = asset
 
-        def get(self, key: Any) -> bytes:
-            try:
-                return asset.read(key.decode() if isinstance(key, bytes) else str(key))
-            except DatasetError as error:  # trimesh goes on without: a plain surface
-                raise FileNotFoundError(str(error)) from error
+    def get(self, key: Any) -> bytes:
+        try:
+            return self.asset.read(key.decode() if isinstance(key, bytes) else str(key))
+        except DatasetError as error:  # trimesh goes on without: a plain surface
+            raise FileNotFoundError(str(error)) from error
 
-        def write(self, name: str, data: Any) -> None:
-            raise NotImplementedError
-
-        def namespaced(self, namespace: str) -> Any:
-            return self
-
-        def keys(self) -> list[str]:
-            return []
-
-    return Beside()
+    __getitem__ = get
 
 
 def render(
@@ -106,9 +97,11 @@ def render(
         raise ValueError(f"cameras: got batch shape {tuple(cameras.batch_shape)}, want (V,)")
     offsets = _sample_offsets(samples)
     solid = mesh if isinstance(mesh, Surface) else surface(mesh)
-    viewmats = cameras.viewmats.detach().cpu().double().numpy()
-    inverse_Ks = np.linalg.inv(cameras.Ks.detach().cpu().double().numpy())
-    Ks = cameras.Ks.detach().cpu().double().numpy()
+    viewmats, Ks = (t.detach().cpu().double().numpy() for t in (cameras.viewmats, cameras.Ks))
+    turns = viewmats[:, :3, :3].transpose(0, 2, 1)
+    # Directions have z-depth 1 in their camera, so a hit's ray parameter is its z-depth.
+    world_from_pixel = (turns @ np.linalg.inv(Ks)).astype(np.float32)
+    centers = -np.einsum("vij,vj->vi", turns, viewmats[:, :3, 3]).astype(np.float32)
     count, height, width = len(cameras), cameras.height, cameras.width
     out = np.zeros((count * height * width, 5), np.float32)
     tracer = _tracer(solid)
@@ -119,7 +112,13 @@ def render(
     indices, limit = np.concatenate(touched), max(_RAYS_AT_ONCE // samples, 1)
     for start in range(0, len(indices), limit):
         pixels = indices[start : start + limit]
-        out[pixels] = _trace(tracer, solid, pixels, offsets, viewmats, inverse_Ks, width, height)
+        which, row, column = np.unravel_index(pixels, (count, height, width))
+        which = np.repeat(which, samples)
+        px = (column[:, None] + offsets[:, 0]).ravel()
+        py = (row[:, None] + offsets[:, 1]).ravel()
+        homogeneous = np.stack([px, py, np.ones_like(px)], axis=1).astype(np.float32)
+        directions = np.einsum("nij,nj->ni", world_from_pixel[which], homogeneous)
+        out[pixels] = _trace(tracer, solid, centers[which], directions, samples)
     image = torch.from_numpy(out.reshape(count, height, width, 5))
     return Views(image[..., :3], image[..., 3:4], image[..., 4:5])
 
@@ -146,53 +145,31 @@ def _tracer(solid: Surface) -> Any:
 
 def _pixel_boxes(
     solid: Surface, viewmats: np.ndarray, Ks: np.ndarray, width: int, height: int
-) -> list[tuple[int, int, int, int]]:
+) -> Iterator[tuple[int, int, int, int]]:
     """Per view the pixels (x0, x1, y0, y1) that the mesh can touch; rays elsewhere are spared."""
     points = np.ascontiguousarray(solid.corners.reshape(-1, 3).T)
-    boxes = []
-    for viewmat, K in zip(viewmats, Ks, strict=True):
-        seen = viewmat[:3, :3].astype(np.float32) @ points + viewmat[:3, 3:].astype(np.float32)
-        if seen[2].min() < 1e-3:  # behind or at the camera: the projection bounds nothing
-            boxes.append((0, width, 0, height))
-            continue
-        pixels = (K[:2].astype(np.float32) @ seen) / seen[2]
-        low, high = np.floor(pixels.min(axis=1) - 0.01), np.ceil(pixels.max(axis=1) + 0.01)
-        x0, y0 = (int(value) for value in np.clip(low, 0, (width, height)))
-        x1, y1 = (int(value) for value in np.clip(high, 0, (width, height)))
-        boxes.append((x0, x1, y0, y1))
-    return boxes
+    for viewmat, K in zip(viewmats.astype(np.float32), Ks.astype(np.float32), strict=True):
+        seen = viewmat[:3, :3] @ points + viewmat[:3, 3:]
+        low, high = (0, 0), (width, height)
+        if seen[2].min() >= 1e-3:  # else behind or at the camera: the projection bounds nothing
+            pixels = (K[:2] @ seen) / seen[2]
+            low = np.clip(np.floor(pixels.min(axis=1) - 0.01), 0, high).astype(int)
+            high = np.clip(np.ceil(pixels.max(axis=1) + 0.01), 0, high).astype(int)
+        yield low[0], high[0], low[1], high[1]
 
 
 def _trace(
-    tracer: Any,
-    solid: Surface,
-    pixels: np.ndarray,
-    offsets: np.ndarray,
-    viewmats: np.ndarray,
-    inverse_Ks: np.ndarray,
-    width: int,
-    height: int,
+    tracer: Any, solid: Surface, origins: np.ndarray, directions: np.ndarray, samples: int
 ) -> np.ndarray:
-    """rgb, alpha, depth of some pixels, float32 (n, 5)."""
-    view, rest = np.divmod(pixels, width * height)
-    y, x = np.divmod(rest, width)
-    samples = len(offsets)
-    view = np.repeat(view, samples)
-    px = (x[:, None] + offsets[:, 0]).ravel()
-    py = (y[:, None] + offsets[:, 1]).ravel()
-    # Directions have z-depth 1 in their camera, so a hit's ray parameter is its z-depth.
-    world_from_pixel = (viewmats[:, :3, :3].transpose(0, 2, 1) @ inverse_Ks).astype(np.float32)
-    homogeneous = np.stack([px, py, np.ones_like(px)], axis=1).astype(np.float32)
-    directions = np.einsum("nij,nj->ni", world_from_pixel[view], homogeneous)
-    centers = -np.einsum("vji,vj->vi", viewmats[:, :3, :3], viewmats[:, :3, 3]).astype(np.float32)
-    hits = tracer.run(centers[view], directions, output=1)
+    """rgb, alpha, depth of the pixels that so many rays each belong to, float32 (n, 5)."""
+    hits = tracer.run(origins, directions, output=1)
     rows = np.nonzero(hits["primID"] >= 0)[0]
     face = hits["primID"][rows].astype(np.int64)
-    result = np.zeros((len(view), 5), np.float32)
+    result = np.zeros((len(origins), 5), np.float32)
     result[rows, :3] = shade(solid, face, hits["u"][rows], hits["v"][rows], -directions[rows])
     result[rows, 3] = 1
     result[rows, 4] = hits["tfar"][rows]
-    mean = np.zeros((len(pixels), 5), np.float32)
+    mean = np.zeros((len(origins) // samples, 5), np.float32)
     for k in range(samples):
         mean += result[k::samples] / np.float32(samples)
     mean[:, 4] /= np.maximum(mean[:, 3], np.float32(0.5 / samples))

@@ -8,7 +8,7 @@ camera on the +Z side of the pivot, and azimuth grows towards +X.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,8 +36,7 @@ class Cameras:
         height: image height in pixels.
 
     Raises:
-        ValueError: if shapes disagree, a value is not finite, a rotation is not orthonormal, or
-            a focal length or size is not positive.
+        ValueError: if shapes disagree, or the size is not positive; see `validate` for the rest.
     """
 
     viewmats: Tensor
@@ -94,24 +93,19 @@ class Cameras:
             raise TypeError("a single camera has no length")
         return self.batch_shape[0]
 
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Cameras:
+        return replace(self, viewmats=function(self.viewmats), Ks=function(self.Ks))
+
     def __getitem__(self, index: Any) -> Cameras:
-        return replace(self, viewmats=self.viewmats[index], Ks=self.Ks[index])
+        return self._map(lambda tensor: tensor[index])
 
     def reshape(self, *batch: int) -> Cameras:
-        return replace(
-            self,
-            viewmats=self.viewmats.reshape(*batch, 4, 4),
-            Ks=self.Ks.reshape(*batch, 3, 3),
-        )
+        return self._map(lambda tensor: tensor.reshape(*batch, *tensor.shape[-2:]))
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Cameras:
-        return replace(
-            self,
-            viewmats=self.viewmats.to(device=device, dtype=dtype),
-            Ks=self.Ks.to(device=device, dtype=dtype),
-        )
+        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
 
     def resized(self, width: int, height: int) -> Cameras:
         """The same cameras for images scaled to ``width`` x ``height`` pixels."""
@@ -137,36 +131,32 @@ class Cameras:
             torch.arange(self.width, device=self.device, dtype=self.viewmats.dtype) + 0.5,
             indexing="ij",
         )
-        pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1)
-        world_from_pixel = self.viewmats[..., :3, :3].transpose(-1, -2) @ _camera_from_pixel(
-            self.Ks
-        )
+        pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1).reshape(-1, 3)
+        turn = self.viewmats[..., :3, :3].transpose(-1, -2) @ _camera_from_pixel(self.Ks)
         # contiguous, which einsum's result is not: norm and cross product are ten times as fast
-        directions = pixels.reshape(-1, 3) @ world_from_pixel.transpose(-1, -2)
-        directions = normalize(directions, dim=-1).unflatten(-2, (self.height, self.width))
+        directions = normalize(pixels @ turn.transpose(-1, -2), dim=-1)
+        directions = directions.unflatten(-2, (self.height, self.width))
         return self.centers[..., None, None, :].expand_as(directions), directions
 
-    def pluecker(self, frame: Tensor | None = None) -> Tensor:
+    def pluecker(self, frame: Tensor) -> Tensor:
         """Pluecker coordinates (d, o x d) of every pixel's ray, shape (..., H, W, 6).
 
         Args:
             frame: rigid world-to-frame matrices, shape (4, 4) or (..., 4, 4); the rays are
-                expressed there (None: in the world).
+                expressed there.
         """
-        cameras = self if frame is None else self.transformed(frame)
-        origins, directions = cameras.rays()
+        origins, directions = self.transformed(frame).rays()
         return torch.cat([directions, torch.linalg.cross(origins, directions)], dim=-1)
 
     def azimuth_deg(self, pivot: Tensor | Sequence[float]) -> Tensor:
         """Azimuths of the camera positions about ``pivot``, in degrees in (-180, 180]."""
-        offset = self.centers - _vector(pivot, self.viewmats)
-        return torch.rad2deg(torch.atan2(offset[..., 0], offset[..., 2]))
+        x, _, z = (self.centers - _vector(pivot, self.viewmats)).unbind(-1)
+        return torch.rad2deg(torch.atan2(x, z))
 
     def elevation_deg(self, pivot: Tensor | Sequence[float]) -> Tensor:
         """Elevations of the camera positions above ``pivot``, in degrees."""
-        offset = self.centers - _vector(pivot, self.viewmats)
-        horizontal = torch.linalg.norm(offset[..., [0, 2]], dim=-1)
-        return torch.rad2deg(torch.atan2(offset[..., 1], horizontal))
+        x, y, z = (self.centers - _vector(pivot, self.viewmats)).unbind(-1)
+        return torch.rad2deg(torch.atan2(y, torch.hypot(x, z)))
 
     def to_opengl(self) -> tuple[Tensor, Tensor]:
         """World-to-camera rotation (..., 3, 3) and translation (..., 3) of OpenGL cameras."""
@@ -227,21 +217,20 @@ def look_at(
     focal_px: float,
     width: int,
     height: int,
-    up: Sequence[float] = (0.0, 1.0, 0.0),
 ) -> Cameras:
-    """Cameras at ``eyes`` (..., 3) whose optical axes pass through ``target`` (3,) or (..., 3).
+    """Upright cameras at ``eyes`` (..., 3) whose axes pass through ``target`` (3,) or (..., 3).
 
     Raises:
-        ValueError: if an eye coincides with its target or looks along ``up``.
+        ValueError: if an eye coincides with its target, or is straight above or below it.
     """
     eyes = torch.as_tensor(eyes, dtype=torch.float32)
     offset = _vector(target, eyes) - eyes
     if (torch.linalg.norm(offset, dim=-1) < 1e-9).any():
         raise ValueError("eyes: a camera stands on its target; want some distance between them")
     z = normalize(offset, dim=-1)
-    x = torch.linalg.cross(z, _vector(up, eyes).expand_as(z))
+    x = torch.linalg.cross(z, _vector((0.0, 1.0, 0.0), eyes).expand_as(z))
     if (torch.linalg.norm(x, dim=-1) < 1e-6).any():
-        raise ValueError("eyes: a camera looks along the up direction; give another `up`")
+        raise ValueError("eyes: a camera looks straight up or down; move it aside a little")
     x = normalize(x, dim=-1)
     rotation = torch.stack([x, torch.linalg.cross(z, x), z], dim=-2)
     translation = -(rotation @ eyes[..., None])[..., 0]
@@ -279,17 +268,23 @@ def orbit(
     if (distance <= 0).any():
         raise ValueError(f"radius: got {distance.min().item():g}, want > 0")
     azimuth, elevation = azimuth * (math.pi / 180), elevation * (math.pi / 180)
-    direction = torch.stack(
-        [
-            torch.sin(azimuth) * torch.cos(elevation),
-            torch.sin(elevation),
-            torch.cos(azimuth) * torch.cos(elevation),
-        ],
-        dim=-1,
-    )
+    level = torch.cos(elevation)
+    x, z = torch.sin(azimuth) * level, torch.cos(azimuth) * level
+    direction = torch.stack([x, torch.sin(elevation), z], dim=-1)
     centre = _vector(pivot, direction)
     eyes = centre + distance[..., None] * direction
     return look_at(eyes, centre, focal_px=focal_px, width=width, height=height)
+
+
+def standard_orbit(azimuth_deg: Tensor, elevation_deg: Tensor | float, size: int) -> Cameras:
+    """The orbit of all our renders, about the origin, for pictures of ``size`` x ``size``."""
+    return orbit(
+        *(azimuth_deg, elevation_deg, STANDARD_RADIUS),
+        pivot=(0.0, 0.0, 0.0),
+        focal_px=STANDARD_FOCAL * size,
+        width=size,
+        height=size,
+    )
 
 
 def gravity_frame(cameras: Cameras, pivot: Tensor | Sequence[float]) -> Tensor:
@@ -307,10 +302,10 @@ def gravity_frame(cameras: Cameras, pivot: Tensor | Sequence[float]) -> Tensor:
     image_up = -cameras.viewmats[..., 1, :3]
     heading = torch.where(steep, (image_up * -forward[..., 1:2].sign())[..., ::2], heading)
     heading = normalize(heading, dim=-1)
-    hx, hz = heading[..., 0], heading[..., 1]
+    hx, hz = heading.unbind(-1)
     zero, one = torch.zeros_like(hx), torch.ones_like(hx)
     rows = [-hz, zero, hx, zero, one, zero, -hx, zero, -hz]
-    rotation = torch.stack(rows, dim=-1).reshape(*hx.shape, 3, 3)
+    rotation = torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
     centre = _vector(pivot, forward).expand_as(forward)
     return rigid(rotation, -(rotation @ centre[..., None])[..., 0])
 

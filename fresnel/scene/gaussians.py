@@ -42,13 +42,9 @@ class Gaussians:
         shape = self.means.shape[:-1]
         if self.means.ndim < 2 or self.means.shape[-1] != 3:
             raise ValueError(f"means: got shape {tuple(self.means.shape)}, want (..., N, 3)")
-        for name, want in (
-            ("quats", (*shape, 4)),
-            ("scales", (*shape, 3)),
-            ("opacities", tuple(shape)),
-        ):
-            got = tuple(getattr(self, name).shape)
-            if got != want:
+        wanted = {"quats": (*shape, 4), "scales": (*shape, 3), "opacities": tuple(shape)}
+        for name, want in wanted.items():
+            if (got := tuple(getattr(self, name).shape)) != want:
                 raise ValueError(f"{name}: got shape {got}, want {want} to match the means")
         got, n = tuple(self.colors.shape), len(shape)
         harmonic = len(got) == n + 2 and got[n] in _SH_DEGREE_OF_COEFFICIENTS
@@ -65,13 +61,14 @@ class Gaussians:
                 quaternion of length zero; names how many and the first one.
         """
         lengths = torch.linalg.norm(self.quats, dim=-1)
-        for name, bad in (
-            ("means", ~self.means.isfinite()),
-            ("quats", ~(lengths.isfinite() & (lengths > 0))),
-            ("scales", ~(self.scales.isfinite() & (self.scales > 0))),
-            ("opacities", ~((self.opacities >= 0) & (self.opacities <= 1))),
-            ("colors", ~self.colors.isfinite()),
-        ):
+        good = {
+            "means": self.means.isfinite(),
+            "quats": lengths.isfinite() & (lengths > 0),
+            "scales": self.scales.isfinite() & (self.scales > 0),
+            "opacities": (self.opacities >= 0) & (self.opacities <= 1),
+            "colors": self.colors.isfinite(),
+        }
+        for name, bad in ((name, ~values) for name, values in good.items()):
             if bad.any():
                 first = tuple(bad.nonzero()[0].tolist())
                 raise ValueError(
@@ -228,12 +225,10 @@ class Gaussians:
         def tensor(array: Any) -> Tensor:
             return torch.from_numpy(np.array(array, dtype=np.float32))
 
-        dc = tensor(data.sh0)
-        rest = tensor(data.shN) if data.shN is not None and data.shN.size else None
-        if rest is None:
-            colors = (dc * _SH_C0 + 0.5).clamp_min(0)  # as a renderer has harmonics
+        if data.shN is None or not data.shN.size:  # no less than black, as a renderer has harmonics
+            colors = (tensor(data.sh0) * _SH_C0 + 0.5).clamp_min(0)
         else:
-            colors = torch.cat([dc[:, None], rest], dim=1)
+            colors = torch.cat([tensor(data.sh0)[:, None], tensor(data.shN)], dim=1)
         return cls(
             means=tensor(data.means),
             quats=tensor(data.quats),
@@ -276,20 +271,12 @@ def quaternion_from_rotation(rotation: Tensor) -> Tensor:
     so no case divides by a small number (Shepperd 1978). Differentiable.
     """
     (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (row.unbind(-1) for row in rotation.unbind(-2))
-    squares = torch.stack(
-        [1 + xx + yy + zz, 1 + xx - yy - zz, 1 - xx + yy - zz, 1 - xx - yy + zz], dim=-1
-    )
-    wx, wy, wz = zy - yz, xz - zx, yx - xy
-    xy, xz, yz = xy + yx, xz + zx, yz + zy
-    w2, x2, y2, z2 = squares.unbind(-1)
-    candidates = torch.stack(
-        [
-            torch.stack([w2, wx, wy, wz], -1),
-            torch.stack([wx, x2, xy, xz], -1),
-            torch.stack([wy, xy, y2, yz], -1),
-            torch.stack([wz, xz, yz, z2], -1),
-        ],
-        dim=-2,
-    )
-    best = squares.argmax(dim=-1)[..., None, None].expand(*squares.shape[:-1], 1, 4)
-    return normalize(candidates.gather(-2, best)[..., 0, :], dim=-1)
+    rows = [
+        [1 + xx + yy + zz, zy - yz, xz - zx, yx - xy],
+        [zy - yz, 1 + xx - yy - zz, xy + yx, xz + zx],
+        [xz - zx, xy + yx, 1 - xx + yy - zz, yz + zy],
+        [yx - xy, xz + zx, yz + zy, 1 - xx - yy + zz],
+    ]
+    candidates = torch.stack([torch.stack(row, -1) for row in rows], -2)
+    best = candidates.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    return normalize(torch.take_along_dim(candidates, best, -2)[..., 0, :], dim=-1)
