@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fresnel.data.records import ViewTensors
+from fresnel.evaluation.metrics import psnr
 from fresnel.models import Predictor
 from fresnel.models import refine as rendered
 from fresnel.models.cvs import CONDITION_CHANNELS, CVS, CVSConfig, condition_tensors, rgba, sample
+from fresnel.scene.cameras import Cameras
 from fresnel.scene.colour import luminance
 from fresnel.training import losses
 from fresnel.training.task import digest
@@ -75,8 +77,7 @@ class CVSTask:
         self.held_out = self.data if validation is None else validation.to(device)
         self.any_input, self.mirror, self.colour_jitter = any_input, mirror, colour_jitter
         self._pairs = None if pairs is None else pairs.to(device)
-        self._renders: Tensor | None = None
-        self._held_out_renders: Tensor | None = None
+        self._renders = self._held_out_renders = None
         if config.render_condition and renderer is not None:
             model.decoder = getattr(renderer, "decoder", "")
             twin = config.render_twin
@@ -101,19 +102,16 @@ class CVSTask:
 
     def phase(self, progress: float) -> int:
         """Steps of one phase do the same work."""
-        config = self.model.config
-        if config.parameterisation == "original":
+        if self.model.config.parameterisation == "original":
             return losses.original_third(progress)
-        return losses.ect_stage(progress, config)
+        return losses.ect_stage(progress, self.model.config)
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]:
         """Random pairs: "cond", "target", "weights" and the "record", "view" they came from."""
-        views, b = self.data, self.batch_size
-        m, v = views.rgb.shape[:2]
-        device = views.rgb.device
+        b, (m, v) = self.batch_size, self.data.rgb.shape[:2]
 
         def uniform(*shape: int) -> Tensor:
-            return losses.uniform(generator, device, *shape)
+            return losses.uniform(generator, self.data.rgb.device, *shape)
 
         def draw(high: int) -> Tensor:
             return (uniform(b) * high).long().clamp_max(high - 1)
@@ -128,27 +126,17 @@ class CVSTask:
             gain = torch.exp((2 * uniform(b, 3, 1, 1) - 1) * self.colour_jitter)
         if self.mirror:
             flipped = (uniform(b) < 0.5)[:, None, None, None]
-        stored = picked(views, record, view, source, self._renders)
+        stored = picked(self.data, record, view, source, self._renders)
         made = self.hot["batch"](self.model.config, stored, gain, flipped)
         return {**made, "record": record, "view": view}
 
-    def loss(
-        self,
-        batch: dict[str, Any],
-        *,
-        progress: float,
-        generator: torch.Generator,
-        ema: nn.Module,
-    ) -> dict[str, Tensor]:
+    def loss(self, batch: dict[str, Any], *, ema: nn.Module, **options: Any) -> dict[str, Tensor]:
+        """`original_loss` or `consistency_loss`, as the model's parameterisation says."""
         tensors = (batch["target"], batch["cond"], batch["weights"])
-        options: dict[str, Any] = {"progress": progress, "generator": generator}
+        options["network"] = self.hot["network"]
         if self.model.config.parameterisation == "original":
-            return losses.original_loss(
-                self.model, ema, *tensors, **options, network=self.hot["network"]
-            )
-        return losses.consistency_loss(
-            self.model, *tensors, **options, network=self.hot["network"], terms=self.hot["loss"]
-        )
+            return losses.original_loss(self.model, ema, *tensors, **options)
+        return losses.consistency_loss(self.model, *tensors, **options, terms=self.hot["loss"])
 
     @torch.no_grad()
     def validation(self, model: nn.Module) -> dict[str, float]:
@@ -165,12 +153,15 @@ class CVSTask:
         target = torch.cat([pair["target"] for pair in pairs])
         depths = [pair["depth"] for pair in pairs if pair["depth"] is not None]
         weights = losses.pixel_weights(model.config, target, torch.cat(depths) if depths else None)
-        square = (out - target).square()
-        area, true_area = ((images[:, 3] + 1).sum() for images in (out, target))
-        light, true_light = (_light(images).sum() for images in (out, target))
+        error = (weights * (out - target).square()).mean(dim=(1, 2, 3)).sqrt()
+        ours, truth = (((x.float().clamp(-1, 1) + 1) / 2).movedim(1, -1) for x in (out, target))
+        (area, light), (true_area, true_light) = (
+            (images[..., 3].sum(), luminance(images[..., :3]).sum()) for images in (ours, truth)
+        )
+        together = (images[None, ..., :3].flatten(1, 2) for images in (ours, truth))
         return {
-            "loss": float((weights * square).mean(dim=(1, 2, 3)).sqrt().mean()),
-            "psnr": float(-10 * (square[:, :3].mean() / 4).clamp_min(1e-10).log10()),
+            "loss": float(error.mean()),
+            "psnr": float(psnr(*together)),
             "coverage_ratio": float(area / true_area.clamp_min(1e-10)),
             "luminance_ratio": float(light / true_light.clamp_min(1e-10)),
         }
@@ -209,27 +200,24 @@ def picked(
         source: which view is the input; -1: the record's own. None: always that.
         renders: what `rendered.prepared` made of the same views.
     """
-    rgb, alpha = views.inputs.rgb[record], views.inputs.alpha[record]
-    cameras = views.inputs.cameras[record]
+
+    def images(data: Any, index: Any) -> tuple[Tensor, Tensor, Cameras]:
+        return data.rgb[index], data.alpha[index], data.cameras[index]
+
+    rgb, alpha, cameras = images(views.inputs, record)
     if source is not None:
-        other = source >= 0
-        choice = source.clamp_min(0)
-        rgb = torch.where(other[:, None, None, None], views.rgb[record, choice], rgb)
-        alpha = torch.where(other[:, None, None], views.alpha[record, choice], alpha)
-        there = views.cameras[record, choice]
-        cameras = replace(
-            cameras,
-            viewmats=torch.where(other[:, None, None], there.viewmats, cameras.viewmats),
-            Ks=torch.where(other[:, None, None], there.Ks, cameras.Ks),
-        )
-    seen = None
-    if renders is not None:
-        seen = renders[record, 0 if source is None else source + 1, view]
+        other = (source >= 0)[:, None, None]
+        there_rgb, there_alpha, there = images(views, (record, source.clamp_min(0)))
+        rgb = torch.where(other[..., None], there_rgb, rgb)
+        alpha = torch.where(other, there_alpha, alpha)
+        viewmats = torch.where(other, there.viewmats, cameras.viewmats)
+        cameras = replace(cameras, viewmats=viewmats, Ks=torch.where(other, there.Ks, cameras.Ks))
+    which = 0 if source is None else source + 1
     return {
         "input": (rgb, alpha, cameras),
-        "target": (views.rgb[record, view], views.alpha[record, view], views.cameras[record, view]),
+        "target": images(views, (record, view)),
         "pivots": views.pivots[record],
-        "render": seen,
+        "render": None if renders is None else renders[record, which, view],
         "depth": None if views.depth is None else views.depth[record, view],
     }
 
@@ -277,10 +265,8 @@ def assemble(
 
 
 def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The pair as seen in a mirror at the canonical frame's x = 0 plane: left and right swap.
-
-    The mirrored object's render is the mirrored one from the mirrored input: of two renders each
-    takes the other's place.  With a single one, its own mirror image has to stand for that.
+    """The pair as seen in a mirror at the canonical frame's x = 0 plane: left and right swap, and
+    of two renders each takes the other's place, as each is made of the other's input mirrored.
 
     A reflection X takes a ray (d, o x d) to (X d, (X o) x (X d)) = (X d, -X (o x d)), and the
     image column u to W - 1 - u; cameras must have a centred principal point and no roll.
@@ -298,9 +284,3 @@ def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def tinted(image: Tensor, gain: Tensor) -> Tensor:
     colour = torch.minimum((image[:, :3] + 1) * gain, image[:, 3:] + 1) - 1
     return torch.cat([colour, image[:, 3:]], dim=1)
-
-
-def _light(images: Tensor) -> Tensor:
-    """Linear luminance (N, H, W) of RGBA images (N, 4, H, W) in [-1, 1], over black."""
-    rgb = (images[:, :3].float().clamp(-1, 1) + 1) / 2
-    return luminance(rgb.movedim(1, -1))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fresnel.data.records import ViewTensors
-from fresnel.evaluation.metrics import psnr, ssim_window
+from fresnel.evaluation.metrics import psnr
 from fresnel.models.decoder import Decoder, DecoderConfig, resize
 from fresnel.models.patch_decoder import normalised_depth
 from fresnel.render import Views, render
@@ -55,10 +55,11 @@ class DecoderTask:
         augment: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
-        if len(views) == 0:
-            raise ValueError("views: got no objects, want at least one to train on")
-        if batch_size < 1 or target_views < 1:
-            raise ValueError(f"batch_size {batch_size}, target_views {target_views}: want >= 1")
+        if min(len(views), batch_size, target_views) < 1:
+            got = (
+                f"{len(views)} views' objects, batch_size {batch_size}, target_views {target_views}"
+            )
+            raise ValueError(f"got {got}: want at least 1 of each")
         origin = digest(*model.state_dict().values()) if model else "random"
         self.device = torch.device(device)
         self.model = (model or Decoder(config)).to(self.device)
@@ -69,7 +70,6 @@ class DecoderTask:
         self.model.render_size = self._train.size
         self._held_out = _Pool(validation, self.device) if validation else self._train
         self.target_views = min(target_views, self._train.views - 1)
-        self._windows = (ssim_window(self._train.size, torch.zeros((), device=self.device)),) * 2
         self._mirroring = mirror_signs(self.device)
         self.hot: dict[str, Callable[..., Any]] = {
             "network": decoded,
@@ -96,7 +96,7 @@ class DecoderTask:
         def draw(*shape: int) -> Tensor:
             return uniform(generator, self.device, *shape)
 
-        objects = (draw(count) * len(pool)).long()
+        objects = (draw(count) * pool.objects).long()
         order = draw(count, pool.views)
         if not self.any_input:
             order[:, 0] = -1.0  # the record's own input comes first
@@ -108,14 +108,7 @@ class DecoderTask:
         order = draws[:, 2:5].argsort(dim=1)
         return self.hot["batch"](stored, draws, order, self._mirroring)
 
-    def loss(
-        self,
-        batch: Batch,
-        *,
-        generator: torch.Generator,
-        progress: float = 0.0,
-        ema: torch.nn.Module | None = None,
-    ) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, *, generator: torch.Generator, **_: Any) -> dict[str, Tensor]:
         """`multiview_loss` of the decoded inputs on all views of the batch, random backgrounds."""
         background = uniform(generator, self.device, *batch["rgba"].shape[:2], 1, 1, 3)
         return self._loss(self.model, batch, background)[0]
@@ -130,12 +123,7 @@ class DecoderTask:
             # The patch kind lives in its own units: its depths are not the record's.
             depth = None if self.frontal_only else batch.get("depth")
             terms = (self.hot["loss"] if own else multiview_loss)(
-                views,
-                batch["rgba"],
-                background,
-                target_depth=depth,
-                gaussians=gaussians,
-                windows=self._windows,
+                views, batch["rgba"], background, target_depth=depth, gaussians=gaussians
             )
             if "depth_known" in aux:
                 error = F.l1_loss(aux["depth_predicted"], aux["depth_known"])
@@ -146,17 +134,17 @@ class DecoderTask:
     def _fixed(self, objects: int, views: int) -> Batch:
         """The record's input and its first views of evenly spread validation objects."""
         pool = self._held_out
-        index = torch.linspace(0, len(pool) - 1, min(objects, len(pool))).round().long()
-        order = torch.arange(1 + (0 if self.frontal_only else min(views, pool.views - 1)))
-        index = index.to(self.device)
-        return floats(pool.pick(index, order.to(self.device).expand(len(index), -1)))
+        index = torch.linspace(0, pool.objects - 1, min(objects, pool.objects)).round().long()
+        order = torch.arange(1 if self.frontal_only else min(1 + views, pool.views))
+        return floats(pool.pick(index.to(self.device), order.to(self.device)[None]))
 
     @torch.no_grad()
     def preview(self, model: Decoder, generator: torch.Generator | None = None) -> np.ndarray:
         """A picture (H, W, 3) uint8: per validation object its true views above the rendered."""
         batch = self._fixed(objects=4, views=5)
         _, views = self._loss(model, batch, torch.ones(3, device=self.device))
-        rows = torch.stack(_over_white(batch["rgba"], views), dim=1)  # (B, 2, V, H, W, 3)
+        pair = (_over_white(batch["rgba"]), views.rgb + 1 - views.alpha)
+        rows = torch.stack(pair, dim=1)  # (B, 2, V, H, W, 3)
         sheet = rows.permute(0, 1, 3, 2, 4, 5).flatten(0, 2).flatten(1, 2)
         return (sheet.clamp(0, 1) * 255).round().byte().cpu().numpy()
 
@@ -167,28 +155,28 @@ class DecoderTask:
         "luminance_ratio": light of all of them over the true one."""
         batch = self._fixed(objects=32, views=self._held_out.views)
         white = torch.ones(3, device=self.device)
-        losses, pictures, light = [], [], []
+        losses, pictures, light = [], [], torch.zeros((), device=self.device)
         for start in range(0, len(batch["rgba"]), self.batch_size):  # bounded memory
             part = {key: value[start : start + self.batch_size] for key, value in batch.items()}
             terms, views = self._loss(model, part, white)
             losses.append(terms["loss"].expand(len(part["rgba"])))
-            pictures.append(_over_white(part["rgba"], views)[1].clamp(0, 1))
-            light.append(luminance(views.rgb.clamp(0, 1)).sum())
-        ours, truth = torch.cat(pictures), _over_white(batch["rgba"])[0]
+            pictures.append((views.rgb + 1 - views.alpha).clamp(0, 1))
+            light += luminance(views.rgb.clamp(0, 1)).sum()
+        ours, truth = torch.cat(pictures), _over_white(batch["rgba"])
         true_light = luminance(batch["rgba"][..., :3]).sum()
-        pairs = {"psnr_input": (ours[:, :1], truth[:, :1])}
-        if not self.frontal_only:
-            others = truth[:, 1:]
-            pairs["psnr_novel"] = (ours[:, 1:], others)
-            pairs["psnr_copy"] = (truth[:, :1].expand_as(others), others)
-        return {
+
+        def decibels(a: Tensor, b: Tensor) -> float:
+            return float(psnr(a.expand_as(b).flatten(0, 1), b.flatten(0, 1)).mean())
+
+        found = {
             "loss": float(torch.cat(losses).mean()),
-            "luminance_ratio": float(torch.stack(light).sum() / true_light.clamp_min(1e-10)),
-            **{
-                name: float(psnr(a.flatten(0, 1), b.flatten(0, 1)).mean())
-                for name, (a, b) in pairs.items()
-            },
+            "luminance_ratio": float(light / true_light.clamp_min(1e-10)),
+            "psnr_input": decibels(ours[:, :1], truth[:, :1]),
         }
+        if not self.frontal_only:
+            found["psnr_novel"] = decibels(ours[:, 1:], truth[:, 1:])
+            found["psnr_copy"] = decibels(truth[:, :1], truth[:, 1:])
+        return found
 
 
 def decoded(model: Decoder, batch: Batch) -> tuple[Gaussians, Batch, Cameras]:
@@ -249,10 +237,8 @@ def augmented(
     return batch
 
 
-def _over_white(rgba: Tensor, views: Views | None = None) -> list[Tensor]:
-    """True views, and rendered ones."""
-    pairs = [(rgba[..., :3], rgba[..., 3:])] + ([(views.rgb, views.alpha)] if views else [])
-    return [rgb + 1 - alpha for rgb, alpha in pairs]
+def _over_white(rgba: Tensor) -> Tensor:
+    return rgba[..., :3] + 1 - rgba[..., 3:]
 
 
 class _Pool:
@@ -264,26 +250,24 @@ class _Pool:
             raise ValueError(f"views: got {width} x {height} pixels, want square images")
         self.size = width
         inputs = data.inputs if data.inputs.rgb.shape[1] == width else data.inputs.resized(width)
-        rgba = (torch.cat([x.rgb, x.alpha[..., None]], dim=-1) for x in (inputs, data))
-        own, others = (part.to(device) for part in rgba)
-        self.rgba = torch.cat([own[:, None], others], dim=1)
-        self.depth: Tensor | None = None
-        if data.depth is not None and inputs.depth is not None:
-            self.depth = torch.cat([inputs.depth[:, None], data.depth], dim=1).to(device)
-        viewmats = torch.cat([inputs.cameras.viewmats[:, None], data.cameras.viewmats], dim=1)
+
+        def both(own: Tensor, others: Tensor) -> Tensor:
+            return torch.cat([own[:, None], others], dim=1)
+
+        own, others = (torch.cat([x.rgb, x.alpha[..., None]], dim=-1) for x in (inputs, data))
         shift = torch.eye(4).repeat(len(data.pivots), 1, 1, 1)
         shift[:, 0, :3, 3] = data.pivots.cpu()
-        self.viewmats = (viewmats.cpu() @ shift).to(device)
-        self.Ks = torch.cat([inputs.cameras.Ks[:, None], data.cameras.Ks], dim=1).to(device)
-        self.views = self.rgba.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.rgba)
+        viewmats = both(inputs.cameras.viewmats, data.cameras.viewmats)
+        stored = {
+            "rgba": both(own, others),
+            "viewmats": viewmats.cpu() @ shift,
+            "Ks": both(inputs.cameras.Ks, data.cameras.Ks),
+        }
+        if data.depth is not None and inputs.depth is not None:
+            stored["depth"] = both(inputs.depth, data.depth)
+        self.stored = {name: tensor.to(device) for name, tensor in stored.items()}
+        self.objects, self.views = stored["rgba"].shape[:2]
 
     def pick(self, objects: Tensor, views: Tensor) -> Batch:
         """Images `views` (B, T) of `objects` (B,), as they are stored."""
-        index = (objects[:, None], views)
-        batch = {"rgba": self.rgba[index], "viewmats": self.viewmats[index], "Ks": self.Ks[index]}
-        if self.depth is not None:
-            batch["depth"] = self.depth[index]
-        return batch
+        return {name: tensor[objects[:, None], views] for name, tensor in self.stored.items()}

@@ -26,9 +26,8 @@ def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None
     """Loss weights (B, 1, H, W) of target views (B, 4, H, W) in [-1, 1].
 
     "alpha_aware": the object with a margin of an eighth of the image, and the rest, get the
-    stated shares of the weight, mean 1 (at most eightfold where there is little object). The
-    margin matters: weighting the bare foreground up teaches a network that is unsure of the
-    outline to draw too much of it.
+    stated shares of the weight, mean 1 (at most eightfold where there is little object). Without
+    the margin a network that is unsure of the outline learns to draw too much of it.
     "depth_laplacian": the original experiment's mask, sigmoid(-100 (|Laplacian(depth)| - 0.01))
     with depth (B, H, W): empty background gets 0.73, the highest weight there is, and edges 0.
     """
@@ -38,12 +37,10 @@ def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None
     if config.loss_weight == "depth_laplacian":
         if depth is None:
             raise ValueError("depth: got None, want depth maps for loss_weight 'depth_laplacian'")
-        across, down = (
-            F.pad(depth[:, None], pad, mode="replicate") for pad in ((1, 1, 0, 0), (0, 0, 1, 1))
-        )
-        laplacian = (
-            across[..., :-2] + across[..., 2:] + down[..., :-2, :] + down[..., 2:, :]
-        ) - 4 * depth[:, None]
+        padded = F.pad(depth[:, None], (1, 1, 1, 1), mode="replicate")
+        across, down = padded[..., 1:-1, :], padded[..., 1:-1]
+        around = across[..., :-2] + across[..., 2:] + down[..., :-2, :] + down[..., 2:, :]
+        laplacian = around - 4 * depth[:, None]
         return torch.sigmoid(-100 * (laplacian.abs() - 0.01))
     share = config.foreground_share
     near = grown(alpha, target.shape[-1] // 8)
@@ -75,10 +72,10 @@ def grown(image: Tensor, margin: int) -> Tensor:
 def light_error(output: Tensor, target: Tensor) -> Tensor:
     """Share of the target's light that is missing or in excess, region by region, shape (B,).
 
-    An uncertain network predicts the mean, and the mean of sRGB values is darker than the mean of
-    the light they stand for: a soft edge loses light. So linear light, averaged over an eighth of
-    the image each way, is compared by itself; the mean over regions is divided by the target's
-    (plus 0.01, for dark objects). Images (B, 4, H, W) in [-1, 1], premultiplied.
+    An uncertain network predicts the mean, and the mean of sRGB values is darker than that of the
+    light they stand for. So linear light, averaged over an eighth of the image each way, is
+    compared by itself; the mean over regions is divided by the target's (plus 0.01, for dark ones).
+    Images (B, 4, H, W) in [-1, 1], premultiplied.
     """
     region = max(1, target.shape[-1] // 8)
     regions = target.shape[-2] // region, target.shape[-1] // region
@@ -119,6 +116,38 @@ def denoised(model: CVS, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
     return model(x, sigma, cond)
 
 
+def consistency_terms(
+    config: CVSConfig,
+    denoised: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    c_out: Tensor,
+    at_max: Tensor,
+) -> dict[str, Tensor]:
+    """The ECT loss of outputs (B, 4, H, W) against references, and what to watch beside it.
+
+    Pseudo-Huber on the weighted root-mean-square error of each sample, sqrt(e^2 + c^2) - c, over
+    c_out(t) (B,). Errors are of the order of c_out, so levels count alike down to where c_out
+    falls to c = huber_c (sigma about 0.012); below, the loss is quadratic and falls with c_out.
+    `at_max` (B,): which samples are at sigma_max.
+
+    Returns:
+        "loss"; "light", `light_error`'s mean; "x0_rms", the error against the clean target over
+        all noise levels; "one_step_rms", the same at sigma_max only (0 if no sample was there).
+    """
+    error = (weights * (denoised - reference).square()).mean(dim=(1, 2, 3))
+    huber = (error + config.huber_c**2).sqrt() - config.huber_c
+    rms = (denoised.detach() - target).square().mean(dim=(1, 2, 3)).sqrt()
+    lost = light_error(denoised, target).mean()
+    return {
+        "loss": (huber / c_out).mean() + config.light_weight * lost,
+        "light": lost.detach(),
+        "x0_rms": rms.mean(),
+        "one_step_rms": (rms * at_max).sum() / at_max.sum().clamp_min(1),
+    }
+
+
 def consistency_loss(
     model: CVS,
     target: Tensor,
@@ -128,19 +157,18 @@ def consistency_loss(
     progress: float,
     generator: torch.Generator,
     network: Callable[..., Tensor] = denoised,
-    terms: Callable[..., dict[str, Tensor]] | None = None,
+    terms: Callable[..., dict[str, Tensor]] = consistency_terms,
 ) -> dict[str, Tensor]:
     """ECT loss of D(x_t, t) against a stop-gradient D(x_r, r) with the same noise.
 
-    Differences from ECT, which starts from a diffusion model, and why: its time weight
-    1 / (t - r) vanishes at large t and grows with every stage; training from scratch needs
-    sigma_max, where the one step starts, to count. So `sigma_max_fraction` of the samples are
-    there, and with `sigma_max_anchor` their reference is the clean view in every stage: the
-    chain of references from sigma_max down to the data is too long for a short run to carry
-    anything along, and without the anchor the one step drifts off as soon as stage 1 begins.
+    Differences from ECT, which starts from a diffusion model: its time weight 1 / (t - r) vanishes
+    at large t, but training from scratch needs sigma_max, where the one step starts, to count. So
+    `sigma_max_fraction` of the samples are there, and with `sigma_max_anchor` their reference is
+    the clean view in every stage: the chain of references from there down to the data is too long
+    for a short run, and without the anchor the one step drifts off as soon as stage 1 begins.
 
     Args:
-        network: calls the model; perhaps compiled. So `terms`; None: `consistency_terms`.
+        network, terms: `denoised` and `consistency_terms`, perhaps compiled or recorded.
 
     Returns:
         `consistency_terms`.
@@ -168,39 +196,7 @@ def consistency_loss(
             if rows.any():
                 reference[rows] = model(x_r[rows], r[rows], cond[rows]).to(x_r.dtype)
     c_out = model.scalings(t)[1]
-    return (terms or consistency_terms)(config, output, reference, target, weights, c_out, at_max)
-
-
-def consistency_terms(
-    config: CVSConfig,
-    denoised: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    weights: Tensor,
-    c_out: Tensor,
-    at_max: Tensor,
-) -> dict[str, Tensor]:
-    """The ECT loss of outputs (B, 4, H, W) against references, and what to watch beside it.
-
-    Pseudo-Huber on the weighted root-mean-square error of each sample, sqrt(e^2 + c^2) - c, times
-    1 / c_out(t) (B,). Errors are of the order of c_out, so levels count alike down to where c_out
-    falls to c = huber_c (sigma about 0.012); below, the loss is quadratic and falls with c_out.
-    `at_max` (B,): which samples are at sigma_max.
-
-    Returns:
-        "loss"; "light", `light_error`'s mean; "x0_rms", the error against the clean target over
-        all noise levels; "one_step_rms", the same at sigma_max only (0 if no sample was there).
-    """
-    error = (weights * (denoised - reference).square()).mean(dim=(1, 2, 3))
-    huber = (error + config.huber_c**2).sqrt() - config.huber_c
-    rms = (denoised.detach() - target).square().mean(dim=(1, 2, 3)).sqrt()
-    lost = light_error(denoised, target).mean()
-    return {
-        "loss": (huber / c_out).mean() + config.light_weight * lost,
-        "light": lost.detach(),
-        "x0_rms": rms.mean(),
-        "one_step_rms": (rms * at_max).sum() / at_max.sum().clamp_min(1),
-    }
+    return terms(config, output, reference, target, weights, c_out, at_max)
 
 
 def original_loss(
@@ -217,8 +213,7 @@ def original_loss(
     """The original experiment's loss: weighted L1 + w |D(x_t) - EMA D(x_t')| at the next level.
 
     Noise levels follow the cosine schedule, sigma = tan(pi u / 2), with 1,000 levels of u; w is
-    0.1, 0.3, 1.0 over the thirds of training. Its perceptual term (half weight) is left out: it
-    needs a pretrained network's weights.
+    0.1, 0.3, 1.0 over the thirds of training. Its perceptual term needs a pretrained network: none.
     """
     config, b = model.config, target.shape[0]
     u = uniform(generator, target.device, b)
@@ -271,7 +266,6 @@ def multiview_loss(
     target_depth: Tensor | None = None,
     gaussians: Gaussians | None = None,
     weights: Mapping[str, float] = WEIGHTS,
-    windows: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """How far rendered views are from the truth, in named terms (unweighted) and their sum.
 
@@ -284,7 +278,6 @@ def multiview_loss(
         background: sRGB in [0, 1], broadcastable to (B, V, H, W, 3).
         target_depth: z-depth, (B, V, H, W), 0 where unknown; None: no depth term.
         gaussians: the scenes, for the regularisers; None: none.
-        windows: see `ssim_map`.
 
     Returns:
         "rgb_l1", "rgb_mse", "ssim" (1 - SSIM), "alpha_l1", perhaps "depth_l1", "scale",
@@ -296,9 +289,8 @@ def multiview_loss(
         "rgb_l1": F.l1_loss(ours, truth),
         "rgb_mse": F.mse_loss(ours, truth),
         "alpha_l1": F.l1_loss(views.alpha, target[..., 3:]),
+        "ssim": 1 - ssim_map(ours, truth).mean(),
     }
-    if weights["ssim"] > 0:
-        terms["ssim"] = 1 - ssim_map(ours, truth, windows).mean()
     if target_depth is not None:
         depth, alpha = views.depth[..., 0], views.alpha[..., 0].detach()
         valid = ((target_depth > 0) & (target[..., 3] > 0.5) & (alpha > 0.5)).float()
