@@ -11,9 +11,9 @@ import pytest
 from test_dataset import write_original
 from test_formats import co3d, colmap, nerfstudio, truth  # noqa: F401
 
-from fresnel.data import dataset
+from fresnel.data import dataset, layout
 from fresnel.data.dataset import DatasetError, ObjectViews
-from fresnel.objects import sources
+from fresnel.objects import sources, splits
 from fresnel.report import run as report
 
 ASSETS = Path(dataset.__file__).parents[1] / "assets"
@@ -93,21 +93,24 @@ def test_multi_view_data_is_taken_as_it_is(kind, truth, tmp_path):  # noqa: F811
 def test_objects_are_rendered_by_split(kind, truth, tmp_path):  # noqa: F811
     source = OBJECTS[kind](tmp_path / kind, truth)
     assert sources.holds_objects(source)
-    data = sources.ground_truth(
-        str(source), "train", image_size=16, views=2, samples=1, cache=tmp_path
-    )
+    options = {"image_size": 16, "views": 2, "samples": 1, "cache": tmp_path}
+    data = sources.ground_truth(str(source), "train", **options)
     assert len(data) == (2 if kind == "manifest" else 3) and data.views_per_object == 2
     if kind == "manifest":
-        held = sources.ground_truth(
-            str(source), "held_out", image_size=16, views=2, samples=1, cache=tmp_path
-        )
+        held = sources.ground_truth(str(source), "held_out", **options)
         assert held.names == ("table__0",)
         with pytest.raises(DatasetError, match="no object of split 'val'"):
             sources.ground_truth(str(source), "val", image_size=16)
-    inputs, said = sources.input_images(
-        str(source), images=2, image_size=16, cache=tmp_path / "inputs"
-    )
+    options = {"image_size": 16, "cache": tmp_path / "inputs"}
+    inputs, said = sources.input_images(str(source), images=2, **options)
     assert len(inputs) == 2 and not inputs.elevation_is_assumed and "rendered" in said
+    chosen = splits.choose([f"{name}" for name in GLBS[: len(data)]], "B")
+    halves, said = sources.input_images(str(source), images=5, objects="B", **options)
+    assert len(halves) == 5 and f"5 rendered input views of {len(chosen)} " in said
+    assert {layout.object_name(name) for name in halves.names} == set(chosen)
+    assert [name[-1] for name in halves.names] == sorted(name[-1] for name in halves.names)
+    with pytest.raises(DatasetError, match="has no objects 'val'"):
+        sources.input_images(str(source), images=5, objects="val", **options)
 
 
 def test_shards_are_unpacked_once_and_only_as_listed(truth, tmp_path):  # noqa: F811
@@ -140,13 +143,11 @@ def test_what_is_no_source_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "preset"),
-    [("co3d", "none"), ("shards", "none"), ("objects", "truth"), ("nerfstudio", "corrected")],
+    [("co3d", "none"), ("objects", "truth")],
 )
 def test_notebook_01_gates_it(kind, preset, truth, tmp_path):  # noqa: F811
     source = {**VIEWS, **OBJECTS}[kind](tmp_path / kind, truth)
     params = {"source": str(source), "preset": preset, "images": 3, "image_size": 32}
-    if preset == "corrected":
-        params["dataset_dir"] = str(tmp_path / "made")
     notebook = Path(__file__).parent.parent / "notebooks" / "01_validate_data.ipynb"
     done = report.run(notebook, params, kind, tmp_path / "reports", progress=False)
     assert not done.crashed, done.record.error

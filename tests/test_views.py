@@ -20,21 +20,21 @@ COLOUR = np.array([180, 60, 40])
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     cvs.CVS(cvs.CVSConfig.preset("tiny")).save(path, half=True)
     return path
 
 
-def disc(height: int = 300, width: int = 400, radius: float = 70.0) -> np.ndarray:
+def disc(height=300, width=400, radius=70.0):
     """Alpha in [0, 1] of a disc a little off the centre, anti-aliased."""
     y, x = np.mgrid[:height, :width] + 0.5
     distance = np.hypot(y - height / 2, x - width / 2 - 20)
     return np.clip(radius - distance + 0.5, 0, 1)
 
 
-def save(path: Path, alpha: np.ndarray, background: tuple[int, int, int] | None) -> Path:
+def save(path, alpha, background):
     colour = np.broadcast_to(COLOUR, (*alpha.shape, 3)).astype(float)
     if background is None:
         picture = np.dstack([colour, alpha * 255])
@@ -44,9 +44,7 @@ def save(path: Path, alpha: np.ndarray, background: tuple[int, int, int] | None)
     return path
 
 
-def test_views_writes_pictures_gaussians_and_what_it_assumed(
-    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_views_writes_pictures_gaussians_and_what_it_assumed(tmp_path, weights, capsys):
     picture, out = save(tmp_path / "toy.png", disc(), None), tmp_path / "out"
     status = main([
         "views", str(picture), "--out", str(out), "--weights", str(weights), "--views", "4",
@@ -71,25 +69,19 @@ def test_views_writes_pictures_gaussians_and_what_it_assumed(
     assert torch.allclose(dense.colors.mean(0) * 255, torch.tensor(COLOUR).float(), atol=40)
 
 
-def test_views_by_weights_that_see_the_decoders_render(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    path, picture = tmp_path / "refine.safetensors", save(tmp_path / "toy.png", disc(), None)
+def test_views_by_weights_that_see_the_decoders_render(tmp_path):
     config = cvs.CVSConfig.preset("tiny", render_condition=True, render_twin=True)
-    cvs.CVS(config).save(path, half=True)
+    path = cvs.CVS(config).save(tmp_path / "refine.safetensors", half=True)
+    picture = save(tmp_path / "toy.png", disc(), None)
     facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=2)
     made = np.asarray(Image.open(tmp_path / "out" / facts["files"]["0"]).convert("RGB"), float)
     # An untrained one gives the decoder's render: the object, in its colour.
     assert np.abs(np.median(made[8, 6:10], axis=0) - COLOUR).max() < 40
 
 
-def test_views_draw_with_the_decoder_that_the_weights_belong_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    other = decoder.Decoder(
-        decoder.DecoderConfig(image_size=32, base_channels=8, channel_multipliers=(1, 2),
-                              attention_levels=(), patch=2)
-    )  # fmt: skip
+def test_views_draw_with_the_decoder_that_the_weights_belong_to(tmp_path, monkeypatch):
+    small = {"image_size": 32, "base_channels": 8, "channel_multipliers": (1, 2), "patch": 2}
+    other = decoder.Decoder(decoder.DecoderConfig(attention_levels=(), **small))
     config = cvs.CVSConfig.preset("tiny", render_condition=True)
     network, picture = cvs.CVS(config), save(tmp_path / "toy.png", disc(), None)
     network.decoder = other.checksum()
@@ -98,6 +90,8 @@ def test_views_draw_with_the_decoder_that_the_weights_belong_to(
     with pytest.raises(ValueError, match="put that decoder's file into the same folder"):
         sampling.write_views(picture, tmp_path / "out", weights=path, count=2)
     other.save(tmp_path / "weights" / "other.safetensors", half=False)
+    decoder.Decoder(other.config).save(tmp_path / "weights" / "another.safetensors", half=False)
+    assert sampling._decoder_of(network, path, "cpu").checksum() == other.checksum()
     drawn = []
     draw = decoder.render_small
     monkeypatch.setattr(
@@ -108,25 +102,18 @@ def test_views_draw_with_the_decoder_that_the_weights_belong_to(
     assert drawn == [(1, 2)], "one render serves the sheet and the network"
 
 
-def test_a_picture_is_read_as_large_as_the_network_sees_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    read = sampling.read_photo
+def test_a_picture_is_read_as_large_as_the_network_sees_it(tmp_path, monkeypatch):
+    seen, read = [], sampling.read_photo
     monkeypatch.setattr(
         sampling, "read_photo", lambda *a, **k: seen.append(read(*a, **k)) or seen[-1]
     )
     network = cvs.CVS(cvs.CVSConfig.preset("tiny", image_size=160))
-    path = network.save(tmp_path / "w.safetensors")
-    facts = sampling.write_views(
-        save(tmp_path / "toy.png", disc(), None), tmp_path / "out", weights=path, count=1
-    )
+    path, picture = network.save(tmp_path / "w.safetensors"), save(tmp_path / "a.png", disc(), None)
+    facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=1)
     assert seen[0].inputs.rgb.shape[1] == 160 == facts["image_size"]
 
 
-def test_every_view_has_a_file_of_its_own(
-    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_view_has_a_file_of_its_own(tmp_path, weights, monkeypatch):
     picture = save(tmp_path / "toy.png", disc(), None)
     monkeypatch.setattr(
         sampling.pictures, "contact_sheet", lambda *_, **__: np.zeros((4, 4, 3), "u1")
@@ -136,7 +123,7 @@ def test_every_view_has_a_file_of_its_own(
     assert facts["files"]["0.9"] == "azimuth_000.9.png"
 
 
-def test_alpha_and_a_plain_background_give_the_same_input(tmp_path: Path) -> None:
+def test_alpha_and_a_plain_background_give_the_same_input(tmp_path):
     alpha = disc()
     given = sampling.read_photo(save(tmp_path / "a.png", alpha, None))
     for background in ((255, 255, 255), (200, 210, 190)):
@@ -150,7 +137,7 @@ def test_alpha_and_a_plain_background_give_the_same_input(tmp_path: Path) -> Non
     assert extent.tolist() == pytest.approx([0.6, 0.6], abs=0.03), "framed as the training was"
 
 
-def test_the_cut_keeps_what_is_inside_and_the_side_the_object_stands_on() -> None:
+def test_the_cut_keeps_what_is_inside_and_the_side_the_object_stands_on():
     alpha = disc(radius=60.0)
     alpha[150:, 200:240] = 1.0  # a leg that leaves the picture
     label = disc(radius=20.0) > 0.5  # as white as the background, inside the object
@@ -164,7 +151,7 @@ def test_the_cut_keeps_what_is_inside_and_the_side_the_object_stands_on() -> Non
     assert (matte[-1, 205:235] == 255).all()
 
 
-def test_a_photograph_and_an_empty_picture_are_told_apart(tmp_path: Path) -> None:
+def test_a_photograph_and_an_empty_picture_are_told_apart(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     photo = sampling.read_photo(tmp_path / "noise.png")
@@ -177,7 +164,7 @@ def test_a_photograph_and_an_empty_picture_are_told_apart(tmp_path: Path) -> Non
         sampling.read_photo(tmp_path / "nothing.png")
 
 
-def test_large_pictures_shrink_without_becoming_transparent(tmp_path: Path) -> None:
+def test_large_pictures_shrink_without_becoming_transparent(tmp_path):
     Image.new("RGB", (3001, 1999), (255, 255, 255)).save(tmp_path / "large.png")
     assert (sampling.read_photo(tmp_path / "large.png").inputs.alpha == 255).all()
 
@@ -194,14 +181,7 @@ def test_large_pictures_shrink_without_becoming_transparent(tmp_path: Path) -> N
         (["--out", "toy.png"], "want a folder"),
     ],
 )
-def test_wrong_use_is_one_clear_line(
-    tmp_path: Path,
-    weights: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    change: list[str],
-    message: str,
-) -> None:
+def test_wrong_use_is_one_clear_line(tmp_path, weights, capsys, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     save(Path("toy.png"), disc(), None)
     assert main(["views", "toy.png", "--out", "o", "--weights", str(weights), *change]) == 2
@@ -211,7 +191,7 @@ def test_wrong_use_is_one_clear_line(
     assert "no such file" in capsys.readouterr().err
 
 
-def test_what_ships_draws_the_object_and_stays_near_the_decoder(tmp_path: Path) -> None:
+def test_what_ships_draws_the_object_and_stays_near_the_decoder(tmp_path):
     facts = sampling.write_views(save(tmp_path / "toy.png", disc(), None), tmp_path / "out")
     assert facts["weights"] == "shipped" and facts["image_size"] == 128
     with Image.open(tmp_path / "out" / facts["files"]["0"]) as image:
