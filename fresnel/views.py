@@ -15,8 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from fresnel.data import images
 from fresnel.data.images import DatasetError, InputImages
@@ -68,42 +66,32 @@ def read_photo(path: str | Path, *, elevation_deg: float = 15.0, size: int = 128
     """
     if not -89 <= elevation_deg <= 89:
         raise ValueError(f"elevation_deg: got {elevation_deg}, want degrees in [-89, 89]")
-    rgb, alpha = _shrunk(*images.load_image(path))
-    if not bool((alpha > 127).any()):
+    rgb, alpha = images.load_image(path)
+    rgba = torch.cat([rgb, alpha[..., None]], dim=-1).numpy()
+    whole = Image.frombytes("RGBa", (rgba.shape[1], rgba.shape[0]), rgba.tobytes())
+    rgba = np.array(whole.reduce(max(1, max(rgba.shape) // _MATTE_SIZE)))
+    if not (rgba[..., 3] > 127).any():
         raise DatasetError(f"{path}: transparent everywhere; want a picture of something")
     background: Literal["alpha", "plain", "photograph"] = "alpha"
-    if bool((alpha == 255).all()):
-        found = cut_out(rgb)
+    if (rgba[..., 3] == 255).all():
+        found = cut_out(rgba[..., :3])
         background = "photograph" if found is None else "plain"
-        if found is not None:
-            rgb, alpha = found
-    rgba = torch.cat([rgb, alpha[..., None]], dim=-1)
-    side, middle = min(alpha.shape), None
+        rgba = rgba if found is None else found
+    side, middle = min(rgba.shape[:2]), None
     if background != "photograph":  # framed as our renders are
-        ys, xs = (alpha > 127).nonzero(as_tuple=True)
+        ys, xs = (rgba[..., 3] > 127).nonzero()
         (top, bottom), (left, right) = ((int(v.min()), int(v.max()) + 1) for v in (ys, xs))
         side = math.ceil(max(bottom - top, right - left) / FOREGROUND_EXTENT)
         middle = (left + right) / 2, (top + bottom) / 2
-    rgba = images.resize(images.squared(rgba, side, middle)[0], size)
+    square = images.resize(images.squared(torch.from_numpy(rgba), side, middle)[0], size)
     camera = standard_orbit(torch.zeros(1), elevation_deg, size)
-    names, rgb, alpha = (Path(path).stem,), rgba[None, ..., :3], rgba[None, ..., 3]
+    names, rgb, alpha = (Path(path).stem,), square[None, ..., :3], square[None, ..., 3]
     inputs = InputImages(names, rgb, alpha, camera, elevation_is_assumed=True)
     stood = f"the camera stood {elevation_deg:g} degrees above the horizon (--elevation)"
     return Photo(inputs, background, (_ASSUMED[background], stood))
 
 
-def _shrunk(rgb: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Averaged down by a whole factor, so that the longer side is about `_MATTE_SIZE` or less."""
-    factor = max(alpha.shape) // _MATTE_SIZE
-    if factor < 2:
-        return rgb, alpha
-    rgba = torch.cat([rgb, alpha[..., None]], dim=-1).permute(2, 0, 1)[None].float()
-    small = avg_pool2d(rgba, factor, ceil_mode=True, count_include_pad=False)
-    small = small[0].permute(1, 2, 0).round().to(torch.uint8)
-    return small[..., :3].contiguous(), small[..., 3].contiguous()
-
-
-def cut_out(rgb: Tensor) -> tuple[Tensor, Tensor] | None:
+def cut_out(rgb: np.ndarray) -> np.ndarray | None:
     """The object before a background of one colour, or None where the border is not of one.
 
     A pixel is background if it has the border's colour, within twice the border's own noise, and
@@ -115,12 +103,12 @@ def cut_out(rgb: Tensor) -> tuple[Tensor, Tensor] | None:
         rgb: uint8 (H, W, 3).
 
     Returns:
-        rgb uint8 (H, W, 3) over black, alpha uint8 (H, W).
+        rgba uint8 (H, W, 4), over black.
     """
     from scipy import ndimage
     from skimage.segmentation import flood
 
-    picture = rgb.numpy().astype(np.float32)
+    picture = rgb.astype(np.float32)
     edges = (picture[0], picture[-1], picture[:, 0], picture[:, -1])
     colour = np.median(np.concatenate(edges), axis=0)
     off = [np.abs(edge - colour).max(axis=-1) for edge in edges]
@@ -145,10 +133,8 @@ def cut_out(rgb: Tensor) -> tuple[Tensor, Tensor] | None:
     mixed = grown & ~behind & (weight[..., 0] > 1e-6)
     alpha = np.where(mixed, share.clip(0, 1), ~behind)
     unmixed = np.where(mixed[..., None], near, picture) * alpha[..., None]
-    return (
-        torch.from_numpy(unmixed.round().clip(0, 255).astype(np.uint8)),
-        torch.from_numpy((alpha * 255).round().astype(np.uint8)),
-    )
+    rgba = np.concatenate([unmixed, alpha[..., None] * 255], axis=-1)
+    return rgba.round().clip(0, 255).astype(np.uint8)
 
 
 def view_cameras(elevation_deg: float, size: int, count: int = 8) -> Cameras:

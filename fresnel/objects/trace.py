@@ -16,7 +16,7 @@ import torch
 
 from fresnel.data.images import DatasetError
 from fresnel.data.layout import named
-from fresnel.objects.assets import MAX_BYTES, Asset
+from fresnel.objects.assets import MAX_BYTES, MESHES, Asset
 from fresnel.objects.surface import LINEAR_COLORS, Surface, check_gltf, shade, surface
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras
@@ -25,11 +25,10 @@ if TYPE_CHECKING:
     import trimesh
 
 _RAYS_AT_ONCE = 1 << 20  # bounds memory at about 300 MB
-_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 
 
 def load(source: str | Path | Asset) -> trimesh.Scene:
-    """A scene from a mesh file (.glb, .gltf, .obj, .ply, .stl, .off) or an asset.
+    """A scene from a mesh file (.glb, .gltf, .obj) or an asset.
 
     Materials and textures that the file names are read from its own folder or below only.
 
@@ -41,8 +40,8 @@ def load(source: str | Path | Asset) -> trimesh.Scene:
     asset = source if isinstance(source, Asset) else Asset(Path(source).stem, Path(source))
     name = f"{asset.source}: {asset.member}" if asset.member else str(asset.source)
     suffix = Path(asset.member or asset.source).suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise DatasetError(f"{name}: a {suffix or 'nameless'} file; want one of {_SUFFIXES}")
+    if suffix not in MESHES:
+        raise DatasetError(f"{name}: a {suffix or 'nameless'} file; want one of {MESHES}")
     data = asset.read()
     if suffix == ".obj" and len(data) > MAX_BYTES // 4:
         raise DatasetError(f"{name}: larger than {MAX_BYTES >> 22} MB of text. Simplify it")
