@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,97 +38,95 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fresnel", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    reports, steps = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    reports.add_argument("--reports", type=_path, help="where reports go (default: reports/)")
+    steps.add_argument("--only", action="append", default=[], metavar="STEP", help="of several")
+    steps.add_argument("--list", action="store_true", help="show the steps, run none")
+    steps.add_argument("--fresh", action="store_true", help="compute though nothing has changed")
 
-    def command(name: str, function: Any, text: str, **more: Any) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text, **more)
+    def command(function: Any, text: str, *parents: Any, **more: str) -> Any:
+        options: dict[str, Any] = {"help": text, "description": text, "parents": parents, **more}
+        made = commands.add_parser(function.__name__.strip("_"), **options)
         made.set_defaults(command=function)
-        return made
+        return made.add_argument
 
-    def reports(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--reports", type=_path, help="where reports go (default: reports/)")
-
-    run = command(
-        "run",
+    add = command(
         _run,
         "run one notebook (NOTEBOOK -p NAME VALUE ...), or a profile of them, into reports",
+        *(reports, steps),
         epilog="Exit status of one notebook: 0 it finished, whatever its verdict; 1 a cell failed; "
         "2 wrong use; 3 refused by its protocol; 4 its Python died; 5 the page is a plain one; 6 "
         "the disk is full; 124 timed out; 130 stopped. Of a profile: 0, 1 (a crash, an unexpected "
         "verdict, a page that could not be made), 2, 130.",
     )
-    run.add_argument("notebook", nargs="?", help="the notebook to run")
-    run.add_argument("-p", "--param", nargs=2, action="append", default=[],
-                     metavar=("NAME", "VALUE"), help="a parameter's value (repeat)")  # fmt: skip
-    run.add_argument("-f", "--params-file", type=_path, help="YAML of parameters; -p overrides it")
-    run.add_argument("--name", default="", help="the run's name (default: the notebook's)")
-    run.add_argument("--timeout", type=float, metavar="SECONDS", help="most a notebook may take")
-    run.add_argument("--cell-timeout", type=float, metavar="SECONDS", help="most a cell may take")
-    run.add_argument("--fresh", action="store_true", help="compute it though nothing has changed")
-    run.add_argument("--profile", choices=["auto", "cpu", "gpu"], help="default: auto")
-    run.add_argument("--only", action="append", default=[], metavar="STEP", help="of the profile")
-    run.add_argument("--list", action="store_true", help="show the profile's steps, run none")
-    reports(run)
+    add("notebook", nargs="?", help="the notebook to run")
+    pair = ("NAME", "VALUE")
+    add("-p", "--param", nargs=2, action="append", default=[], metavar=pair, help="repeatable")
+    add("-f", "--params-file", type=_path, help="YAML of parameters; -p overrides it")
+    add("--name", default="", help="the run's name (default: the notebook's)")
+    add("--timeout", type=float, metavar="SECONDS", help="most a notebook may take")
+    add("--cell-timeout", type=float, metavar="SECONDS", help="most a cell may take")
+    add("--profile", choices=["auto", "cpu", "gpu"], help="default: auto")
 
-    validate = command(
-        "validate", _validate, "gate a dataset: exit 0 if it passes, 1 if it fails, 2 if it is none"
-    )
-    validate.add_argument("dataset", type=_path, help="multi-view data in any format, 3D objects")
-    validate.add_argument("--first", type=int, default=10, help="examples to look at first")
-    validate.add_argument("--html", metavar="FILE", type=_path, help="write the report as a page")
-    validate.add_argument("--against", type=_path, help="a test set that must share no object")
-    validate.add_argument("--receipt", action="store_true", help="write the verdict's receipt")
-    validate.add_argument("--json", action="store_true", help="print the verdict as JSON")
-    validate.add_argument("--fix", metavar="DIR", type=_path, help="write a mended copy, gate that")
+    add = command(_validate, "gate a dataset: exit 0 if it passes, 1 if it fails, 2 if it is none")
+    add("dataset", type=_path, help="multi-view data in any format, 3D objects")
+    add("--first", type=int, default=10, help="examples to look at first")
+    add("--html", metavar="FILE", type=_path, help="write the report as a page")
+    add("--against", type=_path, help="a test set that must share no object")
+    add("--receipt", action="store_true", help="write the verdict's receipt")
+    add("--json", action="store_true", help="print the verdict as JSON")
+    add("--fix", metavar="DIR", type=_path, help="write a mended copy, gate that")
 
-    study = command(
-        "study",
+    add = command(
         _study,
         "run what is not finished of a study; several processes share the work",
+        *(reports, steps),
         epilog="Call it once for each GPU, with CUDA_VISIBLE_DEVICES; call it again to go on.",
     )
-    study.add_argument("study", type=_path, help="YAML file, e.g. notebooks/params/study.yaml")
-    study.add_argument("--only", action="append", default=[], metavar="STEP")
-    study.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                       help="of every step whose notebook has it, to rehearse")  # fmt: skip
-    study.add_argument("--runs", default="runs", help="folder of its data and weights")
-    study.add_argument("--list", action="store_true", help="show the steps, run none")
-    study.add_argument("--fresh", action="store_true", help="compute finished steps again")
-    study.add_argument("--stop-after", type=float, metavar="SECONDS", help="for the next call")
-    reports(study)
-
-    views = command("views", _views, "novel views of the object in one picture, and its Gaussians")
-    views.add_argument("picture", type=_path, help="any size; alpha, or a plain background")
-    views.add_argument("--out", type=_path, required=True, help="folder of the views")
-    views.add_argument("--ply", type=_path, metavar="FILE", help="write the Gaussians there")
-    views.add_argument("--spz", type=_path, metavar="FILE", help="... and there, compressed")
-    views.add_argument("--elevation", type=float, default=15.0, metavar="DEG",
-                       help="of the camera above the horizon (default: 15)")  # fmt: skip
-    views.add_argument("--steps", type=int, default=1, help="network calls a view (default: 1)")
-    views.add_argument("--views", type=int, default=8, help="around the object (default: 8)")
-    views.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    views.add_argument("--weights", type=_path, help="another CVS than the shipped one")
-    views.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-
-    reports(command("pages", _pages, "make every report's page again, and reports/index.html"))
-
-    furniture = command(
-        "furniture", _furniture, "render Debian's sweethome3d-furniture 1.8-1 as multi-view data"
+    add("study", type=_path, help="YAML file, e.g. notebooks/params/study.yaml")
+    add(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="of all steps: a rehearsal"
     )
-    source = furniture.add_mutually_exclusive_group(required=True)
-    source.add_argument("--apt", action="store_true", help="fetch the package with apt-get")
+    add("--runs", default="runs", help="folder of its data and weights")
+    add("--stop-after", type=float, metavar="SECONDS", help="for the next call")
+
+    add = command(_views, "novel views of the object in one picture, and its Gaussians")
+    add("picture", type=_path, help="any size; alpha, or a plain background")
+    add("--out", type=_path, required=True, help="folder of the views")
+    add("--ply", type=_path, metavar="FILE", help="write the Gaussians there")
+    add("--spz", type=_path, metavar="FILE", help="... and there, compressed")
+    add(
+        "--elevation",
+        dest="elevation_deg",
+        type=float,
+        default=15.0,
+        help="degrees (default: 15)",
+    )
+    add("--steps", type=int, default=1, help="network calls a view (default: 1)")
+    add("--views", dest="count", type=int, default=8, help="around the object (default: 8)")
+    add("--seed", type=int, default=0, help="of the noise (default: 0)")
+    add("--weights", type=_path, help="another CVS than the shipped one")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+
+    command(_pages, "make every report's page again, and reports/index.html", reports)
+
+    add = command(_furniture, "render Debian's sweethome3d-furniture 1.8-1 as multi-view data")
+    source = commands.choices["furniture"].add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--apt", action="store_const", const=None, dest="deb", help="fetch it with apt-get"
+    )
     source.add_argument("--deb", type=_path, help="sweethome3d-furniture_1.8-1_all.deb")
     source.add_argument("--sh3f", type=_path, help="folder with its .sh3f files")
-    furniture.add_argument("--out", type=_path, required=True, help="folder of the dataset")
-    furniture.add_argument("--size", type=int, default=128, help="pixels (default: 128)")
-    furniture.add_argument("--views", type=int, default=8, help="views a record (default: 8)")
-    furniture.add_argument("--inputs", type=int, default=1, help="records an object (default: 1)")
-    furniture.add_argument("--stretch", type=float, default=1.0,
-                           help="of an object's records after the first (default: 1)")  # fmt: skip
-    furniture.add_argument("--samples", type=int, default=4, help="rays a pixel (default: 4)")
-    furniture.add_argument("--split", choices=["train", "val", "test"], help="only this split")
-    furniture.add_argument("--seed", type=int, default=0, help="of the cameras (default: 0)")
-    furniture.add_argument("--workers", type=int, help="processes (default: one for each core)")
-    furniture.add_argument("--overwrite", action="store_true", help="replace a dataset at --out")
+    add("--out", type=_path, required=True, help="folder of the dataset")
+    add("--size", dest="image_size", type=int, default=128, help="pixels (default: 128)")
+    add("--views", type=int, default=8, help="views a record (default: 8)")
+    add("--inputs", dest="inputs_per_object", type=int, default=1, help="records an object (1)")
+    add("--stretch", type=float, default=1.0, help="of records after the first (default: 1)")
+    add("--samples", type=int, default=4, help="rays a pixel (default: 4)")
+    add("--split", choices=["train", "val", "test"], help="only this split")
+    add("--seed", type=int, default=0, help="of the cameras (default: 0)")
+    add("--workers", type=int, help="processes (default: one for each core)")
+    add("--overwrite", action="store_true", help="replace a dataset at --out")
     return parser
 
 
@@ -144,44 +142,42 @@ def _run(arguments: argparse.Namespace) -> int:
     from fresnel.report import run as report
     from fresnel.study import runner
 
+    reports = report.reports_folder(arguments.reports)
     if arguments.notebook:
         if arguments.profile or arguments.only or arguments.list:
             raise ValueError("give a notebook, or --profile with --only/--list, not both")
-        notebook = _path(arguments.notebook)
-        if not notebook.is_file():  # notebooks/01_validate_data.ipynb, from wherever
-            notebook = _NOTEBOOKS.parent / arguments.notebook
-        if not notebook.is_file():
+        places = _path(arguments.notebook), _NOTEBOOKS.parent / arguments.notebook
+        notebook = next(filter(Path.is_file, places), None)
+        if notebook is None:
             raise FileNotFoundError(f"no such notebook: {arguments.notebook}")
         try:
             done = report.run(
-                *(notebook, _parameters(arguments, notebook), arguments.name, arguments.reports),
+                *(notebook, _parameters(arguments, notebook), arguments.name, reports),
                 fresh=arguments.fresh,
                 timeout_s=arguments.timeout,
                 cell_timeout_s=arguments.cell_timeout,
             )
         finally:
-            problem = report.try_index(report.reports_folder(arguments.reports))
+            problem = report.try_index(reports)
         print(report.describe(done))
-        for text in filter(None, (done.problem, problem)):
-            print(f"fresnel: {text}", file=sys.stderr)
-        return done.exit_status or (report.EXIT_STATUS["no_page"] if problem else 0)
+        no_page = _told(filter(None, (done.problem, problem)))
+        return done.exit_status or no_page * report.EXIT_STATUS["no_page"]
     if arguments.param or arguments.params_file or arguments.name or arguments.cell_timeout:
         raise ValueError("-p, -f, --name and --cell-timeout belong to one notebook: name it")
-    profile = arguments.profile or "auto"
-    profile = _detect() if profile == "auto" else profile
+    profile = _detect() if arguments.profile in (None, "auto") else arguments.profile
     steps = runner.load(_NOTEBOOKS / "params" / f"profile_{profile}.yaml")
     if arguments.list:
         print(*(f"{step.name}\t{step.notebook.name}" for step in steps), sep="\n")
         return 0
     print(f"profile {profile}, {len(arguments.only or steps)} reports", flush=True)
     problems = runner.run(
-        *(steps, arguments.reports),
+        *(steps, reports),
         only=arguments.only,
         fresh=arguments.fresh,
         keep_finished=False,
         timeout_s=arguments.timeout,
     )
-    print(f"\nindex: {report.reports_folder(arguments.reports) / 'index.html'}")
+    print(f"\nindex: {reports / 'index.html'}")
     return _told(problems)
 
 
@@ -206,7 +202,7 @@ def _parameters(arguments: argparse.Namespace, notebook: Path) -> dict[str, Any]
 
 def _validate(arguments: argparse.Namespace) -> int:
     try:
-        return _gated(arguments)
+        return _gate(arguments)
     except (ValueError, OSError):
         raise
     except Exception as error:  # 1 would say that the data failed
@@ -215,7 +211,7 @@ def _validate(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _gated(arguments: argparse.Namespace) -> int:
+def _gate(arguments: argparse.Namespace) -> int:
     from fresnel import gate
     from fresnel.gate.fix import fix
     from fresnel.objects import sources
@@ -227,11 +223,10 @@ def _gated(arguments: argparse.Namespace) -> int:
         gate.issue_receipt(data, verdict)
     if arguments.html:
         _page(arguments.dataset, arguments.html)
-    said = verdict.to_dict()
-    status = int(not verdict.passed)
-    lines = [("PASS" if verdict.passed else "FAIL"), verdict.summary]
+    said, passed = verdict.to_dict(), verdict.passed
+    lines = ["PASS" if passed else "FAIL", verdict.summary]
     lines += [f"  - {reason.message}. {reason.hint}" for reason in verdict.reasons]
-    if arguments.fix and not verdict.passed:
+    if arguments.fix and not passed:
         said["mended"] = None
         try:
             mended, after = fix(data, arguments.fix, verdict=verdict)
@@ -240,12 +235,12 @@ def _gated(arguments: argparse.Namespace) -> int:
             print(f"not mended: {error}", file=sys.stderr)
         else:
             said["mended"] = {"path": str(mended.path), **after.to_dict()}
-            status = int(not after.passed)
+            passed = after.passed
             lines.append(f"{mended.path}: {after.summary}")
     # with --fix the exit status is the mended copy's: so is the JSON's "exit_status"
-    said["exit_status"] = status
+    said["exit_status"] = int(not passed)
     print(json.dumps(said, indent=2, default=str) if arguments.json else "\n".join(lines))
-    return status
+    return int(not passed)
 
 
 def _page(dataset: Path, target: Path) -> None:
@@ -289,14 +284,9 @@ def _views(arguments: argparse.Namespace) -> int:
     from fresnel import views
     from fresnel.host.machine import pick_device
 
-    names = ("weights", "steps", "seed", "ply", "spz")
-    made = views.write_views(
-        *(arguments.picture, arguments.out),
-        elevation_deg=arguments.elevation,
-        count=arguments.views,
-        device=pick_device(arguments.device),
-        **{name: getattr(arguments, name) for name in names},
-    )
+    options = _options(arguments)
+    options["device"] = pick_device(arguments.device)
+    made = views.write_views(options.pop("picture"), options.pop("out"), **options)
     for sentence in made["assumed"]:
         print(f"assumed: {sentence}")
     for file in made["gaussians"]["files"]:
@@ -317,22 +307,21 @@ def _pages(arguments: argparse.Namespace) -> int:
 def _furniture(arguments: argparse.Namespace) -> int:
     from fresnel.objects import furniture
 
-    names = ("deb", "sh3f", "split", "views", "samples", "stretch", "seed", "workers", "overwrite")
-    made = furniture.make(
-        arguments.out,
-        image_size=arguments.size,
-        inputs_per_object=arguments.inputs,
-        **{name: getattr(arguments, name) for name in names},
-    )
+    options = _options(arguments)
+    made = furniture.make(options.pop("out"), **options)
     print(f"{len(made)} records x {made.views_per_object} views at {made.path}")
     print(made.content_hash)
     return 0
 
 
-def _told(problems: Sequence[str]) -> int:
-    for problem in problems:
-        print(f"fresnel: {problem}", file=sys.stderr)
-    return int(bool(problems))
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(arguments).items() if name != "command"}
+
+
+def _told(problems: Iterable[str]) -> int:
+    lines = [f"fresnel: {problem}" for problem in problems]
+    print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
+    return int(bool(lines))
 
 
 def _detect() -> str:

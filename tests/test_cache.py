@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fresnel.host import files
 from fresnel.report import cache
 from fresnel.report import run as report
+from fresnel.report.provenance import digest
 from fresnel.report.record import RunRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,11 +70,10 @@ def test_unchanged_is_found_and_marked_and_all_else_computed(
     assert computed(fresh=True) and not computed(), "--fresh ignores the cache, and fills it"
     assert computed(helper="other") and not computed(), "a changed parameter, and back"
     (tmp_path / "named.txt").write_text("other")
-    assert computed() and not computed(), "a file that a parameter names"
+    assert computed(), "a file that a parameter names"
     (tmp_path / "data" / "a.txt").write_text("two")
-    assert computed(), "a file in a folder that the notebook declared"
     (tmp_path / "data" / "b.txt").write_text("new")
-    assert computed() and not computed(), "a new file in it"
+    assert computed() and not computed(), "a file in a folder that the notebook declared"
     (tmp_path / "made.txt").unlink()
     assert computed() and (tmp_path / "made.txt").exists(), "what the run made is gone"
     (last[-1].directory / "executed.ipynb").unlink()
@@ -87,60 +83,41 @@ def test_unchanged_is_found_and_marked_and_all_else_computed(
     assert computed(), "changed code"
 
 
-def test_a_dataset_counts_by_its_content_hash(make_notebook: Maker, tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    manifest = folder / "manifest.json"
-    manifest.write_text('{"content_hash": "sha256:1", "note": "a"}')
-    body = f"""\
-class Data(list):
-    path, content_hash = {str(folder)!r}, "sha256:1"
-run.dataset(Data())
-run.finish("PASS", "")"""
-    notebook = make_notebook("d", START, body, parameters=PARAMETERS)
-
-    def reused() -> bool:
-        return report.run(notebook, None, "d", tmp_path / "r").reused
-
-    assert [reused(), reused()] == [False, True]
-    manifest.write_text('{"content_hash": "sha256:1", "note": "b"}')
-    assert reused()
-    manifest.write_text('{"content_hash": "sha256:2"}')
-    assert not reused()
-
-
-def test_other_runs_count_by_their_results(make_notebook: Maker, tmp_path: Path) -> None:
+def test_datasets_count_by_their_hash_and_other_runs_by_their_results(tmp_path: Path) -> None:
     """As for an analysis, whose own run lies among those that it reads."""
-    runs = tmp_path / "r" / "runs"
-    other = RunRecord("x", "finished", "DONE", "one")
-    (runs / "other").mkdir(parents=True)
-    other.write(runs / "other")
-    body = f"run.input({str(runs)!r})\nrun.finish('DONE', '')"
-    notebook = make_notebook("story", START, body, parameters=PARAMETERS)
-
-    def reused() -> bool:
-        return report.run(notebook, None, "story", tmp_path / "r").reused
-
-    assert [reused(), reused()] == [False, True]
+    manifest = tmp_path / "set" / "manifest.json"
+    manifest.parent.mkdir()
+    other, one = tmp_path / "runs" / "other", RunRecord("x", "finished", "DONE", "one")
+    other.mkdir(parents=True)
+    mine = tmp_path / "runs" / "mine"
     mark = {"reused_utc": "", "computed_utc": "", "commit": None, "dirty": None}
-    other.replace(cached=mark).write(runs / "other")
-    (runs / "other" / "report.html").write_text("a new page")
-    assert reused(), "that another run was found again, and its page, is no news about it"
-    other.replace(summary="two").write(runs / "other")
-    assert not reused()
+    data, runs = [], []
+    for number in (1, 1, 2):
+        manifest.write_text(f'{{"content_hash": "sha256:{number}", "note": {len(data)}}}')
+        data.append(digest(manifest.parent))
+    for record in (one, one.replace(cached=mark), one.replace(summary="two")):
+        record.write(other)
+        (other / "report.html").write_text(f"page {len(runs)}, which is no news about it")
+        mine.mkdir(exist_ok=True)
+        RunRecord("x", "finished", "DONE", f"{len(runs)}").write(mine)
+        runs.append(digest(tmp_path / "runs", mine))
+    for first, same, changed in (data, runs):
+        assert first == same != changed
+    assert data[0] == "sha256:1"
 
 
-def test_what_did_not_finish_is_computed_again(make_notebook: Maker, tmp_path: Path) -> None:
-    died = make_notebook("died", START, "1 / 0", parameters=PARAMETERS)
-    refused = make_notebook(
-        "no", START, "run.finish('REFUSED', 'no')\n1 / 0", parameters=PARAMETERS
-    )
-    slow = make_notebook("slow", START, "import time\ntime.sleep(60)", parameters=PARAMETERS)
-    for notebook, limit in ((died, None), (refused, None), (slow, 2.0)):
-        once, twice = (
-            report.run(notebook, None, "n", tmp_path / "r", timeout_s=limit) for _ in range(2)
-        )
-        assert once.directory != twice.directory and not twice.reused
+@pytest.mark.parametrize(
+    ("ends", "limit_s"),
+    [("1 / 0", None), ("run.finish('REFUSED', 'no')\n1 / 0", None), ("time.sleep(9)", 0.5)],
+)
+def test_what_did_not_finish_is_computed_again(
+    make_notebook: Maker, tmp_path: Path, ends: str, limit_s: float | None
+) -> None:
+    notebook = make_notebook("ends", START, f"import time\n{ends}", parameters=PARAMETERS)
+    once = report.run(notebook, None, "n", tmp_path, timeout_s=limit_s)
+    assert once.crashed or once.record.verdict == "REFUSED"
+    found = cache.find(tmp_path, once.record.provenance["identity"], "n", None)
+    assert found is None
 
 
 def test_the_code_hash_is_of_what_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,50 +135,15 @@ def test_the_code_hash_is_of_what_computes(tmp_path: Path, monkeypatch: pytest.M
         assert (ROOT / "fresnel" / name).exists(), name
 
 
-def test_a_second_holder_of_a_lock_waits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    lock = tmp_path / "locks" / "a.lock"
-    code = f"""\
-import sys
-import threading
-from pathlib import Path
-from fresnel.host.files import locked
-with locked(Path({str(lock)!r})):
-    print("held", flush=True)
-    sys.stdin.read()"""
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with files.lock_if_free(lock) as mine:
-            assert not mine
-        got = threading.Event()
-
-        def take() -> None:
-            with files.locked(lock, "waiting for it"):
-                got.set()
-
-        thread = threading.Thread(target=take)
-        thread.start()
-        assert not got.wait(0.5), "it waits while the other holds the lock"
-        other.kill()  # the lock goes with its holder
-        assert got.wait(30)
-        thread.join()
-    assert "waiting for it" in capfd.readouterr().err
-    with files.lock_if_free(lock) as mine:
-        assert mine
-
-
 def test_a_found_report_needs_no_torch(make_notebook: Maker, tmp_path: Path) -> None:
     notebook = make_notebook("t", START, "run.finish('DONE', '')", parameters=PARAMETERS)
     report.run(notebook, None, "t", tmp_path)
     code = f"""\
 import sys
-import threading
 from fresnel.cli import main
 status = main(["run", {str(notebook)!r}, "--name", "t", "--reports", {str(tmp_path)!r}])
-slow = {{"torch", "papermill", "matplotlib", "numba"}} & set(sys.modules)
-print(status, sorted(slow))"""
+print(status, sorted({{"torch", "papermill", "matplotlib", "numba"}} & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 []", done.stdout + done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    cached = json.loads((folder / "results.json").read_text())["cached"]
-    assert cached["computed_utc"] and "unchanged" in done.stdout
+    assert RunRecord.read(folder).cached and "unchanged" in done.stdout

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_a_plain_page_without_pictures_has_their_description() -> None:
 def test_how_a_run_failed_is_said_in_words_and_by_the_exit_status(
     make_notebook: Maker, tmp_path: Path, cell: str, kind: str, status: int, words: str
 ) -> None:
-    notebook = make(make_notebook, cell)
+    notebook = make(make_notebook, cell, *["'never'"] * (kind != "no_verdict"))
     assert main(["run", str(notebook), "--reports", str(tmp_path)]) == status
     (folder,) = (tmp_path / "runs").iterdir()
     record = RunRecord.read(folder)
@@ -110,6 +111,8 @@ def test_how_a_run_failed_is_said_in_words_and_by_the_exit_status(
     assert record.error is not None and words in record.error
     html = (folder / "report.html").read_text()
     assert html.index("stopped" if "stopped" in words else words[:12]) < html.index("so far")
+    assert ("Code, 1 line, not run" in html) == (kind != "no_verdict")
+    assert ("Traceback" in html) == (kind != "no_verdict") and "papermill-error" not in html
     assert f"runs/{folder.name}/report.html" in (tmp_path / "index.html").read_text()
     assert not (folder / ".ballast").exists()
 
@@ -121,9 +124,9 @@ def test_a_run_that_takes_too_long_is_interrupted_then_killed(
         "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('sa' + 'ved')"
     )
     heeds = make_notebook("heeds", "# T", wait, "print('ne' + 'ver')", parameters=PARAMETERS)
-    done = report.run(heeds, None, "heeds", tmp_path, timeout_s=2.0)
+    done = report.run(heeds, None, "heeds", tmp_path, timeout_s=5.0)
     assert done.exit_status == 124 and done.record.failure["kind"] == "timed_out"
-    assert done.record.error == "The run took longer than the 2 s it was given in code cell 2."
+    assert done.record.error == "The run took longer than the 5 s it was given in code cell 2."
     html = done.report.read_text()
     assert "saved" in html and "never" not in html
 
@@ -242,17 +245,15 @@ from fresnel.gate import receipts
 from fresnel.training.loop import fit
 from fresnel.training.task import TrainConfig
 
-data = SimpleNamespace(content_hash="sha256:" + "0" * 64, names=("ball",))
+folder = Path(marker).parent
+data = SimpleNamespace(content_hash="sha256:" + "0" * 64, names=("ball",), path=folder)
 
 class Line:
     batch_size, data, config, hot = 2, data, {}, {}
+    model = torch.nn.Linear(2, 1)
 
     def phase(self, progress):
         return None
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.model = torch.nn.Linear(2, 1)
 
     def batch(self, step, generator):
         if step == 5 and not Path(marker).exists():
@@ -267,12 +268,9 @@ class Line:
         return {"loss": 1.0}
 
     def preview(self, model, generator):
-        import numpy
-        return numpy.zeros((2, 2, 3), numpy.uint8)
+        return torch.zeros(2, 2, 3, dtype=torch.uint8).numpy()
 """
 FIT = """\
-folder = Path(marker).parent
-data.path = folder
 receipt = receipts.write_receipt(data, "gate", True, "fine")
 config = TrainConfig(steps=8, warmup_steps=0, log_every=1, snapshot_every=2, validate_every=0)
 place = folder / train_dir("line", data, params.parameters_of(globals())).name
@@ -299,23 +297,26 @@ def test_a_training_that_died_goes_on_from_its_checkpoint(
     assert report.run(notebook, None, "t", tmp_path / "r").directory == fresh.directory
 
 
-def test_stopping_twice_still_leaves_a_report(make_notebook: Maker, tmp_path: Path) -> None:
-    deaf = f"""\
-import signal, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-open({str(tmp_path / "begun")!r}, "w").close()
-time.sleep(60)"""
-    notebook = make(make_notebook, deaf)
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_a_stopped_run_leaves_its_report(
+    make_notebook: Maker, tmp_path: Path, signals: list[signal.Signals]
+) -> None:
+    """A cell that does not heed Ctrl-C is given time; the second signal ends it at once."""
+    deaf = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" * (len(signals) - 1)
+    begun = f"import time\nopen({str(tmp_path / 'begun')!r}, 'w').close()\ntime.sleep(60)"
+    notebook = make(make_notebook, deaf + begun)
     command = [sys.executable, "-m", "fresnel", "run", str(notebook), "--reports", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / "begun").exists() and process.poll() is None:
-            pass
-        process.send_signal(signal.SIGTERM)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1.0)  # the kernel is given time to save a checkpoint
-        process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+        for number in signals[:-1]:
+            process.send_signal(number)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.0)  # the kernel is given time to save a checkpoint
+        process.send_signal(signals[-1])
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     (folder,) = (tmp_path / "runs").iterdir()
-    assert RunRecord.read(folder).failure["kind"] == "stopped"
+    record = RunRecord.read(folder)
+    assert record.badge == "STOPPED" and "stopped from outside" in (record.error or "")
     assert "so far" in (folder / "report.html").read_text()

@@ -202,11 +202,8 @@ def test_figures_over_time_oldest_first() -> None:
     refused = RunRecord("n", "finished", "REFUSED", name="a", metrics={"psnr": 9.0})
     (row,) = overview.histories([refused, *runs, once])
     assert (row["name"], row["runs"]) == ("a", 3)
-    psnr, cost = row["lines"]
-    assert psnr["values"] == [1.0, 2.0, 3.0] and cost["name"] == "cost_usd"
-    # dollars and seconds never share a line: one run without a price, and all are drawn in seconds
-    (row,) = overview.histories([*runs, runs[0].replace(cost_usd=0.0, duration_s=7.0)])
-    assert row["lines"][-1]["name"] == "duration_s" and row["lines"][-1]["values"] == [7.0, 0, 0, 0]
+    psnr, time = row["lines"]
+    assert psnr["values"] == [1.0, 2.0, 3.0] and time["name"] == "duration_s"
     heights = [float(point.split(",")[1]) for point in psnr["points"].split()]
     assert heights == sorted(heights, reverse=True)  # a rising figure rises: y grows downwards
 

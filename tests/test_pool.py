@@ -89,13 +89,7 @@ with processes(2) as crew:
 @pytest.mark.skipif(pool._METHOD != "forkserver", reason="multiprocessing answers for its own")
 @pytest.mark.parametrize(
     ("mode", "ends"),
-    [
-        ("end", None),
-        ("crash", None),
-        ("busy wait", "SIGINT"),
-        ("busy wait", "SIGKILL"),
-        ("wait", "SIGKILL"),
-    ],
+    [("crash", None), ("busy wait", "SIGINT"), ("wait", "SIGKILL")],
 )
 def test_workers_end_with_an_unguarded_script(tmp_path: Path, mode: str, ends: str | None) -> None:
     script = tmp_path / "script.py"

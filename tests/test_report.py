@@ -2,11 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,21 +94,8 @@ def test_a_run_ends_as_one_page_that_stands_alone(tiny: Path, tmp_path: Path) ->
     assert "psnr" in index and "21.5" in index and f"runs/{done.directory.name}/thumb" in index
 
 
-def test_a_crash_still_gives_a_report(make_notebook: Maker, tmp_path: Path) -> None:
-    notebook = make_notebook(
-        "bad", "# T", START, 'print("so far")\n1 / 0', "print('never')", parameters=PARAMETERS
-    )
-    done = report.run(notebook, reports_dir=tmp_path / "r")
-    assert done.crashed and done.record.verdict is None and done.record.badge == "CRASHED"
-    assert done.record.error == "Code cell 3 stopped with ZeroDivisionError: division by zero"
-    html = done.report.read_text()
-    assert html.index("Code cell 3 stopped with ZeroDivisionError") < html.index("so far")
-    assert "Traceback" in html and "not run" in html
-    assert "papermill-error" not in html
-
-
 def test_papermill_by_itself_gives_the_same_page(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, make_notebook: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import papermill
     from papermill.engines import papermill_engines
@@ -120,126 +103,47 @@ def test_papermill_by_itself_gives_the_same_page(
     monkeypatch.setattr(report, "reports_folder", lambda _=None: tmp_path / "r")
     papermill_engines.register("fresnel", report.Engine)
     target, given = str(tmp_path / "out.ipynb"), {"steps": 5, "rate": 1}
+    options = {"engine_name": "fresnel", "kernel_name": "python3", "progress_bar": False}
 
-    def execute(**params: object) -> None:
-        papermill.execute_notebook(
-            str(tiny), target, params, engine_name="fresnel", kernel_name="python3",
-            language="python", progress_bar=False,
-        )  # fmt: skip
+    def execute(notebook: Path, **params: object) -> None:
+        papermill.execute_notebook(str(notebook), target, params, language="python", **options)
 
-    with pytest.raises(ParameterError, match="did you mean 'steps'"):
-        execute(step=3)
-    with pytest.raises(ParameterError, match="steps: got 'twelve'"):
-        execute(steps="twelve")
+    for wrong, message in (({"step": 3}, "did you mean 'steps'"), ({"steps": "x"}, "got 'x'")):
+        with pytest.raises(ParameterError, match=message):
+            execute(tiny, **wrong)
     assert not (tmp_path / "r").exists(), "refused before anything ran"
-    execute(**given)
+    execute(tiny, **given)
     ours = report.run(tiny, given, "tiny", tmp_path / "ours", progress=False)
     (folder,) = (tmp_path / "r" / "runs").iterdir()
-    assert sorted(p.name for p in folder.iterdir()) == sorted(
-        p.name for p in ours.directory.iterdir()
-    )
+    assert {p.name for p in folder.iterdir()} == {p.name for p in ours.directory.iterdir()}
     assert RunRecord.read(folder).params == ours.record.params
     assert (tmp_path / "r" / "index.html").is_file() and "papermill" in Path(target).read_text()
 
     def told(page: Path) -> str:
         """A page without what differs from run to run: times, sizes, cell ids."""
-        text = re.sub(r"<section class=.end.*?</section>|<p class=.kicker.*?</p>", "",
-                      page.read_text(), flags=re.DOTALL)  # fmt: skip
-        return text.split("<main")[1]
+        return re.sub(r"<section class=.end.*", "", page.read_text().split("<main")[1], flags=re.S)
 
     assert told(folder / "report.html") == told(ours.report)
-
-
-def test_a_crash_under_papermill_still_gives_a_report(
-    make_notebook: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import papermill
-    from papermill.engines import papermill_engines
-
-    monkeypatch.setattr(report, "reports_folder", lambda _=None: tmp_path / "r")
-    papermill_engines.register("fresnel", report.Engine)
-    kill = "import os, signal\nprint('so far', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
-    notebook = make_notebook("killed", "# T", START, kill, "1", parameters=PARAMETERS)
+    kill = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(papermill.PapermillExecutionError, match="killed from outside"):
-        papermill.execute_notebook(
-            str(notebook), None, engine_name="fresnel", kernel_name="python3", progress_bar=False
-        )
-    (folder,) = (tmp_path / "r" / "runs").iterdir()
+        execute(make_notebook("killed", "# T", START, kill, parameters=PARAMETERS))
+    (folder,) = (tmp_path / "r" / "runs").glob("*killed")
     assert RunRecord.read(folder).badge == "CRASHED"
     assert "killed from outside" in (folder / "report.html").read_text()
 
 
-def test_a_killed_kernel_still_gives_a_report(make_notebook: Maker, tmp_path: Path) -> None:
-    kill = "import os, signal\nprint('so far', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
-    notebook = make_notebook("killed", "# T", START, kill, "1", parameters=PARAMETERS)
-    done = report.run(notebook, reports_dir=tmp_path / "r")
-    assert done.crashed and "killed from outside" in (done.record.error or "")
-    html = done.report.read_text()
-    assert "killed from outside" in html and "Code, 1 line, not run" in html
-
-
-def test_a_slow_cell_is_stopped(make_notebook: Maker, tmp_path: Path) -> None:
-    notebook = make_notebook("slow", "# T", "import time\ntime.sleep(60)")
-    done = report.run(notebook, reports_dir=tmp_path / "r", cell_timeout_s=1)
-    assert done.crashed and "took longer" in (done.record.error or "")
-    assert done.report.is_file()
-
-
-def test_a_notebook_without_a_verdict_has_crashed(make_notebook: Maker, tmp_path: Path) -> None:
-    done = report.run(
-        make_notebook("open", START, parameters=PARAMETERS), reports_dir=tmp_path / "r"
-    )
-    assert done.crashed and "without a verdict" in (done.record.error or "")
-
-
-def test_ctrl_c_writes_the_report_and_says_stopped(make_notebook: Maker, tmp_path: Path) -> None:
-    marker = tmp_path / "begun"
-    wait = f"open({str(marker)!r}, 'w').close()\nimport time\ntime.sleep(60)"
-    notebook = make_notebook("long", "# T", START, wait, parameters=PARAMETERS)
-    command = [sys.executable, "-m", "fresnel", "run", str(notebook)]
-    with subprocess.Popen(
-        [*command, "--reports", str(tmp_path / "r")], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not marker.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    (folder,) = (tmp_path / "r" / "runs").iterdir()
-    record = RunRecord.read(folder)
-    assert record.status == "crashed" and "stopped from outside" in (record.error or "")
-    assert (folder / "report.html").is_file()
-
-
-def at_once(*runs: Callable[[], report.Run]) -> list[report.Run]:
-    with ThreadPoolExecutor(len(runs)) as pool:
-        return [future.result() for future in [pool.submit(run) for run in runs]]
-
-
-def test_two_runs_at_once_do_not_collide(make_notebook: Maker, tmp_path: Path) -> None:
-    notebook = make_notebook("pair", START, FINISH, parameters=PARAMETERS)
-    one, two = at_once(
-        *(lambda n=n: report.run(notebook, {"steps": n}, "p", tmp_path) for n in (1, 2))
-    )
-    assert one.directory != two.directory
-    assert [run.record.verdict for run in (one, two)] == ["FAIL", "FAIL"]
-    assert [run.record.params["steps"] for run in (one, two)] == [1, 2]
-    threads = [threading.Thread(target=report.index, args=(tmp_path,)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert "2 runs" in (tmp_path / "index.html").read_text()
-
-
-def test_of_two_equal_runs_at_once_one_waits_for_the_other(
+def test_runs_at_once_do_not_collide_and_equal_ones_wait(
     make_notebook: Maker, tmp_path: Path
 ) -> None:
     notebook = make_notebook("pair", START, FINISH, parameters=PARAMETERS)
-    done = at_once(*(lambda: report.run(notebook, None, "p", tmp_path) for _ in range(2)))
-    assert done[0].directory == done[1].directory
-    assert sorted(run.reused for run in done) == [False, True]
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(report.run, notebook, {"steps": n}, "p", tmp_path) for n in (1, 2, 2)]
+        one, two, same = (run.result() for run in runs)
+        assert [run.record.params["steps"] for run in (one, two)] == [1, 2]
+        assert one.directory != two.directory == same.directory
+        assert sorted(run.reused for run in (two, same)) == [False, True]
+        list(pool.map(report.index, [tmp_path] * 3))
+    assert "2 runs" in (tmp_path / "index.html").read_text()
 
 
 def test_the_kernel_is_this_python_whatever_is_installed(
@@ -281,14 +185,13 @@ def test_parameters_are_checked_before_anything_runs(tiny: Path, tmp_path: Path)
 
 
 def test_parameters_from_a_command_line() -> None:
-    assert Parameter("a", 1.0).parse("1e-4") == 1e-4
-    assert Parameter("a", 1).parse("-3") == -3
-    assert Parameter("a", True).parse("false") is False
-    assert Parameter("a", "x").parse("1") == "1"
-    assert Parameter("a", [1.0]).parse("[1, 2]") == [1.0, 2.0]
-    assert Parameter("a", None).parse("text") == "text"
-    with pytest.raises(ParameterError, match=r"parameter a: got 'x', want a whole number"):
+    cases = [(1.0, "1e-4", 1e-4), (1, "-3", -3), (True, "false", False), ("x", "1", "1")]
+    for default, text, value in [*cases, ([1.0], "[1, 2]", [1.0, 2.0]), (None, "text", "text")]:
+        assert Parameter("a", default).parse(text) == value
+    with pytest.raises(ParameterError, match=r"a: got 'x' \(a text\), want a whole number"):
         Parameter("a", 1).parse("x")
+    with pytest.raises(ParameterError, match=r"a: got 'maybe' \(a text\), want true or false"):
+        Parameter("a", True).parse("maybe")
 
 
 @pytest.mark.parametrize("source", ["a = b", "import os", "a.b = 1", "a = ", "a = [x for x in y]"])
@@ -297,37 +200,24 @@ def test_a_parameters_cell_holds_literals_only(make_notebook: Maker, source: str
         read_parameters(make_notebook("p", parameters=source))
 
 
-def test_index_lists_damaged_records_and_published_ones(tmp_path: Path) -> None:
-    for number, folder in enumerate(["runs/a", "published/b", "runs/c", "runs/d"]):
-        (tmp_path / folder).mkdir(parents=True)
-        record = RunRecord(
-            "n", "finished", "GO", name=folder, started_utc=f"2026-01-0{number + 1}T00:00:00+00:00"
-        )
-        record.write(tmp_path / folder)
+def test_index_lists_damaged_records_published_ones_and_copies_once(tmp_path: Path) -> None:
+    assert "Nothing has been run yet" in report.index(tmp_path / "none").read_text()
+    copies = [("runs/e", 5), ("published/e", 5), ("runs/f", 6), ("published/f", 6)]
+    singles = [("runs/a", 1), ("published/b", 2), ("runs/c", 3), ("runs/d", 4)]
+    for place, day in [*singles, *copies]:
+        (tmp_path / place).mkdir(parents=True)
+        stamp, name = f"2026-01-0{day}T00:00:00+00:00", place[-1] * 3
+        RunRecord("n", "finished", "GO", name=name, started_utc=stamp).write(tmp_path / place)
+    for place in ("runs/e", "published/f"):
+        (tmp_path / place / "report.html").write_text("<p>page</p>")
     (tmp_path / "runs/c/results.json").write_text("{")
     (tmp_path / "runs/d/thumbnail.png").write_bytes(b"no picture")
     html = report.index(tmp_path).read_text()
-    assert "3 runs" in html and "1 damaged" in html and "runs/c/results.json: is not valid" in html
-    assert html.index(">runs/d<") < html.index(">published/b<") < html.index(">runs/a<")
-    assert "published</span>" in html
-
-
-@pytest.mark.parametrize("where", ["runs", "published", ""])
-def test_index_lists_a_run_and_its_published_copy_once(tmp_path: Path, where: str) -> None:
-    for folder in ("runs/a", "published/a"):
-        (tmp_path / folder).mkdir(parents=True)
-        RunRecord("n", "finished", "GO", name="a", started_utc="2026-01-01T00:00:00+00:00").write(
-            tmp_path / folder
-        )
-    if where:
-        (tmp_path / where / "a" / "report.html").write_text("<p>page</p>")
-    html = report.index(tmp_path).read_text()
-    assert "1 run" in html and "2 runs" not in html
-    assert (f'href="{where}/a/report.html"' in html) == bool(where)
-
-
-def test_an_empty_index_says_so(tmp_path: Path) -> None:
-    assert "Nothing has been run yet" in report.index(tmp_path / "none").read_text()
+    assert "5 runs" in html and "1 damaged" in html and "runs/c/results.json: is not valid" in html
+    places = [html.index(f">{name * 3}<") for name in "fedba"]
+    assert places == sorted(places) and html.count("published</span>") == 2
+    assert html.count("report.html") == 4, "two links, and in the data of the comparison"
+    assert 'href="runs/e/report.html"' in html and 'href="published/f/report.html"' in html
 
 
 def test_what_counts_as_a_request() -> None:
@@ -346,5 +236,4 @@ def test_what_counts_as_a_request() -> None:
 def test_redrawn_lines_keep_their_last_state() -> None:
     text = "a\rb\rc\nstep:  40%|####  | 4/10 [00:01<00:02]\nend\r\n"
     output = nbformat.v4.new_output("stream", name="stderr", text=text)
-    tidied = pages._tidy_output(output)
-    assert tidied is not None and tidied.text == "c\nend\n"
+    assert pages._tidy_output(output) and output.text == "c\nend\n"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +46,8 @@ class PeakMemory:
     def _sample(self) -> None:
         total = self._process.memory_info().rss
         for child in self._process.children(recursive=True):
-            try:
+            with contextlib.suppress(psutil.Error):  # it ended in between
                 total += child.memory_info().rss
-            except psutil.Error:  # it ended in between
-                continue
         self._rss = max(self._rss, total)
 
 
@@ -55,21 +55,17 @@ class EnergyMeter:
     """Joules that the machine took since the meter was made, where a counter can be read.
 
     CPU packages: Linux's powercap counters (RAPL; Intel and AMD; often readable by root alone).
-    GPUs: NVML's energy counter, or its power integrated over one-second samples where a card has no
-    counter. Both count the whole device, other programs on it included. The GPUs are those of
-    CUDA_VISIBLE_DEVICES, by NVML's order; all of them without it.
+    GPUs: NVML's energy counter, which every card since Volta has. Both count the whole device,
+    other programs on it included. The GPUs are those of CUDA_VISIBLE_DEVICES, by NVML's order; all
+    of them without it.
     """
 
     def __init__(self, powercap: Path = POWERCAP, nvml: Any = pynvml) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._stop = threading.Lock(), threading.Event()
         self._reasons: list[str] = []
         self._packages = [_Package(path) for path in _readable(powercap, self._reasons)]
         self._gpus = _gpus(nvml, self._reasons)
-        self._stop = threading.Event()
-        sampled = any(not gpu.counts for gpu in self._gpus)
-        # a package's counter wraps round after minutes to hours
-        self._interval_s = 1.0 if sampled else 30.0
-        if self._packages or sampled:
+        if self._packages:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def read(self) -> dict[str, Any]:
@@ -78,13 +74,10 @@ class EnergyMeter:
         joules: the sum of what could be read, None if nothing could; "source" says what that was,
         "reason" why something could not be read."""
         with self._lock:
-            cpu = sum(p.joules() for p in self._packages) if self._packages else None
-            gpu = sum(g.joules() for g in self._gpus) if self._gpus else None
+            cpu = sum(package.joules() for package in self._packages) if self._packages else None
+        gpu = sum(joules() for joules in self._gpus) if self._gpus else None
         parts = [part for part in (gpu, cpu) if part is not None]
-        sources = []
-        if self._gpus:
-            how = "counter" if all(g.counts for g in self._gpus) else "power, sampled"
-            sources.append(f"NVML {how} of {len(self._gpus)} GPU(s)")
+        sources = [f"NVML counter of {len(self._gpus)} GPU(s)"] if self._gpus else []
         if self._packages:
             sources.append(f"RAPL counter of {len(self._packages)} CPU package(s)")
         return {
@@ -99,12 +92,8 @@ class EnergyMeter:
         self._stop.set()
 
     def _watch(self) -> None:
-        while not self._stop.wait(self._interval_s):
-            with self._lock:
-                for package in self._packages:
-                    package.joules()
-                for gpu in self._gpus:
-                    gpu.joules()
+        while not self._stop.wait(30.0):  # a package's counter wraps round after minutes to hours
+            self.read()
 
 
 class _Package:
@@ -132,47 +121,26 @@ def _readable(powercap: Path, reasons: list[str]) -> list[Path]:
     return []
 
 
-class _Gpu:
-    """One card: millijoules since its driver was loaded, or else milliwatts now."""
-
-    def __init__(self, nvml: Any, handle: Any) -> None:
-        self._nvml, self._handle = nvml, handle
-        self._total, self._when, self.counts = 0.0, time.monotonic(), True
-        try:
-            self._first = nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except pynvml.NVMLError:
-            self.counts = False
-            nvml.nvmlDeviceGetPowerUsage(handle)
-
-    def joules(self) -> float:
-        if self.counts:
-            now = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-            return (now - self._first) / 1e3
-        moment = time.monotonic()
-        watts = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
-        self._total += watts * (moment - self._when)
-        self._when = moment
-        return self._total
+def _since(energy: Callable[[Any], int], handle: Any, first: int) -> float:
+    return (energy(handle) - first) / 1e3
 
 
-def _gpus(nvml: Any, reasons: list[str]) -> list[_Gpu]:
+def _gpus(nvml: Any, reasons: list[str]) -> list[Callable[[], float]]:
+    """A function a card: joules since now."""
     try:
         nvml.nvmlInit()
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        keys = range(nvml.nvmlDeviceGetCount()) if chosen is None else chosen.split(",")
+        keys = map(str, range(nvml.nvmlDeviceGetCount())) if chosen is None else chosen.split(",")
     except pynvml.NVMLError:
         reasons.append("GPU: no NVIDIA driver")
         return []
-    gpus = []
-    for key in (str(key).strip() for key in keys):
-        try:
-            if key.isdigit():
-                handle = nvml.nvmlDeviceGetHandleByIndex(int(key))
-            else:
-                handle = nvml.nvmlDeviceGetHandleByUUID(key)
-            gpus.append(_Gpu(nvml, handle))
-        except pynvml.NVMLError:  # no such card, or it shows neither
-            continue
+    energy = nvml.nvmlDeviceGetTotalEnergyConsumption  # millijoules since the driver was loaded
+    gpus: list[Callable[[], float]] = []
+    for key in (key.strip() for key in keys):
+        by_index, by_name = nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetHandleByUUID
+        with contextlib.suppress(pynvml.NVMLError):  # no such card, or it has no counter
+            handle = by_index(int(key)) if key.isdigit() else by_name(key)
+            gpus.append(functools.partial(_since, energy, handle, energy(handle)))
     if not gpus:
-        reasons.append("GPU: NVML shows neither energy nor power")
+        reasons.append("GPU: NVML shows no energy counter")
     return gpus

@@ -61,11 +61,8 @@ def code_hash(apart: Set[str] = frozenset()) -> str:
 
 def find(reports: Path, wanted: str, name: str, output_dir: Path | None) -> Path | None:
     """The folder of the newest run of identity `wanted` that still counts."""
-    if output_dir is not None:
-        folders = [output_dir]
-    else:
-        found = reports.glob(f"runs/*Z-{slug(name)}*/{RESULTS_NAME}")
-        folders = sorted((path.parent for path in found), reverse=True)
+    found = sorted(reports.glob(f"runs/*Z-{slug(name)}*/{RESULTS_NAME}"), reverse=True)
+    folders = [output_dir] if output_dir is not None else [path.parent for path in found]
     return next((folder for folder in folders if _counts(folder, wanted)), None)
 
 
@@ -89,15 +86,12 @@ def _counts(folder: Path, wanted: str) -> bool:
         record = RunRecord.read(folder)
     except RecordError:
         return False
-    made_from = record.provenance
-    if made_from.get("identity") != wanted or record.status != "finished":
-        return False
-    kept = [
-        record.artifacts[name] for name in ("notebook", "thumbnail") if name in record.artifacts
-    ]
+    made_from, kept = record.provenance, ("notebook", "thumbnail")
     return (
-        record.verdict != "REFUSED"
-        and all((folder / file).is_file() for file in kept)
+        made_from.get("identity") == wanted
+        and record.status == "finished"
+        and record.verdict != "REFUSED"
+        and all((folder / record.artifacts.get(name, "")).exists() for name in kept)
         and all(digest(Path(p), folder) == was for p, was in made_from.get("inputs", {}).items())
     )
 

@@ -1,10 +1,9 @@
 """Cost avoided by the gate: the price of trainings that a verdict forbade.
 
-Definition. A FAIL of the gate and a NO-GO of the smoke test forbid one training, that of their
-data. (A REFUSED training forbids none: it wants the verdict first.) What it would have cost is a
-smoke test's forecast: measured throughput, full number of steps. Avoided is that forecast less what
-reaching the verdict cost, never below 0. Where no smoke test has made a forecast, nothing is
-claimed.
+A FAIL of the gate and a NO-GO of the smoke test forbid one training, that of their data. (A REFUSED
+training forbids none: it wants the verdict first.) What it would have cost is a smoke test's
+forecast; avoided is that less what reaching the verdict cost, never below 0. Where no smoke test
+has made a forecast, nothing is claimed.
 
 Over many runs each dataset's training is counted once, whoever forbade it and however often; and
 not at all where the data was trained on in spite of it, as a control: that money was spent.
@@ -23,19 +22,19 @@ def cost_avoided(record: RunRecord, others: Iterable[RunRecord] = ()) -> dict[st
 
     others: runs whose forecast may stand in where the run made none itself; the newest of the same
     data is taken, else the newest of any."""
-    if not _forbids(record):
+    of_gate = record.verdict == "FAIL" and "gate_codes" in record.metrics
+    if record.status != "finished" or not (of_gate or record.verdict == "NO-GO"):
         return None
     dataset = _dataset(record)
-    forecast, basis = _forecast(record), "this run's forecast"
-    if forecast is None:
-        made = [other for other in others if _forecast(other) is not None]
-        made.sort(key=lambda o: (bool(dataset) and _dataset(o) == dataset, o.started_utc))
+    seconds, basis = _forecast_s(record), "this run's forecast"
+    if seconds is None:
+        made = [other for other in others if _forecast_s(other) is not None]
+        basis = "no smoke test has made a forecast yet"
         if made:
-            forecast = _forecast(made[-1])
-            basis = f"the forecast of {made[-1].name or made[-1].notebook}, {made[-1].started_utc}"
-        else:
-            basis = "no smoke test has made a forecast yet"
-    seconds = None if forecast is None else float(forecast["duration_s"])
+            same = [other for other in made if dataset and _dataset(other) == dataset]
+            newest = max(same or made, key=lambda other: other.started_utc)
+            seconds = _forecast_s(newest)
+            basis = f"the forecast of {newest.name or newest.notebook}, {newest.started_utc}"
     # at this run's price: the training would have run on this machine
     usd = None if seconds is None else seconds * record.price_per_hour_usd / 3600.0
     return {
@@ -56,37 +55,22 @@ def total_avoided(records: Iterable[RunRecord]) -> dict[str, Any]:
 
     Of several verdicts on one dataset the one that saved most counts: it came first."""
     best: dict[str, dict[str, Any]] = {}
-    anyway: set[str] = set()
+    anyway: set[str | None] = set()
     for number, record in enumerate(records):
-        dataset = _dataset(record)
-        if dataset and _trained(record):
-            anyway.add(dataset)
+        # a smoke test makes a forecast of a training instead
+        if record.resources["samples_per_s"] is not None and _forecast_s(record) is None:
+            anyway.add(_dataset(record))
         entry = record.cost_avoided
-        if entry is None or entry["duration_s"] is None:
-            continue
-        key = entry["dataset"] or f"run {number}"
-        if key not in best or entry["duration_s"] > best[key]["duration_s"]:
-            best[key] = entry
+        if entry is not None and entry["duration_s"] is not None:
+            key = entry["dataset"] or f"run {number}"
+            best[key] = max(entry, best.get(key, entry), key=lambda e: e["duration_s"])
 
-    def total(entries: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "usd": sum(entry["usd"] for entry in entries),
-            "duration_s": sum(entry["duration_s"] for entry in entries),
-            "trainings": len(entries),
-        }
+    def total(trained: bool) -> dict[str, Any]:
+        entries = [entry for key, entry in best.items() if (key in anyway) == trained]
+        sums = {unit: sum(entry[unit] for entry in entries) for unit in ("usd", "duration_s")}
+        return {**sums, "trainings": len(entries)}
 
-    avoided = total([entry for key, entry in best.items() if key not in anyway])
-    return {**avoided, "trained_anyway": total([e for key, e in best.items() if key in anyway])}
-
-
-def _forbids(record: RunRecord) -> bool:
-    of_gate = record.verdict == "FAIL" and "gate_codes" in record.metrics
-    return record.status == "finished" and (of_gate or record.verdict == "NO-GO")
-
-
-def _trained(record: RunRecord) -> bool:
-    """Whether this run was a full training; a smoke test makes a forecast of one instead."""
-    return record.resources["samples_per_s"] is not None and _forecast(record) is None
+    return {**total(False), "trained_anyway": total(True)}
 
 
 def _dataset(record: RunRecord) -> str | None:
@@ -94,7 +78,7 @@ def _dataset(record: RunRecord) -> str | None:
     return datasets[0]["content_hash"] if datasets else None
 
 
-def _forecast(record: RunRecord) -> dict[str, Any] | None:
+def _forecast_s(record: RunRecord) -> float | None:
     forecast = record.metrics.get("forecast")
-    fits = isinstance(forecast, dict) and isinstance(forecast.get("duration_s"), (int, float))
-    return forecast if fits else None
+    seconds = forecast.get("duration_s") if isinstance(forecast, dict) else None
+    return float(seconds) if isinstance(seconds, (int, float)) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import html
+import math
 import os
 import re
 import signal
@@ -19,7 +20,6 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from jupyter_core.utils import ensure_async
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
+from fresnel.report.record import Failure
+
 TICK_S = 0.2
 AUTOSAVE_S = 5
 STARTUP_S = 300
@@ -38,22 +40,8 @@ GRACE_S = 20.0
 """How long an interrupted cell may take to end by itself: a training run saves a checkpoint."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """How a run ended that did not finish. `kind`: see results.schema.json; `message`: plain words;
-    `cell`: the code cell it happened in, counted from 1 as in the source notebook."""
-
-    kind: str
-    message: str
-    cell: int | None = None
-
-
 def execute(
-    manager: Any,
-    *,
-    folder: Path,
-    timeout_s: float | None = None,
-    cell_timeout_s: float | None = None,
+    manager: Any, folder: Path, timeout_s: float | None = None, cell_timeout_s: float | None = None
 ) -> Failure | None:
     """Run the cells of a notebook in place, as far as they go; None if all of them ran.
 
@@ -77,9 +65,10 @@ def execute(
 class _Execution:
     def __init__(self, manager: Any, timeout_s: float | None, cell_timeout_s: float | None) -> None:
         self.manager, self.notebook = manager, manager.nb
-        self.timeout_s, self.cell_timeout_s = timeout_s, cell_timeout_s
+        self.timeout_s = math.inf if timeout_s is None else timeout_s
+        self.cell_timeout_s = math.inf if cell_timeout_s is None else cell_timeout_s
         self.current: Any = None
-        self.ended: str | None = None  # "stopped" or "timed_out", from outside
+        self.ended: Failure | None = None  # from outside
         self.begun = self.cell_begun = time.monotonic()
 
     async def supervise(self, folder: Path) -> Failure | None:
@@ -125,9 +114,9 @@ class _Execution:
             if self.manager.pbar:
                 self.manager.pbar.set_postfix_str(client.bar)
             if stopping.done() and not work.done():
-                self.ended = "stopped"
-            elif self._late() and not work.done():
-                self.ended = "timed_out"
+                self.ended = Failure("stopped", "The run was stopped from outside{}.")
+            elif (late := self._late()) and not work.done():
+                self.ended = Failure("timed_out", f"{late} it was given{{}}.")
         if self.ended is not None:
             with contextlib.suppress(Exception):  # the kernel may be gone, or not yet be there
                 await kernel.interrupt_kernel()
@@ -136,24 +125,20 @@ class _Execution:
                 work.cancel()
                 await asyncio.wait({work}, timeout=GRACE_S)
 
-    def _late(self) -> bool:
-        too_long = self.timeout_s is not None and self._since(self.begun) > self.timeout_s
-        in_cell = self.cell_timeout_s is not None and self.current is not None
-        return too_long or (in_cell and self._since(self.cell_begun) > (self.cell_timeout_s or 0))
-
-    @staticmethod
-    def _since(moment: float) -> float:
-        return time.monotonic() - moment
+    def _late(self) -> str | None:
+        """Which limit was passed, in words."""
+        now = time.monotonic()
+        if now - self.begun > self.timeout_s:
+            return f"The run took longer than the {self.timeout_s:g} s"
+        if self.current is not None and now - self.cell_begun > self.cell_timeout_s:
+            return f"A cell took longer than the {self.cell_timeout_s:g} s"
+        return None
 
     def _number(self) -> int | None:
         """The place of the current cell among the source's code cells, from 1."""
-        before = 0
-        for cell in self.notebook.cells:
-            injected = "injected-parameters" in cell.metadata.get("tags", [])
-            before += cell.cell_type == "code" and not injected
-            if cell is self.current:
-                return before or None
-        return None
+        codes = [cell for cell in self.notebook.cells if cell.cell_type == "code"]
+        source = [c for c in codes if "injected-parameters" not in c.metadata.get("tags", [])]
+        return next((n for n, cell in enumerate(source, 1) if cell is self.current), None)
 
     def _failure(
         self, work: asyncio.Future, client: _Client, kills: int, errors: Any
@@ -161,14 +146,8 @@ class _Execution:
         number = self._number()
         problem = None if work.cancelled() else work.exception() if work.done() else None
         place = f" in code cell {number}" if number else ""
-        if self.ended == "stopped":
-            return Failure("stopped", f"The run was stopped from outside{place}.", number)
-        if self.ended == "timed_out":
-            late = self.timeout_s is not None and self._since(self.begun) > self.timeout_s
-            what, limit = ("The run", self.timeout_s) if late else ("A cell", self.cell_timeout_s)
-            return Failure(
-                "timed_out", f"{what} took longer than the {limit:g} s it was given{place}.", number
-            )
+        if self.ended is not None:
+            return Failure(self.ended.kind, self.ended.message.format(place), number)
         if problem is None:
             return None
         if isinstance(problem, CellExecutionError):
@@ -183,8 +162,7 @@ class _Execution:
                 f"The notebook's Python process ended in the middle of code cell {number}: {how}."
             )
             return Failure("kernel_died", text, number)
-        kind = type(problem).__name__
-        text = f"The notebook could not be run: {kind}: {problem}"
+        text = f"The notebook could not be run: {type(problem).__name__}: {problem}"
         return Failure("not_started" if self.current is None else "cell_error", text, number)
 
     def _append_tail(self, errors: Any, lines: int = 30) -> None:
@@ -277,21 +255,19 @@ def _stoppable() -> Any:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def stop() -> None:
-        if not stopping.done():
+    def restore(stopped: bool = True) -> None:
+        if stopped and not stopping.done():
             stopping.set_result(None)
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
 
     for number in before:
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, restore)
     try:
         yield stopping
     finally:
-        for number, handler in before.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)
+        restore(stopped=False)
 
 
 async def _shut_down(manager: AsyncKernelManager, client: _Client) -> None:
@@ -321,8 +297,8 @@ def _how_it_died(client: _Client, kills_before: int) -> str:
     if code is None or code == -signal.SIGKILL:
         return "it ran out of memory, or it was killed from outside"
     if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"it was ended by the signal {signal.Signals(-code).name}"
+        named = {int(number): number.name for number in signal.Signals}
+        return f"it was ended by the signal {named.get(-code, -code)}"
     return f"it left with the exit status {code}"
 
 

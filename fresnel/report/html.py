@@ -10,9 +10,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from html import escape as _escape
+from html import escape
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from fresnel.report.record import RunRecord
 
@@ -39,9 +41,14 @@ def policy(*, pictures: str = "", viewer: bool = False) -> str:
 
 def style(*names: str) -> str:
     """The style sheets of these names, one after the other."""
-    from jinja2 import Template
+    return jinja2.Template(text(*names)).render()
 
-    return Template(text(*names)).render()
+
+def render(name: str, **values: Any) -> str:
+    """The template of this name, filled; every value is escaped."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
+    environment.filters.update(FILTERS)
+    return environment.get_template(name).render(**values)
 
 
 def text(*names: str) -> str:
@@ -108,10 +115,6 @@ def _literal(value: Any) -> str:
     return plain if len(plain) <= 200 else plain[:197] + "..."
 
 
-def _record_tone(record: RunRecord) -> str:
-    return tone(record.badge)
-
-
 FILTERS: Mapping[str, Any] = {
     "moment": _moment,
     "duration": duration,
@@ -119,7 +122,7 @@ FILTERS: Mapping[str, Any] = {
     "size": _size,
     "number": number,
     "literal": _literal,
-    "tone": _record_tone,
+    "tone": lambda record: tone(record.badge),
     "words": words,
 }
 
@@ -141,56 +144,48 @@ def plain_page(
     then its cells with their outputs.
 
     problem: why there is no better page; said below the error."""
-    title = record.title or record.notebook
+    title, badge = record.title or record.notebook, escape(record.badge)
+    git = record.provenance.get("git") or {}
+    values = {"run": record.name, "begun": record.started_utc, "took": f"{record.duration_s:.1f} s"}
+    values |= {"commit": str(git.get("commit")), **{k: repr(v) for k, v in record.params.items()}}
+    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in record.reasons)
     parts = [
-        _HEAD.format(title=f"{_escape(title)}: {_escape(record.badge)}"),
-        f"<h1>{_escape(title)}</h1><p><strong>{_escape(record.badge)}</strong> ",
-        f"{_escape(record.error or record.summary)}</p>",
-        "<ul>" + "".join(f"<li>{_escape(reason)}</li>" for reason in record.reasons) + "</ul>"
-        if record.reasons
-        else "",
-        f"<p>This page is a plain one, as the full one could not be made: {_escape(problem)} "
+        _HEAD.format(title=f"{escape(title)}: {badge}"),
+        f"<h1>{escape(title)}</h1><p><strong>{badge}</strong> ",
+        f"{escape(record.error or record.summary)}</p>",
+        f"<ul>{reasons}</ul>" if reasons else "",
+        f"<p>This page is a plain one, as the full one could not be made: {escape(problem)} "
         "Nothing of the run is lost: <code>./run_all.sh pages</code> makes it again from "
         "the executed notebook.</p>",
+        *(part for cell in notebook["cells"] for part in _plain_cell(cell, pictures)),
+        "<h2>The run</h2><table>",
+        *(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in values.items()),
+        "</table></main></body></html>\n",
     ]
-    parts += [part for cell in notebook["cells"] for part in _plain_cell(cell, pictures)]
-    values = {"run": record.name, "begun": record.started_utc, "took": f"{record.duration_s:.1f} s"}
-    git = record.provenance.get("git") or {}
-    values |= {"commit": str(git.get("commit")), **{k: repr(v) for k, v in record.params.items()}}
-    rows = (f"<tr><th>{_escape(k)}</th><td>{_escape(v)}</td></tr>" for k, v in values.items())
-    parts.append(f"<h2>The run</h2><table>{''.join(rows)}</table></main></body></html>\n")
     return "".join(parts)
 
 
 def _plain_cell(cell: Mapping[str, Any], pictures: bool) -> Iterator[str]:
-    source = _escape("".join(cell["source"]))
+    source = escape("".join(cell["source"]))
     if cell["cell_type"] != "code":
         yield f'<pre style="white-space:pre-wrap">{source}</pre>\n'
         return
     ran = cell.get("metadata", {}).get("papermill", {}).get("status") != "pending"
-    summary = "Code" if ran else "Code, not run"
-    yield f"<details><summary>{summary}</summary><pre>{source}</pre></details>\n"
+    yield _folded("Code" if ran else "Code, not run", source)
     for output in cell.get("outputs", ()):
-        if output["output_type"] == "stream":
-            yield f"<pre>{_escape(''.join(output['text']))}</pre>\n"
-        elif output["output_type"] == "error":
-            trace = _escape("\n".join(output["traceback"]))
-            yield f"<p><strong>{_escape(output['ename'])}: {_escape(output['evalue'])}</strong></p>"
-            yield f"<details><summary>Traceback</summary><pre>{trace}</pre></details>\n"
+        data, about = output.get("data", {}), output.get("metadata", {})
+        kind = next((kind for kind in ("image/png", "image/jpeg") if kind in data), "")
+        if output["output_type"] == "error":
+            yield f"<p><strong>{escape(output['ename'])}: {escape(output['evalue'])}</strong></p>"
+            yield _folded("Traceback", escape("\n".join(output["traceback"])))
+        elif kind:
+            alt = escape(about.get(kind, {}).get("alt") or about.get("alt") or "Figure")
+            picture = f'<img src="data:{kind};base64,{escape(data[kind])}" alt="{alt}">\n'
+            yield picture if pictures else f"<p>[{alt}]</p>\n"
         else:
-            yield from _plain_output(output, pictures)
+            said = output.get("text") or data.get("text/markdown") or data.get("text/plain") or ""
+            yield f"<pre>{escape(''.join(said))}</pre>\n"
 
 
-def _plain_output(output: Mapping[str, Any], pictures: bool) -> Iterator[str]:
-    data, about = output.get("data", {}), output.get("metadata", {})
-    for kind in ("image/png", "image/jpeg"):
-        if kind in data:
-            alt = about.get(kind, {}).get("alt") or about.get("alt") or "Figure"
-            if pictures:
-                yield f'<img src="data:{kind};base64,{_escape(data[kind])}" alt="{_escape(alt)}">\n'
-            else:
-                yield f"<p>[{_escape(alt)}]</p>\n"
-            return
-    text = data.get("text/markdown") or data.get("text/plain")
-    if text:
-        yield f"<pre>{_escape(''.join(text))}</pre>\n"
+def _folded(summary: str, text: str) -> str:
+    return f"<details><summary>{summary}</summary><pre>{text}</pre></details>\n"

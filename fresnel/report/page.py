@@ -7,7 +7,7 @@ results.json beside it, and what an older one lacks is left out. The index: `fre
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import html
 import io
 import itertools
@@ -21,7 +21,7 @@ import nbformat
 from fresnel.host.files import write_atomic
 from fresnel.report import html as _html
 from fresnel.report.index import key_figures
-from fresnel.report.params import ParameterError, injected_values, read_parameters
+from fresnel.report.params import Parameter, ParameterError, injected_values, read_parameters
 from fresnel.report.record import RecordError, RunRecord
 
 _UNITS = re.compile(
@@ -29,16 +29,26 @@ _UNITS = re.compile(
     r"(?=$|[;,\s])[;,]?\s*"
 )
 _LEAD = re.compile(r"^\*\*(Question|(?:Stopping rule|Rule)[^*.]*)\.\*\*\s*(.+)$", re.DOTALL)
+_TITLE = re.compile(r"^#\s+(.+?)\s*#*$", re.MULTILINE)
+_NOISE = re.compile(r"\d+%\|.*\|\s*\d|TqdmWarning: IProgress|import tqdm as notebook_tqdm")
+"""A progress bar, or tqdm's complaint that it cannot draw a prettier one."""
+_LOST = re.compile(r"^(?:metrics\.)?(\S+) was (?:nan|-?inf); stored as null$")
+_INK = {
+    "#000000": "currentColor",
+    "#333333": "currentColor",
+    "#ffffff": "var(--paper)",
+    "#e4e4e4": "var(--line)",
+    "#777777": "var(--soft)",
+}
+_DROPPED = {"papermill-error-cell-tag", "injected-parameters", "parameters", "remove"}
 _SHOWN_PROVENANCE = {"git", "python", "packages", "os", "cpu", "gpu", "seed", "datasets"}
-_SHOWN_PROVENANCE |= {"process", "identity", "inputs"}
-_TAGS = frozenset(
-    (
-        *("a", "abbr", "b", "blockquote", "br", "code", "dd", "del", "details", "div", "dl", "dt"),
-        *("em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "li", "ol", "p", "pre", "s"),
-        *("span", "strong", "sub", "summary", "sup", "table", "tbody", "td", "tfoot", "th"),
-        *("thead", "tr", "ul"),
-    )
-)
+_SHOWN_PROVENANCE |= {"process", "identity", "inputs", "accelerators"}
+_TAGS = {
+    *("a", "abbr", "b", "blockquote", "br", "code", "dd", "del", "details", "div", "dl", "dt"),
+    *("em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "li", "ol", "p", "pre", "s"),
+    *("span", "strong", "sub", "summary", "sup", "table", "tbody", "td", "tfoot", "th"),
+    *("thead", "tr", "ul"),
+}
 
 
 def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
@@ -52,13 +62,31 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
     source = Path(executed)
     destination = Path(target) if target is not None else source.with_suffix(".html")
     notebook = nbformat.read(source, as_version=4)
-    try:
+    record = None
+    with contextlib.suppress(RecordError):
         record = RunRecord.read(source.parent)
-    except RecordError:
-        record = None
-    title = notebook_title(notebook) or source.stem
     rows = _parameter_rows(notebook, record)
-    lead = _lead(notebook)
+    page: dict[str, Any] = {
+        "title": notebook_title(notebook) or source.stem,
+        "record": record,
+        "lead": _lead(notebook),
+        "params": rows,
+        "changed": [row for row in rows if row["changed"]],
+        "policy": _html.policy(viewer=_has_viewer(notebook)),
+        "css": _html.style("page.css", "report.css"),
+        "js": _html.text("page.js", "report.js"),
+    }
+    if record is not None:
+        known = {k: v for k, v in record.provenance.items() if v not in (None, "", [], {})}
+        lost = [match[1] for note in record.notes if (match := _LOST.match(note))]
+        page |= {
+            "figures": key_figures(record, 6),
+            "cuda": any(stage.peak_cuda_bytes is not None for stage in record.stages),
+            "longest_s": max([stage.duration_s for stage in record.stages] + [1e-9]),
+            "more": {k: v for k, v in known.items() if k not in _SHOWN_PROVENANCE},
+            "notes": [note for note in record.notes if not _LOST.match(note)]
+            + [f"not a finite number: {', '.join(lost)}"] * bool(lost),
+        }
     _tidy(notebook)
     count = itertools.count(1)
     exporter = HTMLExporter(
@@ -76,26 +104,6 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
             "region": _region,
         },
     )
-    stages = record.stages if record else ()
-    page = {
-        "title": title,
-        "record": record,
-        "lead": lead,
-        "figures": key_figures(record, 6) if record else [],
-        "params": rows,
-        "changed": [row for row in rows if row["changed"]],
-        "cuda": any(stage.peak_cuda_bytes is not None for stage in stages),
-        "longest_s": max([stage.duration_s for stage in stages] + [1e-9]),
-        "more": {
-            key: value
-            for key, value in (record.provenance if record else {}).items()
-            if key not in _SHOWN_PROVENANCE and value not in (None, "", [], {})
-        },
-        "notes": _notes(record) if record else [],
-        "policy": _html.policy(viewer=_has_viewer(notebook)),
-        "css": _html.style("page.css", "report.css"),
-        "js": _html.text("page.js", "report.js"),
-    }
     resources = {"page": page, "metadata": {"path": str(source.parent)}}
     body, _ = exporter.from_notebook_node(notebook, resources=resources)
     write_atomic(destination, _smaller_pictures(_with_contents(body)))
@@ -104,12 +112,9 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
 
 def notebook_title(notebook: nbformat.NotebookNode) -> str:
     """The text of a notebook's first level-1 heading, or ""."""
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            match = re.search(r"^#\s+(.+?)\s*#*$", cell.source, re.MULTILINE)
-            if match:
-                return re.sub(r"[*`]", "", match.group(1))
-    return ""
+    texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    titles = (match[1] for text in texts if (match := _TITLE.search(text)))
+    return re.sub(r"[*`]", "", next(titles, ""))
 
 
 def safe_markdown(text: str) -> str:
@@ -139,57 +144,36 @@ def _lead(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
     """Take the question and the rule out of the notebook's first text: (name, Markdown) each.
 
     The page shows them with the answer, above everything else."""
-    found: list[tuple[str, str]] = []
-    for cell in notebook.cells:
-        if cell.cell_type != "markdown":
-            continue
-        kept = []
-        for paragraph in re.split(r"\n\s*\n", cell.source):
-            match = _LEAD.match(paragraph.strip())
-            if match:
-                found.append((match.group(1), match.group(2)))
-            else:
-                kept.append(paragraph)
-        cell.source = "\n\n".join(kept)
-        break
-    return found
+    cell = next((cell for cell in notebook.cells if cell.cell_type == "markdown"), None)
+    if cell is None:
+        return []
+    parts = [(part, _LEAD.match(part.strip())) for part in re.split(r"\n\s*\n", cell.source)]
+    cell.source = "\n\n".join(part for part, match in parts if not match)
+    return [(match[1], match[2]) for _, match in parts if match]
 
 
 def _tidy(notebook: nbformat.NotebookNode) -> None:
     """Drop what a reader of the page would not miss: the title (it stands above), the parameters
     (a table shows them), progress bars, and all but the last state of lines that were redrawn."""
-    titled = False
-    kept = []
-    for cell in notebook.cells:
-        tags = set(cell.metadata.get("tags", []))
-        if tags & {"papermill-error-cell-tag", "injected-parameters", "parameters", "remove"}:
-            continue
-        if cell.cell_type == "markdown" and not titled:
-            cell.source, count = re.subn(r"^#\s+.+$", "", cell.source, count=1, flags=re.MULTILINE)
-            titled = bool(count)
+    cells = [c for c in notebook.cells if not _DROPPED & set(c.metadata.get("tags", []))]
+    for cell in cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in map(_tidy_output, cell.outputs) if output]
-        if cell.source.strip() or cell.get("outputs"):
-            kept.append(cell)
-    notebook.cells = kept
+            cell.outputs = [output for output in cell.outputs if _tidy_output(output)]
+    for cell in cells:
+        if cell.cell_type == "markdown" and _TITLE.search(cell.source):
+            cell.source = _TITLE.sub("", cell.source, count=1)
+            break
+    notebook.cells = [cell for cell in cells if cell.source.strip() or cell.get("outputs")]
     notebook.metadata.pop("widgets", None)
 
 
-def _tidy_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
+def _tidy_output(output: nbformat.NotebookNode) -> bool:
+    """Whether anything of it is to be shown."""
     if output.output_type == "stream":
         lines = [line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")]
-        output.text = "\n".join(line for line in lines if not _is_noise(line))
-        return output if output.text.strip() else None
-    if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
-        return None
-    return output
-
-
-def _is_noise(line: str) -> bool:
-    """A progress bar, or tqdm's complaint that it cannot draw a prettier one."""
-    return bool(
-        re.search(r"\d+%\|.*\|\s*\d|TqdmWarning: IProgress|import tqdm as notebook_tqdm", line)
-    )
+        output.text = "\n".join(line for line in lines if not _NOISE.search(line))
+        return bool(output.text.strip())
+    return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
 def _has_viewer(notebook: nbformat.NotebookNode) -> bool:
@@ -202,28 +186,22 @@ def _has_viewer(notebook: nbformat.NotebookNode) -> bool:
 def _parameter_rows(
     notebook: nbformat.NotebookNode, record: RunRecord | None
 ) -> list[dict[str, Any]]:
-    try:
+    known: dict[str, Parameter] = {}
+    given = dict(record.params) if record else {}
+    with contextlib.suppress(ParameterError):
         known = read_parameters(notebook)
-    except ParameterError:
-        known = {}
-    try:
-        given = injected_values(notebook)
-    except ParameterError:
-        given = {}
-    if record is not None:
-        given = {name: value for name, value in record.params.items() if name in known} | given
+        given |= injected_values(notebook)
     rows = []
     for name, parameter in known.items():
         unit = _UNITS.match(parameter.comment)
+        value = given.get(name, parameter.default)
         rows.append(
             {
                 "name": name,
-                "value": given.get(name, parameter.default),
+                "value": value,
                 "default": parameter.default,
-                "changed": name in given
-                and given[name] != parameter.default
-                and name != "output_dir",
-                "unit": unit.group(1) if unit else "",
+                "changed": value != parameter.default and name != "output_dir",
+                "unit": unit[1] if unit else "",
                 "comment": parameter.comment[unit.end() :] if unit else parameter.comment,
             }
         )
@@ -258,17 +236,9 @@ def _drawing(svg: str, alt: str, number: int) -> str:
         data = base64.b64encode(svg.encode()).decode()
         return f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(alt)}">'
     content = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>", "", inner[2], flags=re.DOTALL)
-    content = re.sub(r'\bid="', f'id="d{number}-', content)
-    content = re.sub(r"\burl\(#", f"url(#d{number}-", content)
-    content = re.sub(r'\bhref="#', f'href="#d{number}-', content)
+    content = re.sub(r'\b(id="|url\(#|href="#)', rf"\1d{number}-", content)
     content = re.sub(r"fill: #ffffff(?=[;\"])", "fill: none", content)
-    for colour, ours in (
-        ("#000000", "currentColor"),
-        ("#333333", "currentColor"),
-        ("#ffffff", "var(--paper)"),
-        ("#e4e4e4", "var(--line)"),
-        ("#777777", "var(--soft)"),
-    ):
+    for colour, ours in _INK.items():
         content = re.sub(rf"\b(fill|stroke): {colour}", rf"\1: {ours}", content)
     box = re.search(r'viewBox="([^"]+)"', inner[1])
     size = re.search(r'\bwidth="([\d.]+)(pt|px)?"', inner[1])
@@ -302,11 +272,10 @@ def _smaller_pictures(body: str, above: int = 8_000) -> str:
 
 def _png_size(data: str) -> tuple[int, int]:
     """Width and height in pixels of a base64 PNG, from its first bytes; (0, 0) if it is none."""
-    try:
+    head = b""
+    with contextlib.suppress(ValueError):
         head = base64.b64decode("".join(data[:48].split())[:32])
-    except binascii.Error:
-        return 0, 0
-    if head[:8] != b"\x89PNG\r\n\x1a\n":
+    if not head.startswith(b"\x89PNG\r\n\x1a\n"):
         return 0, 0
     return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
 
@@ -327,11 +296,3 @@ def _region(content: str, label: str, most_rows: int = 14) -> str:
         return f'<details class="fold"><summary>{name}, {rows} rows</summary>{boxed}</details>'
 
     return re.sub(r"<table.*?</table>", box, content, flags=re.DOTALL)
-
-
-def _notes(record: RunRecord) -> list[str]:
-    """The record's notes; those about values that JSON cannot hold, in one line."""
-    ending = re.compile(r"^(?:metrics\.)?(\S+) was (?:nan|-?inf); stored as null$")
-    lost = [match[1] for note in record.notes if (match := ending.match(note))]
-    others = [note for note in record.notes if not ending.match(note)]
-    return [*others, *([f"not a finite number: {', '.join(lost)}"] if lost else [])]

@@ -7,15 +7,27 @@ number belongs; both then surface after minutes of work, or never. Here both are
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import io
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nbformat
+
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "nothing",
+}
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
 class ParameterError(ValueError):
@@ -41,15 +53,14 @@ class Parameter:
         if wanted is float and type(value) is int:
             return float(value)
         if wanted is list and isinstance(value, (list, tuple)):
-            items = list(value)
-            kinds = {type(item) for item in self.default}
-            if len(kinds) == 1:
-                sample = Parameter(f"{self.name}[...]", self.default[0])
-                items = [sample.check(item) for item in items]
-            return items
+            if len({type(item) for item in self.default}) != 1:
+                return list(value)
+            sample = Parameter(f"{self.name}[...]", self.default[0])
+            return [sample.check(item) for item in value]
         hint = ""
-        if wanted in (int, float) and isinstance(value, str):
-            hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if _is_number(value) else ""
+        if wanted is float and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                hint = f" (YAML reads {float(value):g} as text: write 1.0e-4, with a point)"
         raise ParameterError(
             f"parameter {self.name}: got {value!r} ({_kind(value)}), "
             f"want {_kind(self.default)} such as {self.default!r}{hint}"
@@ -57,23 +68,11 @@ class Parameter:
 
     def parse(self, text: str) -> Any:
         """The value that `text`, from a command line, means for this parameter."""
-        try:
-            if isinstance(self.default, str):
-                return text
-            if isinstance(self.default, bool):
-                return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-            if isinstance(self.default, int):
-                return int(text)
-            if isinstance(self.default, float):
-                return float(text)
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, KeyError) as error:
-            if self.default is None:
-                return text
-            raise ParameterError(
-                f"parameter {self.name}: got {text!r}, want {_kind(self.default)} "
-                f"such as {self.default!r}"
-            ) from error
+        readers: dict[type, Callable[[str], Any]] = {str: str, int: int, float: float}
+        readers[bool] = lambda word: _TRUTH[word.lower()]
+        value: Any = text
+        with contextlib.suppress(ValueError, SyntaxError, KeyError):
+            value = readers.get(type(self.default), ast.literal_eval)(text)
         return self.check(value)
 
 
@@ -83,10 +82,13 @@ def read_parameters(notebook: str | Path | nbformat.NotebookNode) -> dict[str, P
     Raises ParameterError if the cell holds anything but assignments of literals."""
     is_read = isinstance(notebook, nbformat.NotebookNode)
     content: Any = notebook if is_read else nbformat.read(notebook, as_version=4)
-    for cell in content.cells:
-        if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", []):
-            return _parse_cell(cell.source)
-    return {}
+    return _tagged(content, "parameters")
+
+
+def injected_values(notebook: nbformat.NotebookNode) -> dict[str, Any]:
+    """The values that papermill put into a notebook behind its parameters cell, by name."""
+    found = _tagged(notebook, "injected-parameters")
+    return {name: parameter.default for name, parameter in found.items()}
 
 
 def parameters_of(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,15 +98,6 @@ def parameters_of(namespace: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in namespace.items()
         if not name.startswith("_") and isinstance(value, (bool, int, float, str))
     }
-
-
-def injected_values(notebook: nbformat.NotebookNode) -> dict[str, Any]:
-    """The values that papermill put into a notebook behind its parameters cell, by name."""
-    given: dict[str, Any] = {}
-    for cell in notebook.cells:
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            given |= {name: found.default for name, found in _parse_cell(cell.source).items()}
-    return given
 
 
 def check_parameters(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,9 +121,16 @@ def find_parameter(known: Mapping[str, Parameter], name: str) -> Parameter:
     raise ParameterError(f"the notebook has no parameter {name!r}; {advice}")
 
 
+def _tagged(notebook: nbformat.NotebookNode, tag: str) -> dict[str, Parameter]:
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and tag in cell.metadata.get("tags", []):
+            return _parse_cell(cell.source)
+    return {}
+
+
 def _parse_cell(source: str) -> dict[str, Parameter]:
     try:
-        statements = ast.parse(source).body
+        statements: list[Any] = list(ast.parse(source).body)
     except SyntaxError as error:
         raise ParameterError(f"the parameters cell is not plain Python: {error}") from error
     comments = {
@@ -140,46 +140,20 @@ def _parse_cell(source: str) -> dict[str, Parameter]:
     }
     found = {}
     for statement in statements:
-        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-            target, value = statement.targets[0], statement.value
-        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            target, value = statement.target, statement.value
-        elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # a docstring
-        else:
-            raise ParameterError(
-                f"the parameters cell may only assign literals to names; line "
-                f"{statement.lineno} does something else: {ast.unparse(statement)}"
-            )
-        if not isinstance(target, ast.Name):
-            raise ParameterError(f"the parameters cell assigns to {ast.unparse(target)}, no name")
         try:
-            default = ast.literal_eval(value)
-        except ValueError as error:
+            annotated = isinstance(statement, ast.AnnAssign)
+            (target,) = [statement.target] if annotated else statement.targets
+            name, default = target.id, ast.literal_eval(statement.value)
+        except (ValueError, AttributeError) as error:
             raise ParameterError(
-                f"parameter {target.id}: its default must be a literal, got {ast.unparse(value)}"
+                "the parameters cell may only assign literals to names; line "
+                f"{statement.lineno} does something else: {ast.unparse(statement)}"
             ) from error
-        comment = comments.get(statement.end_lineno or statement.lineno, "")
-        found[target.id] = Parameter(target.id, default, comment)
+        found[name] = Parameter(name, default, comments.get(statement.end_lineno, ""))
     return found
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _kind(value: Any) -> str:
-    names: dict[type, str] = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: "a mapping",
-        type(None): "nothing",
-    }
-    return names.get(type(value), type(value).__name__)
+    return _KINDS.get(type(value), type(value).__name__)

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,24 @@ _PACKAGES = (
 
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
-    """Commit, versions and hardware of this process, JSON-able. Anything unknown is None."""
+    """Commit, versions and hardware of this process, JSON-able."""
     device = cuda()
+    gpu = device.get_device_name() if device is not None else None
+    return {**machine(), "git": git_state(), "gpu": gpu, "seed": seed, "datasets": []}
+
+
+def machine() -> dict[str, Any]:
+    """What of this machine a result can depend on; found without importing torch."""
+    packages = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     return {
-        "git": git_state(),
         "python": platform.python_version(),
-        "packages": _versions(_PACKAGES),
+        "packages": packages,
         "os": f"{platform.system()} {platform.machine()}",
         "cpu": {"model": _cpu_model(), "count": core_count()},
-        "gpu": device.get_device_name() if device is not None else None,
-        "seed": seed,
-        "datasets": [],
+        "accelerators": accelerators(),
     }
 
 
@@ -46,37 +52,24 @@ def git_state() -> dict[str, Any]:
     """{"commit", "dirty", "changed"} of the checkout this code runs from; products in reports/
     and runs/ do not make it dirty. A copy without its history can be told its commit by the
     variable FRESNEL_COMMIT; whether it is dirty is then unknown."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout if done.returncode == 0 else None
-
     if told := os.environ.get("FRESNEL_COMMIT"):
         return {"commit": told, "dirty": None, "changed": []}
+    command = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+
+    def git(*arguments: str) -> list[str] | None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(
+                [*command, *arguments], capture_output=True, text=True, timeout=20, check=True
+            )
+            return done.stdout.splitlines()
+        return None
+
     commit = git("rev-parse", "HEAD")
     lines = git("status", "--porcelain", "--", ".", ":(exclude)reports", ":(exclude)runs")
-    changed = None if lines is None else [line[3:] for line in lines.splitlines()]
     return {
-        "commit": commit.strip() if commit else None,
-        "dirty": None if changed is None else bool(changed),
-        "changed": (changed or [])[:50],
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What of this machine a result can depend on; found without importing torch."""
-    return {
-        "python": platform.python_version(),
-        "packages": _versions(_PACKAGES),
-        "os": f"{platform.system()} {platform.machine()}",
-        "cpu": {"model": _cpu_model(), "count": core_count()},
-        "accelerators": accelerators(),
+        "commit": commit[0] if commit else None,
+        "dirty": None if lines is None else bool(lines),
+        "changed": [line[3:] for line in lines or ()][:50],
     }
 
 
@@ -118,20 +111,9 @@ def _results(path: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _versions(names: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _cpu_model() -> str | None:
-    try:
+    with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or None
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match.group(1).strip() if match else platform.machine() or None
+        if match := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+            return match.group(1).strip()
+    return platform.processor() or platform.machine() or None

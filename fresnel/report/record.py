@@ -20,8 +20,10 @@ is checked on writing and on reading. Beside what a notebook records itself it h
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -29,11 +31,12 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fresnel.host.files import write_atomic
 from fresnel.host.machine import cuda, project_root
@@ -63,6 +66,16 @@ class Stage:
     peak_rss_bytes: int
     peak_cuda_bytes: int | None = None
     failed: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a run ended that did not finish. `kind`: see results.schema.json; `message`: plain words;
+    `cell`: the code cell it happened in, counted from 1 as in the source notebook."""
+
+    kind: str
+    message: str
+    cell: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,10 +137,7 @@ class RunRecord:
         """Write to `path`, or to `path`/results.json where it is a folder; never half a file.
 
         Raises RecordError if a value does not fit the schema."""
-        target = Path(path)
-        if target.is_dir():
-            target = target / RESULTS_NAME
-        data = self.to_dict()
+        target, data = _file(path), self.to_dict()
         check(data, where=str(target))
         text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False)
         write_atomic(target, text + "\n")
@@ -138,60 +148,40 @@ class RunRecord:
         """Read a results.json (or the one in the folder `path`).
 
         Raises RecordError that says what is wrong with it; unknown keys are left out."""
-        source = Path(path)
-        if source.is_dir():
-            source = source / RESULTS_NAME
+        source = _file(path)
         try:
             data = json.loads(source.read_text(encoding="utf-8"))
-            return cls.from_dict(data, where=str(source))
         except OSError as error:
             raise RecordError(f"{source}: cannot be read ({error.strerror})") from error
-        except RecordError:
-            raise
         except (ValueError, RecursionError) as error:
             raise RecordError(f"{source}: is not valid JSON ({error})") from error
+        return cls.from_dict(data, where=str(source))
 
     @classmethod
     def from_dict(cls, data: Any, *, where: str = "results") -> RunRecord:
         if not isinstance(data, dict):
             raise RecordError(f"{where}: must hold an object, got {type(data).__name__}")
-        data = upgrade(data, where=where)
+        version = data.get("schema_version", 1)
+        if version != SCHEMA_VERSION:
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            advice = "update fresnel to read it" if newer else "run its notebook again"
+            raise RecordError(
+                f"{where}: schema_version is {version!r}, this program reads {SCHEMA_VERSION}; "
+                f"{advice}"
+            )
         check(data, where=where)
-        known = {f.name for f in dataclasses.fields(cls)}
-        stage_names = {f.name for f in dataclasses.fields(Stage)}
-        kept = {key: value for key, value in data.items() if key in known}
-        kept["stages"] = tuple(
-            Stage(**{key: value for key, value in stage.items() if key in stage_names})
-            for stage in data["stages"]
-        )
-        kept["reasons"], kept["notes"] = tuple(data["reasons"]), tuple(data["notes"])
-        return cls(**kept)
+        lists = {key: tuple(data[key]) for key in ("reasons", "notes")}
+        stages = tuple(_known(Stage, stage) for stage in data["stages"])
+        return _known(cls, {**data, **lists, "stages": stages})
 
 
-def upgrade(data: Mapping[str, Any], *, where: str = "results") -> dict[str, Any]:
-    """`data` in the newest schema's terms; what an older program did not write gets its default.
+def _known(kind: type[Any], data: Mapping[str, Any]) -> Any:
+    """A `kind` of those values in `data` that it has; a later program may have written others."""
+    return kind(**{f.name: data[f.name] for f in dataclasses.fields(kind) if f.name in data})
 
-    1 -> 2: `failure` is told from the status ("cell_error" for what crashed), `resources` from the
-    stages and metrics, energy was not measured; `cached` and `cost_avoided` are None. Raises
-    RecordError for a record of a newer program."""
-    version = data.get("schema_version") or 1
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise RecordError(
-            f"{where}: schema_version {version!r} is newer than this program's {SCHEMA_VERSION}; "
-            "update fresnel to read it"
-        )
-    if version == SCHEMA_VERSION:
-        return dict(data)
-    blank = RunRecord("", "running").to_dict()
-    del blank["notebook"], blank["status"]
-    new = {**blank, **data, "schema_version": SCHEMA_VERSION}
-    if data.get("status") == "crashed":
-        new["failure"] = {"kind": "cell_error", "cell": None}
-    with_stages = [s for s in data.get("stages") or () if isinstance(s, Mapping)]
-    metrics = data.get("metrics")
-    new["resources"] = _resources(with_stages, metrics if isinstance(metrics, Mapping) else {})
-    new["resources"]["energy"]["reason"] = "not measured before version 2"
-    return new
+
+def _file(path: str | Path) -> Path:
+    return Path(path) / RESULTS_NAME if Path(path).is_dir() else Path(path)
 
 
 def check(data: Any, *, where: str = "results") -> None:
@@ -215,53 +205,41 @@ def _validator() -> Any:
 
 
 def _resources(
-    stages: Sequence[Stage | Mapping[str, Any]],
-    metrics: Mapping[str, Any],
-    energy: Mapping[str, Any] | None = None,
+    stages: Sequence[Stage], metrics: Mapping[str, Any], energy: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The `resources` of a run with these stages and metrics."""
-
-    def peak(name: str) -> int | None:
-        of_stages = [s.get(name) if isinstance(s, Mapping) else getattr(s, name) for s in stages]
-        return max((value for value in of_stages if value is not None), default=None)
-
+    cuda_peaks = [s.peak_cuda_bytes for s in stages if s.peak_cuda_bytes is not None]
     rate = metrics.get("samples_per_s")
     nothing = dict.fromkeys(("joules", "gpu_joules", "cpu_joules", "source"))
     return {
-        "peak_rss_bytes": peak("peak_rss_bytes"),
-        "peak_cuda_bytes": peak("peak_cuda_bytes"),
+        "peak_rss_bytes": max((stage.peak_rss_bytes for stage in stages), default=None),
+        "peak_cuda_bytes": max(cuda_peaks, default=None),
         "samples_per_s": float(rate) if isinstance(rate, (int, float)) else None,
         "energy": dict(energy or {**nothing, "reason": "not measured"}),
     }
 
 
 class Recorder:
-    """Collects a RunRecord while a run goes on. Made by `start()`."""
+    """Collects a run's `record` while it goes on. Made by `start()`."""
 
     def __init__(self, record: RunRecord, output_dir: Path) -> None:
         self.output_dir = output_dir
-        self._record = record
+        self.record = record
         self._clock = time.perf_counter()
         self._stages: list[Stage] = []
         self._open: list[PeakMemory] = []
         self._energy = EnergyMeter()
         self._save()
 
-    @property
-    def record(self) -> RunRecord:
-        """The record as it stands now."""
-        return self._record
-
-    @contextmanager
+    @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the block and watch its memory. Stages may nest; each counts its own whole time."""
-        self._check_open()
+        self._change()
         peak = PeakMemory()
         slot = len(self._stages)  # in order of beginning: the outer stage before its inner ones
         self._fold_cuda_peaks()
         self._open.append(peak)
-        begun = time.perf_counter()
-        failed = True
+        begun, failed = time.perf_counter(), True
         try:
             yield
             failed = False
@@ -277,9 +255,7 @@ class Recorder:
         self.metrics({name: value})
 
     def metrics(self, values: Mapping[str, Any]) -> None:
-        self._check_open()
-        merged = self._record.metrics | {str(key): value for key, value in values.items()}
-        self._record = self._record.replace(metrics=merged)
+        self._change(metrics={**self.record.metrics, **values})
 
     def dataset(self, dataset: Any) -> None:
         """Record which data the run used or made: `content_hash`, `path`, length of `dataset`."""
@@ -288,20 +264,18 @@ class Recorder:
             "path": _relative(Path(dataset.path), project_root()),
             "objects": len(dataset),
         }
-        known = self._record.provenance.get("datasets", [])
-        self._note(datasets=[*(other for other in known if other != entry), entry])
+        known = self.record.provenance.get("datasets", [])
+        datasets = [*(other for other in known if other != entry), entry]
+        self._change(provenance={**self.record.provenance, "datasets": datasets})
         self.input(dataset.path)
 
     def input(self, path: str | Path) -> None:
         """Declare a file or folder that the run depends on, or that it made: the run is used again
         only while its content is as it is now. What parameters name counts by itself."""
         place = Path(path).resolve()
-        known = self._record.provenance.get("inputs", {})
-        self._note(inputs={**known, str(place): digest(place, self.output_dir)})
-
-    def _note(self, **origin: Any) -> None:
-        self._check_open()
-        self._record = self._record.replace(provenance={**self._record.provenance, **origin})
+        known = self.record.provenance.get("inputs", {})
+        inputs = {**known, str(place): digest(place, self.output_dir)}
+        self._change(provenance={**self.record.provenance, "inputs": inputs})
         self._save()
 
     def thumbnail(self, image: Any, *, longest_px: int = 480) -> Path:
@@ -316,42 +290,33 @@ class Recorder:
             raise ValueError(f"image: got shape {array.shape}, want (H, W), (H, W, 3) or (H, W, 4)")
         if array.dtype != np.uint8:
             array = (np.nan_to_num(array).clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
-        picture = Image.fromarray(array)
-        picture.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
-        path = self.output_dir / THUMBNAIL_NAME
-        picture.save(path, optimize=True)
+        path = save_thumbnail(Image.fromarray(array), self.output_dir, longest_px)
         self.artifact("thumbnail", path)
         return path
 
     def artifact(self, name: str, path: str | Path) -> None:
         """Name a file that the run made. Paths below the output folder are kept relative to it."""
-        self._check_open()
         kept = _relative(Path(path), self.output_dir)
-        self._record = self._record.replace(artifacts=self._record.artifacts | {name: kept})
+        self._change(artifacts={**self.record.artifacts, name: kept})
 
     def note(self, text: str) -> None:
         """Add a line that a reader should see beside the results."""
-        self._check_open()
-        self._record = self._record.replace(notes=(*self._record.notes, text))
+        self._change(notes=(*self.record.notes, text))
 
     def finish(self, verdict: str, summary: str, reasons: Sequence[str] = ()) -> RunRecord:
         """State the verdict (one of VERDICTS), a one-paragraph summary and the named reasons."""
-        self._check_open()
         if verdict not in VERDICTS:
             raise ValueError(f"verdict: got {verdict!r}, want one of {', '.join(VERDICTS)}")
-        self._record = self._record.replace(
-            status="finished",
-            verdict=verdict,
-            summary=summary,
-            reasons=tuple(str(reason) for reason in reasons),
-        )
+        why = tuple(str(reason) for reason in reasons)
+        self._change(status="finished", verdict=verdict, summary=summary, reasons=why)
         self._save()
         self._energy.close()
-        return self._record
+        return self.record
 
-    def _check_open(self) -> None:
-        if self._record.status != "running":
-            raise RecordError(f"the record of {self._record.notebook!r} is already finished")
+    def _change(self, **changes: Any) -> None:
+        if self.record.status != "running":
+            raise RecordError(f"the record of {self.record.notebook!r} is already finished")
+        self.record = self.record.replace(**changes)
 
     def _fold_cuda_peaks(self) -> None:
         # torch keeps one process-wide peak: hand it to every open stage, then begin anew
@@ -365,13 +330,20 @@ class Recorder:
 
     def _save(self) -> None:
         duration = time.perf_counter() - self._clock
-        self._record = self._record.replace(
+        self.record = self.record.replace(
             stages=tuple(self._stages),
-            resources=_resources(self._stages, self._record.metrics, self._energy.read()),
+            resources=_resources(self._stages, self.record.metrics, self._energy.read()),
             duration_s=duration,
-            cost_usd=self._record.price_per_hour_usd * duration / 3600.0,
+            cost_usd=self.record.price_per_hour_usd * duration / 3600.0,
         )
-        self._record.write(self.output_dir / RESULTS_NAME)
+        self.record.write(self.output_dir / RESULTS_NAME)
+
+
+def save_thumbnail(picture: Any, folder: Path, longest_px: int = 480) -> Path:
+    """Save a PIL image, made small, as the picture of the run in `folder`."""
+    picture.thumbnail((longest_px, longest_px), 1)  # Lanczos
+    picture.save(folder / THUMBNAIL_NAME, optimize=True)
+    return folder / THUMBNAIL_NAME
 
 
 def start(
@@ -392,11 +364,8 @@ def start(
     if not price_per_hour_usd >= 0.0:
         raise ValueError(f"price_per_hour_usd: got {price_per_hour_usd!r}, want a number >= 0")
     name = Path(notebook).stem
-    if output_dir:
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = new_run_dir(project_root() / "reports", name)
+    folder = Path(output_dir) if output_dir else new_run_dir(project_root() / "reports", name)
+    folder.mkdir(parents=True, exist_ok=True)
     record = RunRecord(
         notebook=name,
         status="running",
@@ -420,28 +389,18 @@ def slug(name: str) -> str:
 def new_run_dir(reports_dir: str | Path, name: str) -> Path:
     """Make reports_dir/runs/<UTC time>-<name>, a folder of its own even for runs begun at once."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    for attempt in range(1, 1000):
-        suffix = "" if attempt == 1 else f"-{attempt}"
+    for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
         folder = Path(reports_dir) / "runs" / f"{stamp}-{slug(name)}{suffix}"
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise FileExistsError(f"{reports_dir}/runs: a thousand runs named {name!r} in one second")
+            return folder
+    raise AssertionError
 
 
 def _lives(process: Mapping[str, Any] | None) -> bool:
     """Whether a run's process may still be at work; one of another machine may."""
-    if not process or process["host"] != socket.gethostname():
-        return True
-    try:
-        os.kill(process["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        return True
-    return True
+    here = process is not None and process["host"] == socket.gethostname()
+    return process is None or not here or psutil.pid_exists(process["pid"])
 
 
 def _relative(path: Path, root: Path) -> str:
@@ -457,16 +416,13 @@ def _plain(value: Any, where: str, notes: list[str]) -> Any:
         if math.isfinite(value):
             return value
         note = f"{where} was {value}; stored as null"
-        if note not in notes:
-            notes.append(note)
+        notes += [] if note in notes else [note]
         return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
-        return {
-            str(key): _plain(item, f"{where}.{key}" if where else str(key), notes)
-            for key, item in value.items()
-        }
+        within = f"{where}." if where else ""
+        return {str(key): _plain(item, f"{within}{key}", notes) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item, f"{where}[{i}]", notes) for i, item in enumerate(value)]
     if hasattr(value, "tolist"):  # numpy scalars and arrays, torch tensors

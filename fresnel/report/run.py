@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fresnel.host.files import locked, write_atomic
 from fresnel.host.machine import project_root
@@ -28,10 +28,14 @@ from fresnel.report import cache, costs
 from fresnel.report.html import plain_page
 from fresnel.report.params import check_parameters, injected_values, read_parameters
 from fresnel.report.provenance import RESULTS_NAME
-from fresnel.report.record import THUMBNAIL_NAME, RecordError, RunRecord, new_run_dir
-
-if TYPE_CHECKING:
-    from fresnel.report.engine import Failure
+from fresnel.report.record import (
+    THUMBNAIL_NAME,
+    Failure,
+    RecordError,
+    RunRecord,
+    new_run_dir,
+    save_thumbnail,
+)
 
 EXECUTED_NAME = "executed.ipynb"
 REPORT_NAME = "report.html"
@@ -195,8 +199,7 @@ class Engine:
         from fresnel.report.engine import AUTOSAVE_S
 
         direct = begun is None
-        if begun is None:
-            begun = _begin_directly(nb, Path(input_path).resolve())
+        begun = begun or _begin_directly(nb, Path(input_path).resolve())
         # papermill writes to its own output path at the end; the run's folder is ours
         manager = NotebookExecutionManager(
             nb, None, progress_bar=progress_bar, autosave_cell_every=AUTOSAVE_S
@@ -230,16 +233,15 @@ def rebuild(reports_dir: str | Path | None = None) -> list[str]:
 
     Returns the problems, a sentence each."""
     reports = reports_folder(reports_dir)
-    problems = []
-    for executed in sorted(reports.rglob(EXECUTED_NAME)):
+    found = {}
+    for folder in sorted(executed.parent for executed in reports.rglob(EXECUTED_NAME)):
         try:
-            record = RunRecord.read(executed.parent)
+            record = RunRecord.read(folder)
         except RecordError:
-            record = RunRecord(executed.parent.name, "crashed", error="results.json is damaged.")
-        problem = _page(executed.parent, record)
-        problems += [f"{executed.parent}: {problem}"] if problem else []
-    problem = try_index(reports)
-    return [*problems, problem] if problem else problems
+            record = RunRecord(folder.name, "crashed", error="results.json is damaged.")
+        found[f"{folder}: "] = _page(folder, record)
+    found[""] = try_index(reports)
+    return [place + problem for place, problem in found.items() if problem]
 
 
 def index(reports_dir: str | Path | None = None) -> Path:
@@ -283,31 +285,24 @@ def line(done: Run) -> str:
 
 
 def _begin(
-    source: Path,
-    name: str,
-    params: dict[str, Any],
-    reports: Path,
-    chosen: Path | None,
-    identity: str = "",
+    source: Path, name: str, params: dict[str, Any], reports: Path, chosen: Path | None, wanted: str
 ) -> _Begun:
     directory = chosen or new_run_dir(reports, name).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     for stale in (RESULTS_NAME, EXECUTED_NAME, REPORT_NAME, THUMBNAIL_NAME):
         (directory / stale).unlink(missing_ok=True)
-    return _Begun(source, directory, name, params, reports, identity)
+    return _Begun(source, directory, name, params, reports, wanted)
 
 
 def _begin_directly(notebook: Any, source: Path) -> _Begun:
     """What papermill was asked to run by itself; the parameters are in the cell it injected."""
     known = read_parameters(notebook)
     given = check_parameters(known, injected_values(notebook))
-    reports = reports_folder()
-    told = given.get("output_dir", "")
+    told = given.pop("output_dir", "")
     chosen = Path(told).resolve() if told else None
-    params = {key: value for key, value in given.items() if key != "output_dir"}
-    wanted = cache.identity(source, params, source.stem, chosen)
-    begun = _begin(source, source.stem, given, reports, chosen, wanted)
-    if "output_dir" in known and not told:
+    wanted = cache.identity(source, given, source.stem, chosen)
+    begun = _begin(source, source.stem, given, reports_folder(), chosen, wanted)
+    if "output_dir" in known:
         from papermill.parameterize import parameterize_notebook
 
         given["output_dir"] = str(begun.directory)
@@ -341,36 +336,29 @@ class _Begun:
         self, manager: Any, timeout_s: float | None, cell_timeout_s: float | None
     ) -> BaseException | None:
         """Run it and write everything about it; returns the interrupt that is to be raised."""
-        from fresnel.report.engine import Failure, execute
+        from fresnel.report.engine import execute
 
         interrupt: BaseException | None = None
         with _ballast(self.directory):
             manager.notebook_start()
             try:
-                failure = execute(
-                    manager,
-                    folder=project_root(),
-                    timeout_s=timeout_s,
-                    cell_timeout_s=cell_timeout_s,
-                )
+                failure = execute(manager, project_root(), timeout_s, cell_timeout_s)
             except Exception as error:
                 text = f"The notebook could not be run: {type(error).__name__}: {error}"
                 failure = Failure("not_started", text)
             except BaseException as second:  # Ctrl-C again, while the kernel was being stopped
                 failure, interrupt = Failure("stopped", "The run was stopped from outside."), second
         manager.notebook_complete()
-        if failure is not None and failure.kind == "stopped" and interrupt is None:
-            interrupt = KeyboardInterrupt()
-        problems = []
-        try:
-            self.save(manager.nb)
-        except OSError as error:
-            problems.append(f"The executed notebook could not be saved ({error.strerror}).")
-        record = self._settle(manager.nb, failure)
-        try:
-            record.write(self.directory / RESULTS_NAME)
-        except OSError as error:
-            problems.append(f"{RESULTS_NAME} could not be written ({error.strerror}).")
+        if failure is not None and failure.kind == "stopped":
+            interrupt = interrupt or KeyboardInterrupt()
+        record, problems = self._settle(manager.nb, failure), []
+        writers: dict[str, Any] = {EXECUTED_NAME: lambda: self.save(manager.nb)}
+        writers[RESULTS_NAME] = lambda: record.write(self.directory)
+        for file, write in writers.items():
+            try:
+                write()
+            except OSError as error:
+                problems.append(f"{file} could not be written ({error.strerror}).")
         problem = _page(self.directory, record, manager.nb)
         problems += [problem] if problem else []
         self.done = Run(record, self.directory, " ".join(problems) or None)
@@ -378,24 +366,22 @@ class _Begun:
 
     def _settle(self, executed: Any, failure: Failure | None) -> RunRecord:
         """The record's final state: the notebook's own where it wrote one."""
-        from fresnel.report.engine import Failure
         from fresnel.report.page import notebook_title
 
         try:
             record = RunRecord.read(self.directory)
         except RecordError:
-            record = RunRecord(self.source.stem, "finished", "DONE", params=dict(self.params))
-            record = record.replace(started_utc=self.utc)
+            record = RunRecord(
+                *(self.source.stem, "finished", "DONE"), params=self.params, started_utc=self.utc
+            )
         if failure is None and record.status == "running":
             text = "The notebook ended without a verdict: its last cell must call finish()."
             failure = Failure("no_verdict", text)
         refused = record.status == "finished" and record.verdict == "REFUSED"
         if failure is not None and not refused:  # a refusal stops the notebook by raising
+            how = {"kind": failure.kind, "cell": failure.cell}
             record = record.replace(
-                status="crashed",
-                verdict=None,
-                error=failure.message,
-                failure={"kind": failure.kind, "cell": failure.cell},
+                status="crashed", verdict=None, error=failure.message, failure=how
             )
         artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
         with contextlib.suppress(OSError):
@@ -403,10 +389,8 @@ class _Begun:
                 artifacts["thumbnail"] = THUMBNAIL_NAME
         # the notebook's clock misses the kernel's start and end, which the machine's owner pays too
         duration = time.perf_counter() - self.clock
-        inputs = {
-            **cache.inputs_of({**self.params, **record.params}, self.directory),
-            **record.provenance.get("inputs", {}),
-        }
+        inputs = cache.inputs_of({**self.params, **record.params}, self.directory)
+        inputs |= record.provenance.get("inputs", {})
         record = record.replace(
             duration_s=duration,
             cost_usd=record.price_per_hour_usd * duration / 3600.0,
@@ -421,15 +405,14 @@ class _Begun:
 def _reuse(directory: Path) -> Run:
     record = RunRecord.read(directory)
     git = record.provenance.get("git") or {}
-    record = record.replace(
-        cached={
-            "reused_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-            "computed_utc": record.started_utc,
-            "commit": git.get("commit"),
-            "dirty": git.get("dirty"),
-        }
-    )
-    record.write(directory / RESULTS_NAME)
+    cached = {
+        "reused_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "computed_utc": record.started_utc,
+        "commit": git.get("commit"),
+        "dirty": git.get("dirty"),
+    }
+    record = record.replace(cached=cached)
+    record.write(directory)
     return Run(record, directory, _page(directory, record))
 
 
@@ -454,14 +437,13 @@ def _page(directory: Path, record: RunRecord, notebook: Any = None) -> str | Non
         said = " ".join(str(error).split())[:300]
         problem = f"its page could not be made ({type(error).__name__}: {said})."
     if notebook is None:
-        try:
+        with contextlib.suppress(OSError, ValueError):
             notebook = json.loads((directory / EXECUTED_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            notebook = {"cells": []}
     elsewhere = Path(tempfile.gettempdir()) / f"{directory.name}-{REPORT_NAME}"
     for place, pictures in ((target, True), (target, False), (elsewhere, True)):
         with contextlib.suppress(OSError):
-            write_atomic(place, plain_page(record, notebook, problem, pictures=pictures))
+            text = plain_page(record, notebook or {"cells": []}, problem, pictures=pictures)
+            write_atomic(place, text)
             where = "" if place == target else f" It is at {place}."
             return f"{problem} A plain page stands in.{where}"
     return f"{problem} Nor could a plain one be written."
@@ -483,12 +465,8 @@ def _first_picture(notebook: Any, folder: Path) -> bool:
     """A run without a thumbnail of its own shows its first figure."""
     from PIL import Image
 
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            encoded = output.get("data", {}).get("image/png")
-            if encoded:
-                picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
-                picture.thumbnail((480, 480), Image.Resampling.LANCZOS)
-                picture.save(folder / THUMBNAIL_NAME, optimize=True)
-                return True
+    for output in (o for cell in notebook.cells for o in cell.get("outputs", ())):
+        if encoded := output.get("data", {}).get("image/png"):
+            save_thumbnail(Image.open(io.BytesIO(base64.b64decode(encoded))), folder)
+            return True
     return False
