@@ -2,7 +2,6 @@
 
     python benchmarks/render.py [--rounds 15]        # the CPU rasteriser: render.json, render.md
     python benchmarks/render.py --device cuda        # gsplat, against the others: render_gpu.*
-    python benchmarks/render.py --objects FOLDER     # ray-tracing 3D objects: one line of JSON
 
 Renders an object-like scene (Gaussians on a bumpy shell, wide enough to cover it). Every figure is
 the median of rounds in which all cases take turns, so that a busy moment does not fall on one of
@@ -20,11 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +32,7 @@ import torch
 
 from fresnel.render import Views, cpu, reference, render
 from fresnel.render.kernels.simd import fma, load, store
+from fresnel.report.provenance import machine
 from fresnel.scene.cameras import Cameras, orbit
 from fresnel.scene.gaussians import Gaussians
 
@@ -67,10 +64,11 @@ def scene(num: int, seed: int = 0, batch: tuple[int, ...] = ()) -> Gaussians:
     return Gaussians(means, normal(num, 4), scales, opacities, colors)
 
 
-def view(size: int, azimuths: torch.Tensor | None = None) -> Cameras:
-    azimuths = torch.tensor([30.0]) if azimuths is None else azimuths
-    options = {"pivot": torch.zeros(3), "focal_px": 1.2 * size, "width": size, "height": size}
-    return orbit(azimuths, 15.0, 2.2, **options)  # type: ignore[arg-type]
+def view(size: int, azimuths: Sequence[float] = (30.0,)) -> Cameras:
+    return orbit(
+        torch.tensor(azimuths), 15.0, 2.2,
+        pivot=torch.zeros(3), focal_px=1.2 * size, width=size, height=size,
+    )  # fmt: skip
 
 
 def leaves(gaussians: Gaussians) -> tuple[Gaussians, list[torch.Tensor]]:
@@ -183,16 +181,12 @@ def measure(rounds: int, threads: list[int]) -> dict[str, Any]:
             flops = (FLOPS_FORWARD + FLOPS_BACKWARD) * pairs
             row["peak_share_both"] = flops / ms[1] / 1e6 / peaks[who]
             rows.append(row)
-    return {"machine": processor(), "rounds": rounds, "peak_gflops": peaks, "rows": rows}
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name}, {numba.config.NUMBA_DEFAULT_NUM_THREADS} cores"  # type: ignore[attr-defined]
+    return {
+        "machine": "{model}, {count} cores".format(**machine()["cpu"]),
+        "rounds": rounds,
+        "peak_gflops": peaks,
+        "rows": rows,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -302,7 +296,7 @@ def overhead(scenes: int = 64, views: int = 8, num: int = 16_384, size: int = 25
     from gsplat import rasterization
 
     gaussians, tensors = leaves(scene(num, batch=(scenes,)).to("cuda"))
-    single = view(size, torch.linspace(0, 315, views)).to("cuda")
+    single = view(size, np.linspace(0, 315, views).tolist()).to("cuda")
     matrices = single.viewmats.expand(scenes, views, 4, 4).contiguous()
     Ks = single.Ks.expand(scenes, views, 3, 3).contiguous()
     cameras = Cameras(matrices, Ks, size, size)
@@ -323,36 +317,13 @@ def overhead(scenes: int = 64, views: int = 8, num: int = 16_384, size: int = 25
     return result
 
 
-def objects(path: str, views: int = 8, size: int = 128) -> dict[str, Any]:
-    """How long ray-tracing takes: objects at 8 views, 128 px, 4 samples, on all cores."""
-    from fresnel.objects.assets import find_assets
-    from fresnel.objects.render_set import render_set
-
-    assets = find_assets(path)
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        made = render_set(assets, Path(folder) / "set", views=views, image_size=size)
-        seconds = time.perf_counter() - start
-    rays = len(made) * (views + 1) * size**2 * 4
-    result = {"cores": len(os.sched_getaffinity(0)), "objects": len(made)}
-    return result | {
-        "seconds": round(seconds, 1),
-        "million_rays_per_s": round(rays / seconds / 1e6, 2),
-        "content_hash": made.content_hash,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--objects", help="folder, zip file, .sh3f or manifest of 3D objects")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
-    if arguments.objects:
-        print(json.dumps(objects(arguments.objects)))
-        return
     # Torch's idle OpenMP threads spin for a while after every operation, on the cores we time.
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)

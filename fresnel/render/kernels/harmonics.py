@@ -38,45 +38,35 @@ def sh_basis(x, y, z, sh, basis):
 
 
 @inline
-def sh_slopes(x, y, z, sh, k, slopes):
-    """Derivatives of basis function k with respect to x, y and z (taken as independent)."""
-    dx, dy, dz = 0.0, 0.0, 0.0
-    if k == 1:
-        dy = -0.4886025119029199
-    elif k == 2:
-        dz = 0.4886025119029199
-    elif k == 3:
-        dx = -0.4886025119029199
-    elif k == 4:
-        dx, dy = 1.0925484305920792 * y, 1.0925484305920792 * x
-    elif k == 5:
-        dy, dz = -1.0925484305920792 * z, -1.0925484305920792 * y
-    elif k == 6:
-        dz = 0.31539156525252005 * 6 * z
-    elif k == 7:
-        dx, dz = -1.0925484305920792 * z, -1.0925484305920792 * x
-    elif k == 8:
-        dx, dy = 1.0925484305920792 * x, -1.0925484305920792 * y
-    elif k == 9:
-        dx = -0.5900435899266435 * 6 * x * y
-        dy = -0.5900435899266435 * 3 * (x * x - y * y)
-    elif k == 10:
-        dx, dy, dz = 2.890611442640554 * y * z, 2.890611442640554 * x * z, 2.890611442640554 * x * y
-    elif k == 11:
-        dy = -0.4570457994644658 * (5 * z * z - 1)
-        dz = -0.4570457994644658 * 10 * y * z
-    elif k == 12:
-        dz = 0.3731763325901154 * (15 * z * z - 3)
-    elif k == 13:
-        dx = -0.4570457994644658 * (5 * z * z - 1)
-        dz = -0.4570457994644658 * 10 * x * z
-    elif k == 14:
-        dx, dy = 2.890611442640554 * x * z, -2.890611442640554 * y * z
-        dz = 1.445305721320277 * (x * x - y * y)
-    elif k == 15:
-        dx = -0.5900435899266435 * 3 * (x * x - y * y)
-        dy = 0.5900435899266435 * 6 * x * y
-    slopes[0], slopes[1], slopes[2] = dx, dy, dz
+def put(slopes, k, dx, dy, dz):
+    slopes[3 * k], slopes[3 * k + 1], slopes[3 * k + 2] = dx, dy, dz
+
+
+@inline
+def sh_slopes(x, y, z, sh, slopes):
+    """Derivatives of `sh_basis` with respect to x, y and z (taken as independent), in threes."""
+    put(slopes, 0, 0.0, 0.0, 0.0)
+    if sh > 1:
+        put(slopes, 1, 0.0, -0.4886025119029199, 0.0)
+        put(slopes, 2, 0.0, 0.0, 0.4886025119029199)
+        put(slopes, 3, -0.4886025119029199, 0.0, 0.0)
+    if sh > 4:
+        put(slopes, 4, 1.0925484305920792 * y, 1.0925484305920792 * x, 0.0)
+        put(slopes, 5, 0.0, -1.0925484305920792 * z, -1.0925484305920792 * y)
+        put(slopes, 6, 0.0, 0.0, 0.31539156525252005 * 6 * z)
+        put(slopes, 7, -1.0925484305920792 * z, 0.0, -1.0925484305920792 * x)
+        put(slopes, 8, 1.0925484305920792 * x, -1.0925484305920792 * y, 0.0)
+    if sh > 9:
+        across = -0.5900435899266435 * 3 * (x * x - y * y)
+        up = -0.4570457994644658 * (5 * z * z - 1)
+        a, b, c = 0.5900435899266435 * 6, 2.890611442640554, -0.4570457994644658 * 10
+        put(slopes, 9, -a * x * y, across, 0.0)
+        put(slopes, 10, b * y * z, b * x * z, b * x * y)
+        put(slopes, 11, 0.0, up, c * y * z)
+        put(slopes, 12, 0.0, 0.0, 0.3731763325901154 * (15 * z * z - 3))
+        put(slopes, 13, up, 0.0, c * x * z)
+        put(slopes, 14, b * x * z, -b * y * z, 1.445305721320277 * (x * x - y * y))
+        put(slopes, 15, across, a * x * y, 0.0)
 
 
 @inline
@@ -110,18 +100,18 @@ def shade_backward(
     """Gradients of `shade` for coefficients and (through the direction) the mean."""
     x, y, z, inverse = direction_of(means, camera, s)
     sh_basis(x, y, z, sh, basis)
+    sh_slopes(x, y, z, sh, slopes)
     vx, vy, vz = 0.0, 0.0, 0.0
     for i in range(sh):
-        sh_slopes(x, y, z, sh, i, slopes)
         along = 0.0
         for channel in range(3):
             if records32[at + channel] > 0.0:
                 slope = acc[6 + channel]
                 v_colors[3 * (sh * s + i) + channel] += basis[i] * slope
                 along += colors[3 * (sh * s + i) + channel] * slope
-        vx += along * slopes[0]
-        vy += along * slopes[1]
-        vz += along * slopes[2]
+        vx += along * slopes[3 * i]
+        vy += along * slopes[3 * i + 1]
+        vz += along * slopes[3 * i + 2]
     radial = vx * x + vy * y + vz * z
     out[8 + k] += (vx - radial * x) * inverse
     out[16 + k] += (vy - radial * y) * inverse

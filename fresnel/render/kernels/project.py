@@ -272,7 +272,7 @@ def project_backward(
     """
     acc = np.empty(16, np.float32)
     grads, out = np.zeros(10 * 8, np.float64), np.zeros(7 * 8, np.float64)
-    basis, slopes = np.empty(16, np.float64), np.empty(3, np.float64)
+    basis, slopes = np.empty(16, np.float64), np.empty(48, np.float64)
     zero = load(grads, 0)
     while True:
         task = claim(progress, number)

@@ -34,12 +34,10 @@ class Vector(types.Type):
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type: Vector) -> None:
-        elements = {
-            types.boolean: I1,
-            types.float32: ir.FloatType(),
-            types.float64: ir.DoubleType(),
-        }
-        super().__init__(dmm, fe_type, ir.VectorType(elements[fe_type.element], fe_type.lanes))
+        floats = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+        super().__init__(
+            dmm, fe_type, ir.VectorType(floats.get(fe_type.element, I1), fe_type.lanes)
+        )
 
 
 F16 = Vector(16, types.float32)
@@ -52,23 +50,30 @@ def _constant(vector: ir.VectorType, value) -> ir.Constant:
     return ir.Constant(vector, [ir.Constant(vector.element, v) for v in values])
 
 
+def _shuffle(builder, a, b, index: list[int]):
+    """The lanes of two vectors, one after the other, that `index` names."""
+    return builder.shuffle_vector(a, b, _constant(ir.VectorType(I32, len(index)), index))
+
+
 def _splat(builder, value, vector: ir.VectorType):
     if isinstance(value.type, ir.VectorType):
         return value
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(I32, 0))
     undefined = ir.Constant(vector, ir.Undefined)
-    return builder.shuffle_vector(
-        one, undefined, ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count)
-    )
+    one = builder.insert_element(undefined, value, ir.Constant(I32, 0))
+    return _shuffle(builder, one, undefined, [0] * vector.count)
+
+
+def _llvm(builder, name: str, result, *args):
+    """Call the LLVM function of that full name."""
+    kind = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), args)
 
 
 def _call(builder, name: str, *args):
     """Call the LLVM intrinsic `name`, overloaded on the type of its first argument."""
     vector = args[0].type
-    suffix = f"v{vector.count}{ {'float': 'f32', 'double': 'f64'}[str(vector.element)] }"
-    kind = ir.FunctionType(vector, [a.type for a in args])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.{suffix}")
-    return builder.call(function, args)
+    bits = {"float": 32, "double": 64}[str(vector.element)]
+    return _llvm(builder, f"{name}.v{vector.count}f{bits}", vector, *args)
 
 
 def _vector_of(args) -> Vector | None:
@@ -169,9 +174,7 @@ def lowest_bit(typingctx, bits):
     """Index of the lowest set bit of a non-zero int64."""
 
     def codegen(context, builder, sig, values):
-        kind = ir.FunctionType(I64, [I64, I1])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.cttz.i64")
-        return builder.call(function, [values[0], ir.Constant(I1, 1)])
+        return _llvm(builder, "cttz.i64", I64, values[0], ir.Constant(I1, 1))
 
     return types.int64(types.int64), codegen
 
@@ -198,8 +201,7 @@ def load(typingctx, array, index):
     vector = F16 if array.dtype == types.float32 else D8
 
     def codegen(context, builder, sig, values):
-        kind = context.get_value_type(vector)
-        pointer = _pointer(context, builder, array, values[0], values[1], kind)
+        pointer = _pointer(context, builder, array, *values, context.get_value_type(vector))
         return builder.load(pointer, align=array.dtype.bitwidth // 8)
 
     return vector(array, types.intp), codegen
@@ -210,8 +212,7 @@ def store(typingctx, array, index, vector):
     """Write a vector to a flat array, from element `index` on."""
 
     def codegen(context, builder, sig, values):
-        kind = context.get_value_type(vector)
-        pointer = _pointer(context, builder, array, values[0], values[1], kind)
+        pointer = _pointer(context, builder, array, *values[:2], values[2].type)
         builder.store(values[2], pointer, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
@@ -223,11 +224,11 @@ def prefetch(typingctx, array, index):
     """Ask for the cache line that holds element `index`; harmless for any index."""
 
     def codegen(context, builder, sig, values):
-        data = context.make_array(array)(context, builder, values[0]).data
-        pointer = builder.bitcast(builder.gep(data, [values[1]]), ir.PointerType(ir.IntType(8)))
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, *(ir.Constant(I32, k) for k in (0, 3, 1))])
+        pointer = _pointer(context, builder, array, *values, ir.IntType(8))
+        _llvm(
+            builder, "prefetch.p0", ir.VoidType(), pointer,
+            *(ir.Constant(I32, k) for k in (0, 3, 1)),
+        )  # fmt: skip
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
@@ -242,28 +243,22 @@ def _columns(stride: int):
 
         def codegen(context, builder, sig, values):
             data, record, valid = values
-            floats = ir.VectorType(ir.FloatType(), total)
+            floats, ints = ir.VectorType(ir.FloatType(), total), ir.VectorType(I32, total)
             start = builder.mul(record, ir.Constant(I64, stride))
             pointer = _pointer(context, builder, array, data, start, floats)
-            ints = ir.VectorType(I32, total)
             limit = builder.mul(builder.trunc(valid, I32), ir.Constant(I32, stride))
             mask = builder.icmp_signed(
                 "<", _constant(ints, list(range(total))), _splat(builder, limit, ints)
             )
-            kind = ir.FunctionType(floats, [pointer.type, I32, mask.type, floats])
-            name = f"llvm.masked.load.v{total}f32.p0"
-            function = cgutils.get_or_insert_function(builder.module, kind, name)
-            block = builder.call(
-                function, [pointer, ir.Constant(I32, 4), mask, _constant(floats, 0.0)]
-            )
-            picks = [
-                builder.shuffle_vector(
-                    block, block,
-                    ir.Constant(ir.VectorType(I32, 8), list(range(c, total, stride))),
-                )
-                for c in range(stride)
-            ]  # fmt: skip
+            block = _llvm(
+                builder, f"masked.load.v{total}f32.p0", floats,
+                pointer, ir.Constant(I32, 4), mask, _constant(floats, 0.0),
+            )  # fmt: skip
             doubles = context.get_value_type(D8)
+            picks = (
+                _shuffle(builder, block, block, list(range(c, total, stride)))
+                for c in range(stride)
+            )
             return context.make_tuple(
                 builder, result, [builder.fpext(pick, doubles) for pick in picks]
             )
@@ -326,35 +321,23 @@ def horizontal_sums(typingctx, vectors):
     """
 
     def codegen(context, builder, sig, values):
-        kind = context.get_value_type(F16)
+        zero = _constant(context.get_value_type(F16), 0.0)
         level = [builder.extract_value(values[0], k) for k in range(len(vectors))]
-        owners = [[k] * 16 for k in range(len(level))]
-        half = 8
-        while half:
-            level += [_constant(kind, 0.0)] * (len(level) % 2)
-            owners += [[-1] * 16] * (len(level) - len(owners))
-            merged, merged_owners = [], []
-            for a, b, oa, ob in zip(
-                level[::2], level[1::2], owners[::2], owners[1::2], strict=True
-            ):
-                # Keep every group of 2 * half lanes' two halves apart and add them.
-                low = [i + j for i in range(0, 32, 2 * half) for j in range(half)]
-                high = [i + half for i in low]
-                index = ir.VectorType(I32, 16)
-                merged.append(
-                    builder.fadd(
-                        builder.shuffle_vector(a, b, ir.Constant(index, low)),
-                        builder.shuffle_vector(a, b, ir.Constant(index, high)),
-                    )
-                )
-                both = oa + ob
-                merged_owners.append([both[i] for i in low])
-            level, owners, half = merged, merged_owners, half // 2
-        assert len(level) == 1
-        place = [owners[0].index(k) if k in owners[0] else owners[0].index(-1) for k in range(16)]
-        return builder.shuffle_vector(
-            level[0], level[0], ir.Constant(ir.VectorType(I32, 16), place)
-        )
+        owners = [[k] * 16 for k in range(len(level))]  # whose sum each lane is a part of
+        for half in (8, 4, 2, 1):
+            if len(level) % 2:
+                level, owners = [*level, zero], [*owners, [-1] * 16]
+            # Keep every group of 2 * half lanes' two halves apart and add them.
+            low = [i + j for i in range(0, 32, 2 * half) for j in range(half)]
+            high = [i + half for i in low]
+            level = [
+                builder.fadd(_shuffle(builder, a, b, low), _shuffle(builder, a, b, high))
+                for a, b in zip(level[::2], level[1::2], strict=True)
+            ]
+            pairs = (a + b for a, b in zip(owners[::2], owners[1::2], strict=True))
+            owners = [[both[i] for i in low] for both in pairs]
+        place = [owners[0].index(k if k in owners[0] else -1) for k in range(16)]
+        return _shuffle(builder, level[0], level[0], place)
 
     return F16(vectors), codegen
 
@@ -364,32 +347,17 @@ def _shuffled(sources: int, masks: list[list[int]], doc: str):
     result = types.UniTuple(F16, len(masks))
 
     def codegen(context, builder, sig, values):
-        def joined(parts):
-            if len(parts) == 1:
-                return parts[0]
-            half = len(parts) // 2
-            low, high = joined(parts[:half]), joined(parts[half:])
-            every = ir.Constant(
-                ir.VectorType(I32, 2 * low.type.count), list(range(2 * low.type.count))
-            )
-            return builder.shuffle_vector(low, high, every)
-
-        whole = joined([*values, *values[-1:] * (4 - sources)])
-        index = ir.VectorType(I32, 16)
-        picked = [builder.shuffle_vector(whole, whole, ir.Constant(index, m)) for m in masks]
+        a, b, c, d = [*values, values[-1]][:4]
+        low, high = (_shuffle(builder, *pair, list(range(32))) for pair in ((a, b), (c, d)))
+        whole = _shuffle(builder, low, high, list(range(64)))
+        picked = [_shuffle(builder, whole, whole, mask) for mask in masks]
         return context.make_tuple(builder, result, picked)
 
+    typed = result(*[F16] * sources), codegen
     if sources == 3:
-
-        @intrinsic
-        def shuffle(typingctx, a, b, c):
-            return result(F16, F16, F16), codegen
+        shuffle = intrinsic(lambda typingctx, a, b, c: typed)
     else:
-
-        @intrinsic
-        def shuffle(typingctx, a, b, c, d):
-            return result(F16, F16, F16, F16), codegen
-
+        shuffle = intrinsic(lambda typingctx, a, b, c, d: typed)
     shuffle.__doc__ = doc
     return shuffle
 
