@@ -7,6 +7,7 @@ contributions below 1/255 skipped, alpha clamped, a pixel finished at transmitta
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Sequence
@@ -81,32 +82,25 @@ def render(
         raise ValueError(
             f"cameras: got batch shape {views}, want {(*batch, 'C')}: C views of every scene"
         )
-    if chosen == "cpu":
-        from fresnel.render.cpu import rasterize
-    elif chosen == "gsplat":
-        from fresnel.render.gsplat import rasterize
-    else:
-        from fresnel.render.reference import rasterize
+    # imported late: Numba and gsplat take seconds
+    rasterize = importlib.import_module(f"fresnel.render.{chosen}").rasterize
     backdrop = _backdrop(background, views, gaussians)
     return Views(*rasterize(gaussians, cameras, backdrop, near, eps2d))
 
 
 def _choose(gaussians: Gaussians, cameras: Cameras, backend: str) -> str:
     """Resolve "auto" and refuse what the chosen backend cannot do."""
-    device = gaussians.device
-    if cameras.viewmats.device != device:
-        raise ValueError(
-            f"cameras: on {cameras.viewmats.device}, want {device}, where the Gaussians are"
-        )
+    device, viewmats = gaussians.device, cameras.viewmats
+    if viewmats.device != device:
+        raise ValueError(f"cameras: on {viewmats.device}, want {device}, where the Gaussians are")
     if backend == "auto":
         backend = "gsplat" if device.type == "cuda" else "cpu"
     if backend not in ("cpu", "gsplat", "reference"):
         raise ValueError(f"backend: got {backend!r}, want 'auto', 'cpu', 'gsplat' or 'reference'")
-    if backend == "gsplat" and device.type != "cuda":
-        raise ValueError(f"backend: gsplat renders CUDA tensors only, got tensors on {device}")
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend: cpu renders CPU tensors only, got tensors on {device}")
-    if backend == "cpu" and (cameras.viewmats.requires_grad or cameras.Ks.requires_grad):
+    kind = {"gsplat": "cuda", "cpu": "cpu"}.get(backend, device.type)
+    if device.type != kind:
+        raise ValueError(f"backend: {backend} renders {kind.upper()} tensors only, got {device}")
+    if backend == "cpu" and (viewmats.requires_grad or cameras.Ks.requires_grad):
         raise ValueError(
             "cameras: require gradients, which the cpu backend does not have; "
             "detach them, or use 'reference' or 'gsplat'"

@@ -7,8 +7,10 @@ threads, and scratch where memory comes from.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numba
@@ -64,12 +66,9 @@ def rasterize(
         threads=_threads(images * N, images * pixels),
     )
     tensors.append(background.float().contiguous())
-    result: tuple[Tensor, Tensor, Tensor]
     if torch.is_grad_enabled():
-        result = _Rasterize.apply(job, *tensors)
-    else:
-        result = _forward(job, *tensors)[0]
-    return result
+        return _Rasterize.apply(job, *tensors)  # type: ignore[no-any-return]
+    return _forward(job, *tensors)[0]
 
 
 def _check_count(count: int) -> None:
@@ -173,21 +172,18 @@ class _Rasterize(torch.autograd.Function):
         return (None, *grads, v_background)
 
 
-class _compiling_notice:
+@contextlib.contextmanager
+def _compiling_notice(kernel: Any) -> Iterator[None]:
     """Say what takes so long when kernels are compiled rather than loaded from Numba's cache."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.timer: threading.Timer | None = None
-        if not kernel.overloads:
-            what = f"the CPU renderer's {kernel.__name__} pass"
-            text = f"fresnel: compiling {what}, once per machine (about 10 s) ..."
-            self.timer = threading.Timer(2.0, print, (text,), {"file": sys.stderr, "flush": True})
-            self.timer.daemon = True
-
-    def __enter__(self) -> None:
-        if self.timer is not None:
-            self.timer.start()
-
-    def __exit__(self, *_: object) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
+    if kernel.overloads:
+        yield
+        return
+    what = f"the CPU renderer's {kernel.__name__} pass"
+    text = f"fresnel: compiling {what}, once per machine (about 10 s) ..."
+    timer = threading.Timer(2.0, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

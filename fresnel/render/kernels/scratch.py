@@ -32,7 +32,6 @@ class Pool:
         self.limit = limit
         self.idle: list[Array] = []  # longest idle first
         self.idle_bytes = 0
-        self.lent: dict[int, tuple[weakref.ref[Array], Array]] = {}
         self.lock = threading.Lock()
 
     def take(self, size: int) -> Array:
@@ -44,8 +43,7 @@ class Pool:
             skip = -whole.ctypes.data // 8 % 8
             memory = whole[skip : skip + size]
         loan = memory[:]
-        watch = weakref.ref(loan, self._give_back)
-        self.lent[id(watch)] = watch, memory
+        weakref.finalize(loan, self._give_back, memory).atexit = False
         return loan
 
     def _reuse(self, size: int) -> Array | None:
@@ -65,8 +63,7 @@ class Pool:
         finally:
             self.lock.release()
 
-    def _give_back(self, watch: weakref.ref[Array]) -> None:
-        memory = self.lent.pop(id(watch))[1]
+    def _give_back(self, memory: Array) -> None:
         if not self.lock.acquire(blocking=False):
             return
         try:
