@@ -375,7 +375,10 @@ def test_predictor_gives_views_that_do_not_depend_on_the_batch(
     alone = predict(data.inputs[1:2], data.cameras[1:2])
     torch.testing.assert_close(alone.rgb[0], found.rgb[1], atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(cvs, "MOST_AT_ONCE", 4)
+    sizes: list[int] = []
+    net.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     chunked = predict(data.inputs, data.cameras)
+    assert set(sizes) == {4}
     torch.testing.assert_close(chunked.rgb, found.rgb, atol=1e-5, rtol=1e-5)
 
 

@@ -201,6 +201,18 @@ def test_what_is_left_in_reused_memory_does_not_matter(
     assert same(results[0], results[1]) and same(results[0], results[2])
 
 
+def test_memory_that_is_let_go_is_used_again_up_to_a_limit() -> None:
+    pool = Pool(limit=1 << 20)
+    loan = pool.take(1000)
+    where = loan.ctypes.data
+    assert pool.take(1000).ctypes.data != where
+    del loan
+    assert pool.take(1000).ctypes.data == where
+    pool.limit = 0
+    pool.take(1000)
+    assert not pool.idle and pool.idle_bytes == 0
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_forked_child_has_helpers_of_its_own() -> None:
     want = images(leaves(13)).rgb.detach()

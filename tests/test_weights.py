@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,10 @@ def test_damaged_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
         Decoder.load(path)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit of one weight
     with pytest.raises(ValueError, match="not those that were saved"):
+        Decoder.load(path)
+    Decoder(replace(TINY, attention_levels=(1,))).save(path)
+    edited(path, {"attention_levels": []})  # tensors that the network has no place for
+    with pytest.raises(ValueError, match="don't fit the configuration"):
         Decoder.load(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="kind None"):

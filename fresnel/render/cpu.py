@@ -67,7 +67,7 @@ def rasterize(
     )
     tensors.append(background.float().contiguous())
     if torch.is_grad_enabled():
-        return _Rasterize.apply(job, *tensors)  # type: ignore[no-any-return]
+        return _Rasterize.apply(job, *tensors)
     return _forward(job, *tensors)[0]
 
 
