@@ -128,21 +128,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import nbformat
 
     new = nbformat.v4
-    lead = (
-        "# A tiny run\n\n**Question.** Is it noise?\n\n**Stopping rule, fixed beforehand.** None."
-    )
-    notebook = new.new_notebook(
-        cells=[
-            new.new_markdown_cell(lead),
-            new.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
-            new.new_markdown_cell("## In 3D"),
-            new.new_code_cell(SHOW),
-            new.new_markdown_cell("## Pictures"),
-            new.new_code_cell(PICTURES),
-            new.new_markdown_cell("## Verdict"),
-            new.new_code_cell(FINISH),
-        ]
-    )
+    lead = "# A tiny run\n\n**Question.** Is it noise?\n\n**Stopping rule, fixed before.** None."
+    cells = [new.new_markdown_cell(lead), new.new_code_cell(PARAMETERS)]
+    cells[1].metadata["tags"] = ["parameters"]
+    for title, code in (("In 3D", SHOW), ("Pictures", PICTURES), ("Verdict", FINISH)):
+        cells += [new.new_markdown_cell(f"## {title}"), new.new_code_cell(code)]
+    notebook = new.new_notebook(cells=cells)
     folder = tmp_path_factory.mktemp("tiny")
     nbformat.write(notebook, folder / "tiny.ipynb")
     done = report.run(folder / "tiny.ipynb", {"seed": 3}, "tiny", folder / "r", progress=False)
@@ -239,8 +230,8 @@ def overview(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index over five runs and a damaged one."""
     reports = tmp_path_factory.mktemp("reports")
     summaries = {
-        "cvs": [{"bin": "all", "psnr": 20.0, "psnr_low": 19.0, "psnr_high": 21.0}],
-        "better": [{"bin": "all", "psnr": 25.0, "psnr_low": 24.0, "psnr_high": 26.0}],
+        name: [{"bin": "all", "psnr": psnr, "psnr_low": psnr - 1, "psnr_high": psnr + 1}]
+        for name, psnr in (("cvs", 20.0), ("better", 25.0))
     }
     for number, (name, verdict, score) in enumerate(
         [("control", "FAIL", 20.0), ("corrected", "PASS", 25.0), ("control", "FAIL", 18.5)] * 2
@@ -248,10 +239,8 @@ def overview(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = reports / "runs" / f"{number}"
         folder.mkdir(parents=True)
         record = RunRecord(
-            "03_full_train" if number % 2 else "01_validate_data",
-            "finished",
-            verdict,
-            f"Run number {number}.",
+            *("03_full_train" if number % 2 else "01_validate_data", "finished", verdict),
+            summary=f"Run number {number}.",
             name=name,
             title=f"What about <{number}>?",
             params={"steps": 100 * (number // 2), "seed": 0},

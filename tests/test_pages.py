@@ -66,23 +66,16 @@ def test_a_page_without_a_record_or_a_lead_is_still_one(tmp_path: Path) -> None:
 
 
 def test_a_cached_report_says_so_and_where_its_figures_are_from(tmp_path: Path) -> None:
-    cached = {
-        "reused_utc": "2026-02-02T10:00:00+00:00",
-        "computed_utc": "2026-01-01T09:00:00+00:00",
-        "commit": "0123456789abcdef",
-        "dirty": True,
-    }
+    when = {"reused_utc": "2026-02-02T10:00:00+00:00", "computed_utc": "2026-01-01T09:00:00+00:00"}
+    cached = {**when, "commit": "0123456789abcdef", "dirty": True}
     html = page_of(tmp_path, [], summary="S", cached=cached)
     assert "from the cache" in html and "2026-01-01 09:00 UTC" in html
     assert "0123456789ab" in html and "with uncommitted changes" in html
 
 
 def test_provenance_shows_what_is_known(tmp_path: Path) -> None:
-    provenance = {
-        "git": {"commit": "a" * 40, "dirty": True, "changed": ["x.py"]},
-        "seed": 7,
-        "something_new": {"later": 1},
-    }
+    git = {"commit": "a" * 40, "dirty": True, "changed": ["x.py"]}
+    provenance = {"git": git, "seed": 7, "something_new": {"later": 1}}
     notes = ("metrics.a was nan; stored as null", "metrics.b[2] was nan; stored as null", "Look.")
     html = page_of(tmp_path, [], provenance=provenance, notes=notes, price_per_hour_usd=2.0)
     assert "x.py" in html
@@ -174,23 +167,14 @@ def test_long_tables_fold_and_figures_keep_their_intervals() -> None:
     assert "<summary>T, 20 rows</summary>" in long and "one-line" not in long
 
 
-def test_units_stand_apart_from_the_meaning(make_notebook: Callable[..., Path]) -> None:
+def test_units_stand_apart_and_names_are_for_people(make_notebook: Callable[..., Path]) -> None:
     cell = "a = 1.0  # degrees; of the camera\nb = 2  # a number\nc = 0.0  # views' coverage"
-    source = make_notebook("p", parameters=cell)
-    rows = pages._parameter_rows(nbformat.read(source, 4), None)
-    assert [(row["unit"], row["comment"]) for row in rows] == [
-        ("degrees", "of the camera"),
-        ("", "a number"),
-        ("", "views' coverage"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("psnr", "PSNR"), ("gate_duration_s", "gate duration, s"), ("samples_per_s", "samples per s")],
-)
-def test_names_for_people(name: str, text: str) -> None:
-    assert _html.words(name) == text
+    rows = pages._parameter_rows(nbformat.read(make_notebook("p", parameters=cell), 4), None)
+    told = [("degrees", "of the camera"), ("", "a number"), ("", "views' coverage")]
+    assert [(row["unit"], row["comment"]) for row in rows] == told
+    names = {"psnr": "PSNR", "gate_duration_s": "gate duration, s", "samples_per_s": None}
+    for name, text in names.items():
+        assert _html.words(name) == (text or "samples per s")
 
 
 def test_figures_over_time_oldest_first() -> None:

@@ -178,6 +178,7 @@ def test_parameters_are_checked_before_anything_runs(tiny: Path, tmp_path: Path)
         ({"name": 3}, "name: got 3"),
         ({"bins": ["x"]}, r"bins\[\.\.\.\]: got 'x'"),
         ({"rate": None}, "rate: got None"),
+        ({"rate": True}, "rate: got True"),
     ]:
         with pytest.raises(ParameterError, match=message):
             report.run(tiny, given, reports_dir=tmp_path / "r")

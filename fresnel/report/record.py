@@ -55,11 +55,8 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One timed part of a run. Memory is the highest value seen while the stage was open.
-
-    peak_rss_bytes: resident memory of this process and its children (shared pages count in each).
-    peak_cuda_bytes: memory held by torch's CUDA allocator; None without CUDA.
-    """
+    """One timed part of a run; memory is the most seen meanwhile: resident, of this process and its
+    children (shared pages count in each), and of torch's CUDA allocator (None without CUDA)."""
 
     name: str
     duration_s: float
@@ -223,8 +220,7 @@ class Recorder:
     """Collects a run's `record` while it goes on. Made by `start()`."""
 
     def __init__(self, record: RunRecord, output_dir: Path) -> None:
-        self.output_dir = output_dir
-        self.record = record
+        self.output_dir, self.record = output_dir, record
         self._clock = time.perf_counter()
         self._stages: list[Stage] = []
         self._open: list[PeakMemory] = []
@@ -389,7 +385,8 @@ def slug(name: str) -> str:
 def new_run_dir(reports_dir: str | Path, name: str) -> Path:
     """Make reports_dir/runs/<UTC time>-<name>, a folder of its own even for runs begun at once."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
+    for number in itertools.count(1):
+        suffix = f"-{number}" if number > 1 else ""
         folder = Path(reports_dir) / "runs" / f"{stamp}-{slug(name)}{suffix}"
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
