@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     reports, steps = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     reports.add_argument("--reports", type=_path, help="where reports go (default: reports/)")
-    steps.add_argument("--only", action="append", default=[], metavar="STEP", help="of several")
+    steps.add_argument(
+        "--only", action="append", default=[], metavar="STEP", help="repeat for more"
+    )
     steps.add_argument("--list", action="store_true", help="show the steps, run none")
     steps.add_argument("--fresh", action="store_true", help="compute though nothing has changed")
 
@@ -61,7 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("notebook", nargs="?", help="the notebook to run")
     pair = ("NAME", "VALUE")
-    add("-p", "--param", nargs=2, action="append", default=[], metavar=pair, help="repeatable")
+    add(
+        "-p",
+        "--param",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=pair,
+        help="a parameter's value (repeat)",
+    )
     add("-f", "--params-file", type=_path, help="YAML of parameters; -p overrides it")
     add("--name", default="", help="the run's name (default: the notebook's)")
     add("--timeout", type=float, metavar="SECONDS", help="most a notebook may take")
@@ -85,7 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("study", type=_path, help="YAML file, e.g. notebooks/params/study.yaml")
     add(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="of all steps: a rehearsal"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of every step whose notebook has it, to rehearse",
     )
     add("--runs", default="runs", help="folder of its data and weights")
     add("--stop-after", type=float, metavar="SECONDS", help="for the next call")
@@ -98,12 +112,20 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--elevation",
         dest="elevation_deg",
+        metavar="DEG",
         type=float,
         default=15.0,
-        help="degrees (default: 15)",
+        help="of the camera above the horizon (default: 15)",
     )
     add("--steps", type=int, default=1, help="network calls a view (default: 1)")
-    add("--views", dest="count", type=int, default=8, help="around the object (default: 8)")
+    add(
+        "--views",
+        dest="count",
+        metavar="N",
+        type=int,
+        default=8,
+        help="around the object (default: 8)",
+    )
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
     add("--weights", type=_path, help="another CVS than the shipped one")
     add("--device", choices=["cpu", "cuda"], default="cpu")
@@ -118,10 +140,29 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--deb", type=_path, help="sweethome3d-furniture_1.8-1_all.deb")
     source.add_argument("--sh3f", type=_path, help="folder with its .sh3f files")
     add("--out", type=_path, required=True, help="folder of the dataset")
-    add("--size", dest="image_size", type=int, default=128, help="pixels (default: 128)")
+    add(
+        "--size",
+        dest="image_size",
+        metavar="PX",
+        type=int,
+        default=128,
+        help="side of a picture (default: 128)",
+    )
     add("--views", type=int, default=8, help="views a record (default: 8)")
-    add("--inputs", dest="inputs_per_object", type=int, default=1, help="records an object (1)")
-    add("--stretch", type=float, default=1.0, help="of records after the first (default: 1)")
+    add(
+        "--inputs",
+        dest="inputs_per_object",
+        metavar="N",
+        type=int,
+        default=1,
+        help="records an object (default: 1)",
+    )
+    add(
+        "--stretch",
+        type=float,
+        default=1.0,
+        help="of an object's records after the first (default: 1)",
+    )
     add("--samples", type=int, default=4, help="rays a pixel (default: 4)")
     add("--split", choices=["train", "val", "test"], help="only this split")
     add("--seed", type=int, default=0, help="of the cameras (default: 0)")
