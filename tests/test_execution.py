@@ -178,7 +178,8 @@ for _ in text(range(4), desc="letters"):
     for bar in ("widgets:", "letters:"):
         shown = [line for line in lines if bar in line]
         assert any(line.startswith("L · ") and "/4 [" in line for line in shown)
-    assert any("5/6 cells" in line for line in lines)
+    # which of them tqdm draws is a matter of time
+    assert {line[:1] for line in re.findall(r"\d+/6 cells", " ".join(lines))} > {"0"}
 
 
 FULL = f"""\
