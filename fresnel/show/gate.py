@@ -5,6 +5,7 @@ Functions that describe return a figure's alternative text, from the numbers tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,17 +22,18 @@ def azimuth_profile(verdict: Verdict) -> dict[str, list[float]]:
     its luminance), so an empty view has 0 of it; ``luminance_ratio`` is that of covered pixels
     only, which empty views do not have.
     """
-    rows = [row for row in verdict.measurements if np.isfinite(row.get("azimuth_deg", np.nan))]
     azimuths = [float(a) for a in range(-135, 181, 45)]
-    profile: dict[str, list[float]] = {"azimuth_deg": azimuths}
-    groups = [
-        [r for r in rows if (round(r["azimuth_deg"] / 45) * 45 - azimuth) % 360 == 0]
-        for azimuth in azimuths
-    ]
-    for name in ("coverage_ratio", "luminance_ratio"):
-        profile[name] = [_mean(r[name] for r in group) for group in groups]
-    profile["frame_luminance_ratio"] = [_mean(map(_light, group)) for group in groups]
-    return profile | {"views": [float(len(group)) for group in groups]}
+    near = {azimuth: list[Mapping[str, Any]]() for azimuth in azimuths}
+    for row in verdict.measurements:
+        if math.isfinite(azimuth := row.get("azimuth_deg", math.nan)):
+            near[180.0 - (180 - 45 * round(azimuth / 45)) % 360].append(row)
+    ratios = {
+        name: [_mean(row[name] for row in rows) for rows in near.values()]
+        for name in ("coverage_ratio", "luminance_ratio")
+    }
+    light = [_mean(map(_light, rows)) for rows in near.values()]
+    views = [float(len(rows)) for rows in near.values()]
+    return {"azimuth_deg": azimuths, **ratios, "frame_luminance_ratio": light, "views": views}
 
 
 def describe_profile(profile: Mapping[str, Sequence[float]]) -> str:

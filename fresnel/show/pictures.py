@@ -15,34 +15,34 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fresnel.data.dataset import MultiViewDataset, ObjectViews, ViewTensors
+from fresnel.data.dataset import MultiViewDataset, ViewTensors
 from fresnel.models import Predictor
-from fresnel.scene.cameras import relative_azimuth_deg
+from fresnel.scene.cameras import Cameras, relative_azimuth_deg
 from fresnel.show.style import put, to_png, to_uint8
 
 
-def view_azimuths(record: ObjectViews) -> list[float]:
-    """Azimuths of the views relative to the input camera, degrees in (-180, 180]."""
-    azimuth = relative_azimuth_deg(
-        record.cameras.reshape(1, -1), record.input_camera.reshape(1), record.pivot
-    )[0]
-    return [float(a) if a > -179.99 else 180.0 for a in azimuth]
+def _ordered(cameras: Cameras, source: Cameras, pivot: Tensor) -> tuple[Tensor, list[float]]:
+    """The order of views by azimuth relative to the input camera, and their azimuths in it, in
+    (-180, 180] degrees."""
+    azimuth = relative_azimuth_deg(cameras.reshape(1, -1), source.reshape(1), pivot)[0]
+    azimuth = torch.where(azimuth < -179.99, azimuth + 360, azimuth)
+    order = azimuth.argsort(stable=True)
+    return order.cpu(), azimuth[order].tolist()
 
 
 def picture_rows(
     data: MultiViewDataset, limit: int = 6
 ) -> tuple[list[list[np.ndarray]], list[float], list[str]]:
     """Rows of [input, views ordered by azimuth], the azimuths of the first row, and the names."""
-    rows, azimuths, names = [], list[float](), []
-    for i in evenly(len(data), limit):
-        record = data[i]
-        angles = view_azimuths(record)
-        order = np.argsort(angles)
-        rows.append([record.input_rgb.numpy(), *(record.rgb[int(k)].numpy() for k in order)])
-        azimuths = azimuths or [angles[k] for k in order]
+    rows, found, names = [], list[list[float]](), []
+    for record in (data[i] for i in evenly(len(data), limit)):
+        order, azimuths = _ordered(record.cameras, record.input_camera, record.pivot)
+        rows.append([record.input_rgb.numpy(), *record.rgb[order].numpy()])
+        found.append(azimuths)
         names.append(record.name)
-    return rows, azimuths, names
+    return rows, found[0], names
 
 
 def predicted_rows(
@@ -61,22 +61,16 @@ def predicted_rows(
     Returns:
         Rows of [input, views...], a label per row, and the azimuths of the first record.
     """
-    rows, labels, azimuths = [], [], list[float]()
-    for i in records:
-        one = truth[[i]]
-        angles = relative_azimuth_deg(one.cameras, one.inputs.cameras, one.pivots)[0]
-        angles = torch.where(angles < -179.99, angles + 360, angles)
-        order = angles.argsort()
-        azimuths = azimuths or angles[order].tolist()
-        source = one.inputs.rgb[0].cpu().numpy()
-        rows.append([source, *one.rgb[0][order].cpu().numpy()])
-        labels.append(f"{truth.names[i]}: {first}")
-        for name, predict in predictors.items():
-            with torch.no_grad():
-                views = predict(one.inputs, one.cameras)
-            rows.append([source, *views.rgb[0][order].float().cpu().numpy()])
-            labels.append(f"{truth.names[i]}: {name}")
-    return rows, labels, azimuths
+    rows, labels, found = [], [], list[list[float]]()
+    for one in (truth[[i]] for i in records):
+        order, azimuths = _ordered(one.cameras, one.inputs.cameras, one.pivots)
+        found.append(azimuths)
+        with torch.no_grad():
+            made = {n: predict(one.inputs, one.cameras).rgb for n, predict in predictors.items()}
+        for name, views in {first: one.rgb, **made}.items():
+            rows.append([to_uint8(one.inputs.rgb[0]), *to_uint8(views[0].cpu()[order])])
+            labels.append(f"{one.names[0]}: {name}")
+    return rows, labels, found[0]
 
 
 def identity_pair(data: MultiViewDataset, limit: int = 8) -> tuple[np.ndarray, np.ndarray] | None:
@@ -86,10 +80,7 @@ def identity_pair(data: MultiViewDataset, limit: int = 8) -> tuple[np.ndarray, n
     records = [data[i] for i in evenly(len(data), limit)]
     if any(record.identity_rgb is None for record in records):
         return None
-    return (
-        tile([record.input_rgb for record in records]),
-        tile([record.identity_rgb for record in records]),
-    )
+    return tile([r.input_rgb for r in records]), tile([r.identity_rgb for r in records])
 
 
 def evenly(count: int, limit: int) -> list[int]:
@@ -126,20 +117,19 @@ def show_sheet(
 
     Args:
         rows: pictures (H, W, 3), uint8 or [0, 1]; each row may be of another size.
-        alt: the finding in words, for readers who cannot see the pictures.
-        columns: a heading per column.
-        labels: a caption per row, above its pictures.
+        columns, labels: a heading per column; a caption per row, above its pictures.
         first_apart: leave a wider gap after the first column (the input).
     """
     size, texts, places = _layout(rows, columns, labels, first_apart)
     seen: dict[str, str] = {}
-    parts = [f'<text x="{x}" y="{y}" font-size="12">{html.escape(text)}</text>'
-             for x, y, text in texts]  # fmt: skip
-    for x, y, side, picture in places:
+    parts = [
+        f'<text x="{x}" y="{y}" font-size="12">{html.escape(text)}</text>' for x, y, text in texts
+    ]
+    for x, y, (width, height), picture in places:
         data = picture_uri(picture)
         key = "p" + hashlib.sha1(data.encode()).hexdigest()[:10]
         seen[key] = (
-            f'<image id="{key}" width="{side[0]}" height="{side[1]}" '
+            f'<image id="{key}" width="{width}" height="{height}" '
             f'style="image-rendering: pixelated" xlink:href="{data}"/>'
         )
         parts.append(f'<use xlink:href="#{key}" x="{x}" y="{y}"/>')
@@ -192,8 +182,7 @@ def _layout(
             texts.append((gap, top + 13, labels[r]))
         top += 18 if labels else 0
         sides = [(cell, round(cell * p.shape[0] / p.shape[1])) for p in row]
-        places += [(*place, p) for *place, p in zip(lefts, [top] * len(row), sides, row,
-                                                    strict=False)]  # fmt: skip
+        places += [(x, top, side, p) for x, side, p in zip(lefts, sides, row, strict=False)]
         top += max(height for _, height in sides) + gap
     return (lefts[-1] + cell + gap, top), texts, places
 
@@ -231,6 +220,5 @@ def show_pair(before: Any, after: Any, names: tuple[str, str], alt: str) -> None
 
 def picture_uri(picture: np.ndarray) -> str:
     """A data address that holds a picture (H, W, 3) uint8 as PNG."""
-    return (
-        f"data:image/png;base64,{base64.b64encode(to_png(np.ascontiguousarray(picture))).decode()}"
-    )
+    data = base64.b64encode(to_png(np.ascontiguousarray(picture))).decode()
+    return f"data:image/png;base64,{data}"

@@ -6,12 +6,11 @@ Colours are those of Okabe and Ito (2008), told apart by readers of any colour v
 from __future__ import annotations
 
 import base64
-import functools
 import html
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,6 +34,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
+    "axes.prop_cycle": f"cycler(color={CYCLE})",
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
     "legend.frameon": False,
@@ -43,37 +43,10 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "fresnel",
 }
 
-_Draw = TypeVar("_Draw", bound=Callable[..., Any])
-
-
-def styled(draw: _Draw) -> _Draw:
-    """Draw in our style, without touching matplotlib's global state."""
-
-    @functools.wraps(draw)
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        import matplotlib as mpl
-        from cycler import cycler
-
-        with mpl.rc_context({**STYLE, "axes.prop_cycle": cycler(color=CYCLE)}):
-            return draw(*args, **kwargs)
-
-    return inside  # type: ignore[return-value]
-
-
-def new_figure(*args: Any, size: tuple[float, float] = (7.2, 3.2), **kwargs: Any) -> Any:
-    """`Figure.subplots` of a figure (inches) that no window holds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size)
-    return figure, figure.subplots(*args, **kwargs)
-
 
 def show(picture: Figure | np.ndarray, alt: str) -> None:
-    """Put a figure (as SVG) or an RGB uint8 array (H, W, 3) into the notebook's output.
-
-    Args:
-        alt: what a reader who cannot see the picture should know: the finding, not the axes.
-    """
+    """Put a figure (as SVG) or an RGB uint8 array (H, W, 3) into the notebook's output; `alt` says
+    the finding, not the axes, to a reader who cannot see it."""
     import matplotlib as mpl
 
     if isinstance(picture, np.ndarray):
@@ -98,13 +71,8 @@ def show_table(
     table: str | pd.DataFrame | Sequence[Mapping[str, Any]], *, links: Sequence[str] = ()
 ) -> None:
     """Put a table into the notebook's output: rows (missing cells stay empty), a data frame without
-    its index, or Markdown, in which a dollar is money and no mathematics.
-
-    Cells are text, and escaped; numbers get two decimals.
-
-    Args:
-        links: columns whose cells are HTML of our own making (`link`).
-    """
+    its index, or Markdown, in which a dollar is money and no mathematics.  Cells are escaped, but
+    those of the columns `links`, which are HTML of our own making; numbers get two decimals."""
     from IPython.display import Markdown, display
 
     if isinstance(table, str):
@@ -133,20 +101,17 @@ def link(text: str, address: str) -> str:
     return f'<a href="{html.escape(address)}">{shown}</a>'
 
 
-def to_png(picture: Figure | np.ndarray, dpi: int = 192) -> bytes:
-    """PNG bytes of a figure or of an RGB uint8 array (H, W, 3)."""
-    buffer = io.BytesIO()
-    if isinstance(picture, np.ndarray):
-        from PIL import Image
+def to_png(picture: np.ndarray) -> bytes:
+    """PNG bytes of an RGB uint8 array (H, W, 3)."""
+    from PIL import Image
 
-        Image.fromarray(picture).save(buffer, "png", optimize=True)
-    else:
-        picture.savefig(buffer, format="png", dpi=dpi)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png", optimize=True)
     return buffer.getvalue()
 
 
-def save_png(path: Path, picture: Figure | np.ndarray) -> Path:
-    """Write a figure or RGB uint8 array as PNG."""
+def save_png(path: Path, picture: np.ndarray) -> Path:
+    """Write an RGB uint8 array as PNG."""
     path.write_bytes(to_png(picture))
     return path
 
@@ -161,6 +126,5 @@ def to_uint8(images: Any) -> np.ndarray:
 
 def azimuth_labels(azimuth_deg: Sequence[float]) -> list[str]:
     """Column headings: whole degrees with a sign, and 0 without one."""
-    return [
-        f"{round(a):+d}\N{DEGREE SIGN}" if round(a) else "0\N{DEGREE SIGN}" for a in azimuth_deg
-    ]
+    signed = (f"{round(a):+d}" if round(a) else "0" for a in azimuth_deg)
+    return [f"{text}\N{DEGREE SIGN}" for text in signed]

@@ -22,6 +22,8 @@ from fresnel.scene.gaussians import (
 from fresnel.show.pictures import evenly, picture_uri
 from fresnel.show.style import put, to_uint8
 
+_HALF = ("means", "quats", "scales", "opacities")
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -37,19 +39,12 @@ class Scene:
 
     def save(self, path: str | Path) -> Path:
         """Write as .npz; means and scales in half precision, which a picture does not tell."""
-        g, path = self.gaussians, Path(path)
-        many = torch.cat([self.input_camera.viewmats[None], self.cameras.viewmats])
-        arrays = {
-            "means": g.means.half(),
-            "quats": g.quats.half(),
-            "scales": g.scales.half(),
-            "opacities": g.opacities.half(),
-            "colors": (g.colors.clamp(0, 1) * 255).round().byte(),
-            "viewmats": many,
-            "Ks": torch.cat([self.input_camera.Ks[None], self.cameras.Ks]),
-            "pivot": self.pivot,
-            "size": torch.tensor([self.cameras.width, self.cameras.height]),
-        }
+        g, path, both = self.gaussians, Path(path), (self.input_camera.reshape(1), self.cameras)
+        arrays = {name: getattr(g, name).half() for name in _HALF}
+        arrays["colors"] = (g.colors.clamp(0, 1) * 255).round().byte()
+        arrays |= {n: torch.cat([getattr(c, n) for c in both]) for n in ("viewmats", "Ks")}
+        arrays["pivot"] = self.pivot
+        arrays["size"] = torch.tensor([self.cameras.width, self.cameras.height])
         plain: dict[str, Any] = {name: a.detach().cpu().numpy() for name, a in arrays.items()}
         np.savez_compressed(path, **plain)
         return path
@@ -59,11 +54,9 @@ class Scene:
         """Read what `save` wrote."""
         with np.load(path) as file:
             t = {name: torch.from_numpy(file[name].astype(np.float32)) for name in file.files}
-        width, height = (int(side) for side in t["size"])
-        gaussians = Gaussians(
-            t["means"], t["quats"], t["scales"].clamp_min(1e-7), t["opacities"], t["colors"] / 255
-        )
-        cameras = Cameras(t["viewmats"], t["Ks"], width, height)
+        t["scales"].clamp_(min=1e-7)
+        gaussians = Gaussians(*(t[name] for name in _HALF), t["colors"] / 255)
+        cameras = Cameras(t["viewmats"], t["Ks"], *t["size"].int().tolist())
         return cls(gaussians, cameras[1:], cameras[0], t["pivot"])
 
 
@@ -173,27 +166,23 @@ def _viewer(shown: Scene) -> str:
         space.add_icosphere(
             "/pivot", radius=0.01 * reach, color=(0, 0, 0), position=shown.pivot.numpy()
         )
-        _frustum(space, "/input camera", shown.input_camera, 0.12 * reach, (213, 94, 0))
+        looking = [("/input camera", shown.input_camera, 0.12, (213, 94, 0))]
         for i in range(len(shown.cameras)):
-            _frustum(space, f"/cameras/{i}", shown.cameras[i], 0.08 * reach, (0, 114, 178))
+            looking.append((f"/cameras/{i}", shown.cameras[i], 0.08, (0, 114, 178)))
+        for name, camera, scale, color in looking:
+            space.add_camera_frustum(
+                name,
+                fov=2 * torch.atan(camera.height / (2 * camera.Ks[1, 1])).item(),
+                aspect=camera.width / camera.height,
+                scale=scale * reach,
+                wxyz=quaternion_from_rotation(camera.viewmats[:3, :3].T).numpy(),
+                position=camera.centers.numpy(),
+                color=color,
+            )
         return space.as_html()
     finally:
         server.stop()
         console.quiet = talked
-
-
-def _frustum(space: Any, name: str, camera: Cameras, scale: float, color: tuple) -> None:
-    pose = quaternion_from_rotation(camera.viewmats[:3, :3].T)
-    fov = 2 * torch.atan(camera.height / (2 * camera.Ks[1, 1])).item()
-    space.add_camera_frustum(
-        name,
-        fov=fov,
-        aspect=camera.width / camera.height,
-        scale=scale,
-        wxyz=pose.numpy(),
-        position=camera.centers.numpy(),
-        color=color,
-    )
 
 
 def record_scene(record: ObjectViews, gaussians: Gaussians | None = None) -> Scene | None:
@@ -228,20 +217,18 @@ def describe_geometry(record: ObjectViews, content: np.ndarray) -> str:
 
 def _covered_pixels(record: ObjectViews) -> tuple[Tensor, Tensor, Tensor]:
     """World positions (P, 3), colours (P, 3) and half widths (P,) of all pixels with depth."""
-    seen_by = [(record.input_camera, record.input_depth, record.input_rgb)]
-    if record.depth is not None:
-        seen_by += [
-            (record.cameras[k], record.depth[k], record.rgb[k]) for k in range(len(record.rgb))
-        ]
+    seen = [(record.cameras, record.depth, record.rgb)]
+    if record.input_depth is not None:
+        one = record.input_camera.reshape(1), record.input_depth[None], record.input_rgb[None]
+        seen.insert(0, one)
     found = [(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0))]
-    for camera, depth, rgb in seen_by:
+    for cameras, depth, rgb in seen:
         if depth is None:
             continue
-        y, x = torch.nonzero(depth > 0, as_tuple=True)
-        pixels = torch.stack([x + 0.5, y + 0.5, torch.ones_like(x)], dim=-1).float()
-        seen = (pixels @ torch.linalg.inv(camera.Ks).T) * depth[y, x][:, None]
-        rotation, translation = camera.viewmats[:3, :3], camera.viewmats[:3, 3]
-        radii = 0.5 * depth[y, x] / camera.Ks[0, 0]
-        found.append(((seen - translation) @ rotation, rgb[y, x].float() / 255, radii))
+        there, (eyes, directions) = depth > 0, cameras.rays()
+        ahead = (directions * cameras.forward[:, None, None]).sum(-1)  # depth is along the axis
+        means = eyes + directions * (depth / ahead)[..., None]
+        radii = 0.5 * depth / cameras.Ks[:, :1, :1]
+        found.append((means[there], rgb[there].float() / 255, radii[there]))
     means, colors, radii = (torch.cat(parts) for parts in zip(*found, strict=True))
     return means, colors, radii
