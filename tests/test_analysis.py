@@ -294,7 +294,7 @@ def test_differences_are_paired_and_seeds_widen_the_interval(tmp_path: Path) -> 
     one = stats.estimate(figures, "gated", "0-30")
     assert one.mean == pytest.approx(25.01) and one.sd == pytest.approx(0.01)
     assert one.low < 24.9 and one.high > 25.1, "objects differ"
-    assert stats.over_copy(figures, "gated")["90-180"].mean == pytest.approx(5.01)
+    assert stats.gaps(figures, "gated", "copy_input")["90-180"].mean == pytest.approx(5.01)
     light = stats.estimate(figures, "gated", "all", "luminance_ratio")
     assert light.mean == 1.0 and light.seeds == (1.0, 1.0, 1.0)
     assert math.isnan(stats.estimate(figures, "nobody").mean)

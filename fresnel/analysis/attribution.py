@@ -8,16 +8,17 @@ original's cell to the mended one among the factors, whatever order one would me
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import comb
 from torch import Tensor
 
 from fresnel import gate
@@ -46,56 +47,48 @@ AS_IT_WAS = "0010"
 """The original's own cell: its Gaussians could leave ray and depth by up to a quarter unit."""
 PATH_ALONE = "1010"
 OUTCOMES = ("light", "coverage")
+_CELLS = ["".join(bits) for bits in itertools.product("01", repeat=len(FACTORS))]
 _MAX_GAIN = 16.0
 """Exposure is raised by no more: beyond, 8-bit views would be made of noise."""
 
 
-class LockedDecoder(Decoder):
-    """The same decoder, whose Gaussians stay where the input's pixels and their depth put them.
+def locked(decoder: Decoder) -> Decoder:
+    """The same decoder (weights shared), whose Gaussians stay where the input's pixels and their
+    depth put them.
 
     Patch kind: on the patch grid at z = -2 - 2 depth, without the learnt offset.  Pixel kind: on
     the pixel's ray at the depth of what is seen there; the layers behind come forward to it.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__(decoder.config)
-        self.load_state_dict(decoder.state_dict())
-        self.render_size = decoder.render_size
-        self.to(decoder.device).eval()
-
     def decode(
-        self, rgba: Tensor, cameras: Cameras, depth: Tensor | None = None
+        rgba: Tensor, cameras: Cameras, depth: Tensor | None = None
     ) -> tuple[Gaussians, dict[str, Tensor]]:
-        gaussians, aux = super().decode(rgba, cameras, depth)
-        if self.config.kind == "patch":
+        gaussians, aux = decoder.decode(rgba, cameras, depth)
+        if decoder.config.kind == "patch":
             used = aux.get("depth_known", aux["depth_predicted"])
             along = torch.linspace(-1.0, 1.0, used.shape[-1], device=used.device)
             y, x = torch.meshgrid(along, along, indexing="ij")  # OpenCV: y grows downwards
             z = NEAREST + (FARTHEST - NEAREST) * used
             points = torch.stack([x.expand_as(z), y.expand_as(z), z], dim=-1).flatten(1, 2)
-            means = points.repeat_interleave(self.config.gaussians_per_patch, dim=1)
+            means = points.repeat_interleave(decoder.config.gaussians_per_patch, dim=1)
         else:
             side = rgba.shape[-1]
             eye = torch.eye(4).to(rgba).expand(len(rgba), 4, 4)
             rays = Cameras(eye, cameras.Ks, side, side).rays()[1].flatten(1, 2)
             seen = gaussians.means[:, : side * side, 2:]
-            means = (rays / rays[..., 2:] * seen).repeat(1, self.config.gaussians_per_pixel, 1)
+            means = (rays / rays[..., 2:] * seen).repeat(1, decoder.config.gaussians_per_pixel, 1)
         return replace(gaussians, means=means), aux
 
+    twin = copy.copy(decoder)
+    twin.decode = decode  # type: ignore[method-assign]
+    return twin
 
-@dataclass(frozen=True)
-class _InMemory:
+
+class _Records(list[ObjectViews]):
     """As much of a dataset as the gate needs."""
 
-    records: list[ObjectViews]
-    background: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    content_hash: str = ""
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> ObjectViews:
-        return self.records[index]
+    background = (0.0, 0.0, 0.0)
+    content_hash = ""
 
 
 def decoder_pairs(
@@ -114,15 +107,19 @@ def decoder_pairs(
     Raises:
         ValueError: if a file is missing, or the two have no seed in common.
     """
-    frontal, many = (_by_seed(text) for text in (frontal_weights, multiview_weights))
-    named = [set(files) for files in (frontal, many) if "" not in files]
+    kinds: dict[str, tuple[Literal["patch", "pixel"], str]] = {
+        "frontal": ("patch", frontal_weights),
+        "multi-view": ("pixel", multiview_weights),
+    }
+    files = {name: _by_seed(text) for name, (_, text) in kinds.items()}
+    named = [set(found) for found in files.values() if "" not in found]
     seeds = sorted(set.intersection(*named), key=int) if named else [""]
     if not seeds:
         raise ValueError(f"no seed in common: {frontal_weights!r} and {multiview_weights!r}")
     return {
         seed: {
-            "frontal": load_decoder("patch", device, frontal.get(seed, frontal.get("", ""))),
-            "multi-view": load_decoder("pixel", device, many.get(seed, many.get("", ""))),
+            name: load_decoder(kind, device, files[name].get(seed, files[name].get("", "")))
+            for name, (kind, _) in kinds.items()
         }
         for seed in seeds
     }
@@ -134,11 +131,9 @@ def _by_seed(text: str) -> dict[str, str]:
         return {"": text}
     path = project_root() / text
     before, after = path.name.split("{seed}")
-    files = {
-        match[1]: str(file)
-        for file in path.parent.glob(f"{before}*{after}")
-        if (match := re.fullmatch(re.escape(before) + r"(\d+)" + re.escape(after), file.name))
-    }
+    found = path.parent.glob(path.name.replace("{seed}", "*"))
+    seeds = {file.name.removeprefix(before).removesuffix(after): str(file) for file in found}
+    files = {seed: file for seed, file in seeds.items() if seed.isdecimal()}
     if not files:
         raise ValueError(f"no weights at {text}: train them (notebooks/params/study.yaml)")
     return files
@@ -179,7 +174,7 @@ def factorial(
             views_per_image=views,
             seed=0,
         )
-        used = (decoder if position == "1" else LockedDecoder(decoder)).to(device)
+        used = (decoder if position == "1" else locked(decoder)).to(device)
         made = list(render_records(inputs, used, config, device, 8))
         cells[f"{path}{which}{position}0"] = _measured(made)
         cells[f"{path}{which}{position}1"] = _measured([exposed(record) for record in made])
@@ -210,40 +205,30 @@ def exposed(record: ObjectViews) -> ObjectViews:
 
 def _measured(records: list[ObjectViews]) -> dict[str, Any]:
     """Of a cell: a value an object (mean over its views), and what the gate says."""
-    verdict = gate.validate(_InMemory(records), first=len(records), progress=False)
+    verdict = gate.validate(_Records(records), first=len(records), progress=False)
     views = pd.DataFrame(verdict.measurements).set_index("object")
-    views = views[["coverage_ratio", "luminance_ratio"]].astype(float)
-    views = views.replace([math.inf, -math.inf], math.nan).fillna(0.0)
-    shares = pd.DataFrame(
-        {
-            "light": views.coverage_ratio * views.luminance_ratio,
-            "coverage": views.coverage_ratio,
-        }
-    ).clip(upper=1.0)
-    means = shares.groupby(level=0).mean().loc[[record.name for record in records]]
+    ratios = views[["coverage_ratio", "luminance_ratio"]].astype(float)
+    ratios = ratios.where(np.isfinite(ratios), 0.0)
+    shares = pd.DataFrame({"light": ratios.prod(axis=1), "coverage": ratios.coverage_ratio})
+    means = shares.clip(upper=1.0).groupby(level=0).mean().loc[[r.name for r in records]]
     codes = [reason.code for reason in verdict.reasons]
-    said = {"verdict": "PASS" if verdict.passed else "FAIL", "codes": codes}
-    return {**means.to_dict("list"), **said}
+    return {
+        **means.to_dict("list"),
+        "verdict": "PASS" if verdict.passed else "FAIL",
+        "codes": codes,
+    }
 
 
-def shapley(values: Mapping[str, Any], factors: int = len(FACTORS)) -> np.ndarray:
-    """Shapley values (factors, ...) of a game: cell name of bits -> value (number or array).
+def shapley(cube: np.ndarray, factors: int = len(FACTORS)) -> np.ndarray:
+    """Shapley values (factors, ...) of a game's values (2, 2, ..., ...), an axis a factor.
 
     phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S)); they add up to
     v(all) - v(none) exactly (Shapley 1953).
     """
-    found = []
-    for i in range(factors):
-        total: Any = 0.0
-        for bits in itertools.product("01", repeat=factors - 1):
-            without = "".join([*bits[:i], "0", *bits[i:]])
-            having = "".join([*bits[:i], "1", *bits[i:]])
-            size = bits.count("1")
-            weight = math.factorial(size) * math.factorial(factors - size - 1)
-            gain = np.asarray(values[having], float) - np.asarray(values[without], float)
-            total = total + weight / math.factorial(factors) * gain
-        found.append(total)
-    return np.stack(found)
+    size = np.indices((2,) * (factors - 1)).sum(axis=0)
+    weight = 1 / (factors * comb(factors - 1, size))
+    gains = [np.diff(cube, axis=i).squeeze(i) for i in range(factors)]
+    return np.stack([np.tensordot(weight, gain, factors - 1) for gain in gains])
 
 
 def attribute(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -263,45 +248,44 @@ def attribute(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: if the seeds are of different objects.
     """
-    if not measured:
-        unknown = dict.fromkeys(("gain", "share", "alone", "last"), Estimate())
-        empty: dict[str, Any] = dict.fromkeys(("original", "none", "mended", "truth"), Estimate())
-        empty["factors"] = dict.fromkeys(FACTORS, unknown)
-        return {"objects": 0, "seeds": 0, "cells": {}, **dict.fromkeys(OUTCOMES, empty)}
     if any(run["objects"] != measured[0]["objects"] for run in measured):
         raise ValueError("measured: seeds of different objects")
-    objects = [object_name(name) for name in measured[0]["objects"]]
-    unique = list(dict.fromkeys(objects))
-    member = np.array([[name == one for name in objects] for one in unique], float)
-    member /= member.sum(axis=1, keepdims=True)  # poses of one object count once
-    none, everything = "0" * len(FACTORS), "1" * len(FACTORS)
-    cells: dict[str, dict[str, Any]] = {}
-    for name in measured[0]["cells"]:
+    objects = [object_name(name) for run in measured[:1] for name in run["objects"]]
+    result: dict[str, Any] = {"objects": len(set(objects)), "seeds": len(measured), "cells": {}}
+    for name in _CELLS if measured else []:
         seeds = [run["cells"][name] for run in measured]
         codes = list(dict.fromkeys(code for cell in seeds for code in cell["codes"]))
-        cells[name] = {"passed": [float(c["verdict"] == "PASS") for c in seeds], "codes": codes}
-    result: dict[str, Any] = {"objects": len(unique), "seeds": len(measured), "cells": cells}
+        passed = [float(cell["verdict"] == "PASS") for cell in seeds]
+        result["cells"][name] = {"passed": passed, "codes": codes}
     for outcome in OUTCOMES:
-        values = {
-            name: np.stack([member @ np.array(run["cells"][name][outcome]) for run in measured])
-            for name in cells
-        }
-        whole = values[everything] - values[none]
-        part = {"original": AS_IT_WAS, "none": none, "mended": everything}
-        result[outcome] = {word: _summary(values[name]) for word, name in part.items()}
-        truth = np.stack([member @ np.array(run["truth"][outcome]) for run in measured])
-        result[outcome] |= {"truth": _summary(truth), "factors": {}}
-        for i, (factor, gain) in enumerate(zip(FACTORS, shapley(values), strict=True)):
-            alone = none[:i] + "1" + none[i + 1 :]
-            last = everything[:i] + "0" + everything[i + 1 :]
-            result[outcome]["factors"][factor] = {
+        # poses of one object count once; without runs, one value that is not known
+        values = [
+            [
+                pd.Series(cell[outcome], objects).groupby(level=0).mean()
+                for run in measured
+                for cell in [run["truth"] if name == "truth" else run["cells"][name]]
+            ]
+            or [[math.nan]]
+            for name in (*_CELLS, "truth")
+        ]
+        *cells, truth = np.array(values, float)
+        cube = np.reshape(cells, (2,) * len(FACTORS) + truth.shape)
+        by_name = dict(zip(_CELLS, cells, strict=True))
+        none, mended = cells[0], cells[-1]
+        factors = {}
+        for i, (factor, gain) in enumerate(zip(FACTORS, shapley(cube), strict=True)):
+            bits = np.eye(len(FACTORS), dtype=int)[i]
+            factors[factor] = {
                 "gain": _summary(gain),
-                "share": _summary(gain, whole),
-                "alone": _summary(values[alone] - values[none]),
-                "last": _summary(values[everything] - values[last]),
+                "share": _summary(gain, mended - none),
+                "alone": _summary(cube[tuple(bits)] - none),
+                "last": _summary(mended - cube[tuple(1 - bits)]),
             }
-        for name, cell in cells.items():
-            cell[outcome] = _summary(values[name])
+        parts = {"original": by_name[AS_IT_WAS], "none": none, "mended": mended, "truth": truth}
+        result[outcome] = {word: _summary(part) for word, part in parts.items()}
+        result[outcome]["factors"] = factors
+        for name, cell in result["cells"].items():
+            cell[outcome] = _summary(by_name[name])
     return result
 
 
@@ -309,7 +293,7 @@ def _summary(values: np.ndarray, over: np.ndarray | None = None) -> Estimate:
     """Of (seeds, objects): the mean, or the ratio of means, whose interval is that of its
     linearisation (values - ratio over) / mean(over)."""
     below = np.ones_like(values) if over is None else over
-    if not below.mean():
+    if not below.mean() or np.isnan(values).any():
         return Estimate()  # no gain has no shares
     mean = float(values.mean() / below.mean())
     low, high = interval((values - mean * below) / below.mean())
@@ -323,8 +307,8 @@ def shares_table(split: Mapping[str, Any], outcome: str) -> pd.DataFrame:
     for factor, (name, mended) in FACTORS.items():
         entry = split[outcome]["factors"][factor]
         row = {f"{outcome}: mended": f"{name}: {mended}", "share": percent(entry["share"])}
-        row |= {"gained": entry["gain"].text(), "mended alone": entry["alone"].text()}
-        rows.append(row | {"mended last": entry["last"].text()})
+        ways = {"gained": "gain", "mended alone": "alone", "mended last": "last"}
+        rows.append(row | {word: entry[way].text() for word, way in ways.items()})
     return pd.DataFrame(rows)
 
 
@@ -338,10 +322,10 @@ def cells_table(split: Mapping[str, Any]) -> pd.DataFrame:
     """The 16 cells, "x" where a factor is mended, and what the gate says to each."""
     rows = []
     for name, cell in split["cells"].items():
-        passed = int(sum(cell["passed"]))
-        said = "PASS" if passed == split["seeds"] else "FAIL: " + "".join(cell["codes"][:1])
-        if 0 < passed < split["seeds"]:
-            said += f" ({split['seeds'] - passed} of {split['seeds']} seeds)"
+        failed = cell["passed"].count(0.0)
+        said = "FAIL: " + "".join(cell["codes"][:1]) if failed else "PASS"
+        if 0 < failed < split["seeds"]:
+            said += f" ({failed} of {split['seeds']} seeds)"
         marks = {f: "x" if bit == "1" else "" for f, bit in zip(FACTORS, name, strict=True)}
         rows.append({**marks, **{o: cell[o].text() for o in OUTCOMES}, "the gate says": said})
     return pd.DataFrame(rows)

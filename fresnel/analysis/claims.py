@@ -18,35 +18,25 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from fresnel.analysis.runs import OWN, of
-from fresnel.analysis.stats import BINS, Estimate, best, difference, each, estimate
+from fresnel.analysis.runs import of
+from fresnel.analysis.stats import Estimate, best, bins, each, gaps
 
 Band = tuple[float, float]
 
 
-def verdict(*, confirmed: bool, refuted: bool) -> str:
-    """ "confirmed" or "refuted" where one of the two holds, else "open"."""
-    return "open" if confirmed == refuted else "confirmed" if confirmed else "refuted"
-
-
-def within(figure: Estimate, band: Band) -> bool:
-    """Whether a figure's whole interval lies in a band; of what has none, False."""
-    return band[0] <= figure.low and figure.high <= band[1]
+def verdict(figure: Estimate, confirmed: Band, refuted: Band) -> str:
+    """ "confirmed" or "refuted" where the figure's whole interval lies in that band alone, else
+    "open", as is what has no interval."""
+    lies = [band[0] <= figure.low and figure.high <= band[1] for band in (confirmed, refuted)]
+    return "open" if lies[0] == lies[1] else "confirmed" if lies[0] else "refuted"
 
 
 @dataclass(frozen=True)
 class Claim:
     """A sentence of the original's report, and what would decide on it.
 
-    Attributes:
-        id, title: for code, and for people.
-        quote, line: its words, and where they stand in its report.
-        test: what was done.
-        quantity, unit: what the bands are of.
-        confirmed, refuted: where the quantity's whole interval must lie.
-        explains: what else could explain the figure.
-        change: what would change the verdict.
-    """
+    `quote`, `line`: its words, and where they stand. `quantity`, `unit`: what the bands are of.
+    `explains`: what else could explain the figure. `change`: what would change the verdict."""
 
     id: str
     title: str
@@ -62,9 +52,7 @@ class Claim:
 
     def decide(self, figure: Estimate) -> str:
         """The verdict on a figure; "open" where it, or its interval, is not known."""
-        return verdict(
-            confirmed=within(figure, self.confirmed), refuted=within(figure, self.refuted)
-        )
+        return verdict(figure, self.confirmed, self.refuted)
 
     @property
     def rule(self) -> str:
@@ -108,8 +96,9 @@ def _words(band: Band) -> str:
 def load(path: str | Path) -> dict[str, Claim]:
     """The claims of a YAML file, by id."""
     entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["claims"]
-    bands = [{key: tuple(entry[key]) for key in ("confirmed", "refuted")} for entry in entries]
-    return {e["id"]: Claim(**{**e, **band}) for e, band in zip(entries, bands, strict=True)}
+    for entry in entries:
+        entry |= {key: tuple(entry[key]) for key in ("confirmed", "refuted")}
+    return {entry["id"]: Claim(**entry) for entry in entries}
 
 
 def lessons(path: str | Path) -> pd.DataFrame:
@@ -144,21 +133,16 @@ def target(
         values = [run.get(entry["scalar"]) for run in found]
         if entry.get("refused"):  # a gate that let it through never refuses it
             values = [
-                v if r["verdict"] == "FAIL" else math.inf
-                for v, r in zip(values, found, strict=True)
+                v if found[i]["verdict"] == "FAIL" else math.inf for i, v in enumerate(values)
             ]
         return {entry["run"]: {"all": each(values)}} if found else {}
     if "metric" in entry:
         arms = dict.fromkeys(_arm(arm, figures) for arm in entry["of"])
-        rows = {arm: {b: estimate(figures, arm, b, entry["metric"]) for b in BINS} for arm in arms}
+        rows = {arm: bins(figures, arm, entry["metric"]) for arm in arms}
     else:
         ours, theirs = _arm(entry["ours"], figures), entry["theirs"]
-        against = theirs if theirs in ("copy_input", "decoder render") else OWN
-        other = theirs if against == OWN else ours
         rows = {
-            f"{ours} - {theirs.replace('_', ' ')}, over {word}": {
-                b: difference(figures, ours, other, b, metric, against=against) for b in BINS
-            }
+            f"{ours} - {theirs.replace('_', ' ')}, over {word}": gaps(figures, ours, theirs, metric)
             for metric, word in (("psnr_white", "white"), ("psnr", "black"))
         }
     return {n: r for n, r in rows.items() if not any(math.isnan(one.mean) for one in r.values())}
@@ -182,8 +166,8 @@ def judge(
     """Of a target's figures: "met", "missed" and where, or "not run", by the means over seeds in
     every bin; where it is nearest to missing or furthest beyond; and the figure there."""
     margins = []
-    for name, bins in rows.items():
-        for b, one in bins.items():
+    for name, row in rows.items():
+        for b, one in row.items():
             low, high = band_of(entry, b)
             where = name if b == "all" else f"{name}: {b}"
             margins.append((min(one.mean - low, high - one.mean), where, one))

@@ -20,12 +20,11 @@ def original() -> dict[str, Any]:
 
 
 def spans() -> pd.DataFrame:
-    """The original's items in order: what, began and ended (hours), usd (each its own), and what
-    could have been seen then."""
-    found = pd.DataFrame(original()["costs"])
-    found["ended"] = found.hours.cumsum()
-    found["began"] = found.ended - found.hours
-    return found.rename(columns={"item": "what"})
+    """The original's items in order: what, hours, began and ended (hours), usd (each its own), and
+    what could have been seen then."""
+    found = pd.DataFrame(original()["costs"]).rename(columns={"item": "what"})
+    ended = found.hours.cumsum()
+    return found.assign(ended=ended, began=ended - found.hours)
 
 
 def refused_after_s(runs: Sequence[dict[str, Any]]) -> list[float]:
@@ -38,20 +37,12 @@ def refused_after_s(runs: Sequence[dict[str, Any]]) -> list[float]:
     ]
 
 
-def priced(runs: pd.DataFrame, price_per_hour_usd: float = 0.0) -> pd.DataFrame:
-    """Runs with "usd", at this price an hour, or (0) each at its own, and when they "began" and
-    "ended" (seconds since 1970)."""
-    price = price_per_hour_usd or runs.price_per_hour_usd
-    began = pd.to_datetime(runs.started_utc, utc=True, format="ISO8601")
-    began = (began - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
-    return runs.assign(
-        usd=runs.duration_s / 3600 * price, began=began, ended=began + runs.duration_s
-    )
-
-
 def table(runs: pd.DataFrame, price_per_hour_usd: float = 0.0) -> pd.DataFrame:
-    """By notebook: runs, hours and dollars of the control, the corrected run, and of all."""
-    known = priced(runs, price_per_hour_usd)
+    """By notebook: runs, hours and dollars of the control, the corrected run, and of all; at this
+    price an hour, or (0) each at its own."""
+    known = runs.assign(
+        usd=runs.duration_s / 3600 * (price_per_hour_usd or runs.price_per_hour_usd)
+    )
     parts = {
         "the control": known[known.role.str.endswith(("-original", "-control"))],
         "the corrected run": known[known.role.str.endswith("-corrected")],
@@ -61,39 +52,34 @@ def table(runs: pd.DataFrame, price_per_hour_usd: float = 0.0) -> pd.DataFrame:
     for name, part in parts.items():
         sums = part.groupby("notebook")[["duration_s", "usd"]].sum()
         sums.loc["in all"] = sums.sum()
-        rows[name] = [f"{duration(s)}, ${usd:.2f}" for s, usd in sums.itertuples(index=False)]
-        rows[name] = pd.Series(rows[name], index=sums.index)
+        rows[name] = sums.duration_s.map(duration) + ", $" + sums.usd.map("{:.2f}".format)
     found = pd.DataFrame(rows).fillna("-")
-    order = [*sorted(n for n in found.index if n != "in all"), "in all"]
+    order = [*found.index.drop("in all").sort_values(), "in all"]
     return found.loc[order].rename_axis("notebook").reset_index()
 
 
 def held_s(runs: pd.DataFrame) -> float:
     """How long the runs held their machines: those that shared one cost its time once."""
-    total = 0.0
-    known = priced(runs)
-    machine = [json.dumps([p.get("cpu"), p.get("gpu")], sort_keys=True) for p in known.provenance]
-    for _, part in known.groupby(machine):
-        until = -math.inf
-        for began, ended in sorted(zip(part.began, part.ended, strict=True)):
-            total += max(0.0, ended - max(began, until))
-            until = max(until, ended)
-    return total
+    began = pd.to_datetime(runs.started_utc, utc=True, format="ISO8601").map(pd.Timestamp.timestamp)
+    machine = [json.dumps([p.get("cpu"), p.get("gpu")], sort_keys=True) for p in runs.provenance]
+    known = pd.DataFrame({"began": began, "ended": began + runs.duration_s}).sort_values("began")
+    before = known.ended.groupby(pd.Series(machine, runs.index)).transform(
+        lambda ended: ended.cummax().shift(fill_value=-math.inf)
+    )
+    return float((known.ended - known.began.clip(lower=before)).clip(lower=0).sum())
 
 
 def stages(runs: pd.DataFrame) -> pd.DataFrame:
     """By notebook and stage: how many, and their time, from the runs' ledgers."""
     rows = [
-        {"notebook": run.notebook, "stage": stage["name"], "seconds": stage["duration_s"]}
-        for _, run in runs.iterrows()
+        (run.notebook, stage["name"], stage["duration_s"])
+        for run in runs.itertuples()
         for stage in run.stages
     ]
-    if not rows:
-        return pd.DataFrame(columns=["notebook", "stage", "runs", "time"])
-    sums = pd.DataFrame(rows).groupby(["notebook", "stage"]).seconds.agg(["count", "sum"])
-    sums = sums.reset_index().sort_values(["notebook", "sum"], ascending=[True, False])
-    sums["time"] = sums["sum"].map(duration)
-    return sums.rename(columns={"count": "runs"})[["notebook", "stage", "runs", "time"]]
+    found = pd.DataFrame(rows, columns=["notebook", "stage", "seconds"])
+    sums = found.groupby(["notebook", "stage"]).seconds.agg(runs="count", time="sum").reset_index()
+    sums = sums.sort_values(["notebook", "time"], ascending=[True, False])
+    return sums.assign(time=sums.time.map(duration))
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ line a run and is how a study is published (reports/published/study).
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -25,12 +26,14 @@ ROLES = {
     "03-corrected": "03-gated",
 }
 """The main job's runs, and the step of notebooks/params/study.yaml that does the same."""
+_STANDS_IN = {step: role for role, step in ROLES.items()}
 OWN = "own"
 """The predictor of a figure: what the run trained, whatever its kind."""
 _COLUMNS = ["notebook", "step", "seed", "role", "verdict", "summary", "reasons", "params"]
 _COLUMNS += ["metrics", "stages", "artifacts", "provenance", "started_utc", "duration_s"]
 _COLUMNS += ["price_per_hour_usd", "cost_usd", "folder"]
 _METRICS = ("psnr", "psnr_white", "psnr_foreground", "ssim", "luminance_ratio", "coverage_ratio")
+_ENDS = ("", "_low", "_high")
 
 
 def read(folder: str | Path, prefix: str = "") -> pd.DataFrame:
@@ -43,28 +46,23 @@ def read(folder: str | Path, prefix: str = "") -> pd.DataFrame:
         A row a run, by name: columns of results.json, and
         step: the study's step without its seed ("03-gated"), also of the main job's runs where no
             study has that step; a run that is neither is its own step;
-        seed: a number, 0 where there is none;
+        seed: 0 where there is none;
         role: the main job's run that it is or, at seed 0, stands in for (`ROLES`); else "".
     """
-    newest: dict[str, dict[str, Any]] = {}
-    for record in _records(Path(folder)):
-        name = record.get("name")
-        if record.get("status") != "finished" or record.get("verdict") == "REFUSED" or not name:
-            continue
-        if name not in newest or record["started_utc"] > newest[name]["started_utc"]:
-            newest[name] = record
-    mine = {prefix + role: step for role, step in ROLES.items() if prefix + role in newest}
+    finished = (r for r in _records(Path(folder)) if r.get("status") == "finished")
+    judged = [r for r in finished if r.get("name") and r.get("verdict") != "REFUSED"]
+    ordered = sorted(reversed(judged), key=lambda run: run["started_utc"])  # results.json wins
+    newest = {run["name"]: run for run in ordered}
     steps = {name: re.sub(r"-s\d+$", "", name) for name in newest}
-    known = set(steps.values())
     for name, record in newest.items():
-        number = re.search(r"-s(\d+)$", name)
-        record |= {"step": steps[name], "seed": int(number[1]) if number else 0, "role": ""}
-        if name in mine:
-            record["role"] = name.removeprefix(prefix)
-            if mine[name] not in known:
-                record["step"] = mine[name]
-        elif record["seed"] == 0 and number:
-            stands_in = {step: role for role, step in ROLES.items()}.get(steps[name], "")
+        seed, role = name[len(steps[name]) + 2 :], name.removeprefix(prefix)
+        record |= {"step": steps[name], "seed": int(seed or 0), "role": ""}
+        if role in ROLES and name.startswith(prefix):
+            record["role"] = role
+            if ROLES[role] not in steps.values():
+                record["step"] = ROLES[role]
+        elif seed == "0":
+            stands_in = _STANDS_IN.get(steps[name], "")
             record["role"] = "" if prefix + stands_in in newest else stands_in
     found = pd.DataFrame.from_dict(newest, orient="index", columns=_COLUMNS).sort_index()
     return found.astype({"seed": int})
@@ -85,9 +83,9 @@ def _records(folder: Path) -> Iterator[dict[str, Any]]:
 
 def of(runs: pd.DataFrame, step: str) -> list[dict[str, Any]]:
     """The metrics of a step's runs, one a seed, with "verdict", "summary", "reasons" and times."""
-    keep = ["verdict", "summary", "reasons", "duration_s"]
-    rows = runs[runs.step == step].sort_values("seed")
-    return [{**row.metrics, **{name: row[name] for name in keep}} for _, row in rows.iterrows()]
+    keep = ("verdict", "summary", "reasons", "duration_s")
+    rows = runs[runs.step == step].sort_values("seed").to_dict("records")
+    return [row["metrics"] | {name: row[name] for name in keep} for row in rows]
 
 
 def recorded(runs: pd.DataFrame, metric: str) -> list[Any]:
@@ -111,22 +109,19 @@ def figures(runs: pd.DataFrame) -> pd.DataFrame:
         step without "03-"; a predictor is `OWN`, or a name as "copy_input" or "decoder render".
     """
     rows = {}
-    for _, run in runs[runs.step.str.startswith("03-")].iterrows():
-        model = run.params.get("model", "")
+    for run in runs[runs.step.str.startswith("03-")].itertuples():
         for name, summary in run.metrics.get("summaries", {}).items():
-            predictor = OWN if name == model else name
-            for entry in summary:
-                for metric in (m for m in _METRICS if entry.get(m) is not None):
-                    key = (run.step[3:], metric, predictor, entry["bin"], run.seed)
-                    objects = run.metrics.get(f"{metric}_by_object", {}).get(name, {})
-                    rows[key] = {
-                        "mean": entry[metric],
-                        "low": entry.get(f"{metric}_low"),
-                        "high": entry.get(f"{metric}_high"),
-                        **objects.get(entry["bin"], {}),
-                    }
-    names = ["arm", "metric", "predictor", "bin", "seed"]
-    index = pd.MultiIndex.from_tuples(list(rows), names=names)
+            predictor = OWN if name == run.params.get("model") else name
+            for metric, entry in itertools.product(_METRICS, summary):
+                if entry.get(metric) is None:
+                    continue
+                objects = run.metrics.get(f"{metric}_by_object", {}).get(name, {})
+                bounds = {end[1:] or "mean": entry.get(metric + end) for end in _ENDS}
+                key = (run.step[3:], metric, predictor, entry["bin"], run.seed)
+                rows[key] = bounds | objects.get(entry["bin"], {})
+    index = pd.MultiIndex.from_tuples(
+        list(rows), names=["arm", "metric", "predictor", "bin", "seed"]
+    )
     columns = dict.fromkeys(["mean", "low", "high", *(c for row in rows.values() for c in row)])
     found = pd.DataFrame(list(rows.values()), index=index, columns=list(columns), dtype=float)
     return found.sort_index()

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t
 
 from fresnel.analysis.runs import OWN, of
 from fresnel.evaluation.metrics import AZIMUTH_BINS
 
 BINS = tuple(name for name, _ in AZIMUTH_BINS)
+RIVALS = ("copy_input", "decoder render")
+"""What an arm is compared with in its own runs."""
 _BOUNDS = ["mean", "low", "high"]
 
 
@@ -56,24 +59,15 @@ def each(values: Sequence[float | None]) -> Estimate:
 
 
 def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Of the mean of (seeds, objects), both samples of more; one seed: over objects alone.
-
-    Returns:
-        low, high; NaN of fewer than two objects.
-    """
-    from scipy.stats import t
-
-    parts = [
-        (means.var(ddof=1) / len(means), len(means) - 1)
-        for means in (values.mean(axis=0), values.mean(axis=1))
-        if len(means) > 1
-    ]
+    """Low and high of the mean of (seeds, objects), both samples of more; one seed: over objects
+    alone; NaN of fewer than two objects."""
     if values.shape[1] < 2:
         return math.nan, math.nan
-    variance = sum(part for part, _ in parts)
-    below = sum(part**2 / freedom for part, freedom in parts)
-    freedom = variance**2 / below if below > 0 else math.inf
-    reach = t.ppf((1 + confidence) / 2, freedom) * math.sqrt(variance)
+    samples = [means for means in (values.mean(0), values.mean(1)) if len(means) > 1]
+    parts = np.array([means.var(ddof=1) / len(means) for means in samples])
+    below = (parts**2 / [len(means) - 1 for means in samples]).sum()
+    freedom = parts.sum() ** 2 / below if below > 0 else math.inf
+    reach = t.ppf((1 + confidence) / 2, freedom) * math.sqrt(parts.sum())
     return float(values.mean() - reach), float(values.mean() + reach)
 
 
@@ -83,30 +77,16 @@ def estimate(
     """A metric of an arm in a bin of azimuths ("all": of all views).
 
     Without values by object (ratios are sums over objects) the interval is the mean of the seeds'
-    own, widened by the seeds' spread.
+    own, widened by the 95 % interval of the seeds' mean; of one seed's nothing is known.
     """
     rows = _rows(figures, arm, metric, predictor, where)
-    if rows.empty:
-        return Estimate()
-    seeds, objects = tuple(rows["mean"]), _objects(rows)
-    if objects.shape[1] > 1:
-        low, high = interval(objects.to_numpy())
-    else:
-        center, low, high = rows[_BOUNDS].mean()
-        reach = _reach(seeds)
-        low, high = (
-            center - math.hypot(center - low, reach),
-            center + math.hypot(high - center, reach),
-        )
-    return Estimate(float(np.mean(seeds)), seeds, float(low), float(high))
-
-
-def _reach(seeds: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean over seeds; 0 of one, of which nothing is known."""
-    from scipy.stats import t
-
-    n = len(seeds)
-    return float(t.ppf(0.975, n - 1) * np.std(seeds, ddof=1) / math.sqrt(n)) if n > 1 else 0.0
+    one, n = _over_objects(rows), len(rows)
+    if n == 0 or math.isfinite(one.low):
+        return one
+    center, low, high = rows[_BOUNDS].mean()
+    reach = t.ppf(0.975, n - 1) * one.sd / math.sqrt(n) if n > 1 else 0.0
+    low, high = center - math.hypot(center - low, reach), center + math.hypot(high - center, reach)
+    return Estimate(one.mean, one.seeds, float(low), float(high))
 
 
 def difference(
@@ -115,23 +95,18 @@ def difference(
     theirs: str,
     where: str = "all",
     metric: str = "psnr",
-    *,
     predictor: str = OWN,
-    against: str = OWN,
 ) -> Estimate:
     """A metric of one arm minus another's in a bin, paired by seed and object.
 
     Args:
-        predictor, against: which of ours and of theirs: what was trained, or as "copy_input".
+        theirs: an arm, or one of `RIVALS` in our own runs.
+        predictor: which of ours: what was trained, or as "cvs, 2 steps".
     """
     a = _rows(figures, ours, metric, predictor, where)
-    b = _rows(figures, theirs, metric, against, where)
-    gap = (a - b).loc[a.index.intersection(b.index)]
-    if gap.empty:
-        return Estimate()
-    objects = _objects(gap)
-    low, high = interval(objects.to_numpy()) if objects.shape[1] > 1 else (math.nan, math.nan)
-    return Estimate(float(gap["mean"].mean()), tuple(gap["mean"]), low, high)
+    arm, against = (ours, theirs) if theirs in RIVALS else (theirs, OWN)
+    b = _rows(figures, arm, metric, against, where)
+    return _over_objects((a - b).loc[a.index.intersection(b.index)])
 
 
 def _rows(figures: pd.DataFrame, *key: str) -> pd.DataFrame:
@@ -139,69 +114,60 @@ def _rows(figures: pd.DataFrame, *key: str) -> pd.DataFrame:
     return figures.loc[key] if key in figures.index else figures.iloc[:0].droplevel([0, 1, 2, 3])
 
 
-def _objects(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.drop(columns=_BOUNDS).dropna(axis=1)
+def _over_objects(rows: pd.DataFrame) -> Estimate:
+    if rows.empty:
+        return Estimate()
+    objects = rows.drop(columns=_BOUNDS).dropna(axis=1).to_numpy()
+    return Estimate(float(rows["mean"].mean()), tuple(rows["mean"]), *interval(objects))
 
 
-def over_copy(figures: pd.DataFrame, arm: str, metric: str = "psnr") -> dict[str, Estimate]:
-    """Bin -> an arm over copying the input."""
-    return {b: difference(figures, arm, arm, b, metric, against="copy_input") for b in BINS}
-
-
-def gaps(figures: pd.DataFrame, ours: str, theirs: str, **which: str) -> dict[str, Estimate]:
-    """Bin -> one arm over another, dB over black (`difference`)."""
-    return {b: difference(figures, ours, theirs, b, **which) for b in BINS}
-
-
-def bins(figures: pd.DataFrame, arm: str, metric: str, predictor: str = OWN) -> dict[str, Estimate]:
+def bins(
+    figures: pd.DataFrame, arm: str, metric: str = "psnr", predictor: str = OWN
+) -> dict[str, Estimate]:
     """Bin -> a metric of an arm."""
     return {b: estimate(figures, arm, b, metric, predictor) for b in BINS}
 
 
+def gaps(
+    figures: pd.DataFrame, ours: str, theirs: str, metric: str = "psnr", predictor: str = OWN
+) -> dict[str, Estimate]:
+    """Bin -> `difference`."""
+    return {b: difference(figures, ours, theirs, b, metric, predictor) for b in BINS}
+
+
 def known(rows: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Mapping[str, Estimate]]:
     """The rows of which something was measured."""
-    return {
-        name: row
-        for name, row in rows.items()
-        if any(math.isfinite(one.mean) for one in row.values())
-    }
+    measured = {n: any(math.isfinite(e.mean) for e in row.values()) for n, row in rows.items()}
+    return {name: row for name, row in rows.items() if measured[name]}
 
 
 def extreme(bins: Mapping[str, Estimate], sign: int) -> Estimate:
     """The bin with the highest (1) or lowest (-1) mean; nothing where a bin is not known."""
-    key = {b: math.inf if math.isnan(one.mean) else sign * one.mean for b, one in bins.items()}
-    return bins[max(bins, key=lambda b: key[b])]
+    return max(bins.values(), key=lambda e: math.inf if math.isnan(e.mean) else sign * e.mean)
 
 
 def best(figures: pd.DataFrame, arms: Sequence[str]) -> str:
     """The arm with the highest mean PSNR over all views; "" of none."""
-    scores = {arm: estimate(figures, arm).mean for arm in arms}
-    return max(
-        (a for a, s in scores.items() if math.isfinite(s)), key=lambda arm: scores[arm], default=""
-    )
+    scores = pd.Series({arm: estimate(figures, arm).mean for arm in arms}, dtype=float).dropna()
+    return str(scores.idxmax()) if len(scores) else ""
 
 
 def table(
     rows: Mapping[str, Mapping[str, Estimate]], name: str = "", sign: str = "", digits: int = 2
 ) -> pd.DataFrame:
     """Rows by bin as text: mean ± spread over seeds [95 %]."""
-    return pd.DataFrame(
-        [
-            {name: row, **{b: e.text(digits, sign) for b, e in bins.items()}}
-            for row, bins in rows.items()
-        ]
-    )
+    text = {row: {b: e.text(digits, sign) for b, e in found.items()} for row, found in rows.items()}
+    return pd.DataFrame([{name: row, **cells} for row, cells in text.items()])
 
 
 def describe(rows: Mapping[str, Mapping[str, Estimate]], label: str) -> str:
     """Alternative text of rows by bin: the mean of each, from the first bin to the last."""
     parts = [
-        f"{name} {', '.join(f'{one.mean:.2f}' for one in bins.values())}"
-        for name, bins in rows.items()
+        f"{name} {', '.join(f'{one.mean:.2f}' for one in found.values())}"
+        for name, found in rows.items()
     ]
-    return (
-        f"{label}, means over seeds at {', '.join(next(iter(rows.values())))}. {'; '.join(parts)}."
-    )
+    at = ", ".join(next(iter(rows.values())))
+    return f"{label}, means over seeds at {at}. {'; '.join(parts)}."
 
 
 def arms_table(
@@ -209,21 +175,16 @@ def arms_table(
 ) -> pd.DataFrame:
     """A row an arm that ran, over all views: mean ± spread over seeds (objects differ more than
     arms do, so their interval is left out), and the seconds that training took."""
-    shown = {
-        "dB": ("psnr", 2),
-        "dB, white": ("psnr_white", 2),
-        "dB, object": ("psnr_foreground", 2),
-        "light": ("luminance_ratio", 2),
-        "area": ("coverage_ratio", 2),
-    }
+    shown = {"dB": "psnr", "dB, white": "psnr_white", "dB, object": "psnr_foreground"}
+    shown |= {"light": "luminance_ratio", "area": "coverage_ratio"}
     rows = []
     for arm, label in labels.items():
-        took = [one["train_duration_s"] for one in of(runs, f"03-{arm}")]
+        took = tuple(one["train_duration_s"] for one in of(runs, f"03-{arm}"))
         if not took:
             continue
         row = {"arm": arm, "what it is": label, "seeds": len(took)}
-        for column, (metric, digits) in shown.items():
+        for column, metric in shown.items():
             one = estimate(figures, arm, "all", metric)
-            row[column] = Estimate(one.mean, one.seeds).text(digits)
-        rows.append(row | {"training, s": Estimate(float(np.mean(took)), tuple(took)).text(0)})
+            row[column] = Estimate(one.mean, one.seeds).text()
+        rows.append(row | {"training, s": Estimate(float(np.mean(took)), took).text(0)})
     return pd.DataFrame(rows)

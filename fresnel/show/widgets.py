@@ -55,7 +55,7 @@ class Scene:
         with np.load(path) as file:
             t = {name: torch.from_numpy(file[name].astype(np.float32)) for name in file.files}
         t["scales"].clamp_(min=1e-7)
-        gaussians = Gaussians(*(t[name] for name in _HALF), t["colors"] / 255)
+        gaussians = Gaussians(**{name: t[name] for name in _HALF}, colors=t["colors"] / 255)
         cameras = Cameras(t["viewmats"], t["Ks"], *t["size"].int().tolist())
         return cls(gaussians, cameras[1:], cameras[0], t["pivot"])
 
