@@ -280,14 +280,15 @@ def test_files_that_are_no_meshes_are_refused_by_name(name, content, message, tm
 
 
 def test_meshes_without_substance_are_refused():
-    broken, lost = quad(), quad()
+    broken, lost, before = quad(), quad(), quad()
     broken.vertices[0, 0] = np.nan
-    lost.faces = [[0, 1, 9]]
+    lost.faces, before.faces = [[0, 1, 9]], [[0, 1, -1]]
     for mesh, message in (
         (trimesh.Scene(), "no triangle"),
         (trimesh.Trimesh(np.zeros((3, 3)), np.zeros((0, 3), int)), "no triangle"),
         (broken, "NaN or infinite"),
         (lost, "a face names a vertex"),
+        (before, "a face names a vertex"),
     ):
         with pytest.raises(ValueError, match=message):
             trace.render(mesh, camera())

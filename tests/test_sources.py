@@ -14,6 +14,7 @@ from test_formats import co3d, colmap, nerfstudio, truth  # noqa: F401
 from fresnel.data import dataset, layout
 from fresnel.data.dataset import DatasetError, ObjectViews
 from fresnel.objects import sources, splits
+from fresnel.objects.assets import embedded_assets
 from fresnel.report import run as report
 
 ASSETS = Path(dataset.__file__).parents[1] / "assets"
@@ -103,7 +104,8 @@ def test_objects_are_rendered_by_split(kind, truth, tmp_path):  # noqa: F811
             sources.ground_truth(str(source), "val", image_size=16)
     options = {"image_size": 16, "cache": tmp_path / "inputs"}
     inputs, said = sources.input_images(str(source), images=2, **options)
-    assert len(inputs) == 2 and not inputs.elevation_is_assumed and "rendered" in said
+    assert len(inputs) == 2 and not inputs.elevation_is_assumed
+    assert said.startswith("2 rendered input views of 2 training objects")
     chosen = splits.choose([f"{name}" for name in GLBS[: len(data)]], "B")
     halves, said = sources.input_images(str(source), images=5, objects="B", **options)
     assert len(halves) == 5 and f"5 rendered input views of {len(chosen)} " in said
@@ -111,6 +113,21 @@ def test_objects_are_rendered_by_split(kind, truth, tmp_path):  # noqa: F811
     assert [name[-1] for name in halves.names] == sorted(name[-1] for name in halves.names)
     with pytest.raises(DatasetError, match="has no objects 'val'"):
         sources.input_images(str(source), images=5, objects="val", **options)
+
+
+def test_objects_that_ship_can_be_left_out(tmp_path):
+    shipped = next(asset for asset in embedded_assets() if asset.name == "table")
+    listed = [{"file": f"{name}.glb"} for name in GLBS]
+    listed[2]["source"] = shipped.origin
+    (objects(tmp_path / "o", None) / "list.json").write_text(json.dumps(listed))
+    options = {"image_size": 8, "views": 1, "samples": 1, "cache": tmp_path}
+    source = str(tmp_path / "o" / "list.json")
+    found = sources.ground_truth(source, "train", exclude_embedded=True, **options)
+    assert found.names == ("red_chair__0", "teddy_bear__0")
+    listed[:2] = []
+    (tmp_path / "o" / "list.json").write_text(json.dumps(listed))
+    with pytest.raises(DatasetError, match="holds no object"):
+        sources.ground_truth(source, "train", exclude_embedded=True, **options)
 
 
 def test_shards_are_unpacked_once_and_only_as_listed(truth, tmp_path):  # noqa: F811

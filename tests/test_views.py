@@ -140,6 +140,7 @@ def test_alpha_and_a_plain_background_give_the_same_input(tmp_path):
 def test_the_cut_keeps_what_is_inside_and_the_side_the_object_stands_on():
     alpha = disc(radius=60.0)
     alpha[150:, 200:240] = 1.0  # a leg that leaves the picture
+    alpha[20:23, 30:120] = 1.0  # a twig, thinner than two seams
     label = disc(radius=20.0) > 0.5  # as white as the background, inside the object
     picture = alpha[..., None] * COLOUR + (1 - alpha[..., None]) * 255
     picture[label] = 255
@@ -147,6 +148,7 @@ def test_the_cut_keeps_what_is_inside_and_the_side_the_object_stands_on():
     assert found is not None
     matte = found[..., 3]
     assert (found[label] == 255).all()
+    assert (matte[20:23, 30:120] == 255).all()
     assert np.abs(matte / 255.0 - alpha).mean() < 0.01
     assert (matte[-1, 205:235] == 255).all()
 
@@ -164,9 +166,12 @@ def test_a_photograph_and_an_empty_picture_are_told_apart(tmp_path):
         sampling.read_photo(tmp_path / "nothing.png")
 
 
-def test_large_pictures_shrink_without_becoming_transparent(tmp_path):
+def test_large_pictures_shrink_without_becoming_transparent(tmp_path, monkeypatch):
+    shapes, cut_out = [], sampling.cut_out
+    monkeypatch.setattr(sampling, "cut_out", lambda rgb: shapes.append(rgb.shape) or cut_out(rgb))
     Image.new("RGB", (3001, 1999), (255, 255, 255)).save(tmp_path / "large.png")
     assert (sampling.read_photo(tmp_path / "large.png").inputs.alpha == 255).all()
+    assert shapes == [(400, 601, 3)]
 
 
 @pytest.mark.parametrize(
