@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fresnel.data import co3d, dataset, layout
+from fresnel.data import co3d, dataset, records
 from fresnel.data import transforms as nerfstudio
 from fresnel.data.dataset import DatasetError, captures_in
 from fresnel.objects import trace
@@ -56,6 +56,7 @@ ODD = st.one_of(
     st.just([[1e308] * 4] * 4),
     st.just([[float("nan")] * 3] * 3),
     st.just([1e39, -1e39, 0]),
+    st.just([10**400] * 3),
 )
 
 
@@ -207,7 +208,7 @@ def test_co3d_bytes(annotations, data):
 
 def test_a_gzip_bomb_is_refused(annotations):
     annotations.write_bytes(gzip.compress(b" " * (1 << 20)) * 300)  # members after the first: cut
-    with pytest.raises(DatasetError, match="gzipped"):
+    with pytest.raises(DatasetError, match="gzipped|not valid JSON"):
         co3d.read(annotations.parent, "")
     bomb = gzip.compress(b"\0" * (300 << 20), 9)
     assert len(bomb) < 1 << 20
@@ -272,7 +273,7 @@ def test_manifests_and_poses(ours, data):
     manifest, pose = ours / "manifest.json", ours / "image_0000/view_001/pose.json"
     sound = manifest.read_bytes()
     changed = json.dumps(data.draw(damaged(json.loads(pose.read_bytes())))).encode()
-    refuses_or(lambda: layout.read_camera(pose, 8, 8, changed))
+    refuses_or(lambda: records.read_camera(pose, 8, 8, changed))
     try:
         manifest.write_text(json.dumps(data.draw(damaged(json.loads(sound)))))
         refuses_or(lambda: read_first(ours))

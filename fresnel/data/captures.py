@@ -10,6 +10,7 @@ beyond the photograph is transparent.  Then the area average scales it down, as 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,12 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
-from fresnel.data import images
-from fresnel.data.images import DatasetError, has_alpha, load_image, resize, squared
-from fresnel.data.layout import inside, named, read_checked
+from fresnel.data.images import (
+    DatasetError,
+    decoded,
+    has_alpha,
+    load_image,
+    named,
+    resize,
+    squared,
+)
+from fresnel.data.layout import inside, read_checked
 from fresnel.data.records import ObjectViews
 from fresnel.scene.cameras import Cameras
 
@@ -38,51 +47,64 @@ LARGEST_SIDE, SMALLEST_SIDE = 512, 64
 Lens = tuple[str, tuple[float, ...]]
 """COLMAP's name of a lens model, and what bends rays in it: its parameters after the focal lengths
 and the principal point (https://colmap.github.io/cameras.html)."""
-PINHOLE: Lens = ("PINHOLE", ())
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One picture and its camera, as the description states them.
+
+    Args:
+        image: path relative to the dataset's folder; ``mask`` too, "" where there is none.
+        viewmat: OpenCV world-to-camera matrix (4, 4).
+        K: pixels of a picture of ``size``, corners at integers, (3, 3).
+        size: width and height that ``K`` is for.
+    """
+
+    image: str
+    viewmat: Floats
+    K: Floats
+    size: tuple[int, int]
+    mask: str = ""
+    lens: Lens = ("PINHOLE", ())
 
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """V pictures of one thing and their cameras, as the description states them.
+    """Pictures of one thing and their cameras.
 
     Args:
         name: unique within a dataset.
-        images: V paths relative to the dataset's folder; ``masks`` too, "" where there is none.
-        viewmats: OpenCV world-to-camera matrices (V, 4, 4) in a world whose Y is up.
-        Ks: pixels of pictures of ``sizes``, corners at integers, (V, 3, 3).
-        lenses: V lens models, see `Lens`.
-        sizes: width and height (V, 2) that ``Ks`` is for; 0 where the description doesn't say.
+        views: in a world whose Y is up.
         descriptions: the files that all this was read from.
         world_from_file: rotation (3, 3) from the description's world into ours.
         notes: what the reader assumed, for ``meta``.
         pivot: what the cameras turn about if the description says so, else None: estimated.
-        input_view: which view acts as the input if the description says so, else None: chosen.
+        input_image: which view acts as the input if the description says so, else "": chosen.
         files: sha256 of everything that is read, by path; filled by `dataset.open`.
     """
 
     name: str
-    images: tuple[str, ...]
-    masks: tuple[str, ...]
-    viewmats: Floats
-    Ks: Floats
-    lenses: tuple[Lens, ...]
-    sizes: NDArray[np.int64]
+    views: tuple[View, ...]
     descriptions: tuple[str, ...]
     world_from_file: Floats
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any]
     pivot: Floats | None = None
-    input_view: int | None = None
+    input_image: str = ""
     attribution: str = ""
     files: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.views)
 
     @property
-    def paths(self) -> tuple[str, ...]:
+    def viewmats(self) -> Floats:
+        return np.stack([view.viewmat for view in self.views])
+
+    @property
+    def paths(self) -> list[str]:
         """Every file that reading this capture reads, relative to the dataset's folder."""
-        masks = {mask for mask in self.masks if mask}
-        return tuple(sorted({*self.images, *masks, *self.descriptions}))
+        pictures = {path for view in self.views for path in (view.image, view.mask) if path}
+        return sorted({*pictures, *self.descriptions})
 
 
 def collect(
@@ -90,73 +112,57 @@ def collect(
     name: str,
     views: Sequence[View],
     descriptions: Sequence[str],
-    world_from_file: Floats,
+    kind: str,
+    turn: Floats | None = None,
     **more: Any,
 ) -> Capture:
-    """A capture from checked views; ``where`` is for messages.
+    """A capture from views, which are checked; ``where`` is for messages.
+
+    Args:
+        turn: rotation (3, 3) from the description's world into ours; None: the world has no
+            vertical, and `upright` finds one.
 
     Raises:
         DatasetError: if there are none or too many, two share a picture, or a number is not finite,
             a rotation not a rotation, a focal length not positive or a size absurd.
     """
-    if not views:
-        raise DatasetError(f"{where}: describes no view")
-    if len(views) > MAX_VIEWS:
-        raise DatasetError(f"{where}: {len(views)} views, the limit is {MAX_VIEWS}. Split it up")
-    images = tuple(view.image for view in views)
-    if len(set(images)) < len(images):
-        twice = next(path for k, path in enumerate(images) if path in images[:k])
-        raise DatasetError(f"{where}: two views share the picture {twice!r}")
-    viewmats = np.stack([view.viewmat for view in views])
+    if not 1 <= len(views) <= MAX_VIEWS:
+        said = f"describes {len(views)} views; want at least one, the limit is {MAX_VIEWS}"
+        raise DatasetError(f"{where}: {said}. Split it up")
+    seen: set[str] = set()
     for view in views:
-        if bad := _fault(view.viewmat):
-            raise DatasetError(f"{where}: the pose of {view.image!r} is {bad}. Fix what wrote it")
-    turn = np.eye(4)
-    turn[:3, :3] = world_from_file.T
-    capture = Capture(
-        name=name,
-        images=images,
-        masks=tuple(view.mask for view in views),
-        viewmats=viewmats @ turn,
-        Ks=np.stack([view.K for view in views]),
-        lenses=tuple(view.lens for view in views),
-        sizes=np.array([view.size for view in views]),
-        descriptions=tuple(descriptions),
-        world_from_file=world_from_file,
-        **more,
-    )
-    for view in views:
-        numbers = np.abs([*view.K.ravel(), *view.lens[1]])
-        if not np.isfinite(numbers).all():
-            raise DatasetError(f"{where}: the intrinsics of {view.image!r} hold NaN or infinity")
-        if min(view.K[0, 0], view.K[1, 1]) <= 0 or numbers.max() > 1e7:
-            said = f"the intrinsics of {view.image!r} are absurd; want focal lengths > 0"
-            raise DatasetError(f"{where}: {said}")
-    if (capture.sizes < 0).any() or (capture.sizes > 1_000_000).any():
-        raise DatasetError(f"{where}: an image size is negative or absurd")
-    return capture
+        if view.image in seen:
+            raise DatasetError(f"{where}: two views share the picture {view.image!r}")
+        seen.add(view.image)
+        if bad := _fault(view):
+            raise DatasetError(f"{where}: {bad} (picture {view.image!r}). Fix what wrote it")
+    up = "the file's Z"
+    if turn is None:
+        turn, up = (
+            upright(np.stack([v.viewmat for v in views])),
+            "mean of the cameras' up directions",
+        )
+    world = np.eye(4)
+    world[:3, :3] = turn.T
+    turned = tuple(replace(view, viewmat=view.viewmat @ world) for view in views)
+    notes = {"format": kind, "up": up}
+    return Capture(name, turned, tuple(descriptions), turn, notes, **more)
 
 
-@dataclass(frozen=True)
-class View:
-    """One view of a capture; fields as there."""
-
-    image: str
-    viewmat: Floats
-    K: Floats
-    size: tuple[int, int] = (0, 0)
-    mask: str = ""
-    lens: Lens = PINHOLE
-
-
-def _fault(viewmat: Floats) -> str:
-    if not (np.abs(viewmat) < 1e12).all():  # NaN is not less
-        return "not finite"
-    rotation = viewmat[:3, :3]
+def _fault(view: View) -> str:
+    if not (np.abs(view.viewmat) < 1e12).all():  # NaN is not less
+        return "a pose is not finite"
+    rotation = view.viewmat[:3, :3]
     error = np.abs(rotation @ rotation.T - np.eye(3)).max()
     if error > 1e-3:
-        return f"not a rotation (R R^T is off by {error:.3g})"
-    return "a mirror" if np.linalg.det(rotation) < 0 else ""
+        return f"a pose is not a rotation (R R^T is off by {error:.3g})"
+    if np.linalg.det(rotation) < 0:
+        return "a pose is a mirror"
+    if not (np.abs([*view.K.ravel(), *view.lens[1]]) <= 1e7).all():
+        return "intrinsics hold NaN, infinity or absurd numbers"
+    if min(view.K[0, 0], view.K[1, 1]) <= 0:
+        return "intrinsics want focal lengths > 0"
+    return "" if 0 < min(view.size) <= max(view.size) <= 1_000_000 else "an image size is absurd"
 
 
 def pinhole(fx: float, fy: float, cx: float, cy: float) -> Floats:
@@ -172,15 +178,9 @@ def upright(viewmats: Floats) -> Floats:
     For worlds without a known vertical (COLMAP, CO3D): photographers hold cameras upright.
     """
     up = -viewmats[:, 1, :3].mean(axis=0)
-    length = np.linalg.norm(up)
-    if not length > 0.1:
+    if not np.linalg.norm(up) > 0.1:
         return np.eye(3)
-    a, b = up / length, np.array([0.0, 1.0, 0.0])
-    v, c = np.cross(a, b), float(a @ b)
-    if c < -1 + 1e-9:
-        return np.diag([1.0, -1.0, -1.0])
-    skew = np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
-    return np.eye(3) + skew + skew @ skew / (1 + c)
+    return Rotation.align_vectors([[0.0, 1.0, 0.0]], [up])[0].as_matrix()
 
 
 def centers(viewmats: Floats) -> Floats:
@@ -219,25 +219,20 @@ def pivot_of(capture: Capture) -> Floats:
 
 
 def input_of(capture: Capture) -> int:
-    if capture.input_view is not None:
-        return capture.input_view
-    return frontal(capture.viewmats, pivot_of(capture))
+    said = [k for k, view in enumerate(capture.views) if view.image == capture.input_image]
+    return said[0] if said else frontal(capture.viewmats, pivot_of(capture))
 
 
-def alpha_source(root: Path, capture: Capture) -> str:
-    """Where the alpha comes from: "mask", "file" or "none" (judged by the first view)."""
-    if any(capture.masks):
-        return "mask"
-    path = inside(root, capture.images[0])
-    if has_alpha(path) and bool((load_image(path, rotate=False)[1] < 255).any()):
-        return "file"
-    return "none"
-
-
-def natural_side(root: Path, capture: Capture, source: str) -> int:
-    """The side in pixels of the square that the first view becomes without scaling."""
-    width, height = images.image_size(inside(root, capture.images[0]))
-    return min(width, height) if source == "none" else max(width, height)
+def first_look(root: Path, capture: Capture) -> tuple[str, int]:
+    """Where the alpha comes from, "mask", "file" or "none" (judged by the first view), and the
+    side in pixels of the square that this view becomes without scaling."""
+    path, source = inside(root, capture.views[0].image), "none"
+    if any(view.mask for view in capture.views):
+        source = "mask"
+    elif has_alpha(path) and bool((load_image(path, rotate=False)[1] < 255).any()):
+        source = "file"
+    size = decoded(path, pixels=False).size
+    return source, min(size) if source == "none" else max(size)
 
 
 def common_side(where: Path, sides: Sequence[int], views: int) -> int:
@@ -265,14 +260,11 @@ def prepare(
         if value is not None and not 1 <= value <= 100_000:
             raise ValueError(f"{name}: got {value}, want at least 1")
     chosen = [_thinned(root, capture, views) for capture in found]
-    sources = {capture.name: alpha_source(root, capture) for capture in chosen}
+    looks = [first_look(root, capture) for capture in chosen]
     most = max(len(capture) for capture in chosen)
-    if image_size is None:
-        sides = [natural_side(root, c, sources[c.name]) for c in chosen]
-        image_size = common_side(root, sides, most)
-    else:
-        common_side(root, [image_size], most)
-    kinds = set(sources.values())
+    affordable = common_side(root, [image_size or min(side for _, side in looks)], most)
+    kinds = {source for source, _ in looks}
+    estimated = "nearest point to the optical axes"
     meta: dict[str, Any] = {
         "source": "captures",
         "formats": sorted({str(capture.notes["format"]) for capture in chosen}),
@@ -280,25 +272,23 @@ def prepare(
         "alpha_source": kinds.pop() if len(kinds) == 1 else "mixed",
         "input": "one of the views acts as the input: the one its description names, the middle "
         "one of a capture from one side, else the first",
-        "undistorted": any(_bends(lens) for c in chosen for lens in c.lenses),
+        "undistorted": any(_bends(view.lens) for c in chosen for view in c.views),
         "scale": "the capture's own",
         "objects": {
             capture.name: {
-                "input": capture.images[input_of(capture)],
+                "input": capture.views[input_of(capture)].image,
                 "pivot": pivot_of(capture).tolist(),
-                "pivot_source": "nearest point to the optical axes"
-                if capture.pivot is None
-                else "description",
-                "alpha_source": sources[capture.name],
+                "pivot_source": estimated if capture.pivot is None else "description",
+                "alpha_source": source,
                 "views": len(capture),
                 "views_left_out": len(whole) - len(capture),
                 "world_from_file": capture.world_from_file.tolist(),
                 **capture.notes,
             }
-            for capture, whole in zip(chosen, found, strict=True)
+            for capture, whole, (source, _) in zip(chosen, found, looks, strict=True)
         },
     }
-    return chosen, image_size, meta
+    return chosen, image_size or affordable, meta
 
 
 def _thinned(root: Path, capture: Capture, views: int | None) -> Capture:
@@ -308,19 +298,10 @@ def _thinned(root: Path, capture: Capture, views: int | None) -> Capture:
     if views > len(capture):
         raise DatasetError(f"{root}: {capture.name!r} has {len(capture)} views, views asks {views}")
     rows = np.linspace(0, len(capture) - 1, views).round().astype(int)
-    kept = capture.input_view
-    if kept is not None:
-        rows[np.abs(rows - kept).argmin()] = kept
-    return replace(
-        capture,
-        images=tuple(capture.images[row] for row in rows),
-        masks=tuple(capture.masks[row] for row in rows),
-        lenses=tuple(capture.lenses[row] for row in rows),
-        viewmats=capture.viewmats[rows],
-        Ks=capture.Ks[rows],
-        sizes=capture.sizes[rows],
-        input_view=None if kept is None else int(np.abs(rows - kept).argmin()),
-    )
+    for row, view in enumerate(capture.views):
+        if view.image == capture.input_image:
+            rows[np.abs(rows - row).argmin()] = row
+    return replace(capture, views=tuple(capture.views[row] for row in rows))
 
 
 # --- pictures ----------------------------------------------------------------------------------
@@ -332,14 +313,9 @@ def read(root: Path, capture: Capture, side: int) -> ObjectViews:
     Raises:
         DatasetError: if a picture or mask can't be read, or doesn't have the stated proportions.
     """
-    grids: dict[bytes, Tensor] = {}
-    opaque = alpha_source(root, capture) == "none"
-
-    def view(k: int) -> tuple[Tensor, Floats]:
-        return _view(root, capture, k, side, opaque, grids)
-
+    opaque = first_look(root, capture)[0] == "none"
     with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(view, range(len(capture))))
+        done = list(pool.map(lambda v: _read_view(root, capture, v, side, opaque), capture.views))
     rgba = torch.stack([picture for picture, _ in done])
     cameras = Cameras(
         torch.from_numpy(capture.viewmats).float(),
@@ -348,9 +324,8 @@ def read(root: Path, capture: Capture, side: int) -> ObjectViews:
         side,
     )
     first = input_of(capture)
-    return named(
-        root / capture.images[0],
-        lambda: ObjectViews(
+    with named(root / capture.descriptions[0]):
+        return ObjectViews(
             name=capture.name,
             input_rgb=rgba[first, ..., :3],
             input_alpha=rgba[first, ..., 3],
@@ -360,37 +335,32 @@ def read(root: Path, capture: Capture, side: int) -> ObjectViews:
             cameras=cameras,
             pivot=torch.from_numpy(pivot_of(capture)).float(),
             attribution=capture.attribution,
-        ),
-    )
-
-
-def _view(
-    root: Path, capture: Capture, k: int, side: int, opaque: bool, grids: dict[bytes, Tensor]
-) -> tuple[Tensor, Floats]:
-    """Premultiplied rgba uint8 (side, side, 4) and K (3, 3) of view k."""
-    path = inside(root, capture.images[k])
-    rgb, alpha = load_image(path, rotate=False, data=_bytes(root, capture, capture.images[k]))
-    height, width = alpha.shape
-    if capture.masks[k]:
-        alpha = _masked(
-            inside(root, capture.masks[k]), _bytes(root, capture, capture.masks[k]), alpha
         )
+
+
+def _read_view(
+    root: Path, capture: Capture, view: View, side: int, opaque: bool
+) -> tuple[Tensor, Floats]:
+    """Premultiplied rgba uint8 (side, side, 4) and K (3, 3)."""
+    path, data = root / view.image, read_checked(root, view.image, capture.files[view.image])
+    rgb, alpha = load_image(path, rotate=False, data=data)
+    height, width = alpha.shape
+    if view.mask:
+        data = read_checked(root, view.mask, capture.files[view.mask])
+        alpha = _masked(root / view.mask, data, alpha)
         rgb = ((rgb.to(torch.int32) * alpha[..., None] + 127) // 255).to(torch.uint8)
     rgba = torch.cat([rgb, alpha[..., None]], dim=-1)
-    K = _fitted(capture, k, width, height, path)
-    if _bends(capture.lenses[k]):
+    K = _fitted(view, width, height, path)
+    if _bends(view.lens):
         rgba, K = _shrunk(rgba, K, 2 * side)
-        rgba = _undistorted(rgba, K, capture.lenses[k], grids)
         height, width = rgba.shape[:2]
+        fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
+        rgba = _sampled(rgba, _grid((fx, fy, cx, cy), view.lens, width, height))
     length = min(height, width) if opaque else max(height, width)
     square, x0, y0 = squared(rgba, length)
     K = K - np.array([[0, 0, x0], [0, 0, y0], [0, 0, 0]])
     scale = np.array([side / length, side / length, 1.0])
     return resize(square, side) if side != length else square, K * scale[:, None]
-
-
-def _bytes(root: Path, capture: Capture, file: str) -> bytes:
-    return read_checked(inside(root, file), capture.files[file])
 
 
 def _masked(path: Path, data: bytes, alpha: Tensor) -> Tensor:
@@ -409,17 +379,17 @@ def _masked(path: Path, data: bytes, alpha: Tensor) -> Tensor:
     return ((mask.to(torch.int32) * alpha + 127) // 255).to(torch.uint8)
 
 
-def _fitted(capture: Capture, k: int, width: int, height: int, path: Path) -> Floats:
+def _fitted(view: View, width: int, height: int, path: Path) -> Floats:
     """K for the picture as it lies on disk: downscaled copies (images_4/) keep their poses."""
-    w, h = (int(n) for n in capture.sizes[k])
+    w, h = view.size
     if not w or not h or (w, h) == (width, height):
-        return capture.Ks[k]
+        return view.K
     if abs(w * height - h * width) > 0.02 * max(w * height, h * width):
         raise DatasetError(
             f"{path}: is {width} x {height} pixels, its description says {w} x {h}. Restore the "
             "picture, or describe it anew"
         )
-    return capture.Ks[k] * np.array([width / w, height / h, 1.0])[:, None]
+    return view.K * np.array([width / w, height / h, 1.0])[:, None]
 
 
 def _shrunk(rgba: Tensor, K: Floats, limit: int) -> tuple[Tensor, Floats]:
@@ -437,22 +407,21 @@ def _bends(lens: Lens) -> bool:
     return any(lens[1]) or "FISHEYE" in lens[0]
 
 
-def _undistorted(rgba: Tensor, K: Floats, lens: Lens, grids: dict[Any, Tensor]) -> Tensor:
-    height, width = rgba.shape[:2]
-    key = (K.tobytes(), lens, width, height)
-    grid = grids.get(key)
-    if grid is None:
-        x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-        rays = np.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1]], axis=-1)
-        bent = distorted(rays.reshape(-1, 2), lens).reshape(height, width, 2)
-        uv = bent * [K[0, 0], K[1, 1]] + K[:2, 2]
-        pixels = np.nan_to_num(2 * uv / [width, height] - 1, nan=9.0, posinf=9.0, neginf=-9.0)
-        grid = torch.from_numpy(pixels.clip(-9.0, 9.0).astype(np.float32))[None]
-        if len(grids) < 4:  # one lens, a few at most; a lens per view would fill the memory
-            grids[key] = grid
+@functools.lru_cache(maxsize=4)  # one lens, a few at most; one a view would fill the memory
+def _grid(optics: tuple[float, float, float, float], lens: Lens, width: int, height: int) -> Tensor:
+    """For `grid_sample`: where in the photograph each pixel of a pinhole's picture is."""
+    focals, middle = np.array(optics[:2]), np.array(optics[2:])
+    pixels = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), axis=-1)
+    bent = distorted(((pixels - middle) / focals).reshape(-1, 2), lens).reshape(pixels.shape)
+    places = 2 * (bent * focals + middle) / [width, height] - 1
+    places = np.nan_to_num(places, nan=9.0, posinf=9.0, neginf=-9.0).clip(-9.0, 9.0)
+    return torch.from_numpy(places.astype(np.float32))[None]
+
+
+def _sampled(rgba: Tensor, grid: Tensor) -> Tensor:
     picture = rgba.permute(2, 0, 1)[None].float()
-    sampled = grid_sample(picture, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return (sampled[0].permute(1, 2, 0) + 0.5).clamp(0, 255).to(torch.uint8)
+    found = grid_sample(picture, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return (found[0].permute(1, 2, 0) + 0.5).clamp(0, 255).to(torch.uint8)
 
 
 def distorted(rays: Floats, lens: Lens) -> Floats:
@@ -463,10 +432,10 @@ def distorted(rays: Floats, lens: Lens) -> Floats:
     """
     import pycolmap
 
-    camera = pycolmap.Camera.create_from_model_name(0, lens[0], 1.0, 1, 1)
-    names = [name.strip() for name in camera.params_info.split(",")]
-    focals = 1 if names[0] == "f" else 2
-    camera.params = [1.0] * focals + [0.0, 0.0, *lens[1]]
+    camera = pycolmap.Camera.create_from_model_name(0, lens[0], 1.0, 0, 0)
+    params = np.array(camera.params)
+    params[list(camera.extra_params_idxs())] = lens[1]
+    camera.params = params.tolist()
 
     def project(scale: float) -> Floats:
         points = np.concatenate([rays * scale, np.ones((len(rays), 1))], axis=1)

@@ -13,7 +13,6 @@ https://github.com/facebookresearch/co3d
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections import defaultdict
 from pathlib import Path
@@ -21,13 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from fresnel.data import layout as _layouts
-from fresnel.data.captures import Capture, Floats, View, collect, pinhole, upright
+from fresnel.data.captures import Capture, Floats, View, collect, pinhole
 from fresnel.data.images import DatasetError
-from fresnel.data.layout import inside, relative
+from fresnel.data.layout import MAX_JSON_BYTES, array, entry, inside, read_json, relative
 
 FILE = "frame_annotations.jgz"
-_MAX_JSON_BYTES = 1 << 28
 _FLIP = np.diag([-1.0, -1.0, 1.0])
 
 
@@ -40,96 +37,67 @@ def read(root: Path, folder: str) -> list[Capture]:
 
     Sequences of which no picture is there (a partial download) are left out.
     """
-    file = f"{folder}/{FILE}" if folder else FILE
+    file = relative(folder, FILE, root)
     path = inside(root, file)
-    frames = unpack(path)
     sequences: dict[str, list[View]] = defaultdict(list)
     present: dict[str, bool] = {}
-    for frame in frames:
-        name = frame.get("sequence_name") if isinstance(frame, dict) else None
-        if not isinstance(name, str):
-            raise DatasetError(f"{path}: a frame has no sequence_name")
-        view = _view(root, folder, path, frame)
-        present.setdefault(name, (root / view.image).is_file())
-        if present[name]:
+    for frame in unpack(path):
+        name = entry(frame, "sequence_name", str, path)
+        view = _view(folder, path, frame)
+        if present.setdefault(name, (root / view.image).is_file()):
             sequences[name].append(view)
     if not sequences:
         raise DatasetError(f"{path}: none of its {len(present)} sequences has its pictures here")
-    captures = []
-    for name, views in sequences.items():
-        viewmats = np.stack([view.viewmat for view in views])
-        turn = upright(viewmats) if np.isfinite(viewmats).all() else np.eye(3)
-        label = f"{folder}/{name}" if folder else name
-        notes = {"format": "co3d", "up": "mean of the cameras' up directions"}
-        captures.append(collect(path, label, views, [file], turn, notes=notes))
-    return captures
+    return [
+        collect(path, f"{folder}/{name}" if folder else name, views, [file], "co3d")
+        for name, views in sequences.items()
+    ]
 
 
 def unpack(path: Path) -> list[Any]:
     """The JSON list of a gzipped file, never more than the limit of it in memory."""
     unzip = zlib.decompressobj(wbits=31)
+    parts, size = [], 0
     try:
         with path.open("rb") as file:
-            parts, size = [], 0
-            while chunk := file.read(1 << 20):
-                parts.append(unzip.decompress(chunk, _MAX_JSON_BYTES + 1 - size))
+            while (chunk := file.read(1 << 20)) and size <= MAX_JSON_BYTES:
+                parts.append(unzip.decompress(chunk, MAX_JSON_BYTES + 1 - size))
                 size += len(parts[-1])
-                if size > _MAX_JSON_BYTES:
-                    raise DatasetError(f"{path}: unpacks to more than {_MAX_JSON_BYTES} bytes")
-        if not unzip.eof:
-            raise ValueError("the file is cut off")
-        value = json.loads(b"".join(parts))
-    except (OSError, zlib.error, ValueError, RecursionError) as error:
-        if isinstance(error, DatasetError):
-            raise
-        raise DatasetError(f"{path}: not a gzipped JSON file ({str(error)[:200]})") from None
-    if not isinstance(value, list):
-        raise DatasetError(f"{path}: holds a {type(value).__name__}, want a list of frames")
-    return value
+    except (OSError, zlib.error) as error:
+        raise DatasetError(f"{path}: not a gzipped JSON file ({error})") from None
+    if size > MAX_JSON_BYTES:
+        raise DatasetError(f"{path}: unpacks to more than {MAX_JSON_BYTES} bytes")
+    if not unzip.eof:
+        raise DatasetError(f"{path}: not a whole gzipped file: it is cut off")
+    return read_json(path, b"".join(parts), list)
 
 
-def _view(root: Path, folder: str, path: Path, frame: dict[str, Any]) -> View:
-    image, mask, camera = (frame.get(key) for key in ("image", "mask", "viewpoint"))
-    if not isinstance(image, dict) or not isinstance(camera, dict):
-        raise DatasetError(f"{path}: a frame has no image or no viewpoint")
-    height, width = (int(n) for n in _layouts.array(image, "size", (2,), path))
-    if not (0 < height <= 100_000 and 0 < width <= 100_000):
-        raise DatasetError(f"{path}: an image of size {width} x {height}")
-    rotation, translation = (
-        _layouts.array(camera, "R", (3, 3), path),
-        _layouts.array(camera, "T", (3,), path),
-    )
+def _view(folder: str, path: Path, frame: dict[str, Any]) -> View:
+    image, camera = (entry(frame, key, dict, path) for key in ("image", "viewpoint"))
+    height, width = (int(n) for n in array(image, "size", (2,), path))
     viewmat = np.eye(4)
-    viewmat[:3, :3], viewmat[:3, 3] = _FLIP @ rotation.T, _FLIP @ translation
+    viewmat[:3, :3] = _FLIP @ array(camera, "R", (3, 3), path).T
+    viewmat[:3, 3] = _FLIP @ array(camera, "T", (3,), path)
+    mask = frame.get("mask")
+    mask = mask.get("path") if isinstance(mask, dict) else ""
     return View(
-        image=_at(root, folder, image.get("path"), path),
+        image=_at(folder, image.get("path"), path),
         viewmat=viewmat,
-        K=_intrinsics(camera, width, height, path),
+        K=_intrinsics(camera, np.array([width, height]) / 2, path),
         size=(width, height),
-        mask=_at(root, folder, mask["path"], path)
-        if isinstance(mask, dict) and mask.get("path")
-        else "",
+        mask=_at(folder, mask, path) if mask else "",
     )
 
 
-def _intrinsics(camera: dict[str, Any], width: int, height: int, path: Path) -> Floats:
-    focal = _layouts.array(camera, "focal_length", (2,), path)
-    point = _layouts.array(camera, "principal_point", (2,), path)
-    half = np.array([width, height]) / 2
+def _intrinsics(camera: dict[str, Any], half: Floats, path: Path) -> Floats:
     kind = camera.get("intrinsics_format", "ndc_norm_image_bounds")
-    if kind == "ndc_isotropic":
-        unit = np.full(2, half.min())
-    elif kind == "ndc_norm_image_bounds":
-        unit = half
-    else:
+    if kind not in ("ndc_isotropic", "ndc_norm_image_bounds"):
         raise DatasetError(f"{path}: intrinsics_format {str(kind)[:80]!r} is unknown")
-    fx, fy = focal * unit  # `collect` refuses what is absurd
-    cx, cy = half - point * unit
-    return pinhole(fx, fy, cx, cy)
+    unit = np.full(2, half.min()) if kind == "ndc_isotropic" else half
+    focal = array(camera, "focal_length", (2,), path) * unit  # `collect` refuses what is absurd
+    return pinhole(*focal, *(half - array(camera, "principal_point", (2,), path) * unit))
 
 
-def _at(root: Path, folder: str, file: Any, path: Path) -> str:
-    """A path of the annotations, which starts with the category's name, inside ``root``."""
-    whole = relative(root, "", file, path)
-    inner = whole.split("/", 1)[-1]
-    return f"{folder}/{inner}" if folder else inner
+def _at(folder: str, file: Any, path: Path) -> str:
+    """A path of the annotations, which starts with the category's name, inside the root."""
+    return relative(folder, relative("", file, path).split("/", 1)[-1], path)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fresnel.data.captures import MAX_VIEWS, Capture, View, collect, pinhole, upright
+from fresnel.data.captures import MAX_VIEWS, Capture, View, collect
 from fresnel.data.images import DatasetError
 from fresnel.data.layout import inside, relative
 
@@ -49,7 +49,7 @@ def read(root: Path, folder: str) -> list[Capture]:
     assert found is not None
     place, suffix = found
     at = "/".join(part for part in (folder, place) if part)
-    model = inside(root, at) if at else root
+    model = inside(root, at)
     stems = ("cameras", "images", "rigs", "frames")
     files = [path for stem in stems if (path := model / f"{stem}{suffix}").is_file()]
     size = sum(path.stat().st_size for path in files)
@@ -63,22 +63,14 @@ def read(root: Path, folder: str) -> list[Capture]:
     images = _parsed(model, files)
     prefix = _pictures(root, folder, model, images)
     views = [_view(root, prefix, folder, model, image) for image in images]
-    descriptions = ["/".join(part for part in (at, path.name) if part) for path in files]
-    stacked = np.stack([view.viewmat for view in views]) if views else np.zeros((0, 4, 4))
-    turn = upright(stacked) if len(views) and np.isfinite(stacked).all() else np.eye(3)
-    notes = {"format": "colmap", "up": "mean of the cameras' up directions"}
-    name = folder or root.resolve().name
-    return [collect(model, name, views, descriptions, turn, notes=notes)]
+    descriptions = [relative(at, path.name, model) for path in files]
+    return [collect(model, folder or root.resolve().name, views, descriptions, "colmap")]
 
 
 def _parsed(model: Path, files: list[Path]) -> list[Any]:
     """pycolmap's images that have a pose, by name."""
-    try:
-        import pycolmap
-    except ImportError:
-        raise DatasetError(
-            f"{model}: a COLMAP model needs pycolmap. Install it: pip install pycolmap"
-        ) from None
+    import pycolmap
+
     suffix = files[0].suffix
     with tempfile.TemporaryDirectory() as folder:  # the model as it is, but for its points
         for path in files:
@@ -100,31 +92,22 @@ def _parsed(model: Path, files: list[Path]) -> list[Any]:
 
 def _view(root: Path, prefix: str, folder: str, model: Path, image: Any) -> View:
     camera = image.camera
-    names = [name.strip() for name in camera.params_info.split(",")]
-    if names[:1] == ["w"]:
+    if not camera.focal_length_idxs():
         raise DatasetError(
             f"{model}: camera model {camera.model_name} is no pinhole with a lens. Cut perspective "
             "pictures out of its panoramas first"
         )
-    focals = 1 if names[0] == "f" else 2
-    params = [float(value) for value in camera.params]
-    fx, fy, (cx, cy) = params[0], params[focals - 1], params[focals : focals + 2]
+    picture = relative(prefix, image.name, model)
+    masks = (f"{image.name}.png", str(Path(image.name).with_suffix(".png")))
+    places = [relative(folder, f"masks/{name}", model) for name in masks]
     return View(
-        image=relative(root, prefix, image.name, model),
+        image=picture,
         viewmat=np.vstack([image.cam_from_world().matrix(), [0, 0, 0, 1]]),
-        K=pinhole(fx, fy, cx, cy),
+        K=np.asarray(camera.calibration_matrix()),
         size=(int(camera.width), int(camera.height)),
-        mask=_mask(root, folder, image.name),
-        lens=(camera.model_name, tuple(params[focals + 2 :])),
+        mask=next((place for place in places if (root / place).is_file()), ""),
+        lens=(camera.model_name, tuple(camera.params[list(camera.extra_params_idxs())].tolist())),
     )
-
-
-def _mask(root: Path, folder: str, name: str) -> str:
-    for file in (f"{name}.png", str(Path(name).with_suffix(".png"))):
-        candidate = "/".join(part for part in (folder, "masks", file) if part)
-        if (root / candidate).is_file():
-            return relative(root, "", candidate, root)
-    return ""
 
 
 def _pictures(root: Path, folder: str, model: Path, images: list[Any]) -> str:
@@ -132,7 +115,7 @@ def _pictures(root: Path, folder: str, model: Path, images: list[Any]) -> str:
     first = str(images[0].name) if images else ""
     for place in _IMAGES:
         prefix = "/".join(part for part in (folder, place) if part)
-        if first and (root / relative(root, prefix, first, model)).is_file():
+        if first and (root / relative(prefix, first, model)).is_file():
             return prefix
     raise DatasetError(
         f"{root / folder}: can't find picture {first!r} in images/ or here. Put the pictures of "

@@ -22,29 +22,22 @@ from fresnel.data import captures as captured
 from fresnel.data import co3d, colmap, shards, transforms
 from fresnel.data import layout as _layouts
 from fresnel.data.captures import Capture
-from fresnel.data.images import (
-    DatasetError,
-    InputImages,
-    load_image,
-    load_images,
-    resize,
-    resize_depth,
-)
-from fresnel.data.layout import MANIFEST, DatasetChanged, Record
+from fresnel.data.images import DatasetError, InputImages, load_image, load_images, scaled
+from fresnel.data.layout import MANIFEST, DatasetChanged, Record, canonical_json, sha256
 from fresnel.data.records import (
     ObjectViews,
     ViewTensors,
     read_object,
-    read_original,
-    resized,
+    stack_cameras,
+    stack_depths,
     view_folders,
 )
 from fresnel.data.shards import stream, write_shards
 from fresnel.data.transforms import export
 from fresnel.data.writing import store
-from fresnel.host.machine import core_count
+from fresnel.host.files import locked
+from fresnel.host.machine import cache_dir, core_count
 from fresnel.host.pool import processes
-from fresnel.scene.cameras import Cameras
 
 __all__ = [
     "DatasetChanged",
@@ -66,7 +59,6 @@ __all__ = [
 
 FORMATS = (transforms, colmap, co3d)
 """Readers of other tools' data: each `recognises` a folder, and `read`s its `Capture`s."""
-_MAX_FOLDERS = 20_000
 _RECORDS_A_WORKER = 300  # about three seconds of decoding, which is what a process costs to start
 _WANTED = (
     f"not a dataset; want a {MANIFEST} of ours, folders image_0000 ... with input.png and "
@@ -125,20 +117,18 @@ class MultiViewDataset:
         if isinstance(record, Capture):
             return captured.read(self.path, record, self.image_size)
         if isinstance(record, _Part):
-            views = resized(record.dataset[record.row], self.image_size)
-            return replace(views, name=self.names[index])
+            views = record.dataset[record.row]
+            return replace(views, name=self.names[index], **scaled(views, self.image_size))
         base = _layouts.inside(self.path, record.folder)
 
         def load(file: str) -> bytes:
             if file not in record.files:
                 raise DatasetError(f"{base / file}: is not among the dataset's files")
-            path = _layouts.inside(self.path, f"{record.folder}/{file}")
-            return _layouts.read_checked(path, record.files[file])
+            return _layouts.read_checked(self.path, f"{record.folder}/{file}", record.files[file])
 
         shape = (self.image_size, self.views_per_object)
-        if self.layout == "original":
-            return read_original(base, record, *shape, load)
-        return read_object(base, record, *shape, load, self.stored_over)
+        original = self.layout == "original"
+        return read_object(base, record, *shape, load, self.stored_over, original)
 
     def subset(self, which: Sequence[int] | Sequence[str] | slice) -> MultiViewDataset:
         """The same dataset with only some objects, by index or by name."""
@@ -176,21 +166,18 @@ class MultiViewDataset:
                 f"each. Open it with views={min(counts)} or fewer"
             )
         objects = self._read_all()
-        rgb = torch.stack([o.rgb for o in objects])
-        alpha = torch.stack([o.alpha for o in objects])
-        cameras = _layouts.stack_cameras([o.cameras for o in objects])
-        depths = [o.depth for o in objects if o.depth is not None]
-        depth = torch.stack(depths) if len(depths) == len(objects) else None
         inputs = self._inputs(objects)
-        if size is not None:
-            inputs = inputs.resized(size)
-            if size != self.image_size:
-                depth = resize_depth(depth, alpha, size)
-                rgb, alpha = resize(rgb, size), resize(alpha[..., None], size)[..., 0]
-                cameras = cameras.resized(size, size)
-        pivots = torch.stack([o.pivot for o in objects])
-        found = (self.names, inputs, rgb, alpha, cameras, pivots, depth, self.content_hash)
-        return ViewTensors(*found).to(device)
+        found = ViewTensors(
+            names=self.names,
+            inputs=inputs if size is None else inputs.resized(size),
+            rgb=torch.stack([o.rgb for o in objects]),
+            alpha=torch.stack([o.alpha for o in objects]),
+            cameras=stack_cameras([o.cameras for o in objects]),
+            pivots=torch.stack([o.pivot for o in objects]),
+            depth=stack_depths([o.depth for o in objects]),
+            content_hash=self.content_hash,
+        )
+        return replace(found, **scaled(found, size or self.image_size)).to(device)
 
     def verify(self) -> None:
         """Read every byte again.
@@ -203,23 +190,19 @@ class MultiViewDataset:
         parts = {r.dataset.path: r.dataset for r in self.records if isinstance(r, _Part)}
         for dataset in parts.values():
             dataset.verify()
-        files = [record.files for record in self.records if isinstance(record, Capture)]
-        _layouts.compare(
-            self.path, {path: digest for each in files for path, digest in each.items()}
-        )
+        captures = [record.files for record in self.records if isinstance(record, Capture)]
+        _layouts.compare(self.path, {path: each[path] for each in captures for path in each})
         if self.layout not in ("fresnel", "original"):
             return
         now = open(self.path)  # the original's layout is hashed anew here
         if self.layout == "fresnel":
             listed = [record for record in now.records if isinstance(record, Record)]
             want = {f"{r.folder}/{file}": r.files[file] for r in listed for file in r.files}
-            for folder in _layouts.image_folders(self.path):
-                for file in _layouts.data_files(self.path, folder):
-                    if f"{folder}/{file}" not in want:
-                        raise _layouts.changed(self.path / folder / file, "was added")
-            _layouts.compare(self.path, want)
+            folders = _layouts.image_folders(self.path)
+            found = [f"{f}/{file}" for f in folders for file in _layouts.data_files(self.path, f)]
+            _layouts.compare(self.path, want, found)
         if now.content_hash != self.content_hash:
-            raise _layouts.changed(self.path, "was changed")
+            raise _layouts.changed(self.path, "changed")
 
     def _read_all(self) -> list[ObjectViews]:
         # Records are many small files, whose decoding is Python's work: more threads than two only
@@ -236,22 +219,15 @@ class MultiViewDataset:
 
     def _inputs(self, objects: list[ObjectViews]) -> InputImages:
         singles = [views.input() for views in objects]
-        shapes = {single.rgb.shape for single in singles}
-        if len(shapes) > 1 or len({*next(iter(shapes))[1:3]}) > 1:
+        shapes = {single.rgb.shape[1:3] for single in singles}
+        if len(shapes) > 1 or len({*next(iter(shapes))}) > 1:
             singles = [single.resized(self.image_size) for single in singles]
-        size = singles[0].rgb.shape[1]
-        depths = [single.depth for single in singles if single.depth is not None]
         return InputImages(
             self.names,
             torch.cat([single.rgb for single in singles]),
             torch.cat([single.alpha for single in singles]),
-            Cameras(
-                torch.cat([single.cameras.viewmats for single in singles]),
-                torch.cat([single.cameras.Ks for single in singles]),
-                size,
-                size,
-            ),
-            torch.cat(depths) if len(depths) == len(singles) else None,
+            stack_cameras([single.cameras[0] for single in singles]),
+            stack_depths([None if s.depth is None else s.depth[0] for s in singles]),
             bool(self.meta.get("elevation_is_assumed", False)),
         )
 
@@ -293,50 +269,54 @@ def open(
         DatasetChanged: if our manifest was edited.
     """
     root = Path(path)
-    if not root.exists():
-        raise DatasetError(f"{path}: no such folder or file")
     if not root.is_dir():
-        raise NotADataset(f"{path}: {_WANTED}")
-    if _layouts.is_ours(root):
-        _fixed(root, image_size, views)
-        manifest, records = _layouts.parse_manifest(root)
-        if _layouts.content_hash(records, manifest) != manifest.get("content_hash"):
-            raise DatasetChanged(
-                f"{root / MANIFEST}: was edited: its content_hash doesn't match its entries. "
-                "Restore it, or write the dataset anew"
-            )
-        manifest["schema_version"] = _layouts.SCHEMA_VERSION  # an older one's hash left out `meta`
-        return MultiViewDataset(
-            path=root,
-            layout="fresnel",
-            names=tuple(record.name for record in records),
-            content_hash=_layouts.content_hash(records, manifest),
-            meta=manifest["meta"],
-            image_size=manifest["image_size"],
-            views_per_object=manifest["views_per_object"],
-            records=records,
-            stored_over=tuple(float(value) for value in manifest["background"]),
-        )
-    if shards.recognises(root):
-        return open(shards.unpacked(root, cache), image_size=image_size, views=views)
-    records = _layouts.scan_original(root)
-    if not records:
-        if here := captures_in(root, ""):
-            return _open_captures(root, here, image_size, views)
-        inner = sorted(p for p in root.iterdir() if p.is_dir() and _is_stored(root, p))
-        if inner:
-            return _open_set(root, inner, image_size, views)
-        found = captures_below(root)
-        if not found:
+        if root.exists():
             raise NotADataset(f"{path}: {_WANTED}")
-        return _open_captures(root, found, image_size, views)
-    _fixed(root, image_size, views)
+        raise DatasetError(f"{path}: no such folder or file")
+    if shards.recognises(root) and not _layouts.is_ours(root):
+        return open(_unpacked(root, cache), image_size=image_size, views=views)
+    if _is_stored(root):
+        if image_size is not None or views is not None:
+            raise DatasetError(
+                f"{root}: image_size= and views= are for captures, this set is stored. Read it "
+                "with tensors(size=), or write it anew"
+            )
+        return _open_ours(root) if _layouts.is_ours(root) else _open_original(root)
+    if here := captures_in(root, ""):
+        return _open_captures(root, here, image_size, views)
+    inner = [root / name for name in _folders(root) if _is_stored(root / name)]
+    if inner:
+        return _open_set(root, inner, image_size)
+    return _open_captures(root, captures_below(root), image_size, views)
+
+
+def _open_ours(root: Path) -> MultiViewDataset:
+    manifest, records = _layouts.parse_manifest(root)
+    if _layouts.content_hash(records, manifest) != manifest.get("content_hash"):
+        raise DatasetChanged(
+            f"{root / MANIFEST}: was edited: its content_hash doesn't match its entries. "
+            "Restore it, or write the dataset anew"
+        )
+    manifest["schema_version"] = _layouts.SCHEMA_VERSION  # an older one's hash left out `meta`
+    return MultiViewDataset(
+        path=root,
+        layout="fresnel",
+        names=tuple(record.name for record in records),
+        content_hash=_layouts.content_hash(records, manifest),
+        meta=manifest["meta"],
+        image_size=manifest["image_size"],
+        views_per_object=manifest["views_per_object"],
+        records=records,
+        stored_over=tuple(float(value) for value in manifest["background"]),
+    )
+
+
+def _open_original(root: Path) -> MultiViewDataset:
+    records = _layouts.hashed(root)
     folders = view_folders(records[0])
     if not folders:
         raise DatasetError(f"{root / records[0].folder}: has no view_000. Restore or remove it")
     first = _layouts.inside(root, f"{records[0].folder}/{folders[0]}/rgb.png")
-    with ThreadPoolExecutor() as pool:
-        records = tuple(pool.map(lambda record: _layouts.hashed(root, record), records))
     return MultiViewDataset(
         path=root,
         layout="original",
@@ -349,10 +329,24 @@ def open(
     )
 
 
+def _unpacked(root: Path, cache: str | Path | None) -> Path:
+    """The folder of the dataset that these shards hold, unpacked unless that was done before."""
+    index = shards.index_of(root)
+    key = sha256(canonical_json(index))[:16]
+    target = (Path(cache) if cache is not None else cache_dir()) / f"{root.resolve().stem}-{key}"
+    with locked(target.with_name(f".{target.name}.lock"), f"{target}: another process unpacks it"):
+        if not (target / MANIFEST).is_file():
+            meta = {**index["meta"], "unpacked_from": root.name}
+            store(target, shards.checked(root, index), meta=meta)
+    return target
+
+
 def _open_captures(
     root: Path, found: list[Capture], image_size: int | None, views: int | None
 ) -> MultiViewDataset:
-    names = [capture.name for capture in found]
+    if not found:
+        raise NotADataset(f"{root}: {_WANTED}")
+    names = tuple(capture.name for capture in found)
     if len(set(names)) < len(names):
         raise DatasetError(f"{root}: two captures share a name; rename a folder")
     chosen, side, meta = captured.prepare(root, found, image_size, views)
@@ -367,14 +361,14 @@ def _open_captures(
             )
         records.append(replace(capture, files={path: digests[path] for path in capture.paths}))
     lines = [f"{file}\0{digest}" for file, digest in sorted(digests.items())]
-    taken = [[c.name, list(c.images)] for c in chosen]
+    taken = [[capture.name, [view.image for view in capture.views]] for capture in chosen]
     said = {"image_size": side, "views": taken}  # what is read of the files
-    lines.append(f"open\0{_layouts.sha256(_layouts.canonical_json(said))}")
+    lines.append(f"open\0{sha256(canonical_json(said))}")
     return MultiViewDataset(
         path=root,
         layout="captures",
-        names=tuple(names),
-        content_hash="sha256:" + _layouts.sha256("\n".join(lines).encode()),
+        names=names,
+        content_hash="sha256:" + sha256("\n".join(lines).encode()),
         meta=meta,
         image_size=side,
         views_per_object=max(len(capture) for capture in chosen),
@@ -388,59 +382,41 @@ def captures_in(root: Path, folder: str) -> list[Capture]:
     Raises:
         DatasetError: if a description is recognised but damaged.
     """
-    for reader in FORMATS:
-        if reader.recognises(root / folder):
-            return reader.read(root, folder)
-    return []
+    reader = next((each for each in FORMATS if each.recognises(root / folder)), None)
+    return reader.read(root, folder) if reader else []
 
 
 def captures_below(root: Path) -> list[Capture]:
     """The captures in the folders directly inside ``root``."""
-    folders = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
-    if len(folders) > _MAX_FOLDERS:
-        raise DatasetError(
-            f"{root}: holds {len(folders)} entries, the limit is {_MAX_FOLDERS}. Split it up"
-        )
-    inner = [name for name in folders if (root / name).is_dir()]
-    inner = [name for name in inner if (root / name).resolve().is_relative_to(root.resolve())]
-    return [capture for name in inner for capture in captures_in(root, name)]
+    return [capture for name in _folders(root) for capture in captures_in(root, name)]
 
 
-def _fixed(root: Path, image_size: int | None, views: int | None) -> None:
-    """A stored set is as it is: it can't be opened at another size."""
-    if image_size is not None or views is not None:
-        raise DatasetError(
-            f"{root}: image_size= and views= are for captures, this set is stored. Read it with "
-            "tensors(size=), or write it anew"
-        )
+def _folders(root: Path) -> list[str]:
+    """Folders directly inside ``root`` that are neither hidden nor links out of it."""
+    found = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    return sorted(p.name for p in found if p.resolve().is_relative_to(root.resolve()))
 
 
-def _is_stored(root: Path, folder: Path) -> bool:
-    """Whether a folder inside ``root`` is a dataset of our layout or the original's."""
-    if folder.name.startswith(".") or not folder.resolve().is_relative_to(root.resolve()):
-        return False
+def _is_stored(folder: Path) -> bool:
+    """Whether a folder is a dataset of our layout or the original's."""
     return _layouts.is_ours(folder) or bool(_layouts.image_folders(folder))
 
 
-def _open_set(
-    root: Path, stored: list[Path], image_size: int | None, views: int | None
-) -> MultiViewDataset:
+def _open_set(root: Path, stored: list[Path], image_size: int | None) -> MultiViewDataset:
     """Stored datasets, and captures beside them, as one; objects are named FOLDER/NAME."""
     parts = [open(folder) for folder in stored]
-    parts += [
-        _open_captures(root / folder, captures_in(root / folder, ""), None, views)
-        for folder in sorted({capture.name.split("/")[0] for capture in captures_below(root)})
-    ]
+    others = [root / name for name in _folders(root) if root / name not in stored]
+    found = [(folder, captures_in(folder, "")) for folder in others]
+    parts += [_open_captures(folder, inner, None, None) for folder, inner in found if inner]
     side = image_size or min(part.image_size for part in parts)
     hashes = sorted([part.path.name, part.content_hash] for part in parts)
-    digest = _layouts.sha256(_layouts.canonical_json([hashes, side]))
     assumed = any(part.meta.get("elevation_is_assumed", False) for part in parts)
     rows = [(part, row) for part in parts for row in range(len(part))]
     return MultiViewDataset(
         path=root,
         layout="set",
         names=tuple(f"{part.path.name}/{part.names[row]}" for part, row in rows),
-        content_hash="sha256:" + digest,
+        content_hash="sha256:" + sha256(canonical_json([hashes, side])),
         meta={
             "source": "set",
             "elevation_is_assumed": assumed,
@@ -457,9 +433,9 @@ def recognises(path: str | Path) -> bool:
     root = Path(path)
     if not root.is_dir():
         return False
-    if _layouts.is_ours(root) or shards.recognises(root) or _layouts.image_folders(root):
+    if _is_stored(root) or shards.recognises(root):
         return True
-    inner = any(_is_stored(root, folder) for folder in root.iterdir() if folder.is_dir())
+    inner = any(_is_stored(root / name) for name in _folders(root))
     return inner or bool(captures_in(root, "") or captures_below(root))
 
 

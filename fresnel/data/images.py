@@ -6,13 +6,14 @@ and "dark" are never confused.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,8 +33,45 @@ class DatasetError(ValueError):
     """Data that can't be read or written; the message names the file and what to do."""
 
 
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Puts the file's name in front of a ValueError's complaint about what it holds."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    except ValueError as error:
+        raise DatasetError(f"{path}: {error}") from None
+
+
 @dataclass(frozen=True)
-class InputImages:
+class Batch:
+    """Tensors and cameras, each with one row for every name."""
+
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> Self:
+        """A smaller batch; ``index`` is a slice, or a sequence, array or tensor of indices."""
+        if isinstance(index, int):
+            raise TypeError("index: got an integer, want a slice or several indices (batches only)")
+        index = index if isinstance(index, slice) else np.asarray(index)
+        rows = np.atleast_1d(np.arange(len(self))[index]).tolist()
+        return self._each(lambda value: value[rows], names=tuple(self.names[i] for i in rows))
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[[Any], Any], **more: Any) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        rows = {k: v for k, v in values.items() if isinstance(v, Tensor | Cameras | Batch)}
+        return replace(self, **{name: change(value) for name, value in rows.items()}, **more)
+
+
+@dataclass(frozen=True)
+class InputImages(Batch):
     """A batch of M input images and the cameras that saw them.
 
     Args:
@@ -48,7 +86,6 @@ class InputImages:
         ValueError: if shapes or dtypes disagree.  numpy arrays are accepted and become tensors.
     """
 
-    names: tuple[str, ...]
     rgb: Tensor
     alpha: Tensor
     cameras: Cameras
@@ -57,100 +94,61 @@ class InputImages:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
-        count = len(self.names)
-        rgb = as_uint8(self.rgb, "rgb", (count, None, None, 3))
-        shape = tuple(rgb.shape[:3])
-        object.__setattr__(self, "rgb", rgb)
-        object.__setattr__(self, "alpha", as_uint8(self.alpha, "alpha", shape))
-        object.__setattr__(self, "depth", as_depth(self.depth, "depth", shape))
-        check_cameras(self.cameras, "cameras", shape)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: Any) -> InputImages:
-        """A smaller batch; ``index`` is a slice, or a sequence, array or tensor of indices."""
-        rows = _rows(index, len(self))
-        return replace(
-            self,
-            names=tuple(self.names[i] for i in rows),
-            rgb=self.rgb[rows],
-            alpha=self.alpha[rows],
-            cameras=self.cameras[rows],
-            depth=None if self.depth is None else self.depth[rows],
-        )
+        check_pictures(self, "", (len(self.names), None, None))
 
     def resized(self, size: int) -> InputImages:
-        """The same images at ``size`` x ``size`` pixels (area average down, bilinear up)."""
-        if tuple(self.rgb.shape[1:3]) == (size, size):
-            return self
-        return replace(
-            self,
-            rgb=resize(self.rgb, size),
-            alpha=resize(self.alpha[..., None], size)[..., 0],
-            cameras=self.cameras.resized(size, size),
-            depth=resize_depth(self.depth, self.alpha, size),
-        )
-
-    def to(self, device: torch.device | str) -> InputImages:
-        return replace(
-            self,
-            rgb=self.rgb.to(device),
-            alpha=self.alpha.to(device),
-            cameras=self.cameras.to(device),
-            depth=None if self.depth is None else self.depth.to(device),
-        )
+        """The same images at ``size`` x ``size`` pixels."""
+        return replace(self, **scaled(self, size))
 
 
-def _rows(index: Any, count: int) -> list[int]:
-    if isinstance(index, slice):
-        return list(range(count))[index]
-    if isinstance(index, int):
-        raise TypeError("index: got an integer, want a slice or several indices (batches only)")
-    rows = np.arange(count)[np.asarray(index)]
-    return [int(i) for i in np.atleast_1d(rows)]
+def check_pictures(owner: Any, prefix: str, want: Sequence[int | None]) -> tuple[int, ...]:
+    """Make tensors of a dataclass's rgb, alpha and depth; all and its cameras must agree with
+    ``want``, (*batch, height, width) with None for any number, and with each other."""
+
+    def put(name: str, dtype: torch.dtype, shape: Sequence[int | None]) -> Tensor:
+        tensor = torch.as_tensor(getattr(owner, prefix + name))
+        if dtype == torch.uint8 and tensor.dtype != dtype:
+            raise ValueError(f"{prefix}{name}: got {tensor.dtype}, want uint8 (0 to 255)")
+        _expect(prefix + name, tensor.shape, shape)
+        object.__setattr__(owner, prefix + name, tensor.to(dtype))
+        return tensor
+
+    shape = tuple(put("rgb", torch.uint8, (*want, 3)).shape[:-1])
+    put("alpha", torch.uint8, shape)
+    if getattr(owner, f"{prefix}depth", None) is not None:
+        least, most = torch.aminmax(put("depth", torch.float32, shape))  # NaN, if there is one
+        if not (least >= 0 and most < math.inf):
+            raise ValueError(f"{prefix}depth: holds NaN, infinite or negative depths, want >= 0")
+    name = f"{prefix}cameras" if len(shape) > 2 else f"{prefix}camera"
+    cameras = getattr(owner, name, None)
+    if cameras is not None:
+        got = (*cameras.batch_shape, cameras.height, cameras.width)
+        _expect(f"{name} (batch, height, width)", got, shape)
+    return shape
 
 
-def as_uint8(value: Any, name: str, shape: Sequence[int | None]) -> Tensor:
-    """``value`` as a uint8 tensor of the given shape (None: any length of at least 1)."""
-    tensor = torch.as_tensor(value)
-    if tensor.dtype != torch.uint8:
-        raise ValueError(f"{name}: got dtype {tensor.dtype}, want uint8 (0 to 255)")
-    _check_shape(tensor, name, shape)
-    return tensor
+def _expect(name: str, got: Sequence[int], want: Sequence[int | None]) -> None:
+    fits = (a == b if b is not None else a > 0 for a, b in zip(got, want, strict=False))
+    if len(got) != len(want) or not all(fits):
+        wanted = ", ".join("*" if n is None else str(n) for n in want)
+        raise ValueError(f"{name}: got shape {tuple(got)}, want ({wanted})")
 
 
-def as_depth(value: Any, name: str, shape: Sequence[int | None]) -> Tensor | None:
-    """``value`` as a float32 tensor of finite depths >= 0, or None."""
-    if value is None:
-        return None
-    tensor = torch.as_tensor(value, dtype=torch.float32)
-    _check_shape(tensor, name, shape)
-    least, most = torch.aminmax(tensor)  # NaN, if there is one
-    if not (least >= 0 and most < math.inf):
-        raise ValueError(f"{name}: holds NaN, infinite or negative depths, want >= 0 (0: nothing)")
-    return tensor
-
-
-def _check_shape(tensor: Tensor, name: str, shape: Sequence[int | None]) -> None:
-    matches = tensor.ndim == len(shape) and all(
-        (want is None and got > 0) or got == want
-        for got, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not matches:
-        want = "(" + ", ".join("*" if n is None else str(n) for n in shape) + ")"
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, want {want}")
-
-
-def check_cameras(cameras: Cameras, name: str, shape: Sequence[int]) -> None:
-    """``shape`` is the batch shape followed by height and width."""
-    got = (*cameras.batch_shape, cameras.height, cameras.width)
-    if got != tuple(shape):
-        raise ValueError(f"{name}: got (batch, height, width) {got}, want {tuple(shape)}")
+def scaled(pictures: Any, size: int) -> dict[str, Any]:
+    """The rgb, alpha, depth and cameras of a record or batch at ``size`` x ``size`` pixels."""
+    if tuple(pictures.rgb.shape[-3:-1]) == (size, size):
+        return {}
+    depth = pictures.depth
+    return {
+        "rgb": resize(pictures.rgb, size),
+        "alpha": resize(pictures.alpha[..., None], size)[..., 0],
+        "depth": None if depth is None else _resize_depth(depth, pictures.alpha, size),
+        "cameras": pictures.cameras.resized(size, size),
+    }
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """uint8 images (..., H, W, C) scaled to (..., size, size, C).
+    """uint8 images (..., H, W, C) scaled to (..., size, size, C): area average down, bilinear up.
 
     Averages sRGB values, as compositing does; colours must be premultiplied (over black).
     """
@@ -158,25 +156,22 @@ def resize(images: Tensor, size: int) -> Tensor:
         raise ValueError(f"size: got {size}, want at least 1 pixel")
     flat = images.reshape(-1, *images.shape[-3:]).permute(0, 3, 1, 2).float()
     flat = _interpolate(flat, size)
-    scaled = (flat + 0.5).floor().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return scaled.reshape(*images.shape[:-3], size, size, images.shape[-1])
+    whole = (flat + 0.5).floor().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return whole.reshape(*images.shape[:-3], size, size, images.shape[-1])
 
 
-def resize_depth(depth: Tensor | None, alpha: Tensor, size: int) -> Tensor | None:
+def _resize_depth(depth: Tensor, alpha: Tensor, size: int) -> Tensor:
     """Depth (..., H, W) scaled to (..., size, size): the mean over what alpha covers."""
-    if depth is None:
-        return None
     weight = alpha.reshape(-1, 1, *alpha.shape[-2:]).float() * (1 / 255)
-    scaled = _interpolate(depth.reshape(weight.shape) * weight, size)
+    total = _interpolate(depth.reshape(weight.shape) * weight, size)
     coverage = _interpolate(weight, size)
-    scaled = torch.where(coverage > 0, scaled / coverage.clamp_min(1e-6), 0.0)
-    return scaled.reshape(*depth.shape[:-2], size, size)
+    mean = torch.where(coverage > 0, total / coverage.clamp_min(1e-6), 0.0)
+    return mean.reshape(*depth.shape[:-2], size, size)
 
 
 def _interpolate(images: Tensor, size: int) -> Tensor:
-    if max(images.shape[-2:]) > size:
-        return interpolate(images, (size, size), mode="area")
-    return interpolate(images, (size, size), mode="bilinear", align_corners=False)
+    mode = "area" if max(images.shape[-2:]) > size else "bilinear"
+    return interpolate(images, (size, size), mode=mode)
 
 
 def load_image(
@@ -199,9 +194,10 @@ def load_image(
         DatasetError: if the file is missing, not an image, truncated, or larger than
             ``MAX_PIXELS`` pixels.
     """
-    with opened(path, read_bytes(path) if data is None else data) as image:
+    image = decoded(path, data)
+    with named(path):
         image = _eight_bit(ImageOps.exif_transpose(image) if rotate else image)
-        rgba = np.asarray(image.convert("RGBA"))
+    rgba = np.asarray(image.convert("RGBA"))
     colour, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3]
     over_black = (colour * alpha[..., None] + 127) // 255
     return torch.from_numpy(over_black.astype(np.uint8)), torch.from_numpy(alpha.copy())
@@ -209,14 +205,8 @@ def load_image(
 
 def has_alpha(path: str | Path, data: bytes | None = None) -> bool:
     """Whether the image file carries transparency of its own."""
-    with opened(path, read_bytes(path) if data is None else data, decode=False) as image:
-        return "A" in image.getbands() or "transparency" in image.info
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of the stored pixels; only the file's header is decoded."""
-    with opened(path, read_bytes(path), decode=False) as image:
-        return image.width, image.height
+    image = decoded(path, data, pixels=False)
+    return "A" in image.getbands() or "transparency" in image.info
 
 
 def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
@@ -239,40 +229,31 @@ def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
     return data
 
 
-class opened:
-    """Context: a decoded PIL image, every way of failing turned into a DatasetError."""
+def decoded(path: str | Path, data: bytes | None = None, pixels: bool = True) -> Image.Image:
+    """The image of a file or its bytes, or (without ``pixels``) only what its header says.
 
-    def __init__(self, path: str | Path, data: bytes, decode: bool = True) -> None:
-        self.path, self.data, self.decode = path, data, decode
-
-    def __enter__(self) -> Image.Image:
-        try:
-            image = Image.open(io.BytesIO(self.data), formats=_FORMATS)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise self._too_large("it claims a huge size") from None
-        except Exception:
-            kind = "an empty file" if not self.data else "not a readable image"
-            raise DatasetError(
-                f"{self.path}: {kind}; want {', '.join(_FORMATS)}. Remove it or save it again"
-            ) from None
-        if image.width * image.height > MAX_PIXELS:
-            raise self._too_large(f"it is {image.width} x {image.height} pixels")
-        try:
-            if self.decode:
-                image.load()
-        except Exception as error:
-            raise DatasetError(
-                f"{self.path}: truncated or damaged image ({error}). Copy or make it again"
-            ) from None
-        return image
-
-    def __exit__(self, *exc: object) -> None:
-        self.data = b""
-
-    def _too_large(self, what: str) -> DatasetError:
-        return DatasetError(
-            f"{self.path}: {what}, the limit is {MAX_PIXELS // 1_000_000} megapixels. Shrink it"
-        )
+    Raises:
+        DatasetError: whatever is wrong with it.
+    """
+    data = read_bytes(path) if data is None else data
+    most = f"the limit is {MAX_PIXELS // 1_000_000} megapixels. Shrink it"
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DatasetError(f"{path}: it claims a huge size, {most}") from None
+    except Exception:
+        kind = "not a readable image" if data else "an empty file"
+        wanted = ", ".join(_FORMATS)
+        raise DatasetError(f"{path}: {kind}; want {wanted}. Remove it or save it again") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise DatasetError(f"{path}: it is {image.width} x {image.height} pixels, {most}")
+    try:
+        if pixels:
+            image.load()
+    except Exception as error:
+        said = f"truncated or damaged image ({error}). Copy or make it again"
+        raise DatasetError(f"{path}: {said}") from None
+    return image
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -280,7 +261,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
-            raise DatasetError(f"greyscale image: values beyond 16 bits ({values.max()})")
+            raise ValueError(f"greyscale values beyond 16 bits ({values.max()})")
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image), nan=0.0).clip(0.0, 1.0)
@@ -288,22 +269,21 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image
 
 
+def _image_files(root: Path) -> list[Path]:
+    found = root.iterdir() if root.is_dir() else ()
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def holds_images(folder: str | Path) -> bool:
     """Whether a folder has image files directly in it."""
-    root = Path(folder)
-    return root.is_dir() and any(p.suffix.lower() in IMAGE_SUFFIXES for p in root.iterdir())
+    return bool(_image_files(Path(folder)))
 
 
 def as_photographs(images: InputImages, size: int, elevation_deg: float) -> InputImages:
     """Pictures whose cameras are forgotten and assumed, as `load_images` does."""
+    cameras = standard_orbit(torch.zeros(len(images)), elevation_deg, size)
     small = images.resized(size)
-    cameras = _assumed_cameras(len(images), size, elevation_deg)
     return replace(small, cameras=cameras, depth=None, elevation_is_assumed=True)
-
-
-def _assumed_cameras(count: int, size: int, elevation_deg: float) -> Cameras:
-    """All at azimuth 0 of our renders' orbit about the world's origin."""
-    return standard_orbit(torch.zeros(count), elevation_deg, size)
 
 
 def load_images(folder: str | Path, size: int, *, elevation_deg: float = 15.0) -> InputImages:
@@ -322,15 +302,13 @@ def load_images(folder: str | Path, size: int, *, elevation_deg: float = 15.0) -
     if not -89 <= elevation_deg <= 89:
         raise ValueError(f"elevation_deg: got {elevation_deg}, want degrees in [-89, 89]")
     root = Path(folder)
-    if not root.is_dir():
-        raise DatasetError(f"{folder}: no such folder")
-    paths = sorted(p for p in root.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = _image_files(root)
     if not paths:
-        raise DatasetError(f"{folder}: holds no image; want files ending in {IMAGE_SUFFIXES}")
+        what = f"holds no image; want files ending in {IMAGE_SUFFIXES}"
+        raise DatasetError(f"{folder}: {what if root.is_dir() else 'no such folder'}")
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda path: _small_square(path, size), paths))
-    rgba = torch.stack(images)
-    cameras = _assumed_cameras(len(paths), size, elevation_deg)
+        rgba = torch.stack(list(pool.map(lambda path: _small_square(path, size), paths)))
+    cameras = standard_orbit(torch.zeros(len(paths)), elevation_deg, size)
     names = tuple(path.stem for path in paths)
     if len(set(names)) < len(paths):
         names = tuple(path.name for path in paths)

@@ -1,30 +1,42 @@
-"""One record of a dataset: its types in memory, and reading and writing it in either layout."""
+"""One record of a dataset: its types in memory, and reading and writing its folder.
+
+``pose.json`` holds R and t of an OpenGL world-to-camera transform, as the original's files do,
+and in ours K, width, height, azimuth_deg (relative to the input) and depth_scale too.  Depth is
+16-bit: depth = value * depth_scale, 0 where nothing is.
+"""
 
 from __future__ import annotations
 
+import io
+import json
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from fresnel.data import layout as _layouts
 from fresnel.data.images import (
+    Batch,
     DatasetError,
     InputImages,
-    _rows,
-    as_depth,
-    as_uint8,
-    check_cameras,
+    check_pictures,
+    decoded,
     has_alpha,
     load_image,
-    resize,
-    resize_depth,
+    named,
 )
-from fresnel.data.layout import Record
+from fresnel.data.layout import Record, array, entry, read_json, sha256
 from fresnel.scene.cameras import Cameras, intrinsics, relative_azimuth_deg
+
+# At 256 px level 4 packs 4000 views into 72 MB in 18 s; 6 into 71 MB in 23 s, 1 into 84 MB in 12 s.
+PNG_LEVEL = 4
+# The original's input camera stands at the world's origin, and its views turn about that.
+_ORIGIN = b'{"R": [[1, 0, 0], [0, 1, 0], [0, 0, 1]], "t": [0, 0, 0], "pivot": [0, 0, 0]}'
 
 
 @dataclass(frozen=True)
@@ -66,23 +78,13 @@ class ObjectViews:
     attribution: str = ""
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        put("input_rgb", as_uint8(self.input_rgb, "input_rgb", (None, None, 3)))
-        shape = tuple(self.input_rgb.shape[:2])
-        put("input_alpha", as_uint8(self.input_alpha, "input_alpha", shape))
-        put("input_depth", as_depth(self.input_depth, "input_depth", shape))
-        check_cameras(self.input_camera, "input_camera", shape)
+        shape = check_pictures(self, "input_", (None, None))
         if (self.identity_rgb is None) != (self.identity_alpha is None):
             raise ValueError("identity_rgb, identity_alpha: got one of them, want both or neither")
         if self.identity_rgb is not None:
-            put("identity_rgb", as_uint8(self.identity_rgb, "identity_rgb", (*shape, 3)))
-            put("identity_alpha", as_uint8(self.identity_alpha, "identity_alpha", shape))
-        put("rgb", as_uint8(self.rgb, "rgb", (None, None, None, 3)))
-        views = tuple(self.rgb.shape[:3])
-        put("alpha", as_uint8(self.alpha, "alpha", views))
-        put("depth", as_depth(self.depth, "depth", views))
-        check_cameras(self.cameras, "cameras", views)
-        put("pivot", torch.as_tensor(self.pivot, dtype=torch.float32))
+            check_pictures(self, "identity_", shape)
+        check_pictures(self, "", (None, None, None))
+        object.__setattr__(self, "pivot", torch.as_tensor(self.pivot, dtype=torch.float32))
         if self.pivot.shape != (3,) or not self.pivot.isfinite().all():
             raise ValueError(f"pivot: got {self.pivot.tolist()}, want three finite numbers")
 
@@ -98,7 +100,7 @@ class ObjectViews:
 
 
 @dataclass(frozen=True)
-class ViewTensors:
+class ViewTensors(Batch):
     """A whole dataset in memory: M objects, V views each.
 
     ``rgb`` uint8 (M, V, H, W, 3) over black, ``alpha`` uint8 (M, V, H, W), ``cameras`` of batch
@@ -106,7 +108,6 @@ class ViewTensors:
     that of the dataset they were read from; "": made otherwise, and no receipt can be of them.
     """
 
-    names: tuple[str, ...]
     inputs: InputImages
     rgb: Tensor
     alpha: Tensor
@@ -115,78 +116,23 @@ class ViewTensors:
     depth: Tensor | None = None
     content_hash: str = ""
 
-    def __len__(self) -> int:
-        return len(self.names)
 
-    def __getitem__(self, index: Any) -> ViewTensors:
-        """Fewer objects; ``index`` is a slice, or a sequence, array or tensor of indices."""
-        rows = _rows(index, len(self))
-        return replace(
-            self,
-            names=tuple(self.names[i] for i in rows),
-            inputs=self.inputs[rows],
-            rgb=self.rgb[rows],
-            alpha=self.alpha[rows],
-            cameras=self.cameras[rows],
-            pivots=self.pivots[rows],
-            depth=None if self.depth is None else self.depth[rows],
-        )
-
-    def to(self, device: torch.device | str) -> ViewTensors:
-        return replace(
-            self,
-            inputs=self.inputs.to(device),
-            rgb=self.rgb.to(device),
-            alpha=self.alpha.to(device),
-            cameras=self.cameras.to(device),
-            pivots=self.pivots.to(device),
-            depth=None if self.depth is None else self.depth.to(device),
-        )
+def stack_cameras(cameras: Sequence[Cameras]) -> Cameras:
+    viewmats, Ks = (torch.stack([getattr(c, n) for c in cameras]) for n in ("viewmats", "Ks"))
+    return Cameras(viewmats, Ks, cameras[0].width, cameras[0].height)
 
 
-def over_black(rgb: Tensor, alpha: Tensor, background: Sequence[float]) -> Tensor:
-    """uint8 pictures over ``background``, recomposited over black."""
-    if not any(background):
-        return rgb
-    behind = (1 - alpha[..., None].float() / 255) * torch.tensor(background) * 255
-    return (rgb.float() - behind + 0.5).clamp(0, 255).to(torch.uint8)
+def stack_depths(depths: Sequence[Tensor | None]) -> Tensor | None:
+    """None if one of them is missing."""
+    found = [depth for depth in depths if depth is not None]
+    return torch.stack(found) if len(found) == len(depths) else None
 
 
-def resized(views: ObjectViews, size: int) -> ObjectViews:
-    """The record with its views (not its input) at ``size`` x ``size`` pixels."""
-    if views.rgb.shape[1] == size:
-        return views
-    return replace(
-        views,
-        rgb=resize(views.rgb, size),
-        alpha=resize(views.alpha[..., None], size)[..., 0],
-        depth=resize_depth(views.depth, views.alpha, size),
-        cameras=views.cameras.resized(size, size),
-    )
+# --- reading -----------------------------------------------------------------------------------
 
 
 def view_folders(record: Record) -> list[str]:
     return sorted({file.split("/")[0] for file in record.files if file.startswith("view_")})
-
-
-def _expect_views(base: Path, record: Record, count: int) -> list[str]:
-    views = view_folders(record)
-    if len(views) != count:
-        raise DatasetError(
-            f"{base}: has {len(views)} views, the dataset's other "
-            f"objects have {count}. Restore the views or remove the folder"
-        )
-    return views
-
-
-def _expect_size(path: Path, image: Tensor, size: int) -> Tensor:
-    if tuple(image.shape[:2]) != (size, size):
-        height, width = image.shape[:2]
-        raise DatasetError(
-            f"{path}: is {width} x {height} pixels, the dataset's views are {size} x {size}. "
-            "Make it again at that size"
-        )
-    return image
 
 
 def read_object(
@@ -196,119 +142,166 @@ def read_object(
     count: int,
     load: Callable[[str], bytes],
     background: Sequence[float] = (0.0, 0.0, 0.0),
+    original: bool = False,
 ) -> ObjectViews:
-    """Decode one record of our layout.
+    """Decode one record.
 
     Args:
         base: its folder, for messages.
+        size: side in pixels of its ``count`` views.
         load: the bytes of a file of ``record.files``.
         background: sRGB that its views are over; they are composited over black here, once.
+        original: whether it is of the original experiment's layout, not of ours.
     """
+    views = view_folders(record)
+    if len(views) != count:
+        raise DatasetError(
+            f"{base}: has {len(views)} views, the dataset's other objects have {count}. Restore "
+            "the views or remove the folder"
+        )
 
-    def png(file: str, mode: str) -> Tensor:
-        return _layouts.read_png(base / file, mode, load(file))
-
-    def sized(file: str, mode: str) -> Tensor:
-        return _expect_size(base / file, png(file, mode), size)
-
-    def depth_of(file: str, pose: dict[str, Any], pose_file: str) -> Tensor:
-        return _layouts.read_depth(base / file, _scale(pose, base / pose_file), load(file))
-
-    input_rgb = png("input.png", "RGB")
-    pose_file = "input_pose.json"
-    height, width = input_rgb.shape[:2]
-    input_camera, input_pose = _layouts.read_camera(
-        base / pose_file, width, height, load(pose_file)
-    )
-    rgb, alpha, depth, cameras = [], [], [], []
-    for view in _expect_views(base, record, count):
-        rgb.append(sized(f"{view}/rgb.png", "RGB"))
-        alpha.append(sized(f"{view}/alpha.png", "L"))
-        file = f"{view}/pose.json"
-        camera, pose = _layouts.read_camera(base / file, size, size, load(file))
-        cameras.append(camera)
-        if (name := f"{view}/depth.png") in record.files:
-            depth.append(_expect_size(base / name, depth_of(name, pose, file), size))
-    has = record.files.__contains__
-    alphas = torch.stack(alpha)
-    return _layouts.named(
-        base,
-        lambda: ObjectViews(
-            name=record.name,
-            input_rgb=input_rgb,
-            input_alpha=png("input_alpha.png", "L"),
-            input_camera=input_camera,
-            rgb=over_black(torch.stack(rgb), alphas, background),
-            alpha=alphas,
-            cameras=_layouts.stack_cameras(cameras),
-            pivot=torch.from_numpy(_layouts.array(input_pose, "pivot", (3,), base / pose_file)),
-            depth=torch.stack(depth) if len(depth) == len(rgb) else None,
-            input_depth=depth_of("input_depth.png", input_pose, pose_file)
-            if has("input_depth.png")
-            else None,
-            identity_rgb=png("identity.png", "RGB") if has("identity.png") else None,
-            identity_alpha=png("identity_alpha.png", "L") if has("identity_alpha.png") else None,
-            attribution=record.attribution,
-        ),
-    )
-
-
-def _scale(pose: dict[str, Any], path: Path) -> float:
-    scale = pose.get("depth_scale")
-    if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise DatasetError(f"{path}: depth_scale is {scale!r}, want a positive number")
-    return float(scale)
-
-
-def read_original(
-    base: Path, record: Record, size: int, count: int, load: Callable[[str], bytes]
-) -> ObjectViews:
-    """Decode one record of the original experiment's layout."""
-
-    def image(file: str) -> tuple[Tensor, Tensor]:
+    def picture(file: str, alpha_file: str, side: int | None = None) -> tuple[Tensor, Tensor]:
         data = load(file)
-        rgb, alpha = load_image(base / file, data=data)
-        if not has_alpha(base / file, data):
-            alpha = (rgb > 0).any(dim=-1).to(torch.uint8) * 255
+        if original:
+            rgb, alpha = load_image(base / file, data=data)
+            if not has_alpha(base / file, data):
+                alpha = (rgb > 0).any(dim=-1).to(torch.uint8) * 255
+        else:
+            rgb = _read_png(base / file, "RGB", data)
+            alpha = _read_png(base / alpha_file, "L", load(alpha_file))
+        shape = (side, side) if side else rgb.shape[:2]
+        _sized(base / file, rgb, shape)
+        _sized(base / alpha_file, alpha, shape)
         return rgb, alpha
 
-    input_rgb, input_alpha = image("input.png")
-    height, width = input_rgb.shape[:2]
-    rgb, alpha, depth, cameras = [], [], [], []
-    for view in _expect_views(base, record, count):
-        view_rgb, view_alpha = image(f"{view}/rgb.png")
-        rgb.append(_expect_size(base / view / "rgb.png", view_rgb, size))
-        alpha.append(view_alpha)
+    def depth(stem: str, pose: dict[str, Any], shape: Sequence[int]) -> Tensor | None:
+        file = f"{stem}.npy" if original else f"{stem}.png"
+        if file not in record.files:
+            return None
+        if original:
+            return _sized(base / file, _read_npy(base / file, load(file)), shape)
+        scale = entry(pose, "depth_scale", float, base / file)
+        return _sized(base / file, _read_depth(base / file, scale, load(file)), shape)
+
+    input_rgb, input_alpha = picture("input.png", "input_alpha.png")
+    shape = input_rgb.shape[:2]
+    path = base / "input_pose.json"
+    said = _ORIGIN if original else load("input_pose.json")
+    input_camera, input_pose = read_camera(path, shape[1], shape[0], said)
+    pictures, cameras, depths = [], [], []
+    for view in views:
+        pictures.append(picture(f"{view}/rgb.png", f"{view}/alpha.png", size))
         file = f"{view}/pose.json"
-        cameras.append(_layouts.read_camera(base / file, size, size, load(file))[0])
-        if (file := f"{view}/depth.npy") in record.files:
-            depth.append(_layouts.read_npy_depth(base / file, (size, size), load(file)))
-    K = intrinsics(float(width), width, height)
-    return ObjectViews(
-        name=record.name,
-        input_rgb=input_rgb,
-        input_alpha=input_alpha,
-        input_camera=Cameras.from_opengl(torch.eye(3), torch.zeros(3), K, width, height),
-        rgb=torch.stack(rgb),
-        alpha=torch.stack(alpha),
-        cameras=_layouts.stack_cameras(cameras),
-        pivot=torch.zeros(3),
-        depth=torch.stack(depth) if len(depth) == len(rgb) else None,
-    )
+        camera, pose = read_camera(base / file, size, size, load(file))
+        cameras.append(camera)
+        depths.append(depth(f"{view}/depth", pose, (size, size)))
+    rgb, alpha = (torch.stack(of_all) for of_all in zip(*pictures, strict=True))
+    identity: tuple[Tensor | None, Tensor | None] = (None, None)
+    if "identity.png" in record.files:
+        identity = picture("identity.png", "identity_alpha.png")
+    with named(base):
+        return ObjectViews(
+            name=record.name,
+            input_rgb=input_rgb,
+            input_alpha=input_alpha,
+            input_camera=input_camera,
+            rgb=_over_black(rgb, alpha, background),
+            alpha=alpha,
+            cameras=stack_cameras(cameras),
+            pivot=torch.from_numpy(array(input_pose, "pivot", (3,), path)),
+            depth=stack_depths(depths),
+            input_depth=depth("input_depth", input_pose, shape),
+            identity_rgb=identity[0],
+            identity_alpha=identity[1],
+            attribution=record.attribution,
+        )
 
 
-def record_folder(index: int) -> str:
-    return f"image_{index:04d}"
+def _sized(path: Path, image: Tensor, shape: Sequence[int]) -> Tensor:
+    if tuple(image.shape[:2]) != tuple(shape):
+        (height, width), got = shape, " x ".join(str(n) for n in reversed(image.shape[:2]))
+        raise DatasetError(f"{path}: is {got} pixels, want {width} x {height}. Make it again so")
+    return image
+
+
+def _over_black(rgb: Tensor, alpha: Tensor, background: Sequence[float]) -> Tensor:
+    if not any(background):
+        return rgb
+    behind = (1 - alpha[..., None].float() / 255) * torch.tensor(background) * 255
+    return (rgb.float() - behind + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def _read_png(path: Path, mode: str, data: bytes) -> Tensor:
+    """uint8 (H, W, 3) for mode "RGB", (H, W) for "L", uint16 (H, W) for "I;16"."""
+    image = decoded(path, data)
+    if image.mode != mode:
+        said = "Write the dataset again with fresnel.data.dataset.write"
+        raise DatasetError(f"{path}: a PNG of mode {image.mode}, want {mode}. {said}")
+    return torch.from_numpy(np.array(image))
+
+
+def _read_depth(path: Path, scale: float, data: bytes) -> Tensor:
+    if scale <= 0:
+        raise DatasetError(f"{path}: its depth_scale is {scale}, want a positive number")
+    values = _read_png(path, "I;16", data).numpy()
+    if math.frexp(scale)[0] == 0.5 and 1e-30 < scale < 1e30:  # a power of two: nothing to round
+        return torch.from_numpy(values.astype(np.float32) * np.float32(scale))
+    return torch.from_numpy((values.astype(np.float64) * scale).astype(np.float32))
+
+
+def _read_npy(path: Path, data: bytes) -> Tensor:
+    """The original's depth.npy, (H, W) or (1, H, W) numbers."""
+    try:
+        found = np.load(io.BytesIO(data), allow_pickle=False)
+        return torch.from_numpy(found.astype(np.float32).reshape(found.shape[-2:]))
+    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+        said = f"not a readable .npy array of depth ({error}). Make it again"
+        raise DatasetError(f"{path}: {said}") from None
+
+
+def read_camera(path: Path, width: int, height: int, data: bytes) -> tuple[Cameras, dict[str, Any]]:
+    """The camera of a pose file for an image of width x height, and the file's other entries."""
+    pose = read_json(path, data)
+    rotation, translation = array(pose, "R", (3, 3), path), array(pose, "t", (3,), path)
+    error, sign = np.abs(rotation @ rotation.T - np.eye(3)).max(), np.linalg.det(rotation)
+    if error > 1e-3 or sign < 0:
+        raise DatasetError(
+            f"{path}: R is not a rotation (R R^T is off by {error:.3g}, determinant {sign:.3g}). "
+            "Want an OpenGL world-to-camera rotation without scale or mirror"
+        )
+    K = intrinsics(float(width), width, height)  # the original: focal length = image size
+    if "K" in pose:
+        Ks = array(pose, "K", (3, 3), path)
+        if Ks[0, 0] <= 0 or Ks[1, 1] <= 0 or Ks[2].tolist() != [0, 0, 1]:
+            raise DatasetError(f"{path}: K is not a pinhole matrix with focal lengths > 0")
+        if (pose.get("width", width), pose.get("height", height)) != (width, height):
+            raise DatasetError(
+                f"{path}: is for {pose.get('width')} x {pose.get('height')} pixels, the image "
+                f"beside it has {width} x {height}. Write both again"
+            )
+        K = torch.from_numpy(Ks).float()
+    turn, shift = torch.from_numpy(rotation).float(), torch.from_numpy(translation).float()
+    return Cameras.from_opengl(turn, shift, K, width, height), pose
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def png(image: Tensor | np.ndarray) -> bytes:
+    """Lossless PNG of uint8 (H, W, 3), (H, W, 4) or (H, W), or of uint16 (H, W)."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(buffer, "PNG", compress_level=PNG_LEVEL)
+    return buffer.getvalue()
 
 
 def write_object(root: Path, index: int, views: ObjectViews) -> Record:
-    folder = record_folder(index)
+    folder = f"image_{index:04d}"
     files = {}
     for file, data in encode_object(views):
         path = root / folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-        files[file] = _layouts.sha256(data)
+        files[file] = sha256(data)
     return Record(views.name, folder, views.attribution, files)
 
 
@@ -316,26 +309,45 @@ def encode_object(views: ObjectViews) -> Iterable[tuple[str, bytes]]:
     """The files of one record in our layout: path inside its folder, and bytes."""
     views.cameras.validate()
     views.input_camera.validate()
-    yield "input.png", _layouts.png(views.input_rgb)
-    yield "input_alpha.png", _layouts.png(views.input_alpha)
-    scale = None
-    if views.input_depth is not None:
-        scale = _layouts.depth_scale(views.input_depth)
-        yield "input_depth.png", _layouts.depth_png(views.input_depth)
-    pose = _layouts.pose_json(views.input_camera, 0.0, scale, pivot=views.pivot.tolist())
-    yield "input_pose.json", pose
+    yield "input.png", png(views.input_rgb)
+    yield "input_alpha.png", png(views.input_alpha)
+    pivot = views.pivot.tolist()
+    yield from _depth_and_pose("input_", views.input_depth, views.input_camera, 0.0, pivot=pivot)
     if views.identity_rgb is not None and views.identity_alpha is not None:
-        yield "identity.png", _layouts.png(views.identity_rgb)
-        yield "identity_alpha.png", _layouts.png(views.identity_alpha)
-    azimuths = relative_azimuth_deg(
-        views.cameras.reshape(1, -1), views.input_camera.reshape(1), views.pivot
-    )[0]
-    for k in range(len(views.rgb)):
-        yield f"view_{k:03d}/rgb.png", _layouts.png(views.rgb[k])
-        yield f"view_{k:03d}/alpha.png", _layouts.png(views.alpha[k])
-        scale = None
-        if views.depth is not None:
-            scale = _layouts.depth_scale(views.depth[k])
-            yield f"view_{k:03d}/depth.png", _layouts.depth_png(views.depth[k])
-        pose = _layouts.pose_json(views.cameras[k], float(azimuths[k]), scale)
-        yield f"view_{k:03d}/pose.json", pose
+        yield "identity.png", png(views.identity_rgb)
+        yield "identity_alpha.png", png(views.identity_alpha)
+    cameras, about = views.cameras, views.input_camera.reshape(1)
+    azimuths = relative_azimuth_deg(cameras.reshape(1, -1), about, views.pivot)[0].tolist()
+    for k, azimuth in enumerate(azimuths):
+        folder = f"view_{k:03d}/"
+        yield f"{folder}rgb.png", png(views.rgb[k])
+        yield f"{folder}alpha.png", png(views.alpha[k])
+        depth = None if views.depth is None else views.depth[k]
+        yield from _depth_and_pose(folder, depth, cameras[k], azimuth)
+
+
+def _depth_and_pose(
+    prefix: str, depth: Tensor | None, camera: Cameras, azimuth_deg: float, **more: Any
+) -> Iterable[tuple[str, bytes]]:
+    scale = None
+    if depth is not None:
+        # numpy: torch would call all cores together for each of the encoding threads' pictures
+        exact = depth.numpy().astype(np.float64)
+        largest = float(exact.max())
+        # a step is a power of two, so that writing again changes no bit
+        scale = 2.0 ** math.ceil(math.log2(largest / 65535)) if largest > 0 else 2.0**-16
+        steps = np.rint(exact / scale)
+        np.clip(steps, 1, 65535, out=steps, where=exact > 0)
+        yield f"{prefix}depth.png", png(steps.astype(np.uint16))
+    rotation, translation = camera.to_opengl()
+    pose = {
+        "R": rotation.tolist(),
+        "t": translation.tolist(),
+        "K": camera.Ks.tolist(),
+        "width": camera.width,
+        "height": camera.height,
+        "azimuth_deg": round(azimuth_deg, 4),
+        "depth_scale": scale,
+        **more,
+    }
+    yield f"{prefix}pose.json", json.dumps(pose, indent=1).encode()

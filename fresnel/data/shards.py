@@ -20,13 +20,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from fresnel.data import layout as _layouts
 from fresnel.data.images import DatasetError
-from fresnel.data.layout import Record
+from fresnel.data.layout import SCHEMA_VERSION, Record, array, entry, inside, read_json
 from fresnel.data.records import ObjectViews, encode_object, read_object
-from fresnel.data.writing import store
-from fresnel.host.files import locked, sha256
-from fresnel.host.machine import cache_dir
+from fresnel.host.files import sha256
 
 INDEX = "shards.json"
 _KEY = re.compile(r"image_\d{4,}")
@@ -45,34 +42,6 @@ class _Views(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> ObjectViews: ...
-
-
-class Records(Protocol):
-    """What `write_shards` needs of a `MultiViewDataset`."""
-
-    content_hash: str
-    image_size: int
-    views_per_object: int
-    meta: dict[str, Any]
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> ObjectViews: ...
-
-
-def unpacked(root: Path, cache: str | Path | None) -> Path:
-    """The folder of the dataset that these shards hold, unpacked unless that was done before.
-
-    Raises:
-        DatasetError: if a shard is damaged, or not the one whose sha256 was recorded.
-    """
-    index = index_of(root)
-    key = _layouts.sha256(_layouts.canonical_json(index))[:16]
-    target = (Path(cache) if cache is not None else cache_dir()) / f"{root.resolve().stem}-{key}"
-    with locked(target.with_name(f".{target.name}.lock"), f"{target}: another process unpacks it"):
-        if not (target / _layouts.MANIFEST).is_file():
-            meta = {**index["meta"], "unpacked_from": root.name}
-            store(target, checked(root, index), meta=meta)
-    return target
 
 
 def write_shards(path: str | Path, dataset: _Views, *, objects_per_shard: int = 100) -> list[Path]:
@@ -100,7 +69,7 @@ def write_shards(path: str | Path, dataset: _Views, *, objects_per_shard: int = 
         file = partial.rename(target / f"shard-{len(shards):06d}.tar")
         shards.append({"file": file.name, "objects": len(rows), "sha256": sha256(file)})
     index = {
-        "schema_version": _layouts.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "content_hash": dataset.content_hash,
         "image_size": dataset.image_size,
         "views_per_object": dataset.views_per_object,
@@ -117,29 +86,23 @@ def recognises(folder: Path) -> bool:
 
 
 def index_of(folder: Path) -> dict[str, Any]:
-    """What a folder's shards.json says, checked: background, meta, and its shards.
+    """What a folder's shards.json says, checked: its meta and its shards.
 
     Raises:
         DatasetError: if it is damaged, or leads out of the folder.
     """
-    path = _layouts.inside(folder, INDEX)
-    index = _layouts.read_json(path)
-    if index.get("schema_version") != _layouts.SCHEMA_VERSION:
+    path = inside(folder, INDEX)
+    index = read_json(path)
+    if index.get("schema_version") != SCHEMA_VERSION:
         raise DatasetError(f"{path}: schema_version is {index.get('schema_version')!r}")
-    background = _layouts.array(index, "background", (3,), path)
-    if not isinstance(index.get("meta"), dict) or not isinstance(index.get("shards"), list):
-        raise DatasetError(f"{path}: has no meta or no shards")
-    if not index["shards"] or not all(_is_entry(entry) for entry in index["shards"]):
-        raise DatasetError(f"{path}: its list of shards is empty or damaged")
-    return {**index, "background": background.tolist()}
-
-
-def _is_entry(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and bool(re.fullmatch(r"[\w.-]+\.tar", str(entry.get("file"))))
-        and isinstance(entry.get("sha256"), str)
-    )
+    entry(index, "meta", dict, path)
+    for shard in entry(index, "shards", list, path):
+        entry(shard, "sha256", str, path)
+        if not re.fullmatch(r"[\w.-]+\.tar", file := entry(shard, "file", str, path)):
+            raise DatasetError(f"{path}: refuses {file!r}; want the name of a .tar beside it")
+    if not index["shards"]:
+        raise DatasetError(f"{path}: lists no shards")
+    return index
 
 
 def checked(folder: Path, index: dict[str, Any]) -> Iterator[ObjectViews]:
@@ -148,13 +111,13 @@ def checked(folder: Path, index: dict[str, Any]) -> Iterator[ObjectViews]:
     Raises:
         DatasetError: if one is missing, was changed, or is damaged.
     """
-    for entry in index["shards"]:
-        path = _layouts.inside(folder, entry["file"])
+    for shard in index["shards"]:
+        path = inside(folder, shard["file"])
         try:
             digest = sha256(path)
         except OSError as error:
             raise DatasetError(f"{path}: can't be read ({error.strerror})") from None
-        if digest != entry["sha256"]:
+        if digest != shard["sha256"]:
             raise DatasetError(f"{path}: is not the shard that {INDEX} lists (sha256 differs)")
         yield from _stream(path)
 
@@ -229,18 +192,13 @@ def _stream(source: Path | IO[bytes]) -> Iterator[ObjectViews]:
 
 
 def _decoded(where: Path, key: str, files: dict[str, bytes]) -> ObjectViews:
-    about = _layouts.read_json(where / key / "record.json", files.pop("record.json", b""))
-    name, attribution = about.get("name"), about.get("attribution", "")
-    size, count = about.get("image_size"), about.get("views")
-    background = _layouts.array({"background": [0, 0, 0], **about}, "background", (3,), where / key)
-    if not isinstance(name, str) or not isinstance(attribution, str):
-        raise DatasetError(f"{where}: {key}.record.json has no name or attribution")
-    if not isinstance(size, int) or not isinstance(count, int):
-        raise DatasetError(f"{where}: {key}.record.json has no image_size or views")
-    ours = {}
-    for file, data in files.items():
-        view = re.match(r"view_\d{3,}\.", file)
-        ours[file[: view.end() - 1] + "/" + file[view.end() :] if view else file] = data
+    base = where / key
+    about = read_json(base / "record.json", files.pop("record.json", b""))
+    name = entry(about, "name", str, base)
+    attribution = entry(about, "attribution", str, base, "")
+    size, count = (entry(about, key, int, base) for key in ("image_size", "views"))
+    background = array({"background": [0, 0, 0], **about}, "background", (3,), base)
+    ours = {re.sub(r"^(view_\d{3,})\.", r"\1/", file): data for file, data in files.items()}
     record = Record(name, key, attribution, dict.fromkeys(ours, ""))
 
     def load(file: str) -> bytes:
@@ -248,4 +206,4 @@ def _decoded(where: Path, key: str, files: dict[str, bytes]) -> ObjectViews:
             raise DatasetError(f"{where}: {key} has no {file}")
         return ours[file]
 
-    return read_object(where / key, record, size, count, load, background.tolist())
+    return read_object(base, record, size, count, load, background.tolist())

@@ -20,21 +20,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.spatial.transform import Rotation
 
-from fresnel.data import layout as _layouts
-from fresnel.data.captures import Capture, Floats, Lens, View, collect, pinhole
-from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, image_size
-from fresnel.data.layout import inside, relative
-from fresnel.data.records import ObjectViews
+from fresnel.data.captures import MAX_VIEWS, Capture, Floats, Lens, View, collect, pinhole
+from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, decoded
+from fresnel.data.layout import array, entry, inside, read_json, relative
+from fresnel.data.records import ObjectViews, png
 from fresnel.data.writing import replaced
 
 _PARTS = ("transforms_train.json", "transforms_val.json", "transforms_test.json")
-_MAX_JSON_BYTES = 1 << 28
 Y_UP = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
 """World of the file (Z up) to ours (Y up)."""
 _FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
-_MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "OPENCV_FISHEYE", "PERSPECTIVE")
+_MODELS = {
+    "PINHOLE": (),
+    "SIMPLE_PINHOLE": (),
+    "PERSPECTIVE": (),
+    "OPENCV": ("k1", "k2", "p1", "p2", "k3"),
+    "OPENCV_FISHEYE": ("k1", "k2", "k3", "k4"),
+}
 
 
 def recognises(folder: Path) -> bool:
@@ -49,31 +52,26 @@ def read(root: Path, folder: str) -> list[Capture]:
     views: list[View] = []
     marks: dict[str, Any] = {}
     for name in names:
-        path = inside(root, f"{folder}/{name}" if folder else name)
-        top = _layouts.read_json(path, limit=_MAX_JSON_BYTES)
-        frames = top.get("frames")
-        if not isinstance(frames, list):
-            raise DatasetError(f"{path}: has no list of frames")
-        if len(frames) > 50_000:
-            raise DatasetError(f"{path}: {len(frames)} frames, the limit is 50000. Split it up")
-        marks |= top["fresnel"] if isinstance(top.get("fresnel"), dict) else {}
-        sizes: dict[str, tuple[int, int]] = {}
+        path = inside(root, relative(folder, name, root))
+        top = read_json(path)
+        frames = entry(top, "frames", list, path)
+        if len(frames) > MAX_VIEWS:
+            said = f"{len(frames)} frames, the limit is {MAX_VIEWS}. Split it up"
+            raise DatasetError(f"{path}: {said}")
+        marks |= entry(top, "fresnel", dict, path, {})
+        sizes: list[tuple[int, int]] = []
         views += [_view(root, folder, path, top, frame, sizes) for frame in frames]
     if len(names) > 1:
         views = list({view.image: view for view in views}.values())  # a copied split repeats them
-    descriptions = [f"{folder}/{name}" if folder else name for name in names]
     where = base / names[0]
-    return [
-        collect(
-            where,
-            folder or base.resolve().name,
-            views,
-            descriptions,
-            Y_UP,
-            notes={"format": "nerfstudio", "up": "the file's Z"},
-            **_marked(root, folder, where, marks, views),
-        )
-    ]
+    more: dict[str, Any] = {"attribution": entry(marks, "attribution", str, where, "")}
+    if "pivot" in marks:  # `export` wrote the file
+        more["pivot"] = Y_UP @ array(marks, "pivot", (3,), where)
+    if "input" in marks:
+        more["input_image"] = relative(folder, marks["input"], where)
+    label = folder or base.resolve().name
+    said_in = [relative(folder, name, root) for name in names]
+    return [collect(where, label, views, said_in, "nerfstudio", Y_UP, **more)]
 
 
 def _view(
@@ -82,97 +80,65 @@ def _view(
     path: Path,
     top: dict[str, Any],
     frame: Any,
-    sizes: dict[str, tuple[int, int]],
+    sizes: list[tuple[int, int]],
 ) -> View:
-    if not isinstance(frame, dict):
-        raise DatasetError(f"{path}: a frame is a {type(frame).__name__}, want a JSON object")
-    image = _picture(root, relative(root, folder, frame.get("file_path"), path))
+    image = _picture(root, relative(folder, entry(frame, "file_path", str, path), path))
     mask = frame.get("mask_path")
-    matrix = _matrix(frame, path)
     with np.errstate(all="ignore"):
         try:
-            viewmat = _FLIP @ np.linalg.inv(matrix)
+            viewmat = _FLIP @ np.linalg.inv(_matrix(frame, path))
         except np.linalg.LinAlgError:
             raise DatasetError(f"{path}: the matrix of {image!r} is singular") from None
     both = {**top, **frame}
-    model = both.get("camera_model", "OPENCV")
+    model = entry(both, "camera_model", str, path, "OPENCV")
     if model not in _MODELS:
-        raise DatasetError(f"{path}: camera_model {model!r}; want one of {_MODELS}")
-    K, size = _intrinsics(root, path, both, image, sizes)
-    lens: Lens = ("PINHOLE", ())
+        raise DatasetError(f"{path}: camera_model {model!r}; want one of {tuple(_MODELS)}")
+    bends = tuple(float(entry(both, name, float, path, 0.0)) for name in _MODELS[model])
+    lens: Lens = (model, bends) if bends else ("PINHOLE", ())
     if model == "OPENCV":
-        k1, k2, p1, p2, k3 = (
-            _number(both, name, path, 0.0) for name in ("k1", "k2", "p1", "p2", "k3")
-        )
-        lens = ("FULL_OPENCV", (k1, k2, p1, p2, k3, 0.0, 0.0, 0.0))
-    elif model == "OPENCV_FISHEYE":
-        fisheye = ("k1", "k2", "k3", "k4")
-        lens = (model, tuple(_number(both, name, path, 0.0) for name in fisheye))
-    return View(
-        image=image,
-        viewmat=viewmat,
-        K=K,
-        size=size,
-        mask="" if mask is None else relative(root, folder, mask, path),
-        lens=lens,
-    )
+        lens = ("FULL_OPENCV", (*bends, 0.0, 0.0, 0.0))
+    K, size = _intrinsics(root, path, both, image, sizes)
+    return View(image, viewmat, K, size, "" if mask is None else relative(folder, mask, path), lens)
 
 
 def _matrix(frame: dict[str, Any], path: Path) -> Floats:
-    try:
-        rows = frame["transform_matrix"]
-        short = len(rows) == 3
-    except (KeyError, TypeError):
-        raise DatasetError(f"{path}: a frame has no transform_matrix, want 4 x 4 numbers") from None
-    matrix = _layouts.array(frame, "transform_matrix", (3, 4) if short else (4, 4), path)
-    if short:
-        matrix = np.vstack([matrix, [0, 0, 0, 1]])
+    rows = len(entry(frame, "transform_matrix", list, path))
+    matrix = array(frame, "transform_matrix", (3 if rows == 3 else 4, 4), path)
+    matrix = np.vstack([matrix, [0, 0, 0, 1]]) if rows == 3 else matrix
     if np.abs(matrix[3] - [0, 0, 0, 1]).max() > 1e-6:
         raise DatasetError(f"{path}: a transform_matrix doesn't end in 0 0 0 1")
     return matrix
 
 
-def _number(values: dict[str, Any], key: str, path: Path, default: float | None = None) -> float:
-    value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:
-        raise DatasetError(f"{path}: {key} is {str(value)[:80]!r}, want a finite number")
-    return float(value)
-
-
 def _intrinsics(
-    root: Path, path: Path, both: dict[str, Any], image: str, sizes: dict[str, tuple[int, int]]
+    root: Path, path: Path, both: dict[str, Any], image: str, sizes: list[tuple[int, int]]
 ) -> tuple[Floats, tuple[int, int]]:
     """K and the size it is for.  Without w and h the first picture of the file is measured."""
+
+    def number(key: str, default: float | None = None) -> float:
+        return float(entry(both, key, float, path, default))
+
+    def focal(pixels: str, angle: str, count: int) -> float | None:
+        if pixels in both:
+            return number(pixels)
+        if angle not in both or "fl_x" in both:
+            return None
+        if not 0 < number(angle) < math.pi:
+            raise DatasetError(f"{path}: {angle} is {number(angle)}, want radians in (0, pi)")
+        return 0.5 * count / math.tan(0.5 * number(angle))
+
     if "w" in both or "h" in both:
-        size = (round(_number(both, "w", path)), round(_number(both, "h", path)))
+        width, height = round(number("w")), round(number("h"))
     else:
-        size = sizes.setdefault("", (0, 0))
-        if size == (0, 0):
-            size = sizes[""] = image_size(inside(root, image))
-    width, height = size
-    if "fl_x" in both:
-        fx = _number(both, "fl_x", path)
-    elif "camera_angle_x" in both:
-        fx = _focal(both, "camera_angle_x", width, path)
-    elif "fl_y" in both:
-        fx = _number(both, "fl_y", path)
-    else:
+        if not sizes:
+            sizes.append(decoded(inside(root, image), pixels=False).size)
+        width, height = sizes[0]
+    fx, fy = focal("fl_x", "camera_angle_x", width), focal("fl_y", "camera_angle_y", height)
+    fx = number("fl_y") if fx is None and "fl_y" in both else fx
+    if fx is None:
         raise DatasetError(f"{path}: has neither fl_x nor camera_angle_x for {image!r}")
-    if "fl_y" in both:
-        fy = _number(both, "fl_y", path)
-    elif "camera_angle_y" in both and "fl_x" not in both:
-        fy = _focal(both, "camera_angle_y", height, path)
-    else:
-        fy = fx
-    cx, cy = _number(both, "cx", path, width / 2), _number(both, "cy", path, height / 2)
-    return pinhole(fx, fy, cx, cy), size
-
-
-def _focal(values: dict[str, Any], key: str, pixels: int, path: Path) -> float:
-    angle = _number(values, key, path)
-    if not 0 < angle < math.pi:
-        raise DatasetError(f"{path}: {key} is {angle}, want radians in (0, pi)")
-    return 0.5 * pixels / math.tan(0.5 * angle)
+    middle = number("cx", width / 2), number("cy", height / 2)
+    return pinhole(fx, fx if fy is None else fy, *middle), (width, height)
 
 
 def _picture(root: Path, image: str) -> str:
@@ -183,21 +149,6 @@ def _picture(root: Path, image: str) -> str:
         if (root / f"{image}{suffix}").is_file():
             return f"{image}{suffix}"
     raise DatasetError(f"{root / image}: no such file, with or without an extension of an image")
-
-
-def _marked(
-    root: Path, folder: str, where: Path, marks: dict[str, Any], views: list[View]
-) -> dict[str, Any]:
-    """Pivot and input view, where `export` wrote the file."""
-    more: dict[str, Any] = {}
-    if "pivot" in marks:
-        more["pivot"] = Y_UP @ _layouts.array(marks, "pivot", (3,), where)
-    if "input" in marks:
-        image = relative(root, folder, marks["input"], where)
-        more["input_view"] = next((k for k, v in enumerate(views) if v.image == image), None)
-    if isinstance(marks.get("attribution"), str):
-        more["attribution"] = marks["attribution"]
-    return more
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -246,7 +197,7 @@ def _is_export(folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return isinstance(_layouts.read_json(path, limit=_MAX_JSON_BYTES).get("fresnel"), dict)
+        return isinstance(read_json(path).get("fresnel"), dict)
     except DatasetError:
         return False
 
@@ -254,40 +205,55 @@ def _is_export(folder: Path) -> bool:
 def _export_one(folder: Path, views: ObjectViews) -> None:
     (folder / "images").mkdir(parents=True)
     frames: list[dict[str, Any]] = []
-    model = _Model()
     depths = views.depth if views.depth is not None else [None] * len(views.rgb)
+    first = ("input", views.input_rgb, views.input_alpha, views.input_camera, views.input_depth)
     pictures = [
-        ("input", views.input_rgb, views.input_alpha, views.input_camera, views.input_depth)
+        first,
+        *(
+            (f"view_{k:03d}", views.rgb[k], views.alpha[k], views.cameras[k], depths[k])
+            for k in range(len(views.rgb))
+        ),
     ]
-    pictures += [
-        (f"view_{k:03d}", views.rgb[k], views.alpha[k], views.cameras[k], depths[k])
-        for k in range(len(views.rgb))
-    ]
-    for name, rgb, alpha, camera, depth in pictures:
-        (folder / "images" / f"{name}.png").write_bytes(_layouts.png(_straight(rgb, alpha)))
+    import pycolmap
+
+    model = pycolmap.Reconstruction()
+    for number, (stem, rgb, alpha, camera, depth) in enumerate(pictures, 1):
+        name = f"{stem}.png"
+        (folder / "images" / name).write_bytes(png(_straight(rgb, alpha)))
         viewmat = camera.viewmats.double().numpy().copy()
         viewmat[:3, :3] = viewmat[:3, :3] @ Y_UP
-        matrix = np.linalg.inv(_FLIP @ viewmat)
         K = camera.Ks.double().numpy()
-        model.add(f"{name}.png", viewmat, K, rgb.numpy(), alpha.numpy(), depth)
+        size = {"w": camera.width, "h": camera.height}
+        optics = {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2], **size}
+        matrix = np.linalg.inv(_FLIP @ viewmat)
         frames.append(
-            {
-                "file_path": f"images/{name}.png",
-                "transform_matrix": matrix.tolist(),
-                "fl_x": K[0, 0],
-                "fl_y": K[1, 1],
-                "cx": K[0, 2],
-                "cy": K[1, 2],
-                "w": camera.width,
-                "h": camera.height,
-            }
+            {"file_path": f"images/{name}", "transform_matrix": matrix.tolist(), **optics}
         )
-    first = {key: frames[1][key] for key in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
+        lens = pycolmap.Camera(
+            camera_id=number,
+            model="PINHOLE",
+            width=camera.width,
+            height=camera.height,
+            params=[K[0, 0], K[1, 1], K[0, 2], K[1, 2]],
+        )
+        model.add_camera_with_trivial_rig(lens)
+        pixels, points, colors = _points(viewmat, K, rgb, alpha, depth)
+        image = pycolmap.Image(name=name, camera_id=number, image_id=number)
+        image.points2D = pycolmap.Point2DList([pycolmap.Point2D(pixel) for pixel in pixels])
+        left, _, right = np.linalg.svd(viewmat[:3, :3])  # float32's rotations are not exact
+        pose = pycolmap.Rigid3d(np.hstack([left @ right, viewmat[:3, 3:]]))
+        model.add_image_with_trivial_frame(image, pose)
+        for k, (point, color) in enumerate(zip(points, colors, strict=True)):
+            track = pycolmap.Track([pycolmap.TrackElement(number, k)])
+            model.add_point3D(point, track, color)
+    (folder / "sparse/0").mkdir(parents=True)
+    model.write_text(str(folder / "sparse/0"))
+    top = {key: frames[1][key] for key in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
     description = {
         "camera_model": "OPENCV",
         **{name: 0.0 for name in ("k1", "k2", "p1", "p2")},
-        **first,
-        "camera_angle_x": 2 * math.atan(0.5 * first["w"] / first["fl_x"]),
+        **top,
+        "camera_angle_x": 2 * math.atan(0.5 * top["w"] / top["fl_x"]),
         "fresnel": {
             "pivot": (Y_UP.T @ views.pivot.double().numpy()).tolist(),
             "input": "images/input.png",
@@ -296,7 +262,6 @@ def _export_one(folder: Path, views: ObjectViews) -> None:
         "frames": frames,
     }
     (folder / "transforms.json").write_text(json.dumps(description, indent=1))
-    model.write(folder / "sparse" / "0")
 
 
 def _straight(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -306,44 +271,13 @@ def _straight(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     return torch.cat([color.clamp(0, 255), cover], dim=-1).to(torch.uint8)
 
 
-class _Model:
-    """A COLMAP text model in the making: one PINHOLE camera an image."""
-
-    def __init__(self) -> None:
-        self.cameras: list[str] = []
-        self.images: list[str] = []
-        self.points: list[str] = []
-
-    def add(
-        self, name: str, viewmat: Floats, K: Floats, rgb: Any, alpha: Any, depth: Any | None
-    ) -> None:
-        number = len(self.cameras) + 1
-        height, width = alpha.shape
-        focals = f"{K[0, 0]:.9g} {K[1, 1]:.9g} {K[0, 2]:.9g} {K[1, 2]:.9g}"
-        self.cameras.append(f"{number} PINHOLE {width} {height} {focals}")
-        x, y, z, w = Rotation.from_matrix(viewmat[:3, :3]).as_quat()
-        seven = (w, x, y, z, *viewmat[:3, 3])
-        pose = " ".join(f"{value:.17g}" for value in seven)
-        seen: list[str] = []
-        if depth is not None:
-            step = max(1, round((width * height / 1000) ** 0.5))
-            y, x = np.nonzero((alpha == 255)[::step, ::step])
-            y, x = y * step, x * step
-            z = depth.numpy()[y, x].astype(np.float64)
-            rays = np.linalg.inv(K) @ np.stack([x + 0.5, y + 0.5, np.ones(len(x))])
-            world = viewmat[:3, :3].T @ (rays * z - viewmat[:3, 3:])
-            for point, pixel, color in zip(
-                world.T, zip(x + 0.5, y + 0.5, strict=True), rgb[y, x], strict=True
-            ):
-                index = len(self.points) + 1
-                position = " ".join(f"{value:.9g}" for value in point)
-                shade = " ".join(str(value) for value in color)
-                self.points.append(f"{index} {position} {shade} 0 {number} {len(seen)}")
-                seen.append(f"{pixel[0]} {pixel[1]} {index}")
-        self.images += [f"{number} {pose} {number} {name}", " ".join(seen)]
-
-    def write(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        for name in ("cameras", "images"):
-            (folder / f"{name}.txt").write_text("\n".join(getattr(self, name)) + "\n")
-        (folder / "points3D.txt").write_text("".join(f"{line}\n" for line in self.points))
+def _points(viewmat: Floats, K: Floats, rgb: Any, alpha: Any, depth: Any) -> tuple[Any, Any, Any]:
+    """About a thousand opaque pixels (N, 2), their places in the world (N, 3) and colours."""
+    if depth is None:
+        return [], [], []
+    step = max(1, round((alpha.numel() / 1000) ** 0.5))
+    y, x = step * np.array(np.nonzero((alpha.numpy() == 255)[::step, ::step]))
+    pixels = np.stack([x, y], axis=1) + 0.5
+    rays = np.linalg.inv(K) @ np.vstack([pixels.T, np.ones(len(x))])
+    places = viewmat[:3, :3].T @ (rays * depth.numpy()[y, x] - viewmat[:3, 3:])
+    return pixels, places.T, rgb.numpy()[y, x]

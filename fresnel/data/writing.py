@@ -112,8 +112,7 @@ def _encoders(workers: int, pixels: int) -> Iterator[Executor]:
 
 def expect(pixels: int) -> None:
     """Let what will encode so many pixels start beside the making of the first objects."""
-    workers = min(MOST_WORKERS, core_count())
-    if _worth_processes(workers, pixels):
+    if _worth_processes(min(MOST_WORKERS, core_count()), pixels):
         warm_up()
 
 
@@ -121,17 +120,9 @@ def _worth_processes(workers: int, pixels: int) -> bool:
     return workers >= 4 and pixels >= _WORTH_PROCESSES
 
 
-def assemble(
-    partial: Path,
-    target: Path,
-    records: list[Record],
-    image_size: int,
-    views: int,
-    background: Sequence[float],
-    meta: dict[str, Any],
-) -> None:
-    """Give a folder of finished records its manifest, and put it in the place of ``target``."""
-    seal(partial, records, image_size, views, background, meta)
+def assemble(partial: Path, target: Path, records: list[Record], *how: Any) -> None:
+    """`seal` a folder of finished records, and put it in the place of ``target``."""
+    seal(partial, records, *how)
     _rename(partial, target)
 
 
@@ -180,14 +171,13 @@ def replaced(target: Path) -> Iterator[Path]:
 
 def _rename(partial: Path, target: Path) -> None:
     """Put ``partial`` in the place of ``target``; an old dataset is moved away first."""
+    old = partial.with_name(f".{target.name}.replaced-{uuid.uuid4().hex[:12]}")
     if target.exists():
-        old = partial.with_name(f".{target.name}.replaced-{uuid.uuid4().hex[:12]}")
         target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
+    try:
         partial.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

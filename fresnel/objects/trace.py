@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fresnel.data.images import DatasetError
-from fresnel.data.layout import named
+from fresnel.data.images import DatasetError, named
 from fresnel.objects.assets import MAX_BYTES, MESHES, Asset
 from fresnel.objects.surface import LINEAR_COLORS, Surface, check_gltf, shade, surface
 from fresnel.render import Views
@@ -46,7 +45,8 @@ def load(source: str | Path | Asset) -> trimesh.Scene:
     if suffix == ".obj" and len(data) > MAX_BYTES // 4:
         raise DatasetError(f"{name}: larger than {MAX_BYTES >> 22} MB of text. Simplify it")
     if suffix in (".glb", ".gltf"):
-        named(Path(name), lambda: check_gltf(data))
+        with named(Path(name)):
+            check_gltf(data)
     beside: Any = _Beside(asset)
     try:
         scene = trimesh.load_scene(
