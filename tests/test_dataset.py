@@ -31,6 +31,7 @@ def make_object(seed: int, background: tuple[float, float, float] = (0, 0, 0)) -
     rng = np.random.default_rng(seed)
     alpha = rng.choice(np.array([0, 128, 255], np.uint8), (VIEWS + 1, SIZE, SIZE))
     color = rng.uniform(0, 1, (VIEWS + 1, SIZE, SIZE, 3))
+    alpha[:, 0, 0], color[:, 0, 0] = 128, 0.01  # dark, not empty
     weight = alpha[..., None] / 255
     black = (color * weight * 255 + 0.5).astype(np.uint8)
     over = ((color * weight + np.array(background) * (1 - weight)) * 255 + 0.5).astype(np.uint8)
