@@ -147,11 +147,6 @@ class Bench:
         return DecoderTask(views, network, batch_size=objects, device=self.device)
 
 
-def compile_parts(task: Any, *parts: str) -> None:
-    for part in parts:
-        task.hot[part] = torch.compile(task.hot[part], dynamic=False)
-
-
 def section_cvs(bench: Bench) -> None:
     size, pixels, batch, steps = ("large", 256, 128, 20) if bench.gpu else ("small", 64, 16, 10)
     with torch.device("meta"):
@@ -169,21 +164,20 @@ def section_cvs(bench: Bench) -> None:
     task, before, stepper = bench.cvs(size, pixels, batch), 0.0, None
     units = bench.gpu or has_matrix_units()
     bf16: dict[str, Any] = {"precision": "bf16" if units else "fp32"}
-    levers: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
-        ("eager, fp32", {"precision": "fp32"}, (), 0)
+    recorded, slow = {**bf16, "graphs": bench.gpu}, not bench.quick
+    levers: list[tuple[bool, str, dict[str, Any], tuple[str, ...], int]] = [
+        (True, "eager, fp32", {"precision": "fp32"}, (), 0),
+        (units, "eager, bf16", bf16, (), 0),
+        (bench.gpu, "+ cuDNN tries its algorithms", bf16, (), 0),
+        (bench.gpu, "+ steps recorded", recorded, (), 0),
+        (slow, "+ network compiled", bf16, ("network",), 0),
+        (slow, "+ batch and loss compiled", bf16, ("batch", "loss"), 0),
+        (slow and bench.gpu, "compiled, steps recorded", recorded, (), 0),
+        (slow, "+ second pass (consistency)", recorded, (), LATE),
     ]
-    levers += [("eager, bf16", bf16, (), 0)] if units else []
-    if bench.gpu:
-        levers += [("+ cuDNN tries its algorithms", bf16, (), 0)]
-        levers += [("+ steps recorded", {**bf16, "graphs": True}, (), 0)]
-    if not bench.quick:
-        levers += [("+ network compiled", bf16, ("network",), 0)]
-        levers += [("+ batch and loss compiled", bf16, ("batch", "loss"), 0)]
-        if bench.gpu:
-            levers += [("compiled, steps recorded", {**bf16, "graphs": True}, (), 0)]
-        levers += [("+ second pass (consistency)", {**bf16, "graphs": bench.gpu}, (), LATE)]
-    for name, settings, parts, first in levers:
-        compile_parts(task, *parts)
+    for _, name, settings, parts, first in filter(lambda lever: lever[0], levers):
+        for part in parts:
+            task.hot[part] = torch.compile(task.hot[part], dynamic=False)
         reset_peak_memory(bench.device)
         with kernels(not bench.gpu or name.startswith("eager"), bench.device):
             stepper = Stepper(task, bench.config(**settings))
@@ -305,22 +299,13 @@ def section_memory(bench: Bench) -> None:
 
 
 def written(folder: Path) -> None:
-    lines = [
-        "# Training speed",
-        "",
-        "`python benchmarks/train.py`. Predictions were written before",
-    ]
-    lines[-1] += " the measurements."
+    how = "`python benchmarks/train.py`. Predictions were written before the measurements."
+    lines = ["# Training speed", "", how]
     for path in (folder / "train_gpu.json", folder / "train_cpu.json"):
         found = json.loads(path.read_text()) if path.exists() else {"sections": {}}
         if found["sections"]:
-            rate = found["matrix_flop_per_s"] / 1e12
-            lines += [
-                "",
-                f"## {found['machine']}",
-                "",
-                f"Large matrix product: {rate:.1f} TFLOP/s.",
-            ]
+            rate = f"Large matrix product: {found['matrix_flop_per_s'] / 1e12:.1f} TFLOP/s."
+            lines += ["", f"## {found['machine']}", "", rate]
         for name, section in found["sections"].items():
             lines += ["", f"### {name}", "", *section["lines"], ""]
             lines += [f"Commit {section['commit'][:7]}, {section['duration_s']:.0f} s."]

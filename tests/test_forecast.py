@@ -22,9 +22,7 @@ def test_pace_counts_what_happens_once_apart_from_the_steps():
     assert step_s == pytest.approx(0.15)
     assert once_s == pytest.approx(5 * (1.0 - 0.1))
     assert planning.pace(history(100), 10) == pytest.approx((0.1, 0.0))
-
-
-def test_pace_of_recorded_steps_is_that_of_the_fastest_row_of_either_half():
+    # where steps are recorded, the fastest row of either half tells
     rows = history(10, 20, 100, 5, 6, 50)
     step_s, once_s = planning.pace(rows, 10, recorded=True)
     assert step_s == pytest.approx((0.1 + 0.2) / 2)
@@ -113,18 +111,16 @@ def test_a_forecast_that_was_cut_off_is_none(tmp_path):
 
 
 def test_pictures_and_snapshots_asked_for_are_forecast_and_made():
-    acts = {"compile": 0, "validation": 0, "preview": 10.0, "checkpoint": 1.0,
-            "evaluate_first": 0, "evaluate_record": 0}  # fmt: skip
     result = SimpleNamespace(
         history=history(10, 10), model=nn.Linear(1, 1), compile_s=0, paused_s=0, peak_memory_bytes=1
     )
+    names = ("compile", "validation", "evaluate_first", "evaluate_record")
+    acts = {**dict.fromkeys(names, 0), "preview": 10.0, "checkpoint": 1.0}
+    free = dict.fromkeys(("around_s", "start_s", "price_per_hour_usd"), 0)
 
     def pauses(**options) -> float:
         config = planning.full_config(100, **options)
-        plan = planning.full_run(
-            acts, result, [], config, batch_size=1, records=1, around_s=0, start_s=0,
-            price_per_hour_usd=0,
-        )  # fmt: skip
+        plan = planning.full_run(acts, result, [], config, batch_size=1, records=1, **free)
         return plan["parts"]["pauses"]
 
     assert pauses(previews=4) - pauses() == pytest.approx(5 * 10.0)

@@ -32,6 +32,10 @@ def passes_of(net: CVS, act: Any) -> list[tuple[Tensor, Tensor]]:
     return seen
 
 
+def tensors_of(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    return batch["target"], batch["cond"], batch["weights"]
+
+
 def noise_in(x: Tensor, target: Tensor, level: Tensor) -> Tensor:
     return (x - target) / level[:, None, None, None]
 
@@ -42,13 +46,10 @@ def test_the_reference_is_the_same_noise_at_the_lower_level(compiled: bool) -> N
     net = model(sigma_max_fraction=0.0, p_mean=1.0, p_std=0.5)
     batch = batch_of(net)
     network = (lambda *given: losses.denoised(*given)) if compiled else losses.denoised
+    options = {"progress": 1.0, "generator": generator(), "network": network}
     (x_t, t), (x_r, r) = passes_of(
-        net,
-        lambda: losses.consistency_loss(
-            net, batch["target"], batch["cond"], batch["weights"], progress=1.0,
-            generator=generator(), network=network,
-        ),
-    )  # fmt: skip
+        net, lambda: losses.consistency_loss(net, *tensors_of(batch), **options)
+    )
     assert (r < 0.95 * t).all()
     torch.testing.assert_close(r, losses.ect_earlier(t, 3, net.config))
     later, earlier = (noise_in(x, batch["target"], s) for x, s in ((x_t, t), (x_r, r)))
@@ -61,33 +62,26 @@ def test_either_way_of_the_second_pass_gives_the_same_loss() -> None:
     batch = batch_of(net)
     found = [
         losses.consistency_loss(
-            net, batch["target"], batch["cond"], batch["weights"], progress=1.0,
-            generator=generator(2), network=network,
+            net, *tensors_of(batch), progress=1.0, generator=generator(2), network=network
         )["loss"]
         for network in (losses.denoised, lambda *given: losses.denoised(*given))
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(found[0], found[1])
 
 
 def test_the_original_compares_with_the_average_at_the_next_lower_level() -> None:
-    net = model(parameterisation="original")
-    ema = model(parameterisation="original")
+    net, ema = (model(parameterisation="original") for _ in range(2))
     batch, seen = batch_of(net), []
     ema.register_forward_pre_hook(lambda _m, given: seen.append((given[0], given[1])))
+    options = {"progress": 0.5, "generator": generator()}
     ((x, t),) = passes_of(
-        net,
-        lambda: losses.original_loss(
-            net, ema, batch["target"], batch["cond"], batch["weights"], progress=0.5,
-            generator=generator(),
-        ),
-    )  # fmt: skip
+        net, lambda: losses.original_loss(net, ema, *tensors_of(batch), **options)
+    )
     ((lower_x, lower),) = seen
     u, lower_u = (torch.atan(level) / (torch.pi / 2) for level in (t, lower))
     torch.testing.assert_close(u - lower_u, torch.full_like(u, 1e-3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        noise_in(lower_x, batch["target"], lower), noise_in(x, batch["target"], t),
-        atol=1e-3, rtol=1e-3,
-    )  # fmt: skip
+    noises = (noise_in(x, batch["target"], s) for x, s in ((lower_x, lower), (x, t)))
+    torch.testing.assert_close(*noises, atol=1e-3, rtol=1e-3)
 
 
 def test_errors_of_the_order_of_c_out_count_alike_but_at_the_lowest_levels() -> None:

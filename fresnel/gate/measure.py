@@ -52,7 +52,8 @@ def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row],
     solid = 250 if foreground == "masks" else 128
     guessed = foreground == "estimated"
     behind = np.median(_border(stored_rgb), axis=(0, 1)) if guessed else None
-    seen, reference = _pictures(rgb, alpha, solid), _reference(views, rgb.shape[1:3], behind, solid)
+    seen = _pictures(rgb, alpha, solid, behind)
+    reference = _reference(views, rgb.shape[1:3], behind, solid)
     constant = [_constant(c, a) for c, a in zip(stored_rgb, stored_alpha, strict=True)]
     rows = _rows(views.name, seen, reference, angles, constant)
     summary |= _of_record(seen, reference, angles) | _identity(views)
@@ -137,11 +138,13 @@ def _constant(rgb: np.ndarray, alpha: np.ndarray) -> bool:
 # --- pictures ----------------------------------------------------------------------------------
 
 
-def _pictures(rgb: np.ndarray, alpha: np.ndarray, solid: int) -> dict[str, np.ndarray]:
+def _pictures(
+    rgb: np.ndarray, alpha: np.ndarray, solid: int, behind: np.ndarray | None
+) -> dict[str, np.ndarray]:
     """Numbers of pictures over black, each (V,), colour (V, 3)."""
     step = max(1, rgb.shape[1] // _SIDE)
     coarse, cover = rgb[:, ::step, ::step], alpha[:, ::step, ::step]
-    light = [_light(c, a, solid) for c, a in zip(coarse, cover, strict=True)]
+    light = [_light(c, a, solid, behind) for c, a in zip(coarse, cover, strict=True)]
     grain = [_grain(c[::step], a[::step]) for c, a in zip(rgb, alpha, strict=True)]
     return {
         **{key: np.array([item[key] for item in light]) for key in light[0]},
@@ -152,7 +155,9 @@ def _pictures(rgb: np.ndarray, alpha: np.ndarray, solid: int) -> dict[str, np.nd
     }
 
 
-def _light(rgb: np.ndarray, alpha: np.ndarray, solid: int) -> dict[str, Any]:
+def _light(
+    rgb: np.ndarray, alpha: np.ndarray, solid: int, behind: np.ndarray | None
+) -> dict[str, Any]:
     """Of the covered pixels (alpha at least `solid`, or a half where hardly any are), colour
     un-premultiplied so that a half-transparent white object is white: mean linear luminance and
     colour; the share at either end of the scale (`clipped`), at the black end (`crushed`), and of
@@ -165,7 +170,11 @@ def _light(rgb: np.ndarray, alpha: np.ndarray, solid: int) -> dict[str, Any]:
         return {**nothing, "color": np.full(3, np.nan)}
     color, weight = rgb[mask].astype(np.float32), alpha[mask].astype(np.float32)
     straight = np.minimum(color * (255.0 / weight)[:, None] + 0.5, 255).astype(np.uint8)
-    linear = _LINEAR[straight].mean(axis=0)
+    shown = straight
+    if behind is not None:  # half of a guessed foreground may be haze: what stands out most is not
+        away = np.abs(straight.astype(np.float32) - behind).max(axis=1)
+        shown = straight[away >= np.median(away)]
+    linear = _LINEAR[shown].mean(axis=0)
     brightest = straight.max(axis=1)
     crushed = float((brightest <= 1).mean())
     return {
@@ -217,7 +226,7 @@ def _reference(
         rest = 1 - alpha[..., None] / np.float32(255)
         rgb = np.clip(rgb + rest * behind, 0, 255).astype(np.uint8)
         rgb, alpha = (p[0] for p in _foreground(rgb[None], np.full_like(alpha[None], 255))[:2])
-    out = _pictures(rgb[None], alpha[None], solid)
+    out = _pictures(rgb[None], alpha[None], solid, behind)
     if alpha.shape != size:
         both = torch.from_numpy(np.dstack([rgb, alpha])).permute(2, 0, 1)[None].float()
         both = torch.nn.functional.interpolate(

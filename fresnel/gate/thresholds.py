@@ -107,10 +107,10 @@ class Seen:
     config: GateConfig
     meta: Mapping[str, Any] = field(default_factory=dict)
 
-    def limit(self, name: str) -> float:
-        """A threshold by name; wider where there is one record only."""
+    def limit(self, name: str, asked: int = 2) -> float:
+        """A threshold by name; wider where there is one record only, or one that can be asked."""
         value = float(getattr(self.config, name))
-        if len(self.objects) > 1:
+        if min(len(self.objects), asked) > 1:
             return value
         return value / ALONE if name.startswith("min") else value * ALONE
 
@@ -147,7 +147,7 @@ class Seen:
 
     def beyond(self, values: np.ndarray, limit: str) -> tuple[np.ndarray, float]:
         """Flags of the records beyond a limit ("max_..." or "min_..."), and what they reach."""
-        bound = self.limit(limit)
+        bound = self.limit(limit, int(np.isfinite(values).sum()))
         over = values < bound if limit.startswith("min") else values > bound
         marks = flags(over, np.isfinite(values))
         return marks, flagged(values, marks)

@@ -29,7 +29,10 @@ class DiskFull(OSError):
 
 
 def save(
-    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], also: Sequence[str]
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    also: Sequence[str] = (),
 ) -> None:
     """Write `folder`/latest.safetensors, moving the one before it to previous.safetensors.
 
@@ -70,41 +73,28 @@ def save(
     os.replace(fresh, latest)
 
 
-class Writer:
-    """Writes one checkpoint at a time; beside the training, where `background`."""
+class Writer(ThreadPoolExecutor):
+    """Writes one checkpoint at a time; beside the training, where `background`. On leaving its
+    context a write that has begun is finished."""
 
     def __init__(self, *, background: bool) -> None:
-        self._background = background
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[None] | None = None
+        super().__init__(1, "checkpoint")
+        self.background, self.pending = background, list[Future[None]]()
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()  # a write that has begun is finished
-
-    def save(
-        self,
-        folder: Path,
-        tensors: Mapping[str, Tensor],
-        metadata: Mapping[str, Any],
-        also: Sequence[str] = (),
-    ) -> None:
+    def save(self, folder: Path, tensors: Mapping[str, Tensor], *rest: Any) -> None:
         """`save` copies of the tensors, which training may go on changing."""
         self.wait()
         copies = {n: t.detach().to("cpu", non_blocking=True, copy=True) for n, t in tensors.items()}
         if any(t.is_cuda for t in tensors.values()):
             torch.cuda.synchronize()
-        self._pending = self._pool.submit(save, folder, copies, metadata, also)
-        if not self._background:
+        self.pending.append(self.submit(save, folder, copies, *rest))
+        if not self.background:
             self.wait()
 
     def wait(self) -> None:
         """Until what was saved is on disk; raises what the writing raised."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        while self.pending:
+            self.pending.pop().result()
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
