@@ -23,6 +23,12 @@ Usage: ./run_all.sh [--profile auto|cpu|gpu] [--only STEP] [--list] [--reports D
                                   novel views of the object in one picture, and its Gaussians
        ./run_all.sh study STUDY.yaml [--list]
                                   run what is not finished of a study
+       ./run_all.sh --on ssh://USER@HOST/DIR --budget USD --rate USD [any of the above]
+                    [--gpus N] [--at-end stay|poweroff|'COMMAND'] [--grace 30m] [--dry-run]
+                                  the same on a machine with a GPU, for at most that money;
+                                  also slurm://USER@LOGIN/DIR and sky (docs/gpu-box.md)
+       ./run_all.sh remote status|logs [-f]|fetch [--wait]|resume|stop RUN
+                                  the runs that are elsewhere
        ./run_all.sh pages         make every report's page and the index again, without a new run
        ./run_all.sh furniture --apt --out DIR
                                   render a set of 554 objects
@@ -202,6 +208,7 @@ case ${1:-} in
     setup) choose_python; say "Python: $python" ;;
     test) shift; choose_python; run_tests "$@" ;;
     lab) shift; choose_python; cd "$root"; exec "$python" -m jupyter lab --notebook-dir "$root/notebooks" "$@" ;;
+    --on | --on=*) choose_python; run_fresnel launch "$@" ;;
     "" | -* | *.ipynb) choose_python; run_fresnel run "$@" ;;
     *) choose_python; run_fresnel "$@" ;;
 esac

@@ -22,7 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 well, 1 the command's own bad news (a cell's
     error, a FAIL of `validate`, a problem in a profile), 2 wrong use, 6 the disk is full, 130
     stopped by the user. One notebook's run has more: `report.run.EXIT_STATUS`."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command is not _launch and not _is_run(arguments, rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     signal.signal(signal.SIGTERM, _end)  # so that a report is still written
     try:
         return int(arguments.command(arguments))
@@ -46,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     steps.add_argument("--list", action="store_true", help="show the steps, run none")
     steps.add_argument("--fresh", action="store_true", help="compute though nothing has changed")
 
-    def command(function: Any, text: str, *parents: Any, **more: str) -> Any:
+    def command(function: Any, text: str, *parents: Any, **more: Any) -> Any:
         options: dict[str, Any] = {"help": text, "description": text, "parents": parents, **more}
         made = commands.add_parser(function.__name__.strip("_"), **options)
         made.set_defaults(command=function)
@@ -129,6 +133,37 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
     add("--weights", type=_path, help="another CVS than the shipped one")
     add("--device", choices=["cpu", "cuda"], default="cpu")
+
+    add = command(
+        _launch,
+        "run a notebook, a profile or a study on a machine elsewhere",
+        usage="./run_all.sh --on WHERE --budget USD --rate USD [...] [what ./run_all.sh takes]",
+        allow_abbrev=False,
+    )
+    add(
+        "--on",
+        required=True,
+        metavar="WHERE",
+        help="ssh://user@host[:port]/dir, slurm://..., or sky",
+    )
+    add("--budget", type=float, required=True, metavar="USD", help="at most")
+    add("--rate", type=float, required=True, metavar="USD", help="an hour of it")
+    add("--gpus", type=int, default=1, metavar="N", help="of a study (default: 1)")
+    add("--at-end", default="stay", help="stay, poweroff or 'COMMAND'")
+    add("--grace", type=_seconds, default=1800.0, help="for a fetch before that")
+    add("--stall", type=_seconds, default=1800.0, help="without progress: failed")
+    add("--python", default="", help="the Python there, used as it is")
+    add("--trust-new", action="store_true", help="accept an unknown host key, once")
+    add("--sbatch", default="", help="of Slurm, e.g. '--partition=gpu'")
+    add("--cloud", default="", help="of SkyPilot, e.g. aws")
+    add("--gpu", default="H100", help="of SkyPilot (default: H100)")
+    add("--dry-run", action="store_true", help="say what would be done")
+
+    add = command(_remote, "remote runs: status, logs, fetch, resume, stop")
+    add("act", choices=["status", "logs", "fetch", "resume", "stop"])
+    add("remote_run", metavar="RUN", nargs="?", help="or a part of its name")
+    add("-f", "--follow", action="store_true", help="logs: as they come")
+    add("--wait", action="store_true", help="fetch: once it is over")
 
     command(_pages, "make every report's page again, and reports/index.html", reports)
 
@@ -319,6 +354,89 @@ def _study(arguments: argparse.Namespace) -> int:
             stop_after_s=arguments.stop_after,
         )
     )
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from fresnel.host.machine import project_root
+    from fresnel.launch import plan as planning
+    from fresnel.launch import runs
+    from fresnel.report import run as report
+    from fresnel.study import runner
+
+    rest = arguments.rest
+    job = _parser().parse_args(rest if rest[:1] == ["study"] else ["run", *rest])
+    if job.reports or job.list:
+        raise ValueError("--reports and --list have no place in a remote run")
+    terms = planning.Terms(
+        *(arguments.budget, arguments.rate, arguments.at_end, arguments.grace, arguments.stall),
+        *(arguments.gpus, arguments.python),
+    )
+    root = project_root()
+    is_study, notebook = job.command is _study, getattr(job, "notebook", None)
+    words = list(rest)
+    if is_study:
+        name, steps = job.study.stem, runner.load(job.study, runs=job.runs)
+        steps = runner.override(steps, dict(text.partition("=")[::2] for text in job.set))
+        words[rest.index(str(job.study.name))] = str(job.study)
+    elif notebook:
+        source = root / notebook
+        name = job.name or source.stem
+        params = _parameters(job, source)
+        params.setdefault("price_per_hour_usd", arguments.rate)
+        steps = [runner.Step(name, source, params)]
+        words = [notebook, "--name", name, *(["--fresh"] if job.fresh else [])]
+        limits = {"--timeout": job.timeout, "--cell-timeout": job.cell_timeout}
+        words += [word for key, value in limits.items() if value for word in (key, str(value))]
+    else:
+        name = f"profile-{job.profile or 'auto'}"
+        profile = "gpu" if job.profile in (None, "auto") else job.profile
+        steps = runner.load(_NOTEBOOKS / "params" / f"profile_{profile}.yaml")
+    if job.only:
+        steps = [step for step in steps if step.name in job.only]
+    plan = planning.make(
+        *(name, steps, words, terms), root=root, single=bool(notebook), study=is_study
+    )
+    print(*plan.describe(), sep="\n", flush=True)
+    if arguments.dry_run:
+        return 0
+    run = runs.launch(
+        *(plan, arguments.on, report.reports_folder()), trust_new=arguments.trust_new,
+        options=arguments.sbatch, cloud=arguments.cloud, gpu=arguments.gpu,
+    )  # fmt: skip
+    print(f"{run}\n  ./run_all.sh remote status {run}\n  ./run_all.sh remote fetch --wait {run}")
+    return _told(filter(None, [report.try_index(report.reports_folder())]))
+
+
+def _remote(arguments: argparse.Namespace) -> int:
+    from fresnel.launch import runs
+    from fresnel.report import run as report
+
+    reports, run = report.reports_folder(), "".join([arguments.remote_run or "", *arguments.rest])
+    if arguments.act == "logs":
+        return runs.logs(run, reports, follow=arguments.follow)
+    if arguments.act == "status":
+        names = [run] if run else [entry["run"] for entry in runs.entries(reports)]
+        for name in names:
+            print(runs.describe(runs.status(name, reports)))
+    elif arguments.act == "fetch":
+        print(runs.fetch(run, reports, wait=arguments.wait))
+    elif arguments.act == "resume":
+        print(runs.describe(runs.resume(run, reports)))
+    else:
+        runs.stop(run, reports)
+    return _told(filter(None, [report.try_index(reports)]))
+
+
+def _is_run(arguments: argparse.Namespace, rest: Sequence[str]) -> bool:
+    """Whether argparse left a RUN behind an option (`fetch --wait RUN`)."""
+    named = arguments.command is _remote and not arguments.remote_run
+    return named and len(rest) == 1 and not rest[0].startswith("-")
+
+
+def _seconds(text: str) -> float:
+    """Of "90", "90s", "30m" or "2h"."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    return float(text[:-1]) * unit if unit else float(text)
 
 
 def _views(arguments: argparse.Namespace) -> int:

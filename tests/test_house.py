@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fresnel"
 ROOMS = (
     *("host", "scene", "render", "data", "objects", "models", "bootstrap", "poses"),
-    *("gate", "faults", "evaluation", "training", "show", "views", "report", "study", "analysis"),
-    *("cli", "__main__"),
+    *("gate", "faults", "evaluation", "training", "show", "views", "report", "study", "launch"),
+    *("analysis", "cli", "__main__"),
 )
 """Bottom first: a room may import those before it."""
 MODULES = {

@@ -31,6 +31,8 @@ def index(reports_dir: str | Path) -> Path:
     copies: dict[tuple[str, str, float], tuple[Any, Path, RunRecord]] = {}
     damaged = []
     for path in sorted(reports.rglob(RESULTS_NAME)):
+        if any(part.endswith(".partial") for part in path.relative_to(reports).parts):
+            continue  # a fetch that goes on, or did not end well
         try:
             record = RunRecord.read(path)
             entry = (_html.when(record.started_utc), path.parent, record)
@@ -59,6 +61,7 @@ def index(reports_dir: str | Path) -> Path:
             "verdicts": Counter(record.badge for record in records).most_common(),
             "notebooks": sorted({record.notebook for record in records}),
             "histories": histories(records),
+            "remote": _remote(reports),
             "sorts": _sortable(records),
             # inside a <script>, which it cannot end
             "data": json.dumps(compared, separators=(",", ":"), default=str).replace(
@@ -68,6 +71,22 @@ def index(reports_dir: str | Path) -> Path:
     )
     write_atomic(reports / INDEX_NAME, text)
     return reports / INDEX_NAME
+
+
+def _remote(reports: Path) -> list[dict[str, Any]]:
+    """What the ledger of remote runs (`fresnel.launch.runs`) says of each, newest first."""
+    rows = []
+    for path in sorted(reports.glob("remote/.ledger/*/launch.json"), reverse=True):
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            fetched, spent = entry.get("fetched") or "", entry.get("spent") or {}
+            row = {name: entry[name] for name in ("run", "on", "state", "planned")}
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue
+        page = Path(fetched, "out", INDEX_NAME)
+        link = quote(str(page)) if fetched and (reports / page).is_file() else None
+        rows.append({**row, "why": entry.get("why"), "spent": spent, "link": link})
+    return rows
 
 
 def key_figures(record: RunRecord, count: int) -> list[tuple[str, Any]]:

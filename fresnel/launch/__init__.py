@@ -1,0 +1,1 @@
+"""From a laptop to a machine with a GPU and back: plan, send, supervise there, fetch."""

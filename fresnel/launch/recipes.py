@@ -1,0 +1,87 @@
+"""The same supervisor started by others: Slurm's sbatch, a SkyPilot task, a dstack task."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fresnel.launch.plan import Terms
+
+_HOME = "fresnel-box"
+
+
+def sbatch(terms: Terms, folder: str, run: str, options: str = "") -> str:
+    """A batch script in the run's folder: TERM reaches the supervisor 120 s before Slurm's limit, a
+    preempted or lost job is queued again and goes on from its checkpoint. The supervisor's own
+    deadline, counted from its first start, comes before Slurm's."""
+    lines = [
+        f"--job-name={run[:60]}",
+        f"--time={_minutes(terms.limit_s)}",
+        *("--signal=B:TERM@120", "--requeue", "--open-mode=append", "--output=slurm.log"),
+        *([f"--gres=gpu:{terms.gpus}"] if "--gres" not in options else []),
+        *options.split(),
+    ]
+    # exec: the signal is for the supervisor
+    start = f'cd && exec sh "{folder}/runs/{run}/box.sh" foreground "{folder}" "{run}"\n'
+    return "#!/bin/sh\n" + "".join(f"#SBATCH {line}\n" for line in lines) + start
+
+
+def cluster(run: str) -> str:
+    """A name that SkyPilot and dstack take."""
+    return f"fresnel-{run.partition('-')[0].lower()}"
+
+
+def stage(root: Path, files: Sequence[str], folder: Path) -> None:
+    """Lay out below `folder`/tree exactly what is planned to be sent."""
+    for name in files:
+        target = folder / "tree" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link((root / name).resolve(), target)
+        except OSError:  # another disk
+            shutil.copy2(root / name, target)
+
+
+def sky(terms: Terms, folder: Path, run: str, cloud: str = "", gpu: str = "H100") -> str:
+    """A SkyPilot task: `folder` has tree/ and run/. The machine goes down by itself once the
+    supervisor, which stays for a fetch, has been over for a few minutes."""
+    resources: Mapping[str, Any] = {
+        **({"infra": cloud} if cloud else {}),
+        "accelerators": f"{gpu}:{terms.gpus}",
+        "max_hourly_cost": terms.rate_usd,
+        "autostop": {"idle_minutes": 5, "down": True},
+        "disk_size": 128,
+    }
+    place = f"~/{_HOME}"
+    mounts = {f"{place}/tree": f"{folder}/tree", f"{place}/runs/{run}": f"{folder}/run"}
+    command = f"sh {place}/runs/{run}/box.sh foreground {place} {run}\n"
+    return _yaml(name=cluster(run), resources=resources, file_mounts=mounts, run=command)
+
+
+def dstack(terms: Terms, folder: Path, run: str, gpu: str = "H100") -> str:
+    """A dstack task, to be applied by hand (`dstack apply -f FILE`)."""
+    place = f"/root/{_HOME}"
+    return _yaml(
+        type="task",
+        name=cluster(run),
+        files=[f"{folder}/tree:{place}/tree", f"{folder}/run:{place}/runs/{run}"],
+        commands=[f"sh {place}/runs/{run}/box.sh foreground {place} {run}"],
+        resources={"gpu": f"{gpu}:{terms.gpus}", "disk": "128GB.."},
+        max_price=terms.rate_usd,
+        max_duration=f"{_minutes(terms.limit_s)}m",
+        stop_duration=f"{_minutes(terms.kill_s)}m",
+    )
+
+
+def _minutes(seconds: float) -> int:
+    return math.ceil(seconds / 60) + 3
+
+
+def _yaml(**content: Any) -> str:
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=False)
