@@ -404,6 +404,7 @@ def test_config_survives_json() -> None:
         ({"sigma_min": 90.0}, "want 0 < sigma_min < sigma_max"),
         ({"foreground_share": 1.5}, "foreground_share: got 1.5"),
         ({"ect_stages": 0}, "ect_stages"),
+        ({"ect_q": 1.0}, "ect_q"),
         ({"render_twin": True}, "want render_condition=True too"),
         ({"parameterisation": "original", "render_condition": True}, "adds to a render"),
         ({"name": "huge"}, "preset: got 'huge'"),

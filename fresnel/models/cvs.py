@@ -102,6 +102,7 @@ class CVSConfig:
             ("denoising_share", 0 <= self.denoising_share <= 1, share),
             ("sigma_min", 0 < self.sigma_min < self.sigma_max, "0 < sigma_min < sigma_max"),
             ("ect_stages", self.ect_stages >= 1, "at least one stage"),
+            ("ect_q", self.ect_q > 1, "a factor above 1"),
             (
                 "render_twin",
                 self.render_condition or not self.render_twin,
