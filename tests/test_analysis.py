@@ -178,6 +178,9 @@ def test_an_interval_that_reaches_beyond_its_band_decides_nothing(claim: claims.
     low, high = sorted(inner.values())
     assert claim.decide(Estimate(low, (low,), low - 1, high + 1)) == "open"
     assert claim.decide(Estimate(low)) == "open", "a mean without an interval"
+    if claim.confirmed[0] == claim.refuted[1]:
+        edge = claim.refuted[1]
+        assert claim.decide(Estimate(edge, (edge,), edge, edge)) == "open", "both bands hold it"
     for band in (claim.confirmed, claim.refuted):
         assert band[0] <= band[1] and (band[0] > -math.inf or band[1] < math.inf)
     text = claim.heading() + claim.answer(Estimate())
@@ -267,6 +270,9 @@ def test_the_newest_finished_run_of_a_name_is_read(tmp_path: Path) -> None:
     assert known.metrics["03-gated-s0"]["psnr"] == 26.0 and len(known) == 1
     broken = tmp_path / "run" / "results.json"
     broken.parent.mkdir()
+    whole = {**later, "status": "finished", "metrics": {**later["metrics"], "psnr": 27.0}}
+    broken.write_text(json.dumps(whole))
+    assert runs.read(tmp_path).metrics["03-gated-s0"]["psnr"] == 27.0, "a line has less of a run"
     broken.write_text("{")
     assert len(runs.read(tmp_path)) == 1
     assert runs.read(tmp_path / "nowhere").empty
@@ -297,6 +303,12 @@ def test_differences_are_paired_and_seeds_widen_the_interval(tmp_path: Path) -> 
     assert stats.gaps(figures, "gated", "copy_input")["90-180"].mean == pytest.approx(5.01)
     light = stats.estimate(figures, "gated", "all", "luminance_ratio")
     assert light.mean == 1.0 and light.seeds == (1.0, 1.0, 1.0)
+    uneven = [training("gated", 25.0, seed, light) for seed, light in enumerate((0.8, 1.0, 1.2))]
+    light = stats.estimate(
+        runs.figures(table(tmp_path, uneven)).fillna({"low": 0.9, "high": 1.1}),
+        *("gated", "all", "luminance_ratio"),
+    )
+    assert light.high - light.mean > 0.45, "trainings that differ widen what objects leave open"
     assert math.isnan(stats.estimate(figures, "nobody").mean)
     assert stats.best(figures, ["oracle", "gated", "nobody"]) == "gated"
     assert stats.each([3.0, 1.0, math.nan]) == Estimate(2.0, (3.0, 1.0), 1.0, 3.0)
@@ -335,6 +347,7 @@ def test_costs_and_the_hour_of_refusal(tmp_path: Path) -> None:
 
     known = table(tmp_path, [run("a", 0, "x"), run("b", 1, "x"), run("03-control", 1, "y")])
     assert costs.held_s(known) == 180 + 120, "what shares a machine costs its time once"
+    assert costs.held_s(runs.read(tmp_path / "none")) == 0
     shown = costs.table(known).set_index("notebook")
     assert shown.loc["in all", "all runs"] == "360 s, $0.36"
     assert shown.loc["03_full_train", "the control"] == "120 s, $0.12"

@@ -90,6 +90,7 @@ def test_attribution_splits_the_way_and_says_how_sure() -> None:
         assert [share.mean, share.low, share.high] == pytest.approx([0.5] * 3), "a steady ratio"
     assert light["path"]["alone"].mean == 0 and light["path"]["last"].mean == pytest.approx(0.6)
     assert light["path"]["gain"].low < light["path"]["gain"].mean < light["path"]["gain"].high
+    assert light["exposure"]["last"].mean == pytest.approx(0) == light["exposure"]["alone"].mean
     assert light["exposure"]["gain"].mean == pytest.approx(0) == light["position"]["gain"].mean
     assert found["coverage"]["factors"]["path"]["share"].mean == pytest.approx(1.0)
     assert sum(entry["gain"].mean for entry in light.values()) == pytest.approx(
@@ -185,6 +186,7 @@ def test_decoders_pair_by_seed(tmp_path: Path, decoders: dict[str, Decoder]) -> 
         decoders["frontal"].save(tmp_path / f"frontal-s{seed}.safetensors", half=True)
     for seed in (2, 10, 11):
         decoders["multi-view"].save(tmp_path / f"A-s{seed}.safetensors", half=True)
+    decoders["multi-view"].save(tmp_path / "A-sbest.safetensors", half=True)  # of no seed
     many = str(tmp_path / "A-s{seed}.safetensors")
     pairs = at.decoder_pairs(str(tmp_path / "frontal-s{seed}.safetensors"), many, "cpu")
     assert list(pairs) == ["2", "10"]

@@ -51,6 +51,20 @@ def test_figures_are_drawn_in_our_style() -> None:
     assert right.get_ylim()[0] == 0 and right.patches
 
 
+def test_one_term_needs_no_legend_and_what_was_not_measured_has_no_mark() -> None:
+    alone = charts.loss_curves([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
+    assert alone.axes[0].get_legend() is None
+    levels = {"a": 1.0, "b": 1.1, "c": 1.2, "d": 1.3, "far": 90.0, "unknown": float("nan")}
+    rows = {
+        name: {"0-30": SimpleNamespace(mean=x, low=x, high=x, seeds=(x,))}
+        for name, x in levels.items()
+    }
+    (axis,) = charts.dots(rows, label="dB").axes
+    assert [text.get_text() for text in axis.texts] == ["90"], "at the edge, with its value"
+    assert [line.get_marker() for line in axis.lines].count("D") == 4
+    assert [line.get_marker() for line in axis.lines].count(">") == 1
+
+
 def test_cameras_are_drawn_in_three_dimensions() -> None:
     scene = cloud()
     figure = charts.camera_frusta(
@@ -206,6 +220,9 @@ def test_a_record_in_3d_is_its_covered_pixels(tmp_path: Path) -> None:
     record = views_of(0, size=32, views=4)
     content = widgets.content_points(record)
     assert len(content) > 50
+    means = widgets._covered_pixels(record)[0][: int((record.input_depth > 0).sum())]
+    along = (means - record.input_camera.centers) @ record.input_camera.forward
+    torch.testing.assert_close(along, record.input_depth[record.input_depth > 0])
     assert np.abs(content - record.pivot.numpy()).max() < 1.0, "on the object, around its pivot"
     shown = widgets.record_scene(record)
     assert shown is not None and 0 < shown.gaussians.num <= 16_000

@@ -60,6 +60,8 @@ def table(runs: pd.DataFrame, price_per_hour_usd: float = 0.0) -> pd.DataFrame:
 
 def held_s(runs: pd.DataFrame) -> float:
     """How long the runs held their machines: those that shared one cost its time once."""
+    if runs.empty:
+        return 0.0
     began = pd.to_datetime(runs.started_utc, utc=True, format="ISO8601").map(pd.Timestamp.timestamp)
     machine = [json.dumps([p.get("cpu"), p.get("gpu")], sort_keys=True) for p in runs.provenance]
     known = pd.DataFrame({"began": began, "ended": began + runs.duration_s}).sort_values("began")
