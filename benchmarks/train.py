@@ -308,7 +308,7 @@ def written(folder: Path) -> None:
             lines += ["", f"## {found['machine']}", "", rate]
         for name, section in found["sections"].items():
             lines += ["", f"### {name}", "", *section["lines"], ""]
-            lines += [f"Commit {section['commit'][:7]}, {section['duration_s']:.0f} s."]
+            lines += [f"Commit {str(section['commit'])[:7]}, {section['duration_s']:.0f} s."]
     (folder / "train.md").write_text("\n".join(lines) + "\n")
 
 

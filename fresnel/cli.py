@@ -474,7 +474,8 @@ def _furniture(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(arguments).items() if name != "command"}
+    own = ("command", "rest")  # of the parser, not of what is called
+    return {name: value for name, value in vars(arguments).items() if name not in own}
 
 
 def _told(problems: Iterable[str]) -> int:

@@ -242,9 +242,9 @@ DEAF = "trap '' TERM\nwhile :; do sleep 0.05; done"
     [
         ("echo half >$out/x; exit 3", {}, "failed", "exit status 3", "3"),
         ("kill -SEGV $$", {}, "failed", "exit status 139", "139"),
-        (TRAPPED, {"stall_s": 1}, "failed", "no progress for 1 s", "130"),
-        (TRAPPED, {"rate_usd": 900.0}, "failed", "the budget is spent", "130"),
-        (DEAF, {"rate_usd": 900.0, "kill_s": 1}, "failed", "the budget is spent", "137"),
+        (TRAPPED, {"stall_s": 5}, "failed", "no progress for 5 s", "130"),
+        (TRAPPED, {"rate_usd": 450.0}, "failed", "the budget is spent", "130"),
+        (DEAF, {"rate_usd": 450.0, "kill_s": 1}, "failed", "the budget is spent", "137"),
     ],
     ids=["crashes", "dies", "hangs", "budget", "ignores TERM"],
 )
