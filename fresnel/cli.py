@@ -24,9 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped by the user. One notebook's run has more: `report.run.EXIT_STATUS`."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command is not _launch and not _is_run(arguments, rest):
+    if arguments.command is _launch:
+        arguments.job = rest
+    elif _is_run(arguments, rest):
+        (arguments.remote_run,) = rest
+    elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.rest = rest
     signal.signal(signal.SIGTERM, _end)  # so that a report is still written
     try:
         return int(arguments.command(arguments))
@@ -363,8 +366,8 @@ def _launch(arguments: argparse.Namespace) -> int:
     from fresnel.report import run as report
     from fresnel.study import runner
 
-    rest = arguments.rest
-    job = _parser().parse_args(rest if rest[:1] == ["study"] else ["run", *rest])
+    words = arguments.job
+    job = _parser().parse_args(words if words[:1] == ["study"] else ["run", *words])
     if job.reports or job.list:
         raise ValueError("--reports and --list have no place in a remote run")
     terms = planning.Terms(
@@ -373,11 +376,14 @@ def _launch(arguments: argparse.Namespace) -> int:
     )
     root = project_root()
     is_study, notebook = job.command is _study, getattr(job, "notebook", None)
-    words = list(rest)
     if is_study:
-        name, steps = job.study.stem, runner.load(job.study, runs=job.runs)
+        place = job.study.resolve()
+        if not place.is_relative_to(root.resolve()):
+            raise ValueError(f"{job.study}: copy the study into the project, which is what travels")
+        there = str(place.relative_to(root.resolve()))
+        words = [there if _path(word) == job.study else word for word in words]
+        name, steps = place.stem, runner.load(place, runs=job.runs)
         steps = runner.override(steps, dict(text.partition("=")[::2] for text in job.set))
-        words[rest.index(str(job.study.name))] = str(job.study)
     elif notebook:
         source = root / notebook
         name = job.name or source.stem
@@ -411,7 +417,7 @@ def _remote(arguments: argparse.Namespace) -> int:
     from fresnel.launch import runs
     from fresnel.report import run as report
 
-    reports, run = report.reports_folder(), "".join([arguments.remote_run or "", *arguments.rest])
+    reports, run = report.reports_folder(), arguments.remote_run or ""
     if arguments.act == "logs":
         return runs.logs(run, reports, follow=arguments.follow)
     if arguments.act == "status":
@@ -474,8 +480,7 @@ def _furniture(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    own = ("command", "rest")  # of the parser, not of what is called
-    return {name: value for name, value in vars(arguments).items() if name not in own}
+    return {name: value for name, value in vars(arguments).items() if name != "command"}
 
 
 def _told(problems: Iterable[str]) -> int:

@@ -189,6 +189,31 @@ def test_a_dry_run_connects_to_nothing(
     assert main([*words.split(), "01-original", "--reports", "y"]) == 2
 
 
+def test_a_study_is_named_as_it_lies_in_the_project(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from fresnel.cli import main
+
+    words = [
+        "launch",
+        "--on",
+        "ssh://nowhere/x",
+        "--budget",
+        "60",
+        "--rate",
+        "1.99",
+        "--dry-run",
+        "study",
+    ]
+    step = ["--only", "01-furniture"]
+    monkeypatch.setenv("FRESNEL_CALLER", str(NOTEBOOKS))
+    assert main([*words, "params/study.yaml", *step]) == 0
+    assert "./run_all.sh study notebooks/params/study.yaml --only" in capsys.readouterr().out
+    (tmp_path / "own.yaml").write_text((NOTEBOOKS / "params/study.yaml").read_text())
+    assert main([*words, str(tmp_path / "own.yaml"), *step]) == 2
+    assert "own.yaml: copy the study into the project" in capsys.readouterr().err
+
+
 def test_generated_files(root: Path, tmp_path: Path) -> None:
     terms, run = Terms(6.0, 2.0, gpus=4), "20260102T030405Z-03"
     script = recipes.sbatch(terms, "work", run, "--partition=gpu")

@@ -65,13 +65,13 @@ def sky(terms: Terms, folder: Path, run: str, cloud: str = "", gpu: str = "H100"
 
 
 def dstack(terms: Terms, folder: Path, run: str, gpu: str = "H100") -> str:
-    """A dstack task, to be applied by hand (`dstack apply -f FILE`)."""
-    place = f"/root/{_HOME}"
+    """A dstack task, to be applied by hand (`dstack apply -f FILE`); paths there are below its
+    working folder."""
     return _yaml(
         type="task",
         name=cluster(run),
-        files=[f"{folder}/tree:{place}/tree", f"{folder}/run:{place}/runs/{run}"],
-        commands=[f"sh {place}/runs/{run}/box.sh foreground {place} {run}"],
+        files=[f"{folder}/tree:{_HOME}/tree", f"{folder}/run:{_HOME}/runs/{run}"],
+        commands=[f"sh {_HOME}/runs/{run}/box.sh foreground {_HOME} {run}"],
         resources={"gpu": f"{gpu}:{terms.gpus}", "disk": "128GB.."},
         max_price=terms.rate_usd,
         max_duration=f"{_minutes(terms.limit_s)}m",
