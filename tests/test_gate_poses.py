@@ -15,7 +15,7 @@ from fresnel import bootstrap, faults, gate
 from fresnel.data import dataset
 from fresnel.gate.decide import chance, sequential
 from fresnel.gate.fix import corrected, fix
-from fresnel.gate.thresholds import GateConfig
+from fresnel.gate.thresholds import GateConfig, Seen
 from fresnel.models import decoder
 from fresnel.objects.assets import embedded_assets
 from fresnel.objects.render_set import render_set
@@ -169,6 +169,39 @@ def test_other_backgrounds_are_no_fault(scene: Any) -> None:
     assert verdict.passed, verdict.summary
     guessed = any("foreground is estimated" in note for note in verdict.notes)
     assert guessed == scene.startswith("opaque")
+
+
+def test_a_record_that_alone_can_be_compared_is_judged_as_if_alone() -> None:
+    config = GateConfig()
+    just_over = 1.1 * config.max_cropped
+    for known, flagged in (
+        (np.array([just_over, 0.0]), True),
+        (np.array([just_over, np.nan]), False),
+    ):
+        seen = Seen([], [{"views": 0}] * 2, config)
+        assert bool(seen.beyond(known, "max_cropped")[0][0]) == flagged
+
+
+def test_haze_over_white_does_not_brighten_an_object() -> None:
+    """Decoded objects have soft edges, and what is guessed of them without alpha holds those."""
+    from scipy.ndimage import gaussian_filter
+
+    def hazy(views: Any, reach: float = 6.0, share: float = 0.9) -> Any:
+        soft = [
+            torch.from_numpy(share * gaussian_filter(picture.float().numpy(), (0, reach, reach)))
+            for picture in (views.alpha, *views.rgb.unbind(-1))
+        ]
+        alpha = torch.maximum(views.alpha, soft[0]).round().byte()
+        colour = torch.stack(soft[1:], dim=-1).round().byte()
+        rgb = torch.where(views.alpha[..., None] > 0, views.rgb, colour)
+        return replace(views, rgb=rgb, alpha=alpha, depth=None)
+
+    rng = np.random.default_rng(0)
+    records = [
+        faults.on_background(hazy(views_of(i, size=48)), "opaque_white", rng) for i in range(6)
+    ]
+    verdict = gate.validate(Memory(records), progress=False)
+    assert "views_bright" not in {reason.code for reason in verdict.reasons}
 
 
 def test_opaque_photographs_are_judged_by_their_features() -> None:

@@ -107,10 +107,10 @@ class Seen:
     config: GateConfig
     meta: Mapping[str, Any] = field(default_factory=dict)
 
-    def limit(self, name: str, asked: int = 2) -> float:
-        """A threshold by name; wider where there is one record only, or one that can be asked."""
+    def limit(self, name: str, known: int | None = None) -> float:
+        """A threshold by name; wider where only one record is there, or `known` of those."""
         value = float(getattr(self.config, name))
-        if min(len(self.objects), asked) > 1:
+        if (len(self.objects) if known is None else known) > 1:
             return value
         return value / ALONE if name.startswith("min") else value * ALONE
 
