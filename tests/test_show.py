@@ -51,6 +51,14 @@ def test_figures_are_drawn_in_our_style() -> None:
     assert right.get_ylim()[0] == 0 and right.patches
 
 
+def test_every_term_of_a_loss_is_drawn_whole() -> None:
+    terms = [f"term {k}" for k in range(2 * len(style.CYCLE))]
+    log = [{"step": step} | {term: 0.5 - step for term in terms} for step in (0, 1)]
+    (axis,) = charts.loss_curves(log, terms=terms).axes
+    assert [line.get_label() for line in axis.lines] == terms
+    assert axis.get_ylim()[0] < -0.5 and axis.get_yscale() == "linear"
+
+
 def test_one_term_needs_no_legend_and_what_was_not_measured_has_no_mark() -> None:
     alone = charts.loss_curves([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
     assert alone.axes[0].get_legend() is None

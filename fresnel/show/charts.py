@@ -5,6 +5,7 @@ Each returns a `Figure`, which `fresnel.show.style.show` shows.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -134,12 +135,12 @@ def lines(*panels: Mapping[str, Any]) -> Figure:
     for axis, panel in zip(axes[0], panels, strict=True):
         settings = dict(panel)
         band, legend = settings.pop("band", None), settings.pop("legend", True)
-        colors = settings.pop("colors", CYCLE)
+        colors = itertools.cycle(settings.pop("colors", CYCLE))
         if band:
             axis.axhspan(*band, **_BAND)
-        for color, (name, (x, y)) in zip(colors, settings.pop("series").items(), strict=False):
+        for (name, (x, y)), color in zip(settings.pop("series").items(), colors, strict=False):
             axis.plot(x, y, "o-" if len(x) < 20 else "-", ms=4, lw=1.4, color=color, label=name)
-        if settings.get("yscale") != "log":
+        if settings.get("yscale") != "log" and axis.dataLim.y0 >= 0:
             axis.set_ylim(bottom=0)
         axis.set(**settings)
         if legend:
