@@ -377,12 +377,9 @@ def _launch(arguments: argparse.Namespace) -> int:
     root = project_root()
     is_study, notebook = job.command is _study, getattr(job, "notebook", None)
     if is_study:
-        place = job.study.resolve()
-        if not place.is_relative_to(root.resolve()):
-            raise ValueError(f"{job.study}: copy the study into the project, which is what travels")
-        there = str(place.relative_to(root.resolve()))
+        there = planning.there(root, "study", os.path.abspath(job.study))
         words = [there if _path(word) == job.study else word for word in words]
-        name, steps = place.stem, runner.load(place, runs=job.runs)
+        name, steps = job.study.stem, runner.load(job.study, runs=job.runs)
         steps = runner.override(steps, dict(text.partition("=")[::2] for text in job.set))
     elif notebook:
         source = root / notebook

@@ -211,7 +211,7 @@ def test_a_study_is_named_as_it_lies_in_the_project(
     assert "./run_all.sh study notebooks/params/study.yaml --only" in capsys.readouterr().out
     (tmp_path / "own.yaml").write_text((NOTEBOOKS / "params/study.yaml").read_text())
     assert main([*words, str(tmp_path / "own.yaml"), *step]) == 2
-    assert "own.yaml: copy the study into the project" in capsys.readouterr().err
+    assert "own.yaml: link it into the project" in capsys.readouterr().err
 
 
 def test_generated_files(root: Path, tmp_path: Path) -> None:

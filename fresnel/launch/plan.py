@@ -208,6 +208,16 @@ def make(
     )
 
 
+def there(root: Path, key: str, value: str) -> str:
+    """Where the file that `key` names lies in the project, which is what travels.
+
+    Raises PlanError if it lies elsewhere."""
+    place = root / value
+    if not place.is_relative_to(root) or ".." in place.parts:
+        raise PlanError(f"{key} is {value}: link it into the project (ln -s) and name that")
+    return str(place.relative_to(root))
+
+
 def _read(root: Path, key: str, value: str) -> list[str]:
     """The files that a parameter names, if it names any; links are followed."""
     place = root / value
@@ -215,8 +225,7 @@ def _read(root: Path, key: str, value: str) -> list[str]:
         if key == "dataset_dir":
             raise PlanError(f"no such dataset: {value}")
         return []
-    if not place.is_relative_to(root) or ".." in place.parts:
-        raise PlanError(f"{key} is {value}: link it into the project (ln -s) and name that")
+    there(root, key, value)
     found = [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]
     return [str(p.relative_to(root)) for p in found if place != root]
 
