@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import io
 import json
 import subprocess
 import sys
@@ -41,8 +40,8 @@ def _written(path: Path, data: bytes, read: Callable[[], Any]) -> Any:
 
 def targets(folder: Path) -> dict[str, Callable[[], Target]]:
     """By name: what makes a sound file and the function that reads a mutated one."""
-    from fresnel.data import co3d, colmap, dataset, shards
-    from fresnel.data import transforms as nerfstudio
+    from fresnel.data import dataset
+    from fresnel.data.formats import captures_in
     from fresnel.objects import trace
     from fresnel.objects.assets import embedded_assets, find_assets
     from fresnel.objects.render_set import render_set
@@ -57,7 +56,7 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
         top |= {"fresnel": {"pivot": [0, 0, 0], "input": "images/1.png"}}
         path = folder / "transforms.json"
         text = json.dumps({**top, "frames": frames}).encode()
-        return text, lambda data: _written(path, data, lambda: nerfstudio.read(folder, ""))
+        return text, lambda data: _written(path, data, lambda: captures_in(folder))
 
     def annotations() -> Target:
         _pictures(folder)
@@ -68,9 +67,9 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
             | {"image": {"path": f"cat/images/{k}.png", "size": [8, 10]}, "mask": {"path": ""}}
             for k in range(2)
         ]
-        path = folder / co3d.FILE
+        path = folder / "frame_annotations.jgz"
         return json.dumps(frames).encode(), lambda data: _written(
-            path, gzip.compress(data), lambda: co3d.read(folder, "")
+            path, gzip.compress(data), lambda: captures_in(folder)
         )
 
     def model(name: str) -> Target:
@@ -91,7 +90,7 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
             made.add_image_with_trivial_frame(image, pose)
         (made.write_binary if name.endswith(".bin") else made.write_text)(str(place))
         return (place / name).read_bytes(), lambda data: _written(
-            place / name, data, lambda: colmap.read(folder, "")
+            place / name, data, lambda: captures_in(folder)
         )
 
     def ours() -> Path:
@@ -105,17 +104,6 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
         path = ours() / name
         return path.read_bytes(), lambda data: _written(
             path, data, lambda: dataset.open(folder / "set")[0]
-        )
-
-    def tar() -> Target:
-        (path,) = dataset.write_shards(folder / "shards", dataset.open(ours()))
-        return path.read_bytes(), lambda data: list(dataset.stream(io.BytesIO(data)))
-
-    def index() -> Target:
-        dataset.write_shards(folder / "shards", dataset.open(ours()))
-        path = folder / "shards" / shards.INDEX
-        return path.read_bytes(), lambda data: _written(
-            path, data, lambda: list(shards.checked(path.parent, shards.index_of(path.parent)))
         )
 
     def listed() -> Target:
@@ -162,8 +150,6 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
         "cameras.txt": lambda: model("cameras.txt"),
         "manifest": lambda: of_ours("manifest.json"),
         "pose": lambda: of_ours("image_0000/view_001/pose.json"),
-        "shard": tar,
-        "shards.json": index,
         "list": listed,
         "library": library,
         "mesh": mesh,
@@ -176,13 +162,7 @@ def fuzz(name: str, seconds: int, work: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["fresnel", "trimesh.exchange"]):
-        from fresnel.data import (  # noqa: F401
-            co3d,
-            colmap,
-            dataset,
-            shards,
-        )
-        from fresnel.data.images import DatasetError
+        from fresnel.data.dataset import DatasetError
     (work / "data").mkdir(parents=True)
     (work / "corpus").mkdir()
     sound, read = targets(work / "data")[name]()

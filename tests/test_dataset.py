@@ -148,13 +148,10 @@ def test_views_over_white_come_back_over_black(tmp_path):
     assert (got - make_object(5).rgb.int()).abs().max() <= 1
     assert torch.equal(white.tensors().rgb[0], white[0].rgb)
     # what is made of it is over black too, wherever it goes
-    dataset.write_shards(tmp_path / "shards", white)
-    streamed = next(iter(dataset.stream(tmp_path / "shards")))
     copied = dataset.write(tmp_path / "copy", [white[0]], meta={})[0]
     dataset.export(tmp_path / "out", [white[0]])
     exported = dataset.open(tmp_path / "out")[0]
-    for views in (streamed, copied, dataset.open(tmp_path / "shards", cache=tmp_path / "c")[0]):
-        assert torch.equal(views.rgb, white[0].rgb)
+    assert torch.equal(copied.rgb, white[0].rgb)
     assert (exported.rgb[1:].int() - white[0].rgb.int()).abs().max() <= 2
 
 
@@ -279,16 +276,6 @@ def test_an_edited_manifest_is_refused(written, change):
         dataset.open(written.path)
 
 
-@pytest.mark.parametrize("layout", ["set", "captures", "original"])
-def test_no_word_in_a_manifest_switches_the_check_of_files_off(written, layout):
-    edit_json(written.path / "manifest.json", layout=layout)
-    opened = dataset.open(written.path)
-    assert opened.layout == "fresnel"
-    edit_pixel(written.path)
-    with pytest.raises(DatasetChanged, match=r"view_001/rgb\.png"):
-        opened.verify()
-
-
 def test_what_is_decoded_is_what_was_hashed(written, tmp_path):
     """Files that are exchanged after opening, and back again, are noticed while they are read."""
     write_original(tmp_path / "original", 2)
@@ -306,18 +293,6 @@ def test_what_is_decoded_is_what_was_hashed(written, tmp_path):
             opened.tensors()
         path.write_bytes(before)
         assert len(opened[row].rgb) >= VIEWS
-
-
-def test_a_set_of_version_1_is_read_and_its_meta_hashed(written):
-    path = written.path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    records = [_layouts.Record(**entry) for entry in manifest["objects"]]
-    old = {**manifest, "schema_version": 1}
-    old["content_hash"] = _layouts.content_hash(records, old)
-    path.write_text(json.dumps(old))
-    assert dataset.open(written.path).content_hash == written.content_hash
-    edit_json(path, meta={"seed": 7})
-    assert dataset.open(written.path).content_hash != written.content_hash
 
 
 def test_a_stored_set_cannot_be_opened_at_another_size(written, tmp_path):
@@ -390,7 +365,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fresnel.data.writing.write_object", full)
+    monkeypatch.setattr(_writing, "write_object", full)
     with pytest.raises(DatasetError, match=r"disk is full.*Nothing was kept"):
         dataset.write(tmp_path / "set", [make_object(0)], meta={})
     assert leftovers(tmp_path) == []
@@ -437,10 +412,10 @@ def test_write_refuses_to_overwrite_unasked_and_what_is_not_a_dataset(written, t
         dataset.write(written.path, [make_object(0)], meta={})
     (tmp_path / "home").mkdir()
     (tmp_path / "home/letter.txt").write_text("dear")
-    with pytest.raises(DatasetError, match="not a dataset"):
+    with pytest.raises(DatasetError, match="not of ours"):
         dataset.write(tmp_path / "home", [make_object(0)], meta={}, overwrite=True)
     (tmp_path / "home/manifest.json").write_text('{"name": "a web page"}')
-    with pytest.raises(DatasetError, match="not a dataset"):
+    with pytest.raises(DatasetError, match="not of ours"):
         dataset.write(tmp_path / "home", [make_object(0)], meta={}, overwrite=True)
     assert (tmp_path / "home/letter.txt").exists()
 
@@ -470,13 +445,13 @@ def test_write_refuses_objects_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"R": [[float("nan")] * 3] * 3}, "'R' holds NaN"),
-        ({"R": [[2, 0, 0], [0, 1, 0], [0, 0, 1]]}, "not a rotation"),
-        ({"R": [[-1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "not a rotation"),
+        ({"R": [[float("nan")] * 3] * 3}, "R is .*want finite numbers"),
+        ({"R": [[2, 0, 0], [0, 1, 0], [0, 0, 1]]}, "not orthonormal"),
+        ({"R": [[-1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "not orthonormal"),
         ({"R": [[1, 0], [0, 1]]}, "shape"),
-        ({"t": "far away"}, "not an array of numbers"),
-        ({"t": [0, 0, float("inf")]}, "'t' holds NaN or inf"),
-        ({"K": [[0, 0, 0]] * 3}, "K is not a pinhole"),
+        ({"t": "far away"}, "t is 'far away'"),
+        ({"t": [0, 0, float("inf")]}, "t is .*want finite"),
+        ({"K": [[0, 0, 0]] * 3}, "not a pinhole"),
         ({"width": 99}, "99 x 16"),
     ],
 )
@@ -492,7 +467,7 @@ def test_damaged_files_name_themselves(written):
     pose = (base / "view_001/pose.json").read_text()
     for scale in (None, -1):
         edit_json(base / "view_001/pose.json", depth_scale=scale)
-        with pytest.raises(DatasetError, match=r"view_001/depth\.png: .*depth_scale is .*want a"):
+        with pytest.raises(DatasetError, match=r"view_001/pose\.json: depth_scale is .*want a"):
             seal(written.path)[0]
     (base / "view_001/pose.json").write_text(pose)
     for data, message in [
@@ -520,10 +495,10 @@ def test_damaged_files_name_themselves(written):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"folder": "../elsewhere"}, "refuses folder"),
-        ({"folder": "/etc"}, "refuses folder"),
-        ({"files": {"../../secret.png": "0"}}, "refuses file"),
-        ({"files": {"view_000/../../rgb.png": "0"}}, "refuses file"),
+        ({"folder": "../elsewhere"}, "refuses"),
+        ({"folder": "/etc"}, "refuses"),
+        ({"files": {"../../secret.png": "0"}}, "refuses"),
+        ({"files": {"view_000/../../rgb.png": "0"}}, "refuses"),
         ({"files": ["input.png"]}, "files is .*want an object"),
         ({"name": 3}, "name is '3', want text"),
         ({"name": "object 1"}, "share a name"),

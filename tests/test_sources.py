@@ -42,10 +42,8 @@ def manifest(folder: Path, views: ObjectViews) -> Path:
     return folder / "list.json"
 
 
-def shards(folder: Path, views: ObjectViews) -> Path:
-    whole = dataset.write(folder.with_name("whole"), [views], meta={"who": "me"})
-    dataset.write_shards(folder, whole)
-    return folder
+def ours(folder: Path, views: ObjectViews) -> Path:
+    return dataset.write(folder, [views], meta={}).path
 
 
 def original(folder: Path, _: ObjectViews) -> Path:
@@ -64,7 +62,7 @@ VIEWS: dict[str, Make] = {
     "colmap": lambda folder, views: models(_made(folder), views),
     "co3d": lambda folder, views: co3d(_made(folder), views),
     "original": original,
-    "shards": shards,
+    "ours": ours,
 }
 OBJECTS: dict[str, Make] = {"objects": objects, "manifest": manifest}
 
@@ -82,7 +80,7 @@ def test_multi_view_data_is_taken_as_it_is(kind, truth, tmp_path):  # noqa: F811
     assert data.content_hash == dataset.open(source).content_hash
     inputs, said = sources.input_images(str(source), images=2, image_size=32)
     assert 1 <= len(inputs) <= 2
-    if kind == "shards":  # our layout: the input's camera is known
+    if kind == "ours":  # the input's camera is known
         assert not inputs.elevation_is_assumed and "input views" in said
         return
     assert inputs.elevation_is_assumed and "cameras assumed" in said
@@ -128,26 +126,6 @@ def test_objects_that_ship_can_be_left_out(tmp_path):
     (tmp_path / "o" / "list.json").write_text(json.dumps(listed))
     with pytest.raises(DatasetError, match="holds no object"):
         sources.ground_truth(source, "train", exclude_embedded=True, **options)
-
-
-def test_shards_are_unpacked_once_and_only_as_listed(truth, tmp_path):  # noqa: F811
-    source = shards(tmp_path / "shards", truth)
-    opened = dataset.open(source, cache=tmp_path / "cache")
-    assert opened.meta == {"who": "me", "unpacked_from": "shards"}
-    whole = dataset.open(tmp_path / "whole")
-    assert opened.names == whole.names and opened[0].rgb.equal(whole[0].rgb)
-    stamp = (opened.path / "manifest.json").stat().st_mtime_ns
-    assert dataset.open(source, cache=tmp_path / "cache").path == opened.path
-    assert (opened.path / "manifest.json").stat().st_mtime_ns == stamp
-    tar = source / "shard-000000.tar"
-    tar.write_bytes(tar.read_bytes() + b"\0")
-    with pytest.raises(DatasetError, match="sha256 differs"):
-        dataset.open(source, cache=tmp_path / "other")
-    index = source / "shards.json"
-    for change in ({"shards": [{"file": "../x.tar", "sha256": ""}]}, {"background": [1, 2]}):
-        index.write_text(json.dumps({**json.loads(index.read_text()), **change}))
-        with pytest.raises(DatasetError, match=r"shards\.json"):
-            dataset.open(source)
 
 
 def test_what_is_no_source_is_refused(tmp_path):

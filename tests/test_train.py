@@ -582,7 +582,7 @@ print(*(name for name in sys.modules if name.startswith("fresnel.")))
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     loaded = done.stdout.split()
     assert "fresnel.training.forecast" in loaded
-    readers = ("captures", "colmap", "co3d", "shards", "formats", "transforms")
+    readers = ("captures", "formats", "writing")
     rooms = ("objects", "show", "report", "views", "study", "analysis", "cli", "faults")
     above = [name for name in loaded if name.split(".")[1] in rooms]
     assert [n for n in loaded if n.startswith("fresnel.data.") and n.split(".")[2] in readers] == []

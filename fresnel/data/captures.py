@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor
-from torch.nn.functional import grid_sample, interpolate
+from torch.nn.functional import grid_sample
 
-from fresnel.data.images import (
-    DatasetError,
-    decoded,
-    has_alpha,
-    load_image,
-    named,
-    resize,
-    squared,
-)
+from fresnel.data.images import DatasetError, load_image, named, resize, squared
 from fresnel.data.layout import inside, read_checked
 from fresnel.data.records import ObjectViews
 from fresnel.scene.cameras import Cameras
@@ -51,50 +43,30 @@ and the principal point (https://colmap.github.io/cameras.html)."""
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One picture and its camera, as the description states them.
+    """One picture and its camera, as the description states them."""
 
-    Args:
-        image: path relative to the dataset's folder; ``mask`` too, "" where there is none.
-        viewmat: OpenCV world-to-camera matrix (4, 4).
-        K: pixels of a picture of ``size``, corners at integers, (3, 3).
-        size: width and height that ``K`` is for.
-    """
-
-    image: str
-    viewmat: Floats
-    K: Floats
-    size: tuple[int, int]
-    mask: str = ""
+    image: str  # path below the dataset's folder
+    viewmat: Floats  # OpenCV world-to-camera matrix (4, 4)
+    K: Floats  # for a picture of ``size``, its corners at integers, (3, 3)
+    size: tuple[int, int]  # width and height
+    mask: str = ""  # its path; "": none
     lens: Lens = ("PINHOLE", ())
 
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """Pictures of one thing and their cameras.
+    """Pictures of one thing and their cameras, in a world whose Y is up.
 
-    Args:
-        name: unique within a dataset.
-        views: in a world whose Y is up.
-        descriptions: the files that all this was read from.
-        world_from_file: rotation (3, 3) from the description's world into ours.
-        notes: what the reader assumed, for ``meta``.
-        pivot: what the cameras turn about if the description says so, else None: estimated.
-        input_image: which view acts as the input if the description says so, else "": chosen.
-        files: sha256 of everything that is read, by path; filled by `dataset.open`.
+    A reader leaves open what its description does not say; `prepare` fills it in.
     """
 
-    name: str
+    name: str  # unique within a dataset
     views: tuple[View, ...]
-    descriptions: tuple[str, ...]
-    world_from_file: Floats
-    notes: dict[str, Any]
-    pivot: Floats | None = None
-    input_image: str = ""
+    descriptions: tuple[str, ...]  # the files that all this was read from
+    notes: dict[str, Any]  # what was assumed, for ``meta``
+    pivot: Floats | None = None  # what the cameras turn about, (3,)
+    input_image: str = ""  # the view that acts as the input
     attribution: str = ""
-    files: dict[str, str] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.views)
 
     @property
     def viewmats(self) -> Floats:
@@ -123,8 +95,8 @@ def collect(
             vertical, and `upright` finds one.
 
     Raises:
-        DatasetError: if there are none or too many, two share a picture, or a number is not finite,
-            a rotation not a rotation, a focal length not positive or a size absurd.
+        DatasetError: if there are none or too many, two share a picture, or a pose, intrinsics or
+            size are impossible.
     """
     if not 1 <= len(views) <= MAX_VIEWS:
         said = f"describes {len(views)} views; want at least one, the limit is {MAX_VIEWS}"
@@ -134,35 +106,18 @@ def collect(
         if view.image in seen:
             raise DatasetError(f"{where}: two views share the picture {view.image!r}")
         seen.add(view.image)
-        if bad := _fault(view):
-            raise DatasetError(f"{where}: {bad} (picture {view.image!r}). Fix what wrote it")
-    up = "the file's Z"
-    if turn is None:
-        turn, up = (
-            upright(np.stack([v.viewmat for v in views])),
-            "mean of the cameras' up directions",
-        )
+        with named(f"{where}: picture {view.image!r}"):
+            viewmat, K = torch.from_numpy(view.viewmat), torch.from_numpy(view.K)
+            Cameras(viewmat, K, *view.size).validate()
+            if not np.isfinite(view.lens[1]).all():
+                raise ValueError("the lens holds NaN or infinity. Fix what wrote it")
+    up = "mean of the cameras' up directions" if turn is None else "the file's Z"
+    turn = upright(np.stack([view.viewmat for view in views])) if turn is None else turn
     world = np.eye(4)
     world[:3, :3] = turn.T
     turned = tuple(replace(view, viewmat=view.viewmat @ world) for view in views)
-    notes = {"format": kind, "up": up}
-    return Capture(name, turned, tuple(descriptions), turn, notes, **more)
-
-
-def _fault(view: View) -> str:
-    if not (np.abs(view.viewmat) < 1e12).all():  # NaN is not less
-        return "a pose is not finite"
-    rotation = view.viewmat[:3, :3]
-    error = np.abs(rotation @ rotation.T - np.eye(3)).max()
-    if error > 1e-3:
-        return f"a pose is not a rotation (R R^T is off by {error:.3g})"
-    if np.linalg.det(rotation) < 0:
-        return "a pose is a mirror"
-    if not (np.abs([*view.K.ravel(), *view.lens[1]]) <= 1e7).all():
-        return "intrinsics hold NaN, infinity or absurd numbers"
-    if min(view.K[0, 0], view.K[1, 1]) <= 0:
-        return "intrinsics want focal lengths > 0"
-    return "" if 0 < min(view.size) <= max(view.size) <= 1_000_000 else "an image size is absurd"
+    notes = {"world_from_file": turn.tolist(), "format": kind, "up": up}
+    return Capture(name, turned, tuple(descriptions), notes, **more)
 
 
 def pinhole(fx: float, fy: float, cx: float, cy: float) -> Floats:
@@ -214,44 +169,13 @@ def frontal(viewmats: Floats, pivot: Floats) -> int:
     return int((direction @ mean).argmax()) if np.linalg.norm(mean) > 0.5 else 0
 
 
-def pivot_of(capture: Capture) -> Floats:
-    return nearest_to_axes(capture.viewmats) if capture.pivot is None else capture.pivot
-
-
-def input_of(capture: Capture) -> int:
-    said = [k for k, view in enumerate(capture.views) if view.image == capture.input_image]
-    return said[0] if said else frontal(capture.viewmats, pivot_of(capture))
-
-
-def first_look(root: Path, capture: Capture) -> tuple[str, int]:
-    """Where the alpha comes from, "mask", "file" or "none" (judged by the first view), and the
-    side in pixels of the square that this view becomes without scaling."""
-    path, source = inside(root, capture.views[0].image), "none"
-    if any(view.mask for view in capture.views):
-        source = "mask"
-    elif has_alpha(path) and bool((load_image(path, rotate=False)[1] < 255).any()):
-        source = "file"
-    size = decoded(path, pixels=False).size
-    return source, min(size) if source == "none" else max(size)
-
-
-def common_side(where: Path, sides: Sequence[int], views: int) -> int:
-    """One size for all pictures: the smallest natural one, at most `LARGEST_SIDE`, less if one
-    object's ``views`` would take more than `MAX_RECORD_BYTES`."""
-    side = min([*sides, LARGEST_SIDE])
-    affordable = int((MAX_RECORD_BYTES / (4 * views)) ** 0.5)
-    if affordable < min(side, SMALLEST_SIDE):
-        raise DatasetError(
-            f"{where}: an object of {views} views doesn't fit into {MAX_RECORD_BYTES >> 20} MB "
-            f"even at {SMALLEST_SIDE} px. Pass views= to take fewer, evenly spaced"
-        )
-    return min(side, affordable)
-
-
 def prepare(
     root: Path, found: Sequence[Capture], image_size: int | None, views: int | None
 ) -> tuple[list[Capture], int, dict[str, Any]]:
-    """Captures thinned to ``views``, the common side of their pictures, and what to say of them.
+    """Captures thinned to ``views`` and completed, the side of their pictures, and ``meta``.
+
+    The side, unless ``image_size`` states it, is the smallest natural one, at most `LARGEST_SIDE`,
+    less if one object's views would take more than `MAX_RECORD_BYTES`.
 
     Raises:
         DatasetError: if a capture has fewer views, or all of one don't fit into memory.
@@ -259,12 +183,16 @@ def prepare(
     for name, value in (("image_size", image_size), ("views", views)):
         if value is not None and not 1 <= value <= 100_000:
             raise ValueError(f"{name}: got {value}, want at least 1")
-    chosen = [_thinned(root, capture, views) for capture in found]
-    looks = [first_look(root, capture) for capture in chosen]
-    most = max(len(capture) for capture in chosen)
-    affordable = common_side(root, [image_size or min(side for _, side in looks)], most)
-    kinds = {source for source, _ in looks}
-    estimated = "nearest point to the optical axes"
+    chosen, natural = zip(*(_completed(root, each, views) for each in found), strict=True)
+    most = max(len(capture.views) for capture in chosen)
+    affordable = int((MAX_RECORD_BYTES / (4 * most)) ** 0.5)
+    side = image_size or min(*natural, LARGEST_SIDE)
+    if affordable < min(side, SMALLEST_SIDE):
+        raise DatasetError(
+            f"{root}: an object of {most} views doesn't fit into {MAX_RECORD_BYTES >> 20} MB "
+            f"even at {SMALLEST_SIDE} px. Pass views= to take fewer, evenly spaced"
+        )
+    kinds = {capture.notes["alpha_source"] for capture in chosen}
     meta: dict[str, Any] = {
         "source": "captures",
         "formats": sorted({str(capture.notes["format"]) for capture in chosen}),
@@ -274,56 +202,70 @@ def prepare(
         "one of a capture from one side, else the first",
         "undistorted": any(_bends(view.lens) for c in chosen for view in c.views),
         "scale": "the capture's own",
-        "objects": {
-            capture.name: {
-                "input": capture.views[input_of(capture)].image,
-                "pivot": pivot_of(capture).tolist(),
-                "pivot_source": estimated if capture.pivot is None else "description",
-                "alpha_source": source,
-                "views": len(capture),
-                "views_left_out": len(whole) - len(capture),
-                "world_from_file": capture.world_from_file.tolist(),
-                **capture.notes,
-            }
-            for capture, whole, (source, _) in zip(chosen, found, looks, strict=True)
-        },
+        "objects": {capture.name: capture.notes for capture in chosen},
     }
-    return chosen, image_size or affordable, meta
+    return list(chosen), image_size or min(side, affordable), meta
 
 
-def _thinned(root: Path, capture: Capture, views: int | None) -> Capture:
-    """Evenly spaced views, the declared input among them."""
-    if views is None or views == len(capture):
-        return capture
-    if views > len(capture):
-        raise DatasetError(f"{root}: {capture.name!r} has {len(capture)} views, views asks {views}")
-    rows = np.linspace(0, len(capture) - 1, views).round().astype(int)
-    for row, view in enumerate(capture.views):
-        if view.image == capture.input_image:
-            rows[np.abs(rows - row).argmin()] = row
-    return replace(capture, views=tuple(capture.views[row] for row in rows))
+def _completed(root: Path, capture: Capture, views: int | None) -> tuple[Capture, int]:
+    """Evenly spaced views, the declared input among them, with a pivot and an input; and the side
+    in pixels of the square that the first one becomes without scaling."""
+    count = len(capture.views)
+    if views is not None and views > count:
+        raise DatasetError(f"{root}: {capture.name!r} has {count} views, views asks {views}")
+    rows = np.linspace(0, count - 1, views or count).round().astype(int)
+    said = [row for row, view in enumerate(capture.views) if view.image == capture.input_image]
+    if said:
+        rows[np.abs(rows - said[0]).argmin()] = said[0]
+    thinned = replace(capture, views=tuple(capture.views[row] for row in rows))
+    pivot = nearest_to_axes(thinned.viewmats) if capture.pivot is None else capture.pivot
+    image = thinned.views[frontal(thinned.viewmats, pivot)].image
+    image = capture.input_image if said else image
+    first = inside(root, thinned.views[0].image)
+    alpha, source = load_image(first, rotate=False)[1], "none"
+    if any(view.mask for view in thinned.views):
+        source = "mask"
+    elif bool((alpha < 255).any()):
+        source = "file"
+    notes = {
+        "input": image,
+        "pivot": pivot.tolist(),
+        "pivot_source": "nearest point to the optical axes"
+        if capture.pivot is None
+        else "description",
+        "alpha_source": source,
+        "views": len(rows),
+        "views_left_out": count - len(rows),
+        **capture.notes,
+    }
+    side = min(alpha.shape) if source == "none" else max(alpha.shape)
+    return replace(thinned, pivot=pivot, input_image=image, notes=notes), side
 
 
 # --- pictures ----------------------------------------------------------------------------------
 
 
-def read(root: Path, capture: Capture, side: int) -> ObjectViews:
+def read(root: Path, capture: Capture, side: int, digests: dict[str, str]) -> ObjectViews:
     """Every view of a capture at ``side`` x ``side`` pixels; one of them acts as the input too.
+
+    Args:
+        digests: sha256 of the files by path.
 
     Raises:
         DatasetError: if a picture or mask can't be read, or doesn't have the stated proportions.
     """
-    opaque = first_look(root, capture)[0] == "none"
+    opaque = capture.notes["alpha_source"] == "none"
     with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(lambda v: _read_view(root, capture, v, side, opaque), capture.views))
-    rgba = torch.stack([picture for picture, _ in done])
+        done = pool.map(lambda view: _read_view(root, view, side, opaque, digests), capture.views)
+        pictures, Ks = zip(*done, strict=True)
+    rgba = torch.stack(pictures)
     cameras = Cameras(
         torch.from_numpy(capture.viewmats).float(),
-        torch.from_numpy(np.stack([K for _, K in done])).float(),
+        torch.from_numpy(np.stack(Ks)).float(),
         side,
         side,
     )
-    first = input_of(capture)
+    first = [view.image for view in capture.views].index(capture.input_image)
     with named(root / capture.descriptions[0]):
         return ObjectViews(
             name=capture.name,
@@ -333,74 +275,57 @@ def read(root: Path, capture: Capture, side: int) -> ObjectViews:
             rgb=rgba[..., :3],
             alpha=rgba[..., 3],
             cameras=cameras,
-            pivot=torch.from_numpy(pivot_of(capture)).float(),
+            pivot=torch.tensor(capture.pivot, dtype=torch.float32),
             attribution=capture.attribution,
         )
 
 
 def _read_view(
-    root: Path, capture: Capture, view: View, side: int, opaque: bool
+    root: Path, view: View, side: int, opaque: bool, digests: dict[str, str]
 ) -> tuple[Tensor, Floats]:
     """Premultiplied rgba uint8 (side, side, 4) and K (3, 3)."""
-    path, data = root / view.image, read_checked(root, view.image, capture.files[view.image])
-    rgb, alpha = load_image(path, rotate=False, data=data)
+
+    def load(path: str, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        data = read_checked(root, path, digests[path])
+        rgb, alpha = load_image(root / path, rotate=False, data=data)
+        (height, width), (w, h) = alpha.shape, size
+        if abs(w * height - h * width) > 0.02 * max(w * height, h * width):
+            raise DatasetError(
+                f"{root / path}: is {width} x {height} pixels, want the proportions of {w} x {h}, "
+                "which its description or picture has. Restore it, or describe it anew"
+            )
+        return rgb, alpha
+
+    rgb, alpha = load(view.image, view.size)
     height, width = alpha.shape
     if view.mask:
-        data = read_checked(root, view.mask, capture.files[view.mask])
-        alpha = _masked(root / view.mask, data, alpha)
+        grey, cover = load(view.mask, (width, height))
+        mask = grey.amax(dim=-1) if bool((cover == 255).all()) else cover
+        if mask.shape != alpha.shape:
+            mask = resize(mask[..., None], (height, width))[..., 0]
+        alpha = ((mask.to(torch.int32) * alpha + 127) // 255).to(torch.uint8)
         rgb = ((rgb.to(torch.int32) * alpha[..., None] + 127) // 255).to(torch.uint8)
     rgba = torch.cat([rgb, alpha[..., None]], dim=-1)
-    K = _fitted(view, width, height, path)
+    K = _scaled(view.K, view.size, (width, height))  # downscaled copies (images_4/) keep poses
     if _bends(view.lens):
-        rgba, K = _shrunk(rgba, K, 2 * side)
-        height, width = rgba.shape[:2]
-        fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
-        rgba = _sampled(rgba, _grid((fx, fy, cx, cy), view.lens, width, height))
+        factor = max(1.0, min(height, width) / (2 * side))
+        size = round(height / factor), round(width / factor)
+        if factor > 1:
+            rgba, K = resize(rgba, size), _scaled(K, (width, height), size[::-1])
+        height, width = size
+        grid = _grid((K[0, 0], K[1, 1], K[0, 2], K[1, 2]), view.lens, width, height)
+        picture = rgba.permute(2, 0, 1)[None].float()
+        found = grid_sample(picture, grid, padding_mode="zeros", align_corners=False)
+        rgba = (found[0].permute(1, 2, 0) + 0.5).clamp(0, 255).to(torch.uint8)
     length = min(height, width) if opaque else max(height, width)
     square, x0, y0 = squared(rgba, length)
-    K = K - np.array([[0, 0, x0], [0, 0, y0], [0, 0, 0]])
-    scale = np.array([side / length, side / length, 1.0])
-    return resize(square, side) if side != length else square, K * scale[:, None]
+    K = _scaled(K - np.array([[0, 0, x0], [0, 0, y0], [0, 0, 0]]), (length,) * 2, (side,) * 2)
+    return resize(square, side) if side != length else square, K
 
 
-def _masked(path: Path, data: bytes, alpha: Tensor) -> Tensor:
-    """The picture's alpha times a mask's grey value (its alpha, where a mask is all white)."""
-    grey, mask_alpha = load_image(path, rotate=False, data=data)
-    mask = grey.amax(dim=-1) if bool((mask_alpha == 255).all()) else mask_alpha
-    if mask.shape != alpha.shape:
-        both = (mask.shape[1] * alpha.shape[0], mask.shape[0] * alpha.shape[1])
-        if abs(both[0] - both[1]) > 0.02 * max(both):
-            raise DatasetError(
-                f"{path}: a mask of {mask.shape[1]} x {mask.shape[0]} pixels for a picture of "
-                f"{alpha.shape[1]} x {alpha.shape[0]}. Make it again in the picture's size"
-            )
-        scaled = interpolate(mask[None, None].float(), tuple(alpha.shape), mode="bilinear")
-        mask = (scaled[0, 0] + 0.5).to(torch.uint8)
-    return ((mask.to(torch.int32) * alpha + 127) // 255).to(torch.uint8)
-
-
-def _fitted(view: View, width: int, height: int, path: Path) -> Floats:
-    """K for the picture as it lies on disk: downscaled copies (images_4/) keep their poses."""
-    w, h = view.size
-    if not w or not h or (w, h) == (width, height):
-        return view.K
-    if abs(w * height - h * width) > 0.02 * max(w * height, h * width):
-        raise DatasetError(
-            f"{path}: is {width} x {height} pixels, its description says {w} x {h}. Restore the "
-            "picture, or describe it anew"
-        )
-    return view.K * np.array([width / w, height / h, 1.0])[:, None]
-
-
-def _shrunk(rgba: Tensor, K: Floats, limit: int) -> tuple[Tensor, Floats]:
-    height, width = rgba.shape[:2]
-    if min(height, width) <= limit:
-        return rgba, K
-    factor = min(height, width) / limit
-    shape = (round(height / factor), round(width / factor))
-    small = interpolate(rgba.permute(2, 0, 1)[None].float(), shape, mode="area")
-    picture = (small[0].permute(1, 2, 0) + 0.5).to(torch.uint8)
-    return picture, K * np.array([shape[1] / width, shape[0] / height, 1.0])[:, None]
+def _scaled(K: Floats, old: tuple[int, ...], new: tuple[int, ...]) -> Floats:
+    """K for a picture scaled from one width and height to another."""
+    return K * np.array([[new[0] / old[0]], [new[1] / old[1]], [1.0]])
 
 
 def _bends(lens: Lens) -> bool:
@@ -418,12 +343,6 @@ def _grid(optics: tuple[float, float, float, float], lens: Lens, width: int, hei
     return torch.from_numpy(places.astype(np.float32))[None]
 
 
-def _sampled(rgba: Tensor, grid: Tensor) -> Tensor:
-    picture = rgba.permute(2, 0, 1)[None].float()
-    found = grid_sample(picture, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return (found[0].permute(1, 2, 0) + 0.5).clamp(0, 255).to(torch.uint8)
-
-
 def distorted(rays: Floats, lens: Lens) -> Floats:
     """Where the lens puts the rays (x, y, 1) of shape (N, 2), in focal lengths: (N, 2).
 
@@ -436,14 +355,13 @@ def distorted(rays: Floats, lens: Lens) -> Floats:
     params = np.array(camera.params)
     params[list(camera.extra_params_idxs())] = lens[1]
     camera.params = params.tolist()
-
-    def project(scale: float) -> Floats:
-        points = np.concatenate([rays * scale, np.ones((len(rays), 1))], axis=1)
-        return np.asarray(camera.img_from_cam(points), dtype=np.float64)
-
-    placed = project(1.0)
+    # a little further out, and as they are
+    ahead, placed = (
+        np.asarray(camera.img_from_cam(np.insert(rays * scale, 2, 1.0, axis=1)), np.float64)
+        for scale in (1.0 + 1e-5, 1.0)
+    )
     with np.errstate(all="ignore"):
-        grows = ((project(1.0 + 1e-5) - placed) * placed).sum(axis=1) > 0
+        grows = ((ahead - placed) * placed).sum(axis=1) > 0
         same_side = (placed * rays).sum(axis=1) > 0
     centre = np.abs(rays).max(axis=1) < 1e-9
     return np.where(((grows & same_side) | centre)[:, None], placed, np.nan)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,8 @@ from fresnel.data.images import DatasetError, read_bytes
 from fresnel.host import files as _files
 
 SCHEMA_VERSION = 2
-"""1: sets whose content hash does not cover `meta`; they are read, and hashed anew."""
 MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 1 << 28
-_MAX_RECORD_BYTES = 1 << 31
 _FOLDER = re.compile(r"image_\d{4,}")
 _FILE = re.compile(
     r"(input|input_alpha|input_depth|identity|identity_alpha)\.png|input_pose\.json"
@@ -37,10 +35,15 @@ _FILE = re.compile(
 )
 # Not read, so not part of the data: the original's DINOv2 features and its relative depth.
 _IGNORED = {"input_features.npy", "input_depth.npy"}
+_WANTED = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number"}
 
 
 class DatasetChanged(DatasetError):
     """The files on disk are not the ones whose hash was recorded."""
+
+    def __init__(self, path: Path, how: str = "changed") -> None:
+        said = f"{path}: was {how} after its hash was recorded"
+        super().__init__(f"{said}. Restore it, or write and gate the dataset anew")
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,13 @@ class Record:
     attribution: str
     files: dict[str, str]
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """``files`` by path in the dataset."""
+        return {f"{self.folder}/{file}": digest for file, digest in self.files.items()}
 
-# --- JSON --------------------------------------------------------------------------------------
 
-_WANTED = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number"}
+# --- JSON and paths ----------------------------------------------------------------------------
 
 
 def read_json(path: Path, data: bytes | None = None, kind: type = dict) -> Any:
@@ -68,36 +74,30 @@ def read_json(path: Path, data: bytes | None = None, kind: type = dict) -> Any:
     return entry({"the JSON": value}, "the JSON", kind, path)
 
 
-def entry(values: Any, key: str, kind: type, where: str | Path, default: Any = None) -> Any:
-    """``values[key]`` of what JSON says, which must be of that kind, numbers finite."""
+def entry(
+    values: Any, key: str, kind: type | tuple[int, ...], where: str | Path, default: Any = None
+) -> Any:
+    """``values[key]`` of what JSON says, which must be of that kind, numbers finite; of a shape:
+    the numbers as a float64 array."""
     value: Any = values.get(key, default) if isinstance(values, dict) else None
-    sound = isinstance(value, (int, float) if kind is float else kind)
-    if not sound or isinstance(value, bool) or (kind is float and not abs(value) < 1e12):
-        raise DatasetError(f"{where}: {key} is {str(value)[:80]!r}, want {_WANTED[kind]}")
-    return value
-
-
-def array(values: dict[str, Any], key: str, shape: tuple[int, ...], where: Path) -> np.ndarray:
-    """``values[key]`` of what JSON says as finite float64 numbers of that shape."""
-    try:
-        found = np.asarray(values[key], dtype=np.float64)
-    except KeyError:
-        raise DatasetError(f"{where}: has no {key!r}; want {shape} numbers") from None
-    except (TypeError, ValueError, OverflowError):
-        raise DatasetError(f"{where}: {key!r} is not an array of numbers, want {shape}") from None
-    if found.shape != shape:
-        raise DatasetError(f"{where}: {key!r} has shape {found.shape}, want {shape}")
-    if not (np.abs(found) < 1e30).all():  # float32's range; NaN is not less either
-        said = "Fix what wrote it, or remove this object"
-        raise DatasetError(f"{where}: {key!r} holds NaN or infinity. {said}")
-    return found
+    if isinstance(kind, tuple):
+        wanted = f"finite numbers of shape {kind}"
+        try:
+            found = np.asarray(value, dtype=np.float64)
+            if found.shape == kind and (np.abs(found) < 1e30).all():  # float32's range, no NaN
+                return found
+        except (TypeError, ValueError, OverflowError):
+            pass
+    else:
+        wanted = _WANTED[kind]
+        sound = isinstance(value, (int, float) if kind is float else kind)
+        if sound and not isinstance(value, bool) and (kind is not float or abs(value) < 1e12):
+            return value
+    raise DatasetError(f"{where}: {key} is {str(value)[:80]!r}, want {wanted}")
 
 
 def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-# --- paths -------------------------------------------------------------------------------------
 
 
 def inside(root: Path, path: str) -> Path:
@@ -114,25 +114,29 @@ def relative(folder: str, file: Any, where: str | Path) -> str:
     Raises:
         DatasetError: if it is no text, absolute, or leads out of the dataset's folder.
     """
-    if not isinstance(file, str) or not 0 < len(file) <= 1000 or "\0" in file:
-        raise DatasetError(f"{where}: {repr(file)[:80]} is not a path; want text")
-    plain = file.replace("\\", "/")
-    path = posixpath.normpath(posixpath.join(folder, plain))
-    first = path.split("/")[0]
-    if first in ("", ".", "..") or ":" in plain.split("/")[0]:
-        raise DatasetError(f"{where}: refuses {file!r}; want a path that stays in the folder")
-    return path
+    if isinstance(file, str) and 0 < len(file) <= 1000 and "\0" not in file:
+        plain = file.replace("\\", "/")
+        path = posixpath.normpath(posixpath.join(folder, plain))
+        if path.split("/")[0] not in ("", ".", "..") and ":" not in plain.split("/")[0]:
+            return path
+    raise DatasetError(f"{where}: refuses {repr(file)[:80]}; want a path that stays in the folder")
 
 
 def image_folders(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if _FOLDER.fullmatch(p.name) and p.is_dir())
 
 
-def data_files(root: Path, folder: str) -> list[str]:
-    """Paths, relative to ``root / folder``, of every data file that lies in it."""
-    base = inside(root, folder)
-    found = (path for path in base.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return sorted(path.relative_to(base).as_posix() for path in found if path.name not in _IGNORED)
+def data_files(root: Path) -> list[str]:
+    """Paths, relative to ``root``, of every data file in its image folders."""
+    bases = [inside(root, folder) for folder in image_folders(root)]
+    found = (path for base in bases for path in base.rglob("*") if path.name not in _IGNORED)
+    kept = (path for path in found if path.is_file() and not path.name.startswith("."))
+    return sorted(path.relative_to(root).as_posix() for path in kept)
+
+
+def is_ours(root: Path) -> bool:
+    """Whether the folder is of our layout; other tools write files named as the manifest too."""
+    return (root / MANIFEST).is_file() and bool(image_folders(root))
 
 
 def object_name(record: str) -> str:
@@ -141,81 +145,69 @@ def object_name(record: str) -> str:
     return stem if separator and suffix.isdigit() else record
 
 
-# --- the manifest ------------------------------------------------------------------------------
+# --- the manifest and its hashes ---------------------------------------------------------------
 
 
-def is_ours(root: Path) -> bool:
-    """Whether the folder has a manifest of ours; other tools write files of that name too."""
-    if not (root / MANIFEST).is_file():
-        return False
-    with inside(root, MANIFEST).open("rb") as file:
-        start = file.read(1 << 16)
-    keys = (b'"schema_version"', b'"views_per_object"')
-    return bool(image_folders(root)) or all(key in start for key in keys)
-
-
-def parse_manifest(root: Path) -> tuple[dict[str, Any], tuple[Record, ...]]:
+def parse_manifest(root: Path) -> tuple[dict[str, Any], list[Record]]:
+    """What our manifest says, checked against its own hash."""
     path = inside(root, MANIFEST)
     manifest = read_json(path)
-    if manifest.get("schema_version") not in (1, SCHEMA_VERSION):
-        raise DatasetError(
-            f"{path}: schema_version is {manifest.get('schema_version')!r}, this version of "
-            f"fresnel reads 1 and {SCHEMA_VERSION}"
-        )
-    background = array(manifest, "background", (3,), path)
-    if (background < 0).any() or (background > 1).any():
-        raise DatasetError(f"{path}: background {background.tolist()}, want sRGB in [0, 1]")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        said = f"schema_version is {manifest.get('schema_version')!r}, want {SCHEMA_VERSION}"
+        raise DatasetError(f"{path}: {said}. Write the dataset with this version of fresnel")
+    background = entry(manifest, "background", (3,), path)
     size, views = (entry(manifest, key, int, path) for key in ("image_size", "views_per_object"))
-    if size < 1 or views < 1 or 4 * views * size**2 > _MAX_RECORD_BYTES:
-        raise DatasetError(
-            f"{path}: says {views} views of {size} px an object; want at least one, and at most "
-            f"{_MAX_RECORD_BYTES >> 20} MB an object. Write fewer or smaller views"
-        )
     entry(manifest, "meta", dict, path)
-    records = tuple(_record(said, path) for said in entry(manifest, "objects", list, path))
+    if size < 1 or views < 1 or (background < 0).any() or (background > 1).any():
+        raise DatasetError(f"{path}: want image_size and views_per_object >= 1, sRGB in [0, 1]")
+    records = []
+    for said in entry(manifest, "objects", list, path):
+        name, folder, maker = (
+            entry(said, key, str, path) for key in ("name", "folder", "attribution")
+        )
+        files = entry(said, "files", dict, path)
+        strange = [file for file in files if not _FILE.fullmatch(file)]
+        if strange or not _FOLDER.fullmatch(folder):
+            raise DatasetError(f"{path}: refuses {[folder, *strange][-1]!r}: not of this layout")
+        digests = {file: entry(files, file, str, path) for file in files}
+        records.append(Record(name, folder, maker, digests))
     for what in ("name", "folder"):
         if not records or len({getattr(record, what) for record in records}) < len(records):
             raise DatasetError(f"{path}: lists no objects, or two share a {what}")
+    if content_hash(records, manifest) != manifest.get("content_hash"):
+        raise DatasetChanged(path, "edited")
     return manifest, records
 
 
-def _record(said: Any, path: Path) -> Record:
-    name, folder, maker = (entry(said, key, str, path) for key in ("name", "folder", "attribution"))
-    if not _FOLDER.fullmatch(folder):
-        raise DatasetError(f"{path}: refuses folder {folder!r}; want image_0000 and the like")
-    files = entry(said, "files", dict, path)
-    for file in files:
-        if not _FILE.fullmatch(file):
-            raise DatasetError(f"{path}: refuses file {file!r} of {name!r}: not of this layout")
-    return Record(name, folder, maker, {file: entry(files, file, str, path) for file in files})
+def scan(root: Path) -> list[Record]:
+    """The records of a folder of the original's layout."""
+    files: dict[str, dict[str, str]] = {folder: {} for folder in image_folders(root)}
+    for path, digest in digests(root, data_files(root)).items():
+        folder, _, file = path.partition("/")
+        files[folder][file] = digest
+    for folder, found in files.items():
+        if "input.png" not in found:
+            raise DatasetError(f"{root / folder}: has no input.png. Restore or remove this folder")
+    return [Record(folder, folder, "", found) for folder, found in files.items()]
 
 
-# --- hashes ------------------------------------------------------------------------------------
+def content_hash(records: Sequence[Record], manifest: dict[str, Any]) -> str:
+    """sha256 over the sorted lines "path, NUL, sha256 of the bytes" of every data file.
+
+    For our layout a last line covers all else that is read of the manifest (which others lack):
+    sizes, background, names, attributions and ``meta`` (splits, cameras, assumptions).
+    """
+    lines = sorted(f"{path}\0{digest}" for r in records for path, digest in r.paths.items())
+    if manifest:
+        said = {key: manifest[key] for key in ("image_size", "views_per_object", "meta")}
+        said["background"] = [float(value) for value in manifest["background"]]
+        said["objects"] = [[r.name, r.folder, r.attribution] for r in records]
+        lines.append(f"{MANIFEST}\0{sha256(canonical_json(said))}")
+    return "sha256:" + sha256("\n".join(lines).encode())
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def content_hash(records: Iterable[Record], manifest: dict[str, Any] | None) -> str:
-    """sha256 over the sorted lines "path, NUL, sha256 of the bytes" of every data file.
-
-    For our layout a last line covers all else that is read of the manifest: background, sizes,
-    names and attributions, and ``meta`` (which splits, cameras and assumptions are taken from).
-    """
-    records = list(records)
-    lines = sorted(f"{r.folder}/{f}\0{digest}" for r in records for f, digest in r.files.items())
-    if manifest is not None:
-        said = {
-            "background": [float(value) for value in manifest["background"]],
-            "image_size": manifest["image_size"],
-            "views_per_object": manifest["views_per_object"],
-            "objects": [[r.name, r.folder, r.attribution] for r in records],
-        }
-        if manifest["schema_version"] > 1:
-            said["meta"] = manifest["meta"]
-        lines.append(f"{MANIFEST}\0{sha256(canonical_json(said))}")
-    return "sha256:" + sha256("\n".join(lines).encode())
 
 
 def read_checked(root: Path, file: str, digest: str) -> bytes:
@@ -226,13 +218,10 @@ def read_checked(root: Path, file: str, digest: str) -> bytes:
     """
     path = inside(root, file)
     if not path.is_file():
-        raise DatasetChanged(f"{path}: was removed after the dataset was opened. Restore it")
+        raise DatasetChanged(path, "removed")
     data = read_bytes(path)
     if sha256(data) != digest:
-        raise DatasetChanged(
-            f"{path}: was changed after its hash was recorded. Restore it, or write and gate the "
-            "dataset anew"
-        )
+        raise DatasetChanged(path)
     return data
 
 
@@ -254,22 +243,4 @@ def compare(root: Path, want: dict[str, str], found: Iterable[str] = ()) -> None
     for path in sorted({*want, *got}):
         if got.get(path) != want.get(path):
             how = "removed" if path not in got else "changed" if path in want else "added"
-            raise changed(root / path, how)
-
-
-def changed(path: Path, how: str) -> DatasetChanged:
-    said = "Restore it, or write and gate the dataset anew"
-    return DatasetChanged(f"{path}: was {how} after the dataset was written. {said}")
-
-
-def hashed(root: Path) -> tuple[Record, ...]:
-    """The records of a folder of the original's layout."""
-    files = {folder: data_files(root, folder) for folder in image_folders(root)}
-    for folder, names in files.items():
-        if "input.png" not in names:
-            raise DatasetError(f"{root / folder}: has no input.png. Restore or remove this folder")
-    found = digests(root, (f"{folder}/{name}" for folder in files for name in files[folder]))
-    return tuple(
-        Record(folder, folder, "", {name: found[f"{folder}/{name}"] for name in names})
-        for folder, names in files.items()
-    )
+            raise DatasetChanged(root / path, how)

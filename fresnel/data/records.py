@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,10 @@ from fresnel.data.images import (
     InputImages,
     check_pictures,
     decoded,
-    has_alpha,
     load_image,
     named,
 )
-from fresnel.data.layout import Record, array, entry, read_json, sha256
+from fresnel.data.layout import Record, entry, inside, read_checked, read_json, sha256
 from fresnel.scene.cameras import Cameras, intrinsics, relative_azimuth_deg
 
 # At 256 px level 4 packs 4000 views into 72 MB in 18 s; 6 into 71 MB in 23 s, 1 into 84 MB in 12 s.
@@ -41,48 +40,35 @@ _ORIGIN = b'{"R": [[1, 0, 0], [0, 1, 0], [0, 0, 1]], "t": [0, 0, 0], "pivot": [0
 
 @dataclass(frozen=True)
 class ObjectViews:
-    """One record: an input image of an object and V views of it.
+    """One record: an input image of an object (H x W pixels) and V views of it (S x S).
 
-    Args:
-        name: unique within a dataset.
-        input_rgb: uint8 (H, W, 3) over black.
-        input_alpha: uint8 (H, W).
-        input_camera: Cameras of batch shape ().
-        rgb: uint8 (V, S, S, 3) over black.
-        alpha: uint8 (V, S, S).
-        cameras: Cameras of batch shape (V,).
-        pivot: the world point the views turn about, float32 (3,).
-        depth: z-depth of the views, float32 (V, S, S), 0 where nothing is; or None.
-        input_depth: z-depth of the input, float32 (H, W); or None.
-        identity_rgb: what the generator renders from the input camera, uint8 (H, W, 3) over
-            black; or None.
-        identity_alpha: its alpha, uint8 (H, W).
-        attribution: creator and licence of what is shown.
+    Colours are over black, depth is 0 where nothing is.  ``identity_rgb`` is what the generator
+    renders from the input camera, ``pivot`` the world point that the views turn about,
+    ``attribution`` names creator and licence of what is shown.
 
     Raises:
         ValueError: if shapes or dtypes disagree.  numpy arrays are accepted and become tensors.
     """
 
-    name: str
-    input_rgb: Tensor
-    input_alpha: Tensor
-    input_camera: Cameras
-    rgb: Tensor
-    alpha: Tensor
-    cameras: Cameras
-    pivot: Tensor
-    depth: Tensor | None = None
-    input_depth: Tensor | None = None
-    identity_rgb: Tensor | None = None
-    identity_alpha: Tensor | None = None
+    name: str  # unique within a dataset
+    input_rgb: Tensor  # uint8 (H, W, 3)
+    input_alpha: Tensor  # uint8 (H, W)
+    input_camera: Cameras  # of batch shape ()
+    rgb: Tensor  # uint8 (V, S, S, 3)
+    alpha: Tensor  # uint8 (V, S, S)
+    cameras: Cameras  # of batch shape (V,)
+    pivot: Tensor  # float32 (3,)
+    depth: Tensor | None = None  # z-depth, float32 (V, S, S)
+    input_depth: Tensor | None = None  # float32 (H, W)
+    identity_rgb: Tensor | None = None  # uint8 (H, W, 3)
+    identity_alpha: Tensor | None = None  # uint8 (H, W)
     attribution: str = ""
 
     def __post_init__(self) -> None:
         shape = check_pictures(self, "input_", (None, None))
         if (self.identity_rgb is None) != (self.identity_alpha is None):
             raise ValueError("identity_rgb, identity_alpha: got one of them, want both or neither")
-        if self.identity_rgb is not None:
-            check_pictures(self, "identity_", shape)
+        check_pictures(self, "identity_", shape)
         check_pictures(self, "", (None, None, None))
         object.__setattr__(self, "pivot", torch.as_tensor(self.pivot, dtype=torch.float32))
         if self.pivot.shape != (3,) or not self.pivot.isfinite().all():
@@ -90,30 +76,25 @@ class ObjectViews:
 
     def input(self) -> InputImages:
         """The input as a batch of one."""
-        return InputImages(
-            (self.name,),
-            self.input_rgb[None],
-            self.input_alpha[None],
-            self.input_camera.reshape(1),
-            None if self.input_depth is None else self.input_depth[None],
-        )
+        depth = None if self.input_depth is None else self.input_depth[None]
+        pictures = self.input_rgb[None], self.input_alpha[None]
+        return InputImages((self.name,), *pictures, self.input_camera.reshape(1), depth)
 
 
 @dataclass(frozen=True)
 class ViewTensors(Batch):
-    """A whole dataset in memory: M objects, V views each.
+    """A whole dataset in memory: M objects, V views each, over black.
 
-    ``rgb`` uint8 (M, V, H, W, 3) over black, ``alpha`` uint8 (M, V, H, W), ``cameras`` of batch
-    shape (M, V), ``pivots`` (M, 3), ``depth`` float32 (M, V, H, W) or None. ``content_hash`` is
-    that of the dataset they were read from; "": made otherwise, and no receipt can be of them.
+    ``content_hash`` is that of the dataset they were read from; "": made otherwise, and no receipt
+    can be of them.
     """
 
     inputs: InputImages
-    rgb: Tensor
-    alpha: Tensor
-    cameras: Cameras
-    pivots: Tensor
-    depth: Tensor | None = None
+    rgb: Tensor  # uint8 (M, V, H, W, 3)
+    alpha: Tensor  # uint8 (M, V, H, W)
+    cameras: Cameras  # of batch shape (M, V)
+    pivots: Tensor  # (M, 3)
+    depth: Tensor | None = None  # float32 (M, V, H, W)
     content_hash: str = ""
 
 
@@ -131,157 +112,117 @@ def stack_depths(depths: Sequence[Tensor | None]) -> Tensor | None:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def view_folders(record: Record) -> list[str]:
-    return sorted({file.split("/")[0] for file in record.files if file.startswith("view_")})
-
-
 def read_object(
-    base: Path,
+    root: Path,
     record: Record,
     size: int,
     count: int,
-    load: Callable[[str], bytes],
     background: Sequence[float] = (0.0, 0.0, 0.0),
     original: bool = False,
 ) -> ObjectViews:
-    """Decode one record.
+    """Decode a record of ``count`` views of ``size`` pixels from a dataset's folder.
 
     Args:
-        base: its folder, for messages.
-        size: side in pixels of its ``count`` views.
-        load: the bytes of a file of ``record.files``.
         background: sRGB that its views are over; they are composited over black here, once.
         original: whether it is of the original experiment's layout, not of ours.
     """
-    views = view_folders(record)
-    if len(views) != count:
-        raise DatasetError(
-            f"{base}: has {len(views)} views, the dataset's other objects have {count}. Restore "
-            "the views or remove the folder"
-        )
+    base = inside(root, record.folder)
+    folders = sorted({file.split("/")[0] for file in record.files if file.startswith("view_")})
+    if len(folders) != count:
+        said = f"has {len(folders)} views, the dataset's other objects have {count}"
+        raise DatasetError(f"{base}: {said}. Restore the views or remove the folder")
 
-    def picture(file: str, alpha_file: str, side: int | None = None) -> tuple[Tensor, Tensor]:
-        data = load(file)
-        if original:
-            rgb, alpha = load_image(base / file, data=data)
-            if not has_alpha(base / file, data):
-                alpha = (rgb > 0).any(dim=-1).to(torch.uint8) * 255
-        else:
-            rgb = _read_png(base / file, "RGB", data)
-            alpha = _read_png(base / alpha_file, "L", load(alpha_file))
-        shape = (side, side) if side else rgb.shape[:2]
-        _sized(base / file, rgb, shape)
-        _sized(base / alpha_file, alpha, shape)
-        return rgb, alpha
-
-    def depth(stem: str, pose: dict[str, Any], shape: Sequence[int]) -> Tensor | None:
-        file = f"{stem}.npy" if original else f"{stem}.png"
+    def load(file: str) -> bytes:
         if file not in record.files:
-            return None
-        if original:
-            return _sized(base / file, _read_npy(base / file, load(file)), shape)
-        scale = entry(pose, "depth_scale", float, base / file)
-        return _sized(base / file, _read_depth(base / file, scale, load(file)), shape)
+            raise DatasetError(f"{base / file}: is not among the dataset's files")
+        return read_checked(root, f"{record.folder}/{file}", record.files[file])
 
-    input_rgb, input_alpha = picture("input.png", "input_alpha.png")
-    shape = input_rgb.shape[:2]
-    path = base / "input_pose.json"
-    said = _ORIGIN if original else load("input_pose.json")
-    input_camera, input_pose = read_camera(path, shape[1], shape[0], said)
-    pictures, cameras, depths = [], [], []
-    for view in views:
-        pictures.append(picture(f"{view}/rgb.png", f"{view}/alpha.png", size))
-        file = f"{view}/pose.json"
-        camera, pose = read_camera(base / file, size, size, load(file))
-        cameras.append(camera)
-        depths.append(depth(f"{view}/depth", pose, (size, size)))
-    rgb, alpha = (torch.stack(of_all) for of_all in zip(*pictures, strict=True))
+    def sized(file: str, image: Tensor, shape: Sequence[int]) -> Tensor:
+        if shape and tuple(image.shape[:2]) != tuple(shape):
+            got, want = (" x ".join(str(n) for n in x[1::-1]) for x in (image.shape, shape))
+            raise DatasetError(f"{base / file}: is {got} pixels, want {want}. Make it again so")
+        return image
+
+    def picture(file: str, mode: str, shape: Sequence[int]) -> Tensor:
+        image = decoded(base / file, load(file))
+        if image.mode != mode:
+            said = f"a PNG of mode {image.mode}, want {mode}. Write the dataset again"
+            raise DatasetError(f"{base / file}: {said}")
+        return sized(file, torch.from_numpy(np.array(image)), shape)
+
+    def colours(file: str, alpha_file: str, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if not original:
+            rgb = picture(file, "RGB", shape)
+            return rgb, picture(alpha_file, "L", rgb.shape[:2])
+        rgb, alpha = load_image(base / file, data=load(file))
+        estimated = (rgb > 0).any(dim=-1).to(torch.uint8) * 255
+        return sized(file, rgb, shape), estimated if bool((alpha == 255).all()) else alpha
+
+    def shot(prefix: str, file: str, shape: Sequence[int] = ()) -> tuple[Any, ...]:
+        """rgb, alpha, camera, depth and pose of the input or of a view."""
+        rgb, alpha = colours(file, f"{prefix}alpha.png", shape)
+        path = base / f"{prefix}pose.json"
+        from_file = not original or prefix != "input_"
+        pose = read_json(path, load(f"{prefix}pose.json") if from_file else _ORIGIN)
+        camera = camera_of(path, pose, rgb.shape[1], rgb.shape[0])
+        depth, name = None, f"{prefix}depth.{'npy' if original else 'png'}"
+        if name in record.files and original:  # (H, W) or (1, H, W) numbers
+            try:
+                found = np.load(io.BytesIO(load(name)), allow_pickle=False).astype(np.float32)
+            except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+                raise DatasetError(f"{base / name}: no readable array of depth ({error})") from None
+            depth = sized(name, torch.from_numpy(found.reshape(found.shape[-2:])), alpha.shape)
+        elif name in record.files:
+            if (scale := entry(pose, "depth_scale", float, path)) <= 0:
+                raise DatasetError(f"{path}: depth_scale is {scale}, want a positive number")
+            steps = picture(name, "I;16", alpha.shape).numpy()
+            depth = torch.from_numpy((steps.astype(np.float64) * scale).astype(np.float32))
+        return rgb, alpha, camera, depth, pose
+
+    input_rgb, input_alpha, input_camera, input_depth, pose = shot("input_", "input.png")
+    views = [shot(f"{folder}/", f"{folder}/rgb.png", (size, size)) for folder in folders]
+    rgb, alpha = (torch.stack([view[k] for view in views]) for k in (0, 1))
+    if any(background):
+        behind = (1 - alpha[..., None].float() / 255) * torch.tensor(background) * 255
+        rgb = (rgb.float() - behind + 0.5).clamp(0, 255).to(torch.uint8)
     identity: tuple[Tensor | None, Tensor | None] = (None, None)
     if "identity.png" in record.files:
-        identity = picture("identity.png", "identity_alpha.png")
+        identity = colours("identity.png", "identity_alpha.png", input_alpha.shape)
     with named(base):
         return ObjectViews(
             name=record.name,
             input_rgb=input_rgb,
             input_alpha=input_alpha,
             input_camera=input_camera,
-            rgb=_over_black(rgb, alpha, background),
+            rgb=rgb,
             alpha=alpha,
-            cameras=stack_cameras(cameras),
-            pivot=torch.from_numpy(array(input_pose, "pivot", (3,), path)),
-            depth=stack_depths(depths),
-            input_depth=depth("input_depth", input_pose, shape),
+            cameras=stack_cameras([view[2] for view in views]),
+            pivot=torch.from_numpy(entry(pose, "pivot", (3,), base / "input_pose.json")),
+            depth=stack_depths([view[3] for view in views]),
+            input_depth=input_depth,
             identity_rgb=identity[0],
             identity_alpha=identity[1],
             attribution=record.attribution,
         )
 
 
-def _sized(path: Path, image: Tensor, shape: Sequence[int]) -> Tensor:
-    if tuple(image.shape[:2]) != tuple(shape):
-        (height, width), got = shape, " x ".join(str(n) for n in reversed(image.shape[:2]))
-        raise DatasetError(f"{path}: is {got} pixels, want {width} x {height}. Make it again so")
-    return image
-
-
-def _over_black(rgb: Tensor, alpha: Tensor, background: Sequence[float]) -> Tensor:
-    if not any(background):
-        return rgb
-    behind = (1 - alpha[..., None].float() / 255) * torch.tensor(background) * 255
-    return (rgb.float() - behind + 0.5).clamp(0, 255).to(torch.uint8)
-
-
-def _read_png(path: Path, mode: str, data: bytes) -> Tensor:
-    """uint8 (H, W, 3) for mode "RGB", (H, W) for "L", uint16 (H, W) for "I;16"."""
-    image = decoded(path, data)
-    if image.mode != mode:
-        said = "Write the dataset again with fresnel.data.dataset.write"
-        raise DatasetError(f"{path}: a PNG of mode {image.mode}, want {mode}. {said}")
-    return torch.from_numpy(np.array(image))
-
-
-def _read_depth(path: Path, scale: float, data: bytes) -> Tensor:
-    if scale <= 0:
-        raise DatasetError(f"{path}: its depth_scale is {scale}, want a positive number")
-    values = _read_png(path, "I;16", data).numpy()
-    if math.frexp(scale)[0] == 0.5 and 1e-30 < scale < 1e30:  # a power of two: nothing to round
-        return torch.from_numpy(values.astype(np.float32) * np.float32(scale))
-    return torch.from_numpy((values.astype(np.float64) * scale).astype(np.float32))
-
-
-def _read_npy(path: Path, data: bytes) -> Tensor:
-    """The original's depth.npy, (H, W) or (1, H, W) numbers."""
-    try:
-        found = np.load(io.BytesIO(data), allow_pickle=False)
-        return torch.from_numpy(found.astype(np.float32).reshape(found.shape[-2:]))
-    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
-        said = f"not a readable .npy array of depth ({error}). Make it again"
-        raise DatasetError(f"{path}: {said}") from None
-
-
-def read_camera(path: Path, width: int, height: int, data: bytes) -> tuple[Cameras, dict[str, Any]]:
-    """The camera of a pose file for an image of width x height, and the file's other entries."""
-    pose = read_json(path, data)
-    rotation, translation = array(pose, "R", (3, 3), path), array(pose, "t", (3,), path)
-    error, sign = np.abs(rotation @ rotation.T - np.eye(3)).max(), np.linalg.det(rotation)
-    if error > 1e-3 or sign < 0:
-        raise DatasetError(
-            f"{path}: R is not a rotation (R R^T is off by {error:.3g}, determinant {sign:.3g}). "
-            "Want an OpenGL world-to-camera rotation without scale or mirror"
-        )
+def camera_of(path: Path, pose: dict[str, Any], width: int, height: int) -> Cameras:
+    """The camera that a pose file states, for an image of width x height."""
+    turn, shift = (
+        torch.from_numpy(entry(pose, key, shape, path)).float()
+        for key, shape in (("R", (3, 3)), ("t", (3,)))
+    )
     K = intrinsics(float(width), width, height)  # the original: focal length = image size
     if "K" in pose:
-        Ks = array(pose, "K", (3, 3), path)
-        if Ks[0, 0] <= 0 or Ks[1, 1] <= 0 or Ks[2].tolist() != [0, 0, 1]:
-            raise DatasetError(f"{path}: K is not a pinhole matrix with focal lengths > 0")
-        if (pose.get("width", width), pose.get("height", height)) != (width, height):
+        K = torch.from_numpy(entry(pose, "K", (3, 3), path)).float()
+        said = pose.get("width", width), pose.get("height", height)
+        if said != (width, height) or K[2].tolist() != [0, 0, 1]:
             raise DatasetError(
-                f"{path}: is for {pose.get('width')} x {pose.get('height')} pixels, the image "
-                f"beside it has {width} x {height}. Write both again"
+                f"{path}: is for {said[0]} x {said[1]} pixels, or K is not a pinhole matrix; the "
+                f"image beside it has {width} x {height}. Write both again"
             )
-        K = torch.from_numpy(Ks).float()
-    turn, shift = torch.from_numpy(rotation).float(), torch.from_numpy(translation).float()
-    return Cameras.from_opengl(turn, shift, K, width, height), pose
+    with named(path):
+        return Cameras.from_opengl(turn, shift, K, width, height).validate()
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -305,30 +246,33 @@ def write_object(root: Path, index: int, views: ObjectViews) -> Record:
     return Record(views.name, folder, views.attribution, files)
 
 
-def encode_object(views: ObjectViews) -> Iterable[tuple[str, bytes]]:
+def encode_object(views: ObjectViews) -> Iterator[tuple[str, bytes]]:
     """The files of one record in our layout: path inside its folder, and bytes."""
     views.cameras.validate()
-    views.input_camera.validate()
     yield "input.png", png(views.input_rgb)
-    yield "input_alpha.png", png(views.input_alpha)
-    pivot = views.pivot.tolist()
-    yield from _depth_and_pose("input_", views.input_depth, views.input_camera, 0.0, pivot=pivot)
+    shot = views.input_alpha, views.input_depth, views.input_camera.validate()
+    yield from _beside("input_", *shot, 0.0, pivot=views.pivot.tolist())
     if views.identity_rgb is not None and views.identity_alpha is not None:
         yield "identity.png", png(views.identity_rgb)
         yield "identity_alpha.png", png(views.identity_alpha)
     cameras, about = views.cameras, views.input_camera.reshape(1)
     azimuths = relative_azimuth_deg(cameras.reshape(1, -1), about, views.pivot)[0].tolist()
     for k, azimuth in enumerate(azimuths):
-        folder = f"view_{k:03d}/"
-        yield f"{folder}rgb.png", png(views.rgb[k])
-        yield f"{folder}alpha.png", png(views.alpha[k])
+        yield f"view_{k:03d}/rgb.png", png(views.rgb[k])
         depth = None if views.depth is None else views.depth[k]
-        yield from _depth_and_pose(folder, depth, cameras[k], azimuth)
+        yield from _beside(f"view_{k:03d}/", views.alpha[k], depth, cameras[k], azimuth)
 
 
-def _depth_and_pose(
-    prefix: str, depth: Tensor | None, camera: Cameras, azimuth_deg: float, **more: Any
-) -> Iterable[tuple[str, bytes]]:
+def _beside(
+    prefix: str,
+    alpha: Tensor,
+    depth: Tensor | None,
+    camera: Cameras,
+    azimuth_deg: float,
+    **more: Any,
+) -> Iterator[tuple[str, bytes]]:
+    """What lies beside the colours of the input or of a view."""
+    yield f"{prefix}alpha.png", png(alpha)
     scale = None
     if depth is not None:
         # numpy: torch would call all cores together for each of the encoding threads' pictures

@@ -5,129 +5,86 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import shutil
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from fresnel.data import layout as _layouts
+from fresnel.data.formats import FLIP, Y_UP
 from fresnel.data.images import DatasetError
-from fresnel.data.layout import MANIFEST, Record
-from fresnel.data.records import ObjectViews, write_object
+from fresnel.data.layout import MANIFEST, Record, is_ours
+from fresnel.data.records import ObjectViews, png, write_object
 from fresnel.host.machine import core_count
 from fresnel.host.pool import MOST_WORKERS, processes, warm_up
 
 _WORTH_PROCESSES = 40e6  # pixels: some seconds of encoding on one core, as processes cost to start
 
 
-def store(
-    path: str | Path,
-    objects: Iterable[ObjectViews],
-    *,
-    meta: dict[str, Any],
-    background: Sequence[float] = (0.0, 0.0, 0.0),
-    overwrite: bool = False,
-    total: int | None = None,
-) -> Path:
-    """`dataset.write`, which see, up to opening what was written."""
-    target = Path(path)
-    colour = tuple(float(value) for value in background)
-    if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
-        raise ValueError(f"background: got {background}, want three sRGB values in [0, 1]")
-    check_target(target, overwrite)
-    meta = json.loads(json.dumps(meta))
+def encode_all(
+    target: Path, folder: Path, objects: Iterable[ObjectViews], total: int | None
+) -> tuple[list[Record], int, int]:
+    """Write objects as they come into a folder: their records, the views' size and their number.
+
+    Raises:
+        DatasetError: if none came, they differ in size or number of views, or two share a name.
+    """
+    names: set[str] = set()
+    shape: tuple[int, ...] = ()
     records: list[Record] = []
-    shape: tuple[int, ...] | None = None
-    with _said_why(target, records), replaced(target) as partial:
-        workers = min(MOST_WORKERS, core_count())
+    pending: deque[Future[Record]] = deque()
+    workers = min(MOST_WORKERS, core_count())
+    with contextlib.ExitStack() as stack:
         pool: Executor | None = None
-        pending: deque[Future[Record]] = deque()
-        with contextlib.ExitStack() as stack:
-            bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
-            for index, views in enumerate(bar):
-                if views.rgb.shape[1] != views.rgb.shape[2]:
-                    raise DatasetError(f"{views.name}: views are not square")
-                if shape is not None and tuple(views.rgb.shape) != shape:
-                    raise DatasetError(
-                        f"{views.name}: views of shape {tuple(views.rgb.shape)}, the objects "
-                        f"before have {shape}; want the same size and number throughout"
-                    )
-                shape = tuple(views.rgb.shape)
-                pixels = (total or 0) * views.alpha.numel()
-                pool = pool or stack.enter_context(_encoders(workers, pixels))
-                pending.append(pool.submit(write_object, partial, index, views))
-                # bounds memory when encoding is the slower side
-                while len(pending) > max(8, 2 * workers):
-                    records.append(pending.popleft().result())
-            while pending:
+        bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
+        for index, views in enumerate(bar):
+            got = tuple(views.rgb.shape)
+            if got[1] != got[2] or got != (shape or got):
+                wanted = f"{shape or 'square ones'}; want the same size and number throughout"
+                raise DatasetError(f"{views.name}: views of shape {got}, not {wanted}")
+            if views.name in names:
+                said = f"two objects are named {views.name!r}; want unique names"
+                raise DatasetError(f"{target}: {said}")
+            names.add(views.name)
+            shape = got
+            if pool is None and _worth_processes((total or 0) * views.alpha.numel()):
+                pool = stack.enter_context(processes(workers))
+            elif pool is None:
+                # Threads: compressing doesn't hold Python's lock. What is around it does, so where
+                # cores are many they wait for each other, and a large set is worth processes.
+                pool = ThreadPoolExecutor(workers)
+                stack.callback(pool.shutdown, cancel_futures=True)
+            pending.append(pool.submit(write_object, folder, index, views))
+            # bounds memory when encoding is the slower side
+            while len(pending) > max(8, 2 * workers):
                 records.append(pending.popleft().result())
-        if shape is None:
-            raise DatasetError(f"{target}: nothing to write: no object came")
-        names = [record.name for record in records]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DatasetError(f"{target}: two objects are named {twice!r}; want unique names")
-        seal(partial, records, shape[1], shape[0], colour, meta)
-    return target
-
-
-@contextlib.contextmanager
-def _said_why(target: Path, records: list[Record]) -> Iterator[None]:
-    """Failures of disks and workers as a DatasetError."""
-    try:
-        yield
-    except BrokenProcessPool:
-        raise DatasetError(
-            f"{target}: a worker process was killed, perhaps for want of memory. Nothing was kept"
-        ) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DatasetError(
-                f"{target}: the disk is full after {len(records)} objects. Nothing was kept; "
-                "free some space or write fewer or smaller views"
-            ) from error
-        raise DatasetError(f"{target}: can't be written ({error})") from error
-
-
-@contextlib.contextmanager
-def _encoders(workers: int, pixels: int) -> Iterator[Executor]:
-    """Threads: compressing doesn't hold Python's lock. What is around it does, so where cores are
-    many they wait for each other, and a large set is worth processes."""
-    if _worth_processes(workers, pixels):
-        with processes(workers) as pool:
-            yield pool
-        return
-    threads = ThreadPoolExecutor(workers)
-    try:
-        yield threads
-    finally:
-        threads.shutdown(cancel_futures=True)
+        records += [each.result() for each in pending]
+    if not records:
+        raise DatasetError(f"{target}: nothing to write: no object came")
+    return records, shape[1], shape[0]
 
 
 def expect(pixels: int) -> None:
     """Let what will encode so many pixels start beside the making of the first objects."""
-    if _worth_processes(min(MOST_WORKERS, core_count()), pixels):
+    if _worth_processes(pixels):
         warm_up()
 
 
-def _worth_processes(workers: int, pixels: int) -> bool:
-    return workers >= 4 and pixels >= _WORTH_PROCESSES
-
-
-def assemble(partial: Path, target: Path, records: list[Record], *how: Any) -> None:
-    """`seal` a folder of finished records, and put it in the place of ``target``."""
-    seal(partial, records, *how)
-    _rename(partial, target)
+def _worth_processes(pixels: int) -> bool:
+    return core_count() >= 4 and pixels >= _WORTH_PROCESSES
 
 
 def seal(
-    partial: Path,
+    folder: Path,
     records: list[Record],
     image_size: int,
     views: int,
@@ -144,15 +101,15 @@ def seal(
     }
     manifest["content_hash"] = _layouts.content_hash(records, manifest)
     manifest["objects"] = [vars(record) for record in records]
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, ours: Callable[[Path], bool] = is_ours) -> None:
     """Refuse to replace what isn't a dataset of ours, or is one and wasn't to be replaced."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not (target.is_dir() and _layouts.is_ours(target)):
-        raise DatasetError(f"{target}: exists and is not a dataset of ours. Choose another path")
+    if not (target.is_dir() and ours(target)):
+        raise DatasetError(f"{target}: exists and is not of ours. Choose another path")
     if not overwrite:
         raise DatasetError(f"{target}: exists. Choose another path or pass overwrite=True")
 
@@ -164,12 +121,19 @@ def replaced(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        _rename(partial, target)
+        rename(partial, target)
+    except BrokenProcessPool:
+        said = "a worker process was killed, perhaps for want of memory"
+        raise DatasetError(f"{target}: {said}. Nothing was kept") from None
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        said = "the disk is full; free some space or write less" if full else str(error)
+        raise DatasetError(f"{target}: can't be written ({said}). Nothing was kept") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _rename(partial: Path, target: Path) -> None:
+def rename(partial: Path, target: Path) -> None:
     """Put ``partial`` in the place of ``target``; an old dataset is moved away first."""
     old = partial.with_name(f".{target.name}.replaced-{uuid.uuid4().hex[:12]}")
     if target.exists():
@@ -181,3 +145,114 @@ def _rename(partial: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+# --- for other tools ---------------------------------------------------------------------------
+
+
+def export(path: str | Path, objects: Iterable[ObjectViews], *, overwrite: bool = False) -> Path:
+    """Write each object as a folder with a transforms.json that nerfstudio and gsplat read.
+
+    ``path/NAME/transforms.json`` and ``images/*.png`` (RGBA, straight alpha): the input as
+    ``images/input.png``, then the views.  The world is turned to Z up; the intrinsics stand at the
+    top and in every frame, since some tools look only there, others only here.  A key
+    "fresnel" keeps the pivot, the input and the attribution; other tools ignore it.  gsplat's own
+    trainer reads COLMAP: ``sparse/0`` is a text model of the same cameras, with points from the
+    depth where there is some (without, its trainer wants --init_type random).
+
+    Returns:
+        ``path``, which `dataset.open` reads again.
+
+    Raises:
+        DatasetError: if ``path`` is taken (but by an export of ours) or nothing came.
+    """
+    target = Path(path)
+    check_target(target, overwrite, lambda found: all(map(_is_export, found.iterdir())))
+    names: set[str] = set()
+    with replaced(target) as partial:
+        for views in objects:
+            plain = (c if c.isalnum() or c in "-_ ." else "_" for c in views.name)
+            folder = "".join(plain).strip(". ")
+            if not folder or folder in names:
+                raise DatasetError(f"{target}: can't name a folder after object {views.name!r}")
+            names.add(folder)
+            _export_one(partial / folder, views)
+        if not names:
+            raise DatasetError(f"{target}: nothing to write: no object came")
+    return target
+
+
+def _is_export(folder: Path) -> bool:
+    path = folder / "transforms.json"
+    with contextlib.suppress(DatasetError):
+        return path.is_file() and isinstance(_layouts.read_json(path).get("fresnel"), dict)
+    return False
+
+
+def _export_one(folder: Path, views: ObjectViews) -> None:
+    import pycolmap
+
+    (folder / "images").mkdir(parents=True)
+    (folder / "sparse/0").mkdir(parents=True)
+    frames: list[dict[str, Any]] = []
+    model = pycolmap.Reconstruction()
+    first = ("input", views.input_rgb, views.input_alpha, views.input_camera, views.input_depth)
+    depths = views.depth if views.depth is not None else [None] * len(views.rgb)
+    stems = [f"view_{k:03d}" for k in range(len(views.rgb))]
+    cameras = [views.cameras[k] for k in range(len(stems))]
+    rest = zip(stems, views.rgb, views.alpha, cameras, depths, strict=True)
+    for number, (stem, rgb, alpha, camera, depth) in enumerate([first, *rest], 1):
+        cover = alpha.to(torch.int32)[..., None]  # straight colours become ``rgb`` again over black
+        colour = (rgb.to(torch.int32) * 255 + cover // 2) // cover.clamp_min(1) * (cover > 0)
+        rgba = torch.cat([colour.clamp(0, 255), cover], dim=-1).to(torch.uint8)
+        (folder / f"images/{stem}.png").write_bytes(png(rgba))
+        viewmat = camera.viewmats.double().numpy().copy()
+        viewmat[:3, :3] = viewmat[:3, :3] @ Y_UP
+        (fx, _, cx), (_, fy, cy), _ = K = camera.Ks.double().numpy()
+        frames.append(
+            {
+                "file_path": f"images/{stem}.png",
+                "transform_matrix": np.linalg.inv(FLIP @ viewmat).tolist(),
+                **{
+                    "fl_x": fx,
+                    "fl_y": fy,
+                    "cx": cx,
+                    "cy": cy,
+                    "w": camera.width,
+                    "h": camera.height,
+                },
+            }
+        )
+        size = {"width": camera.width, "height": camera.height}
+        lens = pycolmap.Camera(camera_id=number, model="PINHOLE", params=[fx, fy, cx, cy], **size)
+        model.add_camera_with_trivial_rig(lens)
+        image = pycolmap.Image(name=f"{stem}.png", camera_id=number, image_id=number)
+        left, _, right = np.linalg.svd(viewmat[:3, :3])  # float32's rotations are not exact
+        pose = pycolmap.Rigid3d(np.hstack([left @ right, viewmat[:3, 3:]]))
+        if depth is None:
+            model.add_image_with_trivial_frame(image, pose)
+            continue
+        step = max(1, round((alpha.numel() / 1000) ** 0.5))  # about a thousand opaque pixels
+        y, x = step * np.array(np.nonzero((alpha.numpy() == 255)[::step, ::step]))
+        pixels = np.stack([x, y], axis=1) + 0.5
+        rays = np.linalg.inv(K) @ np.vstack([pixels.T, np.ones(len(x))])
+        places = viewmat[:3, :3].T @ (rays * depth.numpy()[y, x] - viewmat[:3, 3:])
+        image.points2D = pycolmap.Point2DList([pycolmap.Point2D(pixel) for pixel in pixels])
+        model.add_image_with_trivial_frame(image, pose)
+        for k, (point, seen) in enumerate(zip(places.T, rgb.numpy()[y, x], strict=True)):
+            model.add_point3D(point, pycolmap.Track([pycolmap.TrackElement(number, k)]), seen)
+    model.write_text(str(folder / "sparse/0"))
+    top = {key: frames[1][key] for key in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
+    description = {
+        "camera_model": "OPENCV",
+        **dict.fromkeys(("k1", "k2", "p1", "p2"), 0.0),
+        **top,
+        "camera_angle_x": 2 * math.atan(0.5 * top["w"] / top["fl_x"]),
+        "fresnel": {
+            "pivot": (Y_UP.T @ views.pivot.double().numpy()).tolist(),
+            "input": "images/input.png",
+            "attribution": views.attribution,
+        },
+        "frames": frames,
+    }
+    (folder / "transforms.json").write_text(json.dumps(description, indent=1))

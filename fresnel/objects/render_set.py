@@ -21,7 +21,7 @@ from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, MultiViewDataset, ObjectViews
 from fresnel.data.layout import MANIFEST, Record, canonical_json
 from fresnel.data.records import write_object
-from fresnel.data.writing import assemble, check_target
+from fresnel.data.writing import check_target, rename, seal
 from fresnel.host import files
 from fresnel.host.machine import core_count
 from fresnel.host.pool import processes
@@ -159,8 +159,8 @@ def _render_into(
         records = _render_all(jobs, workers, f"rendering {target.name}")
         for job in jobs:
             _said_of(job).unlink()
-        black = (0.0, 0.0, 0.0)
-        assemble(folder, target, records, settings.image_size, settings.views, black, meta)
+        seal(folder, records, settings.image_size, settings.views, (0.0, 0.0, 0.0), meta)
+        rename(folder, target)
     except BrokenProcessPool:
         raise DatasetError(
             "rendering: a worker was killed, perhaps for want of memory. Call again: it goes on"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, InputImages, MultiViewDataset, NotADataset
-from fresnel.data.images import as_photographs, holds_images
+from fresnel.data.images import as_photographs, image_files
 from fresnel.host.machine import cache_dir, project_root
 from fresnel.objects import splits
 from fresnel.objects.assets import Asset, embedded_assets, find_assets
@@ -47,13 +47,13 @@ def open(
     Args:
         image_size: pixels, of captures and objects (None: 128 of objects).
         views: views of a capture, or of an object (None: 8).
-        cache: folder for what is rendered or unpacked (None: the user's, ~/.cache/fresnel).
+        cache: folder for what is rendered (None: the user's, ~/.cache/fresnel).
 
     Raises:
         DatasetError: if there is nothing that can be read, or it is damaged.
     """
     try:
-        return dataset.open(path, image_size=image_size, views=views, cache=cache)
+        return dataset.open(path, image_size=image_size, views=views)
     except NotADataset as error:
         found = find_assets(path)
         if not found:
@@ -166,7 +166,7 @@ def input_images(
     """
     name, size = Path(source).name, max(image_size, INPUT_SIZE)
     unknown = source != "embedded" and holds_objects(source)
-    if source == "embedded" or (unknown and not holds_images(source)):
+    if source == "embedded" or (unknown and not image_files(source)):
         assets = _assets(source, "train", exclude_embedded)
         chosen = splits.choose([asset.name for asset in assets], objects)[:images]
         assets = [asset for asset in assets if asset.name in chosen]
