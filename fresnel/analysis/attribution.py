@@ -1,9 +1,8 @@
 """How much of the original's darkness came from what: a full factorial over four factors.
 
-Every held-out object is decoded and rendered in the 2^4 cells of {camera path} x {decoder} x
-{position} x {exposure}, each factor as in the original or mended, and the gate's measurements say
-how much of its input's light and area a view still holds.  Shapley values split the way from the
-original's cell to the mended one among the factors, whatever order one would mend them in.
+Every held-out object is decoded and rendered in the 2^4 cells of `FACTORS`, each as in the original
+or mended; the gate measures how much of its input's light and area a view still holds.  Shapley
+values split the way from nothing mended to all among the factors, in whatever order one mends.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from scipy.special import comb
 from torch import Tensor
 
 from fresnel import gate
-from fresnel.analysis.stats import Estimate, interval
+from fresnel.analysis.stats import Estimate, over_objects
 from fresnel.bootstrap import CORRECTED, ORIGINAL
 from fresnel.bootstrap import records as render_records
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
@@ -54,29 +55,25 @@ _MAX_GAIN = 16.0
 
 def locked(decoder: Decoder) -> Decoder:
     """The same decoder (weights shared), whose Gaussians stay where the input's pixels and their
-    depth put them.
-
-    Patch kind: on the patch grid at z = -2 - 2 depth, without the learnt offset.  Pixel kind: on
-    the pixel's ray at the depth of what is seen there; the layers behind come forward to it.
-    """
+    depth put them.  Patch kind: on the patch grid at z = -2 - 2 depth, without the learnt offset.
+    Pixel kind: on the pixel's ray at the depth of what is seen there; the layers behind join it."""
 
     def decode(
         rgba: Tensor, cameras: Cameras, depth: Tensor | None = None
     ) -> tuple[Gaussians, dict[str, Tensor]]:
         gaussians, aux = decoder.decode(rgba, cameras, depth)
-        if decoder.config.kind == "patch":
-            used = aux.get("depth_known", aux["depth_predicted"])
-            along = torch.linspace(-1.0, 1.0, used.shape[-1], device=used.device)
-            y, x = torch.meshgrid(along, along, indexing="ij")  # OpenCV: y grows downwards
-            z = NEAREST + (FARTHEST - NEAREST) * used
-            points = torch.stack([x.expand_as(z), y.expand_as(z), z], dim=-1).flatten(1, 2)
-            means = points.repeat_interleave(decoder.config.gaussians_per_patch, dim=1)
+        config, side = decoder.config, rgba.shape[-1]
+        if config.kind == "patch":
+            z = NEAREST + (FARTHEST - NEAREST) * aux.get("depth_known", aux["depth_predicted"])
+            along = torch.linspace(-1.0, 1.0, z.shape[-1], device=z.device)
+            x = along.expand_as(z)  # OpenCV: y grows downwards
+            points = torch.stack([x, x.mT, z], dim=-1).flatten(1, 2)
+            means = points.repeat_interleave(config.gaussians_per_patch, dim=1)
         else:
-            side = rgba.shape[-1]
             eye = torch.eye(4).to(rgba).expand(len(rgba), 4, 4)
             rays = Cameras(eye, cameras.Ks, side, side).rays()[1].flatten(1, 2)
             seen = gaussians.means[:, : side * side, 2:]
-            means = (rays / rays[..., 2:] * seen).repeat(1, decoder.config.gaussians_per_pixel, 1)
+            means = (rays / rays[..., 2:] * seen).repeat(1, config.gaussians_per_pixel, 1)
         return replace(gaussians, means=means), aux
 
     twin = copy.copy(decoder)
@@ -84,59 +81,38 @@ def locked(decoder: Decoder) -> Decoder:
     return twin
 
 
-class _Records(list[ObjectViews]):
-    """As much of a dataset as the gate needs."""
-
-    background = (0.0, 0.0, 0.0)
-    content_hash = ""
-
-
 def decoder_pairs(
     frontal_weights: str, multiview_weights: str, device: str
 ) -> dict[str, dict[str, Decoder]]:
-    """What `factorial` exchanges, for every seed that both kinds were trained with.
+    """Seed -> {"frontal", "multi-view"}, for every seed that both kinds were trained with.
 
     Args:
         frontal_weights, multiview_weights: files that notebook 03 exported, below the project where
-            not absolute; "{seed}" stands for whatever numbers there are; "": the one that ships.
+            not absolute; "{seed}" stands for whatever numbers there are, a file without it serves
+            every seed; "": the one that ships.  Without any seed the only key is "".
 
-    Returns:
-        Seed -> {"frontal", "multi-view"}; a kind without "{seed}" serves every seed, and without
-        any the only key is "".
-
-    Raises:
-        ValueError: if a file is missing, or the two have no seed in common.
-    """
-    kinds: dict[str, tuple[Literal["patch", "pixel"], str]] = {
-        "frontal": ("patch", frontal_weights),
-        "multi-view": ("pixel", multiview_weights),
-    }
-    files = {name: _by_seed(text) for name, (_, text) in kinds.items()}
-    named = [set(found) for found in files.values() if "" not in found]
-    seeds = sorted(set.intersection(*named), key=int) if named else [""]
-    if not seeds:
+    Raises ValueError if a file is missing, or the two have no seed in common."""
+    kinds = {"frontal": ("patch", frontal_weights), "multi-view": ("pixel", multiview_weights)}
+    files, seeds = dict[str, dict[str, str]](), None
+    for name, (_, text) in kinds.items():
+        path = project_root() / text
+        form = re.compile(re.escape(path.name).replace(r"\{seed\}", r"(\d+)"))
+        if not form.groups:
+            files[name] = defaultdict(lambda text=text: text)
+            continue
+        found = {file: form.fullmatch(file.name) for file in path.parent.glob("*")}
+        files[name] = {fits[1]: str(file) for file, fits in found.items() if fits}
+        if not files[name]:
+            raise ValueError(f"no weights at {text}: train them (notebooks/params/study.yaml)")
+        seeds = set(files[name]) if seeds is None else seeds & set(files[name])
+    if seeds == set():
         raise ValueError(f"no seed in common: {frontal_weights!r} and {multiview_weights!r}")
     return {
         seed: {
-            name: load_decoder(kind, device, files[name].get(seed, files[name].get("", "")))
-            for name, (kind, _) in kinds.items()
+            name: load_decoder(kind, device, files[name][seed]) for name, (kind, _) in kinds.items()
         }
-        for seed in seeds
+        for seed in sorted(seeds or [""], key=lambda seed: int(seed or 0))
     }
-
-
-def _by_seed(text: str) -> dict[str, str]:
-    """Seed -> file; the key "" where the text names no seed."""
-    if "{seed}" not in text:
-        return {"": text}
-    path = project_root() / text
-    before, after = path.name.split("{seed}")
-    found = path.parent.glob(path.name.replace("{seed}", "*"))
-    seeds = {file.name.removeprefix(before).removesuffix(after): str(file) for file in found}
-    files = {seed: file for seed, file in seeds.items() if seed.isdecimal()}
-    if not files:
-        raise ValueError(f"no weights at {text}: train them (notebooks/params/study.yaml)")
-    return files
 
 
 def factorial(
@@ -148,9 +124,6 @@ def factorial(
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Light and coverage of every object in every cell.
-
-    A view's share of its input's light (area) is counted up to 1, so that no view makes up for
-    another: a camera that grazes the Gaussians would otherwise pay for seven empty ones.
 
     Args:
         truth: held-out objects; their inputs are decoded, their views are the ceiling.
@@ -176,67 +149,65 @@ def factorial(
         )
         used = (decoder if position == "1" else locked(decoder)).to(device)
         made = list(render_records(inputs, used, config, device, 8))
-        cells[f"{path}{which}{position}0"] = _measured(made)
-        cells[f"{path}{which}{position}1"] = _measured([exposed(record) for record in made])
-    return {
-        "objects": list(truth.names),
-        "cells": cells,
-        "truth": _measured([truth[i] for i in range(len(truth))]),
-    }
+        cells[f"{path}{which}{position}0"] = measure(made)
+        cells[f"{path}{which}{position}1"] = measure([exposed(record) for record in made])
+    records = [truth[i] for i in range(len(truth))]
+    return {"objects": list(truth.names), "cells": cells, "truth": measure(records)}
 
 
 def exposed(record: ObjectViews) -> ObjectViews:
     """The record with every view's covered pixels scaled, in linear light, to the luminance of the
     input's covered pixels (alpha-weighted means; at most 16-fold; what clips stays clipped)."""
-
-    def unmixed(rgb: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Straight colours, alpha in [0, 1], and the mean luminance under alpha."""
+    levels = []
+    for rgb, alpha in ((record.input_rgb, record.input_alpha), (record.rgb, record.alpha)):
         weight = alpha.float() / 255
         colour = (rgb.float() / 255 / weight.clamp_min(1 / 255)[..., None]).clamp(0, 1)
-        total = (luminance(colour) * weight).sum((-1, -2))
-        return colour, weight, total / weight.sum((-1, -2)).clamp_min(1e-6)
-
-    wanted = unmixed(record.input_rgb, record.input_alpha)[2]
-    colour, weight, found = unmixed(record.rgb, record.alpha)
+        light = (luminance(colour) * weight).sum((-1, -2))
+        levels.append(light / weight.sum((-1, -2)).clamp_min(1e-6))
+    wanted, found = levels
     gain = (wanted / found.clamp_min(1e-6)).clamp(0, _MAX_GAIN)[:, None, None, None]
     bright = linear_to_srgb(srgb_to_linear(colour) * gain) * weight[..., None]
     return replace(record, rgb=(bright * 255).round().clamp(0, 255).to(torch.uint8))
 
 
-def _measured(records: list[ObjectViews]) -> dict[str, Any]:
-    """Of a cell: a value an object (mean over its views), and what the gate says."""
+class _Records(list[ObjectViews]):
+    """As much of a dataset as the gate needs."""
+
+    background = (0.0, 0.0, 0.0)
+    content_hash = ""
+
+
+def measure(records: list[ObjectViews]) -> dict[str, Any]:
+    """Of a cell: a value an object, and what the gate says.  A view's share of its input's light
+    (area) is counted up to 1, so that no view makes up for another: a camera that grazes the
+    Gaussians would otherwise pay for seven empty ones."""
     verdict = gate.validate(_Records(records), first=len(records), progress=False)
     views = pd.DataFrame(verdict.measurements).set_index("object")
     ratios = views[["coverage_ratio", "luminance_ratio"]].astype(float)
     ratios = ratios.where(np.isfinite(ratios), 0.0)
     shares = pd.DataFrame({"light": ratios.prod(axis=1), "coverage": ratios.coverage_ratio})
     means = shares.clip(upper=1.0).groupby(level=0).mean().loc[[r.name for r in records]]
-    codes = [reason.code for reason in verdict.reasons]
-    return {
-        **means.to_dict("list"),
-        "verdict": "PASS" if verdict.passed else "FAIL",
-        "codes": codes,
-    }
+    said = {"verdict": "PASS" if verdict.passed else "FAIL"}
+    return means.to_dict("list") | said | {"codes": [reason.code for reason in verdict.reasons]}
 
 
-def shapley(cube: np.ndarray, factors: int = len(FACTORS)) -> np.ndarray:
-    """Shapley values (factors, ...) of a game's values (2, 2, ..., ...), an axis a factor.
+def shapley(cells: np.ndarray) -> np.ndarray:
+    """Shapley values (n, ...) of a game's values (2^n, ...), by the bits of the first index.
 
     phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S)); they add up to
-    v(all) - v(none) exactly (Shapley 1953).
-    """
-    size = np.indices((2,) * (factors - 1)).sum(axis=0)
-    weight = 1 / (factors * comb(factors - 1, size))
-    gains = [np.diff(cube, axis=i).squeeze(i) for i in range(factors)]
-    return np.stack([np.tensordot(weight, gain, factors - 1) for gain in gains])
+    v(all) - v(none) exactly (Shapley 1953)."""
+    factors = len(cells).bit_length() - 1
+    bits = np.array(list(itertools.product((0, 1), repeat=factors)))
+    others = bits.sum(axis=1, keepdims=True) - bits
+    return np.tensordot((2 * bits - 1) / (factors * comb(factors - 1, others)), cells, (0, 0))
 
 
 def attribute(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `factorial` measured, split among the factors; intervals hold objects and decoders.
 
     Args:
-        measured: an entry a pair of decoders (seed), all of the same objects; of none, all is
-            unknown.
+        measured: an entry a pair of decoders (seed), all of the same objects (else ValueError); of
+            none, all is unknown.
 
     Returns:
         For "light" and "coverage": "original" (`AS_IT_WAS`), "none" mended (and positions locked),
@@ -244,78 +215,57 @@ def attribute(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "share" of the whole way, "alone" (mended first, nothing else), "last" (everything else
         mended before)}.  "cells": name -> {"light", "coverage", "passed": 1 or 0 a seed, "codes" of
         the gate}.  "objects", "seeds": how many.
-
-    Raises:
-        ValueError: if the seeds are of different objects.
     """
     if any(run["objects"] != measured[0]["objects"] for run in measured):
         raise ValueError("measured: seeds of different objects")
-    objects = [object_name(name) for run in measured[:1] for name in run["objects"]]
-    result: dict[str, Any] = {"objects": len(set(objects)), "seeds": len(measured), "cells": {}}
+    objects = [object_name(name) for run in measured[:1] for name in run["objects"]] or ["-"]
+    cells: dict[str, dict[str, Any]] = {}
     for name in _CELLS if measured else []:
         seeds = [run["cells"][name] for run in measured]
         codes = list(dict.fromkeys(code for cell in seeds for code in cell["codes"]))
-        passed = [float(cell["verdict"] == "PASS") for cell in seeds]
-        result["cells"][name] = {"passed": passed, "codes": codes}
+        cells[name] = {"passed": [float(c["verdict"] == "PASS") for c in seeds], "codes": codes}
+    unknown = {name: {word: [math.nan] for word in OUTCOMES} for name in (*_CELLS, "truth")}
+    known = [{**run["cells"], "truth": run["truth"]} for run in measured] or [unknown]
+    split: dict[str, Any] = {"cells": cells, "seeds": len(measured)}
+    split["objects"] = len(set(objects)) if measured else 0
     for outcome in OUTCOMES:
-        # poses of one object count once; without runs, one value that is not known
-        values = [
-            [
-                pd.Series(cell[outcome], objects).groupby(level=0).mean()
-                for run in measured
-                for cell in [run["truth"] if name == "truth" else run["cells"][name]]
-            ]
-            or [[math.nan]]
-            for name in (*_CELLS, "truth")
-        ]
-        *cells, truth = np.array(values, float)
-        cube = np.reshape(cells, (2,) * len(FACTORS) + truth.shape)
-        by_name = dict(zip(_CELLS, cells, strict=True))
-        none, mended = cells[0], cells[-1]
-        factors = {}
-        for i, (factor, gain) in enumerate(zip(FACTORS, shapley(cube), strict=True)):
-            bits = np.eye(len(FACTORS), dtype=int)[i]
-            factors[factor] = {
-                "gain": _summary(gain),
-                "share": _summary(gain, mended - none),
-                "alone": _summary(cube[tuple(bits)] - none),
-                "last": _summary(mended - cube[tuple(1 - bits)]),
+        columns = {(name, i): run[name][outcome] for name in unknown for i, run in enumerate(known)}
+        each = pd.DataFrame(columns, objects).groupby(level=0).mean()  # poses of one count once
+        ways = each.to_numpy().T.reshape(len(unknown), len(known), -1)
+        none, mended = ways[0], ways[-2]
+        parts = {"original": ways[_CELLS.index(AS_IT_WAS)], "none": none}
+        parts |= {"mended": mended, "truth": ways[-1]}
+        split[outcome] = {word: over_objects(part) for word, part in parts.items()}
+        split[outcome]["factors"] = {
+            factor: {
+                "gain": over_objects(gain),
+                "share": over_objects(gain, mended - none),
+                "alone": over_objects(ways[bit] - none),
+                "last": over_objects(mended - ways[len(_CELLS) - 1 - bit]),
             }
-        parts = {"original": by_name[AS_IT_WAS], "none": none, "mended": mended, "truth": truth}
-        result[outcome] = {word: _summary(part) for word, part in parts.items()}
-        result[outcome]["factors"] = factors
-        for name, cell in result["cells"].items():
-            cell[outcome] = _summary(by_name[name])
-    return result
-
-
-def _summary(values: np.ndarray, over: np.ndarray | None = None) -> Estimate:
-    """Of (seeds, objects): the mean, or the ratio of means, whose interval is that of its
-    linearisation (values - ratio over) / mean(over)."""
-    below = np.ones_like(values) if over is None else over
-    if not below.mean() or np.isnan(values).any():
-        return Estimate()  # no gain has no shares
-    mean = float(values.mean() / below.mean())
-    low, high = interval((values - mean * below) / below.mean())
-    each = values.mean(axis=1) / below.mean(axis=1)
-    return Estimate(mean, tuple(map(float, each)), mean + low, mean + high)
+            for factor, gain, bit in zip(FACTORS, shapley(ways[:-1]), (8, 4, 2, 1), strict=True)
+        }
+        for cell, way in zip(cells.values(), ways, strict=False):
+            cell[outcome] = over_objects(way)
+    return split
 
 
 def shares_table(split: Mapping[str, Any], outcome: str) -> pd.DataFrame:
     """A row a factor: its share of what was gained (%), the gain, and alone and last."""
-    rows = []
-    for factor, (name, mended) in FACTORS.items():
-        entry = split[outcome]["factors"][factor]
-        row = {f"{outcome}: mended": f"{name}: {mended}", "share": percent(entry["share"])}
-        ways = {"gained": "gain", "mended alone": "alone", "mended last": "last"}
-        rows.append(row | {word: entry[way].text() for word, way in ways.items()})
-    return pd.DataFrame(rows)
+    ways = {"gained": "gain", "mended alone": "alone", "mended last": "last"}
+    return pd.DataFrame(
+        {f"{outcome}: mended": f"{name}: {mended}", "share": percent(entry["share"])}
+        | {word: entry[way].text() for word, way in ways.items()}
+        for (name, mended), entry in zip(
+            FACTORS.values(), split[outcome]["factors"].values(), strict=True
+        )
+    )
 
 
 def percent(share: Estimate) -> str:
     """A share in per cent."""
-    mean, low, high = (100 * v for v in (share.mean, share.low, share.high))
-    return Estimate(mean, tuple(100 * s for s in share.seeds), low, high).text(0) + " %"
+    mean, low, high, *seeds = (100 * v for v in (share.mean, share.low, share.high, *share.seeds))
+    return Estimate(mean, tuple(seeds), low, high).text(0) + " %"
 
 
 def cells_table(split: Mapping[str, Any]) -> pd.DataFrame:

@@ -7,9 +7,9 @@ notebooks/params/study.yaml (what was to be reached); here is only how they are 
 from __future__ import annotations
 
 import html
-import importlib
 import inspect
 import math
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,9 @@ import pandas as pd
 import yaml
 
 from fresnel.analysis.runs import of
-from fresnel.analysis.stats import Estimate, best, bins, each, gaps
+from fresnel.analysis.stats import Estimate, best, bins, each
 
 Band = tuple[float, float]
-
-
-def verdict(figure: Estimate, confirmed: Band, refuted: Band) -> str:
-    """ "confirmed" or "refuted" where the figure's whole interval lies in that band alone, else
-    "open", as is what has no interval."""
-    lies = [band[0] <= figure.low and figure.high <= band[1] for band in (confirmed, refuted)]
-    return "open" if lies[0] == lies[1] else "confirmed" if lies[0] else "refuted"
 
 
 @dataclass(frozen=True)
@@ -51,16 +44,25 @@ class Claim:
     unit: str = ""
 
     def decide(self, figure: Estimate) -> str:
-        """The verdict on a figure; "open" where it, or its interval, is not known."""
-        return verdict(figure, self.confirmed, self.refuted)
+        """ "confirmed" or "refuted" where the figure's whole interval lies in that band alone, else
+        "open", as is what has no interval."""
+        yes, no = (
+            band[0] <= figure.low and figure.high <= band[1]
+            for band in (self.confirmed, self.refuted)
+        )
+        return "open" if yes == no else "confirmed" if yes else "refuted"
 
     @property
     def rule(self) -> str:
         """The rule in words, as it was fixed beforehand."""
-        unit = f" {self.unit}" if self.unit else ""
+        words = []
+        for low, high in (self.confirmed, self.refuted):
+            word = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+            word = f"{low:g}" if low == high else f"at most {high:g}" if math.isinf(low) else word
+            words.append(f"{word} {self.unit}".strip())
         return (
-            f"{self.quantity}: confirmed if the whole interval is {_words(self.confirmed)}{unit}, "
-            f"refuted if it is {_words(self.refuted)}{unit}, else open"
+            f"{self.quantity}: confirmed if the whole interval is {words[0]}, "
+            f"refuted if it is {words[1]}, else open"
         )
 
     def heading(self) -> str:
@@ -72,8 +74,7 @@ class Claim:
 
     def answer(self, figure: Estimate) -> str:
         """What stands below them: the number, the verdict, and its limits (Markdown)."""
-        digits = 1 if abs(figure.mean) >= 10 else 2
-        measured = figure.text(digits) + (f" {self.unit}" if self.unit else "")
+        measured = f"{figure.text(1 if abs(figure.mean) >= 10 else 2)} {self.unit}".strip()
         if math.isnan(figure.mean):
             measured = "no run measured it"
         return (
@@ -84,21 +85,11 @@ class Claim:
         )
 
 
-def _words(band: Band) -> str:
-    low, high = band
-    if low == high:
-        return f"{low:g}"
-    if math.isinf(low):
-        return f"at most {high:g}"
-    return f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-
-
 def load(path: str | Path) -> dict[str, Claim]:
     """The claims of a YAML file, by id."""
     entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["claims"]
-    for entry in entries:
-        entry |= {key: tuple(entry[key]) for key in ("confirmed", "refuted")}
-    return {entry["id"]: Claim(**entry) for entry in entries}
+    bands = [{band: tuple(entry[band]) for band in ("confirmed", "refuted")} for entry in entries]
+    return {e["id"]: Claim(**{**e, **b}) for e, b in zip(entries, bands, strict=True)}
 
 
 def lessons(path: str | Path) -> pd.DataFrame:
@@ -108,13 +99,11 @@ def lessons(path: str | Path) -> pd.DataFrame:
 
 def source_of(name: str) -> str:
     """A function's code, folded, as HTML: the page works offline, and shows what it was."""
-    module, _, function = name.rpartition(".")
-    found = inspect.unwrap(getattr(importlib.import_module(module), function))
-    place = f"{module.replace('.', '/')}.py, line {inspect.getsourcelines(found)[1]}"
-    code = html.escape(inspect.getsource(found))
+    found = inspect.unwrap(pkgutil.resolve_name(name))
+    place = f"{found.__module__.replace('.', '/')}.py, line {inspect.getsourcelines(found)[1]}"
     return (
         f"<details class='fold'><summary><code>{name}</code>, {place}</summary>"
-        f"<pre tabindex='0'>{code}</pre></details>"
+        f"<pre tabindex='0'>{html.escape(inspect.getsource(found))}</pre></details>"
     )
 
 
@@ -128,36 +117,31 @@ def target(
             "least" dB; or "metric" "of" arms within a "band"; or "run", a step, with a "scalar" of
             its metrics.  An arm may be "best of" a list.
     """
-    if "run" in entry:
+    wanted = entry.get("of") or [entry.get("ours", "")]
+    arms = dict.fromkeys(a if isinstance(a, str) else best(figures, a) for a in wanted)
+    if "run" in entry:  # a gate that let it through never refuses it
+        lets = "PASS" if entry.get("refused") else ""
         found = of(runs, entry["run"])
-        values = [run.get(entry["scalar"]) for run in found]
-        if entry.get("refused"):  # a gate that let it through never refuses it
-            values = [
-                v if found[i]["verdict"] == "FAIL" else math.inf for i, v in enumerate(values)
-            ]
-        return {entry["run"]: {"all": each(values)}} if found else {}
-    if "metric" in entry:
-        arms = dict.fromkeys(_arm(arm, figures) for arm in entry["of"])
+        values = [math.inf if run["verdict"] == lets else run.get(entry["scalar"]) for run in found]
+        rows = {entry["run"]: {"all": each(values)}}
+    elif "metric" in entry:
         rows = {arm: bins(figures, arm, entry["metric"]) for arm in arms}
     else:
-        ours, theirs = _arm(entry["ours"], figures), entry["theirs"]
         rows = {
-            f"{ours} - {theirs.replace('_', ' ')}, over {word}": gaps(figures, ours, theirs, metric)
+            f"{arm} - {entry['theirs'].replace('_', ' ')}, over {word}": bins(
+                figures, arm, metric, minus=entry["theirs"]
+            )
             for metric, word in (("psnr_white", "white"), ("psnr", "black"))
+            for arm in arms
         }
     return {n: r for n, r in rows.items() if not any(math.isnan(one.mean) for one in r.values())}
 
 
-def _arm(arm: str | Sequence[str], figures: pd.DataFrame) -> str:
-    return arm if isinstance(arm, str) else best(figures, arm)
-
-
 def band_of(entry: Mapping[str, Any], where: str) -> Band:
     """What a target wants in a bin."""
-    if "band" in entry:
-        return tuple(entry["band"])
-    least = entry["least"]
-    return (least if isinstance(least, (int, float)) else least.get(where, 0.0)), math.inf
+    least = entry.get("least", 0.0)
+    least = least.get(where, 0.0) if isinstance(least, Mapping) else least
+    return tuple(entry.get("band", (least, math.inf)))
 
 
 def judge(
@@ -171,11 +155,10 @@ def judge(
             low, high = band_of(entry, b)
             where = name if b == "all" else f"{name}: {b}"
             margins.append((min(one.mean - low, high - one.mean), where, one))
-    if not margins:
-        return "not run", "-", Estimate()
     missed = [where for margin, where, _ in margins if margin < 0]
-    _, worst, figure = min(margins, key=lambda found: found[0])
-    return f"missed ({'; '.join(missed)})" if missed else "met", worst, figure
+    _, worst, figure = min(margins, key=lambda found: found[0], default=(0.0, "-", Estimate()))
+    said = f"missed ({'; '.join(missed)})" if missed else "met" if margins else "not run"
+    return said, worst, figure
 
 
 def targets_table(

@@ -10,9 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-_EXAMPLES = 10
-"""Images that the gate looks at before the rest is made."""
-
 
 def original() -> dict[str, Any]:
     """The original experiment in the numbers of its report (assets/original_experiment.json)."""
@@ -31,10 +28,8 @@ def refused_after_s(runs: Sequence[dict[str, Any]]) -> list[float]:
     """When the gate ends the original, seconds after its start, for each run of the gate: ten
     images made at its own pace, then the gate's time.  A gate that passes it never does."""
     then = original()
-    making = 3600 * then["costs"][0]["hours"] * _EXAMPLES / then["dataset"]["images"]
-    return [
-        making + run["gate_duration_s"] if run["verdict"] == "FAIL" else math.inf for run in runs
-    ]
+    making = 3600 * then["costs"][0]["hours"] * 10 / then["dataset"]["images"]
+    return [making + r["gate_duration_s"] if r["verdict"] == "FAIL" else math.inf for r in runs]
 
 
 def table(runs: pd.DataFrame, price_per_hour_usd: float = 0.0) -> pd.DataFrame:
@@ -43,18 +38,14 @@ def table(runs: pd.DataFrame, price_per_hour_usd: float = 0.0) -> pd.DataFrame:
     known = runs.assign(
         usd=runs.duration_s / 3600 * (price_per_hour_usd or runs.price_per_hour_usd)
     )
-    parts = {
-        "the control": known[known.role.str.endswith(("-original", "-control"))],
-        "the corrected run": known[known.role.str.endswith("-corrected")],
-        "all runs": known,
-    }
+    parts = {"the control": ("-original", "-control"), "the corrected run": "-corrected"}
     rows = {}
-    for name, part in parts.items():
-        sums = part.groupby("notebook")[["duration_s", "usd"]].sum()
+    for name, ends in {**parts, "all runs": ""}.items():
+        sums = known[known.role.str.endswith(ends)].groupby("notebook")[["duration_s", "usd"]].sum()
         sums.loc["in all"] = sums.sum()
         rows[name] = sums.duration_s.map(duration) + ", $" + sums.usd.map("{:.2f}".format)
-    found = pd.DataFrame(rows).fillna("-")
-    order = [*found.index.drop("in all").sort_values(), "in all"]
+    found = pd.DataFrame(rows).fillna("-").sort_index()
+    order = [*found.index.drop("in all"), "in all"]
     return found.loc[order].rename_axis("notebook").reset_index()
 
 
@@ -63,7 +54,7 @@ def held_s(runs: pd.DataFrame) -> float:
     if runs.empty:
         return 0.0
     began = pd.to_datetime(runs.started_utc, utc=True, format="ISO8601").map(pd.Timestamp.timestamp)
-    machine = [json.dumps([p.get("cpu"), p.get("gpu")], sort_keys=True) for p in runs.provenance]
+    machine = [f"{p.get('cpu')} {p.get('gpu')}" for p in runs.provenance]
     known = pd.DataFrame({"began": began, "ended": began + runs.duration_s}).sort_values("began")
     before = known.ended.groupby(pd.Series(machine, runs.index)).transform(
         lambda ended: ended.cummax().shift(fill_value=-math.inf)
@@ -73,11 +64,8 @@ def held_s(runs: pd.DataFrame) -> float:
 
 def stages(runs: pd.DataFrame) -> pd.DataFrame:
     """By notebook and stage: how many, and their time, from the runs' ledgers."""
-    rows = [
-        (run.notebook, stage["name"], stage["duration_s"])
-        for run in runs.itertuples()
-        for stage in run.stages
-    ]
+    ledgers = zip(runs.notebook, runs.stages, strict=True)
+    rows = [(name, one["name"], one["duration_s"]) for name, ledger in ledgers for one in ledger]
     found = pd.DataFrame(rows, columns=["notebook", "stage", "seconds"])
     sums = found.groupby(["notebook", "stage"]).seconds.agg(runs="count", time="sum").reset_index()
     sums = sums.sort_values(["notebook", "time"], ascending=[True, False])

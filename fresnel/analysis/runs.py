@@ -1,8 +1,4 @@
-"""Finished runs as tables: a row a run, and a row a figure of a training.
-
-`read` takes what lies below a folder: `results.json` of every run, or `runs.jsonl`, which has a
-line a run and is how a study is published (reports/published/study).
-"""
+"""Finished runs as tables: a row a run, and a row a figure of a training."""
 
 from __future__ import annotations
 
@@ -26,18 +22,20 @@ ROLES = {
     "03-corrected": "03-gated",
 }
 """The main job's runs, and the step of notebooks/params/study.yaml that does the same."""
-_STANDS_IN = {step: role for role, step in ROLES.items()}
 OWN = "own"
 """The predictor of a figure: what the run trained, whatever its kind."""
-_COLUMNS = ["notebook", "step", "seed", "role", "verdict", "summary", "reasons", "params"]
-_COLUMNS += ["metrics", "stages", "artifacts", "provenance", "started_utc", "duration_s"]
-_COLUMNS += ["price_per_hour_usd", "cost_usd", "folder"]
+_COLUMNS = [
+    *("notebook", "step", "seed", "role", "verdict", "summary", "reasons", "params", "metrics"),
+    *("stages", "artifacts", "provenance", "started_utc", "duration_s", "price_per_hour_usd"),
+    *("cost_usd", "folder"),
+]
 _METRICS = ("psnr", "psnr_white", "psnr_foreground", "ssim", "luminance_ratio", "coverage_ratio")
-_ENDS = ("", "_low", "_high")
+_KEYS = ["arm", "metric", "predictor", "bin", "seed"]
 
 
 def read(folder: str | Path, prefix: str = "") -> pd.DataFrame:
-    """The newest run of each name below a folder that finished and was not refused.
+    """The newest run of each name below a folder that finished and was not refused: of every
+    results.json, and of every `TABLE`, which is how a study is published (reports/published/study).
 
     Args:
         prefix: what the names of the main job's runs start with.
@@ -54,6 +52,7 @@ def read(folder: str | Path, prefix: str = "") -> pd.DataFrame:
     ordered = sorted(reversed(judged), key=lambda run: run["started_utc"])  # results.json wins
     newest = {run["name"]: run for run in ordered}
     steps = {name: re.sub(r"-s\d+$", "", name) for name in newest}
+    stands_in = {step: role for role, step in ROLES.items() if prefix + role not in newest}
     for name, record in newest.items():
         seed, role = name[len(steps[name]) + 2 :], name.removeprefix(prefix)
         record |= {"step": steps[name], "seed": int(seed or 0), "role": ""}
@@ -62,8 +61,7 @@ def read(folder: str | Path, prefix: str = "") -> pd.DataFrame:
             if ROLES[role] not in steps.values():
                 record["step"] = ROLES[role]
         elif seed == "0":
-            stands_in = _STANDS_IN.get(steps[name], "")
-            record["role"] = "" if prefix + stands_in in newest else stands_in
+            record["role"] = stands_in.get(steps[name], "")
     found = pd.DataFrame.from_dict(newest, orient="index", columns=_COLUMNS).sort_index()
     return found.astype({"seed": int})
 
@@ -76,8 +74,7 @@ def _records(folder: Path) -> Iterator[dict[str, Any]]:
         except (OSError, ValueError, TypeError):
             continue  # a run that is being written, or was damaged: the index says so
     for path in sorted(folder.rglob(TABLE)):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             yield {**record, "folder": str(path.parent / record["name"])}
 
 
@@ -108,23 +105,20 @@ def figures(runs: pd.DataFrame) -> pd.DataFrame:
         high (95 %, over objects) and one an object, where values by object were kept.  An arm is a
         step without "03-"; a predictor is `OWN`, or a name as "copy_input" or "decoder render".
     """
-    rows = {}
+    rows = []
     for run in runs[runs.step.str.startswith("03-")].itertuples():
         for name, summary in run.metrics.get("summaries", {}).items():
             predictor = OWN if name == run.params.get("model") else name
             for metric, entry in itertools.product(_METRICS, summary):
                 if entry.get(metric) is None:
                     continue
-                objects = run.metrics.get(f"{metric}_by_object", {}).get(name, {})
-                bounds = {end[1:] or "mean": entry.get(metric + end) for end in _ENDS}
                 key = (run.step[3:], metric, predictor, entry["bin"], run.seed)
-                rows[key] = bounds | objects.get(entry["bin"], {})
-    index = pd.MultiIndex.from_tuples(
-        list(rows), names=["arm", "metric", "predictor", "bin", "seed"]
-    )
-    columns = dict.fromkeys(["mean", "low", "high", *(c for row in rows.values() for c in row)])
-    found = pd.DataFrame(list(rows.values()), index=index, columns=list(columns), dtype=float)
-    return found.sort_index()
+                ends = {"mean": "", "low": "_low", "high": "_high"}
+                bounds = {word: entry.get(metric + end) for word, end in ends.items()}
+                objects = run.metrics.get(f"{metric}_by_object", {}).get(name, {})
+                rows.append(dict(zip(_KEYS, key, strict=True)) | bounds | objects.get(key[3], {}))
+    found = pd.DataFrame(rows, columns=None if rows else [*_KEYS, "mean", "low", "high"])
+    return found.set_index(_KEYS).astype(float).sort_index()
 
 
 def pictures(runs: Mapping[str, pd.Series], artifact: str) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -43,12 +43,10 @@ class Estimate:
         if not math.isfinite(self.mean):
             return "-" if math.isnan(self.mean) else "never"
         form, space = f"{sign}.{digits}f", "\N{NO-BREAK SPACE}"
-        text = f"{self.mean:{form}}"
-        if math.isfinite(self.sd):
-            text += f"{space}±{space}{self.sd:.{digits}f}"
-        if math.isfinite(self.low) and self.low < self.high:
-            text += f" [{self.low:{form}},{space}{self.high:{form}}]"
-        return text
+        spread = "" if math.isnan(self.sd) else f"{space}±{space}{self.sd:.{digits}f}"
+        known = math.isfinite(self.low) and self.low < self.high
+        reach = f" [{self.low:{form}},{space}{self.high:{form}}]" if known else ""
+        return f"{self.mean:{form}}{spread}{reach}"
 
 
 def each(values: Sequence[float | None]) -> Estimate:
@@ -71,74 +69,64 @@ def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float
     return float(values.mean() - reach), float(values.mean() + reach)
 
 
+def over_objects(values: np.ndarray, over: np.ndarray | None = None) -> Estimate:
+    """Of (seeds, objects): the mean, or the ratio of the means, whose interval is that of its
+    linearisation (values - ratio over) / mean(over); nothing where `over` is nothing."""
+    below = np.ones_like(values) if over is None else over
+    if not below.mean() or np.isnan(values).any():
+        return Estimate()
+    mean = float(values.mean() / below.mean())
+    low, high = interval((values - mean * below) / below.mean())
+    seeds = values.mean(axis=1) / below.mean(axis=1)
+    return Estimate(mean, tuple(map(float, seeds)), mean + low, mean + high)
+
+
 def estimate(
-    figures: pd.DataFrame, arm: str, where: str = "all", metric: str = "psnr", predictor: str = OWN
+    figures: pd.DataFrame,
+    arm: str,
+    where: str = "all",
+    metric: str = "psnr",
+    predictor: str = OWN,
+    *,
+    minus: str = "",
 ) -> Estimate:
     """A metric of an arm in a bin of azimuths ("all": of all views).
 
     Without values by object (ratios are sums over objects) the interval is the mean of the seeds'
     own, widened by the 95 % interval of the seeds' mean; of one seed's nothing is known.
-    """
-    rows = _rows(figures, arm, metric, predictor, where)
-    one, n = _over_objects(rows), len(rows)
-    if n == 0 or math.isfinite(one.low):
-        return one
-    center, low, high = rows[_BOUNDS].mean()
-    reach = t.ppf(0.975, n - 1) * one.sd / math.sqrt(n) if n > 1 else 0.0
-    low, high = center - math.hypot(center - low, reach), center + math.hypot(high - center, reach)
-    return Estimate(one.mean, one.seeds, float(low), float(high))
-
-
-def difference(
-    figures: pd.DataFrame,
-    ours: str,
-    theirs: str,
-    where: str = "all",
-    metric: str = "psnr",
-    predictor: str = OWN,
-) -> Estimate:
-    """A metric of one arm minus another's in a bin, paired by seed and object.
 
     Args:
-        theirs: an arm, or one of `RIVALS` in our own runs.
-        predictor: which of ours: what was trained, or as "cvs, 2 steps".
+        predictor: what was trained, or as "cvs, 2 steps".
+        minus: what it is the difference to, paired by seed and object: an arm, or one of `RIVALS`
+            in our own runs.
     """
-    a = _rows(figures, ours, metric, predictor, where)
-    arm, against = (ours, theirs) if theirs in RIVALS else (theirs, OWN)
-    b = _rows(figures, arm, metric, against, where)
-    return _over_objects((a - b).loc[a.index.intersection(b.index)])
-
-
-def _rows(figures: pd.DataFrame, *key: str) -> pd.DataFrame:
-    """Seeds x (mean, low, high, objects) of (arm, metric, predictor, bin); empty of none."""
-    return figures.loc[key] if key in figures.index else figures.iloc[:0].droplevel([0, 1, 2, 3])
-
-
-def _over_objects(rows: pd.DataFrame) -> Estimate:
-    if rows.empty:
+    theirs = (arm, metric, minus) if minus in RIVALS else (minus, metric, OWN)
+    keys = [(arm, metric, predictor, where), *([(*theirs, where)] if minus else [])]
+    if any(key not in figures.index for key in keys):
         return Estimate()
-    objects = rows.drop(columns=_BOUNDS).dropna(axis=1).to_numpy()
-    return Estimate(float(rows["mean"].mean()), tuple(rows["mean"]), *interval(objects))
+    rows, *other = (figures.loc[key] for key in keys)
+    for one in other:
+        rows = (rows - one).loc[rows.index.intersection(one.index)]
+    values, means = rows.drop(columns=_BOUNDS).dropna(axis=1).to_numpy(), tuple(rows["mean"])
+    found, n = Estimate(float(np.mean(means)), means, *interval(values)), len(means)
+    if minus or math.isfinite(found.low):
+        return found
+    center, low, high = rows[_BOUNDS].mean()
+    reach = t.ppf(0.975, n - 1) * found.sd / math.sqrt(n) if n > 1 else 0.0
+    low, high = center - math.hypot(center - low, reach), center + math.hypot(high - center, reach)
+    return replace(found, low=float(low), high=float(high))
 
 
 def bins(
-    figures: pd.DataFrame, arm: str, metric: str = "psnr", predictor: str = OWN
+    figures: pd.DataFrame, arm: str, metric: str = "psnr", predictor: str = OWN, *, minus: str = ""
 ) -> dict[str, Estimate]:
-    """Bin -> a metric of an arm."""
-    return {b: estimate(figures, arm, b, metric, predictor) for b in BINS}
-
-
-def gaps(
-    figures: pd.DataFrame, ours: str, theirs: str, metric: str = "psnr", predictor: str = OWN
-) -> dict[str, Estimate]:
-    """Bin -> `difference`."""
-    return {b: difference(figures, ours, theirs, b, metric, predictor) for b in BINS}
+    """Bin -> a metric of an arm, or its difference to another's."""
+    return {b: estimate(figures, arm, b, metric, predictor, minus=minus) for b in BINS}
 
 
 def known(rows: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Mapping[str, Estimate]]:
     """The rows of which something was measured."""
-    measured = {n: any(math.isfinite(e.mean) for e in row.values()) for n, row in rows.items()}
-    return {name: row for name, row in rows.items() if measured[name]}
+    return {n: row for n, row in rows.items() if any(math.isfinite(e.mean) for e in row.values())}
 
 
 def extreme(bins: Mapping[str, Estimate], sign: int) -> Estimate:
@@ -156,8 +144,8 @@ def table(
     rows: Mapping[str, Mapping[str, Estimate]], name: str = "", sign: str = "", digits: int = 2
 ) -> pd.DataFrame:
     """Rows by bin as text: mean ± spread over seeds [95 %]."""
-    text = {row: {b: e.text(digits, sign) for b, e in found.items()} for row, found in rows.items()}
-    return pd.DataFrame([{name: row, **cells} for row, cells in text.items()])
+    cells = pd.DataFrame(rows).map(lambda one: one.text(digits, sign)).T
+    return cells.rename_axis(name).reset_index()
 
 
 def describe(rows: Mapping[str, Mapping[str, Estimate]], label: str) -> str:
@@ -179,12 +167,11 @@ def arms_table(
     shown |= {"light": "luminance_ratio", "area": "coverage_ratio"}
     rows = []
     for arm, label in labels.items():
-        took = tuple(one["train_duration_s"] for one in of(runs, f"03-{arm}"))
-        if not took:
-            continue
-        row = {"arm": arm, "what it is": label, "seeds": len(took)}
-        for column, metric in shown.items():
-            one = estimate(figures, arm, "all", metric)
-            row[column] = Estimate(one.mean, one.seeds).text()
-        rows.append(row | {"training, s": Estimate(float(np.mean(took)), took).text(0)})
+        took = [one["train_duration_s"] for one in of(runs, f"03-{arm}")]
+        if took:
+            found = {word: estimate(figures, arm, "all", metric) for word, metric in shown.items()}
+            cells = {word: Estimate(one.mean, one.seeds).text() for word, one in found.items()}
+            time = Estimate(float(np.mean(took)), tuple(took)).text(0)
+            row = {"arm": arm, "what it is": label, "seeds": len(took)}
+            rows.append({**row, **cells, "training, s": time})
     return pd.DataFrame(rows)
