@@ -18,8 +18,7 @@ from fresnel.bootstrap import (
 )
 from fresnel.data import dataset
 from fresnel.data.dataset import InputImages
-from fresnel.models.decoder import Decoder, DecoderConfig, centroid
-from fresnel.models.patch_decoder import original_parametrisation
+from fresnel.models.decoder import Decoder, DecoderConfig, centroid, original_parametrisation
 from fresnel.render import render
 from fresnel.scene.cameras import orbit, relative_azimuth_deg
 from fresnel.scene.gaussians import Gaussians

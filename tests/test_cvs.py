@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -389,11 +388,6 @@ def test_predictor_resizes_and_maps_cameras() -> None:
     shifted = predictor(net, camera_map=lambda i, c: (i.cameras, c[:, [1, 2, 3, 0]], data.pivots))
     expected = predictor(net)(data.inputs, data.cameras[:, [1, 2, 3, 0]])
     torch.testing.assert_close(shifted(data.inputs, data.cameras).rgb, expected.rgb)
-
-
-def test_config_survives_json() -> None:
-    config = CVSConfig.preset("base", huber_c=0.1)
-    assert CVSConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ from fresnel.data.dataset import InputImages, ViewTensors
 from fresnel.models.decoder import (
     Decoder,
     DecoderConfig,
+    normalised_depth,
+    original_parametrisation,
     pixel_parametrisation,
     predictor,
     prune,
     render_small,
+    rotation_6d,
 )
-from fresnel.models.patch_decoder import normalised_depth, original_parametrisation, rotation_6d
 from fresnel.render import Views, render
 from fresnel.scene.cameras import Cameras, orbit
 from fresnel.scene.gaussians import Gaussians

@@ -10,7 +10,7 @@ from test_cvs import SIZE, disc, generator, views
 
 from fresnel.data.dataset import InputImages
 from fresnel.models import Predictor
-from fresnel.models import refine as rendered
+from fresnel.models import cvs as rendered
 from fresnel.models.cvs import CVS, CVSConfig, predictor
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras
@@ -45,11 +45,10 @@ def test_the_condition_holds_colour_alpha_and_depth_behind_the_pivot() -> None:
     data = views(objects=1, per_object=2)
     alpha = torch.zeros(1, 2, SIZE, SIZE, 1)
     alpha[..., :8, :, :] = 1.0
-    seen = rendered.condition(
-        Views(alpha * torch.tensor([1.0, 0.5, 0.0]), alpha, alpha * 2.5),
-        data.cameras, data.pivots,
-    )  # fmt: skip
-    assert seen.shape == (1, 2, rendered.CHANNELS, SIZE, SIZE)
+    drawn = Views(alpha * torch.tensor([1.0, 0.5, 0.0]), alpha, alpha * 2.5)
+    given = data.inputs, data.cameras, data.pivots
+    seen = rendered.seen(lambda inputs, cameras: drawn, *given, twin=False)
+    assert seen.shape == (1, 2, rendered.RENDER_CHANNELS, SIZE, SIZE)
     full, empty = seen[0, 0, :, 0, 0], seen[0, 0, :, -1, 0]
     torch.testing.assert_close(full, torch.tensor([1.0, 0.0, -1.0, 1.0, 0.3]))  # orbit radius 2.2
     torch.testing.assert_close(empty, torch.tensor([-1.0, -1.0, -1.0, -1.0, 0.0]))
@@ -65,7 +64,7 @@ def test_prepared_renders_are_those_of_each_input_in_8_bits() -> None:
 
     own = rendered.prepared(spy, data, batch=1)
     assert own.shape == (2, 1, 4, 5, SIZE, SIZE) and own.dtype == torch.uint8 and len(asked) == 2
-    want = rendered.condition(render(data.inputs, data.cameras), data.cameras, data.pivots)
+    want = rendered.seen(render, data.inputs, data.cameras, data.pivots, twin=False)
     assert (rendered.restored(own[:, 0]) - want).abs().max() <= 0.5 / 127.5 + 1e-6
     asked.clear()
     every = rendered.prepared(spy, data, any_input=True)
@@ -173,7 +172,7 @@ def test_the_twin_is_made_of_the_mirrored_input_and_mirrored_back() -> None:
 
     one, other = (
         rendered.seen(spy, data.inputs, data.cameras, data.pivots, twin=True)
-        .unflatten(2, (2, rendered.CHANNELS))
+        .unflatten(2, (2, rendered.RENDER_CHANNELS))
         .unbind(2)
     )
     assert torch.equal(other[..., :4, :, :], one[..., :4, :, :].flip(-1))

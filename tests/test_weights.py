@@ -19,32 +19,31 @@ from fresnel.models.decoder import Decoder, DecoderConfig
 TINY = DecoderConfig(
     image_size=32, base_channels=8, channel_multipliers=(1, 2), attention_levels=(), patch=2
 )
+CONFIGS = {
+    "pixel": TINY,
+    "patch": DecoderConfig(kind="patch", image_size=32, patch_grid=5),
+    "cvs": CVSConfig.preset("tiny"),
+}
 
 
-def networks() -> dict[str, Any]:
-    torch.manual_seed(0)
-    patch = Decoder(DecoderConfig(kind="patch", image_size=32, patch_grid=5))
-    return {"pixel": Decoder(TINY), "patch": patch, "cvs": CVS(CVSConfig.preset("tiny"))}
-
-
-@pytest.mark.parametrize("kind", ["pixel", "patch", "cvs"])
+@pytest.mark.parametrize("kind", list(CONFIGS))
 def test_what_is_saved_comes_back(kind: str, tmp_path: Path) -> None:
-    network = networks()[kind].train()
-    network.provenance = {"params": {"steps": 7}, "data": ["sha256:1"]}
+    network: Any = (CVS if kind == "cvs" else Decoder)(CONFIGS[kind])
+    network.train().provenance = {"params": {"steps": 7}, "data": ["sha256:1"]}
     fact, value = ("decoder", "sha256:of it") if kind == "cvs" else ("render_size", 48)
     setattr(network, fact, value)
-    full, half = tmp_path / "new" / "full.safetensors", tmp_path / "new" / "half.safetensors"
-    network.save(full, half=False)
-    network.save(half, half=True)
+    folder = tmp_path / "new"
+    full = network.save(folder / "full.safetensors")
+    half = network.save(folder / "half.safetensors", half=True)
     loaded, smaller = type(network).load(full), type(network).load(half).state_dict()
     assert loaded.config == network.config and not loaded.training
     assert loaded.provenance == network.provenance and getattr(loaded, fact) == value
-    assert weights.checksum(loaded.state_dict()) == weights.checksum(network.state_dict())
+    assert loaded.checksum() == network.checksum()
     for name, tensor in network.state_dict().items():
         assert smaller[name].dtype == torch.float32
         torch.testing.assert_close(smaller[name], tensor, atol=1e-3, rtol=1e-3)
     assert half.stat().st_size < 0.75 * full.stat().st_size
-    assert sorted(path.name for path in full.parent.iterdir()) == [full.name, half.name]
+    assert sorted(folder.iterdir()) == [full, half]
     assert weights.read_header(half)["params"] == {"steps": 7}
 
 
@@ -63,11 +62,9 @@ def edited(path: Path, change: dict[str, Any]) -> None:
         ({"channel_multipliers": [1, 4000]}, "out of bounds"),
         ({"channel_multipliers": [1] * 17}, "out of bounds"),
         ({"blocks_per_level": 500}, "blocks_per_level 500 is out of bounds"),
-        ({"image_size": 65536}, "image_size 65536 is out of bounds"),
         ({"base_channels": 2000}, "don't fit the configuration"),
         ({"flavour": 3}, "flavour"),
         ({"encoder": "dinov2"}, "encoder 'dinov2' is not supported"),
-        ({"gaussian_grid": "half"}, "gaussian_grid 'half' is not supported"),
         ({"render_base": False}, "render_base False is not supported"),
     ],
 )
@@ -82,17 +79,11 @@ def test_a_configuration_that_is_not_of_its_weights_is_refused(
 
 def test_damaged_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
     path = Decoder(TINY).save(tmp_path / "d.safetensors")
+    whole = path.read_bytes()
     with pytest.raises(ValueError, match=r"d\.safetensors: not a cvs checkpoint"):
         CVS.load(path)
     with pytest.raises(FileNotFoundError, match="no such decoder checkpoint"):
         Decoder.load(tmp_path / "none.safetensors")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:1000])
-    with pytest.raises(ValueError, match="not a readable decoder checkpoint"):
-        Decoder.load(path)
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit of one weight
-    with pytest.raises(ValueError, match="not those that were saved"):
-        Decoder.load(path)
     Decoder(replace(TINY, attention_levels=(1,))).save(path)
     edited(path, {"attention_levels": []})  # tensors that the network has no place for
     with pytest.raises(ValueError, match="don't fit the configuration"):
@@ -100,6 +91,13 @@ def test_damaged_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="kind None"):
         Decoder.load(path)
+    for content, message in (
+        (whole[:1000], "not a readable decoder checkpoint"),
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "not those that were saved"),  # a bit of a weight
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            Decoder.load(path)
 
 
 def test_what_ships_loads_and_says_what_it_is(tmp_path: Path) -> None:
@@ -112,9 +110,7 @@ def test_what_ships_loads_and_says_what_it_is(tmp_path: Path) -> None:
         assert network.config.render_twin is (model == "cvs-twin") and not network.training
         assert network.provenance["params"]["model"] == model
     again = CVS.load(network.save(tmp_path / "twin.safetensors", half=True))
-    assert again.config == network.config and again.provenance == network.provenance
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor)  # half precision already
+    assert again.checksum() == network.checksum(), "half precision already"
     with pytest.raises(ValueError, match="no trained 'cvs-refine' ships"):
         cvs.load_shipped(model="cvs-refine")
 
@@ -123,7 +119,9 @@ def test_without_shipped_weights_the_message_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(weights.resources, "files", lambda _: tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"cvs\.safetensors.*03_full_train"):
-        cvs.load_shipped()
-    with pytest.raises(FileNotFoundError, match=r"decoder_patch\.safetensors.*03_full_train"):
-        decoder.load_shipped("patch")
+    for load, kind, file in (
+        (cvs.load_shipped, "cpu", r"cvs\.safetensors"),
+        (decoder.load_shipped, "patch", r"decoder_patch\.safetensors"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"{file}.*03_full_train"):
+            load(kind)

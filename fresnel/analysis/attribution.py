@@ -29,8 +29,7 @@ from fresnel.bootstrap import records as render_records
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
 from fresnel.data.layout import object_name
 from fresnel.host.machine import project_root
-from fresnel.models.decoder import Decoder
-from fresnel.models.patch_decoder import FARTHEST, NEAREST
+from fresnel.models.decoder import FARTHEST, NEAREST, Decoder
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.colour import linear_to_srgb, luminance, srgb_to_linear
 from fresnel.scene.gaussians import Gaussians

@@ -3,6 +3,10 @@
 Images are premultiplied RGBA in [-1, 1]; rays are Pluecker coordinates in the gravity-aligned
 frame of the input camera, so elevation is known and azimuth is relative to the input.
 
+A CVS may also see the decoder's render of the target view: geometry from the splats. A twin sees
+what the decoder makes of the mirrored input too, mirrored back. Both are of the same object; where
+they differ, the decoder guessed.
+
 Preconditioning and boundary condition: Consistency Models, arXiv 2303.01469, appendix C.
 Training: Easy Consistency Tuning (ECT), arXiv 2406.14548; what differs is said where it does.
 """
@@ -12,40 +16,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fresnel.data.images import InputImages
-from fresnel.models import Predictor, refine, weights
-from fresnel.models.unet import FourierEmbedding, UNet, unet_options
+from fresnel.data.records import ViewTensors
+from fresnel.models import Predictor, check, weights
+from fresnel.models.unet import UNET_OPTIONS, FourierEmbedding, UNet
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras, gravity_frame
 
 CONDITION_CHANNELS = 4 + 6 + 6
+RENDER_CHANNELS = 5  # of each render of the target view
 LOSS_WEIGHTS = ("alpha_aware", "depth_laplacian", "none")
 KINDS = ("consistency", "original")
 MOST_AT_ONCE = 64  # views in a batch of `predictor`'s
 CameraMap = Callable[[InputImages, Cameras], tuple[Cameras, Cameras, Tensor]]
 
-_GPU: dict[str, Any] = {
-    "channel_multipliers": (1, 2, 4, 4),
-    "blocks_per_level": 2,
-    "attention_levels": (2, 3),
-    "ect_stages": 6,
-}
+_GPU: dict[str, Any] = {"channel_multipliers": (1, 2, 4, 4), "blocks_per_level": 2, "ect_stages": 6}
 _PRESETS: dict[str, dict[str, Any]] = {
     # tests: a fraction of a second a step at 16 px
-    "tiny": {
-        "image_size": 16,
-        "base_channels": 8,
-        "channel_multipliers": (1, 2),
-        "attention_levels": (1,),
-        "embedding_channels": 16,
-    },
+    "tiny": {"image_size": 16, "base_channels": 8, "embedding_channels": 16}
+    | {"channel_multipliers": (1, 2), "attention_levels": (1,)},
     "small": {},  # two CPU cores at 64 px
     # 128 px at the price of "small": the one that ships, 6 M parameters
     "compact": {"image_size": 128, "patch": 4, "base_channels": 48},
@@ -89,51 +84,37 @@ class CVSConfig:
     light_weight: float = 0.3  # of the loss on local light, which blur would otherwise swallow
     foreground_share: float = 0.7  # of the alpha-aware weight: the object with a margin
     parameterisation: str = "consistency"  # of `KINDS`; "original": no boundary condition
-    render_condition: bool = False  # also see a render of the target view, and add to it: `refine`
+    render_condition: bool = False  # also see a render of the target view, and add to it
     render_twin: bool = False  # ... and to a second one, from the mirrored input: to their mean
 
     def __post_init__(self) -> None:
-        share = "a value in [0, 1]"
-        for name, holds, want in (
+        shares = ("sigma_max_fraction", "foreground_share", "denoising_share")
+        ours, renders = self.parameterisation == "consistency", self.render_condition
+        rules = [
+            *((name, 0 <= getattr(self, name) <= 1, "a value in [0, 1]") for name in shares),
             ("loss_weight", self.loss_weight in LOSS_WEIGHTS, f"one of {LOSS_WEIGHTS}"),
             ("parameterisation", self.parameterisation in KINDS, f"one of {KINDS}"),
-            ("sigma_max_fraction", 0 <= self.sigma_max_fraction <= 1, share),
-            ("foreground_share", 0 <= self.foreground_share <= 1, share),
-            ("denoising_share", 0 <= self.denoising_share <= 1, share),
             ("sigma_min", 0 < self.sigma_min < self.sigma_max, "0 < sigma_min < sigma_max"),
             ("ect_stages", self.ect_stages >= 1, "at least one stage"),
             ("ect_q", self.ect_q > 1, "a factor above 1"),
-            (
-                "render_twin",
-                self.render_condition or not self.render_twin,
-                "render_condition=True too",
-            ),
-            (
-                "parameterisation",
-                not self.render_condition or self.parameterisation == "consistency",
-                '"consistency" for a model that adds to a render',
-            ),
-        ):
-            if not holds:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, want {want}")
-        # lists come from JSON and YAML
-        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
+            ("render_twin", renders or not self.render_twin, "render_condition=True too"),
+            ("parameterisation", ours or not renders, '"consistency" where it adds to a render'),
+        ]
+        check(self, rules)
 
     @property
     def condition_channels(self) -> int:
-        renders = self.render_condition + self.render_twin
-        return CONDITION_CHANNELS + renders * refine.CHANNELS
+        return CONDITION_CHANNELS + (self.render_condition + self.render_twin) * RENDER_CHANNELS
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> CVSConfig:
         """'tiny' (tests), 'small' (64 px, CPU), 'base' (128 px, GPU) or 'large' (256 px, GPU)."""
         if name not in _PRESETS:
             raise ValueError(f"preset: got {name!r}, want one of {tuple(_PRESETS)}")
-        return replace(cls(**_PRESETS[name]), **changes)
+        return cls(**_PRESETS[name] | changes)
 
 
-class CVS(nn.Module):
+class CVS(weights.Stored):
     """Denoiser D(x, sigma, cond): (B, 4, H, W), (B,), (B, C, H, W) -> clean view (B, 4, H, W).
 
     C is 16, 21 where the network also sees a render of the target view, 26 where it sees two.
@@ -142,21 +123,20 @@ class CVS(nn.Module):
     of a consistency model. The "original" parameterisation is D = F: nothing ties it to x. With
     `render_condition`, (1 - c_skip) R is added, for the render R in the condition (the mean of
     two): from noise alone the untrained network gives R.
+
+    Attributes:
+        decoder: checksum of the decoder whose renders it learned from; travels with the weights.
+        origin: of the weights that training starts from: "random", or their checksum.
     """
 
+    kind, make_config, facts = "cvs", CVSConfig, {"decoder": ""}
+    decoder: str
+
     def __init__(self, config: CVSConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.origin = "random"  # of the weights that training starts from
-        self.decoder = ""  # checksum of the decoder whose renders it learned from
-        self.provenance: dict[str, Any] = {}
-        self.embedding = FourierEmbedding(config.embedding_channels)
-        self.unet = UNet(
-            4 + config.condition_channels,
-            4,
-            embedding_dim=config.embedding_channels,
-            **unet_options(config),
-        )
+        super().__init__(config)
+        self.origin, channels = "random", config.embedding_channels
+        self.embedding = FourierEmbedding(channels)
+        self.unet = UNet(4 + config.condition_channels, 4, config, embedding_dim=channels)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
         s, data = sigma.reshape(-1, 1, 1, 1), self.config.sigma_data
@@ -170,7 +150,7 @@ class CVS(nn.Module):
         c_skip, c_out = self.scalings(s)
         denoised = c_skip * x + c_out * f
         if self.config.render_condition:
-            renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, refine.CHANNELS))
+            renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, RENDER_CHANNELS))
             denoised = denoised + (1 - c_skip) * renders[:, :, :4].mean(dim=1)
         return denoised
 
@@ -189,21 +169,11 @@ class CVS(nn.Module):
         Raises:
             ValueError: if the two are built differently; the message names what differs.
         """
-        theirs = asdict(other.config)
-        names = (
-            *unet_options(self.config),
-            "embedding_channels",
-            "render_condition",
-            "render_twin",
-        )
-        ours = {name: getattr(self.config, name) for name in names}
-        if different := [name for name in names if ours[name] != theirs[name]]:
-            built = ", ".join(f"{name} {theirs[name]!r}" for name in different)
-            want = ", ".join(repr(ours[name]) for name in different)
-            raise ValueError(
-                f"initial weights: built with {built}; want {want}. Choose the size they were "
-                "trained at"
-            )
+        names = (*UNET_OPTIONS, "embedding_channels", "render_condition", "render_twin")
+        theirs, ours = (asdict(network.config) for network in (other, self))
+        if odd := [f"{n} {theirs[n]}; want {ours[n]}" for n in names if theirs[n] != ours[n]]:
+            built = ", ".join(odd)
+            raise ValueError(f"initial weights: built with {built}. Choose the size that they have")
         found = {name: tensor.clone() for name, tensor in other.state_dict().items()}
         if self.config.parameterisation == "original" != other.config.parameterisation:
             at_max = other.scalings(torch.tensor(other.config.sigma_max))[1]
@@ -212,25 +182,18 @@ class CVS(nn.Module):
         self.load_state_dict(found)
         self.origin = weights.checksum(found)
 
-    def save(self, path: str | Path, *, half: bool = False) -> Path:
-        """Write weights, config, provenance and the decoder's name to one file: `weights.save`."""
-        return weights.save(path, "cvs", self, half=half, facts={"decoder": self.decoder})
-
-    @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CVS:
-        """Read what `save` wrote, in evaluation mode and float32; raises as `weights.load`."""
-        model, facts = weights.load(path, "cvs", lambda config: cls(CVSConfig(**config)))
-        model.decoder = str(facts.get("decoder", ""))
-        return model.to(device)
-
 
 def rgba(rgb: Tensor, alpha: Tensor) -> Tensor:
     """uint8 (..., H, W, 3) over black and (..., H, W) -> float (..., 4, H, W) in [-1, 1].
 
     A colour over black is the premultiplied colour.
     """
-    pixels = torch.cat([rgb, alpha[..., None]], dim=-1).movedim(-1, -3)
-    return pixels.float() / 127.5 - 1.0
+    return restored(torch.cat([rgb, alpha[..., None]], dim=-1).movedim(-1, -3))
+
+
+def restored(stored: Tensor) -> Tensor:
+    """8 bits back to [-1, 1]; nothing there is exactly -1 in colour and alpha."""
+    return stored.float() / 127.5 - 1.0
 
 
 def condition_tensors(image: Tensor, source: Cameras, cameras: Cameras, pivots: Tensor) -> Tensor:
@@ -254,6 +217,61 @@ def condition_tensors(image: Tensor, source: Cameras, cameras: Cameras, pivots: 
         rays = cameras.pluecker(frame[:, None]).movedim(-1, -3)
     known = known[:, None].expand(-1, rays.shape[1], -1, -1, -1)
     return torch.cat([known, rays], dim=2).flatten(0, 1)
+
+
+def seen(
+    renderer: Predictor, inputs: InputImages, cameras: Cameras, pivots: Tensor, *, twin: bool
+) -> Tensor:
+    """What a network is shown of renders from cameras (M, V): (M, V, 5, H, W), or 10 with the twin.
+
+    In [-1, 1]: premultiplied RGBA, and alpha times the depth behind the pivot's (M, 3), which the
+    object's unit size keeps in range. The mirror is the plane x = 0, where pivots have to be.
+    """
+    views = [renderer(inputs, cameras)]
+    if twin:
+        flipped = {"rgb": inputs.rgb.flip(2), "alpha": inputs.alpha.flip(2), "depth": None}
+        mirrored = replace(inputs, cameras=inputs.cameras.mirrored(), **flipped)
+        other = renderer(mirrored, cameras.mirrored())
+        views.append(Views(other.rgb.flip(3), other.alpha.flip(3), other.depth.flip(3)))
+    distance = torch.linalg.norm(cameras.centers - pivots[:, None], dim=-1)[..., None, None, None]
+    channels: list[Tensor] = []
+    for view in views:
+        behind = (view.depth - distance) * view.alpha
+        channels += [view.rgb * 2 - 1, view.alpha * 2 - 1, behind]
+    return torch.cat(channels, dim=-1).clamp(-1, 1).movedim(-1, -3)
+
+
+@torch.no_grad()
+def prepared(
+    renderer: Predictor,
+    views: ViewTensors,
+    *,
+    any_input: bool = False,
+    twin: bool = False,
+    batch: int = 8,
+) -> Tensor:
+    """What `seen` gives for every pair, uint8 (M, S, V, C, H, W); decode with `restored`.
+
+    Args:
+        renderer: the decoder, as `decoder.predictor` gives it.
+        any_input: for every view as the input too: S = 1 + V, source 1 + k is view k; else S = 1,
+            the record's own input.
+        batch: records that are decoded and rendered at once.
+    """
+    from tqdm.auto import tqdm
+
+    count, (height, width) = views.rgb.shape[1], views.rgb.shape[2:4]
+    shape = (len(views), 1 + any_input * count, count, RENDER_CHANNELS * (1 + twin), height, width)
+    stored = torch.empty(shape, dtype=torch.uint8, device=views.rgb.device)
+    for start in tqdm(range(0, len(views), batch), "render the condition", delay=2, disable=None):
+        part = views[start : start + batch]
+        sources = [part.inputs]
+        for k in range(any_input * count):
+            pictures = (part.rgb[:, k], part.alpha[:, k], part.cameras[:, k])
+            sources.append(InputImages(part.names, *pictures))
+        made = [seen(renderer, source, part.cameras, part.pivots, twin=twin) for source in sources]
+        stored[start : start + batch] = ((torch.stack(made, dim=1) + 1) * 127.5).round()
+    return stored
 
 
 def randn(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -282,11 +300,10 @@ def sample(
     to the next, lower level. `repeat`: noise is drawn for B / repeat images and tiled.
     """
     b, _, h, w = cond.shape
-    x = cond.new_zeros(b // repeat, 4, h, w)
     out = cond.new_zeros(b, 4, h, w)
     for i, sigma in enumerate(sampling_sigmas(steps, model.config)):
         spread = sigma if i == 0 else math.sqrt(max(sigma**2 - model.config.sigma_min**2, 0.0))
-        noise = randn(x, generator).repeat(repeat, 1, 1, 1)
+        noise = randn(out[: b // repeat], generator).repeat(repeat, 1, 1, 1)
         out = model(out + spread * noise, out.new_full((b,), sigma), cond).clamp(-1, 1)
     return out
 
@@ -309,30 +326,26 @@ def predictor(
             for models trained in another geometry.
         renderer: the decoder's predictor; ValueError where the model needs it and there is none.
     """
-    size = model.config.image_size
-    if model.config.render_condition and renderer is None:
+    config, size = model.config, model.config.image_size
+    if config.render_condition and renderer is None:
         raise ValueError("renderer: got None, but this CVS sees the decoder's render of the view")
 
     def predict(inputs: InputImages, cameras: Cameras) -> Views:
-        device = next(model.parameters()).device
         m, v = cameras.batch_shape
-        inputs = inputs.resized(size).to(device)
-        cameras = cameras.to(device)
-        source, targets, pivots = inputs.cameras, cameras, torch.zeros(m, 3, device=device)
+        inputs, cameras = inputs.resized(size).to(model.device), cameras.to(model.device)
+        source, targets, pivots = inputs.cameras, cameras, torch.zeros(m, 3, device=model.device)
         if camera_map is not None:
             source, targets, pivots = camera_map(inputs, cameras)
         source, targets = source.resized(size, size), targets.resized(size, size)
         image = rgba(inputs.rgb, inputs.alpha)
         cond = condition_tensors(image, source, targets, pivots).unflatten(0, (m, v))
-        if renderer is not None and model.config.render_condition:
-            twin = model.config.render_twin
-            seen = refine.seen(renderer, inputs, targets, pivots, twin=twin)
-            cond = torch.cat([cond, seen.to(cond)], dim=2)
-        was_training, chunk = model.training, max(1, MOST_AT_ONCE // v)
+        if renderer is not None and config.render_condition:
+            renders = seen(renderer, inputs, targets, pivots, twin=config.render_twin)
+            cond = torch.cat([cond, renders.to(cond)], dim=2)
+        was_training, parts = model.training, []
         model.eval()
-        parts = []
-        for part in cond.split(chunk):
-            noise = torch.Generator(device).manual_seed(seed)
+        for part in cond.split(max(1, MOST_AT_ONCE // v)):
+            noise = torch.Generator(model.device).manual_seed(seed)
             flat, repeat = part.flatten(0, 1), len(part)
             parts.append(sample(model, flat, steps=steps, generator=noise, repeat=repeat))
         model.train(was_training)

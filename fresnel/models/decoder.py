@@ -2,14 +2,16 @@
 
 Two kinds share the class.  "pixel" is ours: a U-Net over the image and its camera's rays that
 emits a few Gaussians a pixel, trained through the renderer against other views of the object.
-"patch" is the original experiment's frontal-only decoder (see `fresnel.models.patch_decoder`).
+"patch" is the original experiment's, kept faithful, as the negative control, but for the encoder:
+a small one trained from scratch stands for its frozen DINOv2.  It works in OpenGL coordinates,
+holds every Gaussian at z in [-4.25, -1.75] and was trained on the input view alone, so nothing
+ever told it what the side or the back of an object looks like.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fresnel.data.images import InputImages
-from fresnel.models import Predictor, weights
-from fresnel.models.patch_decoder import PatchNetwork, normalised_depth, resize
-from fresnel.models.unet import UNet, unet_options
+from fresnel.models import Predictor, check, weights
+from fresnel.models.unet import ResidualBlock, UNet, group_norm
 from fresnel.render import Views, render
 from fresnel.scene.cameras import Cameras, gravity_frame, intrinsics
-from fresnel.scene.gaussians import Gaussians
+from fresnel.scene.gaussians import Gaussians, quaternion_from_rotation
 
 _REACH = 0.9
 """Depths stay within this of the pivot's, before the offset: a unit box fits (0.866)."""
@@ -31,7 +32,11 @@ _BEHIND_SHARE = 0.25  # ... and the next layer, as a share of the way from there
 _PIXEL_SIGMA = 0.55  # initial standard deviation in pixels: neighbours overlap without a gap
 _LOG_SCALE_RANGE = 2.5  # scales stay within a factor e^2.5 of that, 0.05 to 6.7 pixels
 _SEEN_OFFSET, _BEHIND_OFFSET = 0.05, 0.3
-_CHANNELS = 15  # depth 1, offset 3, scale 3, quaternion 4, opacity 1, colour 3
+_PIXEL_NUMBERS = {"depth": 1, "offset": 3, "scale": 3, "quaternion": 4, "opacity": 1, "colour": 3}
+_PATCH_NUMBERS = {"offset": 3, "scale": 3, "rotation": 6, "colour": 3, "opacity": 1}
+NEAREST, FARTHEST = 2.0, 4.0
+"""Distance from the input camera of a patch with depth 0 and 1, before its offset."""
+_STRIDE = 4  # pixels of the patch encoder's input for each patch
 
 
 @dataclass(frozen=True)
@@ -60,46 +65,36 @@ class DecoderConfig:
     patch_grid: int = 37
 
     def __post_init__(self) -> None:
-        if self.kind not in ("pixel", "patch"):
-            raise ValueError(f"kind: got {self.kind!r}, want 'pixel' or 'patch'")
-        if self.gaussians_per_pixel < 2:
-            raise ValueError(
-                f"gaussians_per_pixel: got {self.gaussians_per_pixel}, want at least 2, one for "
-                f"what is seen and one for what is behind"
-            )
         shrink = self.patch * 2 ** (len(self.channel_multipliers) - 1)
-        if self.kind == "pixel" and (self.image_size < shrink or self.image_size % shrink):
-            raise ValueError(f"image_size: got {self.image_size}, want a multiple of {shrink}")
+        fits = self.image_size >= shrink and self.image_size % shrink == 0
+        layers = "at least 2, one for what is seen and one for what is behind"
+        rules = [
+            ("kind", self.kind in ("pixel", "patch"), "'pixel' or 'patch'"),
+            ("gaussians_per_pixel", self.gaussians_per_pixel >= 2, layers),
+            ("image_size", self.kind == "patch" or fits, f"a multiple of {shrink}"),
+        ]
+        check(self, rules)
 
 
-class Decoder(nn.Module):
+class Decoder(weights.Stored):
     """Images -> Gaussians; see the module's docstring.
 
     Attributes:
-        config: what it is made of.
-        provenance: JSON-able facts about the run that trained it; travels with the checkpoint.
         render_size: pixels of the pictures that its Gaussians were trained to be drawn in; travels
-            with the checkpoint too, see `render_small`.
+            with the checkpoint, see `render_small`.
     """
 
+    kind, make_config, facts = "decoder", DecoderConfig, {"render_size": 128}
+    render_size: int
+
     def __init__(self, config: DecoderConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or DecoderConfig()
-        self.provenance: dict[str, Any] = {}
-        self.render_size = 128
+        super().__init__(config := config or DecoderConfig())
         self.network: UNet | PatchNetwork
         if config.kind == "patch":
             self.network = PatchNetwork(config.gaussians_per_patch, config.patch_grid)
-            return
-        self.network = UNet(
-            4 + 6,
-            _CHANNELS * config.gaussians_per_pixel,
-            **unet_options(config),
-        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+        else:
+            numbers = sum(_PIXEL_NUMBERS.values()) * config.gaussians_per_pixel
+            self.network = UNet(4 + 6, numbers, config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, inputs: InputImages) -> Gaussians:
         """Gaussians (M, N) in the input camera's OpenCV frame.
@@ -116,15 +111,11 @@ class Decoder(nn.Module):
             Premultiplied rgba in [0, 1], (M, 4, S, S), S = config.image_size; cameras (M,) for
             that size; normalised depth (M, S, S) for the patch kind where the record has any.
         """
-        rgb, alpha = inputs.rgb.to(self.device), inputs.alpha.to(self.device)
-        rgba = torch.cat([rgb, alpha[..., None]], dim=-1).permute(0, 3, 1, 2).float() / 255
-        depth = None
+        size, depth, inputs = self.config.image_size, None, inputs.to(self.device)
+        rgba = torch.cat([inputs.rgb, inputs.alpha[..., None]], dim=-1).permute(0, 3, 1, 2) / 255
         if self.config.kind == "patch" and inputs.depth is not None:
-            depth = normalised_depth(inputs.depth.to(rgba), rgba[:, 3])
-            depth = resize(depth[:, None], self.config.image_size)[:, 0]
-        cameras = inputs.cameras.to(self.device)
-        size = self.config.image_size
-        return resize(rgba, size), cameras.resized(size, size), depth
+            depth = resize(normalised_depth(inputs.depth, rgba[:, 3])[:, None], size)[:, 0]
+        return resize(rgba, size), inputs.cameras.resized(size, size), depth
 
     def decode(
         self, rgba: Tensor, cameras: Cameras, depth: Tensor | None = None
@@ -168,22 +159,18 @@ class Decoder(nn.Module):
         Ks = intrinsics(float(cameras.width), cameras.width, cameras.height).to(cameras.Ks)
         return Cameras(cameras.viewmats, Ks.expand_as(cameras.Ks), cameras.width, cameras.height)
 
-    def checksum(self) -> str:
-        """SHA-256 of the weights, "sha256:..."; what is made by this decoder records it."""
-        return weights.checksum(self.state_dict())
 
-    def save(self, path: str | Path, *, half: bool = True) -> Path:
-        """Write weights, config, render size and provenance to one file: `weights.save`."""
-        return weights.save(
-            path, "decoder", self, half=half, facts={"render_size": self.render_size}
-        )
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images (M, C, H, W) -> (M, C, size, size), low-pass filtered where it shrinks."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
-    @staticmethod
-    def load(path: str | Path, device: torch.device | str = "cpu") -> Decoder:
-        """Read what `save` wrote, in float32, in evaluation mode; raises as `weights.load`."""
-        decoder, facts = weights.load(path, "decoder", lambda c: Decoder(DecoderConfig(**c)))
-        decoder.render_size = int(facts.get("render_size", 128))
-        return decoder.to(device)
+
+def _flat(means: Tensor, quats: Tensor, scales: Tensor, opacity: Tensor, rgb: Tensor) -> Gaussians:
+    """Fields (M, A, B, C, n) -> Gaussians (M, A * B * C)."""
+    means, quats, scales, rgb = (field.flatten(1, 3) for field in (means, quats, scales, rgb))
+    return Gaussians(means, quats, scales, opacity.flatten(1, 4), rgb)
 
 
 def pixel_parametrisation(raw: Tensor, rgba: Tensor, cameras: Cameras) -> Gaussians:
@@ -203,49 +190,146 @@ def pixel_parametrisation(raw: Tensor, rgba: Tensor, cameras: Cameras) -> Gaussi
         Gaussians of batch shape (M,), N = L * H * W, layer by layer.
     """
     m, _, h, w = raw.shape
-    raw = raw.reshape(m, -1, _CHANNELS, h, w).permute(0, 1, 3, 4, 2)  # (M, L, H, W, 15)
-    depth, offset, scale, quat, opacity, colour = raw.split([1, 3, 3, 4, 1, 3], dim=-1)
+    numbers = list(_PIXEL_NUMBERS.values())
+    raw = raw.reshape(m, -1, sum(numbers), h, w).permute(0, 1, 3, 4, 2)  # (M, L, H, W, 15)
+    depth, offset, scale, quat, opacity, colour = raw.split(numbers, dim=-1)
     identity = torch.eye(4, dtype=raw.dtype, device=raw.device)
-    in_camera = Cameras(identity.expand(m, 4, 4), cameras.Ks, w, h)
-    directions = in_camera.rays()[1][:, None]
-    pivot_depth = cameras.viewmats[:, 2, 3, None, None, None, None]
+    directions = Cameras(identity.expand(m, 4, 4), cameras.Ks, w, h).rays()[1][:, None]
 
     surfaces = [_REACH * torch.tanh(depth[:, 0] + math.atanh(_SEEN_DEPTH / _REACH))]
     for layer in depth.unbind(1)[1:]:
         share = torch.sigmoid(layer + math.log(_BEHIND_SHARE / (1 - _BEHIND_SHARE)))
         surfaces.append(surfaces[-1] + (_REACH - surfaces[-1]) * share)
     # A camera inside the object's reach must not put Gaussians behind itself.
+    pivot_depth = cameras.viewmats[:, 2, 3, None, None, None, None]
     z = (pivot_depth + torch.stack(surfaces, dim=1)).clamp_min(0.05)
-    on_ray = directions / directions[..., 2:] * z
-
     seen = torch.arange(raw.shape[1], device=raw.device)[:, None, None, None] == 0
-    means = on_ray + torch.where(seen, _SEEN_OFFSET, _BEHIND_OFFSET) * torch.tanh(offset)
-    focal = cameras.Ks[:, 0, 0].reshape(m, 1, 1, 1, 1)
-    footprint = _PIXEL_SIGMA * z / focal
+    reach = torch.where(seen, _SEEN_OFFSET, _BEHIND_OFFSET)
+    means = directions / directions[..., 2:] * z + reach * torch.tanh(offset)
+    footprint = _PIXEL_SIGMA * z / cameras.Ks[:, 0, 0].reshape(m, 1, 1, 1, 1)
     scales = footprint * torch.exp(_LOG_SCALE_RANGE * torch.tanh(scale / _LOG_SCALE_RANGE))
 
-    alpha, base = rgba[:, 3:, :, :, None], _extended_colour(rgba)
-    seen_logit = torch.logit(alpha.clamp(0.004, 0.98))
-    # 0.27 inside the silhouette; outside just above 1/255, where the renderer still sees it
-    behind_logit = -5.4 + 4.4 * alpha
-    logit = opacity + torch.where(seen, seen_logit, behind_logit)
+    alpha = rgba[:, 3:, :, :, None]
+    # 0.27 behind the silhouette; outside just above 1/255, where the renderer still sees it
+    logit = torch.where(seen, torch.logit(alpha.clamp(0.004, 0.98)), -5.4 + 4.4 * alpha)
+    # unpremultiplied; the object's mean colour where nothing covers
+    total = rgba.sum(dim=(-1, -2), keepdim=True)
+    weight = 1e-2 * (total[:, :3] / total[:, 3:].clamp_min(1e-3))  # against the pixel's alpha
+    base = ((rgba[:, :3] + weight) / (rgba[:, 3:] + 1e-2)).permute(0, 2, 3, 1)
     colour = torch.where(seen, 1.5 * torch.tanh(colour), colour)
     colors = torch.sigmoid(torch.logit(base.clamp(0.01, 0.99))[:, None] + colour)
-    return Gaussians(
-        means=means.flatten(1, 3),
-        quats=F.normalize(quat + identity[0], dim=-1).flatten(1, 3),
-        scales=scales.flatten(1, 3),
-        opacities=torch.sigmoid(logit).flatten(1, 4),
-        colors=colors.flatten(1, 3),
-    )
+    quats = F.normalize(quat + identity[0], dim=-1)
+    return _flat(means, quats, scales, torch.sigmoid(opacity + logit), colors)
 
 
-def _extended_colour(rgba: Tensor) -> Tensor:
-    """Unpremultiplied colours (M, H, W, 3), the object's mean colour where nothing covers."""
-    total = rgba.sum(dim=(-1, -2), keepdim=True)
-    mean = total[:, :3] / total[:, 3:].clamp_min(1e-3)
-    weight = 1e-2  # of the mean, against the pixel's alpha
-    return ((rgba[:, :3] + weight * mean) / (rgba[:, 3:] + weight)).permute(0, 2, 3, 1)
+def normalised_depth(depth: Tensor, alpha: Tensor) -> Tensor:
+    """Depth in [0, 1] as the patch kind reads it: 0 is the nearest foreground, 1 the farthest.
+
+    The original fed a monocular depth map.  Monocular networks often predict disparity, larger
+    when nearer; here larger means farther, so that z = -2 - 2 * depth puts nearer parts nearer.
+    Background (alpha below one half, or no depth) is 1.
+
+    Args:
+        depth: z-depth in any unit, shape (M, H, W), 0 where nothing was hit.
+        alpha: in [0, 1], shape (M, H, W).
+    """
+    valid = (alpha > 0.5) & (depth > 0)
+    near = torch.where(valid, depth, torch.inf).amin(dim=(-1, -2), keepdim=True)
+    far = torch.where(valid, depth, -torch.inf).amax(dim=(-1, -2), keepdim=True)
+    span = torch.where(far > near, far - near, 1.0)
+    return torch.where(valid, (depth - near) / span, 1.0).clamp(0.0, 1.0)
+
+
+class PatchNetwork(nn.Module):
+    """Image (and depth) -> grid^2 * K Gaussians, in the input camera's OpenCV frame.
+
+    Patch features from scratch; on them and the depth the original's per-patch MLP (512, 512, 256,
+    128). A small head of ours predicts the depth where none was given.
+
+    Args:
+        per_patch: K, Gaussians for each patch.
+        grid: patches along a side; the original has 37.
+    """
+
+    def __init__(self, per_patch: int, grid: int) -> None:
+        super().__init__()
+        self.grid, self.per_patch = grid, per_patch
+        channels, width = 384, 64
+        fine = nn.Conv2d(4, width, 3, stride=2, padding=1), nn.SiLU()
+        self.encoder = nn.ModuleDict()
+        self.encoder["stem"] = nn.Sequential(*fine, nn.Conv2d(width, 128, 3, stride=2, padding=1))
+        self.encoder["down"] = nn.Conv2d(128, 192, 3, stride=2, padding=1)
+        self.encoder["context"] = nn.Sequential(ResidualBlock(192, 192), ResidualBlock(192, 192))
+        self.encoder["norm"] = group_norm(128 + 192)
+        self.encoder["out"] = nn.Conv2d(128 + 192, channels, 1)
+        self.depth_head = nn.Sequential(nn.Conv2d(channels, 64, 1), nn.SiLU(), nn.Conv2d(64, 1, 1))
+        layers: list[nn.Module] = []
+        width = channels + 1
+        for hidden in (512, 512, 256, 128):
+            layers += [nn.Linear(width, hidden), nn.SiLU()]
+            width = hidden
+        numbers = sum(_PATCH_NUMBERS.values())
+        self.mlp = nn.Sequential(*layers, nn.Linear(width, per_patch * numbers))
+
+    def forward(self, rgba: Tensor, depth: Tensor | None) -> tuple[Gaussians, dict[str, Tensor]]:
+        """Decode rgba (M, 4, S, S), premultiplied, in [0, 1].
+
+        Args:
+            depth: normalised depth (M, S, S), see `normalised_depth`; None: the depth head's.
+
+        Returns:
+            Gaussians (M, grid^2 * K), and {"depth_predicted": (M, G, G), "depth_known": (M, G, G)}
+            (the second only where depth was given).
+        """
+        encoder, size = self.encoder, (self.grid, self.grid)
+        fine = encoder["stem"](resize(rgba * 2 - 1, self.grid * _STRIDE))
+        coarse = encoder["context"](encoder["down"](fine))
+        joined = torch.cat([fine, F.interpolate(coarse, size=size, mode="nearest")], dim=1)
+        features = encoder["out"](F.silu(encoder["norm"](joined))).float()
+        with torch.autocast(rgba.device.type, enabled=False):
+            used = torch.sigmoid(self.depth_head(features))[:, 0]
+        aux = {"depth_predicted": used}
+        if depth is not None:
+            used = aux["depth_known"] = F.interpolate(depth[:, None], size=size, mode="area")[:, 0]
+        raw = self.mlp(torch.cat([features, used[:, None]], dim=1).permute(0, 2, 3, 1)).float()
+        raw = raw.reshape(*raw.shape[:3], self.per_patch, -1)
+        with torch.autocast(rgba.device.type, enabled=False):
+            return original_parametrisation(raw, used), aux
+
+
+def original_parametrisation(raw: Tensor, depth: Tensor) -> Gaussians:
+    """The original's sixteen numbers a Gaussian -> Gaussians in the camera's OpenCV frame.
+
+    x, y = patch grid in [-1, 1] + 0.25 * offset; z = -2 - 2 * depth + 0.25 * offset (OpenGL);
+    scale = 0.15 * softplus(raw + 1); 6D rotation; colour and opacity by sigmoid.
+
+    Args:
+        raw: shape (M, G, G, K, 16), rows from the top of the image.
+        depth: in [0, 1], 0 the nearest, shape (M, G, G).
+
+    Returns:
+        Gaussians of batch shape (M,), N = G * G * K.
+    """
+    offset, scale, rotation, colour, opacity = raw.split(list(_PATCH_NUMBERS.values()), dim=-1)
+    along = torch.linspace(-1.0, 1.0, raw.shape[1], device=raw.device)
+    y, x = torch.meshgrid(-along, along, indexing="ij")  # OpenGL: y grows upwards
+    z = -NEAREST - (FARTHEST - NEAREST) * depth
+    centre = torch.stack([x.expand_as(z), y.expand_as(z), z], dim=-1)[:, :, :, None]
+    # no list of numbers: to bring it from the host would wait for a GPU's queue
+    flip = 1.0 - 2.0 * (torch.arange(3, device=raw.device) > 0).to(raw.dtype)
+    means = (centre + 0.25 * torch.tanh(offset)) * flip  # OpenGL to OpenCV, as are rotations' rows
+    quats = quaternion_from_rotation(flip[:, None] * rotation_6d(rotation))
+    scales = 0.15 * F.softplus(scale + 1.0)
+    return _flat(means, quats, scales, torch.sigmoid(opacity), torch.sigmoid(colour))
+
+
+def rotation_6d(raw: Tensor) -> Tensor:
+    """Rotation matrices (..., 3, 3) from six numbers, identity at zero (arXiv 1812.07035)."""
+    identity = torch.arange(6, device=raw.device) % 4 == 0  # its first two columns
+    first, second = (raw + identity).split(3, dim=-1)
+    x = F.normalize(first, dim=-1)
+    y = F.normalize(second - (x * second).sum(-1, keepdim=True) * x, dim=-1)
+    return torch.stack([x, y, torch.linalg.cross(x, y)], dim=-1)
 
 
 def centroid(gaussians: Gaussians) -> Tensor:
@@ -262,14 +346,10 @@ def prune(gaussians: Gaussians) -> Gaussians:
     """
     count = max(1, int((gaussians.opacities >= 1 / 255).sum(-1).max()))
     keep = gaussians.opacities.topk(count, dim=-1).indices
-
-    def pick(values: Tensor) -> Tensor:
-        index = keep.reshape(*keep.shape, *[1] * (values.ndim - keep.ndim))
-        return values.gather(keep.ndim - 1, index.expand(*keep.shape, *values.shape[keep.ndim :]))
-
-    return Gaussians(
-        **{field.name: pick(getattr(gaussians, field.name)) for field in fields(gaussians)}
-    )
+    values = [getattr(gaussians, field.name) for field in fields(gaussians)]
+    places = [keep.reshape(*keep.shape, *[1] * (v.ndim - keep.ndim)) for v in values]
+    pairs = zip(values, places, strict=True)
+    return Gaussians(*(value.take_along_dim(at, keep.ndim - 1) for value, at in pairs))
 
 
 def render_small(
@@ -286,15 +366,15 @@ def render_small(
     width, height = cameras.width, cameras.height
     factor = -(-render_size // min(width, height))
     eps2d = 0.3 * (min(width, height) * factor / render_size) ** 2
-    if factor == 1:
-        return render(gaussians, cameras, near=near, eps2d=eps2d)
-    large = cameras.resized(width * factor, height * factor)
+    large = cameras.resized(width * factor, height * factor) if factor > 1 else cameras
     views = render(gaussians, large, near=near, eps2d=eps2d)
-    batch = views.rgb.shape[:-3]
+    if factor == 1:
+        return views
 
     def average(image: Tensor) -> Tensor:
         flat = image.reshape(-1, *image.shape[-3:]).permute(0, 3, 1, 2)
-        return F.avg_pool2d(flat, factor).permute(0, 2, 3, 1).reshape(*batch, height, width, -1)
+        small = F.avg_pool2d(flat, factor).permute(0, 2, 3, 1)
+        return small.reshape(*image.shape[:-3], height, width, -1)
 
     alpha = average(views.alpha)
     depth = average(views.alpha * views.depth) / alpha.clamp_min(1e-8)
@@ -319,10 +399,6 @@ def predictor(model: Decoder) -> Predictor:
 def load_shipped(
     kind: Literal["pixel", "patch"] = "pixel", device: torch.device | str = "cpu"
 ) -> Decoder:
-    """The small trained decoder that comes with the package.
-
-    Raises:
-        FileNotFoundError: if this installation carries none; the message says how to make one.
-    """
+    """The small trained decoder that comes with the package; raises as `weights.shipped`."""
     model = {"pixel": "decoder", "patch": "decoder-frontal"}[kind]
     return Decoder.load(weights.shipped(f"decoder_{kind}.safetensors", model), device)

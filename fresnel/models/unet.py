@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+UNET_OPTIONS = (
+    *("base_channels", "channel_multipliers", "blocks_per_level", "attention_levels", "patch"),
+)
+"""The part of a network's configuration that is its U-Net's."""
 _RESIDUAL_SCALE = 0.5**0.5  # keeps a sum of two unit-variance branches at unit variance
 
 
@@ -27,23 +30,22 @@ class GroupNorm(nn.GroupNorm):
         x = input.float() if input.dtype == torch.bfloat16 else input
         if not torch.compiler.is_compiling():
             return super().forward(x)
-        mean = self._over_groups(x.mean(dim=(2, 3)))
-        x = x - mean
-        variance = self._over_groups(x.square().mean(dim=(2, 3)))
+        x = x - self._over_groups(x)
+        variance = self._over_groups(x.square())
         scale = (variance + self.eps).rsqrt() * self.weight[:, None, None]
         return torch.addcmul(self.bias[:, None, None], x, scale)
 
-    def _over_groups(self, means: Tensor) -> Tensor:
-        """Means over pixels (B, C) -> each channel's group's (B, C, 1, 1).
+    def _over_groups(self, x: Tensor) -> Tensor:
+        """The mean of each channel's group, (B, C, 1, 1).
 
         By a product of matrices, so that what follows finds a value a channel and need not look up
         its group for every pixel.
         """
         size = self.num_channels // self.num_groups
-        group = torch.arange(self.num_channels, device=means.device) // size
-        same = (group[:, None] == group).to(means.dtype) / size
-        with torch.autocast(means.device.type, enabled=False):
-            return (means @ same)[..., None, None]
+        group = torch.arange(self.num_channels, device=x.device) // size
+        same = (group[:, None] == group).to(x.dtype) / size
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.mean(dim=(2, 3)) @ same)[..., None, None]
 
 
 def group_norm(channels: int) -> GroupNorm:
@@ -53,29 +55,25 @@ def group_norm(channels: int) -> GroupNorm:
 
 
 def _zero(module: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
     return module
 
 
 class FourierEmbedding(nn.Module):
-    """Scalars (B,) -> (B, channels): cosines and sines of fixed frequencies, then an MLP.
+    """Scalars (B,) -> (B, channels): 32 cosines and sines of fixed frequencies, then an MLP.
 
-    Frequencies are spaced geometrically from 1 to `max_frequency` radians per unit. Consistency
-    training wants few high frequencies: a target at a slightly lower noise level must not look
-    like a different input (Improved Consistency Training, arXiv 2310.14189, section 3.1).
+    Frequencies are spaced geometrically from 1 to 16 radians per unit. Consistency training wants
+    few high frequencies: a target at a slightly lower noise level must not look like a different
+    input (Improved Consistency Training, arXiv 2310.14189, section 3.1).
     """
 
     frequencies: Tensor
 
-    def __init__(self, channels: int, *, features: int = 64, max_frequency: float = 16.0) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        frequencies = torch.logspace(0.0, 1.0, features // 2, base=max_frequency)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(features, channels), nn.SiLU(), nn.Linear(channels, channels)
-        )
+        self.register_buffer("frequencies", torch.logspace(0.0, 1.0, 32, base=16), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(64, channels), nn.SiLU(), nn.Linear(channels, channels))
 
     def forward(self, values: Tensor) -> Tensor:
         phases = values[:, None] * self.frequencies
@@ -137,11 +135,11 @@ class SelfAttention(nn.Module):
 class UNet(nn.Module):
     """U-Net over pixel-unshuffled images: (B, in_channels, H, W) -> (B, out_channels, H, W).
 
-    The stem folds `patch` x `patch` pixels into channels, the head unfolds them again. Each of
-    the `len(channel_multipliers)` levels holds `blocks_per_level` residual blocks on the way
-    down and again on the way up, with self-attention after each block of the levels named in
-    `attention_levels` (0 is the finest) and in the middle. Fully convolutional: any H, W
-    divisible by `divisor` = patch * 2^(levels - 1) will do; others raise ValueError.
+    Of `config` it reads the `UNET_OPTIONS`. The stem folds `patch` x `patch` pixels into channels,
+    the head unfolds them again. Each of the `len(channel_multipliers)` levels holds
+    `blocks_per_level` residual blocks on the way down and again on the way up, with self-attention
+    after each block of the levels named in `attention_levels` (0 is the finest) and in the middle.
+    Fully convolutional: any H, W divisible by `divisor` = patch * 2^(levels - 1) will do.
 
     `embedding_dim` > 0 makes forward() require an embedding (B, embedding_dim) that drives
     every residual block's adaptive norm. A fresh network's output is exactly zero.
@@ -151,65 +149,45 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        base_channels: int,
-        channel_multipliers: Sequence[int],
-        blocks_per_level: int,
-        attention_levels: Sequence[int],
-        patch: int,
-        embedding_dim: int = 0,
+        self, in_channels: int, out_channels: int, config: Any, *, embedding_dim: int = 0
     ) -> None:
         super().__init__()
-        levels = len(channel_multipliers)
-        if min(base_channels, blocks_per_level, patch, *channel_multipliers) < 1:
-            raise ValueError(
-                "base_channels, blocks_per_level, patch, channel_multipliers: got "
-                f"{base_channels}, {blocks_per_level}, {patch}, {channel_multipliers}, "
-                "want at least 1"
-            )
-        if any(not 0 <= level < levels for level in attention_levels):
-            raise ValueError(
-                f"attention_levels: got {attention_levels}, want levels in [0, {levels - 1}]"
-            )
+        sizes = {name: getattr(config, name) for name in UNET_OPTIONS}
+        patch, count, attended = config.patch, config.blocks_per_level, config.attention_levels
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        levels = len(widths)
+        if min(count, patch, *widths) < 1:
+            raise ValueError(f"got {sizes}, want sizes of at least 1")
+        if not set(attended) <= set(range(levels)):
+            raise ValueError(f"attention_levels: got {attended}, want levels in [0, {levels - 1}]")
         self.patch, self.divisor = patch, patch * 2 ** (levels - 1)
         self.checkpointing = False
 
-        def blocks(level: int, first: int) -> nn.ModuleList:
-            width = widths[level]
-            return nn.ModuleList(
-                ResidualBlock(first if i == 0 else width, width, embedding_dim)
-                for i in range(blocks_per_level)
-            )
+        def add_level(to: str, level: int, first: int) -> None:
+            width, numbers = widths[level], range(count)
+            inputs = [width if number else first for number in numbers]
+            blocks = (ResidualBlock(size, width, embedding_dim) for size in inputs)
+            getattr(self, f"{to}_blocks").append(nn.ModuleList(blocks))
+            attends = SelfAttention if level in attended else nn.Identity
+            layers = (attends(width) for _ in numbers)
+            getattr(self, f"{to}_attention").append(nn.ModuleList(layers))
 
-        def attended(level: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                SelfAttention(widths[level]) if level in attention_levels else nn.Identity()
-                for _ in range(blocks_per_level)
-            )
-
-        widths = [base_channels * m for m in channel_multipliers]
         self.stem = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
         self.down_blocks, self.down_attention = nn.ModuleList(), nn.ModuleList()
         self.downsample = nn.ModuleList()
         for level, width in enumerate(widths):
             if level:
                 self.downsample.append(nn.Conv2d(widths[level - 1], width, 3, stride=2, padding=1))
-            self.down_blocks.append(blocks(level, width))
-            self.down_attention.append(attended(level))
+            add_level("down", level, width)
         last = widths[-1]
-        self.middle_in, self.middle_out = (
-            ResidualBlock(last, last, embedding_dim) for _ in range(2)
-        )
-        self.middle_attention = SelfAttention(last) if attention_levels else nn.Identity()
+        self.middle_in = ResidualBlock(last, last, embedding_dim)
+        self.middle_out = ResidualBlock(last, last, embedding_dim)
+        self.middle_attention = SelfAttention(last) if attended else nn.Identity()
         self.up_blocks, self.up_attention = nn.ModuleList(), nn.ModuleList()
         self.upsample = nn.ModuleList()
         for level in reversed(range(levels)):
             # both branches of the join carry as many channels as the level
-            self.up_blocks.append(blocks(level, 2 * widths[level]))
-            self.up_attention.append(attended(level))
+            add_level("up", level, 2 * widths[level])
             if level:
                 # 1x1 before the nearest upsampling: a quarter of the cost of after it, same values
                 self.upsample.append(nn.Conv2d(widths[level], widths[level - 1], 1))
@@ -224,17 +202,15 @@ class UNet(nn.Module):
             )
         h = self.stem(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         skips: list[Tensor] = []
-        for blocks, attentions in zip(self.down_blocks, self.down_attention, strict=True):
+        for level in zip(self.down_blocks, self.down_attention, strict=True):
             if skips:
                 h = self.downsample[len(skips) - 1](h)
-            h = self._run(blocks, attentions, h, embedding)
+            h = self._run(*level, h, embedding)
             skips.append(h)
-        h = self._run([self.middle_in], [self.middle_attention], h, embedding)
-        h = self._run([self.middle_out], [None], h, embedding)
-        for i, (blocks, attentions) in enumerate(
-            zip(self.up_blocks, self.up_attention, strict=True)
-        ):
-            h = self._run(blocks, attentions, torch.cat([h, skips.pop()], dim=1), embedding)
+        middle = [self.middle_in, self.middle_out], [self.middle_attention, None]
+        h = self._run(*middle, h, embedding)
+        for i, level in enumerate(zip(self.up_blocks, self.up_attention, strict=True)):
+            h = self._run(*level, torch.cat([h, skips.pop()], dim=1), embedding)
             if skips:
                 h = F.interpolate(self.upsample[i](h), scale_factor=2.0, mode="nearest")
         h = self.head(F.silu(self.norm_out(h)))
@@ -243,11 +219,9 @@ class UNet(nn.Module):
     def _run(self, blocks: Any, attentions: Any, h: Tensor, embedding: Tensor | None) -> Tensor:
         for block, attention in zip(blocks, attentions, strict=True):
 
-            def run(
-                h: Tensor, embedding: Tensor | None, block: Any = block, attention: Any = attention
-            ) -> Tensor:
+            def run(h: Tensor, embedding: Any, block: Any = block, attend: Any = attention) -> Any:
                 h = block(h, embedding)
-                return h if attention is None else attention(h)
+                return h if attend is None else attend(h)
 
             if self.checkpointing and torch.is_grad_enabled():
                 # there is no random state to restore, which would wait for a GPU
@@ -255,9 +229,3 @@ class UNet(nn.Module):
             else:
                 h = run(h, embedding)
         return h
-
-
-def unet_options(config: Any) -> dict[str, Any]:
-    """The part of a network's configuration that is its U-Net's."""
-    names = ["base_channels", "channel_multipliers", "blocks_per_level", "attention_levels"]
-    return {name: getattr(config, name) for name in [*names, "patch"]}

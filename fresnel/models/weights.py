@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
-from torch import Tensor
+from torch import Tensor, nn
 
 from fresnel.host.files import write_atomic
 
@@ -26,65 +26,82 @@ _LARGEST, _MOST_BLOCKS = 2048, 16
 """Of any size, and of blocks a level: what a file says is not to take all memory and time."""
 _GONE = {"gaussian_grid": "full", "encoder": "conv", "dropout": 0.0, "render_base": True}
 """Options of older files, and the one value of each that is left."""
-_IGNORED = ("encoder_weights",)  # of an encoder that is gone
 _OWN = ("kind", "config", "checksum", "format", "parameters", "facts")
 
 
-def save(
-    path: str | Path, kind: str, network: Any, *, half: bool, facts: Mapping[str, Any]
-) -> Path:
-    """Write a network's weights, its `config` and its `provenance`, whole or not at all.
+class Stored(nn.Module):
+    """A network of a `config` that can be saved and loaded, with its JSON-able `provenance`.
 
-    Args:
-        kind: "decoder" or "cvs"; `load` asks for it.
-        half: store float16, which halves the file.
-        facts: what the kind needs beside its configuration.
+    A subclass names its kind, what makes its configuration, and its facts: attributes that travel
+    with the weights, and their values where a file has none.
     """
-    tensors = {
-        name: (t.half() if half and t.is_floating_point() else t).detach().cpu().contiguous()
-        for name, t in network.state_dict().items()
-    }
-    own = {"kind": kind, "config": asdict(network.config), "facts": dict(facts)}
-    header = {**network.provenance, **own, "checksum": checksum(tensors)}
-    write_atomic(path, serialise(tensors, metadata={"fresnel": json.dumps(header)}))
-    return Path(path)
 
+    kind: ClassVar[str]
+    make_config: ClassVar[Any]
+    facts: ClassVar[dict[str, Any]]
 
-def load(
-    path: str | Path, kind: str, build: Callable[[dict[str, Any]], Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Read what `save` wrote, or a file of before it.
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.provenance: dict[str, Any] = {}
+        for name, value in self.facts.items():
+            setattr(self, name, value)
 
-    Args:
-        build: makes the network of a configuration.
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
-    Returns:
-        The network, in float32 and evaluation mode, with its `provenance`; and its facts.
+    def checksum(self) -> str:
+        """SHA-256 of the weights, "sha256:..."; what is made by this network records it."""
+        return checksum(self.state_dict())
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not of this kind, damaged, or its configuration is out of bounds.
-    """
-    header = read_header(path, kind)
-    if header.get("kind") != kind:
-        raise ValueError(f"{path}: not a {kind} checkpoint (kind {header.get('kind')!r})")
-    with safe_open(str(path), "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if header.get("checksum", found := checksum(tensors)) != found:
-        raise ValueError(f"{path}: its weights are not those that were saved; copy the file again")
-    config = _bounded(path, header.get("config"))
-    try:
-        with torch.device("meta"):  # without memory, until it is known to fit the file
-            want = build(config).state_dict()
-    except TypeError as error:
-        raise ValueError(f"{path}: not the configuration of a {kind} ({error})") from error
-    shapes = [{n: tuple(t.shape) for n, t in each.items()} for each in (want, tensors)]
-    if odd := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
-        raise ValueError(f"{path}: weights don't fit the configuration in the file: {odd[:3]}")
-    network = build(config)
-    network.load_state_dict(tensors)
-    network.provenance = {key: value for key, value in header.items() if key not in _OWN}
-    return network.eval(), dict(header.get("facts") or {})
+    def save(self, path: str | Path, *, half: bool = False) -> Path:
+        """Write weights, config, provenance and facts to one file, whole or not at all.
+
+        Args:
+            half: store float16, which halves the file.
+        """
+        tensors = {
+            name: (t.half() if half and t.is_floating_point() else t).detach().cpu().contiguous()
+            for name, t in self.state_dict().items()
+        }
+        facts = {name: getattr(self, name) for name in self.facts}
+        own = {"kind": self.kind, "config": asdict(self.config), "facts": facts}
+        header = {**self.provenance, **own, "checksum": checksum(tensors)}
+        write_atomic(path, serialise(tensors, metadata={"fresnel": json.dumps(header)}))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Read what `save` wrote, or a file of before it: in float32 and evaluation mode.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not of this kind, damaged, or its configuration is out of bounds.
+        """
+        header = read_header(path, cls.kind)
+        if header.get("kind") != cls.kind:
+            raise ValueError(f"{path}: not a {cls.kind} checkpoint (kind {header.get('kind')!r})")
+        with safe_open(str(path), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.get("checksum", found := checksum(tensors)) != found:
+            raise ValueError(f"{path}: its weights are not those that were saved; copy it again")
+        config = _bounded(path, header.get("config"))
+        try:
+            with torch.device("meta"):  # without memory, until it is known to fit the file
+                want = cls(cls.make_config(**config)).state_dict()
+        except TypeError as error:
+            raise ValueError(f"{path}: not the configuration of a {cls.kind} ({error})") from error
+        built, stored = ({n: t.shape for n, t in each.items()} for each in (want, tensors))
+        if odd := sorted({name for name, _ in built.items() ^ stored.items()}):
+            raise ValueError(f"{path}: weights don't fit the configuration in the file: {odd[:3]}")
+        network = cls(cls.make_config(**config))
+        network.load_state_dict(tensors)
+        network.provenance = {key: value for key, value in header.items() if key not in _OWN}
+        given = header.get("facts") or {}
+        for name, value in cls.facts.items():
+            setattr(network, name, type(value)(given.get(name, value)))
+        return network.eval().to(device)
 
 
 def read_header(path: str | Path, kind: str = "weights") -> dict[str, Any]:
@@ -113,11 +130,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def shipped(name: str, model: str) -> Path:
-    """The file of that name in fresnel/assets, which 03 makes of that model.
-
-    Raises:
-        FileNotFoundError: if this installation carries none; the message says how to make one.
-    """
+    """The file of that name in fresnel/assets, which 03 makes of that model; FileNotFoundError if
+    this installation carries none."""
     path = Path(str(resources.files("fresnel"))) / "assets" / name
     if not path.is_file():
         raise FileNotFoundError(
@@ -131,16 +145,14 @@ def _bounded(path: str | Path, config: Any) -> dict[str, Any]:
     """The configuration in a header, without what is gone and with no number out of bounds."""
     if not isinstance(config, dict):
         raise ValueError(f"{path}: its header holds no configuration")
+    kept = {}
     for name, value in config.items():
         if value != _GONE.get(name, value):
             raise ValueError(f"{path}: {name} {value!r} is not supported any more")
         numbers = value if isinstance(value, list) else [value]
-        counts = [n for n in numbers if isinstance(n, int)]
         largest = _MOST_BLOCKS if name == "blocks_per_level" else _LARGEST
-        if len(numbers) > 16 or any(abs(n) > largest for n in counts):
+        if len(numbers) > 16 or any(isinstance(n, int) and abs(n) > largest for n in numbers):
             raise ValueError(f"{path}: {name} {value!r} is out of bounds, want at most {largest}")
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in config.items()
-        if name not in (*_GONE, *_IGNORED)
-    }
+        if name not in (*_GONE, "encoder_weights"):  # the latter of an encoder that is gone
+            kept[name] = tuple(value) if isinstance(value, list) else value
+    return kept

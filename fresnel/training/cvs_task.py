@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from fresnel.data.records import ViewTensors
 from fresnel.evaluation.metrics import psnr
-from fresnel.models import Predictor
-from fresnel.models import refine as rendered
+from fresnel.models import Predictor, cvs
 from fresnel.models.cvs import CONDITION_CHANNELS, CVS, CVSConfig, condition_tensors, rgba, sample
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.colour import luminance
@@ -81,8 +80,8 @@ class CVSTask:
         if config.render_condition and renderer is not None:
             model.decoder = getattr(renderer, "decoder", "")
             twin = config.render_twin
-            self._renders = rendered.prepared(renderer, self.data, any_input=any_input, twin=twin)
-            self._held_out_renders = rendered.prepared(renderer, self.held_out, twin=twin)
+            self._renders = cvs.prepared(renderer, self.data, any_input=any_input, twin=twin)
+            self._held_out_renders = cvs.prepared(renderer, self.held_out, twin=twin)
         self.hot: dict[str, Callable[..., Any]] = {
             "network": losses.denoised,
             "loss": losses.consistency_terms,
@@ -198,7 +197,7 @@ def picked(
 
     Args:
         source: which view is the input; -1: the record's own. None: always that.
-        renders: what `rendered.prepared` made of the same views.
+        renders: what `cvs.prepared` made of the same views.
     """
 
     def images(data: Any, index: Any) -> tuple[Tensor, Tensor, Cameras]:
@@ -229,7 +228,7 @@ def condition_and_target(stored: dict[str, Any]) -> dict[str, Any]:
     targets = target_cameras.reshape(len(rgb), 1)
     cond = condition_tensors(rgba(rgb, alpha), cameras, targets, stored["pivots"])
     if stored["render"] is not None:
-        cond = torch.cat([cond, rendered.restored(stored["render"])], dim=1)
+        cond = torch.cat([cond, cvs.restored(stored["render"])], dim=1)
     return {"cond": cond, "target": rgba(target_rgb, target_alpha), "depth": stored["depth"]}
 
 
@@ -250,7 +249,7 @@ def assemble(
     if gain is not None:
         parts = [tinted(cond[:, :4], gain), cond[:, 4:CONDITION_CHANNELS]]
         if stored["render"] is not None:
-            for render in cond[:, CONDITION_CHANNELS:].split(rendered.CHANNELS, dim=1):
+            for render in cond[:, CONDITION_CHANNELS:].split(cvs.RENDER_CHANNELS, dim=1):
                 parts += [tinted(render[:, :4], gain), render[:, 4:]]
         cond, target = torch.cat(parts, dim=1), tinted(target, gain)
     weights = losses.pixel_weights(config, target, pair["depth"])
@@ -277,7 +276,7 @@ def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     for rays in cond[:, 4:CONDITION_CHANNELS].split(6, dim=1):
         mirrored += [-rays[:, :1], rays[:, 1:4], -rays[:, 4:]]
     if cond.shape[1] > CONDITION_CHANNELS:
-        mirrored += reversed(cond[:, CONDITION_CHANNELS:].split(rendered.CHANNELS, dim=1))
+        mirrored += reversed(cond[:, CONDITION_CHANNELS:].split(cvs.RENDER_CHANNELS, dim=1))
     return torch.cat(mirrored, dim=1), target.flip(-1)
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fresnel.data.records import ViewTensors
 from fresnel.evaluation.metrics import psnr
-from fresnel.models.decoder import Decoder, DecoderConfig, resize
-from fresnel.models.patch_decoder import normalised_depth
+from fresnel.models.decoder import Decoder, DecoderConfig, normalised_depth, resize
 from fresnel.render import Views, render
 from fresnel.scene.cameras import Cameras, mirror_signs, rigid_inverse
 from fresnel.scene.colour import luminance
