@@ -11,6 +11,7 @@ beyond the photograph is transparent.  Then the area average scales it down, as 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from fresnel.data.images import DatasetError, load_image, named, resize, squared
+from fresnel.data.images import DatasetError, decoded, load_image, named, resize, squared
 from fresnel.data.layout import inside, read_checked
 from fresnel.data.records import ObjectViews
 from fresnel.scene.cameras import Cameras
@@ -86,6 +87,7 @@ def collect(
     descriptions: Sequence[str],
     kind: str,
     turn: Floats | None = None,
+    warned: Sequence[str] = (),
     **more: Any,
 ) -> Capture:
     """A capture from views, which are checked; ``where`` is for messages.
@@ -93,6 +95,8 @@ def collect(
     Args:
         turn: rotation (3, 3) from the description's world into ours; None: the world has no
             vertical, and `upright` finds one.
+        warned: sentences on what is not as it should be; they go to ``meta`` and to Python's
+            warnings.
 
     Raises:
         DatasetError: if there are none or too many, two share a picture, or a pose, intrinsics or
@@ -116,7 +120,11 @@ def collect(
     world = np.eye(4)
     world[:3, :3] = turn.T
     turned = tuple(replace(view, viewmat=view.viewmat @ world) for view in views)
-    notes = {"world_from_file": turn.tolist(), "format": kind, "up": up}
+    notes: dict[str, Any] = {"world_from_file": turn.tolist(), "format": kind, "up": up}
+    if warned:
+        notes["warnings"] = list(warned)
+    for sentence in warned:
+        warnings.warn(f"{where}: {sentence}", stacklevel=2)
     return Capture(name, turned, tuple(descriptions), notes, **more)
 
 
@@ -202,6 +210,11 @@ def prepare(
         "one of a capture from one side, else the first",
         "undistorted": any(_bends(view.lens) for c in chosen for view in c.views),
         "scale": "the capture's own",
+        "warnings": [
+            f"{capture.name}: {sentence}"
+            for capture in chosen
+            for sentence in capture.notes.get("warnings", ())
+        ],
         "objects": {capture.name: capture.notes for capture in chosen},
     }
     return list(chosen), image_size or min(side, affordable), meta
@@ -292,7 +305,8 @@ def _read_view(
         if abs(w * height - h * width) > 0.02 * max(w * height, h * width):
             raise DatasetError(
                 f"{root / path}: is {width} x {height} pixels, want the proportions of {w} x {h}, "
-                "which its description or picture has. Restore it, or describe it anew"
+                f"which its description or picture has{_turned(path, data)}. Restore it, or "
+                "describe it anew"
             )
         return rgb, alpha
 
@@ -301,6 +315,8 @@ def _read_view(
     if view.mask:
         grey, cover = load(view.mask, (width, height))
         mask = grey.amax(dim=-1) if bool((cover == 255).all()) else cover
+        if bool((mask <= 1).all()):  # 1 stands for the object, as nerfstudio reads it
+            mask = mask * 255
         if mask.shape != alpha.shape:
             mask = resize(mask[..., None], (height, width))[..., 0]
         alpha = ((mask.to(torch.int32) * alpha + 127) // 255).to(torch.uint8)
@@ -321,6 +337,12 @@ def _read_view(
     square, x0, y0 = squared(rgba, length)
     K = _scaled(K - np.array([[0, 0, x0], [0, 0, y0], [0, 0, 0]]), (length,) * 2, (side,) * 2)
     return resize(square, side) if side != length else square, K
+
+
+def _turned(path: str, data: bytes) -> str:
+    """What to say of a picture that its EXIF data turn by a quarter."""
+    quarter = decoded(path, data, pixels=False).getexif().get(0x0112, 1) > 4
+    return " (its EXIF data turn it by a quarter, which tools do or don't)" if quarter else ""
 
 
 def _scaled(K: Floats, old: tuple[int, ...], new: tuple[int, ...]) -> Floats:

@@ -199,9 +199,13 @@ def open(
         DatasetError: if a description is damaged, or a stored set is asked for another size.
         DatasetChanged: if our manifest was edited.
     """
-    root = Path(path)
+    root = _folder_of(Path(path))
     if not root.exists():
         raise DatasetError(f"{path}: no such folder or file")
+    try:
+        str(root.resolve()).encode()
+    except UnicodeEncodeError:
+        raise DatasetError(f"{str(path)!r}: a folder's name is not UTF-8. Rename it") from None
     if not root.is_dir():
         raise NotADataset(path)
     if _is_stored(root):
@@ -219,9 +223,15 @@ def open(
     return _open_captures(root, found, image_size, views)
 
 
+def _folder_of(path: Path) -> Path:
+    """The folder of a description that is given by its own name, as transforms.json."""
+    known = formats.description(path) or (path.name == _layouts.MANIFEST and path.is_file())
+    return path.parent if known else path
+
+
 def recognises(path: str | Path) -> bool:
     """Whether `open` reads what is there; else it may be 3D objects (`objects.sources.open`)."""
-    root = Path(path)
+    root = _folder_of(Path(path))
     if not root.is_dir():
         return False
     folders = [root, *(root / name for name in _folders(root))]

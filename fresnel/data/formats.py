@@ -3,14 +3,17 @@
 **transforms.json** of nerfstudio, instant-ngp and Blender (NeRF synthetic), or _train, _val and
 _test of it as one capture.  ``transform_matrix`` is an OpenGL camera-to-world matrix in a world
 whose Z is up.  Intrinsics stand at the top or in each frame: ``fl_x fl_y cx cy w h``, or
-``camera_angle_x`` in radians; ``file_path`` may lack its extension.  Depth maps and
-``applied_scale`` are not used (https://docs.nerf.studio/quickstart/data_conventions.html).
+``camera_angle_x`` in radians; without w and h pictures are measured.  ``camera_model`` is any of
+COLMAP's but EQUIRECTANGULAR, or ``is_fisheye`` is true; ``file_path`` may lack its extension.
+Rotations with one scale lose it, with a warning.  Depth maps and ``applied_scale`` are not used
+(https://docs.nerf.studio/quickstart/data_conventions.html).
 
-**COLMAP** sparse models, text and binary, read by pycolmap, in the folder itself or one of
-`_MODELS` below it; pictures in one of `_IMAGES`, masks in masks/ as PICTURE.png or PICTURE with
-.png for its extension.  Every lens model with a focal length is undone.  Worlds have no vertical:
-the mean of the cameras' up directions becomes Y.  Points can be larger than memory and are not
-read (https://colmap.github.io/format.html).
+**COLMAP** sparse models, text and binary, read by pycolmap, in the folder itself, one of
+`_MODELS` below it or below sparse/: of several the one with most pictures, and the others are
+named, as are pictures without a pose.  Pictures lie in one of `_IMAGES`, masks in masks/ as
+PICTURE.png or PICTURE with .png for its extension.  Every lens model with a focal length is
+undone.  Worlds have no vertical: the mean of the cameras' up directions becomes Y.  Points can be
+larger than memory and are not read (https://colmap.github.io/format.html).
 
 **CO3D v2**: frame_annotations.jgz of a category, every sequence one object.  Cameras are
 PyTorch3D's: row vectors, X_camera = X_world R + T, with x left, y up, z forward; focal lengths and
@@ -28,11 +31,11 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fresnel.data.captures import MAX_VIEWS, Capture, Lens, View, collect, pinhole
+from fresnel.data.captures import MAX_VIEWS, Capture, Floats, Lens, View, collect, pinhole
 from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, decoded
 from fresnel.data.layout import MAX_JSON_BYTES, entry, inside, read_json, relative
 
@@ -40,14 +43,9 @@ Y_UP = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
 """World of a transforms.json (Z up) to ours (Y up): (x, y, z) -> (x, z, -y)."""
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 """OpenGL cameras to OpenCV's, and back."""
-_LENSES = {
-    "PINHOLE": ("PINHOLE",),
-    "SIMPLE_PINHOLE": ("PINHOLE",),
-    "PERSPECTIVE": ("PINHOLE",),
-    "OPENCV": ("FULL_OPENCV", "k1", "k2", "p1", "p2", "k3", "", "", ""),
-    "OPENCV_FISHEYE": ("OPENCV_FISHEYE", "k1", "k2", "k3", "k4"),
-}
-"""camera_model of a transforms.json: COLMAP's name of it, and what its parameters are called."""
+_FOCALS = {"fl_x", "fl_y", "camera_angle_x", "camera_angle_y"}
+_WHOLE_SPHERE = ("equirectangular", "latlong", "ftheta", "ftheta_p0")
+"""What instant-ngp writes of lenses that no pinhole's picture comes out of."""
 _MODELS = ("", "sparse/0", "sparse", "colmap/sparse/0", "0")
 _IMAGES = ("images", "", "images_2", "images_4", "images_8")
 _MAX_MODEL_BYTES = 1 << 30
@@ -71,6 +69,11 @@ def recognises(folder: Path) -> bool:
     return any(found(folder) for found, _ in FORMATS)
 
 
+def description(path: Path) -> bool:
+    """Whether a path is a file that a reader would find in its folder."""
+    return path.is_file() and any(path.name in found(path.parent) for found, _ in FORMATS)
+
+
 def _joined(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
@@ -88,6 +91,7 @@ def _transforms_in(folder: Path) -> list[str]:
 
 def _read_transforms(root: Path, folder: str, names: list[str]) -> list[Capture]:
     views: list[View] = []
+    scales: list[float] = []
     marks: dict[str, Any] = {}  # what our own `export` adds
     for name in names:
         path = inside(root, _joined(folder, name))
@@ -96,30 +100,36 @@ def _read_transforms(root: Path, folder: str, names: list[str]) -> list[Capture]
         if len(frames) > MAX_VIEWS:
             raise DatasetError(f"{path}: {len(frames)} frames, the limit is {MAX_VIEWS}")
         marks |= entry(top, "fresnel", dict, path, {})
-        sizes: list[tuple[int, int]] = []
-        views += [_frame(root, folder, path, top, frame, sizes) for frame in frames]
+        for frame in frames:
+            view, scale = _frame(root, folder, path, top, frame)
+            views.append(view)
+            scales.append(scale)
     if len(names) > 1:
         views = list({view.image: view for view in views}.values())  # a copied split repeats them
+    warnings = []
+    if scaled := [scale for scale in scales if abs(scale - 1) > 1e-3]:
+        said = f"the rotations of {len(scaled)} of {len(scales)} views are scaled"
+        warnings.append(f"{said} (by {scaled[0]:.4g}, for one): the scale was taken out")
     more: dict[str, Any] = {"attribution": entry(marks, "attribution", str, path, "")}
     if "pivot" in marks:
         more["pivot"] = Y_UP @ entry(marks, "pivot", (3,), path)
     if "input" in marks:
         more["input_image"] = relative(folder, marks["input"], path)
     label, said_in = folder or root.resolve().name, [_joined(folder, name) for name in names]
-    return [collect(path, label, views, said_in, "nerfstudio", Y_UP, **more)]
+    return [collect(path, label, views, said_in, "nerfstudio", Y_UP, warnings, **more)]
 
 
-def _frame(
-    root: Path, folder: str, path: Path, top: Any, frame: Any, sizes: list[tuple[int, int]]
-) -> View:
-    """Without w and h the first picture of the file is measured, into ``sizes``."""
+def _frame(root: Path, folder: str, path: Path, top: Any, frame: Any) -> tuple[View, float]:
+    """A view, and the scale that its rotation had.  Without w and h its picture is measured."""
     image = relative(folder, entry(frame, "file_path", str, path), path)
     if Path(image).suffix.lower() not in IMAGE_SUFFIXES and not inside(root, image).is_file():
         there = [image + end for end in IMAGE_SUFFIXES if (root / f"{image}{end}").is_file()]
         if not there:
             raise DatasetError(f"{root / image}: no such file, nor with an image's extension")
         image = there[0]
-    both = {**top, **frame}
+    # a frame's own focal lengths stand for the file's, in whichever terms
+    shared = {k: v for k, v in top.items() if k not in _FOCALS or not _FOCALS & frame.keys()}
+    both = shared | frame
 
     def number(key: str, default: float | None = None) -> float:
         return float(entry(both, key, float, path, default))
@@ -134,74 +144,84 @@ def _frame(
     rows = len(entry(frame, "transform_matrix", list, path))
     matrix = np.eye(4)
     matrix[:rows] = entry(frame, "transform_matrix", (3 if rows == 3 else 4, 4), path)
-    if np.abs(matrix[3] - [0, 0, 0, 1]).max() > 1e-6 or not np.linalg.det(matrix):
+    scale = float(np.cbrt(np.linalg.det(matrix[:3, :3])))
+    if np.abs(matrix[3] - [0, 0, 0, 1]).max() > 1e-6 or not scale:
         raise DatasetError(f"{path}: {image!r}: a matrix is singular, or doesn't end in 0 0 0 1")
+    matrix[:3, :3] /= scale if scale > 0 and abs(scale - 1) > 1e-3 else 1.0
     if "w" in both or "h" in both:
         width, height = round(number("w")), round(number("h"))
     else:
-        sizes += [] if sizes else [decoded(inside(root, image), pixels=False).size]
-        width, height = sizes[0]
+        width, height = decoded(inside(root, image), pixels=False).size
     fx, fy = focal("fl_x", "camera_angle_x", width), focal("fl_y", "camera_angle_y", height)
     if fx is None and fy is None:
         raise DatasetError(f"{path}: has neither fl_x nor camera_angle_x for {image!r}")
     fx = number("fl_y") if fx is None else fx
-    model = entry(both, "camera_model", str, path, "OPENCV")
-    if model not in _LENSES:
-        raise DatasetError(f"{path}: camera_model {model!r}; want one of {tuple(_LENSES)}")
-    lens: Lens = (
-        _LENSES[model][0],
-        tuple(number(name, 0.0) if name else 0.0 for name in _LENSES[model][1:]),
-    )
     middle = number("cx", width / 2), number("cy", height / 2)
     mask = "" if (mask := frame.get("mask_path")) is None else relative(folder, mask, path)
     K = pinhole(fx, fx if fy is None else fy, *middle)
-    return View(image, FLIP @ np.linalg.inv(matrix), K, (width, height), mask, lens)
+    viewmat = FLIP @ np.linalg.inv(matrix)
+    return View(image, viewmat, K, (width, height), mask, _lens(both, path)), scale
+
+
+def _lens(said: dict[str, Any], path: Path) -> Lens:
+    """The lens of a frame; camera_model is one of COLMAP's, or PERSPECTIVE."""
+    import pycolmap
+
+    for key in _WHOLE_SPHERE:
+        if said.get(key):
+            raise DatasetError(f"{path}: {key} pictures are not read. Cut out perspective ones")
+    usual = "OPENCV_FISHEYE" if said.get("is_fisheye") else "OPENCV"
+    model = entry(said, "camera_model", str, path, usual)
+    known = sorted(pycolmap.CameraModelId.__members__.keys() - {"INVALID", "EQUIRECTANGULAR"})
+    if model not in ("PERSPECTIVE", *known):
+        raise DatasetError(f"{path}: camera_model {model!r}; want one of {tuple(known)}")
+    if model in ("PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE"):
+        return "PINHOLE", ()
+    # nerfstudio's OPENCV has a third radial term, as COLMAP's FULL_OPENCV
+    name = "FULL_OPENCV" if model == "OPENCV" else model
+    camera = pycolmap.Camera.create_from_model_name(0, name, 1.0, 0, 0)
+    terms = camera.params_info.split(", ")
+    wanted = [terms[k] if terms[k] != "k" else "k1" for k in camera.extra_params_idxs()]
+    values = [float(entry(said, term, float, path, 0.0)) for term in wanted]
+    if model == "OPENCV" and any(values[5:]):
+        what = "k4 (or k5, k6) of an OPENCV lens means different things to different tools"
+        raise DatasetError(f"{path}: {what}. Say camera_model FULL_OPENCV, or undistort")
+    return name, tuple(values)
 
 
 # --- COLMAP ------------------------------------------------------------------------------------
 
 
-def _model_in(folder: Path) -> list[str]:
-    """The model's place below the folder, and the suffix of its files."""
-    for place in _MODELS:
+def _models_in(folder: Path) -> list[str]:
+    """The places below the folder where a model lies, each followed by the suffix of its files."""
+    numbered = [f"sparse/{path.name}" for path in sorted(folder.glob("sparse/*"))]
+    found = []
+    for place in dict.fromkeys((*_MODELS, *numbered)):
         for suffix in (".bin", ".txt"):
             stems = [s for s in ("images", "frames") if (folder / place / f"{s}{suffix}").is_file()]
             if stems and (folder / place / f"cameras{suffix}").is_file():
-                return [place, suffix]
-    return []
+                found += [place, suffix]
+                break
+    return found
 
 
 def _read_model(root: Path, folder: str, found: list[str]) -> list[Capture]:
-    import pycolmap
-
-    at, suffix = _joined(folder, found[0]), found[1]
+    """The capture of the model that has most pictures; the others are named."""
+    models = []
+    for place, suffix in zip(found[::2], found[1::2], strict=True):
+        at = _joined(folder, place)
+        models.append((*_posed(inside(root, at), suffix), at))
+    images, cameras, names, at = max(models, key=lambda model: len(model[0]))
     model = inside(root, at)
-    names = [f"{stem}{suffix}" for stem in ("cameras", "images", "rigs", "frames")]
-    names = [name for name in names if (model / name).is_file()]
-    if f"images{suffix}" not in names:
-        said = f"has no images{suffix}, which says which picture has which pose"
-        raise DatasetError(f"{model}: {said}. Export it again: colmap model_converter")
-    if (size := sum((model / name).stat().st_size for name in names)) > _MAX_MODEL_BYTES:
-        raise DatasetError(f"{model}: {size} bytes, the limit is {_MAX_MODEL_BYTES}")
-    with tempfile.TemporaryDirectory() as copy:  # the model as it is, but for its points
-        for name in names:
-            (Path(copy) / name).symlink_to((model / name).resolve())
-        (Path(copy) / f"points3D{suffix}").write_bytes(b"\0" * 8 if suffix == ".bin" else b"")
-        try:
-            made = pycolmap.Reconstruction(copy)
-            images = sorted((i for i in made.images.values() if i.has_pose), key=lambda i: i.name)
-        except Exception as error:  # names that are no UTF-8 among them
-            said = (str(error).strip().splitlines() or ["it crashed"])[-1][:300]
-            raise DatasetError(f"{model}: not a readable COLMAP model ({said})") from None
-    if len(images) > MAX_VIEWS:
-        raise DatasetError(f"{model}: {len(images)} views, the limit is {MAX_VIEWS}")
-    first = str(images[0].name) if images else ""
-    prefixes = [_joined(folder, place) for place in _IMAGES] if first else []
+    if not images:
+        raise DatasetError(f"{model}: the model has no registered image: the reconstruction failed")
+    prefixes = [_joined(folder, place) for place in _IMAGES]
+    first = images[0].name
     prefixes = [p for p in prefixes if (root / relative(p, first, model)).is_file()]
     if not prefixes:
         said = f"can't find picture {first!r} in images/ or here"
         raise DatasetError(f"{root / folder}: {said}. Put the pictures of the model beside it")
-    cameras, views = dict(made.cameras.items()), []
+    views = []
     for image in images:
         camera = cameras.get(image.camera_id)
         if camera is None or not camera.focal_length_idxs():
@@ -213,15 +233,99 @@ def _read_model(root: Path, folder: str, found: list[str]) -> list[Capture]:
         views.append(
             View(
                 image=relative(prefixes[0], image.name, model),
-                viewmat=np.vstack([image.cam_from_world().matrix(), [0, 0, 0, 1]]),
+                viewmat=image.viewmat,
                 K=np.asarray(camera.calibration_matrix()),
                 size=(int(camera.width), int(camera.height)),
                 mask=next((place for place in places if (root / place).is_file()), ""),
                 lens=(camera.model_name, tuple(bends)),
             )
         )
+    warnings = [
+        f"{other} holds another model, of {len(its)} pictures; it is not read"
+        for its, _, _, other in models
+        if other != at
+    ]
+    there = {path.name for path in (root / prefixes[0]).iterdir()} if prefixes[0] else set()
+    without = [n for n in there - {Path(i.name).name for i in images} if _is_picture(n)]
+    if without:
+        said = f"{len(without)} pictures in {prefixes[0]}, {sorted(without)[0]!r} for one,"
+        warnings.append(f"{said} have no pose in the model and are left out")
     label, said_in = folder or root.resolve().name, [_joined(at, name) for name in names]
-    return [collect(model, label, views, said_in, "colmap")]
+    return [collect(model, label, views, said_in, "colmap", None, warnings)]
+
+
+class _Posed(NamedTuple):
+    name: str
+    camera_id: int
+    viewmat: Floats
+
+
+def _is_picture(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def _posed(model: Path, suffix: str) -> tuple[list[_Posed], dict[int, Any], list[str]]:
+    """Of a model: the pictures that have a pose, by name, the cameras, and the files read."""
+    import pycolmap
+
+    names = [f"{stem}{suffix}" for stem in ("cameras", "images", "rigs", "frames")]
+    names = [name for name in names if (model / name).is_file()]
+    if f"images{suffix}" not in names:
+        said = f"has no images{suffix}, which says which picture has which pose"
+        raise DatasetError(f"{model}: {said}. Export it again: colmap model_converter")
+    if (size := sum((model / name).stat().st_size for name in names)) > _MAX_MODEL_BYTES:
+        raise DatasetError(f"{model}: {size} bytes, the limit is {_MAX_MODEL_BYTES}")
+    called: dict[int, str] = {}
+    with tempfile.TemporaryDirectory() as copy:  # the model as it is, but for its points
+        for name in names:
+            (Path(copy) / name).symlink_to((model / name).resolve())
+        (Path(copy) / f"points3D{suffix}").write_bytes(b"\0" * 8 if suffix == ".bin" else b"")
+        if suffix == ".txt":
+            text, called = _without_points(model / "images.txt")
+            (Path(copy) / "images.txt").unlink()
+            (Path(copy) / "images.txt").write_text(text)
+        try:
+            made = pycolmap.Reconstruction(copy)
+            images = [image for image in made.images.values() if image.has_pose]
+            found = []
+            for image in images:
+                name = called.get(image.image_id, image.name)
+                turn = image.cam_from_world().rotation.quat
+                if not 0.5 < np.linalg.norm(turn) < 2:
+                    raise ValueError(f"the quaternion of {name!r} is {turn.tolist()}, no rotation")
+                pose = np.vstack([image.cam_from_world().matrix(), [0, 0, 0, 1]])
+                found.append(_Posed(name, image.camera_id, pose))
+        except Exception as error:  # names that are no UTF-8 among them
+            said = (str(error).strip().splitlines() or ["it crashed"])[-1][:300]
+            raise DatasetError(f"{model}: not a readable COLMAP model ({said})") from None
+    if len(found) > MAX_VIEWS:
+        raise DatasetError(f"{model}: {len(found)} views, the limit is {MAX_VIEWS}")
+    return sorted(found), dict(made.cameras.items()), names
+
+
+def _without_points(path: Path) -> tuple[str, dict[int, str]]:
+    """An images.txt in which every picture's second line is empty and its name is a number; and the
+    names, by image.  Some tools leave the second lines out; names may hold spaces."""
+    rows, called = [], {}
+    for line in path.read_text("utf-8", "surrogateescape").splitlines():
+        words = line.split(None, 9)
+        if line.startswith("#") or len(words) < 10 or not words[0].isdigit():
+            continue
+        if all(_is_number(word) for word in line.split()):  # a row of points
+            continue
+        if not any(float(word) for word in words[1:5] if _is_number(word)):
+            raise DatasetError(f"{path}: the quaternion of {words[9]!r} is 0 0 0 0, no rotation")
+        called[int(words[0])] = words[9].strip()
+        rows += [" ".join([*words[:9], words[0]]), ""]
+    return "\n".join([*rows, ""]), called
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 # --- CO3D --------------------------------------------------------------------------------------
@@ -293,7 +397,7 @@ Find = Callable[[Path], list[str]]
 Read = Callable[[Path, str, list[str]], list[Capture]]
 FORMATS: tuple[tuple[Find, Read], ...] = (
     (_transforms_in, _read_transforms),
-    (_model_in, _read_model),
+    (_models_in, _read_model),
     (_annotations_in, _read_annotations),
 )
 """Of each format: the names of the files in a folder that it knows ([]: it is of another one), by
