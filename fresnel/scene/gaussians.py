@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fresnel.scene import splats
+
 _SH_DEGREE_OF_COEFFICIENTS = {1: 0, 4: 1, 9: 2, 16: 3}
-_SH_C0 = 0.28209479177387814  # the constant band of the real spherical harmonics: 1 / (2 sqrt(pi))
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class Gaussians:
             raise ValueError(f"save: got suffix {path.suffix!r}, want .ply or .spz")
         scene = self.detach().to("cpu", torch.float32).validate()
         if scene.sh_degree is None:
-            dc, rest = (scene.colors - 0.5) / _SH_C0, scene.colors.new_zeros(scene.num, 0, 3)
+            dc, rest = (scene.colors - 0.5) / splats.SH_C0, scene.colors.new_zeros(scene.num, 0, 3)
         else:
             dc, rest = scene.colors[:, 0], scene.colors[:, 1:]
         # A logit of exactly 0 or 1 is infinite: viewers want finite numbers.
@@ -203,38 +205,42 @@ class Gaussians:
 
     @classmethod
     def load(cls, path: str | Path) -> Gaussians:
-        """Read one scene from ``.ply`` or ``.spz``.
+        """Read one scene from ``.ply`` (of 3DGS and its kin, see `splats`) or ``.spz``.
 
-        Degree-0 files become plain RGB colours, higher ones keep their harmonics.
+        Degree-0 files become plain RGB colours, higher ones keep their harmonics.  Gaussians that
+        are not finite are left out, with a warning.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is not a splat file.
         """
-        import gsply
-
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; want a .ply or .spz splat file")
         try:
-            data = gsply.read_spz(path) if path.suffix == ".spz" else gsply.plyread(path)
-            data = gsply.apply_pre_activations(data.copy())
-        except Exception as error:
+            read = splats.read_spz if path.suffix.lower() == ".spz" else splats.read_ply
+            found = read(path.read_bytes())
+        except ValueError as error:
             raise ValueError(f"{path}: not a readable splat file ({error})") from error
-
-        def tensor(array: Any) -> Tensor:
-            return torch.from_numpy(np.array(array, dtype=np.float32))
-
-        if data.shN is None or not data.shN.size:  # no less than black, as a renderer has harmonics
-            colors = (tensor(data.sh0) * _SH_C0 + 0.5).clamp_min(0)
-        else:
-            colors = torch.cat([tensor(data.sh0)[:, None], tensor(data.shN)], dim=1)
+        rows = [values.reshape(len(found.means), -1) for values in found]
+        finite = np.isfinite(np.concatenate(rows, axis=1)).all(axis=1) & found.quats.any(axis=1)
+        if not finite.all():
+            first = int(np.argmin(finite))
+            said = f"{(~finite).sum()} of {len(finite)} Gaussians (number {first}, for one)"
+            warnings.warn(
+                f"{path}: {said} are NaN, infinite or not turned (0 0 0 0) and left out",
+                stacklevel=2,
+            )
+        means, scales, quats, opacities, sh0, shN = (
+            torch.from_numpy(values[finite].astype(np.float32)) for values in found
+        )
+        colors = (sh0 * splats.SH_C0 + 0.5).clamp_min(0)  # not below black, as a renderer has it
         return cls(
-            means=tensor(data.means),
-            quats=tensor(data.quats),
-            scales=tensor(data.scales),
-            opacities=tensor(data.opacities).reshape(-1),
-            colors=colors,
+            means=means,
+            quats=normalize(quats, dim=-1),
+            scales=scales.exp(),
+            opacities=opacities.sigmoid(),
+            colors=torch.cat([sh0[:, None], shN], dim=1) if shN.numel() else colors,
         )
 
 
