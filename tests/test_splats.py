@@ -84,7 +84,6 @@ SPELLINGS = {
     "extra properties": lambda: ply(with_colors()),
     "extra properties in ascii": lambda: ply(with_colors(), "ascii"),
     "another order": lambda: ply(dict(sorted(stored().items()))),
-    "windows lines": lambda: ply(stored()).replace(b"\n", b"\r\n", 0),
     "elements before and after": lambda: surrounded(),
 }
 
@@ -119,7 +118,7 @@ def test_harmonics_are_kept(degree, tmp_path):
 def packed(bounds: bool, degree: int) -> tuple[bytes, dict[str, np.ndarray]]:
     """SuperSplat's compressed file of `stored` values, packed here by its published layout."""
     columns = stored(degree)
-    columns |= {f"f_dc_{k}": columns[f"f_dc_{k}"] * 0.4 for k in range(3)}
+    columns |= {k: v * np.float32(0.4) for k, v in columns.items() if k.startswith("f_")}
     of = np.arange(COUNT) // 256
     chunk: dict[str, np.ndarray] = {}
 
@@ -175,7 +174,7 @@ def test_supersplats_compressed_file(bounds, degree, tmp_path):
     assert ((found.quats * wanted.quats).sum(dim=-1).abs() - 1).abs().max() < 1e-4
     assert (found.opacities - wanted.opacities).abs().max() < 0.003
     if degree:
-        assert (found.colors - wanted.colors).abs().max() < 0.05
+        assert (found.colors - wanted.colors).abs().max() < 0.02
     else:
         inside = (wanted.colors > 0) & (wanted.colors < 1)
         assert (found.colors - wanted.colors)[inside].abs().max() < 0.005

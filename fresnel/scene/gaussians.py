@@ -222,15 +222,14 @@ class Gaussians:
             found = read(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path}: not a readable splat file ({error})") from error
-        rows = [values.reshape(len(found.means), -1) for values in found]
-        finite = np.isfinite(np.concatenate(rows, axis=1)).all(axis=1) & found.quats.any(axis=1)
+        with np.errstate(divide="ignore"):
+            turned = 1 / np.linalg.norm(found.quats, axis=1, keepdims=True)
+        rows = [values.reshape(len(turned), -1) for values in (*found, turned)]
+        finite = np.isfinite(np.concatenate(rows, axis=1)).all(axis=1)
         if not finite.all():
-            first = int(np.argmin(finite))
-            said = f"{(~finite).sum()} of {len(finite)} Gaussians (number {first}, for one)"
-            warnings.warn(
-                f"{path}: {said} are NaN, infinite or not turned (0 0 0 0) and left out",
-                stacklevel=2,
-            )
+            first, many = int(np.argmin(finite)), int((~finite).sum())
+            said = f"{many} of {len(turned)} Gaussians (number {first}, for one) are left out"
+            warnings.warn(f"{path}: {said}: NaN, infinite, or turned by 0 0 0 0", stacklevel=2)
         means, scales, quats, opacities, sh0, shN = (
             torch.from_numpy(values[finite].astype(np.float32)) for values in found
         )
