@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, max_pool2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fresnel.data.dataset import InputImages, ViewTensors
 from fresnel.models import cvs
 from fresnel.models.cvs import (
-    CONDITION_CHANNELS,
     CVS,
     CVSConfig,
     condition_tensors,
@@ -20,7 +21,7 @@ from fresnel.models.cvs import (
     sample,
     sampling_sigmas,
 )
-from fresnel.scene.cameras import Cameras, orbit
+from fresnel.scene.cameras import Cameras, standard_orbit
 from fresnel.study import smoke
 from fresnel.training.cvs_task import CVSTask, mirror
 from fresnel.training.losses import (
@@ -34,13 +35,11 @@ from fresnel.training.losses import (
 )
 
 SIZE = 16
+close = torch.testing.assert_close
 
 
-def cameras(azimuth_deg: Tensor | list, elevation_deg: float = 10.0) -> Cameras:
-    return orbit(
-        torch.as_tensor(azimuth_deg, dtype=torch.float32), elevation_deg, 2.2,
-        pivot=(0.0, 0.0, 0.0), focal_px=1.2 * SIZE, width=SIZE, height=SIZE,
-    )  # fmt: skip
+def cameras(azimuth_deg: Any, elevation_deg: float = 10.0) -> Cameras:
+    return standard_orbit(torch.as_tensor(azimuth_deg), elevation_deg, SIZE)
 
 
 def disc(centre_x: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +65,7 @@ def condition(inputs: InputImages, there: Cameras, pivots: Tensor) -> Tensor:
     return condition_tensors(rgba(inputs.rgb, inputs.alpha), inputs.cameras, there, pivots)
 
 
-def model(**changes) -> CVS:
+def model(**changes: Any) -> CVS:
     torch.manual_seed(0)
     net = CVS(CVSConfig.preset("tiny", **changes))
     torch.nn.init.normal_(net.unet.head.weight, std=0.1)  # the head starts at zero
@@ -77,7 +76,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def batch_of(net: CVS, **options) -> dict:
+def batch_of(net: CVS, **options: Any) -> dict:
     return CVSTask(net, views(), batch_size=4, **options).batch(0, generator())
 
 
@@ -94,7 +93,6 @@ def test_boundary_condition_holds_bit_for_bit(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
         out = net.to(dtype)(x, sigma, torch.zeros(3, 16, 16, 16, dtype=dtype))
     assert torch.equal(out, x)
-    assert net.scalings(sigma)[0].eq(1).all() and net.scalings(sigma)[1].eq(0).all()
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.5, 80.0])
@@ -106,26 +104,73 @@ def test_the_network_sees_noise_and_image_at_unit_scale(sigma: float) -> None:
     noisy = clean + sigma * torch.randn(clean.shape, generator=generator(1))
     net(noisy, torch.full((8,), sigma), torch.zeros(8, 16, SIZE, SIZE))
     assert seen[0][:, :4].std() == pytest.approx(1.0, rel=0.03)
-    torch.testing.assert_close(seen[0][:, :4], noisy / math.sqrt(sigma**2 + 0.25))
 
 
 def test_scalings_follow_the_paper() -> None:
-    net, sigma = model(), 0.7
-    skip, out = net.scalings(torch.tensor(sigma, dtype=torch.float64))
+    skip, out = model().scalings(torch.tensor(0.7, dtype=torch.float64))
     assert skip.item() == pytest.approx(0.25 / (0.698**2 + 0.25))
     assert out.item() == pytest.approx(0.5 * 0.698 / math.sqrt(0.49 + 0.25))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"loss_weight": "depth"}, "loss_weight: got 'depth'"),
+        ({"parameterisation": "velocity"}, "parameterisation: got 'velocity'"),
+        ({"sigma_min": 90.0}, "want 0 < sigma_min < sigma_max"),
+        ({"foreground_share": 1.5}, "foreground_share: got 1.5"),
+        ({"ect_stages": 0}, "ect_stages"),
+        ({"ect_q": 1.0}, "ect_q"),
+        ({"render_twin": True}, "render_twin: got True, want render_condition=True too"),
+        ({"parameterisation": "original", "render_condition": True}, "adds to a render"),
+        ({"name": "huge"}, "preset: got 'huge'"),
+    ],
+)
+def test_nonsense_is_refused(bad: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CVSConfig.preset(**{"name": "tiny", **bad})
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest", "largest", "gflop"),
+    [("base", 20e6, 26e6, 400 / 3), ("large", 50e6, 90e6, 150 / 3)],
+)
+def test_presets_have_the_size_they_state(
+    name: str, smallest: float, largest: float, gflop: float
+) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net = CVS(CVSConfig.preset(name))
+        side = net.config.image_size
+        net(torch.zeros(1, 4, side, side), torch.ones(1), torch.zeros(1, 16, side, side))
+    assert smallest < sum(p.numel() for p in net.parameters()) < largest
+    assert counter.get_total_flops() <= gflop * 1e9
+
+
+def test_training_can_start_from_other_weights() -> None:
+    source = model()
+    cond = torch.randn(2, 16, 16, 16)
+    x, sigma = 80.0 * torch.randn(2, 4, 16, 16), torch.full((2,), 80.0)
+    # the original has no skip connection: c_skip x is 0.003 of the noise
+    for kind, tolerance in (("consistency", 0.0), ("original", 0.02)):
+        network = CVS(dataclasses.replace(source.config, parameterisation=kind))
+        assert network.origin == "random"
+        network.start_from(source)
+        assert network.origin.startswith("sha256:")
+        assert torch.allclose(network(x, sigma, cond), source(x, sigma, cond), 0.0, tolerance)
+    with pytest.raises(ValueError, match="base_channels 8; want 16"):
+        CVS(CVSConfig.preset("tiny", base_channels=16)).start_from(source)
 
 
 def test_ect_ratio_follows_the_schedule() -> None:
     config = CVSConfig()
     t = torch.tensor([0.004, 0.3, 2.0, 80.0], dtype=torch.float64)
     assert ect_earlier(t, 0, config).eq(config.sigma_min).all()  # stage 0: plain denoising
-    for stage in range(1, 12):
+    for stage in (1, 4, 11):
         n = 1 + 8 / (1 + t.exp())
-        expected = (t * (1 - n / 2**stage)).clamp(min=config.sigma_min)
-        torch.testing.assert_close(ect_earlier(t, stage, config), expected)
+        close(ect_earlier(t, stage, config), (t * (1 - n / 2**stage)).clamp(min=config.sigma_min))
         assert (ect_earlier(t, stage, config) < t).all()
-    assert ect_earlier(t, 10, config)[-1] / 80 == pytest.approx(1 - 1 / 1024)
 
 
 def test_ect_stages_share_the_run_as_stated() -> None:
@@ -137,8 +182,7 @@ def test_ect_stages_share_the_run_as_stated() -> None:
 
 def test_stage_zero_loss_is_weighted_denoising_and_needs_one_pass() -> None:
     net = model(sigma_max_fraction=1.0, light_weight=0.0)
-    batch = batch_of(net)
-    passes: list[Tensor] = []
+    batch, passes = batch_of(net), []
     net.register_forward_hook(lambda _module, _args, out: passes.append(out.detach()))
     got = loss_of(net, batch, 0.0, seed=1)
     assert len(passes) == 1
@@ -148,13 +192,12 @@ def test_stage_zero_loss_is_weighted_denoising_and_needs_one_pass() -> None:
     clean = target + 0.002 * torch.randn(target.shape, generator=g)
     rms = (batch["weights"] * (passes[0] - clean).square()).mean(dim=(1, 2, 3))
     expected = (((rms + 0.01**2).sqrt() - 0.01) / net.scalings(torch.tensor(80.0))[1]).mean()
-    torch.testing.assert_close(got["loss"].detach(), expected)
-    torch.testing.assert_close(got["one_step_rms"], got["x0_rms"])
+    close(got["loss"].detach(), expected)
+    close(got["one_step_rms"], got["x0_rms"])
 
 
 def test_later_stages_compare_two_passes_without_gradient_through_the_second() -> None:
-    net = model(sigma_max_fraction=0.0, p_mean=0.0)
-    grads: list[bool] = []
+    net, grads = model(sigma_max_fraction=0.0, p_mean=0.0), []
     net.register_forward_hook(lambda _module, _args, out: grads.append(out.requires_grad))
     loss_of(net, batch_of(net), 1.0)["loss"].backward()
     assert grads == [True, False]
@@ -168,37 +211,73 @@ def test_anchored_samples_are_compared_with_the_clean_view_in_every_stage() -> N
 
 
 def test_original_loss_weighs_consistency_by_thirds() -> None:
-    net = model(parameterisation="original")
+    net, ema = (model(parameterisation="original") for _ in range(2))
     batch = batch_of(net)
-    tensors = batch["target"], batch["cond"], batch["weights"]
+    given = net, ema, batch["target"], batch["cond"], batch["weights"]
     for progress, w in ((0.0, 0.1), (0.5, 0.3), (1.0, 1.0)):
-        terms = original_loss(
-            net, model(parameterisation="original"), *tensors,
-            progress=progress, generator=generator(),
-        )  # fmt: skip
-        torch.testing.assert_close(terms["loss"], terms["l1"] + w * terms["consistency"])
+        terms = original_loss(*given, progress=progress, generator=generator())
+        close(terms["loss"], terms["l1"] + w * terms["consistency"])
 
 
 def test_alpha_aware_weights_give_the_foreground_its_share() -> None:
     target = rgba(*disc(torch.tensor([0.0, 0.3])))
-    config = CVSConfig(foreground_share=0.6)
-    weights = pixel_weights(config, target)
+    weights = pixel_weights(CVSConfig(foreground_share=0.6), target)
     alpha = (target[:, 3:] + 1) / 2
-    torch.testing.assert_close(weights.mean(dim=(1, 2, 3)), torch.ones(2))
-    near = torch.nn.functional.max_pool2d(alpha, 5, stride=1, padding=2)  # 16 px: 2 px of margin
+    close(weights.mean(dim=(1, 2, 3)), torch.ones(2))
+    near = max_pool2d(alpha, 5, stride=1, padding=2)  # 16 px: 2 px of margin
     share = (weights * near).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
-    torch.testing.assert_close(share, torch.full((2,), 0.6))
-    assert near.mean() > alpha.mean()
-    black = torch.full((1, 4, SIZE, SIZE), -1.0)
-    even = torch.ones(1, 1, SIZE, SIZE)  # nothing there: every pixel counts the same
-    torch.testing.assert_close(pixel_weights(config, black), even)
+    close(share, torch.full((2,), 0.6))
+    black = torch.full((1, 4, SIZE, SIZE), -1.0)  # nothing there: every pixel counts the same
+    close(pixel_weights(CVSConfig(), black), torch.ones(1, 1, SIZE, SIZE))
 
 
 def test_grown_is_a_max_pool() -> None:
     image = torch.rand(2, 1, 16, 16, generator=generator())
     for margin in (0, 1, 2, 7):
-        pooled = torch.nn.functional.max_pool2d(image, 2 * margin + 1, 1, margin)
-        assert torch.equal(grown(image, margin), pooled)
+        assert torch.equal(grown(image, margin), max_pool2d(image, 2 * margin + 1, 1, margin))
+
+
+def test_depth_laplacian_mask_is_highest_on_the_empty_background() -> None:
+    depth = torch.zeros(1, SIZE, SIZE)
+    depth[:, 4:8, 4:8] = 2.0
+    config = CVSConfig(loss_weight="depth_laplacian")
+    weights = pixel_weights(config, torch.zeros(1, 4, SIZE, SIZE), depth)
+    assert weights.max() == weights[0, 0, 0, 0] == pytest.approx(1 / (1 + math.exp(-1)))  # 0.73
+    assert weights[0, 0, 4, 4].item() < 1e-6
+    with pytest.raises(ValueError, match="no depth"):
+        CVSTask(model(loss_weight="depth_laplacian"), views())
+    CVSTask(model(loss_weight="depth_laplacian"), views(depth=True)).batch(0, generator())
+
+
+def test_light_error_sees_what_a_blur_loses_in_whole_regions() -> None:
+    target = torch.full((1, 4, 32, 32), -1.0)
+    target[..., 8:24, 8:24] = 1.0
+    assert light_error(target, target) == 0
+    assert light_error(avg_pool2d(target, 9, 1, 4, count_include_pad=False), target) > 0.1
+    # Half the light everywhere (sRGB 0.735 is linear 0.5) is half the error of none at all.
+    dimmed = torch.where(target > 0, 2 * 0.7353569 - 1, -1.0)
+    halves, dark = light_error(dimmed, target), light_error(torch.full_like(target, -1.0), target)
+    close(2 * halves, dark, rtol=1e-4, atol=0)
+    odd = 2 * torch.rand(2, 4, 20, 25, generator=generator()) - 1
+    beyond = odd.clone()
+    beyond[..., 18:, :] = beyond[..., 24:] = 1.0  # regions of 3 x 3: 6 x 8 of them
+    assert (light_error(beyond, odd) == 0).all()
+    beyond[..., 17, 0] = -odd[..., 17, 0]
+    assert (light_error(beyond, odd) > 0).all()
+
+
+def test_the_loss_of_a_network_that_has_learned_nothing() -> None:
+    tasks = [CVSTask(CVS(CVSConfig.preset("tiny")), views(2, 2), batch_size=4) for _ in range(2)]
+    fresh, trained = tasks
+    torch.nn.init.ones_(trained.model.unet.head.weight)
+    at_first = smoke.untrained_loss(fresh, 3)
+    assert at_first == smoke.untrained_loss(trained, 3)
+    draws = generator(3)
+    batch = fresh.batch(0, draws)
+    loss = fresh.loss(batch, progress=0.0, generator=draws, ema=fresh.model)["loss"].detach()
+    assert smoke.untrained_loss(fresh, 3, batches=1) == pytest.approx(float(loss))
+    fall = smoke.loss_fall([{"loss": 0.2}, {"loss": 0.1}], at_first)
+    assert fall == pytest.approx(at_first / 0.1)
 
 
 class HostRoundTrips(TorchDispatchMode):
@@ -226,42 +305,27 @@ def test_a_step_has_no_round_trip_to_the_host() -> None:
     assert len(trips.found) == 2
 
 
-def test_depth_laplacian_mask_is_highest_on_the_empty_background() -> None:
-    depth = torch.zeros(1, SIZE, SIZE)
-    depth[:, 4:8, 4:8] = 2.0
-    weights = pixel_weights(
-        CVSConfig(loss_weight="depth_laplacian"), torch.zeros(1, 4, SIZE, SIZE), depth
-    )
-    assert weights[0, 0, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-1)))  # 0.73
-    assert weights[0, 0, 4, 4].item() < 1e-6 and weights.max() == weights[0, 0, 0, 0]
-    with pytest.raises(ValueError, match="no depth"):
-        CVSTask(model(loss_weight="depth_laplacian"), views())
-    CVSTask(model(loss_weight="depth_laplacian"), views(depth=True)).batch(0, generator())
-
-
 def test_condition_holds_the_image_and_both_cameras_rays() -> None:
     data = views(per_object=3)
     cond = condition(data.inputs, data.cameras, data.pivots)
     assert cond.shape == (2 * 3, 16, SIZE, SIZE)
-    torch.testing.assert_close(cond[4, :4], rgba(data.inputs.rgb, data.inputs.alpha)[1])
-    torch.testing.assert_close(cond[0, 4:10], cond[0, 10:])  # view 0 is the input camera
+    close(cond[4, :4], rgba(data.inputs.rgb, data.inputs.alpha)[1])
+    close(cond[0, 4:10], cond[0, 10:])  # view 0 is the input camera
     # Rays of a camera at the pivot's height have their moment perpendicular to their direction.
     d, m = cond[:, 10:13], cond[:, 13:16]
-    torch.testing.assert_close((d * m).sum(1), torch.zeros_like(d[:, 0]), atol=1e-5, rtol=0)
+    close((d * m).sum(1), torch.zeros_like(d[:, 0]), atol=1e-5, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(condition(data.inputs, data.cameras, data.pivots), cond)
 
 
 def test_condition_does_not_see_where_the_world_is_nor_its_yaw() -> None:
-    data = views()
-    angle = torch.tensor(0.7)
-    motion = torch.eye(4)
+    data, angle, motion = views(), torch.tensor(0.7), torch.eye(4)
     motion[0, 0] = motion[2, 2] = angle.cos()
     motion[0, 2], motion[2, 0] = angle.sin(), -angle.sin()
     motion[:3, 3] = torch.tensor([3.0, -1.0, 2.0])
     inputs = dataclasses.replace(data.inputs, cameras=data.inputs.cameras.transformed(motion))
-    pivots = data.pivots + motion[:3, 3]
-    moved = condition(inputs, data.cameras.transformed(motion), pivots)
-    expected = condition(data.inputs, data.cameras, data.pivots)
-    torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-5)
+    moved = condition(inputs, data.cameras.transformed(motion), data.pivots + motion[:3, 3])
+    close(moved, condition(data.inputs, data.cameras, data.pivots), atol=1e-5, rtol=1e-5)
 
 
 def test_mirrored_condition_is_the_condition_of_the_mirrored_camera() -> None:
@@ -273,8 +337,8 @@ def test_mirrored_condition_is_the_condition_of_the_mirrored_camera() -> None:
     expected = condition(inputs, mirrored, data.pivots)
     cond = condition(data.inputs, there, data.pivots)
     got, target = mirror(cond, cond[:, :4])
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(target, expected[:, :4])
+    close(got, expected, atol=1e-5, rtol=1e-5)
+    close(target, expected[:, :4])
 
 
 def test_sizes_that_disagree_are_refused() -> None:
@@ -286,10 +350,8 @@ def test_sizes_that_disagree_are_refused() -> None:
 
 
 def test_batches_follow_from_the_generator_and_augmentation_keeps_pairs_together() -> None:
-    net = model()
-    task = CVSTask(net, views(), batch_size=6, any_input=True, mirror=True, colour_jitter=0.3)
-    first, again = task.batch(3, generator(5)), task.batch(3, generator(5))
-    other = task.batch(3, generator(6))
+    task = CVSTask(model(), views(), batch_size=6, any_input=True, mirror=True, colour_jitter=0.3)
+    first, again, other = (task.batch(3, generator(seed)) for seed in (5, 5, 6))
     for key in ("cond", "target", "weights"):
         assert torch.equal(first[key], again[key]) and not torch.equal(first[key], other[key])
         assert first[key].isfinite().all()
@@ -309,13 +371,12 @@ def test_any_input_takes_views_of_the_same_object() -> None:
 def test_overfitting_one_batch_learns_the_views_in_one_step() -> None:
     torch.manual_seed(0)
     net = CVS(CVSConfig.preset("tiny", base_channels=16))
-    task = CVSTask(net, views(objects=1), batch_size=4)
+    task, losses = CVSTask(net, views(objects=1), batch_size=4), []
     before = task.validation(net)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    losses = []
-    for step in range(120):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)
+    for step in range(70):
         g = generator(step)
-        terms = task.loss(task.batch(step, g), progress=step / 120, generator=g, ema=net)
+        terms = task.loss(task.batch(step, g), progress=step / 70, generator=g, ema=net)
         optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
@@ -342,15 +403,12 @@ def test_every_further_step_starts_from_what_was_made_and_fresh_noise_of_its_lev
     asked: list[tuple[Tensor, float]] = []
     net = model()
 
-    class Fixed(torch.nn.Module):
-        config = net.config
+    def fixed(x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+        asked.append((x, float(sigma[0])))
+        return torch.full_like(x, 0.25)
 
-        def forward(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
-            asked.append((x, float(sigma[0])))
-            return torch.full_like(x, 0.25)
-
-    cond = torch.zeros(16, 16, 32, 32)
-    sample(Fixed(), cond, steps=4, generator=generator())  # type: ignore[arg-type]
+    net.forward = fixed  # type: ignore[method-assign]
+    sample(net, torch.zeros(16, 16, 32, 32), steps=4, generator=generator())
     assert [level for _, level in asked] == pytest.approx(sampling_sigmas(4, net.config))
     assert asked[0][0].std() == pytest.approx(80.0, rel=0.02)
     for (x, level), (before, last) in zip(asked[1:], asked, strict=False):
@@ -363,7 +421,7 @@ def test_every_further_step_starts_from_what_was_made_and_fresh_noise_of_its_lev
 def test_predictor_gives_views_that_do_not_depend_on_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    net, data = model(), views(objects=3)
+    net, data, sizes = model(), views(objects=3), []
     predict = predictor(net, steps=2, seed=4)
     found = predict(data.inputs, data.cameras)
     assert found.rgb.shape == (3, 4, SIZE, SIZE, 3)
@@ -372,111 +430,18 @@ def test_predictor_gives_views_that_do_not_depend_on_the_batch(
     other = predictor(net, steps=2, seed=5)(data.inputs, data.cameras)
     assert not torch.equal(found.rgb, other.rgb)
     alone = predict(data.inputs[1:2], data.cameras[1:2])
-    torch.testing.assert_close(alone.rgb[0], found.rgb[1], atol=1e-5, rtol=1e-5)
+    close(alone.rgb[0], found.rgb[1], atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(cvs, "MOST_AT_ONCE", 4)
-    sizes: list[int] = []
     net.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     chunked = predict(data.inputs, data.cameras)
     assert set(sizes) == {4}
-    torch.testing.assert_close(chunked.rgb, found.rgb, atol=1e-5, rtol=1e-5)
+    close(chunked.rgb, found.rgb, atol=1e-5, rtol=1e-5)
 
 
 def test_predictor_resizes_and_maps_cameras() -> None:
-    net, data = model(), views()
+    net, data, order = model(), views(), [1, 2, 3, 0]
     big = data.cameras.resized(24, 24)
     assert predictor(net)(data.inputs, big).rgb.shape == (2, 4, 24, 24, 3)
-    shifted = predictor(net, camera_map=lambda i, c: (i.cameras, c[:, [1, 2, 3, 0]], data.pivots))
-    expected = predictor(net)(data.inputs, data.cameras[:, [1, 2, 3, 0]])
-    torch.testing.assert_close(shifted(data.inputs, data.cameras).rgb, expected.rgb)
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"loss_weight": "depth"}, "loss_weight: got 'depth'"),
-        ({"parameterisation": "velocity"}, "parameterisation: got 'velocity'"),
-        ({"sigma_min": 90.0}, "want 0 < sigma_min < sigma_max"),
-        ({"foreground_share": 1.5}, "foreground_share: got 1.5"),
-        ({"ect_stages": 0}, "ect_stages"),
-        ({"ect_q": 1.0}, "ect_q"),
-        ({"render_twin": True}, "want render_condition=True too"),
-        ({"parameterisation": "original", "render_condition": True}, "adds to a render"),
-        ({"name": "huge"}, "preset: got 'huge'"),
-    ],
-)
-def test_nonsense_is_refused(bad: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CVSConfig.preset(**{"name": "tiny", **bad})
-
-
-@pytest.mark.parametrize(
-    ("name", "smallest", "largest", "gflop"),
-    [("base", 20e6, 26e6, 400), ("large", 50e6, 90e6, 150)],
-)
-def test_presets_have_the_size_they_state(
-    name: str, smallest: float, largest: float, gflop: int
-) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        net = CVS(CVSConfig.preset(name))
-        size = net.config.image_size
-        x, cond = torch.zeros(1, 4, size, size), torch.zeros(1, 16, size, size)
-        with FlopCounterMode(display=False) as counter:
-            net(x, torch.ones(1), cond).sum().backward()
-    assert smallest < sum(p.numel() for p in net.parameters()) < largest
-    assert counter.get_total_flops() <= gflop * 1e9
-
-
-def test_autocast_leaves_the_geometry_alone() -> None:
-    data = views()
-    with torch.autocast("cpu", torch.bfloat16):
-        low = condition(data.inputs, data.cameras, data.pivots)
-    assert torch.equal(low, condition(data.inputs, data.cameras, data.pivots))
-
-
-def test_light_error_sees_what_a_blur_loses_in_whole_regions() -> None:
-    target = torch.full((1, 4, 32, 32), -1.0)
-    target[..., 8:24, 8:24] = 1.0
-    blurred = torch.nn.functional.avg_pool2d(target, 9, 1, 4, count_include_pad=False)
-    assert light_error(target, target) == 0
-    assert light_error(blurred, target) > 0.1
-    # Half the light everywhere (sRGB 0.735 is linear 0.5) is half the error of none at all.
-    dimmed = torch.where(target > 0, 2 * 0.7353569 - 1, -1.0)
-    halves, dark = light_error(dimmed, target), light_error(torch.full_like(target, -1.0), target)
-    torch.testing.assert_close(2 * halves, dark, rtol=1e-4, atol=0)
-    odd = 2 * torch.rand(2, 4, 20, 25, generator=generator()) - 1
-    beyond = odd.clone()
-    beyond[..., 18:, :] = beyond[..., 24:] = 1.0  # regions of 3 x 3: 6 x 8 of them
-    assert (light_error(beyond, odd) == 0).all()
-    beyond[..., 17, 0] = -odd[..., 17, 0]
-    assert (light_error(beyond, odd) > 0).all()
-
-
-def test_training_can_start_from_other_weights() -> None:
-    source = model()
-    cond = torch.randn(2, CONDITION_CHANNELS, 16, 16)
-    x, sigma = 80.0 * torch.randn(2, 4, 16, 16), torch.full((2,), 80.0)
-    # the original has no skip connection: c_skip x is 0.003 of the noise
-    for kind, tolerance in (("consistency", 0.0), ("original", 0.02)):
-        network = CVS(dataclasses.replace(source.config, parameterisation=kind))
-        assert network.origin == "random"
-        network.start_from(source)
-        assert network.origin.startswith("sha256:")
-        assert torch.allclose(network(x, sigma, cond), source(x, sigma, cond), 0.0, tolerance)
-    with pytest.raises(ValueError, match="base_channels 8; want 16"):
-        CVS(CVSConfig.preset("tiny", base_channels=16)).start_from(source)
-
-
-def test_the_loss_of_a_network_that_has_learned_nothing() -> None:
-    tasks = [CVSTask(CVS(CVSConfig.preset("tiny")), views(2, 2), batch_size=4) for _ in range(2)]
-    fresh, trained = tasks
-    torch.nn.init.ones_(trained.model.unet.head.weight)
-    at_first = smoke.untrained_loss(fresh, 3)
-    assert at_first == smoke.untrained_loss(trained, 3)
-    draws = generator(3)
-    batch = fresh.batch(0, draws)
-    loss = fresh.loss(batch, progress=0.0, generator=draws, ema=fresh.model)["loss"].detach()
-    assert smoke.untrained_loss(fresh, 3, batches=1) == pytest.approx(float(loss))
-    fall = smoke.loss_fall([{"loss": 0.2}, {"loss": 0.1}], at_first)
-    assert fall == pytest.approx(at_first / 0.1)
+    shifted = predictor(net, camera_map=lambda i, c: (i.cameras, c[:, order], data.pivots))
+    expected = predictor(net)(data.inputs, data.cameras[:, order])
+    close(shifted(data.inputs, data.cameras).rgb, expected.rgb)

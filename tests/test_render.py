@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -46,45 +47,32 @@ def make_scene(
 
 
 def make_cameras(views: int, width: int, height: int, radius: float = 2.2) -> Cameras:
-    return orbit(
-        torch.linspace(0, 250, views), 15.0, radius,
-        pivot=torch.zeros(3), focal_px=1.2 * width, width=width, height=height,
-    )  # fmt: skip
+    options = {"focal_px": 1.2 * width, "width": width, "height": height}
+    return orbit(torch.linspace(0, 250, views), 15.0, radius, pivot=torch.zeros(3), **options)
 
 
-def stable(
-    gaussians: Gaussians, cameras: Cameras, near: float = 0.01, eps2d: float = 0.3
-) -> Tensor:
+def stable(g: Gaussians, cameras: Cameras, near: float = 0.01, eps2d: float = 0.3) -> Tensor:
     """Pixels (C, H, W) at which no Gaussian sits within rounding of a threshold.
 
     Where an opacity is 1/255, the clamp, or a transmittance 1e-4 to within float32's rounding,
     neither answer is wrong, and both the image and its gradient jump between them.
     """
-    masks = []
-    W, H = cameras.width, cameras.height
-    tensors = [getattr(gaussians, name).detach().double() for name in NAMES[:4]]
+    masks, size = [], (cameras.width, cameras.height)
+    tensors = [getattr(g, name).detach().double() for name in NAMES[:4]]
+    x, y = (torch.arange(n) + 0.5 for n in size)
+    pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
     for viewmat, K in zip(cameras.viewmats.double(), cameras.Ks.double(), strict=True):
         z = tensors[0] @ viewmat[2, :3] + viewmat[2, 3]
         order = torch.argsort(z.float(), stable=True)
-        order = order[z[order] >= near]
-        means, quats, scales, opacities = (t[order] for t in tensors)
-        centres, covariances, _ = reference.project(means, quats, scales, viewmat, K, W, H, eps2d)
-        raw = _raw_alphas(centres, covariances, opacities, W, H)
+        means, quats, scales, opacities = (t[order[z[order] >= near]] for t in tensors)
+        centres, covariances, _ = reference.project(means, quats, scales, viewmat, K, *size, eps2d)
+        d = pixels - centres[:, None, None]
+        sigma = torch.einsum("nhwi,nij,nhwj->nhw", d, torch.linalg.inv(covariances), d) / 2
+        raw = opacities[:, None, None] * torch.exp(-sigma)
         after = torch.cumprod(1 - torch.where(raw < 1 / 255, 0, raw.clamp_max(0.999)), 0)
-        fragile = (
-            ((raw * 255 - 1).abs() < 1e-4)
-            | ((raw / 0.999 - 1).abs() < 1e-5)
-            | ((after * 1e4 - 1).abs() < 1e-2)
-        )
-        masks.append(~fragile.any(0) if len(order) else torch.ones(H, W, dtype=torch.bool))
+        fragile = ((raw * 255 - 1).abs() < 1e-4) | ((raw / 0.999 - 1).abs() < 1e-5)
+        masks.append(~(fragile | ((after * 1e4 - 1).abs() < 1e-2)).any(0))
     return torch.stack(masks)
-
-
-def _raw_alphas(means2d: Tensor, cov2d: Tensor, opacities: Tensor, W: int, H: int) -> Tensor:
-    pixels = torch.stack(torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy"), -1) + 0.5
-    d = pixels[None] - means2d[:, None, None]
-    sigma = torch.einsum("nhwi,nij,nhwj->nhw", d, torch.linalg.inv(cov2d), d) / 2
-    return opacities[:, None, None] * torch.exp(-sigma)
 
 
 def leaves_of(gaussians: Gaussians) -> list[Tensor]:
@@ -92,22 +80,22 @@ def leaves_of(gaussians: Gaussians) -> list[Tensor]:
 
 
 def gradients(
-    gaussians: Gaussians, cameras: Cameras, weights: Views, backend: str, **options: object
+    gaussians: Gaussians, cameras: Cameras, weights: Views, backend: Any, **options: Any
 ) -> tuple[Views, list[Tensor]]:
     """The views, and the gradients of their weighted sum for the five tensors of the Gaussians."""
     leaves = leaves_of(gaussians)
-    views = render(Gaussians(*leaves), cameras, backend=backend, **options)  # type: ignore[arg-type]
+    views = render(Gaussians(*leaves), cameras, backend=backend, **options)
     loss = sum((getattr(views, name).double() * getattr(weights, name)).sum() for name in IMAGES)
     return views, list(torch.autograd.grad(loss, leaves))
 
 
 def assert_matches_reference(
-    gaussians: Gaussians, cameras: Cameras, seed: int = 0, **options: object
+    gaussians: Gaussians, cameras: Cameras, seed: int = 0, **options: Any
 ) -> None:
     """Images to 5e-6 of their range, gradients to 1e-4 of their norm, where both are continuous."""
-    limits = {name: float(options[name]) for name in ("near", "eps2d") if name in options}  # type: ignore[arg-type]
+    limits = {name: options[name] for name in ("near", "eps2d") if name in options}
     mask = stable(gaussians, cameras, **limits)[..., None]
-    assert mask.float().mean() > 0.5 or not mask.numel()
+    assert mask.float().mean() > 0.5
     generator = torch.Generator().manual_seed(seed)
     shape = mask.shape[:-1]
     weights = [torch.randn(*shape, k, generator=generator).double() * mask for k in (3, 1, 1)]
@@ -117,14 +105,14 @@ def assert_matches_reference(
     )
     for name in IMAGES:
         a, b = getattr(want, name).detach(), getattr(got, name).detach()
-        scale = max(1.0, float(a.abs().max())) if a.numel() else 1.0
-        assert ((a - b) * mask).abs().max() <= 5e-6 * scale, name
+        assert b.isfinite().all()
+        assert ((a - b) * mask).abs().max() <= 5e-6 * max(1.0, float(a.abs().max())), name
     for name, want_grad, got_grad in zip(NAMES, want_grads, got_grads, strict=True):
         error = torch.linalg.norm(want_grad - got_grad)
         assert error <= 1e-4 * torch.linalg.norm(want_grad) + 1e-6, (name, float(error))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31),
     width=st.integers(1, 40),
@@ -166,11 +154,6 @@ def test_parameters_mean_the_same_in_both(options: dict) -> None:
     assert not torch.equal(render(gaussians, cameras).rgb, changed.rgb)
 
 
-def test_what_is_nearer_than_near_is_not_drawn() -> None:
-    nothing = render(make_scene(5), make_cameras(2, 20, 24), near=50.0)
-    assert nothing.alpha.max() == 0 and nothing.depth.max() == 0
-
-
 @pytest.mark.parametrize("size", [(524_273, 1), (1, 524_273)])
 def test_images_beyond_what_the_kernels_count_are_refused(size: tuple[int, int]) -> None:
     """Boxes of tiles are 16-bit, entries 32-bit: further on, pictures would be silently wrong."""
@@ -181,8 +164,8 @@ def test_images_beyond_what_the_kernels_count_are_refused(size: tuple[int, int])
 
 
 def test_a_larger_image_spans_many_tiles_and_chunks() -> None:
-    gaussians = make_scene(11, num=1500, sizes=(0.002, 0.01), opacities=(0.05, 0.9), spread=0.3)
-    cameras = make_cameras(1, 70, 53)  # five chunks of 256 and a part of one
+    gaussians = make_scene(11, num=1100, sizes=(0.002, 0.01), opacities=(0.05, 0.9), spread=0.3)
+    cameras = make_cameras(1, 50, 35)  # four chunks of 256 and a part of one
     want, got = (render(gaussians, cameras, backend=k) for k in ("reference", "cpu"))
     mask = stable(gaussians, cameras)[..., None]
     assert mask.float().mean() > 0.5
@@ -191,26 +174,20 @@ def test_a_larger_image_spans_many_tiles_and_chunks() -> None:
 
 def hard_cases() -> dict[str, tuple[Gaussians, Cameras]]:
     here = make_cameras(1, 24, 17)
-    scenes = [make_scene(seed, num=10) for seed in (4, 5, 6, 8)]
-    above = look_at(
-        torch.tensor([[0.0, 0.0, 2.0]]), torch.zeros(3), focal_px=30.0, width=24, height=17
-    )
+    far, wide, flat, equal = (make_scene(seed, num=10) for seed in (4, 5, 6, 8))
+    eye, size = torch.tensor([[0.0, 0.0, 2.0]]), {"width": 24, "height": 17}
+    above = look_at(eye, torch.zeros(3), focal_px=30.0, **size)
+    in_plane = torch.tensor([1.0, 1.0, 0.0])
     return {
         "nothing": (make_scene(1, num=0), here),
+        "behind the camera": (replace(far, means=far.means + 10 * here.centers[0]), here),
+        "far outside the frustum": (replace(wide, means=wide.means * 1e5), here),
         "one pixel": (make_scene(2, num=8), make_cameras(1, 1, 1)),
         "one Gaussian": (make_scene(3, num=1), here),
-        "behind the camera": (
-            replace(scenes[0], means=scenes[0].means + 10 * here.centers[0]),
-            here,
-        ),
-        "far outside the frustum": (replace(scenes[1], means=scenes[1].means * 1e5), here),
-        "no extent": (replace(scenes[2], scales=scenes[2].scales * 0), here),
+        "no extent": (replace(flat, scales=flat.scales * 0), here),
         "needles": (make_scene(7, num=6, sizes=(1e-3, 5.0)), here),
         "inside the cloud": (make_scene(9, num=40, spread=1.0), make_cameras(1, 24, 17, 0.01)),
-        "equal depths": (
-            replace(scenes[3], means=scenes[3].means * torch.tensor([1.0, 1.0, 0.0])),
-            above,
-        ),
+        "equal depths": (replace(equal, means=equal.means * in_plane), above),
     }
 
 
@@ -218,18 +195,15 @@ def hard_cases() -> dict[str, tuple[Gaussians, Cameras]]:
 def test_hard_cases(case: str) -> None:
     gaussians, cameras = hard_cases()[case]
     assert_matches_reference(gaussians, cameras)
-    views = render(gaussians, cameras)
-    assert all(getattr(views, name).isfinite().all() for name in IMAGES)
     if case in ("nothing", "behind the camera", "far outside the frustum"):
-        assert views.alpha.max() == 0
+        assert render(gaussians, cameras).alpha.max() == 0
 
 
 def test_a_zero_quaternion_is_no_rotation() -> None:
-    gaussians = make_scene(10, num=5)
-    zero = replace(gaussians, quats=gaussians.quats * 0)
-    unit = replace(gaussians, quats=torch.tensor([1.0, 0, 0, 0]).expand(5, 4))
-    cameras = make_cameras(1, 20, 20)
-    assert torch.equal(render(zero, cameras).rgb, render(unit, cameras).rgb)
+    gaussians, cameras = make_scene(10, num=5), make_cameras(1, 20, 20)
+    zero, unit = (torch.tensor([w, 0, 0, 0]).expand(5, 4) for w in (0.0, 1.0))
+    one, other = (render(replace(gaussians, quats=quats), cameras).rgb for quats in (zero, unit))
+    assert torch.equal(one, other)
 
 
 def test_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,17 +247,14 @@ def test_float64_and_views_without_gradients_render() -> None:
     assert render(gaussians, cameras, backend="reference").rgb.dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("name", NAMES)
-def test_nan_is_refused(name: str, backend: str) -> None:
-    tensors = {n: getattr(make_scene(17), n).clone() for n in NAMES}
-    tensors[name].view(-1)[7] = float("nan")
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        render(Gaussians(**tensors), make_cameras(1, 8, 8), backend=backend)  # type: ignore[arg-type]
-
-
 def moved(**changes: Tensor) -> Cameras:
     return replace(make_cameras(2, 8, 8), **changes)
+
+
+def with_nan(name: str) -> Gaussians:
+    tensors = {n: getattr(make_scene(17), n).clone() for n in NAMES}
+    tensors[name].view(-1)[7] = float("nan")
+    return Gaussians(**tensors)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +265,14 @@ def moved(**changes: Tensor) -> Cameras:
         ({"near": -1.0}, "near"),
         ({"eps2d": -0.1}, "eps2d"),
         ({"background": torch.zeros(4)}, "background: got shape"),
-        ({"gaussians": make_scene(19, batch=(3,))}, "C views of every scene"),
+        ({"gaussians": make_scene(19, batch=(3,))}, "C of every scene"),
         ({"cameras": moved(viewmats=torch.eye(4).repeat(2, 1, 1).requires_grad_())}, "require"),
         ({"cameras": moved(viewmats=torch.full((2, 4, 4), torch.nan))}, "cameras: got NaN"),
+        *(
+            ({"gaussians": with_nan(name), "backend": backend}, "gaussians.*NaN or infinite")
+            for name in NAMES
+            for backend in ("cpu", "reference")
+        ),
     ],
 )
 def test_bad_parameters_are_named(options: dict, message: str) -> None:
@@ -313,5 +289,5 @@ def test_gsplat_agrees(coefficients: int) -> None:
     mask = stable(gaussians, cameras)[..., None]
     want = render(gaussians, cameras, backend="cpu", background=[0.1, 0.2, 0.3])
     got = render(gaussians.to("cuda"), cameras.to("cuda"), background=[0.1, 0.2, 0.3])
-    for name in ("rgb", "alpha", "depth"):
+    for name in IMAGES:
         assert ((getattr(want, name) - getattr(got, name).cpu()) * mask).abs().max() < 1e-3

@@ -229,8 +229,8 @@ def seen(
     """
     views = [renderer(inputs, cameras)]
     if twin:
-        flipped = {"rgb": inputs.rgb.flip(2), "alpha": inputs.alpha.flip(2), "depth": None}
-        mirrored = replace(inputs, cameras=inputs.cameras.mirrored(), **flipped)
+        rgb, alpha, there = inputs.rgb.flip(2), inputs.alpha.flip(2), inputs.cameras.mirrored()
+        mirrored = replace(inputs, rgb=rgb, alpha=alpha, depth=None, cameras=there)
         other = renderer(mirrored, cameras.mirrored())
         views.append(Views(other.rgb.flip(3), other.alpha.flip(3), other.depth.flip(3)))
     distance = torch.linalg.norm(cameras.centers - pivots[:, None], dim=-1)[..., None, None, None]

@@ -72,55 +72,37 @@ def render(
         ValueError: for shapes, devices or parameters that do not fit, and for NaN or infinite
             Gaussians (cpu and reference; on a GPU the check would stall the queue).
     """
-    chosen = _choose(gaussians, cameras, backend)
-    if not near > 0:
-        raise ValueError(f"near: got {near}, want a depth > 0")
-    if not eps2d >= 0:
-        raise ValueError(f"eps2d: got {eps2d}, want a variance >= 0 in px^2")
-    batch, views = gaussians.batch_shape, tuple(cameras.batch_shape)
-    if views[:-1] != tuple(batch) or len(views) != len(batch) + 1:
-        raise ValueError(
-            f"cameras: got batch shape {views}, want {(*batch, 'C')}: C views of every scene"
-        )
-    # imported late: Numba and gsplat take seconds
-    rasterize = importlib.import_module(f"fresnel.render.{chosen}").rasterize
-    backdrop = _backdrop(background, views, gaussians)
-    return Views(*rasterize(gaussians, cameras, backdrop, near, eps2d))
-
-
-def _choose(gaussians: Gaussians, cameras: Cameras, backend: str) -> str:
-    """Resolve "auto" and refuse what the chosen backend cannot do."""
     device, viewmats = gaussians.device, cameras.viewmats
+    batch, views = tuple(gaussians.batch_shape), tuple(cameras.batch_shape)
+    chosen: str = backend
+    if backend == "auto":
+        chosen = "gsplat" if device.type == "cuda" else "cpu"
+    kind = {"cpu": "cpu", "gsplat": "cuda", "reference": device.type}.get(chosen)
+    if kind is None:
+        raise ValueError(f"backend: got {backend!r}, want 'auto', 'cpu', 'gsplat' or 'reference'")
+    if device.type != kind:
+        raise ValueError(f"backend: {chosen} renders {kind.upper()} tensors only, got {device}")
     if viewmats.device != device:
         raise ValueError(f"cameras: on {viewmats.device}, want {device}, where the Gaussians are")
-    if backend == "auto":
-        backend = "gsplat" if device.type == "cuda" else "cpu"
-    if backend not in ("cpu", "gsplat", "reference"):
-        raise ValueError(f"backend: got {backend!r}, want 'auto', 'cpu', 'gsplat' or 'reference'")
-    kind = {"gsplat": "cuda", "cpu": "cpu"}.get(backend, device.type)
-    if device.type != kind:
-        raise ValueError(f"backend: {backend} renders {kind.upper()} tensors only, got {device}")
-    if backend == "cpu" and (viewmats.requires_grad or cameras.Ks.requires_grad):
+    if chosen == "cpu" and (viewmats.requires_grad or cameras.Ks.requires_grad):
+        raise ValueError("cameras: require gradients; detach them, or use 'reference' or 'gsplat'")
+    if not near > 0 or not eps2d >= 0:
+        raise ValueError(f"near, eps2d: got {near} and {eps2d}, want a depth > 0, a variance >= 0")
+    if views[:-1] != batch or not views:
         raise ValueError(
-            "cameras: require gradients, which the cpu backend does not have; "
-            "detach them, or use 'reference' or 'gsplat'"
+            f"cameras: got batch shape {views}, want {(*batch, 'C')}: C of every scene"
         )
-    return backend
-
-
-def _backdrop(
-    background: Tensor | Sequence[float] | None, views: tuple[int, ...], gaussians: Gaussians
-) -> Tensor | None:
-    """Background colours as (..., C, 3), or None for black."""
-    if background is None:
-        return None
-    colors = torch.as_tensor(background, dtype=gaussians.dtype, device=gaussians.device)
-    try:
-        return colors.broadcast_to(*views, 3)
-    except RuntimeError:
-        raise ValueError(
-            f"background: got shape {tuple(colors.shape)}, want one broadcastable to {(*views, 3)}"
-        ) from None
+    colours = None
+    if background is not None:
+        colours = torch.as_tensor(background, dtype=gaussians.dtype, device=device)
+        try:
+            colours = colours.broadcast_to(*views, 3)
+        except RuntimeError:
+            want = f"want one broadcastable to {(*views, 3)}"
+            raise ValueError(f"background: got shape {tuple(colours.shape)}, {want}") from None
+    # imported late: Numba and gsplat take seconds
+    rasterize = importlib.import_module(f"fresnel.render.{chosen}").rasterize
+    return Views(*rasterize(gaussians, cameras, colours, near, eps2d))
 
 
 class _Callable(types.ModuleType):

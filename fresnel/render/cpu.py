@@ -1,33 +1,74 @@
 """The CPU rasteriser: Numba kernels behind one autograd function.
 
 Tiles, front-to-back blending and the cut-offs are 3DGS's (arXiv 2308.04079) as gsplat 1.5.3 has
-them. Of `kernels`, passes says what runs, tasks why results have the same bits on any number of
-threads, and scratch where memory comes from.
+them. Of `kernels`, passes says what runs, and tasks why results have the same bits on any number of
+threads.
 """
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import threading
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import weakref
+from types import SimpleNamespace
+from typing import Any
 
 import numba
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fresnel.render.kernels import passes as _passes
-from fresnel.render.kernels.scratch import Pool
 from fresnel.render.kernels.tasks import BAD, TOTAL, run
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.gaussians import Gaussians
 
-_pool = Pool(limit=256 << 20)  # idle memory only; a pass of 100k Gaussians at 512 px takes 40 MB
 ROOM = 8  # entries for each Gaussian that there is room for at first
 MOST_PIXELS = 32_767 * 16
 _ZEROS = torch.zeros(48)  # stands for a gradient that is zero everywhere
+
+
+class Pool:
+    """Lends memory for passes, and lends it again once the last reference to it is gone.
+
+    Fresh pages cost as much as the work of a small pass (the system clears each at its first
+    touch), and autograd decides how long a pass's memory lives. So memory is an array that comes
+    back when it dies, wherever the garbage collector runs and in any thread: nothing here waits for
+    a lock, every step on `idle` is one of the dictionary's own, and who loses a race allocates.
+
+    Args:
+        limit: bytes kept idle at most; beyond, what has been idle longest is freed.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.idle: dict[int, np.ndarray[Any, Any]] = {}  # longest idle first
+
+    def take(self, size: int) -> np.ndarray[Any, Any]:
+        """Uninitialised memory for at least `size` doubles, from a cache line on. Hold on to the
+        array, not to a view."""
+        idle = list(self.idle.values())[::-1]  # of equals the last: its pages are still warm
+        fits = [memory for memory in idle if size <= memory.size <= 4 * size + 4096]
+        best = min(fits, key=lambda memory: memory.size, default=None)
+        memory = self.idle.pop(id(best), None)
+        if memory is None:
+            size += size // 8 + 512  # so that it serves a slightly larger pass too
+            whole = np.empty(size + 8)
+            skip = -whole.ctypes.data // 8 % 8
+            memory = whole[skip : skip + size]
+        loan = memory[:]
+        weakref.finalize(loan, self._give_back, memory).atexit = False
+        return loan
+
+    def _give_back(self, memory: np.ndarray[Any, Any]) -> None:
+        self.idle[id(memory)] = memory
+        idle = list(self.idle.items())
+        excess = sum(memory.nbytes for _, memory in idle) - self.limit
+        for key, oldest in idle:
+            if excess > 0 and self.idle.pop(key, None) is not None:
+                excess -= oldest.nbytes
+
+
+_pool = Pool(limit=256 << 20)  # a pass of 100k Gaussians at 512 px takes 40 MB
 
 
 def rasterize(
@@ -39,17 +80,17 @@ def rasterize(
         ValueError: for NaN or infinite values, and where there are more pixels or Gaussians than
             the kernels can count.
     """
-    g = gaussians
+    g, width, height = gaussians, cameras.width, cameras.height
     tensors = [t.float().contiguous() for t in (g.means, g.quats, g.scales, g.opacities, g.colors)]
     views = cameras.viewmats.shape[:-2]
-    images, N, pixels = views.numel(), g.means.shape[-2], cameras.width * cameras.height
-    if max(cameras.width, cameras.height) > MOST_PIXELS:  # boxes of tiles are 16-bit
-        size = f"{cameras.width} x {cameras.height}"
-        raise ValueError(f"cameras: images of {size} pixels, want at most {MOST_PIXELS} each way")
+    images, N = views.numel(), g.means.shape[-2]
+    if max(width, height) > MOST_PIXELS:  # boxes of tiles are 16-bit
+        size = f"{width} x {height} pixels, want at most {MOST_PIXELS} each way"
+        raise ValueError(f"cameras: images of {size}")
     _check_count(images * N)
     if background is None:
         background = torch.zeros(*views, 3)
-    job = _Job(
+    job = SimpleNamespace(
         views=views,
         scenes=views[:-1].numel(),
         C=views[-1],
@@ -57,13 +98,13 @@ def rasterize(
         coefficients=0 if g.colors.ndim == g.means.ndim else g.colors.shape[-2],
         # Enough chunks to share, and few enough: each counts the entries of every tile.
         chunk=min(4096, max(256, 1 << (images * N >> 3).bit_length())),
-        width=cameras.width,
-        height=cameras.height,
+        width=width,
+        height=height,
         viewmats=cameras.viewmats.double().contiguous(),
         Ks=cameras.Ks.double().contiguous(),
         near=float(near),
         eps2d=float(eps2d),
-        threads=_threads(images * N, images * pixels),
+        threads=_threads(images * N, images * width * height),
     )
     tensors.append(background.float().contiguous())
     if torch.is_grad_enabled():
@@ -87,24 +128,8 @@ def _threads(projections: int, pixels: int) -> int:
     return max(1, min(limit, int(microseconds / 20)))
 
 
-class _Job(NamedTuple):
-    views: torch.Size
-    scenes: int
-    C: int
-    N: int
-    coefficients: int
-    chunk: int
-    width: int
-    height: int
-    viewmats: Tensor
-    Ks: Tensor
-    near: float
-    eps2d: float
-    threads: int
-
-
 def _forward(
-    job: _Job, *tensors: Tensor
+    job: Any, *tensors: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, tuple[int, int]]:
     """Images; memory that the backward pass needs; the entries it has room for and those it holds.
 
@@ -117,14 +142,13 @@ def _forward(
     fixed, size = _passes.memory_size(images, N, job.chunk, tiles, capacity)
     memory = torch.from_numpy(_pool.take(size))
     while True:
-        with _compiling_notice(_passes.forward):
-            progress = run(
-                _passes.forward, job.threads, total > 0, *scenes, job.coefficients, background,
-                job.viewmats.data_ptr(), job.Ks.data_ptr(), images, job.C, N, job.chunk,
-                job.width, job.height, job.near, job.eps2d,
-                1 if job.threads <= images else job.threads, memory.data_ptr(), capacity,
-                rgb.data_ptr(), alpha.data_ptr(), depth.data_ptr(),
-            )  # fmt: skip
+        progress = run(
+            _passes.forward, job.threads, total > 0, *scenes, job.coefficients, background,
+            job.viewmats.data_ptr(), job.Ks.data_ptr(), images, job.C, N, job.chunk,
+            job.width, job.height, job.near, job.eps2d,
+            1 if job.threads <= images else job.threads, memory.data_ptr(), capacity,
+            rgb.data_ptr(), alpha.data_ptr(), depth.data_ptr(),
+        )  # fmt: skip
         if progress[BAD]:
             what = "gaussians" if progress[BAD] == 1 else "cameras"
             raise ValueError(f"{what}: got NaN or infinite values, want finite ones")
@@ -140,7 +164,7 @@ def _forward(
 
 class _Rasterize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, job: _Job, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, job: Any, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images, memory, ctx.entries = _forward(job, *tensors)
         # Saved, not an attribute: so autograd lets the memory go as soon as the graph was used.
         ctx.save_for_backward(*tensors, *images, memory)
@@ -156,34 +180,16 @@ class _Rasterize(torch.autograd.Function):
         given = [_ZEROS if v is None else v.contiguous() for v in slopes]
         sums = torch.from_numpy(_pool.take(8 * total))
         grads = [torch.empty_like(t) for t in tensors]
-        with _compiling_notice(_passes.backward):
-            run(
-                _passes.backward, job.threads,
-                *(t.data_ptr() for t in tensors), job.coefficients, background.data_ptr(),
-                job.scenes, job.C, job.N, job.chunk, job.width, job.height, job.eps2d,
-                memory.data_ptr(), capacity,
-                rgb.data_ptr(), alpha.data_ptr(), depth.data_ptr(),
-                *(v.data_ptr() for v in given), *(int(v is not None) for v in slopes),
-                sums.data_ptr(), total, *(v.data_ptr() for v in grads),
-            )  # fmt: skip
+        run(
+            _passes.backward, job.threads,
+            *(t.data_ptr() for t in tensors), job.coefficients, background.data_ptr(),
+            job.scenes, job.C, job.N, job.chunk, job.width, job.height, job.eps2d,
+            memory.data_ptr(), capacity,
+            rgb.data_ptr(), alpha.data_ptr(), depth.data_ptr(),
+            *(v.data_ptr() for v in given), *(int(v is not None) for v in slopes),
+            sums.data_ptr(), total, *(v.data_ptr() for v in grads),
+        )  # fmt: skip
         v_background = None
         if ctx.needs_input_grad[6] and slopes[0] is not None:
             v_background = ((1 - alpha) * slopes[0]).sum((-3, -2))
         return (None, *grads, v_background)
-
-
-@contextlib.contextmanager
-def _compiling_notice(kernel: Any) -> Iterator[None]:
-    """Say what takes so long when kernels are compiled rather than loaded from Numba's cache."""
-    if kernel.overloads:
-        yield
-        return
-    what = f"the CPU renderer's {kernel.__name__} pass"
-    text = f"fresnel: compiling {what}, once per machine (about 10 s) ..."
-    timer = threading.Timer(2.0, print, (text,), {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

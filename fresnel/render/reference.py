@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,17 +112,13 @@ def draw(
 def one_batch(
     gaussians: Gaussians, cameras: Cameras, background: Tensor | None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Everything with one batch dimension, for backends that want B scenes and C views of each.
-
-    Returns:
-        means, quats, scales, opacities and colors (B, N, ...), viewmats (B, C, 4, 4) and Ks
-        (B, C, 3, 3); the background (B, C, 3) or None.
-    """
-    g, batch, C = gaussians, len(gaussians.batch_shape), cameras.batch_shape[-1]
-    B = gaussians.batch_shape.numel()
-    tensors = [
-        t.reshape(B, *t.shape[batch:]) for t in (g.means, g.quats, g.scales, g.opacities, g.colors)
-    ]
+    """Everything with one batch dimension, for backends that want B scenes and C views of each:
+    means, quats, scales, opacities and colors (B, N, ...), viewmats (B, C, 4, 4) and Ks
+    (B, C, 3, 3); the background (B, C, 3) or None."""
+    g, batch = gaussians, gaussians.batch_shape
+    B, C = batch.numel(), cameras.batch_shape[-1]
+    scenes = (g.means, g.quats, g.scales, g.opacities, g.colors)
+    tensors = [t.reshape(B, *t.shape[len(batch) :]) for t in scenes]
     tensors += [cameras.viewmats.reshape(B, C, 4, 4), cameras.Ks.reshape(B, C, 3, 3)]
     return tensors, None if background is None else background.reshape(B, C, 3)
 
@@ -131,25 +128,18 @@ def rasterize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Render one image at a time; parameters and results as in `fresnel.render.render`."""
     tensors, background = one_batch(gaussians, cameras, background)
-    means, quats, scales, opacities, colors, viewmats, Ks = (t.double() for t in tensors)
+    *scenes, viewmats, Ks = (t.double() for t in tensors)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ValueError("gaussians or cameras: got NaN or infinite values, want finite ones")
-    width, height = cameras.width, cameras.height
-    B, C = viewmats.shape[:2]
+    (B, C), width, height = viewmats.shape[:2], cameras.width, cameras.height
     if B * C == 0:
         empty = viewmats.new_zeros(*cameras.batch_shape, height, width, 1)
         return empty.expand(*empty.shape[:-1], 3), empty, empty
     behind = viewmats.new_zeros(B, C, 3) if background is None else background.double()
-    images = [
-        draw(
-            means[b], quats[b], scales[b], opacities[b], colors[b], viewmats[b, c], Ks[b, c],
-            width, height, behind[b, c], near=near, eps2d=eps2d,
-        )
-        for b in range(B)
-        for c in range(C)
-    ]  # fmt: skip
-    rgb, alpha, depth = (
-        torch.stack(parts).reshape(*cameras.batch_shape, *parts[0].shape)
-        for parts in zip(*images, strict=True)
-    )
+    images = []
+    for b, c in np.ndindex(B, C):
+        view = (viewmats[b, c], Ks[b, c], width, height, behind[b, c])
+        images.append(draw(*(t[b] for t in scenes), *view, near=near, eps2d=eps2d))
+    shape = (*cameras.batch_shape, height, width, -1)
+    rgb, alpha, depth = (torch.stack(parts).reshape(shape) for parts in zip(*images, strict=True))
     return rgb, alpha, depth

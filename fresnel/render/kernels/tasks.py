@@ -7,7 +7,6 @@ goes, having touched nothing but the counters. So small passes lose nothing by a
 result depends on who did what, and when the caller's thread is done, the pass's memory is free.
 """
 
-# Numba compiles most of this file, mypy cannot follow it.
 # mypy: ignore-errors
 from __future__ import annotations
 
@@ -33,12 +32,8 @@ STAGES = 4
 BAD, TOTAL = 16 * STAGES, 16 * STAGES + 8  # what a pass reports back, after its counters
 LINES = 16 * STAGES + 16  # int64 of a pass's progress: one cache line for every number
 
-_internal = {
-    "nogil": True,
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
+_bare = {"nogil": True, "error_model": "numpy"}
+_internal = {**_bare, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 inline = numba.njit(forceinline=True, **_internal)
 stage = numba.njit(**_internal)
 
@@ -72,35 +67,51 @@ def _digest(folder: Path) -> str:
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that threads run without the GIL, and keep the result on disk, if any
     place that Numba knows can be written to."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    dispatcher = numba.njit(**_bare)(function)
     with contextlib.suppress(RuntimeError):
         dispatcher._cache = _Cache(function)
     return dispatcher
 
 
-@intrinsic
-def _add(typingctx, array, index, number):
+def emits(typed, arity=None):
+    """Make an intrinsic of a function that emits code: emit(context, builder, sig, *values).
+
+    `typed` makes (result, *arguments) of the arguments' types: what they are converted to.
+    """
+
+    def made(emit, *args):
+        result, *want = typed(*args)
+        return result(*want), lambda context, builder, sig, values: emit(
+            context, builder, sig, *values
+        )
+
+    def define(emit):
+        by_arity = {  # Numba counts the parameters
+            1: lambda typingctx, a: made(emit, a),
+            2: lambda typingctx, a, b: made(emit, a, b),
+            3: lambda typingctx, a, b, c: made(emit, a, b, c),
+            4: lambda typingctx, a, b, c, d: made(emit, a, b, c, d),
+        }
+        return intrinsic(by_arity[arity or emit.__code__.co_argcount - 3])
+
+    return define
+
+
+@emits(lambda array, index, number: (types.int64, array, types.intp, types.int64))
+def _add(context, builder, sig, array, index, number):
     """Atomically add to an element of an int64 array; returns what it was.
 
     A release, as the load below is an acquire: who sees the sum sees what was written before it.
     """
-
-    def codegen(context, builder, sig, values):
-        data = context.make_array(array)(context, builder, values[0]).data
-        return builder.atomic_rmw("add", builder.gep(data, [values[1]]), values[2], "acq_rel")
-
-    return types.int64(array, types.intp, types.int64), codegen
+    data = context.make_array(sig.args[0])(context, builder, array).data
+    return builder.atomic_rmw("add", builder.gep(data, [index]), number, "acq_rel")
 
 
-@intrinsic
-def _look(typingctx, array, index):
+@emits(lambda array, index: (types.int64, array, types.intp))
+def _look(context, builder, sig, array, index):
     """Atomically load an element of an int64 array."""
-
-    def codegen(context, builder, sig, values):
-        data = context.make_array(array)(context, builder, values[0]).data
-        return builder.load_atomic(builder.gep(data, [values[1]]), "acquire", 8)
-
-    return types.int64(array, types.intp), codegen
+    data = context.make_array(sig.args[0])(context, builder, array).data
+    return builder.load_atomic(builder.gep(data, [index]), "acquire", 8)
 
 
 _WINDOWS = sys.platform == "win32"
@@ -134,21 +145,15 @@ def wait(progress, number, tasks):
             _sleep(_NAP)
 
 
-@intrinsic
-def array_at(typingctx, address, size, dtype):
+@emits(lambda at, size, kind: (types.Array(kind.dtype, 1, "C"), types.intp, types.intp, kind))
+def array_at(context, builder, sig, address, size, _):
     """The array of `size` elements at an address. Free, where unpacking an object is not."""
-    kind = types.Array(dtype.dtype, 1, "C")
-
-    def codegen(context, builder, sig, values):
-        array = context.make_array(kind)(context, builder)
-        width = context.get_constant(
-            types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype))
-        )
-        data = builder.inttoptr(values[0], array.data.type)
-        populate_array(array, data, [values[1]], [width], width, None)
-        return array._getvalue()
-
-    return kind(types.intp, types.intp, dtype), codegen
+    array = context.make_array(sig.return_type)(context, builder)
+    element = context.get_data_type(sig.return_type.dtype)
+    width = context.get_constant(types.intp, context.get_abi_sizeof(element))
+    data = builder.inttoptr(address, array.data.type)
+    populate_array(array, data, [size], [width], width, None)
+    return array._getvalue()
 
 
 @inline
@@ -174,8 +179,7 @@ class _Crew:
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[tuple[Any, tuple[Any, ...]]] = queue.SimpleQueue()
-        self.lock = threading.Lock()
-        self.size = 0
+        self.lock, self.size = threading.Lock(), 0
 
     def help(self, function: Any, args: tuple[Any, ...], hands: int) -> None:
         if self.size < hands:
@@ -205,7 +209,18 @@ def run(function: Any, threads: int, *args: Any) -> np.ndarray[Any, Any]:
     returns, so the rest must be numbers (addresses of memory among them), not arrays.
     """
     progress = np.zeros(LINES, np.int64)
-    if threads > 1 and function.overloads:  # the first call compiles: once is enough
+    if not function.overloads:  # it is compiled, or loaded from Numba's cache: once is enough
+        what = f"the CPU renderer's {function.__name__} pass, once per machine (about 10 s) ..."
+        said = (f"fresnel: compiling {what}",)
+        notice = threading.Timer(2.0, print, said, {"file": sys.stderr, "flush": True})
+        notice.daemon = True
+        notice.start()
+        try:
+            function(progress, *args)
+        finally:
+            notice.cancel()
+        return progress
+    if threads > 1:
         # A forked child has none of its parent's threads, so every process has a crew of its own.
         crew = _crews.get(os.getpid()) or _crews.setdefault(os.getpid(), _Crew())
         crew.help(function, (progress, *args), threads - 1)
