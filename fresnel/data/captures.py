@@ -66,7 +66,7 @@ class Capture:
     descriptions: tuple[str, ...]  # the files that all this was read from
     notes: dict[str, Any]  # what was assumed, for ``meta``
     pivot: Floats | None = None  # what the cameras turn about, (3,)
-    input_image: str = ""  # the view that acts as the input
+    input_image: str = ""  # the view that acts as the input, if a description says so
     attribution: str = ""
 
     @property
@@ -132,9 +132,6 @@ def pinhole(fx: float, fy: float, cx: float, cy: float) -> Floats:
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=np.float64)
 
 
-# --- what the description leaves open ----------------------------------------------------------
-
-
 def upright(viewmats: Floats) -> Floats:
     """Rotation (3, 3) that takes the cameras' mean up direction to Y; the identity if they differ.
 
@@ -191,11 +188,37 @@ def prepare(
     for name, value in (("image_size", image_size), ("views", views)):
         if value is not None and not 1 <= value <= 100_000:
             raise ValueError(f"{name}: got {value}, want at least 1")
-    chosen, natural = zip(*(_completed(root, each, views) for each in found), strict=True)
+    chosen: list[Capture] = []
+    side = LARGEST_SIDE
+    for capture in found:
+        count, whole = len(capture.views), capture.views
+        if views is not None and views > count:
+            raise DatasetError(f"{root}: {capture.name!r} has {count} views, views asks {views}")
+        rows = np.linspace(0, count - 1, views or count).round().astype(int)
+        said = [row for row, view in enumerate(whole) if view.image == capture.input_image]
+        if said:
+            rows[np.abs(rows - said[0]).argmin()] = said[0]
+        thinned = replace(capture, views=tuple(whole[row] for row in rows))
+        pivot = nearest_to_axes(thinned.viewmats) if capture.pivot is None else capture.pivot
+        middle = thinned.views[frontal(thinned.viewmats, pivot)].image
+        alpha = load_image(inside(root, thinned.views[0].image), rotate=False)[1]
+        source = "file" if bool((alpha < 255).any()) else "none"
+        source = "mask" if any(view.mask for view in thinned.views) else source
+        side = min(side, min(alpha.shape) if source == "none" else max(alpha.shape))
+        estimated = "nearest point to the optical axes"
+        notes = {
+            "input": capture.input_image if said else middle,
+            "pivot": pivot.tolist(),
+            "pivot_source": estimated if capture.pivot is None else "description",
+            "alpha_source": source,
+            "views": len(rows),
+            "views_left_out": count - len(rows),
+            **capture.notes,
+        }
+        chosen.append(replace(thinned, pivot=pivot, notes=notes))
     most = max(len(capture.views) for capture in chosen)
     affordable = int((MAX_RECORD_BYTES / (4 * most)) ** 0.5)
-    side = image_size or min(*natural, LARGEST_SIDE)
-    if affordable < min(side, SMALLEST_SIDE):
+    if affordable < min(image_size or side, SMALLEST_SIDE):
         raise DatasetError(
             f"{root}: an object of {most} views doesn't fit into {MAX_RECORD_BYTES >> 20} MB "
             f"even at {SMALLEST_SIDE} px. Pass views= to take fewer, evenly spaced"
@@ -203,13 +226,8 @@ def prepare(
     kinds = {capture.notes["alpha_source"] for capture in chosen}
     meta: dict[str, Any] = {
         "source": "captures",
-        "formats": sorted({str(capture.notes["format"]) for capture in chosen}),
         "elevation_is_assumed": False,
         "alpha_source": kinds.pop() if len(kinds) == 1 else "mixed",
-        "input": "one of the views acts as the input: the one its description names, the middle "
-        "one of a capture from one side, else the first",
-        "undistorted": any(_bends(view.lens) for c in chosen for view in c.views),
-        "scale": "the capture's own",
         "warnings": [
             f"{capture.name}: {sentence}"
             for capture in chosen
@@ -217,80 +235,27 @@ def prepare(
         ],
         "objects": {capture.name: capture.notes for capture in chosen},
     }
-    return list(chosen), image_size or min(side, affordable), meta
-
-
-def _completed(root: Path, capture: Capture, views: int | None) -> tuple[Capture, int]:
-    """Evenly spaced views, the declared input among them, with a pivot and an input; and the side
-    in pixels of the square that the first one becomes without scaling."""
-    count = len(capture.views)
-    if views is not None and views > count:
-        raise DatasetError(f"{root}: {capture.name!r} has {count} views, views asks {views}")
-    rows = np.linspace(0, count - 1, views or count).round().astype(int)
-    said = [row for row, view in enumerate(capture.views) if view.image == capture.input_image]
-    if said:
-        rows[np.abs(rows - said[0]).argmin()] = said[0]
-    thinned = replace(capture, views=tuple(capture.views[row] for row in rows))
-    pivot = nearest_to_axes(thinned.viewmats) if capture.pivot is None else capture.pivot
-    image = thinned.views[frontal(thinned.viewmats, pivot)].image
-    image = capture.input_image if said else image
-    first = inside(root, thinned.views[0].image)
-    alpha, source = load_image(first, rotate=False)[1], "none"
-    if any(view.mask for view in thinned.views):
-        source = "mask"
-    elif bool((alpha < 255).any()):
-        source = "file"
-    notes = {
-        "input": image,
-        "pivot": pivot.tolist(),
-        "pivot_source": "nearest point to the optical axes"
-        if capture.pivot is None
-        else "description",
-        "alpha_source": source,
-        "views": len(rows),
-        "views_left_out": count - len(rows),
-        **capture.notes,
-    }
-    side = min(alpha.shape) if source == "none" else max(alpha.shape)
-    return replace(thinned, pivot=pivot, input_image=image, notes=notes), side
-
-
-# --- pictures ----------------------------------------------------------------------------------
+    return chosen, image_size or min(side, affordable), meta
 
 
 def read(root: Path, capture: Capture, side: int, digests: dict[str, str]) -> ObjectViews:
     """Every view of a capture at ``side`` x ``side`` pixels; one of them acts as the input too.
 
-    Args:
-        digests: sha256 of the files by path.
-
     Raises:
-        DatasetError: if a picture or mask can't be read, or doesn't have the stated proportions.
+        DatasetError: if a picture or mask can't be read, doesn't have the stated proportions, or
+            another sha256 than ``digests`` has for its path.
     """
     opaque = capture.notes["alpha_source"] == "none"
     with ThreadPoolExecutor(2) as pool:
         done = pool.map(lambda view: _read_view(root, view, side, opaque, digests), capture.views)
         pictures, Ks = zip(*done, strict=True)
-    rgba = torch.stack(pictures)
-    cameras = Cameras(
-        torch.from_numpy(capture.viewmats).float(),
-        torch.from_numpy(np.stack(Ks)).float(),
-        side,
-        side,
-    )
-    first = [view.image for view in capture.views].index(capture.input_image)
+    rgba, mats = torch.stack(pictures), torch.from_numpy(capture.viewmats).float()
+    cameras = Cameras(mats, torch.from_numpy(np.stack(Ks)).float(), side, side)
+    first = [view.image for view in capture.views].index(capture.notes["input"])
+    seen = rgba[first, ..., :3], rgba[first, ..., 3], cameras[first]
+    pivot, views = torch.tensor(capture.pivot), (rgba[..., :3], rgba[..., 3], cameras)
     with named(root / capture.descriptions[0]):
-        return ObjectViews(
-            name=capture.name,
-            input_rgb=rgba[first, ..., :3],
-            input_alpha=rgba[first, ..., 3],
-            input_camera=cameras[first],
-            rgb=rgba[..., :3],
-            alpha=rgba[..., 3],
-            cameras=cameras,
-            pivot=torch.tensor(capture.pivot, dtype=torch.float32),
-            attribution=capture.attribution,
-        )
+        return ObjectViews(capture.name, *seen, *views, pivot, attribution=capture.attribution)
 
 
 def _read_view(

@@ -9,6 +9,7 @@ original experiment's, and what other tools write (`formats`); `export` writes w
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,8 @@ from fresnel.data import layout as _layouts
 from fresnel.data.captures import Capture
 from fresnel.data.images import DatasetError, InputImages, load_image, scaled
 from fresnel.data.images import load_images as load_images
-from fresnel.data.layout import MANIFEST, DatasetChanged, Record, canonical_json, sha256
-from fresnel.data.records import ObjectViews, ViewTensors, read_object, stack_cameras, stack_depths
+from fresnel.data.layout import MANIFEST, DatasetChanged, canonical_json, read_checked, sha256
+from fresnel.data.records import ObjectViews, ViewTensors, read_object, stack
 from fresnel.data.writing import export as export
 from fresnel.host.machine import core_count
 from fresnel.host.pool import processes
@@ -50,31 +51,23 @@ class _Object:
 
     views: int
     read: Callable[[], ObjectViews]
-    files: dict[str, str]
-
-    def __call__(self) -> ObjectViews:
-        return self.read()
+    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class MultiViewDataset:
     """A dataset on disk; objects are read when asked for, always over black.
 
-    ``layout`` is "fresnel", "original", "captures" or "set" (folders of these).  ``image_size`` is
-    the side of its (square) views in pixels, ``views_per_object`` the most that an object has
-    (captures may differ).  ``content_hash`` stands for the whole dataset, for a `subset` too: see
-    `is_subset`.  What is decoded is compared with the hashes of its files first: other bytes are a
-    `DatasetChanged`.
+    ``content_hash`` stands for the whole dataset, for a `subset` too: see ``is_subset``.  What is
+    decoded is compared with the hashes of its files first: other bytes are a `DatasetChanged`.
     """
 
     path: Path
-    layout: str
-    names: tuple[str, ...]
+    layout: str  # "fresnel", "original", "captures" or "set" (folders of these)
     content_hash: str
     meta: dict[str, Any]
-    image_size: int
-    views_per_object: int
-    objects: tuple[_Object, ...] = field(repr=False, compare=False)
+    image_size: int  # side of the (square) views in pixels
+    objects: dict[str, _Object] = field(repr=False, compare=False)
     parts: tuple[MultiViewDataset, ...] = field(default=(), repr=False)
     is_subset: bool = False
 
@@ -82,24 +75,29 @@ class MultiViewDataset:
     """What views come over."""
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.objects)
 
     def __getitem__(self, index: int) -> ObjectViews:
-        return self.objects[index]()
+        return self.objects[self.names[index]].read()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.objects)
+
+    @property
+    def views_per_object(self) -> int:
+        """The most that an object has: captures may differ."""
+        return max(each.views for each in self.objects.values())
 
     def subset(self, which: Sequence[int] | Sequence[str] | slice) -> MultiViewDataset:
         """The same dataset with only some objects, by index or by name."""
-        if isinstance(which, slice):
-            which = range(len(self))[which]
-        known = {name: row for row, name in enumerate(self.names)}
-        missing = [w for w in which if isinstance(w, str) and w not in known]
-        if missing or not len(which):
-            said = f"no object named {missing[0]!r}" if missing else "an empty subset"
-            raise DatasetError(f"{self.path}: {said}; want one of {len(self)} objects or more")
-        rows = [known[w] if isinstance(w, str) else int(w) for w in which]
-        names = tuple(self.names[row] for row in rows)
-        objects = tuple(self.objects[row] for row in rows)
-        return replace(self, names=names, objects=objects, is_subset=True)
+        names = self.names[which] if isinstance(which, slice) else which
+        names = [name if isinstance(name, str) else self.names[name] for name in names]
+        missing = [name for name in names if name not in self.objects]
+        if missing or not names:
+            said = f"no object named {missing[0]!r}" if missing else "the subset is empty"
+            raise DatasetError(f"{self.path}: {said}; want at least one of its {len(self)} objects")
+        return replace(self, objects={name: self.objects[name] for name in names}, is_subset=True)
 
     def inputs(self) -> InputImages:
         """The input images; scaled to ``image_size`` if they are not all of one size."""
@@ -111,21 +109,20 @@ class MultiViewDataset:
         Raises:
             DatasetError: if the objects differ in their number of views; open with ``views=``.
         """
-        counts = sorted({each.views for each in self.objects})
+        counts = sorted({each.views for each in self.objects.values()})
         if len(counts) > 1:
             said = f"objects have {counts[0]} to {counts[-1]} views; want as many of each"
             raise DatasetError(f"{self.path}: {said}. Open it with views={counts[0]} or fewer")
         objects = self._read_all()
         inputs = self._inputs(objects)
+        rows = {n: stack([getattr(o, n) for o in objects]) for n in ("rgb", "alpha", "depth")}
         found = ViewTensors(
-            names=self.names,
-            inputs=inputs if size is None else inputs.resized(size),
-            rgb=torch.stack([o.rgb for o in objects]),
-            alpha=torch.stack([o.alpha for o in objects]),
-            cameras=stack_cameras([o.cameras for o in objects]),
-            pivots=torch.stack([o.pivot for o in objects]),
-            depth=stack_depths([o.depth for o in objects]),
+            self.names,
+            inputs if size is None else inputs.resized(size),
+            cameras=stack([views.cameras for views in objects]),
+            pivots=torch.stack([views.pivot for views in objects]),
             content_hash=self.content_hash,
+            **rows,
         )
         return replace(found, **scaled(found, size or self.image_size)).to(device)
 
@@ -142,36 +139,35 @@ class MultiViewDataset:
         now = open(self.path) if self.layout in ("fresnel", "original") else self
         if now.content_hash != self.content_hash:  # the original's layout was hashed anew
             raise DatasetChanged(self.path)
-        found = _layouts.data_files(self.path) if self.layout == "fresnel" else ()
-        if self.layout != "original":
-            _layouts.compare(
-                self.path, {p: d for o in now.objects for p, d in o.files.items()}, found
-            )
+        want = {path: of for each in now.objects.values() for path, of in each.files.items()}
+        for path in _layouts.data_files(self.path) if self.layout == "fresnel" else ():
+            if path not in want:
+                raise DatasetChanged(self.path / path, "added")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda path: read_checked(self.path, path, want[path]), sorted(want)))
 
     def _read_all(self) -> list[ObjectViews]:
         # Records are many small files, whose decoding is Python's work: more threads than two only
         # slow each other down, so a large set goes to processes.
         light = self.layout in ("fresnel", "original")
         workers = min(core_count(), len(self) // _RECORDS_A_WORKER)
+        reads = [each.read for each in self.objects.values()]
         if not light or workers < 3:
             with ThreadPoolExecutor(2 if light else None) as threads:
-                return list(threads.map(_Object.__call__, self.objects))
+                return list(threads.map(operator.call, reads))
         with processes(workers) as pool:
-            each = -(-len(self) // workers)
-            return list(pool.map(_Object.__call__, self.objects, chunksize=each))
+            return list(pool.map(operator.call, reads, chunksize=-(-len(reads) // workers)))
 
     def _inputs(self, objects: list[ObjectViews]) -> InputImages:
         singles = [views.input() for views in objects]
         if len({side for single in singles for side in single.rgb.shape[1:3]}) > 1:
             singles = [single.resized(self.image_size) for single in singles]
-        return InputImages(
-            self.names,
-            torch.cat([single.rgb for single in singles]),
-            torch.cat([single.alpha for single in singles]),
-            stack_cameras([single.cameras[0] for single in singles]),
-            stack_depths([None if s.depth is None else s.depth[0] for s in singles]),
-            bool(self.meta.get("elevation_is_assumed", False)),
-        )
+        rows = {
+            name: stack([getattr(single, name) for single in singles], torch.cat)
+            for name in ("rgb", "alpha", "cameras", "depth")
+        }
+        assumed = bool(self.meta.get("elevation_is_assumed", False))
+        return InputImages(self.names, **rows, elevation_is_assumed=assumed)
 
 
 def open(
@@ -179,15 +175,10 @@ def open(
 ) -> MultiViewDataset:
     """Open multi-view data, whoever wrote it.
 
-    * Our layout: a folder with a manifest.json.
-    * The original experiment's: views have no alpha, so it is estimated as "any channel > 0" and
-      ``meta["alpha_source"]`` says so.  Its input camera stands at the world origin and looks
-      along -Z; focal lengths equal the image size; the orbit's pivot is the world origin.
-    * Captures (`formats`): a transforms.json of nerfstudio or Blender, a COLMAP
-      model, a CO3D category, or a folder of such folders, one object each (stored
-      datasets may be among them; their objects are resized where they differ).  ``meta`` tells
-      which view acts as the input, where alpha came from ("mask", "file", or "none": opaque
-      photographs), where the pivot was estimated, and how the world was turned to put Y up.
+    Our layout (a folder with a manifest.json); the original experiment's, whose views have no
+    alpha: it is estimated as "any channel > 0"; captures (`formats`), or a folder of folders of
+    any of these, one object each (views are resized where they differ).  ``meta`` tells which view
+    acts as the input, where alpha and pivot came from, and how the world was turned to put Y up.
 
     Args:
         image_size: side of the views in pixels, for captures (None: the smallest capture's, at most
@@ -250,31 +241,25 @@ def _folders(root: Path) -> list[str]:
 
 
 def _open_stored(root: Path) -> MultiViewDataset:
-    records: list[Record]
     ours = _layouts.is_ours(root)
     if ours:
         manifest, records = _layouts.parse_manifest(root)
-        shape = manifest["image_size"], manifest["views_per_object"], manifest["background"]
     else:
-        manifest, records = {}, _layouts.scan(root)
-        views = sorted(f for f in records[0].files if f.endswith("/rgb.png"))
+        records = _layouts.scan(root)
+        views = sorted(file for file in records[0].files if file.endswith("/rgb.png"))
         if not views:
             raise DatasetError(f"{root / records[0].folder}: has no view_000. Restore or remove it")
-        first = load_image(_layouts.inside(root, f"{records[0].folder}/{views[0]}"))[0]
-        shape = first.shape[0], len(views), (0.0, 0.0, 0.0)
-    return MultiViewDataset(
-        path=root,
-        layout="fresnel" if ours else "original",
-        names=tuple(record.name for record in records),
-        content_hash=_layouts.content_hash(records, manifest),
-        meta=manifest.get("meta", {"alpha_source": "estimated", "elevation_is_assumed": True}),
-        image_size=shape[0],
-        views_per_object=shape[1],
-        objects=tuple(
-            _Object(shape[1], partial(read_object, root, record, *shape, not ours), record.paths)
-            for record in records
-        ),
-    )
+        rgb, _ = load_image(_layouts.inside(root, f"{records[0].folder}/{views[0]}"))
+        manifest = {"image_size": rgb.shape[0], "views_per_object": len(views)}
+    digest = _layouts.content_hash(records, manifest if ours else {})
+    meta = manifest.get("meta", {"alpha_source": "estimated", "elevation_is_assumed": True})
+    size, count = manifest["image_size"], manifest["views_per_object"]
+    how = size, count, manifest.get("background", (0.0, 0.0, 0.0)), not ours
+    objects = {
+        record.name: _Object(count, partial(read_object, root, record, *how), record.paths)
+        for record in records
+    }
+    return MultiViewDataset(root, "fresnel" if ours else "original", digest, meta, size, objects)
 
 
 def _open_captures(
@@ -282,34 +267,22 @@ def _open_captures(
 ) -> MultiViewDataset:
     if not found:
         raise NotADataset(root)
-    names = tuple(capture.name for capture in found)
-    if len(set(names)) < len(names):
+    if len({capture.name for capture in found}) < len(found):
         raise DatasetError(f"{root}: two captures share a name; rename a folder")
     chosen, side, meta = captured.prepare(root, found, image_size, views)
-    files = _layouts.digests(root, (path for capture in chosen for path in capture.paths))
+    files = _layouts.digests(root, [path for capture in chosen for path in capture.paths])
+    missing = [path for capture in chosen for path in capture.paths if path not in files]
+    if missing:
+        said = "no such file, but a description names it. Restore it, or describe it anew"
+        raise DatasetError(f"{root / missing[0]}: {said}")
+    objects = {}
     for capture in chosen:
-        for path in capture.paths:
-            if path not in files:
-                said = f"no such file, but {capture.descriptions[0]} names it"
-                raise DatasetError(f"{root / path}: {said}. Restore it, or describe it anew")
-    lines = [f"{file}\0{digest}" for file, digest in sorted(files.items())]
+        own = {path: files[path] for path in capture.paths}
+        read = partial(captured.read, root, capture, side, own)
+        objects[capture.name] = _Object(len(capture.views), read, own)
     taken = [[capture.name, [view.image for view in capture.views]] for capture in chosen]
-    read = {"image_size": side, "views": taken}  # what is read of the files
-    lines.append(f"open\0{sha256(canonical_json(read))}")
-    return MultiViewDataset(
-        path=root,
-        layout="captures",
-        names=names,
-        content_hash="sha256:" + sha256("\n".join(lines).encode()),
-        meta=meta,
-        image_size=side,
-        views_per_object=max(len(capture.views) for capture in chosen),
-        objects=tuple(
-            _Object(len(capture.views), partial(captured.read, root, capture, side, own), own)
-            for capture in chosen
-            for own in [{path: files[path] for path in capture.paths}]
-        ),
-    )
+    digest = _layouts.hash_of(files, {"open": {"image_size": side, "views": taken}})
+    return MultiViewDataset(root, "captures", digest, meta, side, objects)
 
 
 def _open_set(root: Path, folders: Sequence[str], image_size: int | None) -> MultiViewDataset:
@@ -318,28 +291,17 @@ def _open_set(root: Path, folders: Sequence[str], image_size: int | None) -> Mul
     taken += [n for n in folders if n not in taken and formats.recognises(root / n)]
     parts = {name: open(root / name) for name in taken}
     side = image_size or min(part.image_size for part in parts.values())
+    objects = {}
+    for folder, part in parts.items():
+        for inner, each in part.objects.items():
+            name = f"{folder}/{inner}"
+            objects[name] = _Object(each.views, partial(_read_part, each.read, name, side))
     hashes = sorted([name, part.content_hash] for name, part in parts.items())
-    objects = {
-        f"{folder}/{name}": each
-        for folder, part in parts.items()
-        for name, each in zip(part.names, part.objects, strict=True)
-    }
-    assumed = any(part.meta.get("elevation_is_assumed", False) for part in parts.values())
+    digest = "sha256:" + sha256(canonical_json([hashes, side]))
     metas = {name: part.meta for name, part in parts.items()}
-    return MultiViewDataset(
-        path=root,
-        layout="set",
-        names=tuple(objects),
-        content_hash="sha256:" + sha256(canonical_json([hashes, side])),
-        meta={"source": "set", "elevation_is_assumed": assumed, "parts": metas},
-        image_size=side,
-        views_per_object=max(part.views_per_object for part in parts.values()),
-        objects=tuple(
-            replace(each, read=partial(_read_part, each, name, side), files={})
-            for name, each in objects.items()
-        ),
-        parts=tuple(parts.values()),
-    )
+    assumed = any(each.get("elevation_is_assumed", False) for each in metas.values())
+    meta = {"source": "set", "elevation_is_assumed": assumed, "parts": metas}
+    return MultiViewDataset(root, "set", digest, meta, side, objects, tuple(parts.values()))
 
 
 def _read_part(read: Callable[[], ObjectViews], name: str, side: int) -> ObjectViews:
@@ -356,10 +318,8 @@ def write(
     overwrite: bool = False,
     total: int | None = None,
 ) -> MultiViewDataset:
-    """Write objects as they come, as one dataset folder that appears only when it is complete.
-
-    Encoding runs in background threads beside whatever yields the objects.  Everything goes to a
-    hidden folder next to ``path`` that is renamed at the end, and removed if anything fails.
+    """Write objects as they come, as one dataset folder that appears only when it is complete:
+    a hidden folder next to ``path`` is renamed at the end, and removed if anything fails.
 
     Args:
         background: sRGB colour in [0, 1] that the views were composited over.

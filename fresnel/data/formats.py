@@ -1,33 +1,29 @@
 """What other tools write, described as `Capture`s: `FORMATS` lists what recognises and reads it.
 
-**transforms.json** of nerfstudio, instant-ngp and Blender (NeRF synthetic), or _train, _val and
-_test of it as one capture.  ``transform_matrix`` is an OpenGL camera-to-world matrix in a world
-whose Z is up.  Intrinsics stand at the top or in each frame: ``fl_x fl_y cx cy w h``, or
-``camera_angle_x`` in radians; without w and h pictures are measured.  ``camera_model`` is any of
-COLMAP's but EQUIRECTANGULAR, or ``is_fisheye`` is true; ``file_path`` may lack its extension.
-Rotations with one scale lose it, with a warning.  Depth maps and ``applied_scale`` are not used
+**transforms.json** of nerfstudio, instant-ngp and Blender, or _train, _val and _test of it as one
+capture: OpenGL camera-to-world matrices in a world whose Z is up; intrinsics at the top or in each
+frame, pictures measured without w and h.  ``camera_model`` is any of COLMAP's but EQUIRECTANGULAR,
+or ``is_fisheye`` is true; ``file_path`` may lack its extension.  Rotations with one scale lose it,
+with a warning.  Depth maps and ``applied_scale`` are not used
 (https://docs.nerf.studio/quickstart/data_conventions.html).
 
-**COLMAP** sparse models, text and binary, read by pycolmap, in the folder itself, one of
-`_MODELS` below it or below sparse/: of several the one with most pictures, and the others are
-named, as are pictures without a pose.  Pictures lie in one of `_IMAGES`, masks in masks/ as
-PICTURE.png or PICTURE with .png for its extension.  Every lens model with a focal length is
-undone.  Worlds have no vertical: the mean of the cameras' up directions becomes Y.  Points can be
-larger than memory and are not read (https://colmap.github.io/format.html).
+**COLMAP** sparse models in one of `_MODELS` or below sparse/: of several the one with most
+pictures, and the others are named, as are pictures without a pose.  Pictures lie in one of
+`_IMAGES`, masks in masks/ as PICTURE.png or PICTURE with .png for its extension.  Worlds have no
+vertical: the mean of the cameras' up directions becomes Y.  Points can be larger than memory and
+are not read (https://colmap.github.io/format.html).
 
 **CO3D v2**: frame_annotations.jgz of a category, every sequence one object.  Cameras are
 PyTorch3D's: row vectors, X_camera = X_world R + T, with x left, y up, z forward; focal lengths and
 principal points in NDC, isotropic (the shorter half side is 1), or by each side in version 1's
-"ndc_norm_image_bounds".  Paths start at the folder that holds the category; masks become alpha.
-Written after the published definition and tested on files made by hand: the data set itself
-(5.5 TB) has not been downloaded here (https://github.com/facebookresearch/co3d).
+"ndc_norm_image_bounds".  Written after the published definition, not tried on the data itself
+(https://github.com/facebookresearch/co3d).
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +33,7 @@ import numpy as np
 
 from fresnel.data.captures import MAX_VIEWS, Capture, Floats, Lens, View, collect, pinhole
 from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, decoded
-from fresnel.data.layout import MAX_JSON_BYTES, entry, inside, read_json, relative
+from fresnel.data.layout import entry, inside, read_json, relative
 
 Y_UP = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
 """World of a transforms.json (Z up) to ours (Y up): (x, y, z) -> (x, z, -y)."""
@@ -76,9 +72,6 @@ def description(path: Path) -> bool:
 
 def _joined(*parts: str) -> str:
     return "/".join(part for part in parts if part)
-
-
-# --- transforms.json ---------------------------------------------------------------------------
 
 
 def _transforms_in(folder: Path) -> list[str]:
@@ -187,9 +180,6 @@ def _lens(said: dict[str, Any], path: Path) -> Lens:
         what = "k4 (or k5, k6) of an OPENCV lens means different things to different tools"
         raise DatasetError(f"{path}: {what}. Say camera_model FULL_OPENCV, or undistort")
     return name, tuple(values)
-
-
-# --- COLMAP ------------------------------------------------------------------------------------
 
 
 def _models_in(folder: Path) -> list[str]:
@@ -328,9 +318,6 @@ def _is_number(word: str) -> bool:
     return True
 
 
-# --- CO3D --------------------------------------------------------------------------------------
-
-
 def _annotations_in(folder: Path) -> list[str]:
     return [_CO3D] if (folder / _CO3D).is_file() else []
 
@@ -344,7 +331,7 @@ def _read_annotations(root: Path, folder: str, names: list[str]) -> list[Capture
     path = inside(root, file)
     sequences: dict[str, list[View]] = defaultdict(list)
     present: dict[str, bool] = {}
-    for frame in read_json(path, _unzipped(path), list):
+    for frame in read_json(path, kind=list):
         name = entry(frame, "sequence_name", str, path)
         image, camera = (entry(frame, key, dict, path) for key in ("image", "viewpoint"))
         size = entry(image, "size", (2,), path)[::-1]
@@ -373,24 +360,6 @@ def _read_annotations(root: Path, folder: str, names: list[str]) -> list[Capture
         collect(path, _joined(folder, name), views, [file], "co3d")
         for name, views in sequences.items()
     ]
-
-
-def _unzipped(path: Path) -> bytes:
-    """What a gzipped file holds, never more than the limit of it in memory."""
-    unzip = zlib.decompressobj(wbits=31)
-    parts, size = [], 0
-    try:
-        with path.open("rb") as file:
-            while (chunk := file.read(1 << 20)) and size <= MAX_JSON_BYTES:
-                parts.append(unzip.decompress(chunk, MAX_JSON_BYTES + 1 - size))
-                size += len(parts[-1])
-    except (OSError, zlib.error) as error:
-        raise DatasetError(f"{path}: not a gzipped JSON file ({error})") from None
-    if size > MAX_JSON_BYTES:
-        raise DatasetError(f"{path}: unpacks to more than {MAX_JSON_BYTES} bytes")
-    if not unzip.eof:
-        raise DatasetError(f"{path}: not a whole gzipped file: it is cut off")
-    return b"".join(parts)
 
 
 Find = Callable[[Path], list[str]]

@@ -7,8 +7,10 @@ and "dark" are never confused.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -46,7 +48,7 @@ def named(path: str | Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors and cameras, each with one row for every name."""
+    """Tensors and cameras, each with one row for every name; indexed, it is a smaller batch."""
 
     names: tuple[str, ...]
 
@@ -54,11 +56,11 @@ class Batch:
         return len(self.names)
 
     def __getitem__(self, index: Any) -> Self:
-        """A smaller batch; ``index`` is a slice, or a sequence, array or tensor of indices."""
         if isinstance(index, int):
             raise TypeError("index: got an integer, want a slice or several indices (batches only)")
-        index = index if isinstance(index, slice) else np.asarray(index)
-        rows = np.atleast_1d(np.arange(len(self))[index]).tolist()
+        rows = np.arange(len(self))[
+            index if isinstance(index, slice) else np.asarray(index)
+        ].tolist()
         return self._each(lambda value: value[rows], names=tuple(self.names[i] for i in rows))
 
     def to(self, device: torch.device | str) -> Self:
@@ -74,24 +76,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class InputImages(Batch):
-    """A batch of M input images and the cameras that saw them.
-
-    Args:
-        rgb: uint8 (M, H, W, 3), composited over black.
-        alpha: uint8 (M, H, W), 255 where the object covers the whole pixel.
-        cameras: Cameras of batch shape (M,) for images of W x H pixels.
-        depth: z-depth in world units, float32 (M, H, W), 0 where nothing is; or None.
-        elevation_is_assumed: True if the cameras are a guess (photographs), not known.
+    """A batch of M input images and the cameras that saw them; numpy arrays become tensors.
 
     Raises:
-        ValueError: if shapes or dtypes disagree.  numpy arrays are accepted and become tensors.
+        ValueError: if shapes or dtypes disagree.
     """
 
-    rgb: Tensor
-    alpha: Tensor
-    cameras: Cameras
-    depth: Tensor | None = None
-    elevation_is_assumed: bool = False
+    rgb: Tensor  # uint8 (M, H, W, 3), composited over black
+    alpha: Tensor  # uint8 (M, H, W), 255 where the object covers the whole pixel
+    cameras: Cameras  # of batch shape (M,)
+    depth: Tensor | None = None  # z-depth in world units, float32 (M, H, W), 0 where nothing is
+    elevation_is_assumed: bool = False  # the cameras are a guess (photographs)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -136,9 +131,6 @@ def check_pictures(owner: Any, prefix: str, shape: Sequence[int | None]) -> Sequ
     return shape
 
 
-# --- scaling -----------------------------------------------------------------------------------
-
-
 def scaled(pictures: Any, size: int) -> dict[str, Any]:
     """The rgb, alpha, depth and cameras of a record or batch at ``size`` x ``size`` pixels."""
     if tuple(pictures.rgb.shape[-3:-1]) == (size, size):
@@ -158,10 +150,7 @@ def scaled(pictures: Any, size: int) -> dict[str, Any]:
 
 def resize(images: Tensor, size: int | tuple[int, int]) -> Tensor:
     """uint8 images (..., H, W, C) scaled to (..., size, size, C), or to a height and width: area
-    average down, bilinear up.
-
-    Averages sRGB values, as compositing does; colours must be premultiplied (over black).
-    """
+    average down, bilinear up, of sRGB values over black (premultiplied)."""
     return (_interpolated(images, size) + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
@@ -190,35 +179,26 @@ def squared(
     return square, x0, y0
 
 
-# --- reading -----------------------------------------------------------------------------------
-
-
 def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
-    """A regular file's bytes, at most ``limit`` of them.
-
-    Raises:
-        DatasetError: if there is none, it is larger, or it can't be read.
-    """
+    """A regular file's bytes (of a .jgz: unpacked); DatasetError if there is none, they are more,
+    or can't be read."""
     try:
         if not Path(path).is_file() and Path(path).exists():  # a pipe would wait for ever
             raise DatasetError(f"{path}: is no regular file")
-        with open(path, "rb") as file:
+        with gzip.open(path) if Path(path).suffix == ".jgz" else open(path, "rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such file") from None
-    except OSError as error:
-        raise DatasetError(f"{path}: can't be read ({error.strerror or error})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DatasetError(f"{path}: can't be read ({error})") from error
     if len(data) > limit:
         raise DatasetError(f"{path}: more than {limit} bytes, which is the limit. Make it smaller")
     return data
 
 
 def decoded(path: str | Path, data: bytes | None = None, pixels: bool = True) -> Image.Image:
-    """The image of a file or its bytes, or (without ``pixels``) only what its header says.
-
-    Raises:
-        DatasetError: whatever is wrong with it.
-    """
+    """The image of a file or its bytes, or (without ``pixels``) only what its header says;
+    DatasetError, whatever is wrong with it."""
     data = read_bytes(path) if data is None else data
     wrong = f"{'not a readable image' if data else 'an empty file'}; want {', '.join(_FORMATS)}"
     try:
@@ -239,7 +219,7 @@ def decoded(path: str | Path, data: bytes | None = None, pixels: bool = True) ->
 def load_image(
     path: str | Path, *, rotate: bool = True, data: bytes | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Read any common image as sRGB over black and alpha.
+    """Read any common image as sRGB over black, uint8 (H, W, 3), and alpha, uint8 (H, W).
 
     Handles RGB(A), greyscale, palettes, transparency keys, 16 bits a channel, CMYK and EXIF
     rotation.  Colour profiles are ignored: values are taken as sRGB.
@@ -247,14 +227,10 @@ def load_image(
     Args:
         rotate: turn the picture as its EXIF data say; False for pictures whose camera was
             calibrated on the stored pixels (COLMAP and nerfstudio ignore EXIF).
-        data: the file's bytes where they were read already; ``path`` is then for messages.
-
-    Returns:
-        rgb uint8 (H, W, 3) composited over black, and alpha uint8 (H, W) (255 if there is none).
+        data: the file's bytes where they were read already.
 
     Raises:
-        DatasetError: if the file is missing, not an image, truncated, or larger than
-            ``MAX_PIXELS`` pixels.
+        DatasetError: if the file is missing, no image, truncated, or larger than `MAX_PIXELS`.
     """
     image = decoded(path, data)
     with named(path):
@@ -269,12 +245,6 @@ def load_image(
     colour, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3]
     over_black = (colour * alpha[..., None] + 127) // 255
     return torch.from_numpy(over_black.astype(np.uint8)), torch.from_numpy(alpha.copy())
-
-
-def has_alpha(path: str | Path, data: bytes | None = None) -> bool:
-    """Whether the image file carries transparency of its own."""
-    image = decoded(path, data, pixels=False)
-    return "A" in image.getbands() or "transparency" in image.info
 
 
 def image_files(folder: str | Path) -> list[Path]:
@@ -308,13 +278,16 @@ def load_images(folder: str | Path, size: int, *, elevation_deg: float = 15.0) -
     names = tuple(path.stem for path in paths)
     if len(set(names)) < len(paths):
         names = tuple(path.name for path in paths)
-    cameras = standard_orbit(torch.zeros(len(paths)), elevation_deg, size)
-    return InputImages(names, rgba[..., :3], rgba[..., 3], cameras, elevation_is_assumed=True)
+    cameras = standard_orbit(torch.zeros(len(paths)), 0.0, size)
+    images = InputImages(names, rgba[..., :3], rgba[..., 3], cameras)
+    return as_photographs(images, size, elevation_deg)
 
 
 def as_photographs(images: InputImages, size: int, elevation_deg: float) -> InputImages:
     """Pictures whose cameras are forgotten: each is placed on the orbit at azimuth 0 and the
     assumed elevation, looking at the world origin, and marked ``elevation_is_assumed``."""
+    if not -89 <= elevation_deg <= 89:
+        raise ValueError(f"elevation_deg: got {elevation_deg}, want degrees in [-89, 89]")
     cameras = standard_orbit(torch.zeros(len(images)), elevation_deg, size)
     small = images.resized(size)
     return replace(small, cameras=cameras, depth=None, elevation_is_assumed=True)

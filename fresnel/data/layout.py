@@ -22,17 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from fresnel.data.images import DatasetError, read_bytes
+from fresnel.data.images import DatasetError, named, read_bytes
 from fresnel.host import files as _files
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 1 << 28
 _FOLDER = re.compile(r"image_\d{4,}")
-_FILE = re.compile(
-    r"(input|input_alpha|input_depth|identity|identity_alpha)\.png|input_pose\.json"
-    r"|view_\d{3,}/(rgb\.png|alpha\.png|depth\.png|pose\.json)"
-)
 # Not read, so not part of the data: the original's DINOv2 features and its relative depth.
 _IGNORED = {"input_features.npy", "input_depth.npy"}
 _WANTED = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number"}
@@ -59,9 +55,6 @@ class Record:
     def paths(self) -> dict[str, str]:
         """``files`` by path in the dataset."""
         return {f"{self.folder}/{file}": digest for file, digest in self.files.items()}
-
-
-# --- JSON and paths ----------------------------------------------------------------------------
 
 
 def read_json(path: Path, data: bytes | None = None, kind: type = dict) -> Any:
@@ -102,18 +95,13 @@ def canonical_json(value: Any) -> bytes:
 
 def inside(root: Path, path: str) -> Path:
     """``root / path``, refused if links lead out of the dataset's folder."""
-    try:
+    with named(root):
         return _files.inside(root, path)
-    except ValueError as error:
-        raise DatasetError(str(error)) from None
 
 
 def relative(folder: str, file: Any, where: str | Path) -> str:
-    """A description's path, relative to ``folder``, as one relative to the dataset's root.
-
-    Raises:
-        DatasetError: if it is no text, absolute, or leads out of the dataset's folder.
-    """
+    """A description's path, relative to ``folder``, as one relative to the dataset's root;
+    DatasetError if it is no text, absolute, or leads out of it."""
     if isinstance(file, str) and 0 < len(file) <= 1000 and "\0" not in file:
         plain = file.replace("\\", "/")
         path = posixpath.normpath(posixpath.join(folder, plain))
@@ -145,36 +133,19 @@ def object_name(record: str) -> str:
     return stem if separator and suffix.isdigit() else record
 
 
-# --- the manifest and its hashes ---------------------------------------------------------------
-
-
 def parse_manifest(root: Path) -> tuple[dict[str, Any], list[Record]]:
-    """What our manifest says, checked against its own hash."""
+    """What our manifest says; as it has its own hash, it says what `dataset.write` wrote."""
     path = inside(root, MANIFEST)
     manifest = read_json(path)
     if manifest.get("schema_version") != SCHEMA_VERSION:
         said = f"schema_version is {manifest.get('schema_version')!r}, want {SCHEMA_VERSION}"
         raise DatasetError(f"{path}: {said}. Write the dataset with this version of fresnel")
-    background = entry(manifest, "background", (3,), path)
-    size, views = (entry(manifest, key, int, path) for key in ("image_size", "views_per_object"))
-    entry(manifest, "meta", dict, path)
-    if size < 1 or views < 1 or (background < 0).any() or (background > 1).any():
-        raise DatasetError(f"{path}: want image_size and views_per_object >= 1, sRGB in [0, 1]")
-    records = []
-    for said in entry(manifest, "objects", list, path):
-        name, folder, maker = (
-            entry(said, key, str, path) for key in ("name", "folder", "attribution")
-        )
-        files = entry(said, "files", dict, path)
-        strange = [file for file in files if not _FILE.fullmatch(file)]
-        if strange or not _FOLDER.fullmatch(folder):
-            raise DatasetError(f"{path}: refuses {[folder, *strange][-1]!r}: not of this layout")
-        digests = {file: entry(files, file, str, path) for file in files}
-        records.append(Record(name, folder, maker, digests))
-    for what in ("name", "folder"):
-        if not records or len({getattr(record, what) for record in records}) < len(records):
-            raise DatasetError(f"{path}: lists no objects, or two share a {what}")
-    if content_hash(records, manifest) != manifest.get("content_hash"):
+    try:
+        records = [Record(**said) for said in manifest["objects"]]
+        sound = content_hash(records, manifest) == manifest["content_hash"]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        sound = False
+    if not sound:
         raise DatasetChanged(path, "edited")
     return manifest, records
 
@@ -192,17 +163,21 @@ def scan(root: Path) -> list[Record]:
 
 
 def content_hash(records: Sequence[Record], manifest: dict[str, Any]) -> str:
-    """sha256 over the sorted lines "path, NUL, sha256 of the bytes" of every data file.
+    """`hash_of` every data file of stored records and, for our layout, all else that is read of the
+    manifest: sizes, background, names, attributions and ``meta`` (splits, cameras, assumptions)."""
+    files = {path: digest for record in records for path, digest in record.paths.items()}
+    if not manifest:
+        return hash_of(files)
+    said = {key: manifest[key] for key in ("image_size", "views_per_object", "meta")}
+    said["background"] = [float(value) for value in manifest["background"]]
+    said["objects"] = [[r.name, r.folder, r.attribution] for r in records]
+    return hash_of(files, {MANIFEST: said})
 
-    For our layout a last line covers all else that is read of the manifest (which others lack):
-    sizes, background, names, attributions and ``meta`` (splits, cameras, assumptions).
-    """
-    lines = sorted(f"{path}\0{digest}" for r in records for path, digest in r.paths.items())
-    if manifest:
-        said = {key: manifest[key] for key in ("image_size", "views_per_object", "meta")}
-        said["background"] = [float(value) for value in manifest["background"]]
-        said["objects"] = [[r.name, r.folder, r.attribution] for r in records]
-        lines.append(f"{MANIFEST}\0{sha256(canonical_json(said))}")
+
+def hash_of(files: dict[str, str], more: dict[str, Any] | None = None) -> str:
+    """sha256 over the sorted lines "path, NUL, sha256 of the bytes", then those of JSON values."""
+    lines = sorted(f"{path}\0{digest}" for path, digest in files.items())
+    lines += [f"{name}\0{sha256(canonical_json(said))}" for name, said in (more or {}).items()]
     return "sha256:" + sha256("\n".join(lines).encode())
 
 
@@ -211,11 +186,7 @@ def sha256(data: bytes) -> str:
 
 
 def read_checked(root: Path, file: str, digest: str) -> bytes:
-    """The bytes of a file whose sha256 was recorded.
-
-    Raises:
-        DatasetChanged: if they are others, or the file is gone: what is decoded is what was hashed.
-    """
+    """The bytes of a file whose sha256 was recorded: what is decoded is what was hashed."""
     path = inside(root, file)
     if not path.is_file():
         raise DatasetChanged(path, "removed")
@@ -231,16 +202,3 @@ def digests(root: Path, paths: Iterable[str]) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda path: _files.sha256(root / path), ordered)
         return dict(zip(ordered, found, strict=True))
-
-
-def compare(root: Path, want: dict[str, str], found: Iterable[str] = ()) -> None:
-    """Read files again, by path relative to ``root``, and what was ``found`` there.
-
-    Raises:
-        DatasetChanged: of the first that is not as wanted.
-    """
-    got = digests(root, {*want, *found})
-    for path in sorted({*want, *got}):
-        if got.get(path) != want.get(path):
-            how = "removed" if path not in got else "changed" if path in want else "added"
-            raise DatasetChanged(root / path, how)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +98,14 @@ class ViewTensors(Batch):
     content_hash: str = ""
 
 
-def stack_cameras(cameras: Sequence[Cameras]) -> Cameras:
-    viewmats, Ks = (torch.stack([getattr(c, n) for c in cameras]) for n in ("viewmats", "Ks"))
-    return Cameras(viewmats, Ks, cameras[0].width, cameras[0].height)
-
-
-def stack_depths(depths: Sequence[Tensor | None]) -> Tensor | None:
-    """None if one of them is missing."""
-    found = [depth for depth in depths if depth is not None]
-    return torch.stack(found) if len(found) == len(depths) else None
-
-
-# --- reading -----------------------------------------------------------------------------------
+def stack(values: Sequence[Any], how: Callable[..., Tensor] = torch.stack) -> Any:
+    """Tensors or Cameras as one; None if one of them is missing."""
+    if any(value is None for value in values):
+        return None
+    if isinstance(values[0], Tensor):
+        return how(values)
+    viewmats, Ks = how([each.viewmats for each in values]), how([each.Ks for each in values])
+    return replace(values[0], viewmats=viewmats, Ks=Ks)
 
 
 def read_object(
@@ -181,28 +177,18 @@ def read_object(
 
     input_rgb, input_alpha, input_camera, input_depth, pose = shot("input_", "input.png")
     views = [shot(f"{folder}/", f"{folder}/rgb.png", (size, size)) for folder in folders]
-    rgb, alpha = (torch.stack([view[k] for view in views]) for k in (0, 1))
+    rgb, alpha, cameras, depth = (stack([view[k] for view in views]) for k in range(4))
     if any(background):
         behind = (1 - alpha[..., None].float() / 255) * torch.tensor(background) * 255
         rgb = (rgb.float() - behind + 0.5).clamp(0, 255).to(torch.uint8)
     identity: tuple[Tensor | None, Tensor | None] = (None, None)
     if "identity.png" in record.files:
         identity = colours("identity.png", "identity_alpha.png", input_alpha.shape)
+    pivot = torch.from_numpy(entry(pose, "pivot", (3,), base / "input_pose.json"))
+    seen, made = (input_rgb, input_alpha, input_camera), (rgb, alpha, cameras, pivot, depth)
     with named(base):
         return ObjectViews(
-            name=record.name,
-            input_rgb=input_rgb,
-            input_alpha=input_alpha,
-            input_camera=input_camera,
-            rgb=rgb,
-            alpha=alpha,
-            cameras=stack_cameras([view[2] for view in views]),
-            pivot=torch.from_numpy(entry(pose, "pivot", (3,), base / "input_pose.json")),
-            depth=stack_depths([view[3] for view in views]),
-            input_depth=input_depth,
-            identity_rgb=identity[0],
-            identity_alpha=identity[1],
-            attribution=record.attribution,
+            record.name, *seen, *made, input_depth, *identity, attribution=record.attribution
         )
 
 
@@ -223,9 +209,6 @@ def camera_of(path: Path, pose: dict[str, Any], width: int, height: int) -> Came
             )
     with named(path):
         return Cameras.from_opengl(turn, shift, K, width, height).validate()
-
-
-# --- writing -----------------------------------------------------------------------------------
 
 
 def png(image: Tensor | np.ndarray) -> bytes:

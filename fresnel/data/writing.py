@@ -147,21 +147,13 @@ def rename(partial: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-# --- for other tools ---------------------------------------------------------------------------
-
-
 def export(path: str | Path, objects: Iterable[ObjectViews], *, overwrite: bool = False) -> Path:
-    """Write each object as a folder with a transforms.json that nerfstudio and gsplat read.
+    """Write each object as a folder ``path/NAME`` that nerfstudio and `dataset.open` read:
+    transforms.json and ``images/*.png`` (RGBA, straight alpha), the input as ``images/input.png``.
 
-    ``path/NAME/transforms.json`` and ``images/*.png`` (RGBA, straight alpha): the input as
-    ``images/input.png``, then the views.  The world is turned to Z up; the intrinsics stand at the
-    top and in every frame, since some tools look only there, others only here.  A key
-    "fresnel" keeps the pivot, the input and the attribution; other tools ignore it.  gsplat's own
-    trainer reads COLMAP: ``sparse/0`` is a text model of the same cameras, with points from the
-    depth where there is some (without, its trainer wants --init_type random).
-
-    Returns:
-        ``path``, which `dataset.open` reads again.
+    The world is turned to Z up; the intrinsics stand at the top and in every frame, since some
+    tools look only there, others only here.  A key "fresnel" keeps the pivot, the input and the
+    attribution.
 
     Raises:
         DatasetError: if ``path`` is taken (but by an export of ours) or nothing came.
@@ -190,64 +182,27 @@ def _is_export(folder: Path) -> bool:
 
 
 def _export_one(folder: Path, views: ObjectViews) -> None:
-    import pycolmap
-
     (folder / "images").mkdir(parents=True)
-    (folder / "sparse/0").mkdir(parents=True)
     frames: list[dict[str, Any]] = []
-    model = pycolmap.Reconstruction()
-    first = ("input", views.input_rgb, views.input_alpha, views.input_camera, views.input_depth)
-    depths = views.depth if views.depth is not None else [None] * len(views.rgb)
-    stems = [f"view_{k:03d}" for k in range(len(views.rgb))]
-    cameras = [views.cameras[k] for k in range(len(stems))]
-    rest = zip(stems, views.rgb, views.alpha, cameras, depths, strict=True)
-    for number, (stem, rgb, alpha, camera, depth) in enumerate([first, *rest], 1):
+    shots = [("input", views.input_rgb, views.input_alpha, views.input_camera)]
+    for k in range(len(views.rgb)):
+        shots.append((f"view_{k:03d}", views.rgb[k], views.alpha[k], views.cameras[k]))
+    for stem, rgb, alpha, camera in shots:
         cover = alpha.to(torch.int32)[..., None]  # straight colours become ``rgb`` again over black
         colour = (rgb.to(torch.int32) * 255 + cover // 2) // cover.clamp_min(1) * (cover > 0)
         rgba = torch.cat([colour.clamp(0, 255), cover], dim=-1).to(torch.uint8)
         (folder / f"images/{stem}.png").write_bytes(png(rgba))
         viewmat = camera.viewmats.double().numpy().copy()
         viewmat[:3, :3] = viewmat[:3, :3] @ Y_UP
-        (fx, _, cx), (_, fy, cy), _ = K = camera.Ks.double().numpy()
-        frames.append(
-            {
-                "file_path": f"images/{stem}.png",
-                "transform_matrix": np.linalg.inv(FLIP @ viewmat).tolist(),
-                **{
-                    "fl_x": fx,
-                    "fl_y": fy,
-                    "cx": cx,
-                    "cy": cy,
-                    "w": camera.width,
-                    "h": camera.height,
-                },
-            }
-        )
-        size = {"width": camera.width, "height": camera.height}
-        lens = pycolmap.Camera(camera_id=number, model="PINHOLE", params=[fx, fy, cx, cy], **size)
-        model.add_camera_with_trivial_rig(lens)
-        image = pycolmap.Image(name=f"{stem}.png", camera_id=number, image_id=number)
-        left, _, right = np.linalg.svd(viewmat[:3, :3])  # float32's rotations are not exact
-        pose = pycolmap.Rigid3d(np.hstack([left @ right, viewmat[:3, 3:]]))
-        if depth is None:
-            model.add_image_with_trivial_frame(image, pose)
-            continue
-        step = max(1, round((alpha.numel() / 1000) ** 0.5))  # about a thousand opaque pixels
-        y, x = step * np.array(np.nonzero((alpha.numpy() == 255)[::step, ::step]))
-        pixels = np.stack([x, y], axis=1) + 0.5
-        rays = np.linalg.inv(K) @ np.vstack([pixels.T, np.ones(len(x))])
-        places = viewmat[:3, :3].T @ (rays * depth.numpy()[y, x] - viewmat[:3, 3:])
-        image.points2D = pycolmap.Point2DList([pycolmap.Point2D(pixel) for pixel in pixels])
-        model.add_image_with_trivial_frame(image, pose)
-        for k, (point, seen) in enumerate(zip(places.T, rgb.numpy()[y, x], strict=True)):
-            model.add_point3D(point, pycolmap.Track([pycolmap.TrackElement(number, k)]), seen)
-    model.write_text(str(folder / "sparse/0"))
-    top = {key: frames[1][key] for key in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
+        (fx, _, cx), (_, fy, cy), _ = camera.Ks.double().tolist()
+        optics = {"fl_x": fx, "fl_y": fy, "cx": cx, "cy": cy, "w": camera.width, "h": camera.height}
+        matrix = np.linalg.inv(FLIP @ viewmat).tolist()
+        frames.append({"file_path": f"images/{stem}.png", "transform_matrix": matrix, **optics})
     description = {
         "camera_model": "OPENCV",
         **dict.fromkeys(("k1", "k2", "p1", "p2"), 0.0),
-        **top,
-        "camera_angle_x": 2 * math.atan(0.5 * top["w"] / top["fl_x"]),
+        **optics,
+        "camera_angle_x": 2 * math.atan(0.5 * optics["w"] / optics["fl_x"]),
         "fresnel": {
             "pivot": (Y_UP.T @ views.pivot.double().numpy()).tolist(),
             "input": "images/input.png",
