@@ -119,12 +119,25 @@ def ours(folder: Path, truth: ObjectViews) -> Path:
     return dataset.write(folder / "set", [truth], meta={"source": "test"}).path
 
 
+def subfolders(folder: Path, truth: ObjectViews) -> Path:
+    (folder / "images/left cam").mkdir(parents=True)
+    return colmap(folder, truth, name="left cam/{:03d}.png")
+
+
+def backslashes(said: dict) -> dict:
+    for frame in said["frames"]:
+        frame["file_path"] = frame["file_path"].replace("/", "\\")
+    return said
+
+
 FORMATS = {
     "ours": ours,
     "transforms": lambda folder, truth: write(folder, transforms(folder, truth)),
     "colmap text": colmap,
     "colmap binary": lambda folder, truth: colmap(folder, truth, binary=True),
     "colmap in sparse/1 alone": lambda folder, truth: colmap(folder, truth, "sparse/1"),
+    "names in folders": lambda folder, truth: subfolders(folder, truth),
+    "backslashes": lambda folder, truth: write(folder, backslashes(transforms(folder, truth))),
     "names with spaces": lambda folder, truth: colmap(folder, truth, name="IMG ({}) a.png"),
     "names that are numbers": lambda folder, truth: colmap(folder, truth, name="{:04d} 7.png"),
     "no second lines": lambda folder, truth: colmap(folder, truth, second_lines=[]),

@@ -88,6 +88,26 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_plain_colours_instead_of_harmonics(kind, tmp_path):
+    columns = {k: v for k, v in stored().items() if not k.startswith("f_dc")}
+    rgb = np.arange(3 * COUNT).reshape(COUNT, 3) % 256
+    shown = rgb.astype(kind) if kind is np.uint8 else (rgb / 255).astype(kind)
+    columns |= {name: shown[:, k] for k, name in enumerate(("red", "green", "blue"))}
+    (tmp_path / "scene.ply").write_bytes(ply(columns))
+    found = Gaussians.load(tmp_path / "scene.ply")
+    assert np.allclose(found.colors, rgb / 255, atol=1e-6)
+
+
+def test_values_that_were_stored_as_used_are_said(tmp_path):
+    columns = stored()
+    columns |= {f"scale_{k}": np.exp(columns[f"scale_{k}"]) for k in range(3)}
+    columns["opacity"] = 1 / (1 + np.exp(-columns["opacity"]))
+    (tmp_path / "scene.ply").write_bytes(ply(columns))
+    with pytest.warns(UserWarning, match="not as logarithms and logits"):
+        Gaussians.load(tmp_path / "scene.ply")
+
+
 def surrounded() -> bytes:
     """A list element first, whose rows differ in length, and scalars after."""
     columns = stored()

@@ -235,8 +235,9 @@ def _read_model(root: Path, folder: str, found: list[str]) -> list[Capture]:
         for its, _, _, other in models
         if other != at
     ]
-    there = {path.name for path in (root / prefixes[0]).iterdir()} if prefixes[0] else set()
-    without = [n for n in there - {Path(i.name).name for i in images} if _is_picture(n)]
+    base = root / prefixes[0]
+    there = {p.relative_to(base).as_posix() for p in base.rglob("*")} if prefixes[0] else set()
+    without = [name for name in there - {image.name for image in images} if _is_picture(name)]
     if without:
         said = f"{len(without)} pictures in {prefixes[0]}, {sorted(without)[0]!r} for one,"
         warnings.append(f"{said} have no pose in the model and are left out")
@@ -251,7 +252,7 @@ class _Posed(NamedTuple):
 
 
 def _is_picture(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
 
 
 def _posed(model: Path, suffix: str) -> tuple[list[_Posed], dict[int, Any], list[str]]:

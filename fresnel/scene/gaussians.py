@@ -230,6 +230,10 @@ class Gaussians:
             first, many = int(np.argmin(finite)), int((~finite).sum())
             said = f"{many} of {len(turned)} Gaussians (number {first}, for one) are left out"
             warnings.warn(f"{path}: {said}: NaN, infinite, or turned by 0 0 0 0", stacklevel=2)
+        used = (found.scales > 0).all() and ((found.opacities >= 0) & (found.opacities <= 1)).all()
+        if used and len(turned):
+            said = "scales and opacities look as they are used, not as logarithms and logits"
+            warnings.warn(f"{path}: {said}, which is how they were read", stacklevel=2)
         means, scales, quats, opacities, sh0, shN = (
             torch.from_numpy(values[finite].astype(np.float32)) for values in found
         )

@@ -57,7 +57,9 @@ def read_ply(data: bytes) -> Splats:
         except KeyError as error:
             raise ValueError(f"no compressed Gaussians: it has no {error.args[0]}") from None
     wanted = ["x", "y", "z", "opacity", *(f"scale_{k}" for k in range(3))]
-    wanted += [*(f"rot_{k}" for k in range(4)), *(f"f_dc_{k}" for k in range(3))]
+    wanted += [f"rot_{k}" for k in range(4)]
+    plain = [name for name in ("red", "green", "blue") if name in vertex]  # instead of harmonics
+    wanted += [f"f_dc_{k}" for k in range(3)] if len(plain) < 3 else []
     missing = [name for name in wanted if name not in vertex]
     if missing:
         raise ValueError(f"no Gaussians: its vertices have no {', '.join(missing)}")
@@ -65,12 +67,17 @@ def read_ply(data: bytes) -> Splats:
     def columns(*names: str) -> Floats:
         return np.stack([vertex[name].astype(np.float32) for name in names], axis=-1)
 
+    if "f_dc_0" in vertex:
+        sh0 = columns("f_dc_0", "f_dc_1", "f_dc_2")
+    else:
+        whole = vertex["red"].dtype.kind == "u" or vertex["red"].max(initial=0) > 1
+        sh0 = (columns(*plain) / np.float32(255 if whole else 1) - np.float32(0.5)) / SH_C0
     return Splats(
         columns("x", "y", "z"),
         columns("scale_0", "scale_1", "scale_2"),
         columns("rot_0", "rot_1", "rot_2", "rot_3"),
         vertex["opacity"].astype(np.float32),
-        columns("f_dc_0", "f_dc_1", "f_dc_2"),
+        sh0,
         _harmonics(vertex, len(vertex["x"])),
     )
 
