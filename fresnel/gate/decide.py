@@ -227,12 +227,11 @@ def _explained(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
     if at < 0 or not rigs or any(code in codes for code in _CAUSE_KNOWN):
         return found
     result = explain(rigs, thorough="pivot_offset" not in codes)
-    if not result.words or (result.mend is None and "pivot_offset" in codes):
+    if not result.words or (not result.name and "pivot_offset" in codes):
         return found
     values = found[at].values | {"before": result.before, "after": result.after}
-    name = result.mend.name if result.mend else None
-    if result.mend:
-        values |= {f"mend_{k}": amount for k, amount in enumerate(result.mend.amounts)}
+    name = result.name or None
+    values |= {f"mend_{k}": amount for k, amount in enumerate(result.amounts)}
     if result.code == "pose_mismatch":
         if found[at].code == result.code:
             words = f"{found[at].message}; {'they fit if ' if name else ''}{result.words}"

@@ -15,7 +15,7 @@ from fresnel.data.records import ObjectViews
 from fresnel.gate.thresholds import GateConfig
 from fresnel.gate.verdict import Verdict, validate
 from fresnel.poses import explain, transforms
-from fresnel.poses.geometry import Rig, nearest_point, rigs_of
+from fresnel.poses.geometry import nearest_point, rigs_of
 
 BRIGHTEST_GAIN = 8.0
 """What is darker than an eighth keeps less than 42% of sRGB's levels: 107 of 256."""
@@ -141,35 +141,21 @@ def corrected(views: ObjectViews, mend: explain.Mend) -> ObjectViews:
         raise ValueError("mend: a flat cut-out has no side views to restore; make the data anew")
     if mend.name == "depth_scale":
         return transforms.scaled_depth(views, mend.amounts[0])
-    after = mend.apply(_whole_rig(views))
+    whole = rigs_of(
+        views, views.rgb.numpy(), views.alpha.numpy(), with_input=True, most=len(views.rgb)
+    )
+    after = mend.apply(whole[0])
     cameras, own, count = views.cameras, views.input_camera, len(views.rgb)
     height, width = after.masks.shape[1:]
-    Ks = after.Ks.copy()
-    flipped = Ks[:, 0, 0] < 0
-    Ks[flipped] = np.diag([-1.0, 1, 1]) @ Ks[flipped]
-    Ks[flipped, 0, 2] += width
+    flipped = after.Ks[:, 0, 0] < 0
+    Ks = np.where(flipped[:, None, None], transforms.mirrored(after.Ks, width), after.Ks)
     sizes = [(cameras.width, cameras.height)] * count + [(own.width, own.height)]
     Ks *= np.array([(w / width, h / height, 1) for w, h in sizes])[:, :, None]
+    poses = after.viewmats
     out = replace(
         views,
-        cameras=transforms.cameras_of(cameras, after.viewmats[:count], Ks[:count]),
-        input_camera=transforms.cameras_of(own, after.viewmats[count], Ks[count]),
+        cameras=transforms.cameras_of(cameras, viewmats=poses[:count], Ks=Ks[:count]),
+        input_camera=transforms.cameras_of(own, viewmats=poses[count], Ks=Ks[count]),
     )
-    if flipped[:count].any():
-        out = transforms.flipped_pictures(out, torch.from_numpy(flipped[:count]))
-    return transforms.flipped_input(out) if flipped[count] else out
-
-
-def _whole_rig(views: ObjectViews) -> Rig:
-    """The rig of all views and the input, in the record's order."""
-    rigs = rigs_of(views, views.rgb.numpy(), views.alpha.numpy(), with_input=True)
-    order = np.argsort(
-        [k for part in range(len(rigs)) for k in range(part, len(views.rgb), len(rigs))]
-    )
-    last = rigs[-1]
-    columns = {}
-    for name in ("viewmats", "Ks", "masks", "colors", "depths"):
-        parts = [getattr(rig, name) for rig in rigs]
-        whole = np.concatenate([part[:-1] for part in parts])[order]
-        columns[name] = np.concatenate([whole, parts[-1][-1:]])
-    return replace(last, **columns, input_index=len(views.rgb), whole=True)
+    rows = torch.from_numpy(flipped[:count])
+    return transforms.flipped(out, rows, also_input=bool(flipped[count]))

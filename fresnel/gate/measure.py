@@ -347,21 +347,11 @@ def _poses(rigs: list[Rig]) -> tuple[Row, Rig]:
     a record, and the worst rig."""
     rows = []
     for rig in rigs:
-        found = geometry.coherence(rig)
-        colour, floating = geometry.photometric(rig)
-        rows.append(
-            {
-                "hull_iou": found.hull_iou,
-                "hull_miss": found.hull_miss,
-                "stray": found.stray,
-                "input_miss": found.input_miss,
-                "mismatch": found.score,
-                "centroid_residual": geometry.centroid_residual(rig),
-                "photometric": colour,
-                "floating": floating,
-                "up_tilt_deg": geometry.up_tilt_deg(rig),
-            }
-        )
+        more = {
+            "centroid_residual": geometry.centroid_residual(rig)[0],
+            "up_tilt_deg": geometry.up_tilt_deg(rig),
+        }
+        rows.append(geometry.coherence(rig) | geometry.photometric(rig) | more)
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         mean = {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
     worst = np.argmax(np.nan_to_num([row["mismatch"] for row in rows], nan=-1.0))

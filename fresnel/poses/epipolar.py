@@ -8,16 +8,15 @@ the poses draw in the other.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 
 from fresnel.data.records import ObjectViews
 
-_PAIRS, _MATCHES = 8, 24
-_LONGEST = 320
-FLOOR = 0.002
+_PAIRS, _MATCHES, _LONGEST = 8, 24, 320
+_FLOOR = 0.002
 """In image widths: as exactly as features are found and phones track their pose."""
-Features = tuple[np.ndarray, np.ndarray]
 
 
 def misfit(views: ObjectViews) -> float:
@@ -30,70 +29,66 @@ def misfit(views: ObjectViews) -> float:
     geometry.  Poses that are wrong all in the same way, such as a focal length off by less than
     half, hardly move epipolar lines and pass.
     """
-    viewmats = views.cameras.viewmats.double().numpy()
-    Ks = views.cameras.Ks.double().numpy()
-    width = views.cameras.width
+    from skimage.feature import match_descriptors
+    from skimage.measure import ransac
+    from skimage.transform import FundamentalMatrixTransform
+
+    poses, Ks = (m.double().numpy() for m in (views.cameras.viewmats, views.cameras.Ks))
+    count, width = len(poses), views.cameras.width
+    # Consecutive views stand beside each other (as they were taken, whatever their poses say), and
+    # the nearest by pose do.
+    pairs = [(i, i + 1) for i in range(0, count - 1, max(1, count // _PAIRS))]
+    alike = np.triu(poses[:, 2, :3] @ poses[:, 2, :3].T, 1)
+    nearest = (divmod(int(k), count) for k in np.argsort(-alike, axis=None)[: 4 * _PAIRS])
+    pairs += [(i, j) for i, j in nearest if i < j]
 
     @functools.cache
-    def of(index: int) -> Features | None:
-        return features(views.rgb[index].numpy(), views.alpha[index].numpy())
+    def features(index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        return _features(views.rgb[index].numpy(), views.alpha[index].numpy())
 
     found: list[float] = []
-    for i, j in _neighbours(viewmats):
-        a, b = of(i), of(j)
-        fitted = None if a is None or b is None else explained(*matches(a, b))
-        if fitted is None:
-            continue
-        x, y, best = fitted
-        error = pair_error(viewmats[i], Ks[i], viewmats[j], Ks[j], x, y, lost=float(width))
-        found.append(error / max(best, FLOOR * width))
+    for i, j in dict.fromkeys(pairs):
         if len(found) == _PAIRS:
             break
+        mine, theirs = features(i), features(j)
+        if mine is None or theirs is None:
+            continue
+        same = match_descriptors(mine[1], theirs[1], max_ratio=0.8, cross_check=True)
+        x, y = mine[0][same[:, 0]], theirs[0][same[:, 1]]
+        if len(x) < _MATCHES:
+            continue
+        best, kept = ransac(  # fitted to all that it keeps
+            (x, y), FundamentalMatrixTransform, 8, 1.5, max_trials=400, rng=np.random.default_rng(0)
+        )
+        if kept is None or kept.sum() < _MATCHES:
+            continue
+        x, y = x[kept], y[kept]
+        relative = poses[j] @ np.linalg.inv(poses[i])
+        turn, shift = relative[:3, :3], relative[:3, 3]
+        to_rays, to_theirs = np.linalg.inv(Ks[i]), np.linalg.inv(Ks[j])
+        # y^T F x = 0 (Hartley and Zisserman, 9.6)
+        F = to_theirs.T @ np.cross(np.eye(3), shift) @ turn @ to_rays
+        # Depths at which the rays of a match come nearest to each other.
+        rays = [_homogeneous(x) @ to_rays.T @ turn.T, -_homogeneous(y) @ to_theirs.T]
+        system = np.stack(rays, axis=-1)
+        normal = np.einsum("nij,nik->njk", system, system) + 1e-12 * np.eye(2)
+        depths = np.linalg.solve(normal, np.einsum("nij,i->nj", system, -shift)[..., None])
+        with np.errstate(invalid="ignore"):  # cameras on one point have no epipolar lines
+            off = FundamentalMatrixTransform(F).residuals(x, y)
+        off = np.where(depths[..., 0].min(axis=1) > 0, off, width)
+        least = max(np.median(best.residuals(x, y)), _FLOOR * width)
+        found.append(float(np.median(off) / least))
     return float(np.median(found)) if len(found) >= 2 else float("nan")
-
-
-def pair_error(
-    a: np.ndarray,
-    Ka: np.ndarray,
-    b: np.ndarray,
-    Kb: np.ndarray,
-    x: np.ndarray,
-    y: np.ndarray,
-    lost: float,
-) -> float:
-    """Median Sampson distance in pixels of matches (N, 2) under two poses (4, 4); `lost` for those
-    whose rays come nearest to each other behind a camera."""
-    relative = b @ np.linalg.inv(a)
-    rotation, t = relative[:3, :3], relative[:3, 3]
-    # y^T F x = 0 (Hartley and Zisserman, 9.6)
-    F = np.linalg.inv(Kb).T @ np.cross(np.eye(3), t) @ rotation @ np.linalg.inv(Ka)
-    ray_a = _homogeneous(x) @ np.linalg.inv(Ka).T @ rotation.T
-    ray_b = _homogeneous(y) @ np.linalg.inv(Kb).T
-    system = np.stack([ray_a, -ray_b], axis=-1)
-    normal = np.einsum("nij,nik->njk", system, system) + 1e-12 * np.eye(2)
-    depths = np.linalg.solve(normal, np.einsum("nij,i->nj", system, -t)[..., None])[..., 0]
-    return float(np.median(np.where(depths.min(axis=1) > 0, _distance(F, x, y), lost)))
 
 
 def _homogeneous(pixels: np.ndarray) -> np.ndarray:
     return np.concatenate([pixels, np.ones((len(pixels), 1))], axis=1)
 
 
-def _neighbours(viewmats: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of views that stand beside each other: consecutive ones (as the pictures were taken,
-    whatever their poses say), then the nearest by pose."""
-    count = len(viewmats)
-    pairs = [(i, i + 1) for i in range(0, count - 1, max(1, count // _PAIRS))]
-    forward = viewmats[:, 2, :3]
-    alike = np.triu(forward @ forward.T, 1)
-    order = np.argsort(-alike, axis=None)[: 4 * _PAIRS]
-    pairs += [(int(k // count), int(k % count)) for k in order if k // count < k % count]
-    return list(dict.fromkeys(pairs))
-
-
-def features(rgb: np.ndarray, alpha: np.ndarray) -> Features | None:
+def _features(rgb: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """SIFT positions in pixels of the full picture (N, 2) as x, y, and descriptors; none at the rim
     that a lens left, which moves with the camera."""
+    from scipy.ndimage import distance_transform_edt
     from skimage.color import rgb2gray
     from skimage.feature import SIFT
     from skimage.transform import rescale
@@ -102,51 +97,13 @@ def features(rgb: np.ndarray, alpha: np.ndarray) -> Features | None:
     grey = rgb2gray(rgb)
     if scale < 1:
         grey = rescale(grey, scale, anti_aliasing=True)
-    sift = SIFT(upsampling=2 if max(grey.shape) < 200 else 1)
+    sift: Any = SIFT(upsampling=2 if max(grey.shape) < 200 else 1)
     try:
         sift.detect_and_extract(grey)
     except RuntimeError:  # how skimage says that it found no feature
         return None
-    if sift.positions is None or sift.descriptors is None:
-        return None
     where = sift.positions[:, ::-1] / scale + 0.5
-    if (alpha == 255).all():
-        return where, sift.descriptors
-    from scipy.ndimage import distance_transform_edt
-
+    inner = distance_transform_edt(alpha == 255)
     x, y = np.minimum(where.astype(int), np.array(alpha.shape[::-1]) - 1).T
-    kept = distance_transform_edt(alpha == 255)[y, x] > 0.03 * alpha.shape[1]
+    kept = (alpha == 255).all() | (inner[y, x] > 0.03 * alpha.shape[1])
     return where[kept], sift.descriptors[kept]
-
-
-def matches(a: Features, b: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (N, 2) of two pictures that show the same."""
-    from skimage.feature import match_descriptors
-
-    pairs = match_descriptors(a[1], b[1], max_ratio=0.8, cross_check=True)
-    return a[0][pairs[:, 0]], b[0][pairs[:, 1]]
-
-
-def explained(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """The matches that one epipolar geometry explains, whichever it is (RANSAC), and their median
-    distance in pixels to it; None where they are too few."""
-    from skimage.measure import ransac
-    from skimage.transform import FundamentalMatrixTransform
-
-    if len(x) < _MATCHES:
-        return None
-    best, kept = ransac(  # fitted to all that it keeps
-        (x, y), FundamentalMatrixTransform, 8, 1.5, max_trials=400, rng=np.random.default_rng(0)
-    )
-    if kept is None or kept.sum() < _MATCHES:
-        return None
-    x, y = x[kept], y[kept]
-    return x, y, float(np.median(_distance(best.params, x, y)))
-
-
-def _distance(F: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Sampson distance in pixels, (N,)."""
-    x, y = _homogeneous(x), _homogeneous(y)
-    lines, back = x @ F.T, y @ F
-    slope = np.square(lines[:, :2]).sum(axis=1) + np.square(back[:, :2]).sum(axis=1)
-    return np.abs((y * lines).sum(axis=1)) / np.sqrt(np.maximum(slope, 1e-18))

@@ -1,7 +1,7 @@
 """Do poses and pictures belong together?  Silhouettes, depth and colours asked across views.
 
 A `Rig` is what all questions are asked of: cameras, and small masks, depths and colours beside
-them.  Whatever rewrites its cameras (see `transforms`) can ask again.
+them.  Whatever rewrites its cameras (see `explain`) can ask again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from scipy.optimize import least_squares
 from torch.nn.functional import interpolate
 
 from fresnel.data.records import ObjectViews
-from fresnel.scene.cameras import Cameras
 
 Row = dict[str, Any]
 _SIDE, _VIEWS = 64, 16  # of a rig: pixels, and views beside the input
@@ -34,8 +33,8 @@ class Rig:
         masks: covered share of each pixel, float32 (V, h, w).
         colors: sRGB in [0, 1] over black, float32 (V, h, w, 3).
         depths: z-depth (V, h, w), 0 where unknown.
+        views: which rows are views, not the input, (V,).
         pivot: what the data says the views turn about, (3,).
-        input_index: the row of the input camera, or None.
         whole: whether all of a record's views are here, in their order.
     """
 
@@ -44,12 +43,9 @@ class Rig:
     masks: np.ndarray
     colors: np.ndarray
     depths: np.ndarray
+    views: np.ndarray
     pivot: np.ndarray
-    input_index: int | None = None
     whole: bool = True
-
-    def __len__(self) -> int:
-        return len(self.masks)
 
     @property
     def width(self) -> int:
@@ -65,88 +61,62 @@ class Rig:
         coverage = self.masks.mean(axis=(1, 2))
         return (coverage > 0.001) & (coverage < 0.98)
 
-    @property
-    def views(self) -> np.ndarray:
-        """Which rows are views, not the input, (V,)."""
-        return np.arange(len(self)) != (-1 if self.input_index is None else self.input_index)
-
-    def only(self, which: np.ndarray) -> Rig:
+    def only(self, which: Any) -> Rig:
         """Fewer views, by index or mask."""
-        which = np.asarray(which)
-        rows = np.flatnonzero(which) if which.dtype == bool else which
-        at = np.flatnonzero(rows == self.input_index) if self.input_index is not None else rows[:0]
-        arrays = ("viewmats", "Ks", "masks", "colors", "depths")
-        chosen: dict[str, Any] = {name: getattr(self, name)[rows] for name in arrays}
-        return replace(self, **chosen, input_index=int(at[0]) if len(at) else None, whole=False)
+        names = ("viewmats", "Ks", "masks", "colors", "depths", "views")
+        chosen: dict[str, Any] = {name: getattr(self, name)[which] for name in names}
+        return replace(self, **chosen, whole=False)
+
+    def put(self, which: np.ndarray, **matrices: np.ndarray) -> Rig:
+        """Other `viewmats` or `Ks` for some views."""
+        changed: dict[str, Any] = {name: getattr(self, name).copy() for name in matrices}
+        for name, new in matrices.items():
+            changed[name][which] = new
+        return replace(self, **changed)
 
 
 def rigs_of(
-    views: ObjectViews, rgb: np.ndarray, alpha: np.ndarray, *, with_input: bool
+    views: ObjectViews, rgb: np.ndarray, alpha: np.ndarray, *, with_input: bool, most: int = _VIEWS
 ) -> list[Rig]:
     """Rigs of a record that hold all its views between them, each a few from all around.
 
     Args:
         rgb, alpha: the views' pictures over black, uint8.
         with_input: take the input camera and picture in as the last row of each.
+        most: views in each.
     """
-    parts = -(-len(rgb) // _VIEWS)
-    rows = [np.arange(part, len(rgb), parts) for part in range(parts)]
-    return [_rig(views, rgb, alpha, some, with_input, parts == 1) for some in rows]
-
-
-def _rig(
-    views: ObjectViews,
-    rgb: np.ndarray,
-    alpha: np.ndarray,
-    rows: np.ndarray,
-    with_input: bool,
-    whole: bool,
-) -> Rig:
-    depth = None if views.depth is None else views.depth.numpy()[rows]
-    parts = [_small(views.cameras[torch.from_numpy(rows)], rgb[rows], alpha[rows], depth)]
+    scale = min(1.0, _SIDE / max(alpha.shape[1:]))
+    shape = tuple(max(1, round(side * scale)) for side in alpha.shape[1:])
+    given = [(views.cameras, rgb, alpha, views.depth)]
     if with_input:
-        pictures = views.input_rgb.numpy()[None], views.input_alpha.numpy()[None]
-        seen = None if views.input_depth is None else views.input_depth.numpy()[None]
-        shape = parts[0][2].shape[1:]
-        parts.append(_small(views.input_camera.reshape(1), *pictures, seen, shape))
-    viewmats, Ks, masks, colors, depths = (
-        np.concatenate(column) for column in zip(*parts, strict=True)
-    )
-    pivot = views.pivot.double().numpy()
-    last = len(rows) if with_input else None
-    return Rig(viewmats, Ks, masks, colors, depths, pivot, last, whole)
-
-
-def _small(
-    cameras: Cameras,
-    rgb: Any,
-    alpha: Any,
-    depth: np.ndarray | None,
-    shape: tuple[int, ...] | None = None,
-) -> tuple[np.ndarray, ...]:
-    height, width = alpha.shape[1:]
-    scale = min(1.0, _SIDE / max(height, width))
-    shape = shape or (max(1, round(height * scale)), max(1, round(width * scale)))
-    # Of large pictures every second pixel (or fewer) is averaged: two a side are enough.
-    step = max(1, min(height // shape[0], width // shape[1]) // 2)
-    thin = np.concatenate([rgb[:, ::step, ::step], alpha[:, ::step, ::step, None]], axis=-1)
-    layers = torch.from_numpy(thin)
-    small = layers.permute(0, 3, 1, 2).float() / 255
-    if tuple(shape) != tuple(small.shape[2:]):
-        small = interpolate(small, shape, mode="area")
-    pictures = small.permute(0, 2, 3, 1).numpy()
-    # Depth is picked, not averaged: a mean across an edge lies on no surface.
-    y = ((np.arange(shape[0]) + 0.5) * height / shape[0]).astype(int)
-    x = ((np.arange(shape[1]) + 0.5) * width / shape[1]).astype(int)
-    picked = np.zeros((len(rgb), *shape)) if depth is None else depth[:, y][:, :, x]
-    by = np.array([shape[1] / cameras.width, shape[0] / cameras.height, 1.0])
-    return (
-        cameras.viewmats.double().numpy(),
-        cameras.Ks.double().numpy() * by[:, None],
-        pictures[..., 3],
-        pictures[..., :3],
-        np.nan_to_num(picked).astype(np.float64),
-    )
+        own = views.input()
+        given.append((own.cameras, own.rgb.numpy(), own.alpha.numpy(), own.depth))
+    parts = []
+    for cameras, colour, cover, depth in given:
+        size = cover.shape[1:]
+        # Of large pictures every second pixel (or fewer) is averaged: two a side are enough.
+        step = max(1, min(size[0] // shape[0], size[1] // shape[1]) // 2)
+        thin = np.concatenate([colour[:, ::step, ::step], cover[:, ::step, ::step, None]], axis=-1)
+        small = torch.from_numpy(thin).permute(0, 3, 1, 2).float() / 255
+        layers = interpolate(small, shape, mode="area").permute(0, 2, 3, 1).numpy()
+        # Depth is picked, not averaged: a mean across an edge lies on no surface.
+        y, x = (
+            ((np.arange(a) + 0.5) * b / a).astype(int) for a, b in zip(shape, size, strict=True)
+        )
+        depths = np.zeros((len(cover), *shape))
+        if depth is not None:
+            depths[:] = np.nan_to_num(depth.numpy()[:, y][:, :, x])
+        by = np.array([shape[1] / cameras.width, shape[0] / cameras.height, 1.0])
+        Ks = cameras.Ks.double().numpy() * by[:, None]
+        parts.append(
+            (cameras.viewmats.double().numpy(), Ks, layers[..., 3], layers[..., :3], depths)
+        )
+    columns: list[Any] = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    rows, count = np.arange(len(columns[0])), -(-len(rgb) // most)
+    columns += [rows < len(rgb), views.pivot.double().numpy()]
+    whole = Rig(*columns)
+    split = [(rows % count == part) | ~whole.views for part in range(count)]
+    return [whole] if count == 1 else [whole.only(part) for part in split]
 
 
 def nearest_point(origins: np.ndarray, directions: np.ndarray) -> np.ndarray | None:
@@ -159,181 +129,147 @@ def nearest_point(origins: np.ndarray, directions: np.ndarray) -> np.ndarray | N
     return np.linalg.solve(matrix, (projectors @ origins[:, :, None]).sum(axis=0)[:, 0])
 
 
-def centroids(rig: Rig) -> np.ndarray:
-    """Centroids of the silhouettes in pixels, (V, 2); NaN where there is none."""
-    weight = rig.masks.sum(axis=(1, 2))
-    y, x = (np.arange(n) + 0.5 for n in rig.masks.shape[1:])
-    sums = np.stack([(rig.masks.sum(axis=1) @ x), (rig.masks.sum(axis=2) @ y)], axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(rig.shown[:, None], sums / weight[:, None], np.nan)
+def _centroids(rig: Rig) -> np.ndarray:
+    """Centroids of the silhouettes in pixels, (V, 2)."""
+    y, x = (np.arange(side) + 0.5 for side in rig.masks.shape[1:])
+    sums = np.stack([rig.masks.sum(axis=1) @ x, rig.masks.sum(axis=2) @ y], axis=1)
+    return sums / rig.masks.sum(axis=(1, 2))[:, None]
 
 
-def rays(rig: Rig, who: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+def _rays(rig: Rig, who: Any, pixels: np.ndarray) -> np.ndarray:
     """World directions with z-depth 1 of pixels (N, 2) of the views `who` (N,), (N, 3)."""
     homogeneous = np.concatenate([pixels, np.ones((len(pixels), 1))], axis=1)
     local = np.einsum("nij,nj->ni", np.linalg.inv(rig.Ks)[who], homogeneous)
     return np.einsum("nji,nj->ni", rig.viewmats[who][:, :3, :3], local)
 
 
-def project(rig: Rig, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (V, 2) and z-depths (V,) of one world point."""
-    local = rig.viewmats[:, :3, :3] @ point + rig.viewmats[:, :3, 3]
-    pixel = np.einsum("vij,vj->vi", rig.Ks, local)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return pixel[:, :2] / pixel[:, 2:], local[:, 2]
+def _project(rig: Rig, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (V, 2, P) and z-depths (V, P) of world points (P, 3)."""
+    matrices = (rig.Ks @ rig.viewmats[:, :3]).astype(points.dtype)
+    local = matrices[:, :, :3] @ points.T + matrices[:, :, 3:]
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        return local[:, :2] / local[:, 2:], local[:, 2]
 
 
 def triangulate(rig: Rig) -> np.ndarray | None:
     """The point nearest to the rays through the silhouettes' centroids, (3,)."""
-    shown = rig.shown
-    if shown.sum() < 2:
+    rig = rig.only(rig.shown)
+    if len(rig.masks) < 2:
         return None
-    toward = rays(rig, np.flatnonzero(shown), centroids(rig)[shown])
-    return nearest_point(rig.centers[shown], toward)
+    return nearest_point(rig.centers, _rays(rig, slice(None), _centroids(rig)))
 
 
-def centroid_residual(rig: Rig) -> float:
-    """RMS of the silhouettes' centroids about the image of one point, in image widths; NaN where it
-    can't be asked."""
-    return _residual(*_common_point(rig))
-
-
-def _common_point(rig: Rig) -> tuple[Rig, np.ndarray | None]:
-    point, part = triangulate(rig), rig.only(rig.shown)
-    if point is None or len(part) < 4 or (project(part, point)[1] <= 0).any():
-        return part, None
-    return part, point
-
-
-def _residual(part: Rig, point: np.ndarray | None, shift: Any = 0.0) -> float:
-    if point is None:
-        return np.nan
-    off = centroids(part) - project(part, point)[0] - shift
-    return float(np.sqrt(np.square(off).sum(axis=1).mean())) / part.width
-
-
-def principal_shift(rig: Rig) -> tuple[np.ndarray, float, float]:
-    """A common shift of all pictures that makes their centroids the image of one point.
-
-    Returns:
-        The shift (2,) in image widths, and `centroid_residual` without and with it; NaN where it
-        can't be asked.
-    """
-    part, point = _common_point(rig)
-    before = _residual(part, point)
-    if point is None:
-        return np.full(2, np.nan), before, before
-    target = centroids(part)
-
-    def off(x: np.ndarray) -> np.ndarray:
-        return np.nan_to_num(target - project(part, x[:3])[0] - x[3:], posinf=1e6).ravel()
-
-    best = least_squares(off, [*point, 0.0, 0.0], x_scale=[*[1.0] * 3, *[rig.width] * 2]).x
-    return best[3:] / rig.width, before, _residual(part, best[:3], best[3:])
-
-
-@dataclass(frozen=True)
-class Coherence:
-    """How well silhouettes of different views explain each other.
+def centroid_residual(rig: Rig, *, shifted: bool = False) -> tuple[float, ...]:
+    """How far the silhouettes' centroids are from the image of one point.
 
     Args:
-        hull_iou: share of silhouette that the visual hull of all views projects back onto (the
-            hull never leaves a silhouette, so this is their intersection over union).
-        miss: mean share of the other views whose silhouette a ray through this view's misses at
-            its best point; 0 for consistent data, whatever the object's shape.
-        stray: the same at the point where depth says the surface is; NaN without depth.
-        input_miss: miss of the input with the views, both ways, less what the median view has;
-            NaN without an input.
+        shifted: look for the common shift of all pictures that brings them nearest to it.
+
+    Returns:
+        Their RMS distance and that shift (x, y) in image widths; NaN where it can't be asked.
     """
+    point, rig = triangulate(rig), rig.only(rig.shown)
+    if point is None or len(rig.masks) < 4 or (_project(rig, point[None])[1] <= 0).any():
+        return np.nan, np.nan, np.nan
+    target, best = _centroids(rig), np.array([*point, 0.0, 0.0])
 
-    hull_iou: float
-    miss: float
-    stray: float
-    input_miss: float = np.nan
+    def off(guess: np.ndarray) -> np.ndarray:
+        pixels = _project(rig, guess[None, :3])[0][..., 0]
+        return np.nan_to_num(target - pixels - guess[3:], posinf=1e6).ravel()
 
-    @property
-    def score(self) -> float:
-        """Inconsistency: 0 healthy, about 0.1 and more for wrong poses, NaN where not asked."""
-        return self.hull_miss + (0.0 if np.isnan(self.stray) else self.stray)
-
-    @property
-    def hull_miss(self) -> float:
-        return self.miss + 0.1 * (1 - self.hull_iou)
-
-
-_NOT_ASKED = Coherence(np.nan, np.nan, np.nan)
-_IMPOSSIBLE = Coherence(0.0, 1.0, np.nan)
+    if shifted:
+        best = least_squares(off, best, x_scale=[*[1.0] * 3, *[rig.width] * 2]).x
+    rms = np.sqrt(np.square(off(best)).sum() / len(target))
+    return tuple((np.array([rms, *best[3:]]) / rig.width).tolist())
 
 
 def score(rig: Rig) -> float:
-    """`Coherence.score` of a rig."""
-    return coherence(rig).score
+    """Inconsistency: 0 healthy, about 0.1 and more for wrong poses, NaN where not asked."""
+    return float(coherence(rig)["mismatch"])
 
 
-def coherence(rig: Rig) -> Coherence:
-    """Silhouette coherence, after Hernandez, Schmitt and Cipolla (TPAMI 2007).
+def coherence(rig: Rig) -> Row:
+    """How well silhouettes of different views explain each other, after Hernandez, Schmitt and
+    Cipolla (TPAMI 2007).
 
     Every ray through a silhouette must meet the object somewhere, so it holds at least one point
     that lies inside all other silhouettes.  Points are sampled along the rays within a sphere
     about the triangulated centre; silhouettes are grown by a pixel.  Outside a frame counts as a
     miss unless the object leaves that frame.
+
+    Returns:
+        `hull_iou`, the share of silhouette that the visual hull of all views projects back onto
+        (the hull never leaves a silhouette, so this is their intersection over union);
+        `hull_miss`, the mean share of the other views whose silhouette a ray misses at its best
+        point (0 for consistent data, whatever the object's shape) and a tenth of what `hull_iou`
+        lacks; `stray`, the former at the point where depth says the surface is, NaN without depth;
+        `input_miss`, what the input misses with the views, both ways, less what the median view
+        does, NaN without an input; and `mismatch`, see `score`.
     """
+    names = ("hull_iou", "hull_miss", "stray", "input_miss", "mismatch")
+    unasked, impossible = ((np.nan,) * 5), (0.0, 1.1, np.nan, np.nan, 1.1)
     rig = rig.only(rig.shown)
-    if len(rig) < 3:
-        return _NOT_ASKED
+    # A hardly covered view has no pixel that is mostly covered.
+    picked = [_spread(mask > (0.6 if (mask > 0.6).any() else 0.1), _RAYS) for mask in rig.masks]
+    if any(len(pixels) < 2 for pixels in picked):
+        rig = rig.only(np.array([len(pixels) >= 2 for pixels in picked]))
+        picked = [pixels for pixels in picked if len(pixels) >= 2]
+    count = len(picked)
     centre = triangulate(rig)
-    if centre is None:
-        return _IMPOSSIBLE
-    _, z = project(rig, centre)
+    if count < 3 or centre is None:
+        return dict(zip(names, unasked if count < 3 else impossible, strict=True))
+    z = _project(rig, centre[None])[1][:, 0]
     if (z <= 0).mean() > 0.3:
-        return _IMPOSSIBLE
-    solid = rig.masks > 0.6
-    solid[~solid.any(axis=(1, 2))] = rig.masks[~solid.any(axis=(1, 2))] > 0.1
-    picked = [_spread(mask, _RAYS) for mask in solid]
-    if min(len(p) for p in picked) < 2:
-        keep = np.array([len(p) >= 2 for p in picked])
-        return coherence(rig.only(keep)) if keep.sum() >= 3 else _NOT_ASKED
+        return dict(zip(names, impossible, strict=True))
     reach = [
-        np.abs((p + 0.5 - c) / np.diagonal(K)[:2]).max()
-        for p, c, K in zip(picked, centroids(rig), rig.Ks, strict=True)
+        np.abs((pixels + 0.5 - middle) / np.diagonal(K)[:2]).max()
+        for pixels, middle, K in zip(picked, _centroids(rig), rig.Ks, strict=True)
     ]
     radius = 1.25 * float(np.median(np.abs(z) * reach)) + 1e-6
-    who = np.repeat(np.arange(len(rig)), [len(p) for p in picked])
+    who = np.repeat(np.arange(count), [len(pixels) for pixels in picked])
     pixels = np.concatenate(picked)
-    toward = rays(rig, who, pixels + 0.5)
-    origin = rig.centers[who]
+    toward, origin = _rays(rig, who, pixels + 0.5), rig.centers[who]
     middle = np.einsum("vi,vi->v", centre - origin, toward) / np.square(toward).sum(axis=1)
     half = radius / np.linalg.norm(toward, axis=1)
-    steps = np.linspace(-1, 1, _DEPTHS)
-    z_of = np.maximum(middle[:, None] + half[:, None] * steps, 1e-3)
+    sampled = np.maximum(middle[:, None] + half[:, None] * np.linspace(-1, 1, _DEPTHS), 1e-3)
     given = rig.depths[who, pixels[:, 1], pixels[:, 0]]
-    has_depth = given > 0
-    z_of = np.concatenate([z_of, np.where(has_depth, given, 1.0)[:, None]], axis=1)
-    points = (origin[:, None] + z_of[..., None] * toward[:, None]).astype(np.float32)
-    missed, asked = _misses(rig, points.reshape(-1, 3))
-    shape = (len(rig), *z_of.shape)
-    missed, asked = missed.reshape(shape), asked.reshape(shape)
-    others = np.arange(len(rig))[:, None] != who
-    missed, asked = missed & others[..., None], asked & others[..., None]
-    count = missed.sum(axis=0)
-    at, best = np.arange(len(who)), np.argmin(count[:, :-1], axis=1)
-    worst, by_view = count[at, best], missed[:, at, best]
-    votes = np.stack([by_view[:, who == i].mean(axis=1) for i in range(len(rig))])
-    np.fill_diagonal(votes, np.nan)
-    stray = count[has_depth, -1] / np.maximum(asked.sum(axis=0)[has_depth, -1], 1)
-    return Coherence(
-        hull_iou=float((worst == 0).mean()),
-        miss=float((worst / max(len(rig) - 1, 1)).mean()),
-        stray=float(stray.mean()) if has_depth.sum() >= 8 else np.nan,
-        input_miss=_of_input(votes, rig.input_index),
+    known = given > 0
+    depths = np.concatenate([sampled, np.where(known, given, 1.0)[:, None]], axis=1)
+    points = (origin[:, None] + depths[..., None] * toward[:, None]).astype(np.float32)
+    pixel, z = _project(rig, points.reshape(-1, 3))
+    height, width = rig.masks.shape[1:]
+    x, y = (  # in a frame with a rim of one pixel, on which everything outside lies
+        (np.fmax(np.fmin(pixel[:, axis], side), -1).astype(np.int32) + 1).reshape(
+            count, *depths.shape
+        )
+        for axis, side in enumerate((width, height))
     )
-
-
-def _of_input(votes: np.ndarray, index: int | None) -> float:
-    if index is None:
-        return np.nan
-    of_view = (np.nanmean(votes, axis=0) + np.nanmean(votes, axis=1)) / 2
-    return float(of_view[index] - np.median(np.delete(of_view, index)))
+    framed = np.pad(_grown(rig.masks > 0.05), ((0, 0), (1, 1), (1, 1)))
+    # Where an object leaves the frame nobody knows what is beyond.
+    leaves = np.max([(edge > 0.5).mean(axis=1) for edge in _edges(rig.masks)], axis=0) > 0.03
+    framed[leaves, 0] = framed[leaves, -1] = framed[leaves, :, 0] = framed[leaves, :, -1] = True
+    at = np.arange(len(who))
+    start = framed[0].size * np.arange(count, dtype=np.int32)[:, None, None]
+    missed = ~framed.ravel().take(start + y * (width + 2) + x) | (z <= 1e-3).reshape(x.shape)
+    missed[who, at] = False  # a view can't miss what it shows
+    misses = missed.sum(axis=0, dtype=np.int32)
+    best = np.argmin(misses[:, :-1], axis=1)
+    worst = misses[at, best]
+    iou, stray, input_miss = float((worst == 0).mean()), np.nan, np.nan
+    miss = float((worst / max(count - 1, 1)).mean()) + 0.1 * (1 - iou)
+    if known.sum() >= 8:
+        rim = (x[..., -1] % (width + 1) == 0) | (y[..., -1] % (height + 1) == 0)
+        asked = ~(rim & leaves[:, None])
+        asked[who, at] = False
+        stray = float((misses[known, -1] / np.maximum(asked.sum(axis=0)[known], 1)).mean())
+    if not rig.views.all():
+        by_view = missed[:, at, best]
+        votes = np.stack([by_view[:, who == view].mean(axis=1) for view in range(count)])
+        np.fill_diagonal(votes, np.nan)
+        of_view = (np.nanmean(votes, axis=0) + np.nanmean(votes, axis=1)) / 2
+        input_miss = float(of_view[~rig.views][0] - np.median(of_view[rig.views]))
+    mismatch = miss + float(np.nan_to_num(stray))
+    return dict(zip(names, (iou, miss, stray, input_miss, mismatch), strict=True))
 
 
 def _spread(mask: np.ndarray, count: int) -> np.ndarray:
@@ -343,85 +279,58 @@ def _spread(mask: np.ndarray, count: int) -> np.ndarray:
     return np.stack([xs[keep], ys[keep]], axis=1)
 
 
-def _misses(rig: Rig, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For world points (P, 3): beside each view's silhouette?  Asked at all?  Both (V, P)."""
-    height, width = rig.masks.shape[1:]
-    framed = np.pad(grow(rig.masks > 0.05), ((0, 0), (1, 1), (1, 1)))
-    # Where an object leaves the frame nobody knows what is beyond.
-    leaves = _touching(rig.masks)
-    framed[leaves, 0] = framed[leaves, -1] = True
-    framed[leaves, :, 0] = framed[leaves, :, -1] = True
-    matrices = (rig.Ks @ rig.viewmats[:, :3]).astype(np.float32)
-    pixel = matrices[:, :, :3] @ points.T + matrices[:, :, 3:]
-    z = pixel[:, 2]
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        x = np.clip(np.nan_to_num(pixel[:, 0] / z), -1, width).astype(np.int32) + 1
-        y = np.clip(np.nan_to_num(pixel[:, 1] / z), -1, height).astype(np.int32) + 1
-    inside = framed[np.arange(len(rig))[:, None], y, x] & (z > 1e-3)
-    outside = (x == 0) | (y == 0) | (x == width + 1) | (y == height + 1)
-    return ~inside, ~(outside & leaves[:, None])
+def _grown(masks: np.ndarray) -> np.ndarray:
+    """Masks (V, H, W) grown by a pixel to all sides."""
+    return maximum_filter(masks, size=(1, 3, 3), mode="constant")
 
 
 def _edges(masks: np.ndarray) -> list[np.ndarray]:
     return [masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]]
 
 
-def _touching(masks: np.ndarray) -> np.ndarray:
-    """Which views' objects leave the frame, (V,)."""
-    return np.max([(edge > 0.5).mean(axis=1) for edge in _edges(masks)], axis=0) > 0.03
-
-
-def grow(masks: np.ndarray) -> np.ndarray:
-    """Masks (..., H, W) grown by a pixel to all sides."""
-    size = (*[1] * (masks.ndim - 2), 3, 3)
-    return maximum_filter(masks, size=size, mode="constant")
-
-
-def photometric(rig: Rig) -> tuple[float, float]:
+def photometric(rig: Rig) -> Row:
     """Colours and depths carried from each view to its two nearest neighbours.
 
     Returns:
-        The mean colour difference at the same surface point over that of unrelated points (0:
-        the same object, 1: unrelated), NaN for objects of one colour; and the share of surface
-        points that float in front of what the neighbour sees there.
+        `photometric`, the mean colour difference at the same surface point over that of unrelated
+        points (0: the same object, 1: unrelated), NaN for objects of one colour; and `floating`,
+        the share of surface points that float in front of what the neighbour sees there.
     """
     rig = rig.only(rig.shown & (rig.depths > 0).any(axis=(1, 2)))
-    if len(rig) < 3:
-        return np.nan, np.nan
+    count, (height, width) = len(rig.masks), rig.masks.shape[1:]
     forward = rig.viewmats[:, 2, :3]
-    alike = forward @ forward.T - 2 * np.eye(len(rig))
+    alike = forward @ forward.T - 2 * np.eye(count)
+    # Colours at edges are mixed with what is behind them.
+    inner = ~_grown((rig.depths <= 0) | (rig.masks <= 0.9))
     same, unrelated, floating, total = [], [], 0, 0
-    for i in range(len(rig)):
-        # Colours at edges are mixed with what is behind them.
-        inner = ~grow((rig.depths[i] <= 0) | (rig.masks[i] <= 0.9))
-        pixels = _spread(inner, 2 * _RAYS)
-        if len(pixels) < 8:
+    for i in range(count if count >= 3 else 0):
+        x, y = _spread(inner[i], 2 * _RAYS).T
+        if len(x) < 8:
             continue
-        x, y = pixels.T
         z = rig.depths[i, y, x]
-        who = np.full(len(pixels), i)
-        world = rig.centers[i] + z[:, None] * rays(rig, who, pixels + 0.5)
-        for j in np.argsort(-alike[i])[:2]:
-            there = rig.viewmats[j, :3, :3] @ world.T + rig.viewmats[j, :3, 3:]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                u, v = np.nan_to_num((rig.Ks[j] @ there)[:2] / there[2], nan=-1.0)
-            inside = (there[2] > 0) & (u >= 0) & (v >= 0) & (u < rig.width)
-            inside &= v < rig.masks.shape[1]
-            u, v = u[inside].astype(int), v[inside].astype(int)
+        toward = _rays(rig, np.full(len(x), i), np.stack([x, y], axis=1) + 0.5)
+        neighbours = np.argsort(-alike[i])[:2]
+        pixels, depths = _project(rig.only(neighbours), rig.centers[i] + z[:, None] * toward)
+        for j, (u, v), depth in zip(
+            neighbours, np.nan_to_num(pixels, nan=-1.0), depths, strict=True
+        ):
+            at = np.flatnonzero((depth > 0) & (u >= 0) & (v >= 0) & (u < width) & (v < height))
+            u, v = u[at].astype(int), v[at].astype(int)
             hit = (rig.masks[j, v, u] > 0.9) & (rig.depths[j, v, u] > 0)
-            surface, depth = rig.depths[j, v, u][hit], there[2][inside][hit]
-            tolerance = 0.04 * np.median(z)
-            floating += int((depth < surface - tolerance).sum())
-            total += len(depth)
-            visible = np.abs(depth - surface) < tolerance
-            mine = rig.colors[i, y, x][inside][hit][visible]
-            theirs = rig.colors[j, v, u][hit][visible]
+            at, u, v = at[hit], u[hit], v[hit]
+            off, tolerance = depth[at] - rig.depths[j, v, u], 0.04 * np.median(z)
+            floating += int((off < -tolerance).sum())
+            total += len(off)
+            visible = np.abs(off) < tolerance
+            mine, theirs = rig.colors[i, y, x][at][visible], rig.colors[j, v, u][visible]
             if len(mine) >= 12:
                 same.append(np.abs(mine - theirs).mean())
                 unrelated.append(np.abs(mine - np.roll(theirs, len(theirs) // 2, axis=0)).mean())
     contrast = float(np.mean(unrelated)) if unrelated else 0.0
-    colour = float(np.mean(same)) / contrast if contrast > 0.05 else np.nan
-    return colour, floating / total if total >= 50 else np.nan
+    return {
+        "photometric": float(np.mean(same)) / contrast if contrast > 0.05 else np.nan,
+        "floating": floating / total if total >= 50 else np.nan,
+    }
 
 
 def up_tilt_deg(rig: Rig) -> float:
@@ -429,9 +338,7 @@ def up_tilt_deg(rig: Rig) -> float:
     where the cameras have no common up."""
     up = -rig.viewmats[:, 1, :3].mean(axis=0)
     length = float(np.linalg.norm(up))
-    if length < 0.3:
-        return np.nan
-    return float(np.degrees(np.arccos(np.clip(up[1] / length, -1, 1))))
+    return float(np.degrees(np.arccos(np.clip(up[1] / length, -1, 1)))) if length >= 0.3 else np.nan
 
 
 def pivot(views: ObjectViews, rig: Rig) -> Row:
@@ -439,20 +346,20 @@ def pivot(views: ObjectViews, rig: Rig) -> Row:
 
     The first is the nearest point to all optical axes; the second the point to which the
     silhouettes' centroids triangulate, or, where objects leave frames or too few views show one,
-    the median over views of what depth gives (`_middle`).  `pivot_distance` is between the two, in
+    the median over views of what depth gives.  `pivot_distance` is between the two, in
     world units: to the middle of what was rendered, which is not quite where the object ought to
     be (a decoder may place its Gaussians deeper).  `*_relative` is in units of the cameras'
     distance.
     """
-    nothing: Row = {"pivot_distance": np.nan, "pivot_relative": np.nan, "pivot_error": np.nan}
+    out: Row = {"pivot_distance": np.nan, "pivot_relative": np.nan, "pivot_error": np.nan}
     origins = views.cameras.centers.double().numpy()
     looks_at = nearest_point(origins, views.cameras.forward.double().numpy())
     if looks_at is None:
-        return nothing
+        return out
     radius = float(np.median(np.linalg.norm(origins - looks_at, axis=1)))
     if radius < 1e-6:  # all cameras stand on one point
-        return nothing
-    out = {**nothing, "radius": radius, "looks_at": looks_at.round(4).tolist()}
+        return out
+    out |= {"radius": radius, "looks_at": looks_at.round(4).tolist()}
     out["pivot_error"] = float(np.linalg.norm(looks_at - rig.pivot)) / radius
     content = _content(rig)
     if content is not None:
@@ -463,33 +370,29 @@ def pivot(views: ObjectViews, rig: Rig) -> Row:
 
 
 def _content(rig: Rig) -> np.ndarray | None:
-    inside = np.max([edge.max(axis=1) for edge in _edges(rig.masks)], axis=0) < 0.5
-    whole = rig.shown & inside
-    if whole.sum() >= 0.6 * len(rig) and whole.sum() >= 3:
-        point = triangulate(rig.only(whole))
-        if point is not None and (project(rig, point)[1] > 0).mean() > 0.5:
+    whole = rig.shown & (np.max([e.max(axis=1) for e in _edges(rig.masks)], axis=0) < 0.5)
+    # A cut-off silhouette's centroid is off; two whole ones know better.
+    point = triangulate(rig.only(whole))
+    if point is not None and whole.sum() >= max(3, 0.6 * len(whole)):
+        in_front = _project(rig, point[None])[1] > 0
+        if in_front.mean() > 0.5:
             return point
     if not rig.shown[rig.views].any():
         return None  # nothing but the input shows anything
-    middles = [_middle(rig, int(i)) for i in np.flatnonzero(rig.shown)]
-    known = [point for point in middles if point is not None]
-    if known:  # every view counts once, whatever it covers
-        return np.median(known, axis=0)
-    # A cut-off silhouette's centroid is off; two whole ones know better.
-    point = triangulate(rig.only(whole)) if whole.sum() >= 2 else None
+    middles = []
+    for i in np.flatnonzero(rig.shown):
+        x, y = np.argwhere((rig.masks[i] > 0.75) & (rig.depths[i] > 0))[:, ::-1].T
+        if len(x) < 4:
+            continue
+        x, y = x[:: max(1, len(x) // 200)], y[:: max(1, len(x) // 200)]
+        toward = _rays(rig, np.full(len(x), i), np.stack([x, y], axis=1) + 0.5)
+        # The median of the surface (which shrugs off flying pixels), and half the radius of a disc
+        # of the silhouette's area further from the camera, because what is seen is the near side.
+        away = np.median(rig.depths[i, y, x, None] * toward, axis=0)
+        focal = np.sqrt(abs(rig.Ks[i, 0, 0] * rig.Ks[i, 1, 1]))
+        middles.append(
+            rig.centers[i] + (1 + 0.5 * np.sqrt(rig.masks[i].sum() / np.pi) / focal) * away
+        )
+    if middles:  # every view counts once, whatever it covers
+        return np.median(middles, axis=0)
     return triangulate(rig) if point is None else point
-
-
-def _middle(rig: Rig, i: int) -> np.ndarray | None:
-    """Where the middle of what a view shows must be, by its depth: the median of its surface (which
-    shrugs off flying pixels), and half the silhouette's radius further from the camera, because
-    what is seen is the near side.  None where depth says nothing."""
-    pixels = np.argwhere((rig.masks[i] > 0.75) & (rig.depths[i] > 0))[:, ::-1]
-    pixels = pixels[:: max(1, len(pixels) // 200)]
-    if len(pixels) < 4:
-        return None
-    z = rig.depths[i, pixels[:, 1], pixels[:, 0]]
-    away = np.median(z[:, None] * rays(rig, np.full(len(z), i), pixels + 0.5), axis=0)
-    # Of a disc of the silhouette's area, as a share of its distance.
-    radius = np.sqrt(rig.masks[i].sum() / np.pi) / np.sqrt(abs(rig.Ks[i, 0, 0] * rig.Ks[i, 1, 1]))
-    return rig.centers[i] + (1 + 0.5 * radius) * away

@@ -5,7 +5,7 @@ Poses are world-to-camera matrices (V, 4, 4), intrinsics (V, 3, 3), both numpy f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,58 +17,47 @@ from fresnel.data.records import ObjectViews
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.colour import linear_to_srgb, srgb_to_linear
 
-Poses = Callable[[np.ndarray], np.ndarray]
-
-# --- poses ---------------------------------------------------------------------------------------
-
-
-def inverted(viewmats: np.ndarray) -> np.ndarray:
-    """Camera-to-world where world-to-camera is meant, and back."""
-    return np.linalg.inv(viewmats)
+Change = Callable[[np.ndarray], np.ndarray]
+PICTURES = ("rgb", "alpha", "depth")
+OF_INPUT = ("input_rgb", "input_alpha", "input_depth", "identity_rgb", "identity_alpha")
 
 
-def transposed(viewmats: np.ndarray) -> np.ndarray:
+def transposed(poses: np.ndarray) -> np.ndarray:
     """Rotations transposed, translations kept; its own inverse."""
-    out = viewmats.copy()
-    out[:, :3, :3] = viewmats[:, :3, :3].transpose(0, 2, 1)
+    out = poses.copy()
+    out[:, :3, :3] = poses[:, :3, :3].transpose(0, 2, 1)
     return out
 
 
-def flipped(x: int, y: int, z: int) -> Poses:
+def axes(x: float, y: float, z: float) -> Change:
     """Camera axes with these signs; its own inverse."""
-    return lambda viewmats: np.diag([float(x), y, z, 1]) @ viewmats
+    return lambda poses: np.diag([x, y, z, 1.0]) @ poses
 
 
-opengl = flipped(1, -1, -1)
+opengl = axes(1, -1, -1)
 
 
-def mirrored_about(viewmats: np.ndarray, pivot: np.ndarray, away: np.ndarray) -> np.ndarray:
+def mirrored_about(poses: np.ndarray, pivot: np.ndarray, away: np.ndarray) -> np.ndarray:
     """Poses mirrored in the vertical plane through a pivot and a direction; its own inverse."""
     normal = np.array([away[2], 0.0, -away[0]]) / max(np.hypot(away[0], away[2]), 1e-9)
     mirror = np.eye(4)
     mirror[:3, :3] -= 2 * np.outer(normal, normal)
     mirror[:3, 3] = 2 * normal * (normal @ pivot)
-    return np.diag([-1.0, 1, 1, 1]) @ viewmats @ mirror
+    return np.diag([-1.0, 1, 1, 1]) @ poses @ mirror
 
 
-def moved(viewmats: np.ndarray, by: np.ndarray) -> np.ndarray:
+def moved(poses: np.ndarray, by: np.ndarray) -> np.ndarray:
     """Cameras moved together by a world vector (3,)."""
-    out = viewmats.copy()
-    out[:, :3, 3] -= viewmats[:, :3, :3] @ by
+    out = poses.copy()
+    out[:, :3, 3] -= poses[:, :3, :3] @ by
     return out
 
 
-def zoomed(Ks: np.ndarray, factor: np.ndarray | float) -> np.ndarray:
-    """Focal lengths times a factor."""
-    out = Ks.copy()
-    out[:, 0, 0] *= factor
-    out[:, 1, 1] *= factor
-    return out
-
-
-def shifted(Ks: np.ndarray, x: float, y: float, width: int) -> np.ndarray:
-    """Principal points moved by shares of the width."""
-    out = Ks.copy()
+def calibrated(
+    Ks: np.ndarray, width: int, x: float = 0.0, y: float = 0.0, *, zoom: float = 1.0
+) -> np.ndarray:
+    """Focal lengths times a factor, principal points moved by shares of the width."""
+    out = Ks * np.array([[zoom, 1, 1], [1, zoom, 1], [1, 1, 1]])
     out[:, :2, 2] += np.array([x, y]) * width
     return out
 
@@ -86,25 +75,19 @@ def squeezed(across: np.ndarray, strength: float) -> np.ndarray:
 # --- records -------------------------------------------------------------------------------------
 
 
-def cameras_of(like: Cameras, viewmats: np.ndarray, Ks: np.ndarray) -> Cameras:
-    """Cameras with other matrices, in the type of `like`."""
-    given = (torch.from_numpy(np.ascontiguousarray(matrix)) for matrix in (viewmats, Ks))
-    viewmats_, Ks_ = (new.to(old) for new, old in zip(given, (like.viewmats, like.Ks), strict=True))
-    return replace(like, viewmats=viewmats_, Ks=Ks_)
+def cameras_of(like: Cameras, **matrices: np.ndarray) -> Cameras:
+    """Cameras with other `viewmats` or `Ks`, in the type of `like`."""
+    new: dict[str, Any] = {
+        name: torch.from_numpy(np.ascontiguousarray(matrix)).to(getattr(like, name))
+        for name, matrix in matrices.items()
+    }
+    return replace(like, **new)
 
 
-def posed(views: ObjectViews, change: Poses) -> ObjectViews:
-    """The record with its views' poses changed."""
-    cameras = views.cameras
-    changed = change(cameras.viewmats.double().numpy())
-    return replace(views, cameras=cameras_of(cameras, changed, cameras.Ks.double().numpy()))
-
-
-def calibrated(views: ObjectViews, change: Poses) -> ObjectViews:
-    """The record with its views' intrinsics changed."""
-    cameras = views.cameras
-    changed = change(cameras.Ks.double().numpy())
-    return replace(views, cameras=cameras_of(cameras, cameras.viewmats.double().numpy(), changed))
+def posed(views: ObjectViews, name: str, change: Change) -> ObjectViews:
+    """The record with its views' `viewmats` or `Ks` changed."""
+    new = change(getattr(views.cameras, name).double().numpy())
+    return replace(views, cameras=cameras_of(views.cameras, **{name: new}))
 
 
 def turned_world(views: ObjectViews, turn: Tensor) -> ObjectViews:
@@ -117,35 +100,44 @@ def turned_world(views: ObjectViews, turn: Tensor) -> ObjectViews:
     )
 
 
-def flipped_pictures(views: ObjectViews, rows: Tensor | slice) -> ObjectViews:
-    """Pictures of some views (a mask or indices) mirrored left to right; the poses stay."""
+def nearest_up(views: ObjectViews) -> Tensor:
+    """The quarter turn (4, 4) that brings the cameras' mean up nearest to +Y."""
+    up = -views.cameras.viewmats[:, 1, :3].mean(dim=0)
+    axis = int(up.abs().argmax())
+    sign = float(up[axis].sign())
+    turn = torch.diag(torch.tensor([1.0, sign, sign, 1.0]))
+    if axis != 1:  # the other horizontal axis stays
+        turn = torch.eye(4)
+        turn[1, 1] = turn[axis, axis] = 0.0
+        turn[1, axis], turn[axis, 1] = sign, -sign
+    return turn
 
-    def flip(values: Tensor) -> Tensor:
-        out = values.clone()
-        out[rows] = values[rows].flip(2)
-        return out
 
-    depth = None if views.depth is None else flip(views.depth)
-    return replace(views, rgb=flip(views.rgb), alpha=flip(views.alpha), depth=depth)
-
-
-def flipped_input(views: ObjectViews) -> ObjectViews:
-    """The input's pictures mirrored left to right; its camera stays."""
-    names = ("input_rgb", "input_alpha", "input_depth", "identity_rgb", "identity_alpha")
+def changed(
+    views: ObjectViews, names: Sequence[str], change: Callable[[Tensor], Tensor]
+) -> ObjectViews:
+    """The record with these of its tensors changed that it has."""
     parts: dict[str, Any] = {name: getattr(views, name) for name in names}
-    return replace(views, **{n: part.flip(1) for n, part in parts.items() if part is not None})
+    parts = {name: change(part) for name, part in parts.items() if part is not None}
+    return replace(views, **parts)
+
+
+def put(values: Tensor, rows: Tensor, new: Tensor | float) -> Tensor:
+    """A copy with other rows, by index or mask."""
+    out = values.clone()
+    out[rows] = new
+    return out
+
+
+def flipped(views: ObjectViews, rows: Tensor, *, also_input: bool) -> ObjectViews:
+    """Pictures of some views, or the input's too, mirrored left to right; all cameras stay."""
+    views = changed(views, PICTURES, lambda part: put(part, rows, part[rows].flip(2)))
+    return changed(views, OF_INPUT, lambda part: part.flip(1)) if also_input else views
 
 
 def scaled_depth(views: ObjectViews, factor: float) -> ObjectViews:
     """Depth of views and input times a factor."""
-    parts: dict[str, Any] = {"depth": views.depth, "input_depth": views.input_depth}
-    return replace(views, **{n: part * factor for n, part in parts.items() if part is not None})
-
-
-def exposed(views: ObjectViews, gain: float | Tensor) -> ObjectViews:
-    """The object's linear light times a gain, clipped; alpha stays."""
-    linear = srgb_to_linear(straight(views) / 255) * gain
-    return recoloured(views, 255 * linear_to_srgb(linear))
+    return changed(views, ("depth", "input_depth"), lambda depth: depth * factor)
 
 
 def straight(views: ObjectViews) -> Tensor:
@@ -154,24 +146,16 @@ def straight(views: ObjectViews) -> Tensor:
     return (views.rgb.float() / alpha.clamp_min(1 / 255)).clamp(0, 255)
 
 
-def recoloured(views: ObjectViews, colours: Tensor) -> ObjectViews:
-    """Colours as `straight` gives them put back under the record's alpha, over black."""
-    return replace(views, rgb=as_bytes(colours * (views.alpha[..., None].float() / 255)))
+def recoloured(views: ObjectViews, change: Callable[[Tensor], Tensor]) -> ObjectViews:
+    """The object's colours, as `straight` gives them, changed under its alpha, over black."""
+    colours = change(straight(views)) * (views.alpha[..., None].float() / 255)
+    return replace(views, rgb=as_bytes(colours))
+
+
+def exposed(views: ObjectViews, gain: float | Tensor) -> ObjectViews:
+    """The object's linear light times a gain, clipped; alpha stays."""
+    return recoloured(views, lambda own: 255 * linear_to_srgb(srgb_to_linear(own / 255) * gain))
 
 
 def as_bytes(values: Tensor) -> Tensor:
     return (values + 0.5).clamp(0, 255).to(torch.uint8)
-
-
-def nearest_up(views: ObjectViews) -> Tensor:
-    """The quarter turn (4, 4) that brings the cameras' mean up nearest to +Y."""
-    up = -views.cameras.viewmats[:, 1, :3].mean(dim=0)
-    axis = int(up.abs().argmax())
-    sign = float(up[axis].sign())
-    turn: Any = torch.zeros(4, 4)
-    turn[3, 3] = 1.0
-    if axis == 1:
-        turn[:3, :3] = torch.diag(torch.tensor([1.0, sign, sign]))
-    else:
-        turn[1, axis], turn[axis, 1], turn[2 - axis, 2 - axis] = sign, -sign, 1.0
-    return turn

@@ -313,13 +313,10 @@ def gravity_frame(cameras: Cameras, pivot: Tensor | Sequence[float]) -> Tensor:
 def relative_azimuth_deg(
     cameras: Cameras, input_cameras: Cameras, pivot: Tensor | Sequence[float]
 ) -> Tensor:
-    """Azimuths of cameras (M, V) as seen from input cameras (M,), degrees in (-180, 180].
-
-    Args:
-        pivot: (3,) or (M, 3).
-    """
+    """Azimuths of cameras (..., V) as seen from input cameras (...), degrees in (-180, 180], about
+    a pivot (3,) or (..., 3)."""
     frame = gravity_frame(input_cameras, pivot)
-    return cameras.transformed(frame[:, None]).azimuth_deg((0.0, 0.0, 0.0))
+    return cameras.transformed(frame[..., None, :, :]).azimuth_deg((0.0, 0.0, 0.0))
 
 
 def mirror_signs(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
