@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from fresnel.report import run as report
+from fresnel.report.index import index
 from fresnel.report.record import RunRecord, Stage
 
 CHROMIUM = next(
@@ -258,7 +259,7 @@ def overview(tmp_path_factory: pytest.TempPathFactory) -> Path:
         record.write(folder)
         for file in ("thumbnail.png", "views.png"):
             Image.new("RGB", (90, 30), (40 * number, 90, 120)).save(folder / file)
-    return report.index(reports)
+    return index(reports)
 
 
 def test_the_index_filters_orders_and_compares(browser: Any, overview: Path) -> None:

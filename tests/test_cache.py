@@ -6,81 +6,88 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fresnel.report import cache
+from fresnel.report import provenance
 from fresnel.report import run as report
 from fresnel.report.provenance import digest
 from fresnel.report.record import RunRecord
+from fresnel.study import data as training_data
 
 ROOT = Path(__file__).resolve().parent.parent
 Maker = Callable[..., Path]
 START = """\
-from fresnel.report import record
-run = record.start("n", dict(data=data, helper=helper, verdict=verdict), output_dir)"""
-PARAMETERS = 'data = ""  # a file\nhelper = ""\nverdict = "PASS"\noutput_dir = ""'
-
-
-@pytest.fixture
-def reader(make_notebook: Maker, tmp_path: Path) -> Callable[..., report.Run]:
-    """Runs a notebook whose parameter names a file, which declares a folder and what it made."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.txt").write_text("one")
-    (tmp_path / "named.txt").write_text("named")
-    body = f"""\
 from pathlib import Path
-print(Path(data).read_text())
-run.input({str(tmp_path / "data")!r})
-Path({str(tmp_path / "made.txt")!r}).write_text("made")
-run.input({str(tmp_path / "made.txt")!r})"""
-    notebook = make_notebook(
-        "reads", START, body, "run.finish(verdict, 'so')", parameters=PARAMETERS
-    )
-
-    def run(fresh: bool = False, **params: object) -> report.Run:
-        given = {"data": str(tmp_path / "named.txt"), **params}
-        return report.run(notebook, given, "r", tmp_path / "reports", fresh=fresh)
-
-    return run
+from fresnel.report import record
+run = record.start("n", dict(data=data, resume=resume), output_dir)"""
+PARAMETERS = 'data = ""  # a file\nhelper = ""\nresume = True\noutput_dir = ""'
 
 
 def test_unchanged_is_found_and_marked_and_all_else_computed(
-    reader: Callable[..., report.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_notebook: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = reader(verdict="FAIL")
+    """A parameter names a file; the notebook declares a folder, and what it made."""
+    monkeypatch.setattr(provenance, "code_hash", lambda: "code")  # which takes its time
+    (tmp_path / "data").mkdir()
+    named, read, made = (tmp_path / name for name in ("named", "data/a.txt", "made.txt"))
+    named.write_text("named")
+    read.write_text("one")
+    body = f"""\
+print(Path(data).read_text())
+run.input({str(tmp_path / "data")!r})
+Path({str(made)!r}).write_text("made")
+run.input({str(made)!r})"""
+    cells = START, body, "run.finish('FAIL', 'so')"
+    notebook = make_notebook("reads", *cells, parameters=PARAMETERS)
+
+    def run(**options: object) -> report.Run:
+        return report.run(notebook, {"data": str(named)}, "r", tmp_path / "reports", **options)
+
+    def found(**params: object) -> bool:
+        given = {"data": str(named), **params}
+        return report._Job(notebook, given, "r", tmp_path / "reports").found() is not None
+
+    assert not found()
+    first, again = run(), run()
     assert first.record.verdict == "FAIL" and not first.reused
-    again = reader(verdict="FAIL")
     assert again.reused and again.directory == first.directory
     mark = again.record.cached
     assert mark is not None and mark["computed_utc"] == first.record.started_utc
     assert mark["commit"] == first.record.provenance["git"]["commit"]
     assert RunRecord.read(first.directory).cached == mark
     assert again.record.replace(cached=None) == first.record
-    assert len(list((tmp_path / "reports" / "runs").iterdir())) == 1
     assert not list((tmp_path / "reports").rglob("*.pkl")), "no cache has anything to unpickle"
+    fresh = run(fresh=True)
+    assert fresh.record.params["resume"] is False, "and it trains from the first step"
+    assert fresh.directory != first.directory == again.directory and run().reused
 
-    last = [again]
-
-    def computed(**params: object) -> bool:
-        """Whether the next run is computed; the one after it must be found."""
-        last.append(reader(**{"verdict": "FAIL", **params}))
-        return not last[-1].reused
-
-    assert computed(fresh=True) and not computed(), "--fresh ignores the cache, and fills it"
-    assert computed(helper="other") and not computed(), "a changed parameter, and back"
-    (tmp_path / "named.txt").write_text("other")
-    assert computed(), "a file that a parameter names"
-    (tmp_path / "data" / "a.txt").write_text("two")
+    assert not found(helper="other"), "a changed parameter"
+    for path, what in (
+        (named, "a file that a parameter names"),
+        (read, "a file in a folder that the notebook declared"),
+        (made, "what the run made"),
+        (fresh.directory / "executed.ipynb", ""),
+        (fresh.directory / "results.json", ""),
+    ):
+        before = path.read_bytes()
+        path.write_text("{other")
+        assert found() is (not what), what or "an earlier run of the same kind is as good"
+        path.unlink()
+        assert found() is (not what), what
+        path.write_bytes(before)
+        assert found()
     (tmp_path / "data" / "b.txt").write_text("new")
-    assert computed() and not computed(), "a file in a folder that the notebook declared"
-    (tmp_path / "made.txt").unlink()
-    assert computed() and (tmp_path / "made.txt").exists(), "what the run made is gone"
-    (last[-1].directory / "executed.ipynb").unlink()
-    assert not computed(), "an earlier run of the same kind is as good"
-    (last[-1].directory / "results.json").write_text("{")
-    monkeypatch.setattr(cache, "code_hash", lambda: "other code")
-    assert computed(), "changed code"
+    assert not found(), "a new file in the folder"
+    (tmp_path / "data" / "b.txt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "code_hash", lambda: "other code")
+        assert not found(), "changed code"
+    for change in ({"status": "crashed"}, {"verdict": "REFUSED"}, {"status": "running"}):
+        for run_again in (first, fresh):
+            run_again.record.replace(**change).write(run_again.directory)
+        assert not found(), "what did not finish"
 
 
 def test_datasets_count_by_their_hash_and_other_runs_by_their_results(tmp_path: Path) -> None:
@@ -106,33 +113,32 @@ def test_datasets_count_by_their_hash_and_other_runs_by_their_results(tmp_path: 
     assert data[0] == "sha256:1"
 
 
-@pytest.mark.parametrize(
-    ("ends", "limit_s"),
-    [("1 / 0", None), ("run.finish('REFUSED', 'no')\n1 / 0", None), ("time.sleep(9)", 0.5)],
-)
-def test_what_did_not_finish_is_computed_again(
-    make_notebook: Maker, tmp_path: Path, ends: str, limit_s: float | None
-) -> None:
-    notebook = make_notebook("ends", START, f"import time\n{ends}", parameters=PARAMETERS)
-    once = report.run(notebook, None, "n", tmp_path, timeout_s=limit_s)
-    assert once.crashed or once.record.verdict == "REFUSED"
-    found = cache.find(tmp_path, once.record.provenance["identity"], "n", None)
-    assert found is None
-
-
 def test_the_code_hash_is_of_what_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = "report/page.py", "report/templates/page.css", "cli.py"
-    for name in (*shown, "training/loop.py", "assets/a.bin"):
+    files = *shown, "training/loop.py", "assets/a.bin"
+    for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("a")
-    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
-    before = cache.code_hash()
-    for name in (*shown, "training/loop.py", "assets/a.bin"):
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    for name in files:
+        before = provenance.code_hash()
         (tmp_path / name).write_text("b")
-        assert (cache.code_hash() == before) == (name in shown), name
-        before = cache.code_hash()
-    for name in cache.NOT_TRAINING:
+        assert (provenance.code_hash() == before) == (name in shown), name
+    for name in provenance.NOT_TRAINING:
         assert (ROOT / "fresnel" / name).exists(), name
+
+
+def test_a_training_finds_its_checkpoint_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has no part in it: its report's folder, what is compared and kept."""
+    data = SimpleNamespace(content_hash="sha256:0123456789")
+    monkeypatch.setattr(training_data, "code_hash", lambda apart: "code")
+    place = training_data.train_dir("cvs", data, {"steps": 8})
+    assert place.name.startswith("cvs-01234567-")
+    for same in ({"output_dir": "elsewhere"}, {"resume": False}, {"keep_every": 3}):
+        assert training_data.train_dir("cvs", data, {"steps": 8, **same}) == place
+    assert training_data.train_dir("cvs", data, {"steps": 9}) != place
+    monkeypatch.setattr(training_data, "code_hash", lambda apart: "other code")
+    assert training_data.train_dir("cvs", data, {"steps": 8}) != place
 
 
 def test_a_found_report_needs_no_torch(make_notebook: Maker, tmp_path: Path) -> None:

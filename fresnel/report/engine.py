@@ -14,23 +14,20 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from jupyter_core.utils import ensure_async
+from jupyter_core.utils import ensure_async, run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-
-from fresnel.report.record import Failure
 
 TICK_S = 0.2
 AUTOSAVE_S = 5
@@ -42,8 +39,9 @@ GRACE_S = 20.0
 
 def execute(
     manager: Any, folder: Path, timeout_s: float | None = None, cell_timeout_s: float | None = None
-) -> Failure | None:
-    """Run the cells of a notebook in place, as far as they go; None if all of them ran.
+) -> dict[str, Any] | None:
+    """Run the cells of a notebook in place, as far as they go; None if all of them ran, else the
+    `error` and the `failure` of its record.
 
     manager: papermill's NotebookExecutionManager, which holds the notebook, saves it after every
         cell and while one goes on, and shows progress; the kernel's own bar is shown beside it.
@@ -51,184 +49,149 @@ def execute(
     timeout_s: most that the run may take, cell_timeout_s: most that one cell may. The cell is then
         interrupted, and killed if it does not heed that.
 
-    Ctrl-C and SIGTERM stop the run with the failure "stopped".
+    Ctrl-C and SIGTERM stop the run with the failure "stopped"; a second one does so at once.
     """
-    run = _Execution(manager, timeout_s, cell_timeout_s)
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(run.supervise(folder))
-    with ThreadPoolExecutor(1) as pool:  # called from a notebook, whose loop is running
-        return pool.submit(asyncio.run, run.supervise(folder)).result()
-
-
-class _Execution:
-    def __init__(self, manager: Any, timeout_s: float | None, cell_timeout_s: float | None) -> None:
-        self.manager, self.notebook = manager, manager.nb
-        self.timeout_s = math.inf if timeout_s is None else timeout_s
-        self.cell_timeout_s = math.inf if cell_timeout_s is None else cell_timeout_s
-        self.current: Any = None
-        self.ended: Failure | None = None  # from outside
-        self.begun = self.cell_begun = time.monotonic()
-
-    async def supervise(self, folder: Path) -> Failure | None:
-        kernel = _ThisPython()
-        client = _Client(
-            self.notebook, km=kernel, store_widget_state=False, startup_timeout=STARTUP_S
-        )
-        client.after_message = self.manager.autosave_cell
-        client.reset_execution_trackers()
-        kills = _oom_kills()
-        with tempfile.TemporaryFile() as errors, _stoppable() as stopping:
-            work = asyncio.ensure_future(self._cells(client, folder, errors))
-            try:
-                await self._watch(work, kernel, client, stopping)
-                failure = self._failure(work, client, kills, errors)
-            finally:
-                await _shut_down(kernel, client)
-        self._mark(failure)
-        return failure
-
-    async def _cells(self, client: _Client, folder: Path, errors: Any) -> None:
-        await client.async_start_new_kernel(cwd=str(folder), env=dict(os.environ), stderr=errors)
-        channel = await client.async_start_new_kernel_client()
-        info = await client.async_wait_for_reply(channel.kernel_info())
-        if info is not None:
-            self.notebook.metadata["language_info"] = info["content"]["language_info"]
-        for index, cell in enumerate(self.notebook.cells):
-            if self.ended is not None:  # the cell before took its interrupt for its own affair
-                return
-            if cell.cell_type == "code" and cell.source.strip():
-                self.current, self.cell_begun, client.bar = cell, time.monotonic(), ""
-            self.manager.cell_start(cell, index)
-            await client.async_execute_cell(cell, index, client.code_cells_executed + 1)
-            self.manager.cell_complete(cell, cell_index=index)
-
-    async def _watch(
-        self, work: asyncio.Future, kernel: AsyncKernelManager, client: _Client, stopping: Any
-    ) -> None:
-        """Wait for the cells, and cut them short where it is time to."""
-        while not work.done() and self.ended is None:
-            # a Ctrl-C is seen at once, a time-out at the next tick
-            await asyncio.wait({work, stopping}, timeout=TICK_S, return_when="FIRST_COMPLETED")
-            if self.manager.pbar:
-                self.manager.pbar.set_postfix_str(client.bar)
-            if stopping.done() and not work.done():
-                self.ended = Failure("stopped", "The run was stopped from outside{}.")
-            elif (late := self._late()) and not work.done():
-                self.ended = Failure("timed_out", f"{late} it was given{{}}.")
-        if self.ended is not None:
-            with contextlib.suppress(Exception):  # the kernel may be gone, or not yet be there
-                await kernel.interrupt_kernel()
-            await asyncio.wait({work}, timeout=GRACE_S)
-            if not work.done():
-                work.cancel()
-                await asyncio.wait({work}, timeout=GRACE_S)
-
-    def _late(self) -> str | None:
-        """Which limit was passed, in words."""
-        now = time.monotonic()
-        if now - self.begun > self.timeout_s:
-            return f"The run took longer than the {self.timeout_s:g} s"
-        if self.current is not None and now - self.cell_begun > self.cell_timeout_s:
-            return f"A cell took longer than the {self.cell_timeout_s:g} s"
-        return None
-
-    def _number(self) -> int | None:
-        """The place of the current cell among the source's code cells, from 1."""
-        codes = [cell for cell in self.notebook.cells if cell.cell_type == "code"]
-        source = [c for c in codes if "injected-parameters" not in c.metadata.get("tags", [])]
-        return next((n for n, cell in enumerate(source, 1) if cell is self.current), None)
-
-    def _failure(
-        self, work: asyncio.Future, client: _Client, kills: int, errors: Any
-    ) -> Failure | None:
-        number = self._number()
-        problem = None if work.cancelled() else work.exception() if work.done() else None
-        place = f" in code cell {number}" if number else ""
-        if self.ended is not None:
-            return Failure(self.ended.kind, self.ended.message.format(place), number)
-        if problem is None:
-            return None
-        if isinstance(problem, CellExecutionError):
-            return _cell_error(problem, number)
-        # nbclient tells a kernel that died while it started by a plain RuntimeError
-        if isinstance(problem, DeadKernelError) or "Kernel died" in str(problem):
-            self._append_tail(errors)
-            how = _how_it_died(client, kills)
-            if self.current is None:
-                return Failure("not_started", f"The notebook's Python did not start: {how}.")
-            text = (
-                f"The notebook's Python process ended in the middle of code cell {number}: {how}."
-            )
-            return Failure("kernel_died", text, number)
-        text = f"The notebook could not be run: {type(problem).__name__}: {problem}"
-        return Failure("not_started" if self.current is None else "cell_error", text, number)
-
-    def _append_tail(self, errors: Any, lines: int = 30) -> None:
-        """Show what the dying process wrote last, such as a segmentation fault's stack."""
-        errors.seek(0)
-        tail = errors.read().decode("utf-8", "replace").strip().splitlines()[-lines:]
-        if tail and self.current is not None:
-            text = "\n".join(tail) + "\n"
-            self.current.outputs.append(nbformat.v4.new_output("stream", name="stderr", text=text))
-
-    def _mark(self, failure: Failure | None) -> None:
-        """Note which cell failed; one cut short without a trace of its own gets one to show."""
-        cell = self.current or next((c for c in self.notebook.cells if c.cell_type == "code"), None)
-        if failure is None or cell is None:
-            return
-        self.manager.cell_exception(cell)
-        if not any(output.output_type == "error" for output in cell.outputs):
-            said = failure.message
-            cell.outputs.append(
-                nbformat.v4.new_output("error", ename="Stopped", evalue=said, traceback=[said])
-            )
+    client = _Client(
+        manager.nb, km=_ThisPython(), store_widget_state=True, startup_timeout=STARTUP_S
+    )
+    client.manager, client.kernel = manager, client.km
+    limits = timeout_s or math.inf, cell_timeout_s or math.inf
+    return run_sync(client.supervise)(folder, *limits)
 
 
 class _Client(NotebookClient):
-    """nbclient's, following the progress bar that the kernel shows last."""
+    """nbclient's, which runs cell after cell until something ends it."""
 
+    manager: Any = None
+    kernel: Any = None
+    cell: Any = None
+    cell_begun = math.inf
     bar = ""
-    after_message: Any = None
+    """The progress bar that the kernel shows last."""
+    ended: tuple[str, str] | None = None
+    """From outside: the failure's kind, and what is to be said."""
+
+    async def supervise(
+        self, folder: Path, timeout_s: float, cell_timeout_s: float
+    ) -> dict[str, Any] | None:
+        begun, given = time.monotonic(), "took longer than the {:g} s it was given"
+        with _signals() as (stop, hurry):
+            work = asyncio.ensure_future(self.run_cells(folder))
+            try:
+                while not work.done() and self.ended is None:
+                    # a Ctrl-C is seen at once, a time-out at the next tick
+                    await asyncio.wait({work, stop}, timeout=TICK_S, return_when="FIRST_COMPLETED")
+                    if self.manager.pbar:
+                        self.manager.pbar.set_postfix_str(self.bar)
+                    now = time.monotonic()
+                    if work.done():
+                        break
+                    if stop.done():
+                        self.ended = "stopped", "The run was stopped from outside"
+                    elif now - begun > timeout_s:
+                        self.ended = "timed_out", f"The run {given.format(timeout_s)}"
+                    elif now - self.cell_begun > cell_timeout_s:
+                        self.ended = "timed_out", f"A cell {given.format(cell_timeout_s)}"
+                if self.ended is not None:
+                    with contextlib.suppress(Exception):  # the kernel may be gone, or not yet there
+                        await self.kernel.interrupt_kernel()
+                    await asyncio.wait(
+                        {work, hurry}, timeout=GRACE_S, return_when="FIRST_COMPLETED"
+                    )
+                    work.cancel()
+                    await asyncio.wait({work}, timeout=GRACE_S)
+                return self.failure(work)
+            finally:
+                with contextlib.suppress(Exception):  # it may be dead, or never have been there
+                    await self.kernel.shutdown_kernel(now=True)
+                with contextlib.suppress(Exception):
+                    await ensure_async(self.kernel.cleanup_resources())
+                if self.kc is not None:
+                    self.kc.stop_channels()
+
+    async def run_cells(self, folder: Path) -> None:
+        self.reset_execution_trackers()
+        await self.async_start_new_kernel(
+            cwd=str(folder), env=dict(os.environ), stderr=subprocess.DEVNULL
+        )
+        channel = await self.async_start_new_kernel_client()
+        info = await self.async_wait_for_reply(channel.kernel_info())
+        if info is not None:
+            self.nb.metadata["language_info"] = info["content"]["language_info"]
+        for index, cell in enumerate(self.nb.cells):
+            if self.ended is not None:  # the cell before took its interrupt for its own affair
+                return
+            if cell.cell_type == "code" and cell.source.strip():
+                self.cell, self.cell_begun, self.bar = cell, time.monotonic(), ""
+            self.manager.cell_start(cell, index)
+            await self.async_execute_cell(cell, index, self.code_cells_executed + 1)
+            self.manager.cell_complete(cell, cell_index=index)
+
+    def failure(self, work: asyncio.Future) -> dict[str, Any] | None:
+        """What went wrong, for the record; the cell is marked, and shows it."""
+        codes = [cell for cell in self.nb.cells if cell.cell_type == "code"]
+        source = [c for c in codes if "injected-parameters" not in c.metadata.get("tags", [])]
+        number = next((n for n, cell in enumerate(source, 1) if cell is self.cell), None)
+        place = f"code cell {number}" if number else "a cell"
+        problem = work.exception() if work.done() and not work.cancelled() else None
+        if self.ended is not None:
+            kind, text = self.ended
+            text += f" in {place}." if number else "."
+        elif problem is None:
+            return None
+        elif isinstance(problem, CellExecutionError):
+            # a bare `1 / 0` has a value, a bare `raise KeyError` has none
+            said = ": ".join(filter(None, (problem.ename, problem.evalue)))
+            kind, text = "cell_error", f"{place.capitalize()} stopped with {said}"
+            if problem.ename == "DiskFull" or "No space left on device" in problem.evalue:
+                kind, text = "disk_full", f"The disk is full. {text}"
+        # nbclient tells a kernel that died while it started by a plain RuntimeError
+        elif isinstance(problem, DeadKernelError) or "Kernel died" in str(problem):
+            code = self.kernel.provisioner.process.poll() if self.kernel.provisioner else None
+            how = f"it left with the exit status {code}"
+            if code is None or code == -signal.SIGKILL:
+                how = "it ran out of memory, or it was killed from outside"
+            elif code < 0:
+                how = f"it was ended by the signal {signal.Signals(-code).name}"
+            kind, text = "kernel_died", f"ended in the middle of {place}: {how}"
+            if self.cell is None:
+                kind, text = "not_started", f"did not start: {how}"
+            text = f"The notebook's Python{' process' * bool(self.cell)} {text}."
+        else:
+            kind = "cell_error" if self.cell else "not_started"
+            text = f"The notebook could not be run: {type(problem).__name__}: {problem}"
+        cell = self.cell or next(iter(codes), None)
+        if cell is not None:
+            self.manager.cell_exception(cell)
+            if not any(output.output_type == "error" for output in cell.outputs):
+                stopped = {"ename": "Stopped", "evalue": text, "traceback": [text]}
+                cell.outputs.append(nbformat.v4.new_output("error", **stopped))
+        return {"error": text, "failure": {"kind": kind, "cell": number}}
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         content = msg["content"]
-        if msg["msg_type"] == "stream":
-            last = re.split(r"[\r\n]", content["text"].rstrip("\r\n"))[-1]
-            self.bar = last.strip() if is_progress(last) else self.bar
-        elif msg["msg_type"] in ("comm_open", "comm_msg"):
-            self._follow(content["comm_id"], content["data"].get("state") or {})
         output = super().process_message(msg, cell, cell_index)
-        self.after_message()
-        return output
-
-    def _follow(self, widget: str, state: Mapping[str, Any]) -> None:
-        """tqdm's bar in a notebook is a box of [text, bar, text], each a widget of its own."""
-        widgets = self.__dict__.setdefault("_widgets", {})
-        widgets.setdefault(widget, {}).update(state)
-        for box in widgets.values():
+        if msg["msg_type"] == "stream":
+            last = re.split(r"[\r\n]", content["text"].rstrip("\r\n"))[-1].strip()
+            if re.search(r"\d+%\|.*\|\s*\d|\d+(/\d+)? ?\w* \[\d+:\d\d", last):
+                self.bar = last
+        # tqdm's bar in a notebook is a box of [text, bar, text], each a widget of its own
+        for box in self.widget_state.values() if "comm_id" in content else ():
             children = [str(c).removeprefix("IPY_MODEL_") for c in box.get("children") or ()]
-            if widget in children:
-                texts = [widgets.get(child, {}).get("value") for child in children]
-                line = " ".join(t.strip() for t in texts if isinstance(t, str) and t.strip())
+            if content["comm_id"] in children:
+                texts = [self.widget_state.get(child, {}).get("value") for child in children]
+                line = " ".join(text for text in texts if isinstance(text, str))
                 line = html.unescape(re.sub("<[^>]+>", "", line))
                 self.bar = " ".join(line.split()) or self.bar  # tqdm pads with odd spaces
-
-
-def is_progress(line: str) -> bool:
-    """Whether this line of output is a progress bar of tqdm's."""
-    return bool(re.search(r"\d+%\|.*\|\s*\d|\d+(/\d+)? ?\w* \[\d+:\d\d", line))
+        self.manager.autosave_cell()
+        return output
 
 
 class _ThisPython(AsyncKernelManager):
     """Starts the kernel with the interpreter that runs us, whatever kernels are installed, and
     with the project importable from a checkout that is not installed."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        if self.has_trait("transport_encryption"):  # jupyter_client 8.9 and newer
-            self.transport_encryption = "auto"
+    transport_encryption = "auto"
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -246,67 +209,25 @@ class _ThisPython(AsyncKernelManager):
 
 
 @contextlib.contextmanager
-def _stoppable() -> Any:
-    """A future that the first Ctrl-C or SIGTERM resolves; the second one acts as it always does."""
+def _signals() -> Iterator[tuple[asyncio.Future, asyncio.Future]]:
+    """Futures that the first and the second Ctrl-C or SIGTERM resolve."""
     loop = asyncio.get_running_loop()
-    stopping = loop.create_future()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping  # handlers can only be set in the main thread
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop, hurry = loop.create_future(), loop.create_future()
 
-    def restore(stopped: bool = True) -> None:
-        if stopped and not stopping.done():
-            stopping.set_result(None)
+    def heed() -> None:
+        future = hurry if stop.done() else stop
+        if not future.done():
+            future.set_result(None)
+
+    # handlers can only be set in the main thread
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in before:
+        loop.add_signal_handler(number, heed)
+    try:
+        yield stop, hurry
+    finally:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-
-    for number in before:
-        loop.add_signal_handler(number, restore)
-    try:
-        yield stopping
-    finally:
-        restore(stopped=False)
-
-
-async def _shut_down(manager: AsyncKernelManager, client: _Client) -> None:
-    with contextlib.suppress(Exception):  # it may be dead, or never have been there
-        await manager.shutdown_kernel(now=True)
-    with contextlib.suppress(Exception):
-        await ensure_async(manager.cleanup_resources())
-    if client.kc is not None:
-        client.kc.stop_channels()
-
-
-def _cell_error(problem: CellExecutionError, number: int | None) -> Failure:
-    place = f"Code cell {number}" if number else "A cell"
-    # a bare `1 / 0` has a value, a bare `raise KeyError` has none
-    said = f"{problem.ename}: {problem.evalue}" if problem.evalue else problem.ename
-    if problem.ename == "DiskFull" or "No space left on device" in problem.evalue:
-        text = f"The disk is full. {place} stopped with {said}"
-        return Failure("disk_full", text, number)
-    return Failure("cell_error", f"{place} stopped with {said}", number)
-
-
-def _how_it_died(client: _Client, kills_before: int) -> str:
-    if _oom_kills() > kills_before:
-        return "the machine ran out of memory, and the system killed it"
-    process = getattr(client.km.provisioner, "process", None) if client.km else None
-    code = process.poll() if process is not None else None
-    if code is None or code == -signal.SIGKILL:
-        return "it ran out of memory, or it was killed from outside"
-    if code < 0:
-        named = {int(number): number.name for number in signal.Signals}
-        return f"it was ended by the signal {named.get(-code, -code)}"
-    return f"it left with the exit status {code}"
-
-
-def _oom_kills() -> int:
-    """How often the system has killed for want of memory in this control group; 0 if unknown."""
-    try:
-        text = Path("/sys/fs/cgroup/memory.events").read_text(encoding="utf-8")
-    except OSError:
-        return 0
-    match = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
-    return int(match.group(1)) if match else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -19,7 +19,6 @@ import jinja2
 from fresnel.report.record import RunRecord
 
 TEMPLATES = Path(__file__).parent / "templates"
-
 _TONES = {"PASS": "good", "GO": "good", "FAIL": "bad", "NO-GO": "bad", "CRASHED": "bad"}
 _TONES |= {"REFUSED": "warn", "RUNNING": "warn", "STOPPED": "warn", "DIED": "bad"}
 
@@ -44,13 +43,6 @@ def style(*names: str) -> str:
     return jinja2.Template(text(*names)).render()
 
 
-def render(name: str, **values: Any) -> str:
-    """The template of this name, filled; every value is escaped."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    environment.filters.update(FILTERS)
-    return environment.get_template(name).render(**values)
-
-
 def text(*names: str) -> str:
     """The templates' files of these names, as they are."""
     return "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
@@ -71,37 +63,21 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def usd(amount: float) -> str:
-    if amount == 0:
-        return "$0"
-    return f"${amount:.2f}" if amount >= 0.01 else f"${amount:.4f}"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def number(value: Any) -> str:
-    if value is None:
-        return "unknown"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.3g}"
-    return str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "unknown", True: "yes", False: "no"}[value]
+    if isinstance(value, float) and abs(value) < 10_000:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if isinstance(value, (int, float)) else str(value)
 
 
 def words(name: str) -> str:
     """A metric's name for a person: its unit apart, acronyms in capitals."""
     plain = re.sub(r"(?<! per) (s|deg)$", r", \1", re.sub(r"[_.]+", " ", name))
     return re.sub(r"\b(psnr|ssim|rms|cvs|usd)\b", lambda m: m.group().upper(), plain)
-
-
-def _moment(stamp: str) -> str:
-    return f"{when(stamp):%Y-%m-%d %H:%M} UTC" if stamp else "unknown time"
 
 
 def _size(count: int | None) -> str:
@@ -116,9 +92,9 @@ def _literal(value: Any) -> str:
 
 
 FILTERS: Mapping[str, Any] = {
-    "moment": _moment,
+    "moment": lambda stamp: f"{when(stamp):%Y-%m-%d %H:%M} UTC" if stamp else "unknown time",
     "duration": duration,
-    "usd": usd,
+    "usd": lambda amount: f"${amount:.{2 if amount >= 0.01 else 4}f}" if amount else "$0",
     "size": _size,
     "number": number,
     "literal": _literal,
@@ -126,66 +102,32 @@ FILTERS: Mapping[str, Any] = {
     "words": words,
 }
 
-_HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-img-src data:">
-<link rel="icon" href="data:,"><title>{title}</title>
-<style>:root{{color-scheme:light dark}}body{{max-width:50rem;margin:2rem auto;padding:0 1rem;\
-font:1rem/1.5 sans-serif}}pre{{overflow-x:auto}}img{{max-width:100%}}</style></head><body><main>
-"""
 
-
-def plain_page(
-    record: RunRecord, notebook: Mapping[str, Any], problem: str, *, pictures: bool = True
-) -> str:
+def plain_page(record: RunRecord, notebook: Mapping[str, Any], problem: str) -> str:
     """HTML of a run without template, style sheet or exporter that could fail: verdict or error,
-    then its cells with their outputs.
+    then its cells with their outputs, pictures as their description.
 
     problem: why there is no better page; said below the error."""
-    title, badge = record.title or record.notebook, escape(record.badge)
-    git = record.provenance.get("git") or {}
-    values = {"run": record.name, "begun": record.started_utc, "took": f"{record.duration_s:.1f} s"}
-    values |= {"commit": str(git.get("commit")), **{k: repr(v) for k, v in record.params.items()}}
-    reasons = "".join(f"<li>{escape(reason)}</li>" for reason in record.reasons)
+    title = escape(f"{record.title or record.notebook}: {record.badge}")
     parts = [
-        _HEAD.format(title=f"{escape(title)}: {badge}"),
-        f"<h1>{escape(title)}</h1><p><strong>{badge}</strong> ",
-        f"{escape(record.error or record.summary)}</p>",
-        f"<ul>{reasons}</ul>" if reasons else "",
+        *("<!DOCTYPE html>", '<html lang="en"><meta charset="utf-8">'),
+        """<meta http-equiv="Content-Security-Policy" content="default-src 'none'">""",
+        f"<title>{title}</title><h1>{title}</h1><p>{escape(record.error or record.summary)}</p>",
+        *(f"<p>{escape(reason)}</p>" for reason in record.reasons),
         f"<p>This page is a plain one, as the full one could not be made: {escape(problem)} "
         "Nothing of the run is lost: <code>./run_all.sh pages</code> makes it again from "
         "the executed notebook.</p>",
-        *(part for cell in notebook["cells"] for part in _plain_cell(cell, pictures)),
-        "<h2>The run</h2><table>",
-        *(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in values.items()),
-        "</table></main></body></html>\n",
+        f"<pre>{escape(json.dumps(record.params, default=str))}</pre>",
     ]
-    return "".join(parts)
-
-
-def _plain_cell(cell: Mapping[str, Any], pictures: bool) -> Iterator[str]:
-    source = escape("".join(cell["source"]))
-    if cell["cell_type"] != "code":
-        yield f'<pre style="white-space:pre-wrap">{source}</pre>\n'
-        return
-    ran = cell.get("metadata", {}).get("papermill", {}).get("status") != "pending"
-    yield _folded("Code" if ran else "Code, not run", source)
-    for output in cell.get("outputs", ()):
-        data, about = output.get("data", {}), output.get("metadata", {})
-        kind = next((kind for kind in ("image/png", "image/jpeg") if kind in data), "")
-        if output["output_type"] == "error":
-            yield f"<p><strong>{escape(output['ename'])}: {escape(output['evalue'])}</strong></p>"
-            yield _folded("Traceback", escape("\n".join(output["traceback"])))
-        elif kind:
-            alt = escape(about.get(kind, {}).get("alt") or about.get("alt") or "Figure")
-            picture = f'<img src="data:{kind};base64,{escape(data[kind])}" alt="{alt}">\n'
-            yield picture if pictures else f"<p>[{alt}]</p>\n"
-        else:
+    for cell in notebook["cells"]:
+        parts.append(f"<pre>{escape(''.join(cell['source']))}</pre>")
+        for output in cell.get("outputs", ()):
+            data, about = output.get("data", {}), output.get("metadata", {})
             said = output.get("text") or data.get("text/markdown") or data.get("text/plain") or ""
-            yield f"<pre>{escape(''.join(said))}</pre>\n"
-
-
-def _folded(summary: str, text: str) -> str:
-    return f"<details><summary>{summary}</summary><pre>{text}</pre></details>\n"
+            if output["output_type"] == "error":
+                said = [f"{output['ename']}: {output['evalue']}\n", "\n".join(output["traceback"])]
+            for kind in data:
+                if kind.startswith("image/"):
+                    said = f"[{about.get(kind, about).get('alt') or 'Figure'}]"
+            parts.append(f"<pre><b>{escape(''.join(said))}</b></pre>")
+    return "\n".join([*parts, "</html>\n"])

@@ -2,6 +2,12 @@
 
 Filter, order, histories and the comparison of two runs are in the page itself; pictures are asked
 for by their relative path, and only when they come into sight.
+
+Cost avoided by the gate: a FAIL of the gate and a NO-GO of the smoke test forbid one training, that
+of their data. (A REFUSED training forbids none: it wants the verdict first.) Avoided is a smoke
+test's forecast of it less what reaching the verdict cost, never below 0; nothing where no smoke
+test has made a forecast. Over many runs each dataset's training counts once, whoever forbade it;
+and not where the data was trained on in spite of it, as a control: that money was spent.
 """
 
 from __future__ import annotations
@@ -9,67 +15,77 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fresnel.host.files import write_atomic
+import jinja2
+
+from fresnel.host.files import locked, write_atomic
 from fresnel.report import html as _html
-from fresnel.report.costs import total_avoided
 from fresnel.report.provenance import RESULTS_NAME
 from fresnel.report.record import RecordError, RunRecord
 
 INDEX_NAME = "index.html"
+CACHE_NAME = ".cache"
 _COMPARED = ("psnr", "ssim", "luminance_ratio", "coverage_ratio")
 
 
-def index(reports_dir: str | Path) -> Path:
-    """Write reports_dir/index.html over every results.json below it, newest first. A damaged file
-    is listed as damaged; of a run that was also published, the copy with a page."""
-    reports = Path(reports_dir)
-    copies: dict[tuple[str, str, float], tuple[Any, Path, RunRecord]] = {}
-    damaged = []
+def records(reports: Path) -> Iterator[tuple[Path, RunRecord | RecordError]]:
+    """Folder and record of every run below `reports`, or what is wrong with it."""
     for path in sorted(reports.rglob(RESULTS_NAME)):
         if any(part.endswith(".partial") for part in path.relative_to(reports).parts):
             continue  # a fetch that goes on, or did not end well
         try:
             record = RunRecord.read(path)
-            entry = (_html.when(record.started_utc), path.parent, record)
-        except (RecordError, ValueError) as error:
-            damaged.append(str(error).replace(f"{reports}/", ""))
-            continue
-        run = (record.name, record.started_utc, record.duration_s)
-        if run not in copies or _page_of(path.parent, record).exists():
-            copies[run] = entry
-    found = sorted(copies.values(), key=lambda entry: entry[0], reverse=True)
-    records = [record for _, _, record in found]
-    runs = [_entry(folder, record, reports) for _, folder, record in found]
-    packages: list[Any] = []
-    compared = {"runs": [_comparable(run, packages) for run in runs], "packages": packages}
-    text = _html.render(
-        "index.html.j2",
-        runs=runs,
-        damaged=damaged,
-        page={
+            _html.when(record.started_utc)
+            yield path.parent, record
+        except ValueError as error:
+            yield path.parent, error if isinstance(error, RecordError) else RecordError(error)
+
+
+def index(reports: Path) -> Path:
+    """Write reports/index.html over every results.json below it, newest first. A damaged file is
+    listed as damaged; of a run that was also published, the copy with a page. Calls at once take
+    turns, so that the last one sees all."""
+    with locked(reports / CACHE_NAME / "index.lock"):
+        copies: dict[Any, tuple[Path, RunRecord]] = {}
+        damaged = []
+        for folder, record in records(reports):
+            if isinstance(record, RecordError):
+                damaged.append(str(record).replace(f"{reports}/", ""))
+                continue
+            run = (record.name, record.started_utc, record.duration_s)
+            if run not in copies or _page_of(folder, record).exists():
+                copies[run] = folder, record
+        found = sorted(copies.values(), key=lambda e: _html.when(e[1].started_utc), reverse=True)
+        runs = [_entry(folder, record, reports) for folder, record in found]
+        newest = [record for _, record in found]
+        packages: list[Any] = []
+        data = {"runs": [_comparable(run, packages) for run in runs], "packages": packages}
+        figures = (figure for record in newest for figure in key_figures(record, 6))
+        measured = Counter(name for name, value in figures if _is_number(value))
+        page = {
             "policy": _html.policy(pictures="'self' file:"),
             "css": _html.style("page.css", "index.css"),
             "js": _html.text("page.js", "index.js"),
-            "total_s": sum(record.duration_s for record in records),
-            "total_usd": sum(record.cost_usd for record in records),
-            "avoided": total_avoided(records),
-            "verdicts": Counter(record.badge for record in records).most_common(),
-            "notebooks": sorted({record.notebook for record in records}),
-            "histories": histories(records),
+            "total_s": sum(record.duration_s for record in newest),
+            "total_usd": sum(record.cost_usd for record in newest),
+            "avoided": total_avoided(newest),
+            "verdicts": Counter(record.badge for record in newest).most_common(),
+            "notebooks": sorted({record.notebook for record in newest}),
+            "histories": histories(newest),
             "remote": _remote(reports),
-            "sorts": _sortable(records),
+            "sorts": [name for name, _ in measured.most_common(8)],
             # inside a <script>, which it cannot end
-            "data": json.dumps(compared, separators=(",", ":"), default=str).replace(
-                "<", "\\u003c"
-            ),
-        },
-    )
-    write_atomic(reports / INDEX_NAME, text)
+            "data": json.dumps(data, separators=(",", ":"), default=str).replace("<", "\\u003c"),
+        }
+        loader = jinja2.FileSystemLoader(_html.TEMPLATES)
+        environment = jinja2.Environment(loader=loader, autoescape=True)
+        environment.filters.update(_html.FILTERS)
+        template = environment.get_template("index.html.j2")
+        write_atomic(reports / INDEX_NAME, template.render(runs=runs, damaged=damaged, page=page))
     return reports / INDEX_NAME
 
 
@@ -79,8 +95,8 @@ def _remote(reports: Path) -> list[dict[str, Any]]:
     for path in sorted(reports.glob("remote/.ledger/*/launch.json"), reverse=True):
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
-            fetched, spent = entry.get("fetched") or "", entry.get("spent") or {}
             row = {name: entry[name] for name in ("run", "on", "state", "planned")}
+            fetched, spent = entry.get("fetched") or "", entry.get("spent") or {}
         except (OSError, ValueError, KeyError, AttributeError):
             continue
         page = Path(fetched, "out", INDEX_NAME)
@@ -114,25 +130,23 @@ def histories(records: Sequence[RunRecord], most: int = 40) -> list[dict[str, An
     for name, runs in sorted(named.items()):
         if len(runs) < 2:
             continue
-        lines: list[dict[str, Any]] = []
-        for figure, _ in key_figures(runs[-1], 12):
-            values: list[Any] = [run.metrics.get(figure) for run in runs[-most:]]
-            numbers = [float(v) for v in values if _is_number(v) and math.isfinite(v)]
-            if len(numbers) > 1 and len(lines) < 4:
-                lines.append(_line(figure, numbers))
-        lines.append(_line("duration_s", [run.duration_s for run in runs[-most:]]))
+        figures = {
+            figure: [v for run in runs[-most:] if _is_number(v := run.metrics.get(figure, ""))]
+            for figure, _ in key_figures(runs[-1], 12)
+        }
+        drawn = [(figure, values) for figure, values in figures.items() if len(values) > 1][:4]
+        lines = []
+        for figure, values in [*drawn, ("duration_s", [run.duration_s for run in runs[-most:]])]:
+            low, span = min(values), max(values) - min(values)
+            step = 100.0 / max(1, len(values) - 1)
+            heights = [21.0 - 18.0 * ((value - low) / span if span else 0.5) for value in values]
+            points = [(place * step, height) for place, height in enumerate(heights)]
+            polyline = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            line = {"name": figure, "values": values, "points": polyline, "last": points[-1]}
+            lines.append(line)
         verdicts = [(run.badge, _html.tone(run.badge)) for run in runs[-12:]]
         rows.append({"name": name, "runs": len(runs), "verdicts": verdicts, "lines": lines})
     return rows
-
-
-def _line(name: str, values: list[float]) -> dict[str, Any]:
-    low, span = min(values), max(values) - min(values)
-    step = 100.0 / max(1, len(values) - 1)
-    heights = [21.0 - 18.0 * ((value - low) / span if span else 0.5) for value in values]
-    points = [(number * step, height) for number, height in enumerate(heights)]
-    drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return {"name": name, "values": values, "points": drawn, "last": points[-1]}
 
 
 def _page_of(folder: Path, record: RunRecord) -> Path:
@@ -146,15 +160,14 @@ def _entry(folder: Path, record: RunRecord, reports: Path) -> dict[str, Any]:
         fits = inside and path.suffix in endings and path.is_file()
         return quote(str(path.relative_to(reports))) if fits else None
 
-    pictures = {
-        name: address(folder / file, ".png", ".webp", ".jpg")
-        for name, file in record.artifacts.items()
-    }
+    files = record.artifacts.items()
+    shown = ((name, address(folder / file, ".png", ".webp", ".jpg")) for name, file in files)
+    pictures = {name: file for name, file in shown if file}
     return {
         "record": record,
         "link": address(_page_of(folder, record), ".html"),
         "picture": pictures.pop("thumbnail", None),
-        "pictures": {name: file for name, file in pictures.items() if file},
+        "pictures": pictures,
         "figures": key_figures(record, 4),
         "published": "published" in folder.relative_to(reports).parts,
     }
@@ -182,7 +195,7 @@ def _comparable(run: Mapping[str, Any], packages: list[Any]) -> dict[str, Any]:
         "pictures": run["pictures"],
         "params": {k: v for k, v in record.params.items() if k != "output_dir"},
         "metrics": dict(_measured(record.metrics)),
-        "data": [[entry[key] for key in ("path", "objects", "content_hash")] for entry in data],
+        "data": [[entry.get(key) for key in ("path", "objects", "content_hash")] for entry in data],
         "commit": git.get("commit"),
         "dirty": git.get("dirty"),
         "changed": list(git.get("changed") or [])[:20],
@@ -217,12 +230,73 @@ def _measured(metrics: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
                 yield f"{model}: {name}", [row[name], *interval]
 
 
-def _sortable(records: Sequence[RunRecord], most: int = 8) -> list[str]:
-    """The key figures that most runs have, to order the list by."""
-    figures = (figure for record in records for figure in key_figures(record, 6))
-    counts = Counter(name for name, value in figures if _is_number(value))
-    return [name for name, _ in counts.most_common(most)]
-
-
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, float) and math.isfinite(value))
+
+
+def cost_avoided(record: RunRecord, others: Iterable[RunRecord] = ()) -> dict[str, Any] | None:
+    """The `cost_avoided` of a run's record; None for a run whose verdict forbids no training.
+    "dataset" is its content hash, "basis" where the forecast is from, or why there is none.
+
+    others: runs whose forecast may stand in where the run made none itself; the newest of the same
+    data is taken, else the newest of any."""
+    of_gate = record.verdict == "FAIL" and "gate_codes" in record.metrics
+    if record.status != "finished" or not (of_gate or record.verdict == "NO-GO"):
+        return None
+    dataset, seconds, basis = _dataset(record), _forecast_s(record), "this run's forecast"
+    if seconds is None:
+        made = [other for other in others if _forecast_s(other) is not None]
+        newest = max(
+            made, key=lambda o: (_dataset(o) == (dataset or 0), o.started_utc), default=None
+        )
+        basis = "no smoke test has made a forecast yet"
+        if newest:
+            seconds = _forecast_s(newest)
+            basis = f"the forecast of {newest.name or newest.notebook}, {newest.started_utc}"
+    # at this run's price: the training would have run on this machine
+    usd = None if seconds is None else seconds * record.price_per_hour_usd / 3600.0
+    return {
+        "dataset": dataset,
+        "forecast_s": seconds,
+        "forecast_usd": usd,
+        "spent_s": record.duration_s,
+        "spent_usd": record.cost_usd,
+        "duration_s": None if seconds is None else max(0.0, seconds - record.duration_s),
+        "usd": None if usd is None else max(0.0, usd - record.cost_usd),
+        "basis": basis,
+    }
+
+
+def total_avoided(records: Iterable[RunRecord]) -> dict[str, Any]:
+    """The sum over runs: {"usd", "duration_s", "trainings"}, and the same in "trained_anyway" for
+    what was trained on in spite of the verdict, as a control, and so was not avoided.
+
+    Of several verdicts on one dataset the one that saved most counts: it came first."""
+    best: dict[str, dict[str, Any]] = {}
+    anyway: set[str | None] = set()
+    for place, record in enumerate(records):
+        # a smoke test makes a forecast of a training instead
+        if record.resources.get("samples_per_s") is not None and _forecast_s(record) is None:
+            anyway.add(_dataset(record))
+        entry = record.cost_avoided
+        if entry is not None and entry.get("duration_s") is not None:
+            key = entry["dataset"] or f"run {place}"
+            best[key] = max(entry, best.get(key, entry), key=lambda e: e["duration_s"])
+    totals = []
+    for trained in (False, True):
+        entries = [entry for key, entry in best.items() if (key in anyway) == trained]
+        sums = {unit: sum(entry[unit] for entry in entries) for unit in ("usd", "duration_s")}
+        totals.append({**sums, "trainings": len(entries)})
+    return {**totals[0], "trained_anyway": totals[1]}
+
+
+def _dataset(record: RunRecord) -> str | None:
+    datasets = record.provenance.get("datasets") or [{}]
+    return datasets[0].get("content_hash")
+
+
+def _forecast_s(record: RunRecord) -> float | None:
+    forecast = record.metrics.get("forecast")
+    seconds = forecast.get("duration_s") if isinstance(forecast, dict) else None
+    return float(seconds) if isinstance(seconds, (int, float)) else None

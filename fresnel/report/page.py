@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import bleach
 import nbformat
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from PIL import Image
 
 from fresnel.host.files import write_atomic
 from fresnel.report import html as _html
 from fresnel.report.index import key_figures
-from fresnel.report.params import Parameter, ParameterError, injected_values, read_parameters
+from fresnel.report.params import ParameterError, read_parameters
 from fresnel.report.record import RecordError, RunRecord
 
 _UNITS = re.compile(
@@ -33,21 +37,15 @@ _TITLE = re.compile(r"^#\s+(.+?)\s*#*$", re.MULTILINE)
 _NOISE = re.compile(r"\d+%\|.*\|\s*\d|TqdmWarning: IProgress|import tqdm as notebook_tqdm")
 """A progress bar, or tqdm's complaint that it cannot draw a prettier one."""
 _LOST = re.compile(r"^(?:metrics\.)?(\S+) was (?:nan|-?inf); stored as null$")
-_INK = {
-    "#000000": "currentColor",
-    "#333333": "currentColor",
-    "#ffffff": "var(--paper)",
-    "#e4e4e4": "var(--line)",
-    "#777777": "var(--soft)",
-}
+_INK = {"#000000": "currentColor", "#333333": "currentColor", "#ffffff": "var(--paper)"}
+_INK |= {"#e4e4e4": "var(--line)", "#777777": "var(--soft)"}
 _DROPPED = {"papermill-error-cell-tag", "injected-parameters", "parameters", "remove"}
 _SHOWN_PROVENANCE = {"git", "python", "packages", "os", "cpu", "gpu", "seed", "datasets"}
 _SHOWN_PROVENANCE |= {"process", "identity", "inputs", "accelerators"}
-_TAGS = {
-    *("a", "abbr", "b", "blockquote", "br", "code", "dd", "del", "details", "div", "dl", "dt"),
-    *("em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "li", "ol", "p", "pre", "s"),
-    *("span", "strong", "sub", "summary", "sup", "table", "tbody", "td", "tfoot", "th"),
-    *("thead", "tr", "ul"),
+_TAGS = bleach.ALLOWED_TAGS | {
+    *("br", "dd", "del", "details", "div", "dl", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "hr"),
+    *("img", "p", "pre", "s", "span", "sub", "summary", "sup", "table", "tbody", "td", "tfoot"),
+    *("th", "thead", "tr"),
 }
 
 
@@ -57,8 +55,6 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
     executed: an .ipynb with its outputs; the results.json beside it, if any, gives verdict,
     parameters and provenance. target: default `executed` with the suffix .html.
     """
-    from nbconvert import HTMLExporter
-
     source = Path(executed)
     destination = Path(target) if target is not None else source.with_suffix(".html")
     notebook = nbformat.read(source, as_version=4)
@@ -66,13 +62,15 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
     with contextlib.suppress(RecordError):
         record = RunRecord.read(source.parent)
     rows = _parameter_rows(notebook, record)
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    pages = [output.get("data", {}).get("text/html", "") for output in outputs]
     page: dict[str, Any] = {
         "title": notebook_title(notebook) or source.stem,
         "record": record,
-        "lead": _lead(notebook),
+        "lead": _tidy(notebook),
         "params": rows,
         "changed": [row for row in rows if row["changed"]],
-        "policy": _html.policy(viewer=_has_viewer(notebook)),
+        "policy": _html.policy(viewer=any("fresnel-viewer" in page for page in pages)),
         "css": _html.style("page.css", "report.css"),
         "js": _html.text("page.js", "report.js"),
     }
@@ -87,8 +85,13 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
             "notes": [note for note in record.notes if not _LOST.match(note)]
             + [f"not a finite number: {', '.join(lost)}"] * bool(lost),
         }
-    _tidy(notebook)
     count = itertools.count(1)
+    filters = {
+        "drawing": lambda svg, alt: _drawing(svg, alt, next(count)),
+        "png_size": _png_size,
+        "safe_markdown": safe_markdown,
+        "region": _region,
+    }
     exporter = HTMLExporter(
         template_name="report",
         extra_template_basedirs=[str(_html.TEMPLATES)],
@@ -96,13 +99,7 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
         exclude_anchor_links=True,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        filters={
-            **_html.FILTERS,
-            "drawing": lambda svg, alt: _drawing(svg, alt, next(count)),
-            "png_size": _png_size,
-            "safe_markdown": safe_markdown,
-            "region": _region,
-        },
+        filters={**_html.FILTERS, **filters},
     )
     resources = {"page": page, "metadata": {"path": str(source.parent)}}
     body, _ = exporter.from_notebook_node(notebook, resources=resources)
@@ -122,107 +119,86 @@ def safe_markdown(text: str) -> str:
 
     Tags and attributes that prose and tables don't need stand there as text, and links lead to
     the web, the page or a mail address alone."""
-    import bleach
-    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    def allowed(tag: str, name: str, value: str) -> bool:
+        if name == "src":
+            return tag == "img" and value.startswith("data:image/")
+        if name == "href":
+            return tag == "a" and not value.strip().lower().startswith("data:")
+        return name in ("class", "alt", "title", "align", "id", "start", "colspan", "rowspan")
 
     renderer = IPythonRenderer(escape=False, exclude_anchor_links=True)
     made = MarkdownWithMath(renderer=renderer).render(text)
-    return bleach.clean(
-        made, tags=_TAGS, attributes=_allowed, protocols=("http", "https", "mailto", "data")
-    )
+    schemes = ("http", "https", "mailto", "data")
+    return bleach.clean(made, tags=_TAGS, attributes=allowed, protocols=schemes)
 
 
-def _allowed(tag: str, name: str, value: str) -> bool:
-    if name == "src":
-        return tag == "img" and value.startswith("data:image/")
-    if name == "href":
-        return tag == "a" and not value.strip().lower().startswith("data:")
-    return name in ("class", "alt", "title", "align", "id", "start", "colspan", "rowspan")
-
-
-def _lead(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
-    """Take the question and the rule out of the notebook's first text: (name, Markdown) each.
-
-    The page shows them with the answer, above everything else."""
-    cell = next((cell for cell in notebook.cells if cell.cell_type == "markdown"), None)
-    if cell is None:
-        return []
-    parts = [(part, _LEAD.match(part.strip())) for part in re.split(r"\n\s*\n", cell.source)]
-    cell.source = "\n\n".join(part for part, match in parts if not match)
-    return [(match[1], match[2]) for _, match in parts if match]
-
-
-def _tidy(notebook: nbformat.NotebookNode) -> None:
+def _tidy(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
     """Drop what a reader of the page would not miss: the title (it stands above), the parameters
-    (a table shows them), progress bars, and all but the last state of lines that were redrawn."""
+    (a table shows them), progress bars, and all but the last state of lines that were redrawn.
+
+    Returns the question and the rule, which are taken out of the first text, as (name, Markdown):
+    the page shows them with the answer, above everything else."""
+    lead: list[tuple[str, str]] = []
+    texts = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    if texts:
+        parts = re.split(r"\n\s*\n", texts[0].source)
+        found = [_LEAD.match(part.strip()) for part in parts]
+        texts[0].source = "\n\n".join(p for p, match in zip(parts, found, strict=True) if not match)
+        lead = [(match[1], match[2]) for match in found if match]
+    if titled := next((cell for cell in texts if _TITLE.search(cell.source)), None):
+        titled.source = _TITLE.sub("", titled.source, count=1)
     cells = [c for c in notebook.cells if not _DROPPED & set(c.metadata.get("tags", []))]
     for cell in cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                lines = [line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")]
+                output.text = "\n".join(line for line in lines if not _NOISE.search(line))
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if _tidy_output(output)]
-    for cell in cells:
-        if cell.cell_type == "markdown" and _TITLE.search(cell.source):
-            cell.source = _TITLE.sub("", cell.source, count=1)
-            break
+            cell.outputs = [output for output in cell.outputs if _is_shown(output)]
     notebook.cells = [cell for cell in cells if cell.source.strip() or cell.get("outputs")]
     notebook.metadata.pop("widgets", None)
+    return lead
 
 
-def _tidy_output(output: nbformat.NotebookNode) -> bool:
-    """Whether anything of it is to be shown."""
+def _is_shown(output: nbformat.NotebookNode) -> bool:
     if output.output_type == "stream":
-        lines = [line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")]
-        output.text = "\n".join(line for line in lines if not _NOISE.search(line))
         return bool(output.text.strip())
     return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
-
-
-def _has_viewer(notebook: nbformat.NotebookNode) -> bool:
-    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
-    return any(
-        "fresnel-viewer" in output.get("data", {}).get("text/html", "") for output in outputs
-    )
 
 
 def _parameter_rows(
     notebook: nbformat.NotebookNode, record: RunRecord | None
 ) -> list[dict[str, Any]]:
-    known: dict[str, Parameter] = {}
-    given = dict(record.params) if record else {}
+    given, rows = dict(record.params) if record else {}, []
     with contextlib.suppress(ParameterError):
-        known = read_parameters(notebook)
-        given |= injected_values(notebook)
-    rows = []
-    for name, parameter in known.items():
-        unit = _UNITS.match(parameter.comment)
-        value = given.get(name, parameter.default)
-        rows.append(
-            {
-                "name": name,
-                "value": value,
-                "default": parameter.default,
-                "changed": value != parameter.default and name != "output_dir",
-                "unit": unit[1] if unit else "",
-                "comment": parameter.comment[unit.end() :] if unit else parameter.comment,
-            }
-        )
+        injected = read_parameters(notebook, "injected-parameters")
+        given |= {name: parameter.default for name, parameter in injected.items()}
+        for name, parameter in read_parameters(notebook).items():
+            unit = _UNITS.match(parameter.comment)
+            value = given.get(name, parameter.default)
+            row = {"name": name, "value": value, "default": parameter.default}
+            row["changed"] = value != parameter.default and name != "output_dir"
+            row["unit"] = unit[1] if unit else ""
+            row["comment"] = parameter.comment[unit.end() :] if unit else parameter.comment
+            rows.append(row)
     return rows
 
 
 def _with_contents(body: str) -> str:
     """`body` with an id on every section heading, and the list of them where the page wants it."""
-    links, used = [], set()
+    links: dict[str, str] = {}
 
     def mark(match: re.Match[str]) -> str:
         text = re.sub("<[^>]+>", "", match.group(2))
         stem = re.sub(r"[^\w]+", "-", html.unescape(text).lower()).strip("-") or "section"
         tries = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-        key = next(key for key in tries if key not in used)
-        used.add(key)
-        links.append(f'<li><a href="#{quote(key)}">{text}</a></li>')
+        key = next(key for key in tries if key not in links)
+        links[key] = f'<li><a href="#{quote(key)}">{text}</a></li>'
         return f'<h2 id="{key}">{match.group(2)}</h2>'
 
     body = re.sub(r"<h2( [^>]*)?>(.*?)</h2>", mark, body, flags=re.DOTALL)
-    return body.replace("<!--toc-->", f"<ol>{''.join(links)}</ol>", 1)
+    return body.replace("<!--toc-->", f"<ol>{''.join(links.values())}</ol>", 1)
 
 
 def _drawing(svg: str, alt: str, number: int) -> str:
@@ -253,31 +229,25 @@ def _drawing(svg: str, alt: str, number: int) -> str:
 
 def _smaller_pictures(body: str, above: int = 8_000) -> str:
     """`body` with every large PNG in it as lossless WebP where that is smaller."""
-    from PIL import Image
 
     def shrink(match: re.Match[str]) -> str:
-        if len(match[1]) < above:
-            return match[0]
         stream = io.BytesIO()
-        try:
-            with Image.open(io.BytesIO(base64.b64decode(match[1]))) as picture:
+        if len(match[1]) >= above:
+            # one that is no picture after all stays: the browser shows its alt text
+            with contextlib.suppress(OSError, ValueError):
+                picture = Image.open(io.BytesIO(base64.b64decode(match[1])))
                 picture.save(stream, "WEBP", lossless=True, method=3)
-        except (OSError, ValueError):  # not a picture after all: the browser shows its alt text
-            return match[0]
         data = base64.b64encode(stream.getvalue()).decode()
-        return f"data:image/webp;base64,{data}" if len(data) < len(match[1]) else match[0]
+        return f"data:image/webp;base64,{data}" if 0 < len(data) < len(match[1]) else match[0]
 
     return re.sub(r"data:image/png;base64,([A-Za-z0-9+/=\s]+)", shrink, body)
 
 
 def _png_size(data: str) -> tuple[int, int]:
-    """Width and height in pixels of a base64 PNG, from its first bytes; (0, 0) if it is none."""
-    head = b""
-    with contextlib.suppress(ValueError):
-        head = base64.b64decode("".join(data[:48].split())[:32])
-    if not head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return 0, 0
-    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    """Width and height in pixels of a base64 picture; (0, 0) if it is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return Image.open(io.BytesIO(base64.b64decode(data))).size
+    return 0, 0
 
 
 def _region(content: str, label: str, most_rows: int = 14) -> str:
@@ -285,11 +255,9 @@ def _region(content: str, label: str, most_rows: int = 14) -> str:
     on one line with their intervals, and a long table is folded."""
 
     def box(match: re.Match[str]) -> str:
-        table = re.sub(
-            r"<td>(-?[\d.,]+(?: \[[^\]<]*\])?)</td>", r'<td class="one-line">\1</td>', match[0]
-        )
-        rows = table.count("<tr") - 1
-        name = html.escape(label)
+        figure = r"<td>(-?[\d.,]+(?: \[[^\]<]*\])?)</td>"
+        table = re.sub(figure, r'<td class="one-line">\1</td>', match[0])
+        rows, name = table.count("<tr") - 1, html.escape(label)
         boxed = f'<div class="scroll" tabindex="0" role="group" aria-label="{name}">{table}</div>'
         if rows <= most_rows:
             return boxed

@@ -11,23 +11,16 @@ import contextlib
 import difflib
 import io
 import tokenize
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import nbformat
 
-_KINDS: dict[type, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "a mapping",
-    type(None): "nothing",
-}
-_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_KINDS |= {list: "a list", dict: "a mapping", type(None): "nothing"}
 
 
 class ParameterError(ValueError):
@@ -42,53 +35,62 @@ class Parameter:
     default: Any
     comment: str = ""
 
-    def check(self, value: Any) -> Any:
+    def check(self, value: Any, *, strict: bool = True) -> Any:
         """`value` as this parameter takes it; raises ParameterError if its type does not fit.
 
         The default's type is the parameter's type; a default of None takes anything, an int is
-        welcome where a float is wanted, and None is welcome nowhere else."""
-        wanted = type(self.default)
-        if self.default is None or (wanted is type(value) and wanted is not list):
+        welcome where a float is wanted, and None is welcome nowhere else. Not strict: a text may
+        stand for a number or a truth value."""
+        wanted: Any = type(self.default)
+        if self.default is None:
             return value
-        if wanted is float and type(value) is int:
-            return float(value)
-        if wanted is list and isinstance(value, (list, tuple)):
-            if len({type(item) for item in self.default}) != 1:
-                return list(value)
-            sample = Parameter(f"{self.name}[...]", self.default[0])
-            return [sample.check(item) for item in value]
-        hint = ""
-        if wanted is float and isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                hint = f" (YAML reads {float(value):g} as text: write 1.0e-4, with a point)"
-        raise ParameterError(
-            f"parameter {self.name}: got {value!r} ({_kind(value)}), "
-            f"want {_kind(self.default)} such as {self.default!r}{hint}"
-        )
+        if wanted is list and len(kinds := {type(item) for item in self.default}) == 1:
+            wanted = list[kinds.pop()]  # type: ignore[misc]
+        try:
+            return msgspec.convert(value, wanted, strict=strict)
+        except msgspec.ValidationError:
+            got, want = (_KINDS.get(type(v), type(v).__name__) for v in (value, self.default))
+            is_yaml = strict and wanted is float and isinstance(value, str)
+            hint = " (YAML reads 1e-4 as text: write 1.0e-4, with a point)" if is_yaml else ""
+            raise ParameterError(
+                f"parameter {self.name}: got {value!r} ({got}), "
+                f"want {want} such as {self.default!r}{hint}"
+            ) from None
 
     def parse(self, text: str) -> Any:
         """The value that `text`, from a command line, means for this parameter."""
-        readers: dict[type, Callable[[str], Any]] = {str: str, int: int, float: float}
-        readers[bool] = lambda word: _TRUTH[word.lower()]
         value: Any = text
-        with contextlib.suppress(ValueError, SyntaxError, KeyError):
-            value = readers.get(type(self.default), ast.literal_eval)(text)
-        return self.check(value)
+        if not isinstance(self.default, (str, bool, int, float)):
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = ast.literal_eval(text)
+        return self.check(value, strict=False)
 
 
-def read_parameters(notebook: str | Path | nbformat.NotebookNode) -> dict[str, Parameter]:
-    """The parameters of a notebook, in the order of its cell tagged "parameters"; {} without one.
+def read_parameters(
+    notebook: str | Path | nbformat.NotebookNode, tag: str = "parameters"
+) -> dict[str, Parameter]:
+    """The parameters of a notebook, in the order of its cell of this tag; {} without one.
 
     Raises ParameterError if the cell holds anything but assignments of literals."""
     is_read = isinstance(notebook, nbformat.NotebookNode)
     content: Any = notebook if is_read else nbformat.read(notebook, as_version=4)
-    return _tagged(content, "parameters")
-
-
-def injected_values(notebook: nbformat.NotebookNode) -> dict[str, Any]:
-    """The values that papermill put into a notebook behind its parameters cell, by name."""
-    found = _tagged(notebook, "injected-parameters")
-    return {name: parameter.default for name, parameter in found.items()}
+    tagged = (cell for cell in content.cells if tag in cell.metadata.get("tags", []))
+    source = next((cell.source for cell in tagged if cell.cell_type == "code"), "")
+    found: dict[str, Parameter] = {}
+    node: Any = None
+    try:
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                continue  # a docstring
+            (target,) = getattr(node, "targets", None) or [node.target]
+            comment = comments.get(node.end_lineno, "").lstrip("# ").strip()
+            found[target.id] = Parameter(target.id, ast.literal_eval(node.value), comment)
+    except (SyntaxError, tokenize.TokenError, ValueError, AttributeError) as error:
+        told = f"line {node.lineno}: {ast.unparse(node)}" if node else error
+        raise ParameterError(f"a parameters cell only assigns literals to names; {told}") from error
+    return found
 
 
 def parameters_of(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,41 +121,3 @@ def find_parameter(known: Mapping[str, Parameter], name: str) -> Parameter:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     advice = f"did you mean {close[0]!r}?" if close else f"it has: {', '.join(known) or 'none'}"
     raise ParameterError(f"the notebook has no parameter {name!r}; {advice}")
-
-
-def _tagged(notebook: nbformat.NotebookNode, tag: str) -> dict[str, Parameter]:
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and tag in cell.metadata.get("tags", []):
-            return _parse_cell(cell.source)
-    return {}
-
-
-def _parse_cell(source: str) -> dict[str, Parameter]:
-    try:
-        statements: list[Any] = list(ast.parse(source).body)
-    except SyntaxError as error:
-        raise ParameterError(f"the parameters cell is not plain Python: {error}") from error
-    comments = {
-        token.start[0]: token.string.lstrip("# ").strip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found = {}
-    for statement in statements:
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue  # a docstring
-        try:
-            annotated = isinstance(statement, ast.AnnAssign)
-            (target,) = [statement.target] if annotated else statement.targets
-            name, default = target.id, ast.literal_eval(statement.value)
-        except (ValueError, AttributeError) as error:
-            raise ParameterError(
-                "the parameters cell may only assign literals to names; line "
-                f"{statement.lineno} does something else: {ast.unparse(statement)}"
-            ) from error
-        found[name] = Parameter(name, default, comments.get(statement.end_lineno, ""))
-    return found
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), type(value).__name__)

@@ -1,6 +1,10 @@
-"""Where a result comes from: commit, versions, hardware, and the content of what it was made from.
+"""Where a result comes from, and what it was made from: commit, versions, hardware, content hashes.
 
-What is unknown is None, never a guess.
+A run's results.json says under provenance what it was made from: `identity` (notebook, parameters,
+code, packages, machine) and `inputs`, the hashes of the files and folders that its parameters name,
+that its notebook declared (`Recorder.input`) and of its datasets. `report.run` uses a run again
+while all of them are as they were, what it made (a dataset, a receipt) included. Checkpoints are
+none of them: they may be deleted. What is unknown is None, never a guess.
 """
 
 from __future__ import annotations
@@ -13,17 +17,26 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from fresnel.host.files import sha256
-from fresnel.host.machine import accelerators, core_count, cuda
+from fresnel.host.machine import accelerators, core_count, cuda, project_root
 
 RESULTS_NAME = "results.json"
+PACKAGE = Path(__file__).resolve().parents[1]
 _PACKAGES = (
     *("fresnel", "torch", "numpy", "gsplat", "numba", "trimesh", "embreex", "gsply", "pillow"),
     *("torchmetrics", "matplotlib", "viser", "transformers", "papermill", "nbconvert"),
 )
+_SHOWS_ONLY = {"__main__.py", "cli.py", "views.py", "report", "study/runner.py"}
+"""Of this package, what runs or shows a report but has no part in its figures."""
+NOT_TRAINING = {
+    *("analysis", "show", "host", "objects/furniture.py", "training/forecast.py"),
+    *("study/data.py", "study/smoke.py", "study/results.py"),
+}
+"""What else has no part in a training: a checkpoint outlives a change to these."""
 
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
@@ -35,15 +48,19 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What of this machine a result can depend on; found without importing torch."""
-    packages = {}
+    packages, model = {}, None
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    fallback = platform.processor() or platform.machine() or None
     return {
         "python": platform.python_version(),
         "packages": packages,
         "os": f"{platform.system()} {platform.machine()}",
-        "cpu": {"model": _cpu_model(), "count": core_count()},
+        "cpu": {"model": model[1].strip() if model else fallback, "count": core_count()},
         "accelerators": accelerators(),
     }
 
@@ -54,23 +71,61 @@ def git_state() -> dict[str, Any]:
     variable FRESNEL_COMMIT; whether it is dirty is then unknown."""
     if told := os.environ.get("FRESNEL_COMMIT"):
         return {"commit": told, "dirty": None, "changed": []}
-    command = ["git", "-C", str(Path(__file__).resolve().parents[2])]
-
-    def git(*arguments: str) -> list[str] | None:
+    said = []
+    for words in ("rev-parse HEAD", "status --porcelain -- . :(exclude)reports :(exclude)runs"):
+        command = ["git", "-C", str(PACKAGE.parent), *words.split()]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(
-                [*command, *arguments], capture_output=True, text=True, timeout=20, check=True
-            )
-            return done.stdout.splitlines()
-        return None
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            said.append(done.stdout.splitlines())
+    if len(said) < 2:
+        return {"commit": None, "dirty": None, "changed": []}
+    (commit,), changed = said
+    return {"commit": commit, "dirty": bool(changed), "changed": [c[3:] for c in changed][:50]}
 
-    commit = git("rev-parse", "HEAD")
-    lines = git("status", "--porcelain", "--", ".", ":(exclude)reports", ":(exclude)runs")
-    return {
-        "commit": commit[0] if commit else None,
-        "dirty": None if lines is None else bool(lines),
-        "changed": [line[3:] for line in lines or ()][:50],
+
+def identity(notebook: Path, params: Mapping[str, Any], name: str, output_dir: Path | None) -> str:
+    """sha256 of what determines a run, as far as it is known before it starts."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    told = {
+        "notebook": str(notebook),
+        # outputs and the editor's metadata do not matter
+        "source": [
+            [cell["cell_type"], "".join(cell["source"]), cell.get("metadata", {}).get("tags")]
+            for cell in cells
+        ],
+        "params": dict(params),
+        "name": name,
+        "output_dir": None if output_dir is None else str(output_dir),
+        "project": str(project_root()),
+        "code": code_hash(),
+        "machine": machine(),
     }
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def code_hash(apart: Set[str] = frozenset()) -> str:
+    """sha256 over this package's sources and assets, but for those that only show a report, and
+    for other rooms and files of the package's that the caller names."""
+    total, apart = hashlib.sha256(), apart | _SHOWS_ONLY
+    for path in sorted(PACKAGE.rglob("*")):
+        inner = path.relative_to(PACKAGE)
+        above = {inner.as_posix(), *(parent.as_posix() for parent in inner.parents)}
+        if path.is_file() and "__pycache__" not in inner.parts and not above & apart:
+            total.update(f"{inner}\0{sha256(path)}".encode())
+    return total.hexdigest()
+
+
+def inputs_of(params: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Path -> hash of the files and folders that parameters name, but for the run's own `folder`.
+    Where a notebook reads other runs, its `reports_dir` "" names those of the project."""
+    texts = [text for text in params.values() if isinstance(text, str) and text]
+    texts += ["reports/runs"] if params.get("reports_dir") == "" else []
+    found = {}
+    for path in map(project_root().joinpath, texts):
+        with contextlib.suppress(OSError):  # a text that names no file
+            if path.exists() and path.resolve() != folder:
+                found[str(path)] = digest(path, folder)
+    return found
 
 
 def digest(path: Path, apart: Path | None = None) -> str:
@@ -78,8 +133,15 @@ def digest(path: Path, apart: Path | None = None) -> str:
     folders, their results; of any other folder, its files' names and bytes; "" if it is not there.
 
     apart: a folder below it that does not count."""
+    if path.name == RESULTS_NAME and path.is_file():
+        data = path.read_bytes()
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            content = json.loads(data)
+            content.pop("cached", None)  # that its run was used again is no news about it
+            data = json.dumps(content, sort_keys=True).encode()
+        return hashlib.sha256(data).hexdigest()
     if path.is_file():
-        return _results(path) if path.name == RESULTS_NAME else sha256(path)
+        return sha256(path)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         return str(manifest["content_hash"])
@@ -88,32 +150,11 @@ def digest(path: Path, apart: Path | None = None) -> str:
     files = sorted(path.glob(RESULTS_NAME))
     if not files and (runs := sorted(path.glob(f"*/{RESULTS_NAME}"))):
         files = [*runs, *sorted(path.glob("*.*"))]
-    files = files or [p for p in sorted(path.rglob("*")) if not _hidden(p.relative_to(path))]
     total = hashlib.sha256()
-    for file in files:
-        if file.is_file() and not (apart and file.is_relative_to(apart)):
-            total.update(f"{file.relative_to(path)}\0{digest(file)}\n".encode())
+    for file in files or sorted(path.rglob("*")):
+        inner = file.relative_to(path)
+        # hidden files are no content, nor are receipts, which are told apart from the data
+        hidden = any(part.startswith(".") or part == "receipts" for part in inner.parts)
+        if file.is_file() and (files or not hidden) and not (apart and file.is_relative_to(apart)):
+            total.update(f"{inner}\0{digest(file)}\n".encode())
     return total.hexdigest()
-
-
-def _hidden(path: Path) -> bool:
-    """Whether it is no content: hidden files, and receipts, which are told apart from the data."""
-    return "receipts" in path.parts or any(part.startswith(".") for part in path.parts)
-
-
-def _results(path: Path) -> str:
-    """Of a results.json; that its run was used again meanwhile is no news about it."""
-    data = path.read_bytes()
-    with contextlib.suppress(ValueError, AttributeError, RecursionError):
-        content = json.loads(data)
-        content.pop("cached", None)
-        data = json.dumps(content, sort_keys=True).encode()
-    return hashlib.sha256(data).hexdigest()
-
-
-def _cpu_model() -> str | None:
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        if match := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            return match.group(1).strip()
-    return platform.processor() or platform.machine() or None

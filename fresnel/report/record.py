@@ -4,25 +4,17 @@ A notebook calls `start()` once, measures with `Recorder.stage()`, and ends with
 `Recorder.finish()`. The file is rewritten after every stage, so that a run that dies leaves what
 it had; its status then still says "running", and the runner turns that into "crashed".
 
-The file's shape is `schema/results.schema.json` (JSON Schema, draft 7, version SCHEMA_VERSION); it
-is checked on writing and on reading. Beside what a notebook records itself it holds
-
-- ``failure``: how a crashed run ended, ``{"kind", "cell"}``; ``error`` says it in words.
-- ``resources``: ``{"peak_rss_bytes", "peak_cuda_bytes", "samples_per_s", "energy"}``; ``energy`` is
-  ``{"joules", "gpu_joules", "cpu_joules", "source", "reason"}`` (`meters.EnergyMeter`), None where
-  nothing could be read, and then "reason" says why.
-- ``cost_avoided``: what the training would have cost that this verdict forbids, less what the
-  verdict cost: ``{"usd", "duration_s", ...}`` (`fresnel.report.costs` sums it over runs).
-- ``provenance``: `identity` and `inputs` say what the run was made from (`fresnel.report.cache`).
-- ``cached``: None, or ``{"reused_utc", "computed_utc", "commit", "dirty"}`` once a later call of
-  the same report found nothing changed: the figures are those of `computed_utc` at `commit`.
+The types here are the file's shape, checked on writing and on reading (`msgspec.json.schema` makes
+a JSON Schema of them). In `provenance`, `identity` and `inputs` say what the run was made from
+(`fresnel.report.provenance`), `datasets` holds {"content_hash", "path", "objects"}; in `resources`
+stand "peak_rss_bytes", "peak_cuda_bytes", "samples_per_s" (of a training) and "energy"
+(`meters.EnergyMeter`), each None where it was not measured.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -34,8 +26,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
+import msgspec
 import psutil
 
 from fresnel.host.files import write_atomic
@@ -43,10 +36,11 @@ from fresnel.host.machine import cuda, project_root
 from fresnel.host.meters import EnergyMeter, PeakMemory
 from fresnel.report.provenance import RESULTS_NAME, digest, provenance
 
-SCHEMA_VERSION = 2
-SCHEMA = Path(__file__).parent / "schema" / "results.schema.json"
-VERDICTS = ("PASS", "FAIL", "GO", "NO-GO", "REFUSED", "DONE")
 THUMBNAIL_NAME = "thumbnail.png"
+Amount = Annotated[float, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Verdict = Literal["PASS", "FAIL", "GO", "NO-GO", "REFUSED", "DONE"]
+VERDICTS = get_args(Verdict)
 
 
 class RecordError(ValueError):
@@ -59,30 +53,23 @@ class Stage:
     children (shared pages count in each), and of torch's CUDA allocator (None without CUDA)."""
 
     name: str
-    duration_s: float
-    peak_rss_bytes: int
-    peak_cuda_bytes: int | None = None
+    duration_s: Amount
+    peak_rss_bytes: Count
+    peak_cuda_bytes: Count | None = None
     failed: bool = False
 
 
 @dataclass(frozen=True)
-class Failure:
-    """How a run ended that did not finish. `kind`: see results.schema.json; `message`: plain words;
-    `cell`: the code cell it happened in, counted from 1 as in the source notebook."""
-
-    kind: str
-    message: str
-    cell: int | None = None
-
-
-@dataclass(frozen=True)
 class RunRecord:
-    """One run, exactly as `results.json` holds it. `status` is "running", "finished" or "crashed";
-    `verdict` one of VERDICTS, or None as long as there is none (and for ever if it crashed)."""
+    """One run, exactly as `results.json` holds it. `name`: of the step; runs of one are comparable.
+    `failure`, of a crashed run: {"kind": a key of `run.EXIT_STATUS`, "cell": its number among the
+    source's code cells}; `error` says it in words. `cost_avoided`: see `index.cost_avoided`.
+    `cached`: {"reused_utc", "computed_utc", "commit", "dirty"} once a later call found nothing
+    changed: the figures are those of `computed_utc` at `commit`."""
 
     notebook: str
-    status: str
-    verdict: str | None = None
+    status: Literal["running", "finished", "crashed"]
+    verdict: Verdict | None = None
     summary: str = ""
     reasons: tuple[str, ...] = ()
     error: str | None = None
@@ -93,16 +80,16 @@ class RunRecord:
     metrics: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
-    resources: dict[str, Any] = field(default_factory=lambda: _resources((), {}))
+    resources: dict[str, Any] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     started_utc: str = ""
-    duration_s: float = 0.0
-    price_per_hour_usd: float = 0.0
-    cost_usd: float = 0.0
+    duration_s: Amount = 0.0
+    price_per_hour_usd: Amount = 0.0
+    cost_usd: Amount = 0.0
     cost_avoided: dict[str, Any] | None = None
     cached: dict[str, Any] | None = None
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[2] = 2
 
     @property
     def badge(self) -> str:
@@ -110,11 +97,11 @@ class RunRecord:
         DIED where its process is gone without a word."""
         if self.status == "finished" and self.verdict:
             return self.verdict
-        if self.status == "crashed" and (self.failure or {}).get("kind") == "stopped":
+        if self.failure and self.failure["kind"] == "stopped":
             return "STOPPED"
-        if self.status == "running" and not _lives(self.provenance.get("process")):
-            return "DIED"
-        return self.status.upper()
+        process = self.provenance.get("process") or {}
+        here = self.status == "running" and process.get("host") == socket.gethostname()
+        return "DIED" if here and not psutil.pid_exists(process["pid"]) else self.status.upper()
 
     def _repr_markdown_(self) -> str:
         lines = [f"**{self.badge}.** {self.error or self.summary}"]
@@ -126,16 +113,14 @@ class RunRecord:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dict. NaN and infinities become None, each with a line under "notes"."""
         notes = list(self.notes)
-        plain = _plain(dataclasses.asdict(self), "", notes)
-        plain["notes"] = notes
-        return plain
+        return {**_plain(dataclasses.asdict(self), "", notes), "notes": notes}
 
     def write(self, path: str | Path) -> Path:
         """Write to `path`, or to `path`/results.json where it is a folder; never half a file.
 
-        Raises RecordError if a value does not fit the schema."""
+        Raises RecordError if a value is not of its type."""
         target, data = _file(path), self.to_dict()
-        check(data, where=str(target))
+        RunRecord.from_dict(data, where=str(target))
         text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False)
         write_atomic(target, text + "\n")
         return target
@@ -156,64 +141,35 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, data: Any, *, where: str = "results") -> RunRecord:
-        if not isinstance(data, dict):
-            raise RecordError(f"{where}: must hold an object, got {type(data).__name__}")
-        version = data.get("schema_version", 1)
-        if version != SCHEMA_VERSION:
-            newer = isinstance(version, int) and version > SCHEMA_VERSION
-            advice = "update fresnel to read it" if newer else "run its notebook again"
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != 2:
             raise RecordError(
-                f"{where}: schema_version is {version!r}, this program reads {SCHEMA_VERSION}; "
-                f"{advice}"
+                f"{where}: schema_version is {version!r}, this program reads 2; "
+                "run its notebook again, or update fresnel if a newer one wrote it"
             )
-        check(data, where=where)
-        lists = {key: tuple(data[key]) for key in ("reasons", "notes")}
-        stages = tuple(_known(Stage, stage) for stage in data["stages"])
-        return _known(cls, {**data, **lists, "stages": stages})
-
-
-def _known(kind: type[Any], data: Mapping[str, Any]) -> Any:
-    """A `kind` of those values in `data` that it has; a later program may have written others."""
-    return kind(**{f.name: data[f.name] for f in dataclasses.fields(kind) if f.name in data})
+        try:
+            return msgspec.convert(data, cls)
+        except msgspec.ValidationError as error:
+            raise RecordError(f"{where}: {error}") from error
 
 
 def _file(path: str | Path) -> Path:
     return Path(path) / RESULTS_NAME if Path(path).is_dir() else Path(path)
 
 
-def check(data: Any, *, where: str = "results") -> None:
-    """Raise RecordError, saying which value does not fit the schema and why."""
-    import fastjsonschema
-
-    try:
-        _validator()(data)
-    except fastjsonschema.JsonSchemaValueException as error:
-        missing = error.rule_definition if error.rule == "required" else []
-        missing = [key for key in missing if key not in error.value]
-        text = f"{error.name} lacks {', '.join(missing)}" if missing else error.message
-        raise RecordError(f"{where}: {text.removeprefix('data').lstrip('. ')}") from None
-
-
-@functools.cache
-def _validator() -> Any:
-    import fastjsonschema
-
-    return fastjsonschema.compile(json.loads(SCHEMA.read_text(encoding="utf-8")))
-
-
-def _resources(
-    stages: Sequence[Stage], metrics: Mapping[str, Any], energy: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The `resources` of a run with these stages and metrics."""
-    cuda_peaks = [s.peak_cuda_bytes for s in stages if s.peak_cuda_bytes is not None]
-    rate = metrics.get("samples_per_s")
-    nothing = dict.fromkeys(("joules", "gpu_joules", "cpu_joules", "source"))
-    return {
-        "peak_rss_bytes": max((stage.peak_rss_bytes for stage in stages), default=None),
-        "peak_cuda_bytes": max(cuda_peaks, default=None),
-        "samples_per_s": float(rate) if isinstance(rate, (int, float)) else None,
-        "energy": dict(energy or {**nothing, "reason": "not measured"}),
-    }
+def _plain(value: Any, where: str, notes: list[str]) -> Any:
+    """`value` as JSON's own types; what JSON cannot say (NaN, infinity) as None, with a note."""
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, torch tensors
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        dot = where and f"{where}."
+        return {str(key): _plain(item, f"{dot}{key}", notes) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item, f"{where}[{i}]", notes) for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        notes.append(f"{where} was {value}; stored as null")
+        return None
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 class Recorder:
@@ -222,7 +178,6 @@ class Recorder:
     def __init__(self, record: RunRecord, output_dir: Path) -> None:
         self.output_dir, self.record = output_dir, record
         self._clock = time.perf_counter()
-        self._stages: list[Stage] = []
         self._open: list[PeakMemory] = []
         self._energy = EnergyMeter()
         self._save()
@@ -232,7 +187,7 @@ class Recorder:
         """Time the block and watch its memory. Stages may nest; each counts its own whole time."""
         self._change()
         peak = PeakMemory()
-        slot = len(self._stages)  # in order of beginning: the outer stage before its inner ones
+        slot = len(self.record.stages)  # in order of beginning: the outer one before its inner ones
         self._fold_cuda_peaks()
         self._open.append(peak)
         begun, failed = time.perf_counter(), True
@@ -243,7 +198,9 @@ class Recorder:
             duration = time.perf_counter() - begun
             self._fold_cuda_peaks()
             self._open.remove(peak)
-            self._stages.insert(slot, Stage(name, duration, peak.close(), peak.cuda, failed))
+            stages = list(self.record.stages)
+            stages.insert(slot, Stage(name, duration, peak.close(), peak.cuda, failed))
+            self.record = self.record.replace(stages=tuple(stages))
             self._save()
 
     def metric(self, name: str, value: Any) -> None:
@@ -255,11 +212,8 @@ class Recorder:
 
     def dataset(self, dataset: Any) -> None:
         """Record which data the run used or made: `content_hash`, `path`, length of `dataset`."""
-        entry = {
-            "content_hash": dataset.content_hash,
-            "path": _relative(Path(dataset.path), project_root()),
-            "objects": len(dataset),
-        }
+        path = _relative(Path(dataset.path), project_root())
+        entry = {"content_hash": dataset.content_hash, "path": path, "objects": len(dataset)}
         known = self.record.provenance.get("datasets", [])
         datasets = [*(other for other in known if other != entry), entry]
         self._change(provenance={**self.record.provenance, "datasets": datasets})
@@ -299,7 +253,7 @@ class Recorder:
         """Add a line that a reader should see beside the results."""
         self._change(notes=(*self.record.notes, text))
 
-    def finish(self, verdict: str, summary: str, reasons: Sequence[str] = ()) -> RunRecord:
+    def finish(self, verdict: Verdict, summary: str, reasons: Sequence[str] = ()) -> RunRecord:
         """State the verdict (one of VERDICTS), a one-paragraph summary and the named reasons."""
         if verdict not in VERDICTS:
             raise ValueError(f"verdict: got {verdict!r}, want one of {', '.join(VERDICTS)}")
@@ -316,22 +270,24 @@ class Recorder:
 
     def _fold_cuda_peaks(self) -> None:
         # torch keeps one process-wide peak: hand it to every open stage, then begin anew
-        device = cuda()
-        if device is None:
-            return
-        peak = int(device.max_memory_allocated())
-        for watch in self._open:
-            watch.cuda = max(watch.cuda or 0, peak)
-        device.reset_peak_memory_stats()
+        if device := cuda():
+            peak = int(device.max_memory_allocated())
+            for watch in self._open:
+                watch.cuda = max(watch.cuda or 0, peak)
+            device.reset_peak_memory_stats()
 
     def _save(self) -> None:
-        duration = time.perf_counter() - self._clock
-        self.record = self.record.replace(
-            stages=tuple(self._stages),
-            resources=_resources(self._stages, self.record.metrics, self._energy.read()),
-            duration_s=duration,
-            cost_usd=self.record.price_per_hour_usd * duration / 3600.0,
-        )
+        duration, stages = time.perf_counter() - self._clock, self.record.stages
+        rate = self.record.metrics.get("samples_per_s")
+        cuda_peaks = [s.peak_cuda_bytes for s in stages if s.peak_cuda_bytes is not None]
+        resources = {
+            "peak_rss_bytes": max((stage.peak_rss_bytes for stage in stages), default=None),
+            "peak_cuda_bytes": max(cuda_peaks, default=None),
+            "samples_per_s": float(rate) if isinstance(rate, (int, float)) else None,
+            "energy": self._energy.read(),
+        }
+        cost = self.record.price_per_hour_usd * duration / 3600.0
+        self.record = self.record.replace(resources=resources, duration_s=duration, cost_usd=cost)
         self.record.write(self.output_dir / RESULTS_NAME)
 
 
@@ -362,15 +318,14 @@ def start(
     name = Path(notebook).stem
     folder = Path(output_dir) if output_dir else new_run_dir(project_root() / "reports", name)
     folder.mkdir(parents=True, exist_ok=True)
+    process = {"pid": os.getpid(), "host": socket.gethostname()}
+    made_by = provenance(seed if seed is not None else params.get("seed"))
     record = RunRecord(
         notebook=name,
         status="running",
         name=name,
         params=dict(params),
-        provenance={
-            **provenance(seed if seed is not None else params.get("seed")),
-            "process": {"pid": os.getpid(), "host": socket.gethostname()},
-        },
+        provenance={**made_by, "process": process},
         started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         price_per_hour_usd=float(price_per_hour_usd),
     )
@@ -384,44 +339,15 @@ def slug(name: str) -> str:
 
 def new_run_dir(reports_dir: str | Path, name: str) -> Path:
     """Make reports_dir/runs/<UTC time>-<name>, a folder of its own even for runs begun at once."""
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    for number in itertools.count(1):
-        suffix = f"-{number}" if number > 1 else ""
-        folder = Path(reports_dir) / "runs" / f"{stamp}-{slug(name)}{suffix}"
+    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{slug(name)}"
+    for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
+        folder = Path(reports_dir) / "runs" / f"{stem}{suffix}"
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
-            return folder
-    raise AssertionError
-
-
-def _lives(process: Mapping[str, Any] | None) -> bool:
-    """Whether a run's process may still be at work; one of another machine may."""
-    here = process is not None and process["host"] == socket.gethostname()
-    return process is None or not here or psutil.pid_exists(process["pid"])
+            break
+    return folder
 
 
 def _relative(path: Path, root: Path) -> str:
     resolved, base = path.resolve(), root.resolve()
     return str(resolved.relative_to(base)) if resolved.is_relative_to(base) else str(path)
-
-
-def _plain(value: Any, where: str, notes: list[str]) -> Any:
-    """`value` as JSON's own types; what JSON cannot say (NaN, infinity) as None, with a note."""
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        note = f"{where} was {value}; stored as null"
-        notes += [] if note in notes else [note]
-        return None
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        within = f"{where}." if where else ""
-        return {str(key): _plain(item, f"{within}{key}", notes) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item, f"{where}[{i}]", notes) for i, item in enumerate(value)]
-    if hasattr(value, "tolist"):  # numpy scalars and arrays, torch tensors
-        return _plain(value.tolist(), where, notes)
-    return str(value)

@@ -16,7 +16,7 @@ from fresnel.host.files import fingerprint
 from fresnel.host.machine import project_root
 from fresnel.models.decoder import load_shipped
 from fresnel.objects import sources, splits
-from fresnel.report.cache import NOT_TRAINING, code_hash
+from fresnel.report.provenance import NOT_TRAINING, code_hash
 from fresnel.report.record import Recorder
 
 VALIDATION_OBJECTS = 4
