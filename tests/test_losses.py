@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from test_cvs import batch_of, generator, model, views
 from test_decoder import TINY, blobs
 from test_rendered import truth_renderer
-from test_train import HASH, certify
+from test_train import HASH, certify, interrupt
 from torch import Tensor
 
 from fresnel.models.cvs import CVS, CVSConfig
@@ -109,32 +109,39 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("change", ["nothing", *CHANGES])
-def test_a_cvs_resumes_with_the_very_same_task_alone(tmp_path: Path, change: str) -> None:
-    data = replace(views(), content_hash=HASH)
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
+    """train("name", after=2) trains a network of renders, or goes on; Ctrl-C ends it there."""
+    folder, data = tmp_path_factory.mktemp("train"), replace(views(), content_hash=HASH)
     config = TrainConfig(steps=4, lr=1e-2, snapshot_every=2, validate_every=2, warmup_steps=0)
 
-    def run(name: str, *, records: int = 2, start: int = 0, **options: Any) -> Tensor:
+    def run(name: str, *, records: int = 2, start: int = 0, after: int = 0, **options: Any) -> Any:
         torch.manual_seed(start)
         source = CVS(CVSConfig.preset("tiny", render_condition=True))
         net = CVS(source.config)
         net.start_from(source)
         options = {"renderer": truth_renderer(), "pairs": torch.tensor([[0, 1], [0, 2]]), **options}
         task = CVSTask(net, data[:records], batch_size=2, mirror=True, **options)
-        stop = 2 if name == "halves" and not (tmp_path / name).exists() else None
-        result = fit(
-            task, receipt=certify(tmp_path), config=config, run_dir=tmp_path / name,
-            stop_at_step=stop, progress_bar=False,
-        )  # fmt: skip
+        draw = task.batch
+        task.batch = lambda step, g: (interrupt() if step + 1 == after else None, draw(step, g))[1]
+        place = {"run_dir": folder / name, "receipt": certify(folder)}
+        result = fit(task, **place, config=config, progress_bar=False)
         return torch.cat([p.detach().flatten() for p in result.model.parameters()])
 
-    run("halves")
-    if change == "nothing":
-        assert torch.equal(run("halves"), run("whole"))
-        return
+    with pytest.raises(KeyboardInterrupt):
+        run("halves", after=2)
+    return run
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cvs_resumes_with_the_very_same_task_alone(train, change: str) -> None:
     message, options = CHANGES[change]
     with pytest.raises(ResumeRefused, match=message):
-        run("halves", **options)
+        train("halves", **options)
+
+
+def test_a_cvs_that_was_stopped_and_resumed_is_the_one_that_was_not(train) -> None:
+    assert torch.equal(train("halves"), train("whole"))
 
 
 def test_a_decoder_knows_the_weights_it_started_from() -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
 from boxes import views_of
 from PIL import Image
 
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, MultiViewDataset
+from fresnel.gate import verdict
 from fresnel.objects import furniture, sources
 from fresnel.objects import splits as studies
-from fresnel.training.worst_views import kept_pairs
+from fresnel.training.cvs_task import pairs_of
 
 SPLITS = {"box0": "train", "box2": "train", "box3": "test", "box4": "val", "box6": "train"}
 
@@ -83,18 +84,21 @@ def test_shared_objects_are_refused() -> None:
         studies.require_apart(["a__0", "b__1"], ["b__0"])
 
 
-def test_the_worst_views_are_those_furthest_from_their_input() -> None:
+def test_the_worst_views_are_those_furthest_from_their_input(monkeypatch) -> None:
     good = {"coverage_ratio": 1.0, "luminance_ratio": 1.1, "detail_ratio": 0.9}
     rows = [{"object": name, "view": view, **good} for name in "ab" for view in range(3)]
     rows[1] |= {"coverage_ratio": 0.0, "luminance_ratio": float("nan")}  # empty
     rows[5] |= {"detail_ratio": 0.2}  # blurred
     rows[2] |= {"luminance_ratio": 1.4}
-    everything = kept_pairs("ab", 3, rows, 0.0)
-    assert everything.tolist() == [[i, j] for i in range(2) for j in range(3)]
-    assert kept_pairs("ab", 3, rows, 0.2).tolist() == [
+    monkeypatch.setattr(verdict, "validate", lambda data: SimpleNamespace(measurements=rows))
+    data = SimpleNamespace(names=("a", "b"), views_per_object=3)
+    assert pairs_of(data, 0.0) is None
+    assert pairs_of(data, 0.1).tolist() == [[i, j] for i in range(2) for j in range(3)]
+    assert pairs_of(data, 0.2).tolist() == [
         [0, 0], [0, 2], [1, 0], [1, 1], [1, 2],
     ]  # fmt: skip
-    assert kept_pairs("ab", 3, rows, 0.5).tolist() == [[0, 0], [1, 0], [1, 1]]
-    assert torch.equal(kept_pairs("ab", 3, [], 0.0), everything)
+    assert pairs_of(data, 0.5).tolist() == [[0, 0], [1, 0], [1, 1]]
+    rows.clear()
+    assert len(pairs_of(data, 0.1)) == 6
     with pytest.raises(ValueError, match="drop"):
-        kept_pairs("ab", 3, rows, 1.0)
+        pairs_of(data, 1.0)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
 from fresnel.host.files import write_atomic
@@ -42,13 +44,8 @@ def save(
     Raises:
         DiskFull: if there is no room; what was there before is untouched.
     """
-    from safetensors.torch import save as serialise
-
-    data = serialise(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        {"fresnel": json.dumps(metadata)},
-    )
-    folder.mkdir(parents=True, exist_ok=True)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    data = serialised(whole, {"fresnel": json.dumps(metadata)})
     latest, fresh = folder / f"latest{SUFFIX}", folder / f"next{SUFFIX}"
     try:
         write_atomic(fresh, data)
@@ -61,13 +58,13 @@ def save(
                 shutil.copyfile(fresh, temporary)
             os.replace(temporary, folder / f"{name}{SUFFIX}")
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                error.errno,
-                f"no room for a checkpoint of {len(data) / 1e6:.0f} MB in {folder}; the one "
-                "before it is whole: free some space and run again to resume",
-            ) from error
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            error.errno,
+            f"no room for a checkpoint of {len(data) / 1e6:.0f} MB in {folder}; the one "
+            "before it is whole: free some space and run again to resume",
+        ) from error
     if latest.exists():
         os.replace(latest, folder / f"previous{SUFFIX}")
     os.replace(fresh, latest)
@@ -98,29 +95,18 @@ class Writer(ThreadPoolExecutor):
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a checkpoint.
-
-    Raises:
-        ValueError: if the file is damaged or is not a checkpoint.
-    """
-    from safetensors import SafetensorError, safe_open
-
+    """Tensors and metadata of a checkpoint; ValueError if the file is damaged, or is none."""
     try:
         with safe_open(str(path), "pt") as file:
             metadata = json.loads((file.metadata() or {})["fresnel"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged, or not a checkpoint ({error})") from error
-    return tensors, metadata
 
 
 def read_latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest checkpoint that can be read, None if there is none; a damaged one is passed over
-    with a warning.
-
-    Raises:
-        ValueError: if all of them are damaged.
-    """
+    with a warning. ValueError if all of them are damaged."""
     found = [path for n in ("latest", "previous") if (path := folder / (n + SUFFIX)).exists()]
     for path in found:
         try:

@@ -34,7 +34,7 @@ class Recorder:
     `generator`, which the caller seeds before each run.
 
     Attributes:
-        graphs: the recorded kinds of work.
+        graphs: the recorded kinds of work; they run one at a time and share their memory.
         refused: why a recording failed; from then on everything runs as it is.
     """
 
@@ -49,7 +49,13 @@ class Recorder:
         """Do `work`; work of another kind is recorded by itself."""
         if kind not in self.graphs and self.refused is None and self._runs[kind] >= _WARM_UP:
             try:
-                self.graphs[kind] = self._recorded(work)
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                graph = torch.cuda.CUDAGraph()
+                graph.register_generator_state(self.generator)
+                # other threads, such as the one that writes checkpoints, go on as they like
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    work()
+                self.graphs[kind] = graph
             except Exception as error:  # whatever can't be recorded must still run
                 self.refused = _refusal("steps run", error)
         if kind in self.graphs:
@@ -57,16 +63,6 @@ class Recorder:
         else:
             self._runs[kind] += 1
             work()
-
-    def _recorded(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Record without running it. Recordings run one at a time, so they share their memory."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        # other threads, such as the one that writes checkpoints, go on as they like
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            work()
-        return graph
 
 
 def _refusal(what: str, error: Exception) -> str:
@@ -90,7 +86,7 @@ class Recorded:
     def __init__(self, function: Callable[..., Any], model: nn.Module | None = None) -> None:
         self.function, self.model = function, model
         self.refused: str | None = None
-        self._flat: _Flat | None = None
+        self.flat: _Flat | None = None
         self._known: list[Any] = []
         self._runs, self._tries = 0, 0
 
@@ -99,16 +95,14 @@ class Recorded:
             return self.function(*given, **named)
         tensors, rest = taken_apart((given, named))
         known = [(t.shape, t.dtype, t.requires_grad) for t in tensors]
-        if self._flat is None:
-            self._runs += 1
-            if self._runs <= _WARM_UP:
-                return self.function(*given, **named)
+        self._runs += 1
+        if self.flat is None and self._runs > _WARM_UP:
             self._record(tensors, rest)
             self._known = known
-        if self._flat is None or known != self._known:
+        if self.flat is None or known != self._known:
             return self.function(*given, **named)
-        made = zip(self._flat(*tensors), self._flat.differentiable, strict=True)
-        return put_together([t if wanted else t.detach() for t, wanted in made], self._flat.rest)
+        made = zip(self.flat(*tensors), self.flat.differentiable, strict=True)
+        return put_together([t if wanted else t.detach() for t, wanted in made], self.flat.rest)
 
     def _record(self, tensors: list[Tensor], rest: Any) -> None:
         flat = _Flat(self.function, self.model, rest)
@@ -121,7 +115,7 @@ class Recorded:
         try:
             with torch.autocast(device, kind, enabled=enabled, cache_enabled=False):
                 torch.cuda.make_graphed_callables(flat, samples, allow_unused_input=True)
-            self._flat = flat
+            self.flat = flat
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -151,20 +145,18 @@ class _Flat(nn.Module):
 
 for _kind in (Cameras, Gaussians, Views):
     pytree.register_dataclass(_kind)
-_HERE = object()
-"""Where a tensor was."""
 
 
 def taken_apart(value: Any) -> tuple[list[Tensor], Any]:
     """The tensors of nested dicts, lists, tuples and registered dataclasses, and the rest."""
     leaves, structure = pytree.tree_flatten(value)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return tensors, ([_HERE if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+    # a tensor's place is kept by its class
+    return tensors, ([Tensor if isinstance(x, Tensor) else x for x in leaves], structure)
 
 
 def put_together(tensors: Sequence[Tensor], rest: Any) -> Any:
     """What `taken_apart` took apart."""
-    leaves, structure = rest
     given = iter(tensors)
-    leaves = [next(given) if leaf is _HERE else leaf for leaf in leaves]
-    return pytree.tree_unflatten(leaves, structure)
+    leaves = [next(given) if leaf is Tensor else leaf for leaf in rest[0]]
+    return pytree.tree_unflatten(leaves, rest[1])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,12 @@ from torch import Tensor, nn
 from fresnel.data.records import ViewTensors
 from fresnel.evaluation.metrics import psnr
 from fresnel.models import Predictor, cvs
-from fresnel.models.cvs import CONDITION_CHANNELS, CVS, CVSConfig, condition_tensors, rgba, sample
+from fresnel.models.cvs import CONDITION_CHANNELS, CVS, CVSConfig, condition_tensors, sample
+from fresnel.models.weights import checksum
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.colour import luminance
 from fresnel.training import losses
-from fresnel.training.task import digest
-
-_VALIDATED, _SHOWN = 32, 4
-"""Pairs that a validation and a picture look at, spread over the set."""
+from fresnel.training.images import Images, uniform
 
 
 class CVSTask:
@@ -55,33 +54,34 @@ class CVSTask:
         renderer: Predictor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        config = model.config
-        size = (config.image_size, config.image_size)
-        for which, tensors in {"views": views, "validation": validation or views}.items():
-            sizes = {tuple(tensors.rgb.shape[2:4]), tuple(tensors.inputs.rgb.shape[1:3])}
-            if sizes != {size}:
-                raise ValueError(
-                    f"{which}: got images of {sorted(sizes)} px, want the model's image_size "
-                    f"{config.image_size}; use dataset.tensors(size={config.image_size})"
-                )
-        if config.loss_weight == "depth_laplacian" and views.depth is None:
-            raise ValueError("views: have no depth, which loss_weight 'depth_laplacian' needs")
-        if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, want at least 1")
-        if config.render_condition and renderer is None:
-            raise ValueError("renderer: got None, but the model's config has render_condition")
+        config, held_out = model.config, validation or views
+        by_depth, size = config.loss_weight == "depth_laplacian", (config.image_size,) * 2
+        shapes = [s for v in (views, held_out) for s in (v.rgb.shape[2:4], v.inputs.rgb.shape[1:3])]
+        sizes = sorted({tuple(shape) for shape in shapes})
+        wrong = f"views: got images of {sizes} px, want the model's image_size {size[0]}; "
+        for fits, message in (
+            (sizes == [size], f"{wrong}use dataset.tensors(size={size[0]})"),
+            (not by_depth or views.depth is not None, "views: have no depth to weight errors by"),
+            (batch_size >= 1, f"batch_size: got {batch_size}, want at least 1"),
+            (renderer or not config.render_condition, "renderer: got None, but the model needs it"),
+        ):
+            if not fits:
+                raise ValueError(message)
         # channels last: 1.4 times the samples a second on two CPU cores
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.data, self.batch_size = views.to(device), batch_size
-        self.held_out = self.data if validation is None else validation.to(device)
+        self.data, self.batch_size = views, batch_size
         self.any_input, self.mirror, self.colour_jitter = any_input, mirror, colour_jitter
         self._pairs = None if pairs is None else pairs.to(device)
-        self._renders = self._held_out_renders = None
-        if config.render_condition and renderer is not None:
-            model.decoder = getattr(renderer, "decoder", "")
-            twin = config.render_twin
-            self._renders = cvs.prepared(renderer, self.data, any_input=any_input, twin=twin)
-            self._held_out_renders = cvs.prepared(renderer, self.held_out, twin=twin)
+        # images, pivots and renders that are trained on, and those of the validation
+        self._sets = []
+        for data, every in ((views, any_input), (held_out, False)):
+            data, renders = data.to(device), None
+            if config.render_condition and renderer is not None:
+                model.decoder = getattr(renderer, "decoder", "")
+                twin = config.render_twin
+                renders = cvs.prepared(renderer, data, any_input=every, twin=twin)
+            self._sets.append((Images(data, device, depth=by_depth), data.pivots, renders))
+        renders = self._sets[0][2]
         self.hot: dict[str, Callable[..., Any]] = {
             "network": losses.denoised,
             "loss": losses.consistency_terms,
@@ -93,10 +93,10 @@ class CVSTask:
             "any_input": any_input,
             "mirror": mirror,
             "colour_jitter": colour_jitter,
-            "pairs": None if pairs is None else f"{len(pairs)}, {digest(pairs)}",
+            "pairs": None if pairs is None else f"{len(pairs)}, {checksum({'pairs': pairs})}",
             # of the first record: another renderer draws it otherwise
-            "renders": None if self._renders is None else digest(self._renders[0]),
-            "validation": [self.held_out.content_hash, *self.held_out.names],
+            "renders": None if renders is None else checksum({"first": renders[0]}),
+            "validation": [held_out.content_hash, *held_out.names],
         }
 
     def phase(self, progress: float) -> int:
@@ -107,25 +107,25 @@ class CVSTask:
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]:
         """Random pairs: "cond", "target", "weights" and the "record", "view" they came from."""
-        b, (m, v) = self.batch_size, self.data.rgb.shape[:2]
+        b, (images, _, _) = self.batch_size, self._sets[0]
 
-        def uniform(*shape: int) -> Tensor:
-            return losses.uniform(generator, self.data.rgb.device, *shape)
-
-        def draw(high: int) -> Tensor:
-            return (uniform(b) * high).long().clamp_max(high - 1)
+        def draw(*shape: int, high: int = 0) -> Tensor:
+            drawn = uniform(generator, images.device, b, *shape)
+            return (drawn * high).long().clamp_max(high - 1) if high else drawn
 
         if self._pairs is None:
-            record, view = draw(m), draw(v)
+            record, view = draw(high=images.records), draw(high=images.views)
         else:
-            record, view = self._pairs[draw(len(self._pairs))].unbind(1)
-        source = torch.where(uniform(b) < 0.5, draw(v), -1) if self.any_input else None
+            record, view = self._pairs[draw(high=len(self._pairs))].unbind(1)
+        source = torch.zeros_like(view)
+        if self.any_input:
+            source = torch.where(draw() < 0.5, 1 + draw(high=images.views), source)
         gain = flipped = None
         if self.colour_jitter:
-            gain = torch.exp((2 * uniform(b, 3, 1, 1) - 1) * self.colour_jitter)
+            gain = torch.exp((2 * draw(3, 1, 1) - 1) * self.colour_jitter)
         if self.mirror:
-            flipped = (uniform(b) < 0.5)[:, None, None, None]
-        stored = picked(self.data, record, view, source, self._renders)
+            flipped = (draw() < 0.5)[:, None, None, None]
+        stored = picked(*self._sets[0], record, source, view)
         made = self.hot["batch"](self.model.config, stored, gain, flipped)
         return {**made, "record": record, "view": view}
 
@@ -138,20 +138,17 @@ class CVSTask:
         return losses.consistency_loss(self.model, *tensors, **options, terms=self.hot["loss"])
 
     @torch.no_grad()
-    def validation(self, model: nn.Module) -> dict[str, float]:
-        """One-step generation of validation views with fixed noise.
+    def validation(self, model: CVS) -> dict[str, float]:
+        """One-step generation of 32 validation views with fixed noise.
 
         "loss": weighted root-mean-square error in [-1, 1]; "psnr" of the RGB over black in dB, of
         all pixels together; "coverage_ratio" and "luminance_ratio": area and light of what was
         generated over the truth.
         """
-        assert isinstance(model, CVS)
-        generator = torch.Generator(self.data.rgb.device).manual_seed(0)
-        pairs = list(self._spread(_VALIDATED))
+        generator = torch.Generator(self._sets[1][0].device).manual_seed(0)
+        pairs = list(self._spread(32))
         out = torch.cat([sample(model, pair["cond"], generator=generator) for pair in pairs])
-        target = torch.cat([pair["target"] for pair in pairs])
-        depths = [pair["depth"] for pair in pairs if pair["depth"] is not None]
-        weights = losses.pixel_weights(model.config, target, torch.cat(depths) if depths else None)
+        target, weights = (torch.cat([pair[n] for pair in pairs]) for n in ("target", "weights"))
         error = (weights * (out - target).square()).mean(dim=(1, 2, 3)).sqrt()
         ours, truth = (((x.float().clamp(-1, 1) + 1) / 2).movedim(1, -1) for x in (out, target))
         (area, light), (true_area, true_light) = (
@@ -166,11 +163,10 @@ class CVSTask:
         }
 
     @torch.no_grad()
-    def preview(self, model: nn.Module, generator: torch.Generator) -> np.ndarray:
-        """One row a pair: input, target, one step, two steps; over black, uint8 (H, W, 3)."""
-        assert isinstance(model, CVS)
+    def preview(self, model: CVS, generator: torch.Generator) -> np.ndarray:
+        """Four rows, one a pair: input, target, one step, two steps; black, uint8 (H, W, 3)."""
         rows = []
-        for pair in self._spread(_SHOWN):
+        for pair in self._spread(4):
             made = [sample(model, pair["cond"], steps=n, generator=generator) for n in (1, 2)]
             images = torch.cat([pair["cond"][:, :4], pair["target"], *made], dim=-1)[:, :3]
             rows.append(images.permute(0, 2, 3, 1).flatten(0, 1))
@@ -178,58 +174,28 @@ class CVSTask:
         return grid.round().clamp(0, 255).byte().cpu().numpy()
 
     def _spread(self, pairs: int) -> Iterator[dict[str, Any]]:
-        """Chunks of `pairs` pairs, evenly spread over the held-out records and views."""
-        m, v = self.held_out.rgb.shape[:2]
-        flat = torch.linspace(0, m * v - 1, min(pairs, m * v)).round().long()
-        for chunk in flat.to(self.held_out.rgb.device).split(max(self.batch_size, 8)):
-            renders = self._held_out_renders
-            yield condition_and_target(picked(self.held_out, chunk // v, chunk % v, None, renders))
+        """Chunks of pairs, evenly spread over the held-out records and views."""
+        images = self._sets[1][0]
+        flat = images.spread(pairs, images.records * images.views)
+        for chunk in flat.split(max(self.batch_size, 8)):
+            record, view = chunk // images.views, chunk % images.views
+            stored = picked(*self._sets[1], record, torch.zeros_like(view), view)
+            yield assemble(self.model.config, stored)
 
 
 def picked(
-    views: ViewTensors,
+    images: Images,
+    pivots: Tensor,
+    renders: Tensor | None,
     record: Tensor,
+    source: Tensor,
     view: Tensor,
-    source: Tensor | None = None,
-    renders: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What is stored of the pairs (record, view): 8-bit images and cameras, input and target.
-
-    Args:
-        source: which view is the input; -1: the record's own. None: always that.
-        renders: what `cvs.prepared` made of the same views.
-    """
-
-    def images(data: Any, index: Any) -> tuple[Tensor, Tensor, Cameras]:
-        return data.rgb[index], data.alpha[index], data.cameras[index]
-
-    rgb, alpha, cameras = images(views.inputs, record)
-    if source is not None:
-        other = (source >= 0)[:, None, None]
-        there_rgb, there_alpha, there = images(views, (record, source.clamp_min(0)))
-        rgb = torch.where(other[..., None], there_rgb, rgb)
-        alpha = torch.where(other, there_alpha, alpha)
-        viewmats = torch.where(other, there.viewmats, cameras.viewmats)
-        cameras = replace(cameras, viewmats=viewmats, Ks=torch.where(other, there.Ks, cameras.Ks))
-    which = 0 if source is None else source + 1
-    return {
-        "input": (rgb, alpha, cameras),
-        "target": images(views, (record, view)),
-        "pivots": views.pivots[record],
-        "render": None if renders is None else renders[record, which, view],
-        "depth": None if views.depth is None else views.depth[record, view],
-    }
-
-
-def condition_and_target(stored: dict[str, Any]) -> dict[str, Any]:
-    """ "cond" (B, C, H, W), "target" (B, 4, H, W) and "depth" of what was `picked`."""
-    rgb, alpha, cameras = stored["input"]
-    target_rgb, target_alpha, target_cameras = stored["target"]
-    targets = target_cameras.reshape(len(rgb), 1)
-    cond = condition_tensors(rgba(rgb, alpha), cameras, targets, stored["pivots"])
-    if stored["render"] is not None:
-        cond = torch.cat([cond, cvs.restored(stored["render"])], dim=1)
-    return {"cond": cond, "target": rgba(target_rgb, target_alpha), "depth": stored["depth"]}
+    """What is stored of the pairs (record, view), with image number `source` as the input: images
+    as `Images.pick` gives them, input and target; "pivots", perhaps "render"."""
+    stored = images.pick(record, torch.stack([source, 1 + view], dim=1))
+    render = None if renders is None else renders[record, source, view]
+    return {**stored, "pivots": pivots[record], "render": render}
 
 
 def assemble(
@@ -238,21 +204,27 @@ def assemble(
     gain: Tensor | None = None,
     flipped: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """ "cond", "target" and "weights" of what was `picked`, augmented as the draws say.
+    """ "cond" (B, C, H, W), "target" (B, 4, H, W) and "weights" of what was `picked`, augmented as
+    the draws say.
 
     Args:
         gain: factors (B, 3, 1, 1) for the colour channels.
         flipped: which pairs to mirror, bool (B, 1, 1, 1).
     """
-    pair = condition_and_target(stored)
-    cond, target = pair["cond"], pair["target"]
+    size = stored["rgba"].shape[2]
+    given, target = (stored["rgba"].movedim(-1, -3).float() / 127.5 - 1.0).unbind(1)
+    cameras = Cameras(stored["viewmats"], stored["Ks"], size, size)
+    cond = condition_tensors(given, cameras[:, 0], cameras[:, 1:], stored["pivots"])
+    if stored["render"] is not None:
+        cond = torch.cat([cond, cvs.restored(stored["render"])], dim=1)
     if gain is not None:
         parts = [tinted(cond[:, :4], gain), cond[:, 4:CONDITION_CHANNELS]]
         if stored["render"] is not None:
             for render in cond[:, CONDITION_CHANNELS:].split(cvs.RENDER_CHANNELS, dim=1):
                 parts += [tinted(render[:, :4], gain), render[:, 4:]]
         cond, target = torch.cat(parts, dim=1), tinted(target, gain)
-    weights = losses.pixel_weights(config, target, pair["depth"])
+    depth = stored["depth"][:, 1] if "depth" in stored else None
+    weights = losses.pixel_weights(config, target, depth)
     if flipped is not None:
         mirrored = mirror(cond, target)
         cond = torch.where(flipped, mirrored[0], cond)
@@ -283,3 +255,27 @@ def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def tinted(image: Tensor, gain: Tensor) -> Tensor:
     colour = torch.minimum((image[:, :3] + 1) * gain, image[:, 3:] + 1) - 1
     return torch.cat([colour, image[:, 3:]], dim=1)
+
+
+def pairs_of(data: Any, drop: float) -> Tensor | None:
+    """The (record, view) pairs of a `MultiViewDataset` to train on, (P, 2), without the share
+    `drop` in [0, 1) of the worst views, for which the gate looks at it once more; None: all.
+
+    A view is the worse the further the area that it covers, the light of that and its detail are
+    from its input's: sum of |ln ratio|, each at most 3.  Views that the gate did not look at stay.
+    """
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop: got {drop}, want a share in [0, 1)")
+    if drop == 0:
+        return None
+    from fresnel.gate.verdict import validate  # and with it all that reads data
+
+    row = {name: i for i, name in enumerate(data.names)}
+    faults = torch.zeros(len(row), data.views_per_object, dtype=torch.float64)
+    for seen in validate(data).measurements:
+        ratios = (seen[f"{what}_ratio"] for what in ("coverage", "luminance", "detail"))
+        logs = (min(abs(math.log(r)), 3.0) if 0 < r < math.inf else 3.0 for r in ratios)
+        faults[row[seen["object"]], seen["view"]] = sum(logs)
+    order = faults.flatten().argsort(stable=True)
+    kept = order[: order.numel() - math.floor(drop * order.numel())].sort().values
+    return torch.stack([kept // faults.shape[1], kept % faults.shape[1]], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,13 @@ from torch import Tensor
 from fresnel.data.records import ViewTensors
 from fresnel.evaluation.metrics import psnr
 from fresnel.models.decoder import Decoder, DecoderConfig, normalised_depth, resize
+from fresnel.models.weights import checksum
 from fresnel.render import Views, render
 from fresnel.scene.cameras import Cameras, mirror_signs, rigid_inverse
 from fresnel.scene.colour import luminance
 from fresnel.scene.gaussians import Gaussians
-from fresnel.training.losses import WEIGHTS, multiview_loss, uniform
-from fresnel.training.task import digest
+from fresnel.training.images import Images, uniform
+from fresnel.training.losses import WEIGHTS, multiview_loss
 
 Batch = dict[str, Tensor]
 
@@ -55,20 +56,18 @@ class DecoderTask:
         device: torch.device | str = "cpu",
     ) -> None:
         if min(len(views), batch_size, target_views) < 1:
-            got = (
-                f"{len(views)} views' objects, batch_size {batch_size}, target_views {target_views}"
-            )
-            raise ValueError(f"got {got}: want at least 1 of each")
-        origin = digest(*model.state_dict().values()) if model else "random"
+            got = f"{len(views)} objects, batch_size {batch_size}, target_views {target_views}"
+            raise ValueError(f"views: got {got}; want at least 1 of each")
+        origin = checksum(model.state_dict()) if model else "random"
         self.device = torch.device(device)
         self.model = (model or Decoder(config)).to(self.device)
         self.data, held_out = views, validation or views
         self.batch_size, self.any_input, self.augment = batch_size, any_input, augment
         self.frontal_only = self.model.config.kind == "patch"
-        self._train = _Pool(views, self.device)
+        self._train = centred(views, self.device)
+        self._held_out = centred(validation, self.device) if validation else self._train
         self.model.render_size = self._train.size
-        self._held_out = _Pool(validation, self.device) if validation else self._train
-        self.target_views = min(target_views, self._train.views - 1)
+        self.target_views = min(target_views, self._train.views)
         self._mirroring = mirror_signs(self.device)
         self.hot: dict[str, Callable[..., Any]] = {
             "network": decoded,
@@ -90,22 +89,20 @@ class DecoderTask:
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         """Random objects, input views and target views; the same for the same generator state."""
-        pool, count = self._train, self.batch_size
 
         def draw(*shape: int) -> Tensor:
-            return uniform(generator, self.device, *shape)
+            return uniform(generator, self.device, self.batch_size, *shape)
 
-        objects = (draw(count) * pool.objects).long()
-        order = draw(count, pool.views)
+        objects = (draw() * self._train.records).long()
+        order = draw(1 + self._train.views)
         if not self.any_input:
             order[:, 0] = -1.0  # the record's own input comes first
         picks = order.argsort(dim=1)[:, : 1 + (0 if self.frontal_only else self.target_views)]
-        stored = pool.pick(objects, picks)
+        stored = self._train.pick(objects, picks)
         if not self.augment:
             return floats(stored)
-        draws = draw(count, 8)
-        order = draws[:, 2:5].argsort(dim=1)
-        return self.hot["batch"](stored, draws, order, self._mirroring)
+        draws = draw(8)
+        return self.hot["batch"](stored, draws, draws[:, 2:5].argsort(dim=1), self._mirroring)
 
     def loss(self, batch: Batch, *, generator: torch.Generator, **_: Any) -> dict[str, Tensor]:
         """`multiview_loss` of the decoded inputs on all views of the batch, random backgrounds."""
@@ -115,15 +112,15 @@ class DecoderTask:
     def _loss(
         self, model: Decoder, batch: Batch, background: Tensor
     ) -> tuple[dict[str, Tensor], Views]:
-        own = model is self.model
-        gaussians, aux, cameras = (self.hot["network"] if own else decoded)(model, batch)
+        network, loss = decoded, multiview_loss
+        if model is self.model:
+            network, loss = self.hot["network"], self.hot["loss"]
+        gaussians, aux, cameras = network(model, batch)
         with torch.autocast(self.device.type, enabled=False):
             views = render(gaussians, cameras)
             # The patch kind lives in its own units: its depths are not the record's.
             depth = None if self.frontal_only else batch.get("depth")
-            terms = (self.hot["loss"] if own else multiview_loss)(
-                views, batch["rgba"], background, target_depth=depth, gaussians=gaussians
-            )
+            terms = loss(views, batch["rgba"], background, target_depth=depth, gaussians=gaussians)
             if "depth_known" in aux:
                 error = F.l1_loss(aux["depth_predicted"], aux["depth_known"])
                 terms["predicted_depth"] = error
@@ -132,17 +129,17 @@ class DecoderTask:
 
     def _fixed(self, objects: int, views: int) -> Batch:
         """The record's input and its first views of evenly spread validation objects."""
-        pool = self._held_out
-        index = torch.linspace(0, pool.objects - 1, min(objects, pool.objects)).round().long()
-        order = torch.arange(1 if self.frontal_only else min(1 + views, pool.views))
-        return floats(pool.pick(index.to(self.device), order.to(self.device)[None]))
+        numbers = torch.arange(1 if self.frontal_only else 1 + min(views, self._held_out.views))
+        records = self._held_out.spread(objects, self._held_out.records)
+        numbers = numbers.to(self.device).expand(len(records), -1)
+        return floats(self._held_out.pick(records, numbers))
 
     @torch.no_grad()
     def preview(self, model: Decoder, generator: torch.Generator | None = None) -> np.ndarray:
         """A picture (H, W, 3) uint8: per validation object its true views above the rendered."""
         batch = self._fixed(objects=4, views=5)
         _, views = self._loss(model, batch, torch.ones(3, device=self.device))
-        pair = (_over_white(batch["rgba"]), views.rgb + 1 - views.alpha)
+        pair = (over_white(batch["rgba"]), views.rgb + 1 - views.alpha)
         rows = torch.stack(pair, dim=1)  # (B, 2, V, H, W, 3)
         sheet = rows.permute(0, 1, 3, 2, 4, 5).flatten(0, 2).flatten(1, 2)
         return (sheet.clamp(0, 1) * 255).round().byte().cpu().numpy()
@@ -161,21 +158,32 @@ class DecoderTask:
             losses.append(terms["loss"].expand(len(part["rgba"])))
             pictures.append((views.rgb + 1 - views.alpha).clamp(0, 1))
             light += luminance(views.rgb.clamp(0, 1)).sum()
-        ours, truth = torch.cat(pictures), _over_white(batch["rgba"])
+        ours, truth = torch.cat(pictures), over_white(batch["rgba"])
         true_light = luminance(batch["rgba"][..., :3]).sum()
-
-        def decibels(a: Tensor, b: Tensor) -> float:
-            return float(psnr(a.expand_as(b).flatten(0, 1), b.flatten(0, 1)).mean())
-
-        found = {
+        compared = {"psnr_input": (ours[:, :1], truth[:, :1])}
+        if not self.frontal_only:
+            compared["psnr_novel"] = (ours[:, 1:], truth[:, 1:])
+            compared["psnr_copy"] = (truth[:, :1].expand_as(truth[:, 1:]), truth[:, 1:])
+        return {
             "loss": float(torch.cat(losses).mean()),
             "luminance_ratio": float(light / true_light.clamp_min(1e-10)),
-            "psnr_input": decibels(ours[:, :1], truth[:, :1]),
+            **{k: float(psnr(*(x.flatten(0, 1) for x in v)).mean()) for k, v in compared.items()},
         }
-        if not self.frontal_only:
-            found["psnr_novel"] = decibels(ours[:, 1:], truth[:, 1:])
-            found["psnr_copy"] = decibels(truth[:, :1], truth[:, 1:])
-        return found
+
+
+def centred(data: ViewTensors, device: torch.device) -> Images:
+    """The set's images with pivots moved to the origin, inputs as large as the views."""
+    height, width = data.rgb.shape[2:4]
+    if height != width:
+        raise ValueError(f"views: got {width} x {height} pixels, want square images")
+    inputs = data.inputs if data.inputs.rgb.shape[1] == width else data.inputs.resized(width)
+    shift = torch.eye(4).repeat(len(data.pivots), 1, 1)
+    shift[:, :3, 3] = data.pivots.cpu()
+    own, others = (x.viewmats.cpu() for x in (inputs.cameras, data.cameras))
+    inputs = replace(inputs, cameras=replace(inputs.cameras, viewmats=own @ shift))
+    cameras = replace(data.cameras, viewmats=others @ shift[:, None])
+    images = replace(data, inputs=inputs, cameras=cameras)
+    return Images(images, device, depth=inputs.depth is not None)
 
 
 def decoded(model: Decoder, batch: Batch) -> tuple[Gaussians, Batch, Cameras]:
@@ -236,37 +244,5 @@ def augmented(
     return batch
 
 
-def _over_white(rgba: Tensor) -> Tensor:
+def over_white(rgba: Tensor) -> Tensor:
     return rgba[..., :3] + 1 - rgba[..., 3:]
-
-
-class _Pool:
-    """Every image of every object, the record's input first, pivots moved to the origin."""
-
-    def __init__(self, data: ViewTensors, device: torch.device) -> None:
-        height, width = data.rgb.shape[2:4]
-        if height != width:
-            raise ValueError(f"views: got {width} x {height} pixels, want square images")
-        self.size = width
-        inputs = data.inputs if data.inputs.rgb.shape[1] == width else data.inputs.resized(width)
-
-        def both(own: Tensor, others: Tensor) -> Tensor:
-            return torch.cat([own[:, None], others], dim=1)
-
-        own, others = (torch.cat([x.rgb, x.alpha[..., None]], dim=-1) for x in (inputs, data))
-        shift = torch.eye(4).repeat(len(data.pivots), 1, 1, 1)
-        shift[:, 0, :3, 3] = data.pivots.cpu()
-        viewmats = both(inputs.cameras.viewmats, data.cameras.viewmats)
-        stored = {
-            "rgba": both(own, others),
-            "viewmats": viewmats.cpu() @ shift,
-            "Ks": both(inputs.cameras.Ks, data.cameras.Ks),
-        }
-        if data.depth is not None and inputs.depth is not None:
-            stored["depth"] = both(inputs.depth, data.depth)
-        self.stored = {name: tensor.to(device) for name, tensor in stored.items()}
-        self.objects, self.views = stored["rgba"].shape[:2]
-
-    def pick(self, objects: Tensor, views: Tensor) -> Batch:
-        """Images `views` (B, T) of `objects` (B,), as they are stored."""
-        return {name: tensor[objects[:, None], views] for name, tensor in self.stored.items()}

@@ -35,10 +35,10 @@ PARTS = {
     "evaluation": "held-out views of the model and its rivals",
 }
 _FIRST_WORDS = {
-    "data": ("open", "check", "render"),
-    "pictures": ("load", "draw"),
-    "compile": ("import",),
-    "evaluation": ("evaluate",),
+    **dict.fromkeys(("open", "check", "render"), "data"),
+    **dict.fromkeys(("load", "draw"), "pictures"),
+    "import": "compile",
+    "evaluate": "evaluation",
 }
 _AFRESH = 2.0
 """A new process takes so many times as long to load compiled code as one that has done so before:
@@ -47,19 +47,13 @@ _AFRESH = 2.0
 
 def pick_precision(precision: str, device: str) -> str:
     """Resolve "auto" to "bf16" on a GPU that has it and on a CPU with matrix units (AMX, where it
-    trains 1.13 to 1.25 times as fast; with AVX512-BF16 alone it gains nothing), else "fp32".
-
-    Raises:
-        ValueError: if the name is unknown.
-    """
+    trains 1.13 to 1.25 times as fast; with AVX512-BF16 alone it gains nothing), else "fp32"."""
     if precision not in {"auto", "fp32", "bf16"}:
         raise ValueError(f"precision: got {precision!r}, want 'auto', 'fp32' or 'bf16'")
     if precision != "auto":
         return precision
-    gpu = device == "cuda"
-    return (
-        "bf16" if (torch.cuda.is_bf16_supported if gpu else machine.has_matrix_units)() else "fp32"
-    )
+    has_bf16 = torch.cuda.is_bf16_supported if device == "cuda" else machine.has_matrix_units
+    return "bf16" if has_bf16() else "fp32"
 
 
 def full_config(steps: int, *, previews: int = 0, **settings: Any) -> TrainConfig:
@@ -81,11 +75,7 @@ def full_config(steps: int, *, previews: int = 0, **settings: Any) -> TrainConfi
 
 
 def batch_of_a_task(batch_size: int, accumulate: int) -> int:
-    """Samples that a task computes at a time, where a step's batch is computed in parts.
-
-    Raises:
-        ValueError: if `batch_size` is not a multiple of `accumulate`.
-    """
+    """Samples that a task computes at a time, where a step's batch is computed in equal parts."""
     if accumulate < 1 or batch_size % accumulate:
         raise ValueError(f"accumulate: got {accumulate}, want a divisor of batch_size {batch_size}")
     return batch_size // accumulate
@@ -107,15 +97,6 @@ def start_compiler() -> None:
     import torch._inductor.compile_fx  # noqa: F401
 
 
-def by_part(stages: Iterable[Any]) -> dict[str, float]:
-    """Seconds by part of the stages (`fresnel.report.record`) whose first word says which."""
-    taken = {part: 0.0 for part in _FIRST_WORDS}
-    for stage in stages:
-        for part, words in _FIRST_WORDS.items():
-            taken[part] += stage.duration_s * (stage.name.split()[0] in words)
-    return taken
-
-
 def pace(
     history: Sequence[Mapping[str, Any]], samples: int, *, recorded: bool = False
 ) -> tuple[float, float]:
@@ -133,28 +114,10 @@ def pace(
     counts = np.diff(steps, prepend=0)
     each = np.array([samples / row["samples_per_s"] for row in history])
     late = steps > steps[-1] / 2
-    usual = sum(
-        (each[half].min() if recorded else np.median(each[half])) * counts[half].sum()
-        for half in (~late, late)
-        if half.any()
-    )
+    typical = np.min if recorded else np.median
+    halves = [half for half in (~late, late) if half.any()]
+    usual = sum(typical(each[half]) * counts[half].sum() for half in halves)
     return float(usual / steps[-1]), max(0.0, float((each * counts).sum() - usual))
-
-
-def around_steps(result: TrainResult, fit_s: float) -> float:
-    """Seconds of a call of `fit` that took `fit_s` besides compiling, steps and pauses in between:
-    checks, set-up, the first validation, which chooses kernels, and the last checkpoint."""
-    return fit_s - result.compile_s - result.duration_s - result.paused_s
-
-
-def timed(act: Callable[[], Any], times: int = 1) -> float:
-    """Seconds a call, until the GPU has done its part."""
-    began = time.perf_counter()
-    for _ in range(times):
-        act()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / times
 
 
 def rehearse(
@@ -173,6 +136,18 @@ def rehearse(
         result: of the smoke run, whose `compile_s` may be for an empty cache.
     """
     stepper, model, acts = Stepper(task, config), result.ema_model, dict[str, float]()
+    perceptual, _ = evaluate.find_lpips(stepper.device)
+
+    def timed(act: Callable[[], Any], times: int = 1) -> float:
+        began = stepper.time()
+        for _ in range(times):
+            act()
+        return (stepper.time() - began) / times
+
+    def judge(records: ViewTensors) -> None:
+        for predict in contenders.values():
+            evaluate.evaluate(predict, records, perceptual=perceptual, progress=False)
+
     # compiled code is cached by how exact it must be
     with kernels(config.deterministic, stepper.device):
         if config.compile:
@@ -189,13 +164,7 @@ def rehearse(
         if stepper.device.type == "cuda":  # written in the background
             acts["checkpoint"] = timed(lambda: {name: t.cpu() for name, t in tensors.items()})
         else:
-            acts["checkpoint"] = timed(lambda: checkpoints.save(Path(folder), tensors, {}, ()), 2)
-    perceptual, _ = evaluate.find_lpips(stepper.device)
-
-    def judge(records: ViewTensors) -> None:
-        for predict in contenders.values():
-            evaluate.evaluate(predict, records, perceptual=perceptual, progress=False)
-
+            acts["checkpoint"] = timed(lambda: checkpoints.save(Path(folder), tensors, {}), 2)
     acts["evaluate_first"] = timed(lambda: judge(truth[:1]))
     acts["evaluate_record"] = timed(lambda: judge(truth[:3])) / min(3, len(truth))
     return acts
@@ -223,50 +192,57 @@ def full_run(
         stages: of this notebook so far; the full run will open and draw as much.
         batch_size: samples a step.
         records: how many held-out records will be evaluated.
-        around_s: `around_steps` of this process's first training, as 03's is its first.
+        around_s: of this process's first training, as 03's is its first.
     """
     on_gpu = next(result.model.parameters()).is_cuda
     step_s, warm_up_s = pace(result.history, batch_size, recorded=on_gpu and config.graphs)
-    stop_s = acts["validation"] + acts["checkpoint"]
+    stop_s, record_s = acts["validation"] + acts["checkpoint"], acts["evaluate_record"]
     stops = len({config.steps, *range(0, config.steps, config.validate_every)})
     kept = config.steps // config.keep_every if config.keep_every else 0
     shown = 1 + config.steps // config.preview_every if config.preview_every else 0
-    parts = by_part(stages)
-    parts["start"] = start_s
-    parts["compile"] += min(result.compile_s, _AFRESH * acts["compile"])
-    parts["steps"] = config.steps * step_s + warm_up_s
-    parts["pauses"] = max(0.0, around_s - stop_s) + stops * stop_s
-    parts["pauses"] += kept * acts["checkpoint"] + shown * acts["preview"]
     row_s = result.paused_s / max(1, len(result.history) - 1)
-    parts["pauses"] += config.steps // config.log_every * row_s
-    # four of the objects are drawn too, by the model and by the decoder
-    parts["pictures"] += min(4, records) * acts["evaluate_record"]
-    parts["evaluation"] += acts["evaluate_first"] + (records - 1) * acts["evaluate_record"]
-    found = _account(parts, batch_size / step_s, result, price_per_hour_usd)
+    pauses = max(0.0, around_s - stop_s) + stops * stop_s + kept * acts["checkpoint"]
+    parts = {
+        "start": start_s,
+        "compile": min(result.compile_s, _AFRESH * acts["compile"]),
+        "steps": config.steps * step_s + warm_up_s,
+        "pauses": pauses + shown * acts["preview"] + config.steps // config.log_every * row_s,
+        # four of the objects are drawn too, by the model and by the decoder
+        "pictures": min(4, records) * record_s,
+        "evaluation": acts["evaluate_first"] + (records - 1) * record_s,
+    }
+    found = _account(parts, stages, result, batch_size / step_s, price_per_hour_usd)
     return {"steps": config.steps, "samples": config.steps * batch_size, **found}
 
 
 def spent(
-    stages: Sequence[Any], result: TrainResult, *, start_s: float, price_per_hour_usd: float
+    stages: Iterable[Any], result: TrainResult, *, start_s: float, price_per_hour_usd: float
 ) -> dict[str, Any]:
     """The same figures as `full_run`'s, of a run whose figures are drawn."""
-    train_s = next(stage.duration_s for stage in stages if stage.name == "train")
-    pauses = train_s - result.compile_s - result.duration_s
-    parts = {"start": start_s, "steps": result.duration_s, "pauses": pauses}
-    parts = {**by_part(stages), "compile": result.compile_s, **parts}
-    return _account(parts, result.samples_per_s, result, price_per_hour_usd)
+    parts = {"start": start_s, "compile": result.compile_s, "steps": result.duration_s}
+    parts["pauses"] = result.paused_s + result.around_s
+    return _account(parts, stages, result, result.samples_per_s, price_per_hour_usd)
 
 
 def _account(
-    parts: Mapping[str, float], samples_per_s: float, result: TrainResult, price_per_hour: float
+    parts: Mapping[str, float],
+    stages: Iterable[Any],
+    result: TrainResult,
+    samples_per_s: float,
+    price_per_hour: float,
 ) -> dict[str, Any]:
-    duration_s = sum(parts.values())
+    """`parts`, and the stages (`fresnel.report.record`), whose first word says what they are of."""
+    taken = {name: parts.get(name, 0.0) for name in PARTS}
+    for stage in stages:
+        if part := _FIRST_WORDS.get(stage.name.split()[0]):
+            taken[part] += stage.duration_s
+    duration_s = sum(taken.values())
     return {
         "samples_per_s": samples_per_s,
         "duration_s": duration_s,
         "cost_usd": duration_s / 3600 * price_per_hour,
         "peak_memory_bytes": result.peak_memory_bytes,
-        "parts": {name: parts[name] for name in PARTS},
+        "parts": taken,
     }
 
 
@@ -309,15 +285,14 @@ def table(
     plan: Mapping[str, Any] | None, actual: Mapping[str, Any] | None = None
 ) -> list[dict[str, str]]:
     """Rows of forecast and actual, by part and in all."""
+    runs = {title: run for title, run in (("forecast", plan), ("actual", actual)) if run}
 
-    def figures(run: Mapping[str, Any]) -> dict[str, float]:
-        return {
-            **{f"{text}, s": run["parts"][name] for name, text in PARTS.items()},
-            "**in all, s**": run["duration_s"],
-            "samples/s in the steps": run["samples_per_s"],
-            "peak memory of the training, MB": run["peak_memory_bytes"] / 1e6,
-        }
+    def row(text: str, figure: Callable[[Mapping[str, Any]], float]) -> dict[str, str]:
+        return {"": text} | {title: f"{figure(run):,.1f}" for title, run in runs.items()}
 
-    runs = {title: figures(run) for title, run in (("forecast", plan), ("actual", actual)) if run}
-    names = next(iter(runs.values()))
-    return [{"": n} | {title: f"{run[n]:,.1f}" for title, run in runs.items()} for n in names]
+    return [
+        *(row(f"{text}, s", lambda run, n=name: run["parts"][n]) for name, text in PARTS.items()),
+        row("**in all, s**", lambda run: run["duration_s"]),
+        row("samples/s in the steps", lambda run: run["samples_per_s"]),
+        row("peak memory of the training, MB", lambda run: run["peak_memory_bytes"] / 1e6),
+    ]

@@ -18,6 +18,7 @@ from fresnel.models.cvs import CVS, CVSConfig, randn
 from fresnel.render import Views
 from fresnel.scene.colour import srgb_to_linear
 from fresnel.scene.gaussians import Gaussians
+from fresnel.training.images import uniform
 
 # --- what pixels of a CVS's target count -----------------------------------------------------
 
@@ -234,11 +235,6 @@ def original_loss(
 def original_third(progress: float) -> int:
     """Which third of the original's training `progress` in [0, 1] is in."""
     return min(int(3 * progress), 2)
-
-
-def uniform(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
-    """Uniform numbers in [0, 1) on `device`, drawn where the generator lives."""
-    return torch.rand(shape, generator=generator, device=generator.device).to(device)
 
 
 # --- a decoder's rendered views ----------------------------------------------------------------

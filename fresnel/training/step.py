@@ -1,23 +1,27 @@
-"""One optimisation step: batches, loss, gradients, AdamW, average. No files, no clock."""
+"""One optimisation step: batches, loss, gradients, AdamW, average. No clock."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import hashlib
+import json
+import math
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fresnel.host import machine
 from fresnel.models.unet import UNet
 from fresnel.training.cuda_graphs import Recorded, Recorder
-from fresnel.training.task import OutOfMemory, Task, TrainConfig
+from fresnel.training.task import NonFiniteLoss, OutOfMemory, Task, TrainConfig
 
 
 class Stepper:
@@ -37,19 +41,16 @@ class Stepper:
         self.task, self.config = task, config
         self.model: nn.Module = task.model
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.device = next(self.model.parameters()).device
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
         cuda = self.device.type == "cuda"
         if not cuda:
             machine.reuse_memory()
+        # a recorded step reads the rate from where it lies
+        lr = torch.tensor(config.lr, device=self.device) if cuda else config.lr
+        decay: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            # a recorded step reads the rate from where it lies
-            lr=torch.tensor(config.lr, device=self.device) if cuda else config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
-            capturable=cuda,
+            self.parameters, lr, fused=True, capturable=cuda, **decay
         )
         for module in self.model.modules():
             if isinstance(module, UNet):
@@ -78,26 +79,28 @@ class Stepper:
         What can't be compiled here runs as it was, with torch's warning.
         """
         import torch._dynamo
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
         began = time.perf_counter()
-        keep_compiled_code()
+        # Kept in the user's cache folder: the next run starts in seconds. torch's own default is a
+        # temporary folder, which importing its compiler puts into the variable.
+        if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(machine.cache_dir() / "inductor")
         torch._dynamo.config.suppress_errors = True
         for part, function in self.task.hot.items():
             if isinstance(function, Recorded):
-                compiled = torch.compile(function.function, dynamic=False)
-                self.task.hot[part] = Recorded(compiled, function.model)
+                function.function = torch.compile(function.function, dynamic=False)
             else:
                 self.task.hot[part] = torch.compile(function, dynamic=False)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        with explained_memory_errors(self.task, self.device, 0):
+        with self.explained_memory_errors(0):
             for progress in (0.0, 1.0):
                 self.seed(0, 0)
                 self.forward(0, progress)["loss"].backward()
                 self.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
-        self.synchronize()
-        return time.perf_counter() - began
+        return self.time() - began
 
     def train(self, step: int) -> None:
         """Do step number `step`, from 0.
@@ -108,45 +111,53 @@ class Stepper:
         (group,) = self.optimizer.param_groups
         lr = self.lr(step)
         group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
-        with explained_memory_errors(self.task, self.device, step):
+        with self.explained_memory_errors(step):
             if self.recorder:
-                phase = self.task.phase(step / self.config.steps)
                 self.seed(step, 0)
-                self.recorder.run(phase, lambda: self.optimise(step, seeded=True))
+                phase = self.task.phase(step / self.config.steps)
+                self.recorder.run(phase, lambda: self.optimise(step))
             else:
                 self.optimise(step)
             self.count += 1
-            if not self.stopped():
+            if not self.failed():
                 self.update_ema(step + 1)
 
-    def optimise(self, step: int, *, seeded: bool = False) -> None:
+    def optimise(self, step: int) -> None:
         """Gradients and update. Where this is recorded, what differs between steps is in tensors:
-        the generator's `seed`, `at` and the learning rate."""
+        the state of the generator (seeded before), `at` and the learning rate."""
         parts = self.config.accumulate
         self.optimizer.zero_grad(set_to_none=True)
         totals = []
         for micro in range(parts):
-            if not seeded:
+            if not self.recorder:
                 self.seed(step, micro)
             terms = self.forward(step, step / self.config.steps)
-            (terms["loss"] / parts if parts > 1 else terms["loss"]).backward()
-            if micro < parts - 1:
-                self.note_bad(terms["loss"])
+            (terms["loss"] / parts).backward()
+            self.note_bad(terms["loss"])
             self.names = [*terms, "grad_norm"]
             totals.append(torch.stack([value.detach() for value in terms.values()]).double())
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-        # no sum of the two is finite unless both are, as a norm isn't negative
-        self.note_bad(terms["loss"] + norm)
+        self.note_bad(norm)
         values = torch.cat([torch.stack(totals).mean(dim=0), norm.detach().double()[None]])
         if self.sums is None:
             self.sums = torch.zeros_like(values)
         self.sums += values
-        if not self.stopped():
+        if not self.failed():
             self.optimizer.step()
 
-    def stopped(self) -> bool:
-        """Whether a step went wrong; on a GPU to ask would wait for the queue: never."""
-        return self.device.type == "cpu" and int(self.first_bad) >= 0
+    @contextlib.contextmanager
+    def explained_memory_errors(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not machine.is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"out of memory at step {step} with batch_size {self.task.batch_size} on "
+                f"{self.device}: lower batch_size and raise accumulate (then checkpointing, a "
+                "smaller image_size or base_channels), and start in another run_dir, as a run "
+                "keeps its configuration"
+            ) from error
 
     def forward(self, step: int, progress: float) -> dict[str, Tensor]:
         """The loss terms of the micro-batch that was seeded."""
@@ -154,11 +165,6 @@ class Stepper:
         self.model.train()
         with self.autocast():
             return self.task.loss(batch, progress=progress, generator=self.generator, ema=self.ema)
-
-    def batch(self, step: int, micro: int = 0) -> dict[str, Any]:
-        """A micro-batch once more, as training had it."""
-        self.seed(step, micro)
-        return self.task.batch(step, self.generator)
 
     def seed(self, step: int, micro: int) -> None:
         """Every draw of a micro-batch follows from this."""
@@ -170,6 +176,29 @@ class Stepper:
     def note_bad(self, value: Tensor) -> None:
         bad = ~value.detach().isfinite()
         self.first_bad.copy_(torch.where((self.first_bad < 0) & bad, self.at, self.first_bad))
+
+    def failed(self) -> bool:
+        """Whether a step went wrong; on a GPU to ask would wait for the queue: never."""
+        return self.device.type == "cpu" and int(self.first_bad) >= 0
+
+    def check_finite(self, folder: Path) -> None:
+        """Raise NonFiniteLoss if a step's loss or gradient was not finite, once the first such
+        batch, which is made again, is in `folder`. Waits for the device."""
+        if (found := int(self.first_bad)) < 0:
+            return
+        step, micro = divmod(found, self.config.accumulate)
+        self.seed(step, micro)
+        batch = self.task.batch(step, self.generator)
+        tensors = {k: v.detach().cpu().clone() for k, v in batch.items() if isinstance(v, Tensor)}
+        names = [name for name, mean in self.take_terms().items() if not math.isfinite(mean)]
+        path = folder / f"nonfinite_step_{step:06d}.safetensors"
+        save_file(tensors, path, {"fresnel": json.dumps({"step": step, "terms": names})})
+        raise NonFiniteLoss(
+            f"step {step}: not finite: {', '.join(names)}. The batch is in {path}; look at it, "
+            "or lower lr. The last checkpoint is from before this step",
+            step,
+            path,
+        )
 
     def take_terms(self) -> dict[str, float]:
         """Means of the loss terms since the last call. Waits for the device, once."""
@@ -201,9 +230,11 @@ class Stepper:
         bf16 = self.config.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
-    def synchronize(self) -> None:
+    def time(self) -> float:
+        """Seconds, once the device has done all that was asked for."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def step_seed(seed: int, step: int, micro: int = 0) -> int:
@@ -223,32 +254,6 @@ def ema_exponent(std: float) -> float:
 
 
 @contextlib.contextmanager
-def explained_memory_errors(task: Task, device: torch.device, step: int) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not machine.is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            f"out of memory at step {step} with batch_size {task.batch_size} on {device}: lower "
-            "batch_size and raise accumulate (then checkpointing, a smaller image_size or "
-            "base_channels), and start in another run_dir, as a run keeps its configuration"
-        ) from error
-
-
-def keep_compiled_code() -> None:
-    """Keep what torch.compile makes in the user's cache folder: the next run starts in seconds.
-
-    torch's own default is a temporary folder, which importing its compiler puts into the variable.
-    A TORCHINDUCTOR_CACHE_DIR that somebody else set is respected.
-    """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(machine.cache_dir() / "inductor")
-
-
-@contextlib.contextmanager
 def kernels(deterministic: bool | None, device: torch.device) -> Iterator[None]:
     """Choose kernels while inside: the same bits twice (None: on a CPU only; warns where there is
     no such kernel), or the fastest of those that cuDNN tries. TF32 stays off: geometry needs
@@ -256,18 +261,17 @@ def kernels(deterministic: bool | None, device: torch.device) -> Iterator[None]:
     memory: Any = torch.utils.deterministic
     cudnn = torch.backends.cudnn
     wanted = device.type == "cpu" if deterministic is None else deterministic
-    before = torch.are_deterministic_algorithms_enabled()
-    warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled, tried = memory.fill_uninitialized_memory, cudnn.benchmark
+    before, filled = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    tried = cudnn.benchmark
     try:
         if wanted:
             # cuBLAS reads it when it starts, and keeps to one order of summation
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.set_deterministic_debug_mode("warn")
             # costs a write of every new tensor, and nothing here reads uninitialised memory
             memory.fill_uninitialized_memory = False
         cudnn.benchmark = not wanted
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.set_deterministic_debug_mode(before)
         memory.fill_uninitialized_memory, cudnn.benchmark = filled, tried

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -75,23 +74,20 @@ class TrainConfig:
     preview_every: int = 0  # steps between pictures, and at the end
 
     def __post_init__(self) -> None:
-        wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
-            **dict.fromkeys(("steps", "log_every", "accumulate"), (lambda n: n >= 1, "at least 1")),
-            **dict.fromkeys(
-                ("validate_every", "snapshot_every", "keep_every", "preview_every"),
-                (lambda n: n >= 0, "at least 0"),
-            ),
-            **dict.fromkeys(
-                ("lr", "grad_clip"), (lambda x: 0 < x < math.inf, "a finite value > 0")
-            ),
+        every = "validate_every snapshot_every keep_every preview_every"
+        wanted: list[tuple[str, Callable[[Any], bool], str]] = [
+            ("steps log_every accumulate", lambda n: n >= 1, "at least 1"),
+            (every, lambda n: n >= 0, "at least 0"),
+            ("lr grad_clip", lambda x: 0 < x < math.inf, "a finite value > 0"),
             # beyond, no positive exponent has this width
-            "ema_std": (lambda x: 0 < x < 0.28, "a value in (0, 0.28)"),
-            "cooldown_share": (lambda x: 0 <= x <= 1, "one in [0, 1]"),
-            "precision": (lambda name: name in ("fp32", "bf16"), "'fp32' or 'bf16'"),
-        }
-        for name, (fits, want) in wanted.items():
-            if not fits(value := getattr(self, name)):
-                raise ValueError(f"{name}: got {value!r}, want {want}")
+            ("ema_std", lambda x: 0 < x < 0.28, "a value in (0, 0.28)"),
+            ("cooldown_share", lambda x: 0 <= x <= 1, "one in [0, 1]"),
+            ("precision", lambda name: name in ("fp32", "bf16"), "'fp32' or 'bf16'"),
+        ]
+        for names, fits, want in wanted:
+            for name in names.split():
+                if not fits(value := getattr(self, name)):
+                    raise ValueError(f"{name}: got {value!r}, want {want}")
 
 
 class OutOfMemory(RuntimeError):
@@ -108,11 +104,3 @@ class NonFiniteLoss(RuntimeError):
 
 class ResumeRefused(ValueError):
     """The run in this folder was started with another configuration or other data."""
-
-
-def digest(*tensors: Tensor) -> str:
-    """Twelve hex digits that name the tensors' values."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().numpy().tobytes())
-    return found.hexdigest()[:12]
