@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_formats import nerfstudio
 
 from fresnel import orbit
 from fresnel.data import dataset
@@ -122,8 +123,6 @@ def test_views_over_white_come_back_over_black(tmp_path):
     # what is made of it is over black too, wherever it goes
     copied = dataset.write(tmp_path / "copy", [white[0]], meta={})[0]
     assert torch.equal(got, white[0].rgb) and torch.equal(copied.rgb, white[0].rgb)
-    exported = dataset.open(dataset.export(tmp_path / "out", [white[0]]))[0]
-    assert (exported.rgb[1:].int() - white[0].rgb.int()).abs().max() <= 2
 
 
 def test_inputs_of_unequal_size_are_scaled_to_the_views(tmp_path):
@@ -267,9 +266,9 @@ def test_no_word_in_a_manifest_switches_the_check_of_files_off(written, layout):
 def test_what_is_decoded_is_what_was_hashed(written, tmp_path):
     """Files that are exchanged after opening, and back again, are noticed while they are read."""
     write_original(tmp_path / "original", 2)
-    capture = dataset.export(tmp_path / "captured", [written[1]])
+    capture = nerfstudio(tmp_path / "captured", written[1], w=SIZE, h=SIZE)
     for opened in (written, dataset.open(tmp_path / "original"), dataset.open(capture)):
-        path = next(p for p in sorted(opened.path.rglob("*.png")) if "view_001" in str(p))
+        path = next(p for p in sorted(opened.path.rglob("*.png")) if "001" in str(p))
         before = path.read_bytes()
         Image.new(Image.open(path).mode, Image.open(path).size).save(path)
         for read in (lambda: opened[0], opened.tensors):  # noqa: B023

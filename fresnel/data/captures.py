@@ -65,9 +65,6 @@ class Capture:
     views: tuple[View, ...]
     descriptions: tuple[str, ...]  # the files that all this was read from
     notes: dict[str, Any]  # what was assumed, for ``meta``
-    pivot: Floats | None = None  # what the cameras turn about, (3,)
-    input_image: str = ""  # the view that acts as the input, if a description says so
-    attribution: str = ""
 
     @property
     def viewmats(self) -> Floats:
@@ -88,7 +85,6 @@ def collect(
     kind: str,
     turn: Floats | None = None,
     warned: Sequence[str] = (),
-    **more: Any,
 ) -> Capture:
     """A capture from views, which are checked; ``where`` is for messages.
 
@@ -125,7 +121,7 @@ def collect(
         notes["warnings"] = list(warned)
     for sentence in warned:
         warnings.warn(f"{where}: {sentence}", stacklevel=2)
-    return Capture(name, turned, tuple(descriptions), notes, **more)
+    return Capture(name, turned, tuple(descriptions), notes)
 
 
 def pinhole(fx: float, fy: float, cx: float, cy: float) -> Floats:
@@ -195,27 +191,21 @@ def prepare(
         if views is not None and views > count:
             raise DatasetError(f"{root}: {capture.name!r} has {count} views, views asks {views}")
         rows = np.linspace(0, count - 1, views or count).round().astype(int)
-        said = [row for row, view in enumerate(whole) if view.image == capture.input_image]
-        if said:
-            rows[np.abs(rows - said[0]).argmin()] = said[0]
         thinned = replace(capture, views=tuple(whole[row] for row in rows))
-        pivot = nearest_to_axes(thinned.viewmats) if capture.pivot is None else capture.pivot
-        middle = thinned.views[frontal(thinned.viewmats, pivot)].image
+        pivot = nearest_to_axes(thinned.viewmats)
         alpha = load_image(inside(root, thinned.views[0].image), rotate=False)[1]
         source = "file" if bool((alpha < 255).any()) else "none"
         source = "mask" if any(view.mask for view in thinned.views) else source
         side = min(side, min(alpha.shape) if source == "none" else max(alpha.shape))
-        estimated = "nearest point to the optical axes"
         notes = {
-            "input": capture.input_image if said else middle,
+            "input": thinned.views[frontal(thinned.viewmats, pivot)].image,
             "pivot": pivot.tolist(),
-            "pivot_source": estimated if capture.pivot is None else "description",
             "alpha_source": source,
             "views": len(rows),
             "views_left_out": count - len(rows),
             **capture.notes,
         }
-        chosen.append(replace(thinned, pivot=pivot, notes=notes))
+        chosen.append(replace(thinned, notes=notes))
     most = max(len(capture.views) for capture in chosen)
     affordable = int((MAX_RECORD_BYTES / (4 * most)) ** 0.5)
     if affordable < min(image_size or side, SMALLEST_SIDE):
@@ -253,9 +243,9 @@ def read(root: Path, capture: Capture, side: int, digests: dict[str, str]) -> Ob
     cameras = Cameras(mats, torch.from_numpy(np.stack(Ks)).float(), side, side)
     first = [view.image for view in capture.views].index(capture.notes["input"])
     seen = rgba[first, ..., :3], rgba[first, ..., 3], cameras[first]
-    pivot, views = torch.tensor(capture.pivot), (rgba[..., :3], rgba[..., 3], cameras)
+    pivot, views = torch.tensor(capture.notes["pivot"]), (rgba[..., :3], rgba[..., 3], cameras)
     with named(root / capture.descriptions[0]):
-        return ObjectViews(capture.name, *seen, *views, pivot, attribution=capture.attribution)
+        return ObjectViews(capture.name, *seen, *views, pivot)
 
 
 def _read_view(

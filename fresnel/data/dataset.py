@@ -2,7 +2,7 @@
 
 A dataset is a set of objects, each with one input image and V views of it from known cameras.
 `write` is atomic and binds what it wrote to a content hash; `open` reads that layout, the
-original experiment's, and what other tools write (`formats`); `export` writes what they read;
+original experiment's, and what other tools write (`formats`);
 `MultiViewDataset.verify` tells whether a byte has changed since.
 """
 
@@ -27,7 +27,6 @@ from fresnel.data.images import DatasetError, InputImages, load_image, scaled
 from fresnel.data.images import load_images as load_images
 from fresnel.data.layout import MANIFEST, DatasetChanged, canonical_json, read_checked, sha256
 from fresnel.data.records import ObjectViews, ViewTensors, read_object, stack
-from fresnel.data.writing import export as export
 from fresnel.host.machine import core_count
 from fresnel.host.pool import processes
 

@@ -35,9 +35,9 @@ from fresnel.data.captures import MAX_VIEWS, Capture, Floats, Lens, View, collec
 from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, decoded
 from fresnel.data.layout import entry, inside, read_json, relative
 
-Y_UP = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
+_Y_UP = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
 """World of a transforms.json (Z up) to ours (Y up): (x, y, z) -> (x, z, -y)."""
-FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
+_FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 """OpenGL cameras to OpenCV's, and back."""
 _FOCALS = {"fl_x", "fl_y", "camera_angle_x", "camera_angle_y"}
 _WHOLE_SPHERE = ("equirectangular", "latlong", "ftheta", "ftheta_p0")
@@ -85,14 +85,12 @@ def _transforms_in(folder: Path) -> list[str]:
 def _read_transforms(root: Path, folder: str, names: list[str]) -> list[Capture]:
     views: list[View] = []
     scales: list[float] = []
-    marks: dict[str, Any] = {}  # what our own `export` adds
     for name in names:
         path = inside(root, _joined(folder, name))
         top = read_json(path)
         frames = entry(top, "frames", list, path)
         if len(frames) > MAX_VIEWS:
             raise DatasetError(f"{path}: {len(frames)} frames, the limit is {MAX_VIEWS}")
-        marks |= entry(top, "fresnel", dict, path, {})
         for frame in frames:
             view, scale = _frame(root, folder, path, top, frame)
             views.append(view)
@@ -103,13 +101,8 @@ def _read_transforms(root: Path, folder: str, names: list[str]) -> list[Capture]
     if scaled := [scale for scale in scales if abs(scale - 1) > 1e-3]:
         said = f"the rotations of {len(scaled)} of {len(scales)} views are scaled"
         warnings.append(f"{said} (by {scaled[0]:.4g}, for one): the scale was taken out")
-    more: dict[str, Any] = {"attribution": entry(marks, "attribution", str, path, "")}
-    if "pivot" in marks:
-        more["pivot"] = Y_UP @ entry(marks, "pivot", (3,), path)
-    if "input" in marks:
-        more["input_image"] = relative(folder, marks["input"], path)
     label, said_in = folder or root.resolve().name, [_joined(folder, name) for name in names]
-    return [collect(path, label, views, said_in, "nerfstudio", Y_UP, warnings, **more)]
+    return [collect(path, label, views, said_in, "nerfstudio", _Y_UP, warnings)]
 
 
 def _frame(root: Path, folder: str, path: Path, top: Any, frame: Any) -> tuple[View, float]:
@@ -152,7 +145,7 @@ def _frame(root: Path, folder: str, path: Path, top: Any, frame: Any) -> tuple[V
     middle = number("cx", width / 2), number("cy", height / 2)
     mask = "" if (mask := frame.get("mask_path")) is None else relative(folder, mask, path)
     K = pinhole(fx, fx if fy is None else fy, *middle)
-    viewmat = FLIP @ np.linalg.inv(matrix)
+    viewmat = _FLIP @ np.linalg.inv(matrix)
     return View(image, viewmat, K, (width, height), mask, _lens(both, path)), scale
 
 

@@ -5,25 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import shutil
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from fresnel.data import layout as _layouts
-from fresnel.data.formats import FLIP, Y_UP
 from fresnel.data.images import DatasetError
 from fresnel.data.layout import MANIFEST, Record, is_ours
-from fresnel.data.records import ObjectViews, png, write_object
+from fresnel.data.records import ObjectViews, write_object
 from fresnel.host.machine import core_count
 from fresnel.host.pool import MOST_WORKERS, processes, warm_up
 
@@ -104,11 +100,11 @@ def seal(
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def check_target(target: Path, overwrite: bool, ours: Callable[[Path], bool] = is_ours) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     """Refuse to replace what isn't a dataset of ours, or is one and wasn't to be replaced."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not (target.is_dir() and ours(target)):
+    if not (target.is_dir() and is_ours(target)):
         raise DatasetError(f"{target}: exists and is not of ours. Choose another path")
     if not overwrite:
         raise DatasetError(f"{target}: exists. Choose another path or pass overwrite=True")
@@ -145,69 +141,3 @@ def rename(partial: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def export(path: str | Path, objects: Iterable[ObjectViews], *, overwrite: bool = False) -> Path:
-    """Write each object as a folder ``path/NAME`` that nerfstudio and `dataset.open` read:
-    transforms.json and ``images/*.png`` (RGBA, straight alpha), the input as ``images/input.png``.
-
-    The world is turned to Z up; the intrinsics stand at the top and in every frame, since some
-    tools look only there, others only here.  A key "fresnel" keeps the pivot, the input and the
-    attribution.
-
-    Raises:
-        DatasetError: if ``path`` is taken (but by an export of ours) or nothing came.
-    """
-    target = Path(path)
-    check_target(target, overwrite, lambda found: all(map(_is_export, found.iterdir())))
-    names: set[str] = set()
-    with replaced(target) as partial:
-        for views in objects:
-            plain = (c if c.isalnum() or c in "-_ ." else "_" for c in views.name)
-            folder = "".join(plain).strip(". ")
-            if not folder or folder in names:
-                raise DatasetError(f"{target}: can't name a folder after object {views.name!r}")
-            names.add(folder)
-            _export_one(partial / folder, views)
-        if not names:
-            raise DatasetError(f"{target}: nothing to write: no object came")
-    return target
-
-
-def _is_export(folder: Path) -> bool:
-    path = folder / "transforms.json"
-    with contextlib.suppress(DatasetError):
-        return path.is_file() and isinstance(_layouts.read_json(path).get("fresnel"), dict)
-    return False
-
-
-def _export_one(folder: Path, views: ObjectViews) -> None:
-    (folder / "images").mkdir(parents=True)
-    frames: list[dict[str, Any]] = []
-    shots = [("input", views.input_rgb, views.input_alpha, views.input_camera)]
-    for k in range(len(views.rgb)):
-        shots.append((f"view_{k:03d}", views.rgb[k], views.alpha[k], views.cameras[k]))
-    for stem, rgb, alpha, camera in shots:
-        cover = alpha.to(torch.int32)[..., None]  # straight colours become ``rgb`` again over black
-        colour = (rgb.to(torch.int32) * 255 + cover // 2) // cover.clamp_min(1) * (cover > 0)
-        rgba = torch.cat([colour.clamp(0, 255), cover], dim=-1).to(torch.uint8)
-        (folder / f"images/{stem}.png").write_bytes(png(rgba))
-        viewmat = camera.viewmats.double().numpy().copy()
-        viewmat[:3, :3] = viewmat[:3, :3] @ Y_UP
-        (fx, _, cx), (_, fy, cy), _ = camera.Ks.double().tolist()
-        optics = {"fl_x": fx, "fl_y": fy, "cx": cx, "cy": cy, "w": camera.width, "h": camera.height}
-        matrix = np.linalg.inv(FLIP @ viewmat).tolist()
-        frames.append({"file_path": f"images/{stem}.png", "transform_matrix": matrix, **optics})
-    description = {
-        "camera_model": "OPENCV",
-        **dict.fromkeys(("k1", "k2", "p1", "p2"), 0.0),
-        **optics,
-        "camera_angle_x": 2 * math.atan(0.5 * optics["w"] / optics["fl_x"]),
-        "fresnel": {
-            "pivot": (Y_UP.T @ views.pivot.double().numpy()).tolist(),
-            "input": "images/input.png",
-            "attribution": views.attribution,
-        },
-        "frames": frames,
-    }
-    (folder / "transforms.json").write_text(json.dumps(description, indent=1))
