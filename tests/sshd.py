@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/sbin:/usr/local/sbin")
@@ -24,57 +23,41 @@ def missing() -> str:
     return ""
 
 
-@dataclass
 class Machine:
-    """One "machine": sshd with its own host key; `path`: the PATH of what is run there."""
+    """One "machine": sshd with its own host key; `ssh`: the command that knows it."""
 
-    folder: Path
-    path: str = ""
-    port: int = 0
-    process: subprocess.Popen | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
         for key in ("host", "user"):
             self.new_key(key)
-        shutil.copy(self.folder / "user.pub", self.folder / "authorized")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        (self.folder / "ssh_config").write_text(
-            f"Host *\n IdentityFile {self.folder}/user\n IdentitiesOnly yes\n"
-            f" UserKnownHostsFile {self.folder}/known_hosts\n GlobalKnownHostsFile /dev/null\n"
+        (folder / "ssh_config").write_text(
+            f"Host *\n IdentityFile {folder}/user\n IdentitiesOnly yes\n"
+            f" UserKnownHostsFile {folder}/known_hosts\n GlobalKnownHostsFile /dev/null\n"
         )
+        self.ssh = f"ssh -F {folder / 'ssh_config'}"
+        key = (folder / "host.pub").read_text()
+        (folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {key}")
         self.start()
-        self.trust()
 
     def new_key(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
-        subprocess.run(
-            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / name], check=True
-        )
-
-    def trust(self) -> None:
-        key = (self.folder / "host.pub").read_text()
-        (self.folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {key}")
+        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / name]
+        subprocess.run(words, check=True)
 
     def start(self) -> None:
+        """Boot: another boot id."""
         boot = self.folder / "boot"
         boot.write_text(f"boot-{time.time_ns()}\n")
         slurm = os.environ.get("SLURM_CONF")
-        settings = [
-            f"FRESNEL_BOOT_ID={boot}",
-            *([f"SLURM_CONF={slurm}"] if slurm else []),
-            *(
-                # the home folder's shell settings would add to the PATH
-                [f"PATH={self.path}", f"HOME={self.folder}"] if self.path else []
-            ),
-        ]
+        settings = f"FRESNEL_BOOT_ID={boot}" + (f" SLURM_CONF={slurm}" if slurm else "")
         (self.folder / "sshd_config").write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.folder}/host\n"
-            f"AuthorizedKeysFile {self.folder}/authorized\nPidFile none\nUsePAM no\n"
-            f"StrictModes no\nPasswordAuthentication no\nMaxStartups 50\n"
-            f"SetEnv {' '.join(settings)}\n"
+            f"AuthorizedKeysFile {self.folder}/user.pub\nPidFile none\nUsePAM no\n"
+            f"StrictModes no\nPasswordAuthentication no\nMaxStartups 50\nSetEnv {settings}\n"
         )
         self.process = subprocess.Popen(
             [SSHD or "sshd", "-D", "-e", "-f", self.folder / "sshd_config"],
@@ -90,16 +73,10 @@ class Machine:
 
     def sessions(self) -> list[int]:
         """The processes of its open connections."""
-        assert self.process is not None
-        done = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True
-        )
+        words = ["ps", "-o", "pid=", "--ppid", str(self.process.pid)]
+        done = subprocess.run(words, capture_output=True, text=True)
         return [int(pid) for pid in done.stdout.split()]
 
     def stop(self) -> None:
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait()
-
-    def address(self, place: Path) -> str:
-        return f"ssh://127.0.0.1:{self.port}{place}"
+        self.process.terminate()
+        self.process.wait()

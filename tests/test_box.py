@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,30 +22,24 @@ import sshd
 
 from fresnel.host.files import sha256
 from fresnel.launch import runs
-from fresnel.launch.plan import Plan, Terms
+from fresnel.launch.plan import STAGES, Plan, Terms
 from fresnel.launch.remote import Box, RemoteError
 
 pytestmark = pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "-")
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Machine]:
-    made = sshd.Machine(tmp_path_factory.mktemp("sshd") / "machine")
-    yield made
-    made.stop()
 
 
 class Laptop:
     """A project of two files whose run_all.sh is the job, its reports, and a box to send it to."""
 
-    def __init__(self, folder: Path, machine: sshd.Machine) -> None:
+    def __init__(self, folder: Path, machine: sshd.Machine, body: str = "") -> None:
+        folder.mkdir(exist_ok=True)
         self.machine, self.place = machine, folder / "box"
         self.root, self.reports = folder / "project", folder / "reports"
         self.root.mkdir()
-        self.on = machine.address(self.place)
+        self.on = f"ssh://127.0.0.1:{machine.port}{self.place}"
+        self.run = ""
         self.write("notes.txt", "some notes\n")
-        self.job("echo done >$out/result.txt; echo said so")
+        self.job(body or "echo done >$out/result.txt; echo said so")
 
     def write(self, name: str, text: str) -> None:
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -55,124 +51,243 @@ class Laptop:
         (self.root / "run_all.sh").chmod(0o755)
 
     def plan(self, **terms: Any) -> Plan:
-        chosen = dict(budget_usd=1.0, rate_usd=36.0, kill_s=2.0, tick_s=0.1, python="python3")
+        """100 s for a dollar."""
+        chosen = dict(budget_usd=1.0, rate_usd=36.0, kill_s=2.0, tick_s=0.2, python="python3")
         names = sorted(p.relative_to(self.root) for p in self.root.rglob("*") if p.is_file())
-        return Plan(
-            *("job", ("job",), Terms(**{**chosen, **terms}), self.root),
-            tuple(map(str, names)),
-            stages=(("verify", PLAN_STAGE),),
-        )
+        found = Terms(**{**chosen, **terms})
+        return Plan(*("job", ("job",), found, self.root, tuple(map(str, names))), stages=STAGES[:1])
 
     def launch(self, plan: Plan | None = None, **terms: Any) -> str:
-        return runs.launch(plan or self.plan(**terms), self.on, self.reports)
+        self.run = runs.launch(plan or self.plan(**terms), self.on, self.reports)
+        return self.run
 
-    def until(self, run: str, *states: str, limit_s: float = 20) -> dict[str, Any]:
+    def until(self, state: str, limit_s: float = 60) -> None:
         """Poll the box's own files, as that costs no connection."""
-        end = time.monotonic() + limit_s
-        while self.state(run) not in states:
-            assert time.monotonic() < end, f"{self.state(run)}\n{self.there(run, 'log')}"
-            time.sleep(0.05)
-        return runs.status(run, self.reports)
+        until(lambda: self.there("state").strip() == state, limit_s, lambda: self.there("log"))
 
-    def state(self, run: str) -> str:
-        return self.there(run, "state").strip()
+    def ended(self, state: str) -> dict[str, Any]:
+        self.until(state)
+        return runs.status(self.run, self.reports)
 
-    def there(self, run: str, name: str) -> str:
-        path = self.place / "runs" / run / name
+    def there(self, name: str) -> str:
+        path = self.place / "runs" / self.run / name
         return path.read_text() if path.exists() else ""
 
-    def entry(self, run: str) -> dict[str, Any]:
-        return runs.find(run, self.reports)
+    def fetch(self) -> Path:
+        return runs.fetch(self.run, self.reports)
 
 
-PLAN_STAGE = 'sh "$FRESNEL_HOME/box.sh" verify "$FRESNEL_DIR" "$FRESNEL_RUN"'
+def until(
+    fits: Callable[[], Any], limit_s: float = 60, said: Callable[[], str] = lambda: ""
+) -> None:
+    end = time.monotonic() + limit_s
+    while not fits():
+        assert time.monotonic() < end, said()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Machine]:
+    made = sshd.Machine(tmp_path_factory.mktemp("sshd") / "machine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FRESNEL_SSH", made.ssh)
+        patch.setenv("FRESNEL_SSH_TIMEOUT", "6")
+        yield made
+    made.stop()
 
 
 @pytest.fixture
-def laptop(
-    tmp_path: Path, machine: sshd.Machine, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Laptop]:
-    monkeypatch.setenv("FRESNEL_SSH", f"ssh -F {machine.folder / 'ssh_config'}")
-    monkeypatch.setenv("FRESNEL_SSH_TIMEOUT", "6")
+def laptop(tmp_path: Path, machine: sshd.Machine) -> Iterator[Laptop]:
     made = Laptop(tmp_path, machine)
     yield made
+    end_all(made)
+
+
+def end_all(made: Laptop) -> None:
     for state in made.place.glob("runs/*/settings"):  # whatever is left ends by itself
         (state.parent / "stop").touch()
         (state.parent / "fetched").touch()
 
 
-def test_there_and_back(laptop: Laptop) -> None:
-    laptop.write("deep/folder/a file.txt", "with a space\n")
-    run = laptop.launch()
-    laptop.until(run, "finished")
-    target = runs.fetch(run, laptop.reports)
-    assert target == laptop.reports / "remote" / run
+TRAPPED = "trap 'echo saved >$out/checkpoint; exit 130' TERM\nwhile :; do sleep 0.05; done"
+DEAF = "trap '' TERM\nwhile :; do sleep 0.05; done"
+JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "finishes": ("", {}),
+    "crashes": ("echo half >$out/x; exit 3", {}),
+    "dies": ("kill -SEGV $$", {}),
+    "hangs": (TRAPPED, {"stall_s": 5}),
+    "over-budget": (TRAPPED, {"rate_usd": 450.0}),
+    "ignores-TERM": (DEAF, {"rate_usd": 450.0, "kill_s": 1}),
+    # a notebook's kernel has a session of its own
+    "leaves-much": (f"setsid sleep 300 & echo $! >$out/left\n{DEAF}", {"kill_s": 1}),
+    "waits": ("", {"at_end": "touch ended", "grace_s": 60}),
+    "not-fetched": ("", {"at_end": "touch ended", "grace_s": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def ran(
+    tmp_path_factory: pytest.TempPathFactory, machine: sshd.Machine
+) -> Iterator[dict[str, Laptop]]:
+    """Laptops whose jobs were launched at the same time, each on a box of its own."""
+    folder = tmp_path_factory.mktemp("ran")
+    made = {name: Laptop(folder / name, machine, body) for name, (body, _) in JOBS.items()}
+    made["finishes"].write("deep/folder/a file.txt", "with a space\n")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: made[name].launch(**JOBS[name][1]), JOBS))
+    yield made
+    for one in made.values():
+        end_all(one)
+
+
+def test_there_and_back(ran: dict[str, Laptop]) -> None:
+    laptop = ran["finishes"]
+    laptop.until("finished")
+    target = laptop.fetch()
+    assert target == laptop.reports / "remote" / laptop.run
     assert (target / "out" / "result.txt").read_text() == "done\n"
     assert "said so" in (target / "log.txt").read_text()
     assert (laptop.place / "tree/deep/folder/a file.txt").read_text() == "with a space\n"
-    assert json.loads((target / "launch.json").read_text())["run"] == run
-    entry = laptop.entry(run)
+    assert json.loads((target / "launch.json").read_text())["run"] == laptop.run
+    entry = runs.find(laptop.run, laptop.reports)
     assert entry["state"] == "finished" and entry["exit"] == "0" and entry["fetched"]
     assert entry["planned"] == {"duration_s": 100.0, "cost_usd": 1.0}
     assert 0 <= entry["spent"]["cost_usd"] < 0.3
     assert entry["spent"]["cost_usd"] == pytest.approx(entry["spent"]["duration_s"] / 100)
     assert not list((laptop.reports / "remote").glob("*.partial"))
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
-        runs.fetch(run, laptop.reports)
+        laptop.fetch()
     assert (target / "out" / "result.txt").read_text() == "done\n"
 
 
-def test_what_is_there_is_not_sent_again(laptop: Laptop) -> None:
+@pytest.mark.parametrize(
+    ("name", "why", "code"),
+    [
+        ("crashes", "exit status 3", "3"),
+        ("dies", "exit status 139", "139"),
+        ("hangs", "no progress for 5 s", "130"),
+        ("over-budget", "the budget is spent", "130"),
+        ("ignores-TERM", "the budget is spent", "137"),
+    ],
+)
+def test_how_a_job_ends(ran: dict[str, Laptop], name: str, why: str, code: str) -> None:
+    laptop = ran[name]
+    entry = laptop.ended("failed")
+    assert why in entry["why"] and entry["exit"] == code
+    if JOBS[name][0] == TRAPPED:
+        assert (laptop.fetch() / "out/checkpoint").read_text() == "saved\n"
+    if "rate_usd" in JOBS[name][1]:
+        assert entry["spent"]["cost_usd"] <= 1.1
+        until(lambda: time.time() > int(laptop.there("deadline")))
+        with pytest.raises(RemoteError, match="its deadline is over"):
+            runs.resume(laptop.run, laptop.reports)
+
+
+def test_what_a_job_leaves_running_does_not_outlive_it(ran: dict[str, Laptop]) -> None:
+    laptop = ran["leaves-much"]
+    until(lambda: laptop.there("out/left"))
+    runs.stop(laptop.run, laptop.reports)
+    assert laptop.ended("stopped")["why"] == "stopped on request"
+    state = Path(f"/proc/{int(laptop.there('out/left'))}/status")
+    assert not state.exists() or "zombie" in state.read_text()
+
+
+def test_the_machine_ends_once_results_are_fetched_or_the_grace_is_over(
+    ran: dict[str, Laptop],
+) -> None:
+    late, laptop = ran["not-fetched"], ran["waits"]
+    for one in (late, laptop):
+        one.until("finished")
+    until((late.place / "ended").exists)
+    assert not (laptop.place / "ended").exists()  # it waits for the fetch
+    laptop.fetch()
+    until((laptop.place / "ended").exists)
+
+
+def test_what_is_there_is_not_sent_again_but_a_byte_that_flipped_is(
+    laptop: Laptop, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     laptop.write("big.bin", "x" * 300_000)
-    run = laptop.launch()
-    laptop.until(run, "finished")
+    laptop.launch()
+    laptop.until("finished")
     before = (laptop.place / "tree/big.bin").stat()
-    laptop.write("notes.txt", "other notes\n")
-    laptop.until(laptop.launch(), "finished")
+    flip(laptop.place / "tree/notes.txt")
+    laptop.launch(replace(laptop.plan(), name="again"))
     after = (laptop.place / "tree/big.bin").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    assert (laptop.place / "tree/notes.txt").read_text() == "other notes\n"
+    assert (laptop.place / "tree/notes.txt").read_text() == "some notes\n"
+    laptop.until("finished")
+    rsync, damaged = Box._rsync, [laptop.reports / f"remote/{laptop.run}.partial/out/result.txt"]
+
+    def damaging(self: Box, words: list[str], names: list[str] | None = None) -> None:
+        rsync(self, words, names)
+        for path in damaged if always or not capfd.readouterr().err else []:
+            flip(path)
+
+    monkeypatch.setattr(Box, "_rsync", damaging)
+    always = True
+    with pytest.raises(RemoteError, match=r"not as planned, though sent twice.*: out/result.txt"):
+        laptop.fetch()
+    assert not (laptop.reports / "remote" / laptop.run).exists()  # .partial only
+    damaged.clear()
+    assert (laptop.fetch() / "out/result.txt").read_text() == "done\n"
+    damaged.append(laptop.place / "tree/other.txt")
+    laptop.write("other.txt", "other\n")
+    sums = f"{sha256(laptop.root / 'other.txt')}  other.txt\n"
+    (laptop.place / "runs" / laptop.run / "sent.sha256").write_text(sums)
+    with Box.parse(laptop.on) as box:
+        with pytest.raises(RemoteError, match=r"sent twice.*: other.txt"):
+            box.upload(laptop.run, laptop.root)
+        damaged.clear()
+        box.upload(laptop.run, laptop.root)
+    assert (laptop.place / "tree/other.txt").read_text() == "other\n"
+
+
+def flip(path: Path) -> None:
+    """Change one byte; size and time stay."""
+    if path.exists():
+        before, data = path.stat(), bytearray(path.read_bytes())
+        data[0] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def test_a_dropped_upload_goes_on_where_it_stopped(
     laptop: Laptop, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (laptop.root / "big.bin").write_bytes(os.urandom(40_000_000))
-    plan = laptop.plan()
-    done = threading.Event()
+    (laptop.root / "big.bin").write_bytes(os.urandom(20_000_000))
+    plan, done = laptop.plan(), threading.Event()
 
     def cut() -> None:
         tree = laptop.place / "tree"
         while not done.is_set():
-            if any(p.stat().st_size > 1_000_000 for p in tree.glob(".*big*")):
+            if any(p.stat().st_size > 500_000 for p in tree.glob(".*big*")):
                 for pid in laptop.machine.sessions():
                     os.kill(pid, signal.SIGKILL)
                 return
-            time.sleep(0.005)
+            time.sleep(0.002)
 
     cutter = threading.Thread(target=cut)
     cutter.start()
     try:
-        run = laptop.launch(plan)
+        laptop.launch(plan)
     finally:
         done.set()
         cutter.join()
     assert "the connection broke off; going on" in capfd.readouterr().err
     assert sha256(laptop.place / "tree/big.bin") == sha256(laptop.root / "big.bin")
-    laptop.until(run, "finished")
 
 
-def test_a_peer_that_hangs_is_given_up(laptop: Laptop) -> None:
-    import socket
-
+def test_a_peer_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRESNEL_SSH_TIMEOUT", "1")
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
-        box = Box("127.0.0.1", "x", deaf.getsockname()[1], timeout_s=1)
-        began = time.monotonic()
-        with pytest.raises(RemoteError, match="no connection"):
-            box.probe()
-        assert time.monotonic() - began < 8
+        with Box("127.0.0.1", "x", deaf.getsockname()[1]) as box:
+            began = time.monotonic()
+            with pytest.raises(RemoteError, match="no connection"):
+                box.probe()
+            assert time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize(
@@ -180,114 +295,49 @@ def test_a_peer_that_hangs_is_given_up(laptop: Laptop) -> None:
     [("rsync", "lacks rsync"), ("python", "no Python 3.11"), ("space", "GB are needed")],
 )
 def test_a_machine_that_lacks_something_is_refused_before_the_upload(
-    laptop: Laptop, tmp_path: Path, without: str, said: str
+    laptop: Laptop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: str, said: str
 ) -> None:
+    """A command in place of ssh runs what it is given here, with few tools."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    names = "sh cat mv mkdir rm date dd df awk head cut tr grep find flock setsid sha256sum timeout"
-    for name in [*names.split(), "rsync", "sleep", "touch", "cp", "xargs", "sed", "ls", "true"]:
+    names = "sh cat mkdir date df awk head cut grep find flock setsid sha256sum timeout ls true"
+    for name in [*names.split(), *(["rsync"] if without != "rsync" else [])]:
         (tools / name).symlink_to(shutil.which(name) or "/nowhere")
     fakes = {"python3": "exit 1" if without == "python" else "echo 3"}
+    fakes["ssh"] = f'for last; do :; done\nPATH={tools} exec /bin/sh -c "$last"'
     if without == "space":
         fakes["df"] = "echo head; echo disk 9 9 1000 9 /"
-    if without == "rsync":
-        (tools / "rsync").unlink()
     for name, body in fakes.items():
         (tools / name).unlink(missing_ok=True)
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
-    bare = sshd.Machine(tmp_path / "bare", path=str(tools))
-    os.environ["FRESNEL_SSH"] = f"ssh -F {bare.folder / 'ssh_config'}"
-    laptop.on = bare.address(laptop.place)
-    try:
-        with pytest.raises(RemoteError, match=said):
-            laptop.launch()
-    finally:
-        bare.stop()
+    monkeypatch.setenv("FRESNEL_SSH", str(tools / "ssh"))
+    with pytest.raises(RemoteError, match=said):
+        laptop.launch()
     assert not (laptop.place / "tree").exists()
     assert runs.entries(laptop.reports)[0]["state"] == "not started"
 
 
 def test_a_full_disk_is_said(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*words: Any, **_: Any) -> Any:
-        said = b'rsync: write failed on "/x": No space left on device (28)\nrsync error: error 11'
-        return subprocess.CompletedProcess(words, 11, b"", said)
-
-    box = Box.parse(laptop.on)
-    monkeypatch.setattr(subprocess, "run", full)
-    with pytest.raises(RemoteError, match=r"disk is full: .*No space left"):
-        box._rsync(["x"])
+    said = b'rsync: write failed on "/x": No space left on device (28)\nrsync error: error 11'
+    full = subprocess.CompletedProcess([], 11, b"", said)
+    with Box.parse(laptop.on) as box:
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: full)
+        with pytest.raises(RemoteError, match=r"disk is full: .*No space left"):
+            box._rsync(["x"])
 
 
 def test_set_up_that_fails_half_way_is_named_and_goes_on_from_there(laptop: Laptop) -> None:
     counted = "echo ran >>$FRESNEL_DIR/first"
-    plan = replace(laptop.plan(), stages=(("first", counted), ("second", "cat wanted.txt")))
-    run = laptop.launch(plan)
-    entry = laptop.until(run, "failed")
+    laptop.launch(replace(laptop.plan(), stages=(("first", counted), ("second", "cat wanted.txt"))))
+    entry = laptop.ended("failed")
     assert "set-up failed in the stage 'second': exit status 1" in entry["why"]
     (laptop.place / "tree/wanted.txt").write_text("here now\n")
-    runs.resume(run, laptop.reports)
-    laptop.until(run, "finished")
+    runs.resume(laptop.run, laptop.reports)
+    laptop.until("finished")
     assert (laptop.place / "first").read_text() == "ran\n"
     with pytest.raises(RemoteError, match="nothing to resume"):
-        runs.resume(run, laptop.reports)
-
-
-TRAPPED = "trap 'echo saved >$out/checkpoint; exit 130' TERM\nwhile :; do sleep 0.05; done"
-DEAF = "trap '' TERM\nwhile :; do sleep 0.05; done"
-
-
-@pytest.mark.parametrize(
-    ("body", "terms", "state", "why", "code"),
-    [
-        ("echo half >$out/x; exit 3", {}, "failed", "exit status 3", "3"),
-        ("kill -SEGV $$", {}, "failed", "exit status 139", "139"),
-        (TRAPPED, {"stall_s": 5}, "failed", "no progress for 5 s", "130"),
-        (TRAPPED, {"rate_usd": 450.0}, "failed", "the budget is spent", "130"),
-        (DEAF, {"rate_usd": 450.0, "kill_s": 1}, "failed", "the budget is spent", "137"),
-    ],
-    ids=["crashes", "dies", "hangs", "budget", "ignores TERM"],
-)
-def test_how_a_job_ends(
-    laptop: Laptop, body: str, terms: dict[str, Any], state: str, why: str, code: str
-) -> None:
-    laptop.job(body)
-    run = laptop.launch(**terms)
-    entry = laptop.until(run, state)
-    assert why in entry["why"] and entry["exit"] == code
-    if body == TRAPPED:
-        target = runs.fetch(run, laptop.reports)
-        assert (target / "out/checkpoint").read_text() == "saved\n"
-    if "rate_usd" in terms:
-        assert entry["spent"]["cost_usd"] <= 1.1
-        with pytest.raises(RemoteError, match="its deadline is over"):
-            time.sleep(max(0, entry["left_s"]) + 1)
-            runs.resume(run, laptop.reports)
-
-
-def test_what_a_job_leaves_running_does_not_outlive_it(laptop: Laptop) -> None:
-    """A notebook's kernel has a session of its own."""
-    laptop.job(f"setsid sleep 300 & echo $! >$out/left\n{DEAF}")
-    run = laptop.launch(kill_s=1)
-    left = laptop.place / "runs" / run / "out/left"
-    laptop.until(run, "running")
-    time.sleep(0.5)
-    runs.stop(run, laptop.reports)
-    assert laptop.until(run, "stopped")["why"] == "stopped on request"
-    state = Path(f"/proc/{int(left.read_text())}/status")
-    assert not state.exists() or "zombie" in state.read_text()
-
-
-def test_the_machine_ends_once_results_are_fetched_or_the_grace_is_over(laptop: Laptop) -> None:
-    run = laptop.launch(at_end=f"touch {laptop.place}/ended", grace_s=60)
-    laptop.until(run, "finished")
-    time.sleep(0.5)
-    assert not (laptop.place / "ended").exists()  # waits for the fetch
-    runs.fetch(run, laptop.reports)
-    _until(lambda: (laptop.place / "ended").exists())
-    run = laptop.launch(at_end=f"touch {laptop.place}/late", grace_s=1)
-    laptop.until(run, "finished")
-    _until(lambda: (laptop.place / "late").exists())
+        runs.resume(laptop.run, laptop.reports)
 
 
 def test_the_dead_mans_switch_is_armed_before_the_upload(
@@ -298,154 +348,82 @@ def test_the_dead_mans_switch_is_armed_before_the_upload(
 
     monkeypatch.setattr(Box, "upload", gone)
     with pytest.raises(KeyboardInterrupt):
-        laptop.launch(at_end=f"touch {laptop.place}/off", grace_s=1, stall_s=1)
-    run = runs.entries(laptop.reports)[0]["run"]
-    entry = laptop.until(run, "failed")
+        laptop.launch(at_end="touch off", grace_s=1, stall_s=1)
+    laptop.run = runs.entries(laptop.reports)[0]["run"]
+    entry = laptop.ended("failed")
     assert "the upload did not finish: no progress for 1 s" in entry["why"]
-    _until(lambda: (laptop.place / "off").exists())
+    until((laptop.place / "off").exists)
 
 
-def test_a_closed_laptop_changes_nothing(laptop: Laptop) -> None:
+def test_a_closed_laptop_changes_nothing_and_a_second_launch_is_refused(laptop: Laptop) -> None:
     """The client is killed while it follows the log, with all of its connections."""
-    laptop.job("sleep 1.5; echo done >$out/result.txt")
-    run = laptop.launch()
-    code = (
-        "from fresnel.launch import runs; from pathlib import Path; "
-        f"runs.logs({run!r}, Path({str(laptop.reports)!r}), follow=True)"
-    )
-    client = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
-    laptop.until(run, "running")
+    laptop.job("while [ ! -e go ]; do sleep 0.05; done; echo done >$out/result.txt")
+    first = laptop.launch()
+    fork = multiprocessing.get_context("fork")
+    client = fork.Process(target=runs.logs, args=(first, laptop.reports), kwargs={"follow": True})
+    client.start()
+    until(laptop.machine.sessions)
     client.kill()
-    client.wait()
+    client.join()
     for pid in laptop.machine.sessions():
         os.kill(pid, signal.SIGKILL)
-    laptop.until(run, "finished")
-    assert (runs.fetch(run, laptop.reports) / "out/result.txt").read_text() == "done\n"
-
-
-def test_a_restarted_machine_is_interrupted_and_goes_on(laptop: Laptop) -> None:
-    laptop.job("[ -e $out/checkpoint ] && exit 0; echo half >$out/checkpoint; sleep 60")
-    run = laptop.launch()
-    laptop.until(run, "running")
-    _until(lambda: (laptop.place / "runs" / run / "out/checkpoint").exists())
-    deadline = laptop.there(run, "deadline")
-    for pid in _marked(run, laptop):
-        os.kill(pid, signal.SIGKILL)
-    laptop.machine.stop()
-    laptop.machine.start()  # with another boot id
-    assert runs.status(run, laptop.reports)["state"] == "interrupted"
-    runs.resume(run, laptop.reports)
-    laptop.until(run, "finished")
-    assert laptop.there(run, "deadline") == deadline
-
-
-def test_of_two_launches_the_second_is_refused(laptop: Laptop) -> None:
-    laptop.job("sleep 60")
-    first = laptop.launch()
     with pytest.raises(RemoteError, match=f"the run {first} has the machine"):
-        laptop.launch(replace(laptop.plan(), name="second"))
-    box = Box.parse(laptop.on)  # and at the very same time, by the lock itself
-    box.put("third", laptop.reports / "remote/.ledger" / first / "run")
-    done = box.run(box.command("arm", "third"), check=False)
-    assert (done.returncode, done.stdout.decode().strip()) == (75, f"busy={first}")
+        runs.launch(replace(laptop.plan(), name="second"), laptop.on, laptop.reports)
+    with Box.parse(laptop.on) as box:  # and at the very same time, by the lock itself
+        box.put("third", laptop.reports / "remote/.ledger" / first / "run")
+        assert box.box("arm", "third", statuses=(75,)) == {"busy": first}
     with pytest.raises(RemoteError, match="not over"):
-        runs.fetch(first, laptop.reports)
+        laptop.fetch()
+    (laptop.place / "tree/go").touch()
+    laptop.until("finished")
+    assert (laptop.fetch() / "out/result.txt").read_text() == "done\n"
 
 
-def test_a_byte_that_flipped_is_seen_though_size_and_time_are_kept(
-    laptop: Laptop, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_restarted_machine_is_interrupted_and_goes_on_and_host_keys_are_never_waved_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    laptop.until(laptop.launch(), "finished")
-    _flip(laptop.place / "tree/notes.txt")
-    run = laptop.launch(replace(laptop.plan(), name="again"))
-    assert (laptop.place / "tree/notes.txt").read_text() == "some notes\n"
-    laptop.until(run, "finished")
-    rsync, flips = Box._rsync, []
-
-    def damaging(self: Box, words: list[str], send: bytes = b"") -> None:
-        rsync(self, words, send)
-        if not flips or always:
-            flips.append(_flip(laptop.reports / f"remote/{run}.partial/out/result.txt"))
-            flips.append(_flip(laptop.place / "tree/other.txt"))
-
-    monkeypatch.setattr(Box, "_rsync", damaging)
-    always = True
-    with pytest.raises(RemoteError, match=r"not what was made there: out/result.txt"):
-        runs.fetch(run, laptop.reports)
-    assert not (laptop.reports / "remote" / run).exists()  # .partial only
-    always = False
-    assert (runs.fetch(run, laptop.reports) / "out/result.txt").read_text() == "done\n"
-    flips.clear()
-    laptop.write("other.txt", "other\n")
-    box = Box.parse(laptop.on)
-    monkeypatch.setattr(Box, "put", lambda *_: None)  # the plan's files of the last run
-    (laptop.place / "runs" / run / "sent.sha256").write_text(
-        f"{sha256(laptop.root / 'other.txt')}  other.txt\n"
-    )
-    box.upload(run, laptop.root)
-    assert "arrived damaged, sent again: other.txt" in capfd.readouterr().err
-    box.close()
-
-
-def test_unknown_and_changed_host_keys_are_refused(laptop: Laptop, tmp_path: Path) -> None:
     other = sshd.Machine(tmp_path / "other")
-    os.environ["FRESNEL_SSH"] = f"ssh -F {other.folder / 'ssh_config'}"
-    known = other.folder / "known_hosts"
-    address = other.address(tmp_path / "place")
+    monkeypatch.setenv("FRESNEL_SSH", other.ssh)
+    laptop = Laptop(tmp_path, other)
+    laptop.job("[ -e $out/checkpoint ] && exit 0; echo half >$out/checkpoint; sleep 60")
     try:
+        run = laptop.launch()
+        until(lambda: laptop.there("out/checkpoint"))
+        deadline = laptop.there("deadline")
+        for pid in marked(run, laptop):
+            os.kill(pid, signal.SIGKILL)
+        other.stop()
+        other.start()
+        assert runs.status(run, laptop.reports)["state"] == "interrupted"
+        runs.resume(run, laptop.reports)
+        laptop.until("finished")
+        assert laptop.there("deadline") == deadline
+
+        def probe(trust_new: bool) -> dict[str, str]:
+            with Box.parse(laptop.on, trust_new=trust_new) as box:
+                return box.probe()
+
+        known = other.folder / "known_hosts"
         known.write_text("")
-        shown = subprocess.run(
-            ["ssh-keygen", "-lf", other.folder / "host.pub"], capture_output=True, text=True
-        ).stdout.split()[1]
+        words = ["ssh-keygen", "-lf", other.folder / "host.pub"]
+        shown = subprocess.run(words, capture_output=True, text=True).stdout.split()[1]
         with pytest.raises(RemoteError, match="host key is unknown: ssh-ed25519 SHA256:") as error:
-            Box.parse(address).probe()
+            probe(False)
         assert shown in str(error.value) and "--trust-new" in str(error.value)
         assert known.read_text() == ""
-        assert "free_kb" in Box.parse(address, trust_new=True).probe()
-        assert "free_kb" in Box.parse(address).probe()
+        assert "free_kb" in probe(True) and "free_kb" in probe(False)
         other.stop()
         other.new_key("host")
         other.start()
         for trust in (False, True):
             with pytest.raises(RemoteError, match="not the one that it had"):
-                Box.parse(address, trust_new=trust).probe()
-        assert "StrictHostKeyChecking=no" not in " ".join(Box.parse(address).ssh())
+                probe(trust)
     finally:
+        end_all(laptop)
         other.stop()
 
 
-@pytest.mark.skipif(
-    not (os.environ.get("SLURM_CONF") and shutil.which("sbatch")),
-    reason="SLURM_CONF names no Slurm",
-)
-def test_slurm_starts_and_requeues_the_same_supervisor(laptop: Laptop) -> None:
-    laptop.on = laptop.on.replace("ssh:", "slurm:")
-    laptop.job(f"[ -e $out/checkpoint ] && exit 0\n{TRAPPED}")
-
-    def launch() -> str:
-        return runs.launch(laptop.plan(), laptop.on, laptop.reports, options="--gres=none")
-
-    run = launch()
-    laptop.until(run, "running")
-    time.sleep(0.5)
-    job = laptop.there(run, "job").strip()
-    subprocess.run(["scontrol", "requeue", job], check=True)  # as a preemption does
-    _until(lambda: (laptop.place / "runs" / run / "out/checkpoint").exists())
-    entry = laptop.until(run, "finished", limit_s=200)
-    assert entry["exit"] == "0"
-    assert (runs.fetch(run, laptop.reports) / "out/checkpoint").read_text() == "saved\n"
-
-
-def _flip(path: Path) -> None:
-    """Change one byte; size and time stay."""
-    if path.exists():
-        before, data = path.stat(), bytearray(path.read_bytes())
-        data[0] ^= 1
-        path.write_bytes(data)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def _marked(run: str, laptop: Laptop) -> list[int]:
+def marked(run: str, laptop: Laptop) -> list[int]:
     """The processes of a run: supervisor and job."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
@@ -458,8 +436,17 @@ def _marked(run: str, laptop: Laptop) -> list[int]:
     return found
 
 
-def _until(fits: Callable[[], bool], limit_s: float = 15) -> None:
-    end = time.monotonic() + limit_s
-    while not fits():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+@pytest.mark.skipif(
+    not (os.environ.get("SLURM_CONF") and shutil.which("sbatch")),
+    reason="SLURM_CONF names no Slurm",
+)
+def test_slurm_starts_and_requeues_the_same_supervisor(laptop: Laptop) -> None:
+    laptop.on = laptop.on.replace("ssh:", "slurm:")
+    laptop.job(f"[ -e $out/checkpoint ] && exit 0\n{TRAPPED}")
+    laptop.run = runs.launch(laptop.plan(), laptop.on, laptop.reports, options="--gres=none")
+    laptop.until("running")
+    time.sleep(0.5)
+    subprocess.run(["scontrol", "requeue", laptop.there("job").strip()], check=True)
+    until(lambda: laptop.there("out/checkpoint"))  # as a preemption does
+    laptop.until("finished", limit_s=200)
+    assert (laptop.fetch() / "out/checkpoint").read_text() == "saved\n"

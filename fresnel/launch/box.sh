@@ -151,7 +151,7 @@ guarded() {  # run a command in a session of its own under watch; sets code, and
     code=$(get code || echo 137)
     kill -KILL -$child 2>/dev/null
     # a notebook's kernel has a session of its own; it is known by its environment
-    for other in $(grep -lzxs "FRESNEL_RUN=$run" /proc/[0-9]*/environ | cut -d/ -f3); do
+    for other in $(grep -lzxFs "FRESNEL_HOME=$home" /proc/[0-9]*/environ | cut -d/ -f3); do
         kill -KILL "$other" 2>/dev/null
     done
     wait $child 2>/dev/null

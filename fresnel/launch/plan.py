@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import subprocess
 import types
@@ -21,7 +22,6 @@ from fresnel.training import forecast
 
 SETUP_S = 300.0
 """Kept beside the forecast for the upload and the environment."""
-_NEVER = {".git", ".venv", "runs"}
 _MADE = {"output_dir", "export_to", "reports_dir"}
 """Parameters that name what a run makes, not what it reads."""
 _STAGE = 'sh "$FRESNEL_HOME/box.sh" {} "$FRESNEL_DIR" "$FRESNEL_RUN"'
@@ -50,7 +50,7 @@ class Terms:
 
     def __post_init__(self) -> None:
         for name in ("budget_usd", "rate_usd"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise PlanError(f"--{name[:-4]}: got {getattr(self, name)!r}, want USD above 0")
         if self.at_end == "" or "\n" in self.at_end:
             raise PlanError("--at-end: want stay, poweroff or one line of shell")
@@ -72,8 +72,8 @@ class Terms:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, ready to be sent. `words`: of ./run_all.sh there; `files`: below
-    `root`, here and there; `params`: of a single notebook."""
+    """A run, ready to be sent. `words`: of ./run_all.sh there; `files`: below `root`, here and
+    there; `params`: of a single notebook."""
 
     name: str
     words: tuple[str, ...]
@@ -95,24 +95,25 @@ class Plan:
         """The run's small files there, by name."""
         terms = self.terms
         seconds = ("limit_s", "grace_s", "stall_s", "kill_s")
-        shell = {name: max(1, round(getattr(terms, name))) for name in seconds} | {
-            name: getattr(terms, name) for name in ("tick_s", "at_end", "python")
-        }
+        shell = {name: max(1, round(getattr(terms, name))) for name in seconds}
+        shell |= {name: getattr(terms, name) for name in ("tick_s", "at_end", "python")}
         given = "" if self.params is None else '-f "$FRESNEL_HOME/params.yaml" '
         job = f'./run_all.sh {shlex.join(self.words)} {given}--reports "$FRESNEL_HOME/out"'
-        gpus = " ".join(map(str, range(terms.gpus)))
-        many = (
-            f"for gpu in {gpus}; do\n    CUDA_VISIBLE_DEVICES=$gpu {job} &\n"
-            '    all="${all:-} $!"\ndone\ntrap "kill -TERM $all" TERM\n'
-            "for one in $all; do wait $one || bad=1; done\nwait\nexit ${bad:-0}\n"
-        )
+        start = f"exec {job}\n"
+        if terms.gpus > 1:
+            start = (
+                f"for gpu in {' '.join(map(str, range(terms.gpus)))}; do\n"
+                f'    CUDA_VISIBLE_DEVICES=$gpu {job} &\n    all="${{all:-}} $!"\ndone\n'
+                'trap "kill -TERM $all" TERM\n'
+                "for one in $all; do wait $one || bad=1; done\nwait\nexit ${bad:-0}\n"
+            )
         python = f"export FRESNEL_PYTHON={shlex.quote(terms.python)}\n" if terms.python else ""
         commit = shlex.quote(str(self.git.get("commit") or "unknown"))
         begin = f'cd "$FRESNEL_DIR/tree" || exit 2\nexport FRESNEL_COMMIT={commit}\n{python}'
         return {
             "settings": "".join(f"{k}={shlex.quote(str(v))}\n" for k, v in shell.items()),
             "stages": "".join(f"{name} {command}\n" for name, command in self.stages),
-            "command": begin + (many if terms.gpus > 1 else f"exec {job}\n"),
+            "command": begin + start,
             "sent.sha256": "".join(f"{sha256(self.root / n)}  {n}\n" for n in self.files),
             "params.yaml": json.dumps(dict(self.params or {}), indent=2) + "\n",  # JSON is YAML
         }
@@ -125,14 +126,15 @@ class Plan:
             sizes.setdefault(group, []).append((self.root / name).stat().st_size)
         changed = self.git.get("changed") or []
         dirty = f"dirty: {', '.join(changed[:5])}" if changed else "clean"
-        cost = f"{(self.forecast_s or 0) / 3600 * terms.rate_usd:.2f} USD"
-        known = f"{(self.forecast_s or 0) / 60:.1f} min, {cost}"
+        minutes = (self.forecast_s or 0) / 60
+        known = f"{minutes:.1f} min, {minutes / 60 * terms.rate_usd:.2f} USD"
+        known = "none: the job makes its own data" if self.forecast_s is None else known
         waits = "" if terms.at_end == "stay" else f", after {terms.grace_s:.0f} s for a fetch"
         return [
             f"run       {self.name}: ./run_all.sh {shlex.join(self.words)}",
             f"commit    {self.git.get('commit') or 'unknown'}, {dirty}",
             *(f"note      {note}" for note in self.notes),
-            f"forecast  {'none: the job makes its own data' if self.forecast_s is None else known}",
+            f"forecast  {known}",
             f"budget    {terms.budget_usd:g} USD at {terms.rate_usd:g} an hour: "
             f"all ends after {terms.limit_s / 3600:.2f} h",
             *(f"send      {len(s)} files, {sum(s) / 1e6:.1f} MB of {g}" for g, s in sizes.items()),
@@ -162,26 +164,28 @@ def make(
     """
     if terms.gpus > 1 and not study:
         raise PlanError("--gpus: one run uses one GPU; a study uses several")
-    files, made = _project_files(root), dict[str, set[str]]()
+    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    never = {".git", ".venv", "runs", ""}
+    files = [n for n in listed if n.split("/")[0] not in never and (root / n).is_file()]
+    if not files:
+        raise PlanError(f"{root}: is no git checkout, so what belongs to it is unknown")
     problems, notes, forecasts = list[str](), list[str](), list[float]()
+    made: dict[str, set[str]] = {}
     for step in steps:
         full = {k: v.default for k, v in read_parameters(step.notebook).items()} | dict(step.params)
         where, stem = str(full.get("dataset_dir") or ""), step.notebook.stem[:2]
         smoke = f"smoke-{full.get('model', '')}"
         if where and stem in ("01", "02"):
             made.setdefault(where, set()).add("gate" if stem == "01" else smoke)
+        theirs = made.get(where, set())
         try:
             for key, value in step.params.items():
-                if not isinstance(value, str) or not value or key in _MADE:
-                    continue
-                if "gate" not in made.get(value, ()):
-                    files += _read(root, key, value)
-            if where and stem in ("02", "03"):
-                theirs = made.get(where, set())
+                if isinstance(value, str) and value and key not in _MADE:
+                    files += [] if "gate" in made.get(value, ()) else _read(root, key, value)
+            if where and stem in ("02", "03") and "gate" not in theirs:
                 of_cvs = stem == "03" and smoke.startswith("smoke-cvs")
                 kinds = {"gate", *(["smoke-cvs"] if of_cvs else [])} - theirs
-                if "gate" not in theirs:
-                    forecasts += _checked(root / where, sorted(kinds), full, stem == "03")
+                forecasts += _checked(root / where, sorted(kinds), full, stem == "03")
         except (gate.GateRefusal, ValueError, OSError) as refusal:
             problems.append(f"{step.name}: {refusal}")
         if full.get("allow_failed_gate"):
@@ -227,7 +231,7 @@ def _read(root: Path, key: str, value: str) -> list[str]:
         return []
     there(root, key, value)
     found = [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]
-    return [str(p.relative_to(root)) for p in found if place != root]
+    return [str(p.relative_to(root)) for p in found]
 
 
 def _checked(
@@ -256,18 +260,23 @@ def _checked(
     )
 
 
-def _project_files(root: Path) -> list[str]:
-    """Tracked and untracked-unignored files, as they are now."""
-    names = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-    chosen = [n for n in names if n and n.split("/")[0] not in _NEVER and (root / n).is_file()]
-    if not chosen:
-        raise PlanError(f"{root}: is no git checkout, so what belongs to it is unknown")
-    return chosen
-
-
 def _git(root: Path, *words: str) -> str:
-    try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    """What git says of the project; nothing where it fails."""
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True)
     return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else ""
+
+
+def sbatch(terms: Terms, folder: str, run: str, options: str = "") -> str:
+    """A batch script in the run's folder: TERM reaches the supervisor 120 s before Slurm's limit, a
+    preempted or lost job is queued again and goes on from its checkpoint. The supervisor's own
+    deadline, counted from its first start, comes before Slurm's."""
+    lines = [
+        f"--job-name={run[:60]}",
+        f"--time={math.ceil(terms.limit_s / 60) + 3}",
+        *("--signal=B:TERM@120", "--requeue", "--open-mode=append", "--output=slurm.log"),
+        *([f"--gres=gpu:{terms.gpus}"] if "--gres" not in options else []),
+        *options.split(),
+    ]
+    # exec: the signal is for the supervisor
+    start = f'cd && exec sh "{folder}/runs/{run}/box.sh" foreground "{folder}" "{run}"\n'
+    return "#!/bin/sh\n" + "".join(f"#SBATCH {line}\n" for line in lines) + start

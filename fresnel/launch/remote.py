@@ -14,15 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from fresnel.host.files import inside, sha256
 
 BOX = Path(__file__).with_name("box.sh")
-_TRIES = 4
 _DROPPED = {10, 12, 20, 30, 35, 255}
 """How rsync ends when the connection did."""
 
@@ -31,19 +29,20 @@ class RemoteError(OSError):
     """The machine could not be reached, or did not do what it was asked; says what to do."""
 
 
-@dataclass
 class Box:
-    """A folder on a machine. `host`: as ssh takes it ("user@name"); `folder`: relative to the home
-    folder there, or absolute; `timeout_s`: of a peer that has stopped answering."""
+    """A folder on a machine, connected to within a `with`.
 
-    host: str
-    folder: str = "fresnel-box"
-    port: int | None = None
-    trust_new: bool = False
-    timeout_s: int = field(default_factory=lambda: int(os.environ.get("FRESNEL_SSH_TIMEOUT", 30)))
-    _control: tempfile.TemporaryDirectory = field(
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="fresnel-ssh-")
-    )
+    Args:
+        host: as ssh takes it ("user@name").
+        folder: relative to the home folder there, or absolute.
+    """
+
+    def __init__(
+        self, host: str, folder: str = "fresnel-box", port: int | None = None, *,
+        trust_new: bool = False,
+    ) -> None:  # fmt: skip
+        self.host, self.folder, self.port, self.trust_new = host, folder, port, trust_new
+        self.timeout_s = int(os.environ.get("FRESNEL_SSH_TIMEOUT", 30))  # of a peer that is silent
 
     @classmethod
     def parse(cls, address: str, *, trust_new: bool = False) -> Box:
@@ -51,12 +50,20 @@ class Box:
 
         Raises ValueError if it is none."""
         parts = urlsplit(address)
-        if not re.fullmatch(
-            r"(ssh|slurm)://(\w[\w.-]*@)?[\w.][\w.-]*(:\d+)?(/[\w./~-]*)?", address
-        ):
-            raise ValueError(f"--on: got {address!r}, want sky, or e.g. ssh://user@host:22/dir")
+        form = r"(ssh|slurm)://(\w[\w.-]*@)?[\w.][\w.-]*(:\d+)?(/[\w./~-]*)?"
+        if not re.fullmatch(form, address):
+            raise ValueError(f"--on: got {address!r}, want e.g. ssh://user@host:22/dir")
         folder = parts.path.removeprefix("/~/").rstrip("/") or "fresnel-box"
-        return cls(parts.netloc.partition(":")[0], folder, parts.port, trust_new)
+        return cls(parts.netloc.partition(":")[0], folder, parts.port, trust_new=trust_new)
+
+    def __enter__(self) -> Box:
+        self._control = tempfile.TemporaryDirectory(prefix="fresnel-ssh-")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if any(Path(self._control.name).iterdir()):
+            subprocess.run([*self.ssh(), "-O", "exit", self.host], capture_output=True)
+        self._control.cleanup()
 
     def ssh(self) -> list[str]:
         """The command that connects; FRESNEL_SSH="ssh -F FILE" gives it another configuration."""
@@ -74,10 +81,8 @@ class Box:
         words += [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
         return words + (["-p", str(self.port)] if self.port else [])
 
-    def run(
-        self, command: str, *, send: bytes = b"", check: bool = True
-    ) -> subprocess.CompletedProcess[bytes]:
-        """Run a shell command there; with `check` any status but 0 raises RemoteError."""
+    def run(self, command: str, *, send: bytes = b"", statuses: tuple[int, ...] = (0,)) -> str:
+        """What a shell command prints there; RemoteError if it ends with another status."""
         limit_s = 20 * self.timeout_s
         words = [*self.ssh(), self.host, command]
         try:
@@ -87,82 +92,85 @@ class Box:
         said = (done.stderr.strip() or done.stdout.strip()).decode("utf-8", "replace")
         if done.returncode == 255:
             raise RemoteError(self._refused(said))
-        if check and done.returncode:
+        if done.returncode not in statuses:
             raise RemoteError(f"{self.host}: {said or f'exit status {done.returncode}'}")
-        return done
-
-    def box(self, verb: str, run: str, *, check: bool = True) -> dict[str, str]:
-        """Call the run's supervisor; what it prints as NAME=VALUE."""
-        return _values(self.run(self.command(verb, run), check=check).stdout)
+        return done.stdout.decode("utf-8", "surrogateescape")
 
     def command(self, verb: str, run: str, *more: str) -> str:
-        place = f"{self.folder}/runs/{run}/box.sh"
-        return shlex.join(["sh", place, verb, self.folder, run, *more])
+        """A call of the run's supervisor."""
+        return shlex.join(["sh", f"{self.folder}/runs/{run}/box.sh", verb, self.folder, run, *more])
+
+    def box(self, verb: str, run: str, *, statuses: tuple[int, ...] = (0,)) -> dict[str, str]:
+        """Call the run's supervisor; what it prints as NAME=VALUE."""
+        return _values(self.run(self.command(verb, run), statuses=statuses))
 
     def probe(self, python: str = "") -> dict[str, str]:
         """What is there: tools, Python, space, GPU, and whether a run has the box. The first
         connection, so that a host key is decided on here."""
         words = ["sh", "-s", "--", "probe", self.folder, *([python] if python else [])]
-        found = _values(self.run(shlex.join(words), send=BOX.read_bytes()).stdout)
+        found = _values(self.run(shlex.join(words), send=BOX.read_bytes()))
         self.trust_new = False
         return found
 
     def put(self, run: str, folder: Path) -> None:
         """Send a run's small files, which lie in `folder`."""
         self.run(shlex.join(["mkdir", "-p", f"{self.folder}/runs/{run}", f"{self.folder}/tree"]))
-        self._rsync(["--checksum", f"{folder}/", self._there(f"runs/{run}/")])
+        self._rsync([f"{folder}/", f"{self.host}:{self.folder}/runs/{run}/"])
 
     def upload(self, run: str, root: Path) -> None:
         """Send what is not in the folder's tree yet, byte for byte, of the files in sent.sha256.
 
         Raises RemoteError that says why; what has arrived stays for the next try."""
-        for attempt in range(3):
-            bad = self.run(self.command("verify", run), check=False).stdout.decode().splitlines()
-            if not bad:
-                return
-            if attempt:
-                print(f"arrived damaged, sent again: {', '.join(bad[:5])}", file=sys.stderr)
-            # by checksum, as size and time may be those of other bytes
-            words = ["--checksum", "--from0", "--files-from=-", f"{root}/", self._there("tree/")]
-            self._rsync(words, "\0".join(bad).encode())
-        raise RemoteError(
-            f"{self.host}: not as planned, though sent twice (changed here?): {', '.join(bad[:5])}"
-        )
+
+        def wrong() -> list[str]:
+            return self.run(self.command("verify", run), statuses=(0, 3)).splitlines()
+
+        self._send(f"{root}/", f"{self.host}:{self.folder}/tree/", wrong(), wrong)
 
     def download(self, run: str, target: Path) -> None:
         """Fetch a run's results into `target` and compare every byte with the sums made there.
 
         Raises RemoteError that names the files that are not what they were."""
-        text = self.run(f"cat {shlex.quote(f'{self.folder}/runs/{run}/results.sha256')}").stdout
-        lines = text.decode("utf-8", "surrogateescape").splitlines()
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        text = self.run(f"cat {shlex.quote(f'{self.folder}/runs/{run}/results.sha256')}")
+        sums = {name: digest for digest, name in (s.split("  ", 1) for s in text.splitlines())}
         target.mkdir(parents=True, exist_ok=True)
         places = {name: inside(target, name) for name in sums}
-        bad = list(sums)
-        for option in ("--times", "--checksum"):
-            words = [option, "--from0", "--files-from=-", self._there(f"runs/{run}/"), f"{target}/"]
-            self._rsync(words, "\0".join(bad).encode())
-            bad = [n for n, p in places.items() if not p.is_file() or sha256(p) != sums[n]]
-            if not bad:
+
+        def wrong() -> list[str]:
+            return [n for n, p in places.items() if not p.is_file() or sha256(p) != sums[n]]
+
+        self._send(f"{self.host}:{self.folder}/runs/{run}/", f"{target}/", list(sums), wrong)
+
+    def _send(
+        self, source: str, target: str, names: list[str], wrong: Callable[[], list[str]]
+    ) -> None:
+        """Send files until none is wrong, at most twice."""
+        for _ in range(2 if names else 0):
+            self._rsync([source, target], names)
+            names = wrong()
+            if not names:
                 return
-            print(f"arrived damaged: {', '.join(bad[:5])}", file=sys.stderr)
-        raise RemoteError(f"{target}: not what was made there: {', '.join(bad[:5])}")
+            print(f"arrived damaged: {', '.join(names[:5])}", file=sys.stderr)
+        if names:
+            raise RemoteError(
+                f"{target}: not as planned, though sent twice (changed?): {', '.join(names[:5])}"
+            )
 
-    def _there(self, name: str) -> str:
-        return f"{self.host}:{self.folder}/{name}"
-
-    def _rsync(self, words: Sequence[str], send: bytes = b"") -> None:
-        """rsync, tried again where the connection broke off."""
-        command = ["rsync", "-rLtpz", "--partial-dir=.rsync-partial", f"--timeout={self.timeout_s}"]
-        command += ["-e", shlex.join(self.ssh()), *words]
-        for attempt in range(1, _TRIES + 1):
-            done = subprocess.run(command, input=send, capture_output=True)
+    def _rsync(self, words: list[str], names: list[str] | None = None) -> None:
+        """rsync, of these files alone, tried again where the connection broke off; by checksum, as
+        size and time may be those of other bytes."""
+        command = ["rsync", "-rLtpz", "--checksum", "--partial-dir=.rsync-partial"]
+        command += [f"--timeout={self.timeout_s}", "-e", shlex.join(self.ssh())]
+        command += [] if names is None else ["--from0", "--files-from=-"]
+        send = "\0".join(names or []).encode("utf-8", "surrogateescape")
+        for attempt in range(1, 5):
+            done = subprocess.run([*command, *words], input=send, capture_output=True)
             said = done.stderr.decode("utf-8", "replace").strip()
             if done.returncode == 0:
                 return
             if full := re.search(".*(No space left|quota exceeded).*", said):
                 raise RemoteError(f"the disk is full: {full[0]}")
-            if done.returncode not in _DROPPED or attempt == _TRIES:
+            if done.returncode not in _DROPPED or attempt == 4:
                 raise RemoteError(f"{self.host}: rsync ended with {done.returncode}: {said}")
             print(f"{self.host}: the connection broke off; going on", file=sys.stderr, flush=True)
             time.sleep(attempt)
@@ -172,11 +180,9 @@ class Box:
         changed = "IDENTIFICATION HAS CHANGED" in said
         if not changed and "Host key verification failed" not in said:
             return f"{self.host}: no connection: {said.splitlines()[-1] if said else 'not a word'}"
-        done = subprocess.run(
-            [*self.ssh(), "-v", "-o", "ControlPath=none", self.host, "true"], capture_output=True
-        )
-        found = re.search(rb"Server host key: (\S+ \S+)", done.stderr)
-        key = found[1].decode() if found else "no fingerprint seen"
+        words = [*self.ssh(), "-v", "-o", "ControlPath=none", self.host, "true"]
+        log = subprocess.run(words, capture_output=True).stderr.decode("utf-8", "replace")
+        key = (re.findall(r"Server host key: (\S+ \S+)", log) or ["no fingerprint seen"])[0]
         if changed:
             return (
                 f"{self.host}: its host key is not the one that it had: {key}. The machine was "
@@ -187,12 +193,6 @@ class Box:
             "shows; --trust-new then accepts it once and keeps it in known_hosts"
         )
 
-    def close(self) -> None:
-        if any(Path(self._control.name).iterdir()):
-            subprocess.run([*self.ssh(), "-O", "exit", self.host], capture_output=True)
-        self._control.cleanup()
 
-
-def _values(text: bytes) -> dict[str, str]:
-    lines = text.decode("utf-8", "replace").splitlines()
-    return dict(line.split("=", 1) for line in lines if "=" in line)
+def _values(text: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)

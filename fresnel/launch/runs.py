@@ -8,54 +8,40 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fresnel.host.files import lock_if_free, write_atomic
-from fresnel.launch import recipes
-from fresnel.launch.plan import Plan
+from fresnel.launch.plan import Plan, sbatch
 from fresnel.launch.remote import BOX, Box, RemoteError
 from fresnel.report.record import slug
 
-LEDGER = ".ledger"
+Entry = dict[str, Any]
+"""What the ledger keeps of a run."""
 _OVER = ("finished", "failed", "stopped", "interrupted")
-_ENVIRONMENT_KB = 6 << 20
-"""What .venv takes where there is none yet."""
 
 
 def launch(
-    plan: Plan,
-    on: str,
-    reports: Path,
-    *,
-    trust_new: bool = False,
-    options: str = "",
-    cloud: str = "",
-    gpu: str = "H100",
+    plan: Plan, on: str, reports: Path, *, trust_new: bool = False, options: str = ""
 ) -> str:
     """Send a plan and start it; returns the run's name. The run needs this process no more.
 
     Args:
-        on: ssh://..., slurm://... or "sky".
-        options: further lines of a Slurm script ("--partition=gpu"); cloud, gpu: of SkyPilot.
+        on: ssh://... or slurm://...
+        options: further lines of a Slurm script ("--partition=gpu").
 
     Raises:
         RemoteError: says what is missing there; nothing goes on running then but the dead man's
             switch, once it is armed.
     """
-    kind = on.partition(":")[0]
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{slug(plan.name)}"
-    folder = reports / "remote" / LEDGER / run
-    box = Box.parse(on, trust_new=trust_new) if kind != "sky" else Box(recipes.cluster(run))
-    (folder / "run").mkdir(parents=True)
+    box = Box.parse(on, trust_new=trust_new)
     entry = {
         "run": run,
         "on": on,
@@ -72,120 +58,92 @@ def launch(
         "state": "planned",
         "launched_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    (folder / "diff.patch").write_text(plan.diff, encoding="utf-8", errors="surrogateescape")
-    boxed = plan.boxed() | {"box.sh": BOX.read_text(encoding="utf-8")}
-    if kind == "slurm":
-        boxed["slurm.sh"] = recipes.sbatch(plan.terms, box.folder, run, options)
+    folder = _write(reports, entry)
+    boxed = {f"run/{name}": text for name, text in plan.boxed().items()}
+    boxed |= {"run/box.sh": BOX.read_text(encoding="utf-8"), "diff.patch": plan.diff}
+    if on.startswith("slurm"):
+        boxed["run/slurm.sh"] = sbatch(plan.terms, box.folder, run, options)
     for name, text in boxed.items():
-        (folder / "run" / name).write_text(text, encoding="utf-8")
-    _write(folder, entry)
-    if kind == "sky":
-        recipes.stage(plan.root, plan.files, folder)
-        (folder / "run.dstack.yml").write_text(recipes.dstack(plan.terms, folder, run, gpu))
-        (folder / "sky.yaml").write_text(recipes.sky(plan.terms, folder, run, cloud, gpu))
-        _sky(folder / "sky.yaml", run)
-        _write(folder, entry | {"state": "queued"})
-        return run
+        write_atomic(folder / name, text.encode("utf-8", "surrogateescape"))
     try:
-        _check(box, box.probe(plan.terms.python), plan)
-        _start(box, entry, folder)
+        with box:
+            _check(box, plan)
+            _start(box, entry, reports)
     except BaseException as error:
-        _write(folder, entry | {"state": "not started", "why": str(error) or "stopped"})
+        _write(reports, entry | {"state": "not started", "why": str(error) or "stopped"})
         raise
-    finally:
-        box.close()
     return run
 
 
-def _check(box: Box, found: dict[str, str], plan: Plan) -> None:
+def _check(box: Box, plan: Plan) -> None:
     """Refuse a machine on which the run could not end well, before anything is sent."""
-    if "missing" in found:
-        raise RemoteError(f"{box.host} lacks {found['missing']}; install it there")
-    if not found.get("python"):
-        raise RemoteError(f"{box.host} has no Python 3.11 or newer; install one, or name --python")
-    if "busy" in found:
-        holder = found["busy"] or "(unknown)"
-        raise RemoteError(f"{box.host}: the run {holder} has the machine; wait, stop it, or choose "
-                          "another folder")  # fmt: skip
+    found = box.probe(plan.terms.python)
     built = plan.terms.python or found.get("environment")
-    needed_kb = 2 * plan.bytes // 1024 + (1 << 18) + (0 if built else _ENVIRONMENT_KB)
-    if int(found["free_kb"]) < needed_kb:
-        raise RemoteError(
-            f"{box.host}: {int(found['free_kb']) / 2**20:.1f} GB free in {box.folder}, "
-            f"{needed_kb / 2**20:.1f} GB are needed"
-        )
+    free_gb = int(found["free_kb"]) / 2**20
+    needed_gb = 2 * plan.bytes / 2**30 + 0.25 + (0 if built else 6)  # .venv takes 6
+    for wrong, why in (
+        ("missing" in found, f"lacks {found.get('missing')}; install it there"),
+        (not found["python"], "has no Python 3.11 or newer; install one, or name --python"),
+        ("busy" in found, f"the run {found.get('busy') or '(unknown)'} has the machine; wait, stop "
+         "it, or choose another folder"),
+        (free_gb < needed_gb, f"{free_gb:.1f} GB free in {box.folder}, {needed_gb:.1f} GB are "
+         "needed"),
+    ):  # fmt: skip
+        if wrong:
+            raise RemoteError(f"{box.host}: {why}")
 
 
-def _start(box: Box, entry: dict[str, Any], folder: Path) -> None:
+def _start(box: Box, entry: Entry, reports: Path) -> None:
     """Arm, upload, verify, go; or into Slurm's queue, where nothing is paid before it starts."""
-    run = entry["run"]
-    slurm = entry["on"].startswith("slurm")
-    box.put(run, folder / "run")
+    run, slurm = entry["run"], entry["on"].startswith("slurm")
+    box.put(run, _write(reports, entry) / "run")
     if not slurm:
-        done = box.run(box.command("arm", run), check=False)
-        said = done.stdout.decode()
-        if "late=" in said:
+        said = box.box("arm", run, statuses=(0, 75, 76))
+        if "late" in said:
             raise RemoteError(f"{run}: its deadline is over; a new run needs a new budget")
-        if done.returncode or "deadline=" not in said:
-            raise RemoteError(f"{box.host}: could not be armed: {said}{done.stderr.decode()}")
+        if "deadline" not in said:
+            raise RemoteError(f"{box.host}: could not be armed: {said}")
         entry["state"] = "armed"
-        _write(folder, entry)
+        _write(reports, entry)
     box.upload(run, Path(entry["root"]))
     box.box("submit" if slurm else "go", run)
     entry |= {"state": "queued" if slurm else "started", "why": ""}
-    _write(folder, entry)
+    _write(reports, entry)
 
 
-def _sky(task: Path, run: str) -> None:
-    command = shutil.which(os.environ.get("FRESNEL_SKY", "sky"))
-    if command is None:
-        raise RemoteError(
-            "no command sky here: pip install skypilot in an environment of its own; FRESNEL_SKY "
-            f"names it. The task is at {task}, one for dstack beside it"
-        )
-    words = [command, "launch", "-y", "-d", "-c", recipes.cluster(run), str(task)]
-    if subprocess.run(words).returncode:
-        raise RemoteError(f"{' '.join(words)} failed; see above")
-
-
-def entries(reports: Path) -> list[dict[str, Any]]:
+def entries(reports: Path) -> list[Entry]:
     """The ledger, oldest first."""
     found = []
-    for path in sorted((reports / "remote" / LEDGER).glob("*/launch.json")):
+    for path in sorted((reports / "remote/.ledger").glob("*/launch.json")):
         with contextlib.suppress(OSError, ValueError):
             found.append(json.loads(path.read_text(encoding="utf-8")))
     return found
 
 
-def find(run: str, reports: Path) -> dict[str, Any]:
+def find(run: str, reports: Path) -> Entry:
     """The entry of a run; a part of its name is enough where it fits one.
 
     Raises ValueError that names those that there are."""
     known = {entry["run"]: entry for entry in entries(reports)}
-    fitting = [name for name in known if run in name]
-    if run in known or len(fitting) == 1:
-        return known[run if run in known else fitting[0]]
-    raise ValueError(f"no remote run {run!r}; there are: {', '.join(known) or 'none'}")
+    fitting = [run] if run in known else [name for name in known if run in name]
+    if len(fitting) != 1:
+        raise ValueError(f"no remote run {run!r}; there are: {', '.join(known) or 'none'}")
+    return known[fitting[0]]
 
 
-@contextlib.contextmanager
-def _connected(entry: dict[str, Any]) -> Iterator[Box]:
-    box = Box(entry["host"], entry["folder"], entry["port"])
-    try:
-        yield box
-    finally:
-        box.close()
+def _box(entry: Entry) -> Box:
+    return Box(entry["host"], entry["folder"], entry["port"])
 
 
-def status(run: str, reports: Path) -> dict[str, Any]:
+def status(run: str, reports: Path) -> Entry:
     """Ask the machine, and keep what it said in the ledger: the entry with "state", "why", "beat",
     "exit", "spent" ({"duration_s", "cost_usd"})."""
     entry = find(run, reports)
-    with _connected(entry) as box:
+    with _box(entry) as box:
         return _ask(box, entry, reports)
 
 
-def _ask(box: Box, entry: dict[str, Any], reports: Path) -> dict[str, Any]:
+def _ask(box: Box, entry: Entry, reports: Path) -> Entry:
     said = box.box("status", entry["run"])
     state, now = said["state"] or "unknown", int(said["now"])
     if said["alive"] == "no":
@@ -198,11 +156,11 @@ def _ask(box: Box, entry: dict[str, Any], reports: Path) -> dict[str, Any]:
         entry["spent"] = {"duration_s": spent_s, "cost_usd": cost}
         entry["beat_age_s"] = now - int(said["beat"] or now)
         entry["left_s"] = int(said["deadline"] or now) - now
-    _write(reports / "remote" / LEDGER / entry["run"], entry)
+    _write(reports, entry)
     return entry
 
 
-def describe(entry: dict[str, Any]) -> str:
+def describe(entry: Entry) -> str:
     """A remote run in a few words: state, time and money against plan."""
     spent, planned = entry.get("spent") or {}, entry["planned"]
     text = ": ".join(filter(None, (f"{entry['run']}  {entry['state']}", entry.get("why"))))
@@ -219,7 +177,7 @@ def describe(entry: dict[str, Any]) -> str:
 def logs(run: str, reports: Path, *, follow: bool = False) -> int:
     """Show the run's log; with `follow` until Ctrl-C."""
     entry = find(run, reports)
-    with _connected(entry) as box:
+    with _box(entry) as box:
         command = box.command("log", entry["run"], *(["-f"] if follow else []))
         return subprocess.run([*box.ssh(), box.host, command]).returncode
 
@@ -234,30 +192,25 @@ def fetch(run: str, reports: Path, *, wait: bool = False, every_s: float = 20.0)
         FileExistsError: if results of that name are here.
     """
     entry = find(run, reports)
-    target = reports / "remote" / entry["run"]
-    if target.exists():
-        raise FileExistsError(f"{target} is here already; nothing is overwritten")
-    with (
-        lock_if_free(target.parent / LEDGER / target.name / "lock") as mine,
-        _connected(entry) as box,
-    ):
+    ledger, target = _write(reports, entry), reports / "remote" / entry["run"]
+    with lock_if_free(ledger / "lock") as mine, _box(entry) as box:
         if not mine:
             raise RemoteError(f"{target.name}: another process is fetching it")
+        if target.exists():
+            raise FileExistsError(f"{target} is here already; nothing is overwritten")
         while (entry := _ask(box, entry, reports))["state"] not in _OVER:
             if not wait:
                 raise RemoteError(f"{describe(entry)}\n  not over: fetch --wait, or stop it first")
             time.sleep(every_s)
-        box.box("settle", entry["run"])
+        box.box("settle", target.name)
         partial = target.with_name(f"{target.name}.partial")
-        box.download(entry["run"], partial)
+        box.download(target.name, partial)
         for name in ("launch.json", "diff.patch"):
-            shutil.copy2(reports / "remote" / LEDGER / target.name / name, partial / name)
-        if target.exists():
-            raise FileExistsError(f"{target} is here already; the new ones are at {partial}")
+            shutil.copy2(ledger / name, partial / name)
         partial.rename(target)
-        box.box("fetched", entry["run"])
+        box.box("fetched", target.name)
         entry = _ask(box, entry, reports) | {"fetched": str(target.relative_to(reports))}
-    _write(reports / "remote" / LEDGER / target.name, entry)
+    _write(reports, entry)
     for path in sorted((target / "receipts").rglob("*.json")):
         place = Path(entry["root"]) / path.relative_to(target / "receipts")
         if place.parent.parent.is_dir() and not place.exists():
@@ -266,33 +219,30 @@ def fetch(run: str, reports: Path, *, wait: bool = False, every_s: float = 20.0)
     return target
 
 
-def resume(run: str, reports: Path) -> dict[str, Any]:
+def resume(run: str, reports: Path) -> Entry:
     """Go on with a run that is over or was cut short, where it stopped: uploads, set-up stages and
     trainings that are done are not done again. Its deadline stays what it was.
 
     Raises RemoteError if it is still at work, or its time is over."""
     entry = find(run, reports)
-    if entry["on"] == "sky":
-        raise RemoteError(
-            f"a SkyPilot machine is gone once it is down; try: sky exec {entry['host']}"
-        )
-    with _connected(entry) as box:
-        known = (
-            box.run(f"test -e {box.folder}/runs/{entry['run']}/state", check=False).returncode == 0
-        )
-        state = _ask(box, entry, reports)["state"] if known else "not started"
+    with _box(entry) as box:
+        seen = box.run(f"ls {box.folder}/runs/{entry['run']}/state", statuses=(0, 1, 2))
+        state = _ask(box, entry, reports)["state"] if seen else "not started"
         if state in ("running", "setting up", "queued", "finished"):
             raise RemoteError(f"{entry['run']} is {state}: nothing to resume")
-        _start(box, entry, reports / "remote" / LEDGER / entry["run"])
+        _start(box, entry, reports)
     return entry
 
 
 def stop(run: str, reports: Path) -> None:
     """TERM, so that a checkpoint is written; KILL after that; then results can be fetched."""
     entry = find(run, reports)
-    with _connected(entry) as box:
+    with _box(entry) as box:
         box.box("stop", entry["run"])
 
 
-def _write(folder: Path, entry: dict[str, Any]) -> None:
+def _write(reports: Path, entry: Entry) -> Path:
+    """Keep an entry in the ledger; its folder there."""
+    folder = reports / "remote/.ledger" / entry["run"]
     write_atomic(folder / "launch.json", json.dumps(entry, indent=2) + "\n")
+    return folder
