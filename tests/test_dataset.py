@@ -24,7 +24,7 @@ from fresnel.data import dataset
 from fresnel.data import layout as _layouts
 from fresnel.data import writing as _writing
 from fresnel.data.dataset import DatasetChanged, DatasetError, ObjectViews
-from fresnel.scene.cameras import Cameras
+from fresnel.scene.cameras import Cameras, opengl
 
 SIZE, VIEWS = 16, 3
 PICTURES = ("input_rgb", "input_alpha", "identity_rgb", "identity_alpha", "rgb", "alpha", "pivot")
@@ -65,13 +65,13 @@ def write_original(root: Path, count: int = 2) -> list[Cameras]:
         Image.fromarray(views.input_rgb.numpy()).save(base / "input.png")
         np.save(base / "input_features.npy", np.zeros((37, 37, 4), np.float32))
         np.save(base / "input_depth.npy", np.zeros((1, SIZE, SIZE), np.float32))
-        rotation, translation = views.cameras.to_opengl()
+        theirs = opengl(views.cameras.viewmats)
         for k in range(VIEWS):
             view = base / f"view_{k:03d}"
             view.mkdir()
             Image.fromarray(views.rgb[k].numpy()).save(view / "rgb.png")
             np.save(view / "depth.npy", views.depth[k].numpy())
-            pose = {"R": rotation[k].tolist(), "t": translation[k].tolist()}
+            pose = {"R": theirs[k, :3, :3].tolist(), "t": theirs[k, :3, 3].tolist()}
             (view / "pose.json").write_text(json.dumps(pose))
     return cameras
 
@@ -95,8 +95,8 @@ def test_what_is_written_is_read_back(written, tmp_path):
 
 def test_pose_files_hold_opengl_world_to_camera_and_relative_azimuths(written):
     pose = json.loads((written.path / "image_0001/view_001/pose.json").read_text())
-    rotation, translation = make_object(1).cameras[1].to_opengl()
-    assert np.allclose(pose["R"], rotation) and np.allclose(pose["t"], translation)
+    theirs = opengl(make_object(1).cameras[1].viewmats)
+    assert np.allclose(np.column_stack([pose["R"], pose["t"]]), theirs[:3])
     assert pose["azimuth_deg"] == pytest.approx(120.0, abs=1e-3)
     # An OpenGL camera looks down its own -z: the pivot lies in front of it.
     assert (np.array(pose["R"]) @ np.array([0.1, 0.2, 0.3]) + pose["t"])[2] < 0

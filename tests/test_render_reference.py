@@ -32,7 +32,8 @@ def seen(backend: Backend, *scenes: Gaussians, **options: Any) -> Views:
     viewmat, K = torch.eye(4), torch.tensor([[40.0, 0, 16.5], [0, 40.0, 16.5], [0, 0, 1]])
     viewmat[2, 3] = 4.0
     camera = Cameras(viewmat[None], K[None], 33, 33)
-    views = render(Gaussians.concatenate(scenes), camera, backend=backend, **options)
+    together = zip(*(vars(scene).values() for scene in scenes), strict=True)
+    views = render(Gaussians(*map(torch.cat, together)), camera, backend=backend, **options)
     return Views(views.rgb[0].double(), views.alpha[0, ..., 0].double(), views.depth[0, ..., 0])
 
 

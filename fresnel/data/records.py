@@ -30,7 +30,7 @@ from fresnel.data.images import (
     named,
 )
 from fresnel.data.layout import Record, entry, inside, read_checked, read_json, sha256
-from fresnel.scene.cameras import Cameras, intrinsics, relative_azimuth_deg
+from fresnel.scene.cameras import Cameras, intrinsics, opengl, relative_azimuth_deg, rigid
 
 # At 256 px level 4 packs 4000 views into 72 MB in 18 s; 6 into 71 MB in 23 s, 1 into 84 MB in 12 s.
 PNG_LEVEL = 4
@@ -208,7 +208,7 @@ def camera_of(path: Path, pose: dict[str, Any], width: int, height: int) -> Came
                 f"image beside it has {width} x {height}. Write both again"
             )
     with named(path):
-        return Cameras.from_opengl(turn, shift, K, width, height).validate()
+        return Cameras(opengl(rigid(turn, shift)), K, width, height).validate()
 
 
 def png(image: Tensor | np.ndarray) -> bytes:
@@ -266,10 +266,10 @@ def _beside(
         steps = np.rint(exact / scale)
         np.clip(steps, 1, 65535, out=steps, where=exact > 0)
         yield f"{prefix}depth.png", png(steps.astype(np.uint16))
-    rotation, translation = camera.to_opengl()
+    theirs = opengl(camera.viewmats)
     pose = {
-        "R": rotation.tolist(),
-        "t": translation.tolist(),
+        "R": theirs[:3, :3].tolist(),
+        "t": theirs[:3, 3].tolist(),
         "K": camera.Ks.tolist(),
         "width": camera.width,
         "height": camera.height,

@@ -16,9 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-# OpenGL cameras look down -z with y up, OpenCV's down +z with y down: a half turn about x.
-_OPENGL_TO_OPENCV = (1.0, -1.0, -1.0)
-
 STANDARD_RADIUS = 2.2
 """Distance from the pivot of our own orbits, in object lengths (longest side = 1)."""
 STANDARD_FOCAL = 1.2
@@ -45,11 +42,10 @@ class Cameras:
     height: int
 
     def __post_init__(self) -> None:
-        v, k = self.viewmats, self.Ks
-        if v.shape[-2:] != (4, 4):
-            raise ValueError(f"viewmats: got shape {tuple(v.shape)}, want (..., 4, 4)")
-        if k.shape != (*v.shape[:-2], 3, 3):
-            raise ValueError(f"Ks: got shape {tuple(k.shape)}, want {(*v.shape[:-2], 3, 3)}")
+        shape, of_pixels = tuple(self.viewmats.shape), tuple(self.Ks.shape)
+        if shape[-2:] != (4, 4) or of_pixels != (*shape[:-2], 3, 3):
+            want = "(..., 4, 4) and (..., 3, 3)"
+            raise ValueError(f"viewmats, Ks: got shapes {shape} and {of_pixels}, want {want}")
         if self.width < 1 or self.height < 1:
             raise ValueError(f"image size: got {self.width} x {self.height}, want at least 1 x 1")
 
@@ -132,7 +128,13 @@ class Cameras:
             indexing="ij",
         )
         pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1).reshape(-1, 3)
-        turn = self.viewmats[..., :3, :3].transpose(-1, -2) @ _camera_from_pixel(self.Ks)
+        # inverses of Ks, which are upper triangular with a one below
+        (fx, skew, cx), (fy, cy) = self.Ks[..., 0, :].unbind(-1), self.Ks[..., 1, 1:].unbind(-1)
+        zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+        rows = [1 / fx, -skew / (fx * fy), (skew * cy / fy - cx) / fx]
+        rows += [zero, 1 / fy, -cy / fy, zero, zero, one]
+        inverse = torch.stack(rows, dim=-1).reshape(self.Ks.shape)
+        turn = self.viewmats[..., :3, :3].transpose(-1, -2) @ inverse
         # contiguous, which einsum's result is not: norm and cross product are ten times as fast
         directions = normalize(pixels @ turn.transpose(-1, -2), dim=-1)
         directions = directions.unflatten(-2, (self.height, self.width))
@@ -158,20 +160,6 @@ class Cameras:
         x, y, z = (self.centers - _vector(pivot, self.viewmats)).unbind(-1)
         return torch.rad2deg(torch.atan2(y, torch.hypot(x, z)))
 
-    def to_opengl(self) -> tuple[Tensor, Tensor]:
-        """World-to-camera rotation (..., 3, 3) and translation (..., 3) of OpenGL cameras."""
-        flip = self.viewmats.new_tensor(_OPENGL_TO_OPENCV)
-        return self.viewmats[..., :3, :3] * flip[:, None], self.viewmats[..., :3, 3] * flip
-
-    @staticmethod
-    def from_opengl(
-        rotation: Tensor, translation: Tensor, Ks: Tensor, width: int, height: int
-    ) -> Cameras:
-        """Cameras from OpenGL world-to-camera rotations (..., 3, 3) and translations (..., 3)."""
-        flip = rotation.new_tensor(_OPENGL_TO_OPENCV)
-        viewmats = rigid(rotation * flip[:, None], translation * flip)
-        return Cameras(viewmats, Ks, width, height)
-
 
 def _vector(value: Tensor | Sequence[float], like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
@@ -193,13 +181,9 @@ def rigid_inverse(matrices: Tensor) -> Tensor:
     return rigid(rotation, -(rotation @ matrices[..., :3, 3:])[..., 0])
 
 
-def _camera_from_pixel(Ks: Tensor) -> Tensor:
-    """Inverses of intrinsics (..., 3, 3), which are upper triangular with a one below."""
-    (fx, skew, cx), (fy, cy) = Ks[..., 0, :].unbind(-1), Ks[..., 1, 1:].unbind(-1)
-    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
-    rows = [1 / fx, -skew / (fx * fy), (skew * cy / fy - cx) / fx]
-    rows += [zero, 1 / fy, -cy / fy, zero, zero, one]
-    return torch.stack(rows, dim=-1).reshape(Ks.shape)
+def opengl(viewmats: Tensor) -> Tensor:
+    """View matrices of OpenGL cameras (y up, looking down -z) as ours, or ours as those."""
+    return viewmats * viewmats.new_tensor([1.0, -1.0, -1.0, 1.0])[:, None]
 
 
 def intrinsics(focal_px: float | Tensor, width: int, height: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,22 +17,16 @@ LUMINANCE_WEIGHTS = (0.2126, 0.7152, 0.0722)
 
 def srgb_to_linear(srgb: Values) -> Values:
     """Linear light of encoded values in [0, 1], of any shape; the rest is clamped."""
-    if isinstance(srgb, Tensor):
-        srgb = srgb.clamp(0.0, 1.0)
-        return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-    srgb = srgb.clip(0.0, 1.0)
-    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    srgb, where = srgb.clip(0.0, 1.0), _where(srgb)
+    return where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 
 def linear_to_srgb(linear: Values) -> Values:
     """Encoded values in [0, 1] of linear light, of any shape; what is outside [0, 1] is clamped."""
-    if isinstance(linear, Tensor):
-        linear = linear.clamp(0.0, 1.0)
-        # the power's slope is infinite at 0, where the other branch is taken
-        curve = 1.055 * linear.clamp_min(1e-9) ** (1 / 2.4) - 0.055
-        return torch.where(linear <= 0.0031308, 12.92 * linear, curve)
-    linear = linear.clip(0.0, 1.0)
-    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    linear, where = linear.clip(0.0, 1.0), _where(linear)
+    # the power's slope is infinite at 0, where the other branch is taken
+    curve = 1.055 * linear.clip(1e-9) ** (1 / 2.4) - 0.055
+    return where(linear <= 0.0031308, 12.92 * linear, curve)
 
 
 def luminance(rgb: Values) -> Values:
@@ -42,3 +36,7 @@ def luminance(rgb: Values) -> Values:
     if isinstance(rgb, Tensor):
         return srgb_to_linear(rgb) @ rgb.new_tensor(LUMINANCE_WEIGHTS)
     return srgb_to_linear(rgb) @ np.asarray(LUMINANCE_WEIGHTS, rgb.dtype)
+
+
+def _where(values: Tensor | NDArray[np.floating]) -> Any:
+    return torch.where if isinstance(values, Tensor) else np.where

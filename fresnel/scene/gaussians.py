@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -41,18 +40,15 @@ class Gaussians:
     colors: Tensor
 
     def __post_init__(self) -> None:
-        shape = self.means.shape[:-1]
-        if self.means.ndim < 2 or self.means.shape[-1] != 3:
-            raise ValueError(f"means: got shape {tuple(self.means.shape)}, want (..., N, 3)")
-        wanted = {"quats": (*shape, 4), "scales": (*shape, 3), "opacities": tuple(shape)}
-        for name, want in wanted.items():
-            if (got := tuple(getattr(self, name).shape)) != want:
-                raise ValueError(f"{name}: got shape {got}, want {want} to match the means")
-        got, n = tuple(self.colors.shape), len(shape)
-        harmonic = len(got) == n + 2 and got[n] in _SH_DEGREE_OF_COEFFICIENTS
-        if got[:n] != shape or got[-1] != 3 or not (len(got) == n + 1 or harmonic):
+        shape, colors = tuple(self.means.shape[:-1]), tuple(self.colors.shape)
+        wanted = {"means": (*shape, 3), "quats": (*shape, 4), "scales": (*shape, 3)}
+        for name, want in {**wanted, "opacities": shape}.items():
+            if (got := tuple(getattr(self, name).shape)) != want or not shape:
+                raise ValueError(f"{name}: got shape {got}, want {want}, of means (..., N, 3)")
+        plain = (*shape, 3)
+        if colors != plain and colors not in [(*shape, k, 3) for k in _SH_DEGREE_OF_COEFFICIENTS]:
             raise ValueError(
-                f"colors: got shape {got}, want {(*shape, 3)} or (..., N, K, 3), K in 1, 4, 9, 16"
+                f"colors: got shape {colors}, want {plain} or (..., N, K, 3), K in 1, 4, 9, 16"
             )
 
     def validate(self) -> Gaussians:
@@ -60,7 +56,7 @@ class Gaussians:
 
         Raises:
             ValueError: for NaN or infinity, a scale <= 0, an opacity outside [0, 1], or a
-                quaternion of length zero; names how many and the first one.
+                quaternion of length zero.
         """
         lengths = torch.linalg.norm(self.quats, dim=-1)
         good = {
@@ -70,13 +66,10 @@ class Gaussians:
             "opacities": (self.opacities >= 0) & (self.opacities <= 1),
             "colors": self.colors.isfinite(),
         }
-        for name, bad in ((name, ~values) for name, values in good.items()):
-            if bad.any():
-                first = tuple(bad.nonzero()[0].tolist())
-                raise ValueError(
-                    f"Gaussians.{name}: {int(bad.sum())} of {bad.numel()} values are NaN, infinite "
-                    f"or out of range (first at index {first})"
-                )
+        for name, values in good.items():
+            if not values.all():
+                said = f"{int((~values).sum())} of {values.numel()} values"
+                raise ValueError(f"Gaussians.{name}: {said} are NaN, infinite or out of range")
         return self
 
     @property
@@ -117,7 +110,7 @@ class Gaussians:
     def __getitem__(self, index: Any) -> Gaussians:
         """Pick scenes out of the batch."""
         if not self.batch_shape:
-            raise TypeError("a single scene has no batch to index; use `select` for its Gaussians")
+            raise TypeError("a single scene has no batch to index; `select` picks its Gaussians")
         return self._map(lambda tensor: tensor[index])
 
     def select(self, keep: Tensor) -> Gaussians:
@@ -155,15 +148,6 @@ class Gaussians:
             quats=quaternion_product(turn.expand_as(self.quats), self.quats),
             scales=self.scales * scale[..., None, None],
         )
-
-    @staticmethod
-    def concatenate(parts: Sequence[Gaussians]) -> Gaussians:
-        """One scene (or batch of scenes) that holds the Gaussians of all parts, along N."""
-        if not parts:
-            raise ValueError("concatenate: got no Gaussians, want at least one set")
-        n = len(parts[0].batch_shape)
-        names = [field.name for field in fields(Gaussians)]
-        return Gaussians(*(torch.cat([getattr(p, name) for p in parts], n) for name in names))
 
     def save(self, path: str | Path) -> Path:
         """Write one scene as ``.ply`` or ``.spz``, the formats that splat viewers open.
