@@ -88,7 +88,7 @@ def test_a_recording_that_was_spoilt_is_tried_again(monkeypatch) -> None:
     part = Recorded(lambda x: x * 2)
     for _ in range(9):
         assert part(torch.ones(1)).item() == 2
-    assert len(tries) == 2 and part.refused is None and part._flat is not None
+    assert len(tries) == 2 and part.refused is None and part.flat is not None
 
 
 ARMS: dict[str, dict[str, Any]] = {

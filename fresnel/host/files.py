@@ -38,11 +38,7 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """``folder / name``.
-
-    Raises:
-        ValueError: if the name or a link on the way leads out of the folder.
-    """
+    """``folder / name``; ValueError if the name or a link on the way leads out of the folder."""
     path = folder / name
     step, suspect = str(folder), os.path.isabs(name)
     for part in name.split("/"):  # a set has millions of steps: resolve only what needs it
@@ -60,56 +56,28 @@ def sha256(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: str = "") -> Iterator[None]:
-    """Hold the lock file at `path`; waits while another process or thread has it, after saying
-    `waiting` on stderr.  The lock goes with its process, however that ends.
-
-    Raises:
-        OSError: where files can't be locked.
+def locked(path: Path, waiting: str = "", *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file at `path`: True.  While another process or thread has it, either waits,
+    after saying `waiting` on stderr, or (`wait` False) gives False at once.  The lock goes with its
+    process, however that ends.  OSError where files can't be locked.
     """
-    lock = _lock(path)
-    if not _taken(lock):
-        if waiting:
-            print(waiting, file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def lock_if_free(path: Path) -> Iterator[bool]:
-    """Hold the lock file at `path`, unless another has it: then False, at once.
-
-    Raises:
-        OSError: where files can't be locked.
-    """
-    lock = _lock(path)
-    mine = _taken(lock)
-    try:
-        yield mine
-    finally:
-        if mine:
-            lock.release()
-
-
-def _lock(path: Path) -> filelock.FileLock:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(path, fallback_to_soft=False)
-
-
-def _taken(lock: filelock.FileLock) -> bool:
+    lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
-        return False
+        if wait:
+            print(waiting, end="\n" if waiting else "", file=sys.stderr, flush=True)
+            lock.acquire()
     except (OSError, NotImplementedError) as error:
         raise OSError(
-            f"{lock.lock_file}: can't be locked ({error}). Put this folder on a file system with "
-            "locks (flock); without them two processes would overwrite each other's work"
+            f"{path}: can't be locked ({error}). Put this folder on a file system with locks "
+            "(flock); without them two processes would overwrite each other's work"
         ) from error
-    return True
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 def fingerprint(config: Any) -> str:

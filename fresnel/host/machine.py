@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,20 +49,22 @@ def pick_device(device: str = "auto") -> str:
     """
     import torch
 
+    there = torch.cuda.is_available()
     if device not in {"auto", "cpu", "cuda"}:
         raise ValueError(f"device: got {device!r}, want 'auto', 'cpu' or 'cuda'")
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not there:
         raise ValueError("device: 'cuda' was asked for, but torch sees no GPU; use 'auto' or 'cpu'")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return ("cuda" if there else "cpu") if device == "auto" else device
 
 
 def accelerators() -> list[str]:
     """GPUs that the system shows, and which of them may be used; [] where there is none."""
-    known = re.compile(r"nvidia\d+|kfd|dxg")
-    found = [str(path) for path in Path("/dev").glob("*") if known.fullmatch(path.name)]
+    found = [
+        path for path in Path("/dev").glob("*") if re.match(r"(nvidia\d+|kfd|dxg)$", path.name)
+    ]
     choosers = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
     chosen = [f"{name}={os.environ[name]}" for name in choosers if name in os.environ]
-    return sorted(found) + chosen if found else []
+    return sorted(map(str, found)) + chosen if found else []
 
 
 def cuda() -> Any:
@@ -87,10 +91,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the CUDA allocator, or resident in this process, since `reset_peak_memory`.
-
-    Where the system can't reset it (all but Linux), the process' peak is that of its whole life.
-    """
+    """Bytes: of the CUDA allocator, or resident in this process, since `reset_peak_memory`; where
+    the system keeps no such peak (all but Linux), what is resident now."""
     import torch
 
     if device.type == "cuda":
@@ -99,12 +101,7 @@ def peak_memory(device: torch.device) -> int:
         status = Path("/proc/self/status").read_text()
         if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
             return int(found.group(1)) * 1024
-    try:
-        import resource
-    except ImportError:  # no such module on Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return psutil.Process().memory_info().rss
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -114,9 +111,8 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):  # another system or C library
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM falls to what is resident now
 
 
@@ -126,9 +122,7 @@ def reuse_memory() -> None:
     By default it returns every large block to the system, and the next one's pages are mapped and
     zeroed again: ten thousand page faults a training step of a small network.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system or C library
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
         mallopt(mmap_threshold, 1 << 30)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import threading
@@ -17,6 +16,24 @@ import pynvml
 POWERCAP = Path("/sys/class/powercap")
 
 
+class _Watch:
+    """Calls `look` every so many seconds, until it is closed."""
+
+    def __init__(self, every_s: float, look: Callable[[], object]) -> None:
+        self._stop = threading.Event()
+
+        def watch() -> None:
+            while not self._stop.wait(every_s):
+                look()
+
+        self._thread = threading.Thread(target=watch, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
 class PeakMemory:
     """The highest resident memory of this process and its children (shared pages count in each)
     seen between its making and `close()`, by a sampling thread. `cuda` is for the owner to set."""
@@ -25,23 +42,15 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self.cuda: int | None = None
-        self._process = psutil.Process()
-        self._rss = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._process, self._rss = psutil.Process(), 0
         self._sample()
-        self._thread.start()
+        self._watch = _Watch(self.interval_s, self._sample)
 
     def close(self) -> int:
         """Stop watching; returns the peak in bytes."""
-        self._stop.set()
-        self._thread.join()
+        self._watch.close()
         self._sample()
         return self._rss
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self.interval_s):
-            self._sample()
 
     def _sample(self) -> None:
         total = self._process.memory_info().rss
@@ -61,72 +70,64 @@ class EnergyMeter:
     """
 
     def __init__(self, powercap: Path = POWERCAP, nvml: Any = pynvml) -> None:
-        self._lock, self._stop = threading.Lock(), threading.Event()
-        self._reasons: list[str] = []
-        self._packages = [_Package(path) for path in _readable(powercap, self._reasons)]
+        self._lock, self._reasons = threading.Lock(), list[str]()
+        self._packages = _packages(powercap, self._reasons)
         self._gpus = _gpus(nvml, self._reasons)
-        if self._packages:
-            threading.Thread(target=self._watch, daemon=True).start()
+        # a package's counter wraps round after minutes to hours
+        self._watch = _Watch(30.0, self.read) if self._packages else None
 
     def read(self) -> dict[str, Any]:
         """{"joules", "gpu_joules", "cpu_joules", "source", "reason"} so far.
 
         joules: the sum of what could be read, None if nothing could; "source" says what that was,
         "reason" why something could not be read."""
+        kinds = {"NVML counter of {} GPU(s)": self._gpus}
+        kinds["RAPL counter of {} CPU package(s)"] = self._packages
         with self._lock:
-            cpu = sum(package.joules() for package in self._packages) if self._packages else None
-        gpu = sum(joules() for joules in self._gpus) if self._gpus else None
-        parts = [part for part in (gpu, cpu) if part is not None]
-        sources = [f"NVML counter of {len(self._gpus)} GPU(s)"] if self._gpus else []
-        if self._packages:
-            sources.append(f"RAPL counter of {len(self._packages)} CPU package(s)")
+            gpu, cpu = (sum(c.joules() for c in some) if some else None for some in kinds.values())
+        known = [joules for joules in (gpu, cpu) if joules is not None]
         return {
-            "joules": sum(parts) if parts else None,
+            "joules": sum(known) if known else None,
             "gpu_joules": gpu,
             "cpu_joules": cpu,
-            "source": " + ".join(sources) or None,
+            "source": " + ".join(k.format(len(some)) for k, some in kinds.items() if some) or None,
             "reason": "; ".join(self._reasons) or None,
         }
 
     def close(self) -> None:
-        self._stop.set()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(30.0):  # a package's counter wraps round after minutes to hours
-            self.read()
+        if self._watch:
+            self._watch.close()
 
 
-class _Package:
-    """A CPU package's counter, which begins at 0 again after `max_energy_range_uj`."""
+class _Counter:
+    """Joules since it was made, by a counter that begins at 0 again after `most` units."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "energy_uj"
-        self._range = int((folder / "max_energy_range_uj").read_text())
-        self._last, self._total = int(self._file.read_text()), 0
+    def __init__(self, now: Callable[[], int], unit_j: float, most: int = 2**64 - 1) -> None:
+        self._now, self._unit_j, self._most = now, unit_j, most
+        self._last, self._total = now(), 0
 
     def joules(self) -> float:
-        now = int(self._file.read_text())
-        self._total += (now - self._last) % (self._range + 1)
+        now = self._now()
+        self._total += (now - self._last) % (self._most + 1)
         self._last = now
-        return self._total / 1e6
+        return self._total * self._unit_j
 
 
-def _readable(powercap: Path, reasons: list[str]) -> list[Path]:
+def _packages(powercap: Path, reasons: list[str]) -> list[_Counter]:
     folders = sorted(f for f in powercap.glob("*") if re.fullmatch(r"\w+-rapl:\d+", f.name))
+    counters = []
+    for folder in folders:
+        file, most = folder / "energy_uj", folder / "max_energy_range_uj"
+        if not os.access(file, os.R_OK):
+            reasons.append(f"CPU: {file} may not be read by this user")
+            return []
+        counters.append(_Counter(lambda f=file: int(f.read_text()), 1e-6, int(most.read_text())))  # type: ignore[misc]
     if not folders:
         reasons.append("CPU: this machine shows no RAPL counter")
-    if all(os.access(folder / "energy_uj", os.R_OK) for folder in folders):
-        return folders
-    reasons.append(f"CPU: {folders[0] / 'energy_uj'} may not be read by this user")
-    return []
+    return counters
 
 
-def _since(energy: Callable[[Any], int], handle: Any, first: int) -> float:
-    return (energy(handle) - first) / 1e3
-
-
-def _gpus(nvml: Any, reasons: list[str]) -> list[Callable[[], float]]:
-    """A function a card: joules since now."""
+def _gpus(nvml: Any, reasons: list[str]) -> list[_Counter]:
     try:
         nvml.nvmlInit()
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -135,12 +136,12 @@ def _gpus(nvml: Any, reasons: list[str]) -> list[Callable[[], float]]:
         reasons.append("GPU: no NVIDIA driver")
         return []
     energy = nvml.nvmlDeviceGetTotalEnergyConsumption  # millijoules since the driver was loaded
-    gpus: list[Callable[[], float]] = []
+    counters = []
     for key in (key.strip() for key in keys):
         by_index, by_name = nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetHandleByUUID
         with contextlib.suppress(pynvml.NVMLError):  # no such card, or it has no counter
             handle = by_index(int(key)) if key.isdigit() else by_name(key)
-            gpus.append(functools.partial(_since, energy, handle, energy(handle)))
-    if not gpus:
+            counters.append(_Counter(lambda h=handle: energy(h), 1e-3))  # type: ignore[misc]
+    if not counters:
         reasons.append("GPU: NVML shows no energy counter")
-    return gpus
+    return counters

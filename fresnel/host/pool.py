@@ -29,10 +29,9 @@ import torch
 
 MOST_WORKERS = 32
 """What one process can hand work to."""
-_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _PRELOADED = ["fresnel.gate.verdict", "fresnel.poses.epipolar", "PIL.PngImagePlugin"]
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-_context = multiprocessing.get_context(_METHOD)
 
 
 @contextlib.contextmanager
@@ -46,7 +45,7 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
         BrokenProcessPool: (from a future) if a worker died.
     """
     warm_up()
-    pool = _Pool(count, mp_context=_Context(), initializer=_begin)
+    pool = _Pool(count, multiprocessing.get_context(METHOD), _begin)
     try:
         yield pool
     except BaseException:
@@ -60,11 +59,11 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
 
 def warm_up() -> None:
     """Let the fork server import, in the background, what `processes` will soon be asked for."""
-    if _METHOD == "forkserver":
-        _context.set_forkserver_preload(_PRELOADED)
+    if METHOD == "forkserver":
+        forkserver.set_forkserver_preload(_PRELOADED)
         before = dict(os.environ)
+        os.environ.update(_ONE_THREAD)
         try:
-            os.environ.update(_ONE_THREAD)
             forkserver.ensure_running()
         finally:
             os.environ.clear()
@@ -77,21 +76,12 @@ class _Pool(ProcessPoolExecutor):
         pickler = pickle.Pickler(buffer, protocol=5)
         pickler.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: _by_value}
         pickler.dump(functools.partial(fn, *args, **kwargs))
-        return super().submit(_run, buffer.getvalue())
-
-
-class _Process(_context.Process):  # type: ignore[name-defined]
-    def start(self) -> None:
         main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")  # or each worker would run it
+        sys.modules["__main__"] = types.ModuleType("__main__")  # or a worker that starts ran it
         try:
-            super().start()
+            return super().submit(_run, buffer.getvalue())
         finally:
             sys.modules["__main__"] = main
-
-
-class _Context(type(_context)):  # type: ignore[misc]
-    Process = _Process
 
 
 def _run(packed: bytes) -> Any:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fresnel.host.files import lock_if_free, write_atomic
+from fresnel.host.files import locked, write_atomic
 from fresnel.launch.plan import Plan, sbatch
 from fresnel.launch.remote import BOX, Box, RemoteError
 from fresnel.report.record import slug
@@ -193,7 +193,7 @@ def fetch(run: str, reports: Path, *, wait: bool = False, every_s: float = 20.0)
     """
     entry = find(run, reports)
     ledger, target = _write(reports, entry), reports / "remote" / entry["run"]
-    with lock_if_free(ledger / "lock") as mine, _box(entry) as box:
+    with locked(ledger / "lock", wait=False) as mine, _box(entry) as box:
         if not mine:
             raise RemoteError(f"{target.name}: another process is fetching it")
         if target.exists():

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from fresnel.host.files import lock_if_free
+from fresnel.host.files import locked
 from fresnel.host.machine import project_root
 from fresnel.report import run as report
 from fresnel.report.params import check_parameters, read_parameters
@@ -226,7 +226,7 @@ def run(
                 break
             ready = [step for step in waiting if not missing(step)]
             for step in ready:
-                with lock_if_free(reports / ".study" / f"{slug(step.name)}.lock") as mine:
+                with locked(reports / ".study" / f"{slug(step.name)}.lock", wait=False) as mine:
                     if not mine:
                         continue
                     waiting.remove(step)

@@ -286,13 +286,14 @@ def table(
 ) -> list[dict[str, str]]:
     """Rows of forecast and actual, by part and in all."""
     runs = {title: run for title, run in (("forecast", plan), ("actual", actual)) if run}
-
-    def row(text: str, figure: Callable[[Mapping[str, Any]], float]) -> dict[str, str]:
-        return {"": text} | {title: f"{figure(run):,.1f}" for title, run in runs.items()}
-
+    rows = [
+        [f"{text}, s"] + [run["parts"][n] for run in runs.values()] for n, text in PARTS.items()
+    ]
+    rows.append(["**in all, s**", *(run["duration_s"] for run in runs.values())])
+    rows.append(["samples/s in the steps", *(run["samples_per_s"] for run in runs.values())])
+    memory = [run["peak_memory_bytes"] / 1e6 for run in runs.values()]
+    rows.append(["peak memory of the training, MB", *memory])
     return [
-        *(row(f"{text}, s", lambda run, n=name: run["parts"][n]) for name, text in PARTS.items()),
-        row("**in all, s**", lambda run: run["duration_s"]),
-        row("samples/s in the steps", lambda run: run["samples_per_s"]),
-        row("peak memory of the training, MB", lambda run: run["peak_memory_bytes"] / 1e6),
+        {"": text} | {title: f"{x:,.1f}" for title, x in zip(runs, found, strict=True)}
+        for text, *found in rows
     ]

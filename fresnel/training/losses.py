@@ -20,8 +20,6 @@ from fresnel.scene.colour import srgb_to_linear
 from fresnel.scene.gaussians import Gaussians
 from fresnel.training.images import uniform
 
-# --- what pixels of a CVS's target count -----------------------------------------------------
-
 
 def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None) -> Tensor:
     """Loss weights (B, 1, H, W) of target views (B, 4, H, W) in [-1, 1].
@@ -41,8 +39,7 @@ def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None
         padded = F.pad(depth[:, None], (1, 1, 1, 1), mode="replicate")
         across, down = padded[..., 1:-1, :], padded[..., 1:-1]
         around = across[..., :-2] + across[..., 2:] + down[..., :-2, :] + down[..., 2:, :]
-        laplacian = around - 4 * depth[:, None]
-        return torch.sigmoid(-100 * (laplacian.abs() - 0.01))
+        return torch.sigmoid(-100 * ((around - 4 * depth[:, None]).abs() - 0.01))
     share = config.foreground_share
     near = grown(alpha, target.shape[-1] // 8)
     covered = near.mean(dim=(1, 2, 3), keepdim=True)
@@ -63,8 +60,8 @@ def grown(image: Tensor, margin: int) -> Tensor:
     for dim in (-1, -2):
         width = 1
         while width < window:
-            shift, length = min(width, window - width), image.shape[dim]
-            rest = length - shift
+            shift = min(width, window - width)
+            rest = image.shape[dim] - shift
             image = torch.maximum(image.narrow(dim, 0, rest), image.narrow(dim, shift, rest))
             width += shift
     return image
@@ -79,19 +76,15 @@ def light_error(output: Tensor, target: Tensor) -> Tensor:
     Images (B, 4, H, W) in [-1, 1], premultiplied.
     """
     region = max(1, target.shape[-1] // 8)
-    regions = target.shape[-2] // region, target.shape[-1] // region
+    height, width = (size // region * region for size in target.shape[-2:])
 
     def averaged(image: Tensor) -> Tensor:
-        cut = image[:, :3, : regions[0] * region, : regions[1] * region]
-        light = srgb_to_linear((cut + 1) / 2)
+        light = srgb_to_linear((image[:, :3, :height, :width] + 1) / 2)
         # rows first: pixels of a row lie next to each other
         return light.unflatten(2, (-1, region)).mean(dim=3).unflatten(3, (-1, region)).mean(dim=4)
 
     found, true = averaged(output), averaged(target)
     return (found - true).abs().mean(dim=(1, 2, 3)) / (true.mean(dim=(1, 2, 3)) + 0.01)
-
-
-# --- consistency and the original --------------------------------------------------------------
 
 
 def ect_stage(progress: float, config: CVSConfig) -> int:
@@ -168,19 +161,13 @@ def consistency_loss(
     the clean view in every stage: the chain of references from there down to the data is too long
     for a short run, and without the anchor the one step drifts off as soon as stage 1 begins.
 
-    Args:
-        network, terms: `denoised` and `consistency_terms`, perhaps compiled or recorded.
-
-    Returns:
-        `consistency_terms`.
+    `network` and `terms`: `denoised` and `consistency_terms`, perhaps compiled or recorded.
     """
-    config, b = model.config, target.shape[0]
+    config, stage = model.config, ect_stage(progress, model.config)
     t = (randn(target[:, 0, 0, 0], generator) * config.p_std + config.p_mean).exp()
-    at_max = uniform(generator, target.device, b) < config.sigma_max_fraction
+    at_max = uniform(generator, target.device, len(target)) < config.sigma_max_fraction
     # c_out vanishes at sigma_min
-    t = t.clamp(2 * config.sigma_min, config.sigma_max)
-    t = torch.where(at_max, config.sigma_max, t)
-    stage = ect_stage(progress, config)
+    t = torch.where(at_max, config.sigma_max, t.clamp(2 * config.sigma_min, config.sigma_max))
     r = ect_earlier(t, stage, config)
     if config.sigma_max_anchor:
         r = torch.where(at_max, config.sigma_min, r)
@@ -196,8 +183,7 @@ def consistency_loss(
             reference = x_r.clone()
             if rows.any():
                 reference[rows] = model(x_r[rows], r[rows], cond[rows]).to(x_r.dtype)
-    c_out = model.scalings(t)[1]
-    return terms(config, output, reference, target, weights, c_out, at_max)
+    return terms(config, output, reference, target, weights, model.scalings(t)[1], at_max)
 
 
 def original_loss(
@@ -216,12 +202,9 @@ def original_loss(
     Noise levels follow the cosine schedule, sigma = tan(pi u / 2), with 1,000 levels of u; w is
     0.1, 0.3, 1.0 over the thirds of training. Its perceptual term needs a pretrained network: none.
     """
-    config, b = model.config, target.shape[0]
-    u = uniform(generator, target.device, b)
-    t, lower = (
-        torch.tan((u - step).clamp_min(0) * (math.pi / 2)).clamp(config.sigma_min, config.sigma_max)
-        for step in (0.0, 1e-3)
-    )
+    u = uniform(generator, target.device, len(target))
+    levels = (torch.tan((u - step).clamp_min(0) * (math.pi / 2)) for step in (0.0, 1e-3))
+    t, lower = (s.clamp(model.config.sigma_min, model.config.sigma_max) for s in levels)
     noise = randn(target, generator)
     output = network(model, target + t.reshape(-1, 1, 1, 1) * noise, t, cond)
     with torch.no_grad():
@@ -235,9 +218,6 @@ def original_loss(
 def original_third(progress: float) -> int:
     """Which third of the original's training `progress` in [0, 1] is in."""
     return min(int(3 * progress), 2)
-
-
-# --- a decoder's rendered views ----------------------------------------------------------------
 
 
 WEIGHTS = {
