@@ -214,6 +214,24 @@ def test_colmap(photos, model, data):
     refuses_or(lambda: read_first(photos))
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "1 1 0 0 0 0 0 3 1 0.png\n\n2 1 0 0 0 1 0 3 1 0.png\n",
+        "\u00b2 1 0 0 0 0 0 3 1 0.png\n",
+        "1 1 0 0 0 0 0 \udcff 1 0.png\n",
+        "1 1 0 0 0 nan 0 3 1 0.png\n",
+        "1 1 0 0 0 0 0 3 1 ../../0.png\n",
+    ],
+)
+def test_text_models_of_strange_rows(photos, model, rows):
+    for name in ("cameras.txt", "points3D.txt"):
+        (photos / "sparse/0" / name).write_bytes(model[name])
+    (photos / "sparse/0/images.txt").write_text(rows, "utf-8", "surrogateescape")
+    with pytest.raises(DatasetError):
+        dataset.open(photos)
+
+
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ours") / "set"

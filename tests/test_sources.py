@@ -52,7 +52,7 @@ def original(folder: Path, _: ObjectViews) -> Path:
 
 
 def models(folder: Path, views: ObjectViews) -> Path:
-    colmap(folder, views, "PINHOLE", ".txt")
+    colmap(folder, views, "txt")
     return folder
 
 

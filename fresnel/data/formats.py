@@ -264,11 +264,11 @@ def _posed(model: Path, suffix: str) -> tuple[list[_Posed], dict[int, Any], list
         for name in names:
             (Path(copy) / name).symlink_to((model / name).resolve())
         (Path(copy) / f"points3D{suffix}").write_bytes(b"\0" * 8 if suffix == ".bin" else b"")
-        if suffix == ".txt":
-            text, called = _without_points(model / "images.txt")
-            (Path(copy) / "images.txt").unlink()
-            (Path(copy) / "images.txt").write_text(text)
         try:
+            if suffix == ".txt":
+                text, called = _without_points(model / "images.txt")
+                (Path(copy) / "images.txt").unlink()
+                (Path(copy) / "images.txt").write_text(text)
             made = pycolmap.Reconstruction(copy)
             images = [image for image in made.images.values() if image.has_pose]
             found = []
@@ -279,12 +279,14 @@ def _posed(model: Path, suffix: str) -> tuple[list[_Posed], dict[int, Any], list
                     raise ValueError(f"the quaternion of {name!r} is {turn.tolist()}, no rotation")
                 pose = np.vstack([image.cam_from_world().matrix(), [0, 0, 0, 1]])
                 found.append(_Posed(name, image.camera_id, pose))
+        except DatasetError:
+            raise
         except Exception as error:  # names that are no UTF-8 among them
             said = (str(error).strip().splitlines() or ["it crashed"])[-1][:300]
             raise DatasetError(f"{model}: not a readable COLMAP model ({said})") from None
     if len(found) > MAX_VIEWS:
         raise DatasetError(f"{model}: {len(found)} views, the limit is {MAX_VIEWS}")
-    return sorted(found), dict(made.cameras.items()), names
+    return sorted(found, key=lambda one: one.name), dict(made.cameras.items()), names
 
 
 def _without_points(path: Path) -> tuple[str, dict[int, str]]:
