@@ -128,7 +128,7 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
     def mesh() -> Target:
         import trimesh
 
-        from fresnel.objects.surface import surface
+        from fresnel.objects.trace import surface
 
         box = trimesh.creation.box()
         box.visual.face_colors = [200, 90, 30, 255]

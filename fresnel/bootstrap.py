@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,6 @@ from fresnel.data import dataset
 from fresnel.data import writing as _writing
 from fresnel.data.dataset import InputImages, MultiViewDataset, ObjectViews
 from fresnel.models.decoder import Decoder, prune, render_small
-from fresnel.render import Views
 from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
 from fresnel.scene.gaussians import Gaussians
 
@@ -63,9 +62,8 @@ class BootstrapConfig:
 
     def __post_init__(self) -> None:
         low, high = self.elevation_range_deg
-        orbits = "'object' or 'world_origin'; an unstated pivot is how the original saw nothing"
         for name, holds, want in (
-            ("pivot", self.pivot in ("object", "world_origin"), orbits),
+            ("pivot", self.pivot in ("object", "world_origin"), "'object' or 'world_origin'"),
             ("decoder_kind", self.decoder_kind in ("pixel", "patch"), "'pixel' or 'patch'"),
             ("views_per_image", self.views_per_image >= 1, "at least 1"),
             ("image_size", self.image_size >= 1, "at least 1"),
@@ -95,25 +93,21 @@ def novel_cameras(inputs: InputImages, config: BootstrapConfig) -> Cameras:
     The original's stand at 2 (cos az cos el, sin el, sin az cos el) and look at 0: their azimuth
     starts on +X and grows towards +Z, ours starts on +Z and grows towards +X.
     """
-    elevation = torch.stack([_elevations_deg(config, name) for name in inputs.names])
-    azimuth = torch.arange(config.views_per_image) * (360.0 / config.views_per_image)
+    count, size, elevations = config.views_per_image, config.image_size, []
+    low, high = config.elevation_range_deg
+    for name in inputs.names:
+        digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        elevations.append(low + (high - low) * torch.rand(count, generator=generator))
+    azimuth = torch.arange(count) * (360.0 / count)
     if config.pivot == "world_origin":
         azimuth = 90.0 - azimuth
     else:
         azimuth = inputs.cameras.azimuth_deg(_ORIGIN).cpu()[:, None] + azimuth
-    size = config.image_size
     return orbit(
-        azimuth, elevation, config.radius,
+        azimuth, torch.stack(elevations), config.radius,
         pivot=_ORIGIN, focal_px=config.focal * size, width=size, height=size,
     )  # fmt: skip
-
-
-def _elevations_deg(config: BootstrapConfig, name: str) -> Tensor:
-    """Of the views (V,) of the image called `name`."""
-    digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    low, high = config.elevation_range_deg
-    return low + (high - low) * torch.rand(config.views_per_image, generator=generator)
 
 
 def place(
@@ -166,14 +160,11 @@ def bootstrap(
         )
     _writing.expect(len(inputs) * config.views_per_image * config.image_size**2)
     decoder = decoder.to(device).eval()
+    made_by = {"config": asdict(decoder.config), "provenance": decoder.provenance}
     meta = {
         "generator": "bootstrap",
         "config": asdict(config),
-        "decoder": {
-            "checksum": decoder.checksum(),
-            "config": asdict(decoder.config),
-            "provenance": decoder.provenance,
-        },
+        "decoder": {"checksum": decoder.checksum(), **made_by},
         "elevation_is_assumed": inputs.elevation_is_assumed,
         "source": source or {},
     }
@@ -195,80 +186,64 @@ def records(
     batch_size: int,
 ) -> Iterator[ObjectViews]:
     """Records in order; while one batch is decoded and rendered, those before are put together."""
-    pending: deque[Future[list[ObjectViews]]] = deque()
+    pending = deque[Future[list[ObjectViews]]]()
     with ThreadPoolExecutor(2, "records") as pool:
         for start in range(0, len(inputs), batch_size):
             batch = inputs[start : start + batch_size]
-            with torch.no_grad():
-                drawn = _drawn(batch, decoder, config, device)
-            pending.append(pool.submit(_put_together, batch, config, *drawn))
+            pending.append(pool.submit(_drawn(batch, decoder, config, device)))
             if len(pending) > 2:  # bounds memory
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
 
 
+@torch.no_grad()
 def _drawn(
     inputs: InputImages, decoder: Decoder, config: BootstrapConfig, device: torch.device | str
-) -> tuple[Cameras, tuple[Tensor, ...], torch.cuda.Event | None]:
-    """Cameras (M, V + 1), the input's first, and the pictures seen from them (rgb, alpha, depth),
-    on their way to the host. An event tells when they are there."""
+) -> Callable[[], list[ObjectViews]]:
+    """Draw a batch. What is returned waits for the pictures and puts the records together."""
     gaussians, here = place(inputs.to(device), decoder, config)
     here, there = here.resized(config.image_size, config.image_size), novel_cameras(inputs, config)
-    cameras = replace(
+    seen = replace(
         here,
         viewmats=torch.cat([here.viewmats[:, None], there.viewmats.to(device)], dim=1),
         Ks=torch.cat([here.Ks[:, None], there.Ks.to(device)], dim=1),
     )
-    views = render_small(prune(gaussians), cameras, render_size=decoder.render_size, near=NEAR)
-    pictures = tuple(image.to("cpu", non_blocking=True) for image in _stored(views, config))
-    arrived = None
-    if views.rgb.is_cuda:
-        arrived = torch.cuda.Event()
-        arrived.record()
-    return cameras.to("cpu"), pictures, arrived
-
-
-def _put_together(
-    inputs: InputImages,
-    config: BootstrapConfig,
-    cameras: Cameras,
-    pictures: tuple[Tensor, ...],
-    arrived: torch.cuda.Event | None,
-) -> list[ObjectViews]:
-    if arrived is not None:
-        arrived.synchronize()
-    rgb, alpha, depth = pictures
-    stored = inputs.to("cpu").resized(config.image_size)
-    return [
-        ObjectViews(
-            name=name,
-            input_rgb=stored.rgb[i],
-            input_alpha=stored.alpha[i],
-            input_camera=cameras[i, 0],
-            input_depth=None if stored.depth is None else stored.depth[i],
-            identity_rgb=rgb[i, 0],
-            identity_alpha=alpha[i, 0],
-            rgb=rgb[i, 1:],
-            alpha=alpha[i, 1:],
-            depth=depth[i, 1:],
-            cameras=cameras[i, 1:],
-            pivot=torch.zeros(3),
-        )
-        for i, name in enumerate(inputs.names)
-    ]
-
-
-def _stored(views: Views, config: BootstrapConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Views over black -> uint8 rgb over the background, uint8 alpha, float32 depth.
-
-    The first view of each, what the input camera sees, stays over black.
-    """
-    background = torch.tensor(config.background).expand(views.rgb.shape[1], 1, 1, 3).clone()
-    background[0] = 0.0
-    rgb = views.rgb + (1 - views.alpha) * background.to(views.rgb)
+    views = render_small(prune(gaussians), seen, render_size=decoder.render_size, near=NEAR)
+    background = torch.tensor(config.background).repeat(len(seen[0]), 1, 1, 1)
+    background[0] = 0.0  # what the input camera sees, the first view, stays over black
+    opaque = views.rgb + (1 - views.alpha) * background.to(views.rgb)
     rgb, alpha = (
-        (values.clamp(0, 1) * 255).round().to(torch.uint8) for values in (rgb, views.alpha[..., 0])
+        (values.clamp(0, 1) * 255).round().to(torch.uint8) for values in (opaque, views.alpha)
     )
     # Depth is meaningless where 8 bits say that nothing is there.
-    return rgb, alpha, views.depth[..., 0] * (alpha > 0)
+    drawn = (rgb, alpha[..., 0], (views.depth * (alpha > 0))[..., 0])
+    rgb, alpha, depth = (image.to("cpu", non_blocking=True) for image in drawn)
+    arrived = torch.cuda.Event() if views.rgb.is_cuda else None
+    if arrived:
+        arrived.record()
+    cameras = seen.to("cpu")
+
+    def put_together() -> list[ObjectViews]:
+        if arrived:
+            arrived.synchronize()
+        stored = inputs.to("cpu").resized(config.image_size)
+        return [
+            ObjectViews(
+                name=name,
+                input_rgb=stored.rgb[i],
+                input_alpha=stored.alpha[i],
+                input_camera=cameras[i, 0],
+                input_depth=None if stored.depth is None else stored.depth[i],
+                identity_rgb=rgb[i, 0],
+                identity_alpha=alpha[i, 0],
+                rgb=rgb[i, 1:],
+                alpha=alpha[i, 1:],
+                depth=depth[i, 1:],
+                cameras=cameras[i, 1:],
+                pivot=torch.zeros(3),
+            )
+            for i, name in enumerate(inputs.names)
+        ]
+
+    return put_together

@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,16 +40,12 @@ _ASSUMED = {
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture as the networks take it, and what had to be assumed about it.
-
-    Args:
-        inputs: one image before black, its camera placed on the orbit at azimuth 0.
-        background: "alpha" (the file's own), "plain" (estimated) or "photograph" (unknown).
-        assumed: sentences for a person.
-    """
+    """A picture as the networks take it, before black, its camera on the orbit at azimuth 0, and
+    what had to be assumed about it. `background`: "alpha" (the file's own), "plain" (estimated) or
+    "photograph" (unknown); `assumed`: sentences for a person."""
 
     inputs: InputImages
-    background: Literal["alpha", "plain", "photograph"]
+    background: str
     assumed: tuple[str, ...]
 
 
@@ -72,12 +68,10 @@ def read_photo(path: str | Path, *, elevation_deg: float = 15.0, size: int = 128
     rgba = np.array(whole.reduce(max(1, max(rgba.shape) // _MATTE_SIZE)))
     if not (rgba[..., 3] > 127).any():
         raise DatasetError(f"{path}: transparent everywhere; want a picture of something")
-    background: Literal["alpha", "plain", "photograph"] = "alpha"
+    background, side, middle = "alpha", min(rgba.shape[:2]), None
     if (rgba[..., 3] == 255).all():
         found = cut_out(rgba[..., :3])
-        background = "photograph" if found is None else "plain"
-        rgba = rgba if found is None else found
-    side, middle = min(rgba.shape[:2]), None
+        background, rgba = ("photograph", rgba) if found is None else ("plain", found)
     if background != "photograph":  # framed as our renders are
         ys, xs = (rgba[..., 3] > 127).nonzero()
         (top, bottom), (left, right) = ((int(v.min()), int(v.max()) + 1) for v in (ys, xs))
@@ -177,24 +171,23 @@ def write_views(
         DatasetError: for a picture that can't be read or shows nothing.
         FileNotFoundError, ValueError: for weights or options that won't do.
     """
-    began = time.monotonic()
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}, want at least 1")
-    if not 1 <= count <= MOST_VIEWS:
-        raise ValueError(f"views: got {count}, want 1 to {MOST_VIEWS}")
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{out}: is a file; want a folder for the views")
-    for file, suffix in ((ply, ".ply"), (spz, ".spz")):
-        if file is not None and Path(file).suffix.lower() != suffix:
-            raise ValueError(f"{file}: want a name that ends in {suffix}")
+    began, folder = time.monotonic(), Path(out)
+    splats_to = [Path(file) for file in (ply, spz) if file is not None]
+    for holds, problem in (
+        (steps >= 1, f"steps: got {steps}, want at least 1"),
+        (1 <= count <= MOST_VIEWS, f"views: got {count}, want 1 to {MOST_VIEWS}"),
+        (folder.is_dir() or not folder.exists(), f"{out}: is a file; want a folder for the views"),
+        (str(ply or ".ply").lower().endswith(".ply"), f"{ply}: want a name that ends in .ply"),
+        (str(spz or ".spz").lower().endswith(".spz"), f"{spz}: want a name that ends in .spz"),
+    ):
+        if not holds:
+            raise ValueError(problem)
     network = (
         cvs.load_shipped(device, "cvs-twin") if weights is None else cvs.CVS.load(weights, device)
     )
-    splats = _decoder_of(network, weights, device)
-    size = network.config.image_size
+    splats, size = _decoder_of(network, weights, device), network.config.image_size
     photo = read_photo(path, elevation_deg=elevation_deg, size=max(size, splats.config.image_size))
-    inputs = photo.inputs.to(device)
+    inputs, azimuths = photo.inputs.to(device), [360.0 * i / count for i in range(count)]
     cameras = view_cameras(elevation_deg, size, count).to(device)
     draw, drawn = decoder.predictor(splats), []
 
@@ -206,14 +199,16 @@ def write_views(
     own = drawn[0] if drawn else draw(inputs, cameras)  # the mirrored input's come later
 
     folder.mkdir(parents=True, exist_ok=True)
-    azimuths = [360.0 * i / count for i in range(count)]
     form = "03.0f" if count <= 360 else "05.1f"
     files = {f"{a:g}": f"azimuth_{a:{form}}.png" for a in azimuths}
     rgba = torch.cat([made.rgb, made.alpha], dim=-1)[0].clamp(0, 1).cpu().numpy()
-    for picture, file in zip((rgba * 255 + 0.5).astype(np.uint8), files.values(), strict=True):
-        _save(folder / file, picture)
     given = torch.cat([inputs.rgb, inputs.alpha[..., None]], dim=-1)[0].cpu().numpy()
-    _save(folder / "input.png", given)
+    shown = [*(rgba * 255 + 0.5).astype(np.uint8), given]
+    for picture, file in zip(shown, (*files.values(), "input.png"), strict=True):
+        alpha = np.maximum(picture[..., 3:].astype(np.float32), 1.0)  # straight: it is over black
+        colour = np.minimum(picture[..., :3] * 255.0 / alpha + 0.5, 255).astype(np.uint8)
+        straight = np.concatenate([colour, picture[..., 3:]], axis=-1)
+        Image.fromarray(straight).save(folder / file, optimize=True)
     calls = "one network call a view" if steps == 1 else f"{steps} network calls a view"
     sheet = pictures.contact_sheet(
         [[given[..., :3], *style.to_uint8(views.rgb[0])] for views in (made, own)],
@@ -222,10 +217,9 @@ def write_views(
     )
     Image.fromarray(sheet).save(folder / "contact_sheet.png", optimize=True)
     gaussians = decoder.prune(splats.world(inputs))[0].to("cpu").detach()
-    for file in (ply, spz):
-        if file is not None:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            gaussians.save(file)
+    for file in splats_to:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        gaussians.save(file)
     result = {
         "input": str(path),
         "background": photo.background,
@@ -236,10 +230,7 @@ def write_views(
         "weights": "shipped" if weights is None else Path(weights).name,
         "image_size": size,
         "files": files,
-        "gaussians": {
-            "count": gaussians.num,
-            "files": [str(file) for file in (ply, spz) if file is not None],
-        },
+        "gaussians": {"count": gaussians.num, "files": [str(file) for file in splats_to]},
         "duration_s": time.monotonic() - began,
     }
     write_atomic(folder / "views.json", json.dumps(result, indent=2) + "\n")
@@ -260,10 +251,3 @@ def _decoder_of(network: cvs.CVS, file: str | Path | None, device: str) -> decod
         f"{file}: learned from the renders of the decoder {network.decoder[:19]}, which is not the "
         f"one that ships; put that decoder's file into the same folder"
     )
-
-
-def _save(path: Path, rgba: np.ndarray) -> None:
-    """A picture over black, uint8 (H, W, 4), in a file with straight alpha."""
-    alpha = np.maximum(rgba[..., 3:].astype(np.float32), 1.0)
-    colour = np.minimum(rgba[..., :3] * 255.0 / alpha + 0.5, 255).astype(np.uint8)
-    Image.fromarray(np.concatenate([colour, rgba[..., 3:]], axis=-1)).save(path, optimize=True)

@@ -22,7 +22,7 @@ from fresnel.models.cvs import (
     sampling_sigmas,
 )
 from fresnel.scene.cameras import Cameras, standard_orbit
-from fresnel.study import smoke
+from fresnel.study import results
 from fresnel.training.cvs_task import CVSTask, mirror
 from fresnel.training.losses import (
     consistency_loss,
@@ -270,13 +270,13 @@ def test_the_loss_of_a_network_that_has_learned_nothing() -> None:
     tasks = [CVSTask(CVS(CVSConfig.preset("tiny")), views(2, 2), batch_size=4) for _ in range(2)]
     fresh, trained = tasks
     torch.nn.init.ones_(trained.model.unet.head.weight)
-    at_first = smoke.untrained_loss(fresh, 3)
-    assert at_first == smoke.untrained_loss(trained, 3)
+    at_first = results.untrained_loss(fresh, 3)
+    assert at_first == results.untrained_loss(trained, 3)
     draws = generator(3)
     batch = fresh.batch(0, draws)
     loss = fresh.loss(batch, progress=0.0, generator=draws, ema=fresh.model)["loss"].detach()
-    assert smoke.untrained_loss(fresh, 3, batches=1) == pytest.approx(float(loss))
-    fall = smoke.loss_fall([{"loss": 0.2}, {"loss": 0.1}], at_first)
+    assert results.untrained_loss(fresh, 3, batches=1) == pytest.approx(float(loss))
+    fall = results.loss_fall([{"loss": 0.2}, {"loss": 0.1}], at_first)
     assert fall == pytest.approx(at_first / 0.1)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import tarfile
+import shutil
+import subprocess
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -18,6 +18,7 @@ from fresnel.data.dataset import DatasetError
 from fresnel.objects import furniture, sources
 from fresnel.objects.assets import embedded_assets, find_assets
 
+needs_dpkg = pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="makes a Debian package")
 OBJ = (
     "mtllib a.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 {h} 0\nv 0 0 1\n"
     "f 1 2 3\nf 1 3 4\nf 1 2 4\nf 2 3 4\n"
@@ -46,45 +47,30 @@ def library(path: Path) -> Path:
     return path
 
 
-def package(path: Path, files: dict[str, bytes], compression: str = "xz") -> Path:
-    """A Debian package: an ar archive of debian-binary, control.tar and data.tar."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=f"w:{compression}") as tar:  # type: ignore[call-overload]
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    parts = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": buffer.getvalue()}
-    with path.open("wb") as file:
-        file.write(b"!<arch>\n")
-        for name, data in parts.items():
-            file.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode())
-            file.write(data + b"\n" * (len(data) % 2))
-    return path
-
-
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package whose two objects are the list."""
-    data = library(tmp_path / "Lib.sh3f").read_bytes()
-    deb = package(
-        tmp_path / "furniture.deb",
-        {
-            "./usr/share/sweethome3d/furniture/Lib.sh3f": data,
-            "./usr/share/doc/copyright": b"text",
-            "./usr/share/sweethome3d/furniture/../../../../evil.sh3f": b"no",
-        },
-    )
+    inner = tmp_path / "tree" / "usr/share/sweethome3d/furniture"
+    inner.mkdir(parents=True)
+    shutil.copy(library(tmp_path / "Lib.sh3f"), inner)
+    control, deb = tmp_path / "tree" / "DEBIAN" / "control", tmp_path / "furniture.deb"
+    control.parent.mkdir()
+    fields = {"Package": "p", "Version": "1", "Architecture": "all", "Description": "x"}
+    control.write_text("".join(f"{k}: {v}\n" for k, v in fields.items()) + "Maintainer: me\n")
+    command = ["dpkg-deb", "--build", tmp_path / "tree", deb]
+    subprocess.run(command, check=True, capture_output=True)
 
-    def about(content: bytes) -> dict:
+    def about(file: Path) -> dict:
+        content = file.read_bytes()
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     entry = {"group": "g", "category": "c", "creator": "Somebody", "library": "Lib"}
     chair = {"file": "0", "name": "Chair", "split": "train", "model": "lib/armchair/a.obj"}
     bed = {"file": "1", "name": "Bed", "split": "test", "model": "lib/bed/b.obj"}
+    rights = {"copyright": "(c) us", "licence": "CC-BY-3.0"}
     listing = {
-        "package": {"package": "p", "version": "1", **about(deb.read_bytes())},
-        "libraries": {"Lib": {"copyright": "(c) us", "licence": "CC-BY-3.0", **about(data)}},
+        "package": {"package": "p", "version": "1", **about(deb)},
+        "libraries": {"Lib": {**rights, **about(tmp_path / "Lib.sh3f")}},
         "objects": [{**entry, **chair}, {**entry, **bed}],
     }
     (tmp_path / "list.json").write_text(json.dumps(listing))
@@ -108,6 +94,7 @@ def test_the_list_is_whole():
     assert {asset.origin for asset in embedded_assets()} <= origins
 
 
+@needs_dpkg
 def test_from_a_package(small, tmp_path, capsys):
     out = tmp_path / "out" / "set"
     options = ["--out", str(out), "--size", "16", "--views", "2"]
@@ -127,43 +114,42 @@ def test_from_a_package(small, tmp_path, capsys):
     assert again.content_hash == made.content_hash
 
 
+@needs_dpkg
 def test_another_package_is_refused(small, tmp_path):
-    data = bytearray(small.read_bytes())
-    data[-10] ^= 1
-    small.write_bytes(data)
-    with pytest.raises(DatasetError, match="sha256 differs"):
-        furniture.make(tmp_path / "out", deb=small)
-    with pytest.raises(DatasetError, match="no such file"):
-        furniture.make(tmp_path / "out", sh3f=tmp_path / "nowhere")
-    for content in (b"", b"!<arch>\n", b"!<arch>\nshort", b"PK"):
-        (tmp_path / "bad.deb").write_bytes(content)
-        with pytest.raises(DatasetError, match=r"bad\.deb"):
-            furniture.unpack(tmp_path / "bad.deb", tmp_path)
-    odd = package(tmp_path / "odd.deb", {"./usr/share/x": b"x"}, "gz")
-    with pytest.raises(DatasetError, match=r"holds no \.sh3f"):
-        furniture.unpack(odd, tmp_path)
+    small.write_bytes(small.read_bytes()[:-1] + b"x")
+    for given, message in (
+        ({"deb": small}, "sha256 differs"),
+        ({"deb": tmp_path / "gone.deb"}, "no such file"),
+        ({"sh3f": tmp_path / "nowhere"}, "no such file"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            furniture.make(tmp_path / "out", **given)
 
 
+@needs_dpkg
 @pytest.mark.parametrize(
     ("script", "message"),
-    [(None, "pass --deb"), ("echo no such package >&2; exit 100", "apt-get download p=1: no such")],
+    [
+        (None, "not on this machine.* pass --sh3f"),
+        ("echo no such package >&2; exit 100", "apt-get download p=1: no such"),
+        ("/bin/cp {} p_1.deb", ""),
+    ],
 )
-def test_without_apt_it_says_what_to_do(script, message, small, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_from_apt_or_it_says_what_to_do(script, message, small, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "dpkg-deb").symlink_to(shutil.which("dpkg-deb"))
     if script:
-        (tmp_path / "apt-get").write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / "apt-get").chmod(0o755)
-    with pytest.raises(DatasetError, match=message):
-        furniture.make(tmp_path / "out")
-
-
-def test_a_download_is_unpacked_and_goes(small, tmp_path, monkeypatch):
-    (tmp_path / "apt-get").write_text(f"#!/bin/sh\n/bin/cp {small} p_1.deb\n")
-    (tmp_path / "apt-get").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+        (tmp_path / "bin" / "apt-get").write_text(f"#!/bin/sh\n{script.format(small)}\n")
+        (tmp_path / "bin" / "apt-get").chmod(0o755)
+    path = f":{'/usr/bin:/bin'}" if script else ""  # dpkg-deb calls tar
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{path}")
+    if message:
+        with pytest.raises(DatasetError, match=message):
+            furniture.make(tmp_path / "out" / "set")
+        return
     made = furniture.make(tmp_path / "out" / "set", image_size=8, views=1, split="test")
     assert made.names == ("1__0",)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["set"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["set"], "nothing is left"
 
 
 def test_sweet_home_libraries_open_as_they_are(tmp_path):

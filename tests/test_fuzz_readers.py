@@ -32,7 +32,7 @@ from fresnel.data.dataset import DatasetError
 from fresnel.data.formats import captures_in
 from fresnel.objects import trace
 from fresnel.objects.assets import find_assets
-from fresnel.objects.surface import surface
+from fresnel.objects.trace import surface
 
 COUNT = int(os.environ.get("FRESNEL_FUZZ", "40"))
 fuzz = settings(

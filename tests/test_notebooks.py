@@ -22,7 +22,7 @@ from fresnel.report import record
 from fresnel.report import run as report
 from fresnel.report.params import check_parameters, read_parameters
 from fresnel.study import data as training_data
-from fresnel.study import runner, smoke
+from fresnel.study import results, runner
 from fresnel.training import forecast as planning
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -243,10 +243,10 @@ def test_the_bands_of_03(ratio, value, passed):
 
 def test_what_a_smoke_test_measures():
     fall = [{"step": 1, "loss": 0.4}, {"step": 2, "loss": 0.1}, {"step": 3}]
-    assert smoke.loss_fall(fall) == pytest.approx(4)
-    assert smoke.loss_fall(fall, first=0.2) == pytest.approx(2)
+    assert results.loss_fall(fall) == pytest.approx(4)
+    assert results.loss_fall(fall, first=0.2) == pytest.approx(2)
     twenty = [{"loss": loss} for loss in [4.0] * 2 + [1.0] * 16 + [0.5] * 2]
-    assert smoke.loss_fall(twenty) == pytest.approx(8), "means of a tenth at either end"
+    assert results.loss_fall(twenty) == pytest.approx(8), "means of a tenth at either end"
     views = SimpleNamespace(
         rgb=torch.zeros(2, 4, 8, 8, 3, dtype=torch.uint8),
         alpha=torch.full((2, 4, 8, 8), 51, dtype=torch.uint8),
@@ -256,10 +256,10 @@ def test_what_a_smoke_test_measures():
         ),
     )
     views.rgb[:, :2] = 255  # half of the views
-    assert smoke.light_of_targets(views) == pytest.approx(
+    assert results.light_of_targets(views) == pytest.approx(
         {"target_luminance": 0.5, "target_coverage": 0.5}
     )
-    assert smoke.steps_per_epoch(views, 3) == 2
+    assert results.steps_per_epoch(views, 3) == 2
 
 
 def test_analysis_of_the_runs(trained, reports):

@@ -1,21 +1,27 @@
-"""Every kind of source by parameter: ground truth, input images, and notebook 01 as it is."""
+"""Every kind of source by parameter: ground truth, input images, parts of the objects by name."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from boxes import views_of
+from PIL import Image
 from test_dataset import write_original
 from test_formats import co3d, colmap, nerfstudio, truth  # noqa: F401
 
 from fresnel.data import dataset, layout
-from fresnel.data.dataset import DatasetError, ObjectViews
-from fresnel.objects import sources, splits
+from fresnel.data.dataset import DatasetError, MultiViewDataset, ObjectViews
+from fresnel.gate import verdict
+from fresnel.objects import furniture, sources
 from fresnel.objects.assets import embedded_assets
 from fresnel.report import run as report
+from fresnel.training.cvs_task import pairs_of
 
 ASSETS = Path(dataset.__file__).parents[1] / "assets"
 GLBS = ("red_chair", "teddy_bear", "table")
@@ -26,55 +32,33 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def objects(folder: Path, _: ObjectViews) -> Path:
-    folder.mkdir()
+def objects(folder: Path) -> Path:
     for name in GLBS:
         shutil.copy(ASSETS / f"{name}.glb", folder)
     return folder
 
 
-def manifest(folder: Path, views: ObjectViews) -> Path:
-    splits = ("train", "train", "test")
-    listed = [
-        {"file": f"{name}.glb", "split": split} for name, split in zip(GLBS, splits, strict=True)
-    ]
-    (objects(folder, views) / "list.json").write_text(json.dumps(listed))
+def manifest(folder: Path) -> Path:
+    splits = dict(zip(objects(folder) and GLBS, ("train", "train", "test"), strict=True))
+    listed = [{"file": f"{name}.glb", "split": split} for name, split in splits.items()]
+    (folder / "list.json").write_text(json.dumps(listed))
     return folder / "list.json"
 
 
-def ours(folder: Path, views: ObjectViews) -> Path:
-    return dataset.write(folder, [views], meta={}).path
-
-
-def original(folder: Path, _: ObjectViews) -> Path:
-    write_original(folder, 3)
-    return folder
-
-
-def models(folder: Path, views: ObjectViews) -> Path:
-    colmap(folder, views, "txt")
-    return folder
-
-
-Make = Callable[[Path, ObjectViews], Path]
-VIEWS: dict[str, Make] = {
-    "nerfstudio": lambda folder, views: nerfstudio(_made(folder), views),
-    "colmap": lambda folder, views: models(_made(folder), views),
-    "co3d": lambda folder, views: co3d(_made(folder), views),
-    "original": original,
-    "ours": ours,
+VIEWS: dict[str, Callable[[Path, ObjectViews], object]] = {
+    "nerfstudio": nerfstudio,
+    "colmap": lambda folder, views: colmap(folder, views, "txt"),
+    "co3d": co3d,
+    "original": lambda folder, views: write_original(folder, 3),
+    "ours": lambda folder, views: dataset.write(folder, [views], meta={}),
 }
-OBJECTS: dict[str, Make] = {"objects": objects, "manifest": manifest}
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
 
 
 @pytest.mark.parametrize("kind", VIEWS)
 def test_multi_view_data_is_taken_as_it_is(kind, truth, tmp_path):  # noqa: F811
-    source = VIEWS[kind](tmp_path / kind, truth)
+    source = tmp_path / kind
+    source.mkdir()
+    VIEWS[kind](source, truth)
     assert not sources.holds_objects(source)
     data = sources.ground_truth(str(source), "train", image_size=32)
     assert data.content_hash == dataset.open(source).content_hash
@@ -88,14 +72,15 @@ def test_multi_view_data_is_taken_as_it_is(kind, truth, tmp_path):  # noqa: F811
     assert inputs.cameras.centers.norm(dim=-1).sub(2.2).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", OBJECTS)
-def test_objects_are_rendered_by_split(kind, truth, tmp_path):  # noqa: F811
-    source = OBJECTS[kind](tmp_path / kind, truth)
+@pytest.mark.parametrize("make", [objects, manifest])
+def test_objects_are_rendered_by_split(make, tmp_path):
+    (tmp_path / "o").mkdir()
+    source = make(tmp_path / "o")
     assert sources.holds_objects(source)
     options = {"image_size": 16, "views": 2, "samples": 1, "cache": tmp_path}
     data = sources.ground_truth(str(source), "train", **options)
-    assert len(data) == (2 if kind == "manifest" else 3) and data.views_per_object == 2
-    if kind == "manifest":
+    assert len(data) == (2 if make is manifest else 3) and data.views_per_object == 2
+    if make is manifest:
         held = sources.ground_truth(str(source), "held_out", **options)
         assert held.names == ("table__0",)
         with pytest.raises(DatasetError, match="no object of split 'val'"):
@@ -104,7 +89,7 @@ def test_objects_are_rendered_by_split(kind, truth, tmp_path):  # noqa: F811
     inputs, said = sources.input_images(str(source), images=2, **options)
     assert len(inputs) == 2 and not inputs.elevation_is_assumed
     assert said.startswith("2 rendered input views of 2 training objects")
-    chosen = splits.choose([f"{name}" for name in GLBS[: len(data)]], "B")
+    chosen = sources.choose(GLBS[: len(data)], "B")
     halves, said = sources.input_images(str(source), images=5, objects="B", **options)
     assert len(halves) == 5 and f"5 rendered input views of {len(chosen)} " in said
     assert {layout.object_name(name) for name in halves.names} == set(chosen)
@@ -117,13 +102,13 @@ def test_objects_that_ship_can_be_left_out(tmp_path):
     shipped = next(asset for asset in embedded_assets() if asset.name == "table")
     listed = [{"file": f"{name}.glb"} for name in GLBS]
     listed[2]["source"] = shipped.origin
-    (objects(tmp_path / "o", None) / "list.json").write_text(json.dumps(listed))
+    (objects(tmp_path) / "list.json").write_text(json.dumps(listed))
     options = {"image_size": 8, "views": 1, "samples": 1, "cache": tmp_path}
-    source = str(tmp_path / "o" / "list.json")
+    source = str(tmp_path / "list.json")
     found = sources.ground_truth(source, "train", exclude_embedded=True, **options)
     assert found.names == ("red_chair__0", "teddy_bear__0")
     listed[:2] = []
-    (tmp_path / "o" / "list.json").write_text(json.dumps(listed))
+    (tmp_path / "list.json").write_text(json.dumps(listed))
     with pytest.raises(DatasetError, match="holds no object"):
         sources.ground_truth(source, "train", exclude_embedded=True, **options)
 
@@ -136,15 +121,99 @@ def test_what_is_no_source_is_refused(tmp_path):
         sources.ground_truth(str(tmp_path), "train", image_size=16)
 
 
-@pytest.mark.parametrize(
-    ("kind", "preset"),
-    [("co3d", "none"), ("objects", "truth")],
-)
-def test_notebook_01_gates_it(kind, preset, truth, tmp_path):  # noqa: F811
-    source = {**VIEWS, **OBJECTS}[kind](tmp_path / kind, truth)
-    params = {"source": str(source), "preset": preset, "images": 3, "image_size": 32}
+def test_notebook_01_gates_rendered_objects(tmp_path):
+    params = {"source": str(objects(tmp_path)), "preset": "truth", "images": 3, "image_size": 32}
     notebook = Path(__file__).parent.parent / "notebooks" / "01_validate_data.ipynb"
-    done = report.run(notebook, params, kind, tmp_path / "reports", progress=False)
+    done = report.run(notebook, params, "objects", tmp_path / "reports", progress=False)
     assert not done.crashed, done.record.error
     assert done.record.verdict in ("PASS", "FAIL") and done.record.metrics["views_seen"] >= 6
     assert "<h2" in done.report.read_text()
+
+
+# --- parts by name -----------------------------------------------------------------------------
+
+SPLITS = {"box0": "train", "box2": "train", "box3": "test", "box4": "val", "box6": "train"}
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory: pytest.TempPathFactory) -> MultiViewDataset:
+    path = tmp_path_factory.mktemp("data") / "boxes"
+    records = [replace(views_of(i, size=16, views=2), name=f"box{i}__0") for i in (0, 2, 3, 4, 6)]
+    return dataset.write(path, records, meta={"object_splits": SPLITS})
+
+
+def test_the_furniture_set_is_halved_by_kind_for_ever() -> None:
+    objects = furniture.listing()["objects"]
+    names = [entry["file"] for entry in objects]
+    splits = {entry["file"]: entry["split"] for entry in objects}
+    parts = {p: set(sources.choose(names, p, splits)) for p in ("A", "B", "A50", "rest50", "train")}
+    assert {name: len(found) for name, found in parts.items()} == {
+        "A": 233, "B": 213, "A50": 50, "rest50": 396, "train": 446,
+    }  # fmt: skip
+    unshipped = set(sources.choose(names, "unshipped", splits))
+    assert len(unshipped) == 430 and unshipped < parts["train"]
+    assert parts["A"] | parts["B"] == parts["train"] == parts["A50"] | parts["rest50"]
+    assert not parts["A"] & parts["B"] and parts["A50"] < parts["A"]
+    kinds = {entry["file"]: entry["group"] for entry in objects}
+    assert not {kinds[n] for n in parts["A"]} & {kinds[n] for n in parts["B"]}
+    assert set(sources.choose(names, "A25", splits)) < parts["A50"]
+    # The order of the names, and which others are there, change nothing.
+    assert set(sources.choose(names[::-2], "B", splits)) == parts["B"] & set(names[::-2])
+
+
+def test_parts_of_a_dataset_keep_to_its_splits(boxes: MultiViewDataset) -> None:
+    assert sources.part(boxes, "all") is boxes
+    assert sources.part(boxes, "held_out").names == ("box3__0",)
+    training = {*sources.part(boxes, "A").names, *sources.part(boxes, "B").names}
+    assert sources.part(boxes, "A").names == ("box0__0",)
+    assert training == {"box0__0", "box2__0", "box6__0"}
+    assert sources.part(boxes, "A").content_hash == boxes.content_hash
+    for wrong in ("C", "B5", "rest", "a"):
+        with pytest.raises(ValueError, match="objects: got"):
+            sources.part(boxes, wrong)
+    with pytest.raises(DatasetError, match="asks for 400"):
+        sources.part(boxes, "A400")
+
+
+def test_a_dataset_is_a_source_of_truth_and_of_inputs(boxes: MultiViewDataset) -> None:
+    source = str(boxes.path)
+    tested = sources.ground_truth(source, "held_out", image_size=16)
+    assert tested.names == ("box3__0",)
+    two = sources.ground_truth(source, "train", image_size=16, objects=2)
+    assert two.names == ("box0__0", "box2__0")
+    inputs, words = sources.input_images(source, images=2, image_size=16)
+    assert inputs.names == ("box0__0", "box2__0") and "2 input views" in words
+    half, _ = sources.input_images(source, images=9, image_size=16, objects="B")
+    assert set(half.names) == set(sources.part(boxes, "B").names)
+
+
+def test_photographs_have_no_parts(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "photo.png")
+    with pytest.raises(ValueError, match="folder of photographs"):
+        sources.input_images(str(tmp_path), images=1, image_size=16, objects="B")
+
+
+def test_shared_objects_are_refused() -> None:
+    sources.require_apart(["a__0", "b__0"], ["c__0"])
+    with pytest.raises(DatasetError, match="'b' is in the training data"):
+        sources.require_apart(["a__0", "b__1"], ["b__0"])
+
+
+def test_the_worst_views_are_those_furthest_from_their_input(monkeypatch) -> None:
+    good = {"coverage_ratio": 1.0, "luminance_ratio": 1.1, "detail_ratio": 0.9}
+    rows = [{"object": name, "view": view, **good} for name in "ab" for view in range(3)]
+    rows[1] |= {"coverage_ratio": 0.0, "luminance_ratio": float("nan")}  # empty
+    rows[5] |= {"detail_ratio": 0.2}  # blurred
+    rows[2] |= {"luminance_ratio": 1.4}
+    monkeypatch.setattr(verdict, "validate", lambda data: SimpleNamespace(measurements=rows))
+    data = SimpleNamespace(names=("a", "b"), views_per_object=3)
+    assert pairs_of(data, 0.0) is None
+    assert pairs_of(data, 0.1).tolist() == [[i, j] for i in range(2) for j in range(3)]
+    assert pairs_of(data, 0.2).tolist() == [
+        [0, 0], [0, 2], [1, 0], [1, 1], [1, 2],
+    ]  # fmt: skip
+    assert pairs_of(data, 0.5).tolist() == [[0, 0], [1, 0], [1, 1]]
+    rows.clear()
+    assert len(pairs_of(data, 0.1)) == 6
+    with pytest.raises(ValueError, match="drop"):
+        pairs_of(data, 1.0)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -24,7 +24,13 @@ MAX_BYTES = 1 << 28
 """Of a mesh, or of a file that it names."""
 _MAX_LIST_BYTES = 1 << 26
 _CATALOGUE = "PluginFurnitureCatalog.properties"
+_PROPERTY = re.compile(r"^(model|name|creator|category|license)#(\d+)\s*=\s*(.*)$", re.MULTILINE)
 _ASSETS = Path(__file__).parents[1] / "assets"
+_NAMED = {
+    ".obj": re.compile(rb"^\s*mtllib\s+(.+?)\s*$", re.MULTILINE),
+    ".mtl": re.compile(rb"^\s*(?:map_\w+|bump|disp|decal|refl|norm)\s+(.+?)\s*$", re.MULTILINE),
+    ".gltf": re.compile(rb'"uri"\s*:\s*"(?!data:)([^"]+)"'),
+}
 
 
 @dataclass(frozen=True)
@@ -52,52 +58,38 @@ class Asset:
             DatasetError: if there is no such file or member, or it is damaged or too large.
         """
         if self.member:
-            wanted = self.member if name is None else str(PurePosixPath(self.member).parent / name)
-            with _unzipped(self.source) as archive:
-                return _member(archive, wanted, MAX_BYTES)
+            wanted = PurePosixPath(self.member)
+            return _unzip(self.source, str(wanted.parent / name if name else wanted), MAX_BYTES)[1]
         try:
-            file = self.source
-            if name is not None:
-                file = inside(file.parent, name.strip().replace("\\", "/"))
-            return read_bytes(file, MAX_BYTES)
+            named = (name or self.source.name).strip().replace("\\", "/")
+            return read_bytes(inside(self.source.parent, named) if name else self.source, MAX_BYTES)
         except DatasetError:
             raise
         except (OSError, ValueError) as error:
             raise DatasetError(f"{self.source}: refuses {name!r}: {error}") from None
 
 
-@contextlib.contextmanager
-def _unzipped(source: Path) -> Iterator[zipfile.ZipFile]:
+def _unzip(source: Path, wanted: str = "", limit: int = 0) -> tuple[list[str], bytes]:
+    """The names in a zip file, and one member: at most so many bytes, whatever size it states."""
+    data = b""
     try:
         with zipfile.ZipFile(source) as archive:
-            yield archive
+            names = archive.namelist()
+            if wanted and wanted not in names:  # where these objects come from, case is ignored
+                folded = {name.lower(): name for name in names}
+                if wanted.lower() not in folded:
+                    raise DatasetError(f"{source}: has no member {wanted!r}")
+                wanted = folded[wanted.lower()]
+            if wanted:
+                with archive.open(wanted) as stream:
+                    data = stream.read(limit + 1)
     except DatasetError:
         raise
     except Exception as error:  # each compression has errors of its own
         raise DatasetError(f"{source}: can't be read as a zip file ({error})") from error
-
-
-def _member(archive: zipfile.ZipFile, wanted: str, limit: int) -> bytes:
-    """The bytes of a member, at most ``limit`` of them, whatever size the archive states."""
-    try:
-        info = archive.getinfo(wanted)
-    except KeyError:  # file systems that these objects come from ignore case
-        folded = {entry.lower(): entry for entry in archive.namelist()}
-        if wanted.lower() not in folded:
-            raise DatasetError(f"{archive.filename}: has no member {wanted!r}") from None
-        info = archive.getinfo(folded[wanted.lower()])
-    with archive.open(info) as stream:
-        data = stream.read(limit + 1)
     if len(data) > limit:
-        raise DatasetError(f"{archive.filename}: {wanted!r} has more than {limit} bytes")
-    return data
-
-
-_NAMED = {
-    ".obj": re.compile(rb"^\s*mtllib\s+(.+?)\s*$", re.MULTILINE),
-    ".mtl": re.compile(rb"^\s*(?:map_\w+|bump|disp|decal|refl|norm)\s+(.+?)\s*$", re.MULTILINE),
-    ".gltf": re.compile(rb'"uri"\s*:\s*"(?!data:)([^"]+)"'),
-}
+        raise DatasetError(f"{source}: {wanted!r} has more than {limit} bytes")
+    return names, data
 
 
 def content_of(source: Path, known: dict[Path, str]) -> str:
@@ -121,21 +113,27 @@ def content_of(source: Path, known: dict[Path, str]) -> str:
     return known[source]
 
 
+def _asset(source: Path, file: str, said: Mapping[str, str], member: str = "") -> Asset:
+    """An object by what a list says of it."""
+    path, licence = PurePosixPath(file), said.get("licence", said.get("license", "unknown"))
+    by = " ".join(f"by {said[key]}" for key in ("creator", "copyright") if key in said)
+    return Asset(
+        name=str(path.with_suffix("")),
+        source=source,
+        split=said.get("split", "all"),
+        licence=licence,
+        attribution=f"{said.get('name', path.stem)} {by or 'by an unknown author'} ({licence})",
+        category=said.get("category", ""),
+        member=member,
+        origin=said.get("source", ""),
+    )
+
+
 def embedded_assets(split: str | None = None) -> list[Asset]:
     """The 24 CC0 objects that come with the library: 16 to "train" on, 8 "held_out"."""
-    return [
-        Asset(
-            name=entry["name"],
-            source=_ASSETS / entry["file"],
-            split=entry["split"],
-            licence=entry["licence"],
-            attribution=f"{entry['title']} by {entry['creator']} ({entry['licence']})",
-            category=entry["category"],
-            origin=entry["source"].partition(": ")[2],
-        )
-        for entry in json.loads((_ASSETS / "objects.json").read_text())
-        if split in (None, entry["split"])
-    ]
+    listed = json.loads((_ASSETS / "objects.json").read_text())
+    known = [{**e, "name": e["title"], "source": e["source"].partition(": ")[2]} for e in listed]
+    return [_asset(_ASSETS / e["file"], e["file"], e) for e in known if split in (None, e["split"])]
 
 
 def find_assets(path: str | Path) -> list[Asset]:
@@ -154,12 +152,11 @@ def find_assets(path: str | Path) -> list[Asset]:
     Raises:
         DatasetError: if a list is damaged, or leads out of its folder.
     """
-    source = Path(path)
+    source, found = Path(path), list[Asset]()
     suffix = source.suffix.lower()
     if source.is_dir():
         if (source / "manifest.json").is_file():
             return find_assets(source / "manifest.json")
-        found: list[Asset] = []
         kinds = (*MESHES, ".sh3f", ".zip")
         for file in sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds):
             if file.is_file() and file.resolve().is_relative_to(source.resolve()):
@@ -170,18 +167,21 @@ def find_assets(path: str | Path) -> list[Asset]:
         found = [Asset(source.stem, source)]
     elif suffix == ".json":
         found = _listed(source, read_bytes(source, _MAX_LIST_BYTES))
-    else:
-        found = _packed(source) if suffix in (".sh3f", ".zip") else []
-    return _named_apart(found)
-
-
-def _named_apart(assets: list[Asset]) -> list[Asset]:
-    """Short names where they are unique: the last part of a path."""
-    short = [asset.name.rsplit("/", 1)[-1] for asset in assets]
-    names = short if len(set(short)) == len(short) else [asset.name for asset in assets]
-    if len(set(names)) < len(names):
-        names = [f"{asset.source.stem}/{name}" for asset, name in zip(assets, names, strict=True)]
-    return [replace(asset, name=name) for asset, name in zip(assets, names, strict=True)]
+    elif suffix in (".sh3f", ".zip"):
+        names, _ = _unzip(source)
+        meshes = [name for name in names if name.lower().endswith(MESHES)]
+        if suffix == ".sh3f" and _CATALOGUE in names:
+            found = _catalogued(source, meshes)
+        elif "manifest.json" in names:
+            _, data = _unzip(source, "manifest.json", _MAX_LIST_BYTES)
+            found = _listed(source, data, archived=True)
+        else:
+            found = [Asset(str(Path(mesh).with_suffix("")), source, member=mesh) for mesh in meshes]
+    names = [asset.name.rsplit("/", 1)[-1] for asset in found]  # short ones, where they are unique
+    names = names if len({*names}) == len(names) else [asset.name for asset in found]
+    if len({*names}) < len(names):
+        names = [f"{asset.source.stem}/{asset.name}" for asset in found]
+    return [replace(asset, name=name) for asset, name in zip(found, names, strict=True)]
 
 
 def _listed(manifest: Path, data: bytes, archived: bool = False) -> list[Asset]:
@@ -191,75 +191,35 @@ def _listed(manifest: Path, data: bytes, archived: bool = False) -> list[Asset]:
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{manifest}: not a readable JSON list ({error})") from None
     entries = entries.get("assets") if isinstance(entries, dict) else entries
-    if not isinstance(entries, list):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DatasetError(f'{manifest}: want a JSON list of objects, or {{"assets": [...]}}')
-    return [_entry(manifest, entry, archived) for entry in entries]
+    found = []
+    for entry in entries:
+        said = {key: value for key, value in entry.items() if isinstance(value, str)}
+        file, source = said.get("file", ""), manifest
+        if not file.lower().endswith(MESHES):
+            raise DatasetError(f'{manifest}: "file" of an entry, {file!r}, is not one of {MESHES}')
+        if not archived:
+            try:
+                source = inside(manifest.parent, file)
+            except (OSError, ValueError) as error:
+                raise DatasetError(f"{manifest}: refuses {file!r}: {error}") from None
+            if not source.is_file():
+                raise DatasetError(f"{source}: no such file, but {manifest.name} lists it")
+        found.append(_asset(source, file, said, file if archived else ""))
+    return found
 
 
-def _entry(manifest: Path, entry: object, archived: bool) -> Asset:
-    pairs = entry.items() if isinstance(entry, dict) else ()
-    text = {key: value for key, value in pairs if isinstance(value, str)}
-    if "file" not in text:
-        raise DatasetError(f'{manifest}: an entry has no "file"')
-    file, source = PurePosixPath(text["file"]), manifest
-    if file.suffix.lower() not in MESHES:
-        raise DatasetError(f"{manifest}: {text['file']!r} is not one of {MESHES}")
-    if not archived:
-        try:
-            source = inside(manifest.parent, text["file"])
-        except (OSError, ValueError):
-            raise DatasetError(
-                f"{manifest}: refuses {text['file']!r}: it leads out of the folder"
-            ) from None
-        if not source.is_file():
-            raise DatasetError(f"{source}: no such file, but {manifest.name} lists it")
-    licence = text.get("licence", text.get("license", "unknown"))
-    by = " ".join(f"by {text[k]}" for k in ("creator", "copyright") if k in text)
-    return Asset(
-        name=file.with_suffix("").as_posix(),
-        source=source,
-        split=text.get("split", "all"),
-        licence=licence,
-        attribution=f"{text.get('name', file.stem)} {by or 'by an unknown author'} ({licence})",
-        category=text.get("category", ""),
-        member=text["file"] if archived else "",
-        origin=text.get("source", ""),
-    )
-
-
-def _packed(source: Path) -> list[Asset]:
-    """What a zip file's catalogue or manifest lists, or else every mesh in it."""
-    with _unzipped(source) as archive:
-        members = archive.namelist()
-        if source.suffix.lower() == ".sh3f" and _CATALOGUE in members:
-            return _catalogued(source, members, _member(archive, _CATALOGUE, _MAX_LIST_BYTES))
-        if "manifest.json" in members:
-            return _listed(source, _member(archive, "manifest.json", _MAX_LIST_BYTES), True)
-    meshes = [name for name in members if name.lower().endswith(MESHES)]
-    return [Asset(str(Path(mesh).with_suffix("")), source, member=mesh) for mesh in meshes]
-
-
-_PROPERTY = re.compile(r"^(model|name|creator|category|license)#(\d+)\s*=\s*(.*)$", re.MULTILINE)
-
-
-def _catalogued(source: Path, members: list[str], data: bytes) -> list[Asset]:
+def _catalogued(source: Path, meshes: list[str]) -> list[Asset]:
     """The models that the Java properties file of a Sweet Home 3D library describes."""
-    found: dict[str, dict[str, str]] = {}
+    _, data = _unzip(source, _CATALOGUE, _MAX_LIST_BYTES)
+    entries, assets = dict[str, dict[str, str]](), dict[str, Asset]()
     for key, number, value in _PROPERTY.findall(data.decode("latin-1").replace("\\\n", "")):
-        found.setdefault(number, {})[key] = value.strip()
-    meshes = {name for name in members if name.lower().endswith(MESHES)}
-    assets: dict[str, Asset] = {}
-    for entry in found.values():
+        entries.setdefault(number, {})[key] = value.strip()
+    known = set(meshes)
+    for entry in entries.values():
         member = entry.get("model", "").lstrip("/")
-        if member in meshes:
-            licence, author = entry.get("license", "unknown"), entry.get("creator", "unknown")
-            assets[member] = Asset(
-                name=str(Path(member).with_suffix("")),
-                source=source,
-                licence=licence,
-                attribution=f"{entry.get('name', member)} by {author} ({licence})",
-                category=entry.get("category", ""),
-                member=member,
-                origin=f"{source.stem}/{member}",
-            )
+        if member in known:
+            said = {**entry, "source": f"{source.stem}/{member}"}
+            assets[member] = _asset(source, member, said, member)
     return list(assets.values())

@@ -8,28 +8,20 @@ the authors, whom the dataset's ATTRIBUTION.txt lists.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import lzma
-import os
-import re
 import shutil
 import subprocess
-import tarfile
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from fresnel.data.dataset import DatasetError, MultiViewDataset
 from fresnel.data.writing import check_target
-from fresnel.host.files import sha256, write_atomic
+from fresnel.host.files import sha256
 from fresnel.objects.assets import Asset
 from fresnel.objects.render_set import render_set
 
 _LIST = Path(__file__).parents[1] / "assets" / "furniture.json"
-_INSIDE_DEB = "usr/share/sweethome3d/furniture/"
+_INSIDE_DEB = "usr/share/sweethome3d/furniture"
 
 
 def listing() -> dict[str, Any]:
@@ -102,76 +94,34 @@ def make(
     """
     target = Path(out)
     check_target(target, overwrite)  # before anything is fetched
-    given = contextlib.nullcontext(Path(sh3f)) if sh3f else None
-    with given or _unpacked(target, Path(deb) if deb else None) as folder:
-        chosen = assets(folder, split)
-        made = render_set(chosen, target, overwrite=overwrite, **settings)
+    unpacked, known = target.with_name(f".{target.name}.sh3f"), listing()
+    folder = Path(sh3f) if sh3f else unpacked / _INSIDE_DEB
+    if not sh3f and not all((folder / f"{name}.sh3f").is_file() for name in known["libraries"]):
+        unpacked.mkdir(parents=True, exist_ok=True)
+        package = known["package"]
+        if not deb:
+            _call("apt-get", "download", f"{package['package']}={package['version']}", at=unpacked)
+        file = Path(deb or next(unpacked.glob("*.deb"), unpacked))
+        _check(file, package)
+        _call("dpkg-deb", "--extract", str(file.resolve()), ".", at=unpacked)
+    chosen = assets(folder, split)
+    made = render_set(chosen, target, overwrite=overwrite, **settings)
     lines = sorted({asset.attribution for asset in chosen})
     (target / "ATTRIBUTION.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shutil.rmtree(unpacked, ignore_errors=True)
     return made
 
 
-@contextlib.contextmanager
-def _unpacked(target: Path, deb: Path | None) -> Iterator[Path]:
-    """The .sh3f files in a hidden folder beside ``target``, which goes when all is done."""
-    folder = target.parent / f".{target.name}.sh3f"
-    folder.mkdir(parents=True, exist_ok=True)
-    known = listing()
-    if not all((folder / f"{name}.sh3f").is_file() for name in known["libraries"]):
-        package = deb or _download(folder, known["package"])
-        _check(package, known["package"])
-        unpack(package, folder)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _download(folder: Path, package: dict[str, Any]) -> Path:
-    command = ["apt-get", "download", f"{package['package']}={package['version']}"]
+def _call(*command: str, at: Path) -> None:
     try:
-        subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-        return next(folder.glob("*.deb"))
+        subprocess.run(command, cwd=at, capture_output=True, text=True, check=True)
     except FileNotFoundError:
         raise DatasetError(
-            "apt-get: not on this machine. Fetch sweethome3d-furniture_1.8-1_all.deb from a Debian "
-            "mirror and pass --deb"
+            f"{command[0]}: not on this machine. Unpack sweethome3d-furniture_1.8-1_all.deb from a "
+            f"Debian mirror, and pass --sh3f with its {_INSIDE_DEB}"
         ) from None
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or ["no word why"])[-1]
         raise DatasetError(
-            f"{' '.join(command)}: {said}. Run `apt-get update` first, or pass --deb"
+            f"{' '.join(command)}: {said}. Run `apt-get update` first, or pass --deb or --sh3f"
         ) from None
-
-
-def unpack(deb: Path, folder: Path) -> list[Path]:
-    """The .sh3f files of a Debian package (ar around a tar file), into ``folder``.
-
-    Raises:
-        DatasetError: if it is no such package, or holds none of them.
-    """
-    found = []
-    try:
-        with tarfile.open(fileobj=io.BytesIO(_member_of_ar(deb, "data.tar"))) as tar:
-            for member in tar:
-                name = re.fullmatch(rf"(?:\./)?{_INSIDE_DEB}(\w+\.sh3f)", member.name)
-                source = tar.extractfile(member) if name and member.isreg() else None
-                if name and source:
-                    write_atomic(folder / name[1], source.read())
-                    found.append(folder / name[1])
-    except (OSError, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
-        raise DatasetError(f"{deb}: can't be unpacked ({error})") from None
-    if not found:
-        raise DatasetError(f"{deb}: holds no .sh3f file")
-    return found
-
-
-def _member_of_ar(path: Path, stem: str) -> bytes:
-    """The member of an ar archive (60-byte headers, even offsets) named ``stem`` and something."""
-    with path.open("rb") as file:
-        if file.read(8) != b"!<arch>\n":
-            raise ValueError("not a Debian package")
-        while len(header := file.read(60)) == 60:
-            size = int(header[48:58])
-            if header.startswith(stem.encode()):
-                return file.read(size)
-            file.seek(size + size % 2, os.SEEK_CUR)
-    raise ValueError(f"a package without {stem}")

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +26,8 @@ from fresnel.host import files
 from fresnel.host.machine import core_count
 from fresnel.host.pool import processes
 from fresnel.objects.assets import Asset, content_of
-from fresnel.objects.surface import surface
-from fresnel.objects.trace import load, render
-from fresnel.scene.cameras import Cameras, standard_orbit
+from fresnel.objects.trace import load, render, surface
+from fresnel.scene.cameras import standard_orbit
 
 _ALGORITHM = 1  # raise it when the pictures of one configuration change
 VIEW_ELEVATIONS_DEG = (-30.0, 45.0)
@@ -65,13 +64,15 @@ class Settings:
     stretch: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("views", "image_size", "inputs_per_object"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
-        if self.azimuths not in ("even", "random"):
-            raise ValueError(f'azimuths: got {self.azimuths!r}, want "even" or "random"')
-        if not 1 <= self.stretch <= 4:
-            raise ValueError(f"stretch: got {self.stretch}, want a factor in [1, 4]")
+        for name, holds, want in (
+            ("views", self.views >= 1, "at least 1"),
+            ("image_size", self.image_size >= 1, "at least 1"),
+            ("inputs_per_object", self.inputs_per_object >= 1, "at least 1"),
+            ("azimuths", self.azimuths in ("even", "random"), '"even" or "random"'),
+            ("stretch", 1 <= self.stretch <= 4, "a factor in [1, 4]"),
+        ):
+            if not holds:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, want {want}")
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,9 @@ def render_set(
         DatasetError: if there is no object, two share a name, one can't be rendered, or the disk
             is full.
     """
-    how = Settings(**settings)
-    names = [asset.name for asset in assets]
-    if not names:
-        raise DatasetError("assets: no object given")
-    if len(set(names)) < len(names):
-        raise DatasetError("assets: two objects share a name; want unique names")
-    target = Path(path)
+    how, target = Settings(**settings), Path(path)
+    if not assets or len({asset.name for asset in assets}) < len(assets):
+        raise DatasetError("assets: no object given, or two share a name; want unique names")
     lock = target.with_name(f".{target.name}.lock")
     with files.locked(lock, f"{target}: another process renders it; waiting"):
         if not (reuse and (target / MANIFEST).is_file()):
@@ -134,20 +131,17 @@ def render_set(
 def _render_into(
     target: Path, assets: Sequence[Asset], settings: Settings, workers: int | None
 ) -> None:
-    key = fingerprint(assets, **asdict(settings))
+    key, every = fingerprint(assets, **asdict(settings)), settings.inputs_per_object
     folder = target.with_name(f".{target.name}.rendering-{key}")
     for old in target.parent.glob(f".{target.name}.rendering-*"):
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)  # of other settings: never to be resumed
     folder.mkdir(parents=True, exist_ok=True)
-    every = settings.inputs_per_object
     jobs = [_Job(k * every, asset, settings, folder) for k, asset in enumerate(assets)]
     meta = {
         "source": "meshes",
         "elevation_is_assumed": False,
-        "seed": settings.seed,
-        "samples": settings.samples,
-        "azimuths": settings.azimuths,
+        **{name: getattr(settings, name) for name in ("seed", "samples", "azimuths")},
         "inputs_per_object": every,
         **({"stretch": settings.stretch} if settings.stretch > 1 else {}),
         "splits": sorted({asset.split for asset in assets}),
@@ -155,10 +149,16 @@ def _render_into(
         "object_classes": {a.name: a.category for a in assets if a.category},
         "licences": sorted({asset.licence for asset in assets}),
     }
+    rays = len(assets) * every * (settings.views + 1) * settings.image_size**2 * settings.samples
+    # Processes take about three seconds to start and trace two million rays a second each.
+    workers = min(workers or (core_count() if rays > 30_000_000 else 1), len(jobs))
+    bar = {"desc": f"rendering {target.name}", "unit": "object", "delay": 2, "total": len(jobs)}
     try:
-        records = _render_all(jobs, workers, f"rendering {target.name}")
-        for job in jobs:
-            _said_of(job).unlink()
+        with contextlib.ExitStack() as stack:
+            spread = stack.enter_context(processes(workers)).map if workers > 1 else map
+            records = [r for made in tqdm(spread(_render_object, jobs), **bar) for r in made]
+        for said in folder.glob(".object-*.json"):
+            said.unlink()
         seal(folder, records, settings.image_size, settings.views, (0.0, 0.0, 0.0), meta)
         rename(folder, target)
     except BrokenProcessPool:
@@ -174,64 +174,38 @@ def _render_into(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _render_all(jobs: Sequence[_Job], workers: int | None, title: str) -> list[Record]:
-    done = {job.first: found for job in jobs if (found := _finished(job))}
-    waiting = [job for job in jobs if job.first not in done]
-    if workers is None:
-        say = jobs[0].settings
-        pictures = len(waiting) * say.inputs_per_object * (say.views + 1)
-        rays = pictures * say.image_size**2 * say.samples
-        # Processes take about three seconds to start and trace two million rays a second each.
-        workers = core_count() if rays > 30_000_000 else 1
-    workers = min(workers, len(waiting))
-    with contextlib.ExitStack() as stack:
-        spread = stack.enter_context(processes(workers)).map if workers > 1 else map
-        bar = tqdm(total=len(jobs), initial=len(done), desc=title, unit="object", delay=2)
-        stack.enter_context(bar)
-        for job, records in zip(waiting, spread(_write_object, waiting), strict=True):
-            done[job.first] = records
-            bar.update()
-    return [record for job in jobs for record in done[job.first]]
-
-
-def _write_object(job: _Job) -> list[Record]:
-    """Render one object, and say at last what was written of it."""
-    made = enumerate(_render_object(job), job.first)
-    records = [write_object(job.folder, index, views) for index, views in made]
-    files.write_atomic(_said_of(job), json.dumps([vars(record) for record in records]))
-    return records
-
-
-def _finished(job: _Job) -> list[Record]:
-    """The records of an object, if an earlier call finished them all and they are as it left them:
-    after a crash of the machine a file may be empty."""
-    try:
-        records = [Record(**said) for said in json.loads(_said_of(job).read_text("utf-8"))]
-        for record in records:
-            for file, digest in record.files.items():
-                if files.sha256(job.folder / record.folder / file) != digest:
-                    return []
-    except (OSError, ValueError):
-        return []
-    return records
-
-
-def _said_of(job: _Job) -> Path:
-    return job.folder / f".object-{job.first}.json"
-
-
-def _render_object(job: _Job) -> Iterator[ObjectViews]:
-    asset, say = job.asset, job.settings
+def _render_object(job: _Job) -> list[Record]:
+    """Render one object, and say at last what was written of it. What an earlier call finished is
+    kept if its files are as it left them: after a crash of the machine one may be empty."""
+    asset, say, said = job.asset, job.settings, job.folder / f".object-{job.first}.json"
+    with contextlib.suppress(OSError, ValueError):
+        records = [Record(**entry) for entry in json.loads(said.read_text("utf-8"))]
+        if all(
+            files.sha256(job.folder / record.folder / file) == was
+            for record in records
+            for file, was in record.files.items()
+        ):
+            return records
+    records = []
     try:
         solid = surface(load(asset)).normalised()
         for k in range(say.inputs_per_object):
-            shape, cameras = solid, _cameras(job, k)
+            random, shape = _random(job, str(k)), solid
+            start = random.uniform(0.0, 360.0)
+            input_elevation = random.uniform(*INPUT_ELEVATIONS_DEG)
+            elevations = np.append(input_elevation, random.uniform(*VIEW_ELEVATIONS_DEG, say.views))
+            jitter = random.uniform(0.0, 1.0, say.views) if say.azimuths == "random" else 0.0
+            relative = (np.arange(say.views) + jitter) * (360.0 / say.views)
+            azimuths = torch.from_numpy(np.append(start, start + relative))
+            cameras = standard_orbit(azimuths, torch.from_numpy(elevations), say.image_size)
             if k and say.stretch > 1:
-                shape = solid.stretched(_factors(job, k)).normalised()
+                power = _random(job, f"{k}/stretch").uniform(-1.0, 1.0, 3)
+                # the last bits of a power depend on the machine, and with them the data's hash
+                shape = solid.stretched(np.round(say.stretch**power * 4096) / 4096).normalised()
             pictures = render(shape, cameras, samples=say.samples)
             rgb, alpha = _bytes(pictures.rgb), _bytes(pictures.alpha[..., 0])
             depth = pictures.depth[..., 0]
-            yield ObjectViews(
+            views = ObjectViews(
                 name=f"{asset.name}__{k}",
                 input_rgb=rgb[0],
                 input_alpha=alpha[0],
@@ -244,8 +218,11 @@ def _render_object(job: _Job) -> Iterator[ObjectViews]:
                 input_depth=depth[0],
                 attribution=asset.attribution,
             )
+            records.append(write_object(job.folder, job.first + k, views))
     except ValueError as error:
         raise DatasetError(f"object {asset.name!r}: {error}") from error
+    files.write_atomic(said, json.dumps([vars(record) for record in records]))
+    return records
 
 
 def _random(job: _Job, what: str) -> np.random.Generator:
@@ -253,25 +230,5 @@ def _random(job: _Job, what: str) -> np.random.Generator:
     return np.random.default_rng(list(hashlib.sha256(text.encode()).digest()))
 
 
-def _factors(job: _Job, k: int) -> np.ndarray:
-    """By how much record k's object is longer along each axis, (3,)."""
-    power = _random(job, f"{k}/stretch").uniform(-1.0, 1.0, 3)
-    # the last bits of a power depend on the machine, and with them the data's hash
-    return np.round(job.settings.stretch**power * 4096) / 4096
-
-
 def _bytes(values: Tensor) -> Tensor:
     return (values * 255 + 0.5).floor().to(torch.uint8)
-
-
-def _cameras(job: _Job, k: int) -> Cameras:
-    """The input camera of pose k, followed by its views' cameras."""
-    say, generator = job.settings, _random(job, str(k))
-    start = generator.uniform(0.0, 360.0)
-    input_elevation = generator.uniform(*INPUT_ELEVATIONS_DEG)
-    elevations = generator.uniform(*VIEW_ELEVATIONS_DEG, say.views)
-    jitter = generator.uniform(0.0, 1.0, say.views) if say.azimuths == "random" else 0.0
-    relative = (np.arange(say.views) + jitter) * (360.0 / say.views)
-    azimuths = np.concatenate([[start], start + relative])
-    up = torch.from_numpy(np.concatenate([[input_elevation], elevations]))
-    return standard_orbit(torch.from_numpy(azimuths), up, say.image_size)

@@ -1,26 +1,37 @@
-"""Where data and images come from: whatever a path holds, as multi-view data or as single images.
+"""Where data and images come from: whatever a path holds, and parts of its objects by name.
 
 3D objects become multi-view data by rendering, once: a rendering is found again by the bytes of
 the objects' files (materials and textures too) and by all that it was asked for.
+
+The training objects are halved once, by name: A gives multi-view truth to the decoder, B is seen
+as single images only, which is what a bootstrap starts from.  Test objects are seen by nobody.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, InputImages, MultiViewDataset, NotADataset
 from fresnel.data.images import as_photographs, image_files
+from fresnel.data.layout import object_name
 from fresnel.host.machine import cache_dir, project_root
-from fresnel.objects import splits
+from fresnel.objects import furniture
 from fresnel.objects.assets import Asset, embedded_assets, find_assets
 from fresnel.objects.render_set import fingerprint, render_set
 
 INPUT_SIZE = 128
 """Pixels: rendered inputs are at least this large, which is what the shipped decoders see."""
+PARTS = (
+    '"all", "train", "val", "test", "unshipped", "A", "B", "A<n>" or "rest<n>" (such as "A50", '
+    '"rest50")'
+)
 
 
 def data_dir() -> Path:
@@ -60,8 +71,7 @@ def open(
             raise DatasetError(
                 f"{error}, or 3D objects (.glb .gltf .obj .zip .sh3f or a JSON manifest of them)"
             ) from None
-    place = Path(cache) if cache is not None else cache_dir()
-    name = Path(path).resolve().stem
+    name, place = Path(path).resolve().stem, Path(cache or cache_dir())
     return _rendered(found, place, name, views=views or 8, image_size=image_size or 128)
 
 
@@ -105,20 +115,13 @@ def ground_truth(
     """
     if source != "embedded" and not holds_objects(source):
         data = dataset.open(source)
-        several = len(set(data.meta.get("object_splits", {}).values())) > 1
-        data = splits.part(data, split) if several else data
-        return splits.first_objects(data, objects) if objects else data
-    return _rendered(
-        _assets(source, split, exclude_embedded)[: objects or None],
-        cache or data_dir(),
-        f"truth-{Path(source).stem}-{split}-{image_size}px",
-        images,
-        views=views,
-        image_size=image_size,
-        seed=seed,
-        samples=samples,
-        azimuths=azimuths,
-    )
+        if len(set(data.meta.get("object_splits", {}).values())) > 1:
+            data = part(data, split)
+        return _only(data, _objects(data)[: objects or None])
+    assets = _assets(source, split, exclude_embedded)[: objects or None]
+    name = f"truth-{Path(source).stem}-{split}-{image_size}px"
+    settings = {"views": views, "image_size": image_size, "seed": seed, "samples": samples}
+    return _rendered(assets, cache or data_dir(), name, images, azimuths=azimuths, **settings)
 
 
 def _assets(source: str, split: str, exclude_embedded: bool) -> list[Asset]:
@@ -161,20 +164,19 @@ def input_images(
         images: at most so many; rendered objects are seen from as many input poses as it takes.
         image_size: pixels, of photographs as they are read; renders are at least `INPUT_SIZE`.
         elevation_deg: assumed elevation of photographs.
-        objects: which objects' images, for sources that know objects: see `splits.part`.
+        objects: which objects' images, for sources that know objects: see `part`.
         exclude_embedded: leave out the objects of a .zip that ship with the library.
     """
     name, size = Path(source).name, max(image_size, INPUT_SIZE)
     unknown = source != "embedded" and holds_objects(source)
     if source == "embedded" or (unknown and not image_files(source)):
         assets = _assets(source, "train", exclude_embedded)
-        chosen = splits.choose([asset.name for asset in assets], objects)[:images]
+        chosen = choose([asset.name for asset in assets], objects)[:images]
         assets = [asset for asset in assets if asset.name in chosen]
         if not assets:
             raise DatasetError(f"{source}: has no objects {objects!r} to train on")
-        where = f"truth-{Path(source).stem}-train-{size}px"
-        options: dict[str, Any] = {"views": 1, "image_size": size, "seed": seed}
-        truth = _rendered(assets, cache or data_dir(), where, images, **options)
+        where, place = f"truth-{Path(source).stem}-train-{size}px", cache or data_dir()
+        truth = _rendered(assets, place, where, images, views=1, image_size=size, seed=seed)
         # Every object once before any twice: a prefix of the inputs is a varied sample.
         order = sorted(range(len(truth)), key=lambda i: (int(truth.names[i].rsplit("__", 1)[1]), i))
         what = "embedded, CC0" if source == "embedded" else name
@@ -186,7 +188,7 @@ def input_images(
     else:
         data = dataset.open(source)
         if data.layout == "fresnel":
-            data = splits.part(ground_truth(source, "train", image_size=image_size), objects)
+            data = part(ground_truth(source, "train", image_size=image_size), objects)
             inputs = data.subset(slice(images)).inputs()
             return inputs, f"{len(inputs)} input views of {name}, objects: {objects}"
         inputs = as_photographs(data.subset(slice(images)).inputs(), size, elevation_deg)
@@ -194,3 +196,94 @@ def input_images(
     if objects != "all":
         raise ValueError(f"objects: got {objects!r}, but {source} is a folder of photographs")
     return inputs, said
+
+
+def part(data: MultiViewDataset, objects: str) -> MultiViewDataset:
+    """Some of a dataset's objects; the receipt of the whole set is valid for it.
+
+    Args:
+        objects: "all"; "train", "val" or "test" (also "held_out"), as the dataset states them;
+            of the training objects "unshipped" (those that are not embedded in the library, whose
+            main job holds some of them out), "A" (about half) or "B" (the others), "A50" (the
+            first 50 of A, any number goes) or "rest50" (all but these).
+
+    Raises:
+        DatasetError: if the dataset has no such objects.
+        ValueError: for an unknown part.
+    """
+    names = _objects(data)
+    chosen = choose(names, objects, data.meta.get("object_splits"))
+    if not chosen:
+        raise DatasetError(f"{data.path}: has no objects {objects!r}; it has {len(names)} in all")
+    return _only(data, chosen)
+
+
+def _objects(data: MultiViewDataset) -> list[str]:
+    return list(dict.fromkeys(map(object_name, data.names)))
+
+
+def _only(data: MultiViewDataset, objects: Iterable[str]) -> MultiViewDataset:
+    known = set(objects)
+    rows = [i for i, name in enumerate(data.names) if object_name(name) in known]
+    return data if len(rows) == len(data) else data.subset(rows)
+
+
+def choose(
+    names: Sequence[str], objects: str, splits: Mapping[str, str] | None = None
+) -> list[str]:
+    """The names (of objects) that belong to a part, in their order; see `part`.
+
+    Args:
+        splits: name -> "train", "val" or "test"; names it doesn't know count as "train".
+    """
+    if objects == "all":
+        return list(names)
+    of = {name: (splits or {}).get(name, "train") for name in names}
+    if objects in ("train", "val", "test", "held_out"):
+        want = "test" if objects == "held_out" else objects
+        return [name for name in names if of[name] in (want, objects)]
+    training = [name for name in names if of[name] == "train"]
+    if objects == "unshipped":
+        return [name for name in training if name not in _furniture()[1]]
+    found = re.fullmatch(r"(A)(\d*)|(B)|rest(\d+)", objects)
+    if found is None:
+        raise ValueError(f"objects: got {objects!r}, want {PARTS}")
+    in_a = [name for name in sorted(training, key=_rank) if _rank(name)[0] < 0.5]
+    count = int(found[2] or found[4] or len(in_a))
+    if count > len(in_a):
+        raise DatasetError(f"objects: {objects!r} asks for {count}, A has {len(in_a)} here")
+    first = set(in_a[:count])
+    return [name for name in training if (name in first) == bool(found[1])]
+
+
+def _rank(name: str) -> list[float]:
+    """Where an object stands in the order that halves the set, two numbers in [0, 1).
+
+    Objects of one kind ("office chair 3") come together, as in the furniture set's own split, so
+    that no near-duplicate of an object in A is in B; other data have their names alone.
+    """
+    texts = (_furniture()[0].get(name, name), name)
+    digests = (hashlib.sha256(text.encode()).digest() for text in texts)
+    return [int.from_bytes(digest[:6], "big") / 2**48 for digest in digests]
+
+
+@functools.cache
+def _furniture() -> tuple[dict[str, str], set[str]]:
+    """Of the furniture set: object -> kind, and the objects that are embedded in the library."""
+    listed, origins = furniture.listing()["objects"], {asset.origin for asset in embedded_assets()}
+    shipped = {e["file"] for e in listed if f"{e['library']}/{e['model']}" in origins}
+    return {entry["file"]: entry["group"] for entry in listed}, shipped
+
+
+def require_apart(training: Iterable[str], held_out: Iterable[str]) -> None:
+    """Training and held-out records must not share an object.
+
+    Raises:
+        DatasetError: names the first that both have.
+    """
+    both = {*map(object_name, training)} & {*map(object_name, held_out)}
+    if both:
+        raise DatasetError(
+            f"object {min(both)!r} is in the training data and among the held-out objects; "
+            f"choose another truth_source, or objects={PARTS}"
+        )

@@ -34,7 +34,7 @@ _SHOWS_ONLY = {"__main__.py", "cli.py", "views.py", "report", "study/runner.py"}
 """Of this package, what runs or shows a report but has no part in its figures."""
 NOT_TRAINING = {
     *("analysis", "show", "host", "objects/furniture.py", "training/forecast.py"),
-    *("study/data.py", "study/smoke.py", "study/results.py"),
+    *("study/data.py", "study/results.py"),
 }
 """What else has no part in a training: a checkpoint outlives a change to these."""
 

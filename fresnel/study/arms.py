@@ -46,10 +46,7 @@ def make_task(
     size: str,
     data: ViewTensors,
     *,
-    batch_size: int,
     seed: int,
-    device: str,
-    validation: ViewTensors | None = None,
     loss_mask: str = "alpha_aware",
     parameterisation: str = "consistency",
     augment: bool = True,
@@ -57,12 +54,11 @@ def make_task(
     pairs: Tensor | None = None,
     renderer: evaluate.Predictor | None = None,
     initial_weights: str | Path = "",
+    **common: Any,
 ) -> Any:
     """The task `train.fit` runs: a network, seeded, and its data on the device.
 
     Args:
-        validation: objects for the training's own figures, its "best" checkpoint and its pictures;
-            neither trained on nor those that judge it in the end. None: the training's.
         model: "cvs", "cvs-refine" (sees `renderer`'s render of the target view, and adds to it
             rather than drawing the view anew), "cvs-twin" (the same with a second render, of the
             mirrored input: adds to the mean of both), "decoder" (multi-view supervision) or
@@ -78,9 +74,11 @@ def make_task(
         renderer: of the `RENDER_MODELS`.
         initial_weights: of the CVS: "" (random), "shipped" ("cvs" and "cvs-twin" ship), or a file
             that 03 exported.
+        common: `batch_size`, `device`, and `validation`: objects for the training's own figures,
+            its "best" checkpoint and its pictures; neither trained on nor those that judge it in
+            the end (None: the training's).
     """
     torch.manual_seed(seed)
-    common: dict[str, Any] = {"batch_size": batch_size, "validation": validation, "device": device}
     common["any_input"] = ground_truth
     if model in _DECODER_SIZES:
         if initial_weights:
@@ -91,20 +89,15 @@ def make_task(
     changes: dict[str, Any] = {"parameterisation": parameterisation}
     if parameterisation == "regression":
         changes = {"sigma_max_fraction": 1.0, "ect_stages": 1}
-    refines, side = model in RENDER_MODELS, data.rgb.shape[2]
-    config = CVSConfig.preset(
-        size, image_size=side, loss_weight=loss_mask, render_condition=refines,
-        render_twin=model == "cvs-twin", **changes,
-    )  # fmt: skip
-    network = CVS(config)
+    changes |= {"render_condition": model in RENDER_MODELS, "render_twin": model == "cvs-twin"}
+    network = CVS(
+        CVSConfig.preset(size, image_size=data.rgb.shape[2], loss_weight=loss_mask, **changes)
+    )
     if initial_weights:
         ships = initial_weights == "shipped"
         network.start_from(cvs.load_shipped(model=model) if ships else CVS.load(initial_weights))
-    jitter = 0.3 if augment else 0.0
-    return CVSTask(
-        network, data, mirror=augment, colour_jitter=jitter, pairs=pairs, renderer=renderer,
-        **common,
-    )  # fmt: skip
+    common |= {"mirror": augment, "colour_jitter": 0.3 if augment else 0.0}
+    return CVSTask(network, data, pairs=pairs, renderer=renderer, **common)
 
 
 def original_camera_map(
@@ -118,21 +111,15 @@ def original_camera_map(
     Returns:
         Input cameras (M,), target cameras (M, V) and pivots (M, 3) for `cvs.predictor`.
     """
-    origin = torch.zeros(3, device=cameras.device)
-    azimuth = relative_azimuth_deg(cameras, inputs.cameras, origin)
-    size = cameras.width
+    origin, size = torch.zeros(3, device=cameras.device), cameras.width
     targets = orbit(
-        azimuth, cameras.elevation_deg(origin), ORIGINAL.radius,
-        pivot=origin, focal_px=ORIGINAL.focal * size, width=size, height=size,
+        relative_azimuth_deg(cameras, inputs.cameras, origin), cameras.elevation_deg(origin),
+        ORIGINAL.radius, pivot=origin, focal_px=ORIGINAL.focal * size, width=size, height=size,
     )  # fmt: skip
     m, width = len(inputs), inputs.cameras.width
-    source = Cameras(
-        original_input_viewmat().to(cameras.device).expand(m, 4, 4),
-        intrinsics(ORIGINAL.focal * width, width, width).to(cameras.device).expand(m, 3, 3),
-        width,
-        width,
-    )
-    return source, targets, origin.expand(m, 3)
+    viewmats = original_input_viewmat().to(cameras.device).expand(m, 4, 4)
+    Ks = intrinsics(ORIGINAL.focal * width, width, width).to(cameras.device).expand(m, 3, 3)
+    return Cameras(viewmats, Ks, width, width), targets, origin.expand(m, 3)
 
 
 def load_decoder(
@@ -171,19 +158,14 @@ def predictor(
     if model in CVS_MODELS:
         camera_map = original_camera_map if original else None
         return cvs.predictor(network, steps, seed, camera_map, renderer=renderer)
-    return original_decoder(network) if model == "decoder-frontal" else decoder.predictor(network)
-
-
-def original_decoder(network: decoder.Decoder) -> evaluate.Predictor:
-    """The patch decoder's own renders from the original's cameras, for the same azimuths."""
 
     @torch.no_grad()
-    def predict(inputs: InputImages, cameras: Cameras) -> Views:
+    def predict(inputs: InputImages, cameras: Cameras) -> Views:  # for the same azimuths
         gaussians, _ = place(inputs, network, ORIGINAL)
         _, targets, _ = original_camera_map(inputs, cameras)
         return decoder.render_small(gaussians, targets, render_size=network.render_size, near=NEAR)
 
-    return predict
+    return predict if model == "decoder-frontal" else decoder.predictor(network)
 
 
 def rivals(
@@ -205,7 +187,7 @@ def rivals(
     others = dict(evaluate.baselines(views))
     if model in CVS_MODELS:
         own = load_decoder("patch" if original else "pixel", device, weights)
-        others["decoder render"] = original_decoder(own) if original else decoder.predictor(own)
+        others["decoder render"] = predictor("decoder-frontal" if original else "decoder", own)
         if initial_weights == "shipped" and not original:
             twin = cvs.load_shipped(device, "cvs-twin")
             others["shipped twin"] = cvs.predictor(twin, renderer=renderer("cvs-twin", device))
@@ -224,6 +206,7 @@ def more_steps(
     return {f"cvs, {n} steps": predictor(model, network, steps=n, **options) for n in counts}
 
 
+@torch.no_grad()
 def held_out_scene(
     model: str,
     network: Any,
@@ -235,15 +218,10 @@ def held_out_scene(
 ) -> Scene:
     """The first held-out object as the model's decoder makes it: its own where the model is one,
     the one it is compared with where it is a CVS; in the original's world for the original."""
-    first = truth[[0]]
-    inputs, cameras, pivots = first.inputs, first.cameras, first.pivots
-    source = inputs.cameras
+    inputs, cameras, pivots = truth[[0]].inputs, truth[[0]].cameras, truth[[0]].pivots
     if model in CVS_MODELS:
         network = load_decoder("patch" if original else "pixel", device, weights)
-    with torch.no_grad():
-        if original or model == "decoder-frontal":
-            found, _ = place(inputs, network, ORIGINAL)
-            source, cameras, pivots = original_camera_map(inputs, cameras)
-        else:
-            found = network.world(inputs)
-    return scene(found[0], cameras[0], source[0], pivots[0])
+    if not original and model != "decoder-frontal":
+        return scene(network.world(inputs)[0], cameras[0], inputs.cameras[0], pivots[0])
+    source, cameras, pivots = original_camera_map(inputs, cameras)
+    return scene(place(inputs, network, ORIGINAL)[0][0], cameras[0], source[0], pivots[0])

@@ -15,7 +15,7 @@ from fresnel.data.dataset import MultiViewDataset, ViewTensors
 from fresnel.host.files import fingerprint
 from fresnel.host.machine import project_root
 from fresnel.models.decoder import load_shipped
-from fresnel.objects import sources, splits
+from fresnel.objects import sources
 from fresnel.report.provenance import NOT_TRAINING, code_hash
 from fresnel.report.record import Recorder
 
@@ -69,10 +69,8 @@ def bootstrap_config(
     presets = {"original": ORIGINAL, "corrected": CORRECTED, "truth": None, "none": None}
     if preset not in presets:
         raise ValueError(f"preset: got {preset!r}, want one of {', '.join(map(repr, presets))}")
-    known = presets[preset]
-    if known is None:
-        return None
-    return replace(known, views_per_image=views_per_image, image_size=image_size, seed=seed)
+    known, size = presets[preset], {"views_per_image": views_per_image, "image_size": image_size}
+    return known and replace(known, seed=seed, **size)
 
 
 def dataset_folder(config: BootstrapConfig, source: str, images: int, **more: Any) -> Path:
@@ -127,15 +125,12 @@ def validation_objects(
     None of a source that states no such split: the training then looks at its own data.
     """
     size = held_out.image_size
-    if source == "embedded":
-        split, count = "train", VALIDATION_OBJECTS
-    else:
-        split, count = "val", 0
+    split, count = ("train", VALIDATION_OBJECTS) if source == "embedded" else ("val", 0)
     try:
         found = sources.ground_truth(source, split, image_size=size, objects=count, seed=2000)
     except dataset.DatasetError:  # no such split
         return None
     if {*found.names} & {*held_out.names}:  # it states no splits at all
         return None
-    splits.require_apart(found.names, held_out.names)
+    sources.require_apart(found.names, held_out.names)
     return found.tensors(size=size, device=device)

@@ -1,27 +1,103 @@
-"""What a training leaves: figures for results.json, and weights that name the run behind them."""
+"""What a training leaves: figures for results.json, and weights that name the run behind them.
+
+Of a smoke test too: can the network learn this data, and is there anything to learn?  The
+thresholds and the verdict stand in notebook 02.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fresnel.data.dataset import ViewTensors
 from fresnel.evaluation import metrics as evaluate
 from fresnel.report.record import RunRecord
-from fresnel.study.smoke import loss_fall
+from fresnel.scene.colour import luminance
 from fresnel.training.loop import TrainResult
+from fresnel.training.task import Task
+
+Rows = Sequence[Mapping[str, Any]]
+_PLACES = {"export_to", "output_dir", "dataset_dir", "truth_source", "decoder_weights"}
+"""Parameters that are of the machine, not the run."""
 
 
-def loss_terms(history: Sequence[Mapping[str, Any]]) -> list[str]:
+class OneBatch:
+    """A task that sees the same batch at every step: what a network must be able to overfit."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self._task = task
+        generator = torch.Generator(next(task.model.parameters()).device).manual_seed(seed)
+        self._batch = task.batch(0, generator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def batch(self, step: int, generator: torch.Generator) -> Any:
+        return self._batch
+
+
+def steps_per_epoch(views: ViewTensors, batch_size: int) -> int:
+    """Steps that draw as many (record, view) pairs as the set has."""
+    return max(1, views.rgb.shape[0] * views.rgb.shape[1] // batch_size)
+
+
+def loss_fall(history: Rows, first: float | None = None) -> float:
+    """First over last loss, each the mean of a tenth of the logged steps.
+
+    Args:
+        first: take this as the first loss, such as `untrained_loss` where training went on from
+            other weights.
+    """
+    losses = [row["loss"] for row in history if row.get("loss") is not None]
+    tenth = max(1, len(losses) // 10)
+    last = sum(losses[-tenth:]) / tenth
+    first = sum(losses[:tenth]) / tenth if first is None else first
+    return first / last if last else float("inf")
+
+
+@torch.no_grad()
+def untrained_loss(task: Any, seed: int, *, batches: int = 4) -> float:
+    """A CVS task's loss for a network that has learned nothing: its last layer is zero."""
+    blank, total = copy.copy(task), 0.0
+    blank.model = model = copy.deepcopy(task.model)
+    for weights in model.unet.head.parameters():
+        weights.zero_()
+    for step in range(batches):
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(seed + step)
+        batch = blank.batch(step, generator)
+        total += float(blank.loss(batch, progress=0.0, generator=generator, ema=model)["loss"])
+    return total / batches
+
+
+def light_of_targets(data: ViewTensors) -> dict[str, float]:
+    """Light and area of a set's views over those of its inputs: sums over all pixels.
+
+    Returns:
+        ``target_luminance`` and ``target_coverage``; 1 where views are as bright and as large.
+    """
+    inputs, views = data.inputs, data.rgb.shape[1]
+    light = sum(luminance(rgb.float() / 255).sum().item() for rgb in data.rgb)
+    light_in = luminance(inputs.rgb.float() / 255).sum().item()
+    cover, cover_in = (alpha.float().sum().item() for alpha in (data.alpha, inputs.alpha))
+    pixels = inputs.alpha[0].numel() / data.alpha[0, 0].numel() / views
+    return {
+        "target_luminance": light / max(light_in, 1e-9) * pixels,
+        "target_coverage": cover / max(cover_in, 1e-9) * pixels,
+    }
+
+
+def loss_terms(history: Rows) -> list[str]:
     """The loss, then its named terms, as the log has them."""
     names = {k for k, v in history[-1].items() if isinstance(v, float)} if history else set()
     return ["loss", *sorted(names - {"loss", "lr", "grad_norm", "samples_per_s", "progress"})]
 
 
-def validation_curves(
-    validations: Sequence[Mapping[str, Any]],
-) -> dict[str, tuple[list[float], list[float]]]:
+def validation_curves(validations: Rows) -> dict[str, tuple[list[float], list[float]]]:
     """Ratios on the validation objects over steps: name -> (steps, values)."""
     names = [name for row in validations[:1] for name in row if "ratio" in name]
     steps = [row["step"] for row in validations]
@@ -43,17 +119,12 @@ def training_metrics(result: TrainResult, held_out: Mapping[str, Any]) -> dict[s
 
 def speed_metrics(result: TrainResult) -> dict[str, Any]:
     """What a training took."""
-    return {
-        "samples_per_s": result.samples_per_s,
-        "train_duration_s": result.duration_s,
-        "compile_s": result.compile_s,
-        "paused_s": result.paused_s,
-        "peak_memory_bytes": result.peak_memory_bytes,
-    }
+    same = ("samples_per_s", "compile_s", "paused_s", "peak_memory_bytes")
+    return {name: getattr(result, name) for name in same} | {"train_duration_s": result.duration_s}
 
 
 def psnr_by_object(
-    measured: Mapping[str, Sequence[Mapping[str, Any]]],
+    measured: Mapping[str, Rows],
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """What two runs are compared by, pair by pair: PSNR of every object over black and over white,
     in thousandths of a dB.
@@ -81,7 +152,7 @@ def psnr_by_object(
     }
 
 
-def ratios_by_azimuth(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def ratios_by_azimuth(rows: Rows) -> dict[str, list[float]]:
     """Sums of light and area over objects, outputs over truth, by azimuth in 45 degree steps."""
     azimuths = [float(a) for a in range(-135, 181, 45)]
     ratios: dict[str, list[float]] = {"azimuth_deg": azimuths}
@@ -92,15 +163,6 @@ def ratios_by_azimuth(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float
             target = sum(r[f"{quantity}_target"] for r in chosen)
             values.append(sum(r[quantity] for r in chosen) / target if target else float("nan"))
     return ratios
-
-
-_PLACES = {
-    "export_to",
-    "output_dir",
-    "dataset_dir",
-    "truth_source",
-    "decoder_weights",
-}  # of the machine, not the run
 
 
 def export(network: Any, path: str | Path, record: RunRecord) -> Path:

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import yaml
 
 from fresnel.host.files import locked
 from fresnel.host.machine import project_root
 from fresnel.report import run as report
 from fresnel.report.params import check_parameters, read_parameters
-from fresnel.report.record import RunRecord, slug
+from fresnel.report.record import slug
 
 _WAIT_S = 3.0
 
@@ -43,6 +45,19 @@ class Step:
     needs: tuple[str, ...] = ()
 
 
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    notebook: str
+    params: dict[str, Any] = {}
+    expect: str | None = None
+    needs: str | list[str] = []
+    seeds: list[int] = []
+
+
+_some = msgspec.Meta(min_length=1)
+_Stages = Annotated[dict[str, Annotated[list[_Entry], _some]], _some]
+
+
 def load(path: str | Path, *, runs: str | Path = "runs") -> list[Step]:
     """Read a study: a list of {name, notebook, params, expect, needs, seeds}, or a mapping with
     such lists under "stages", by name (its other keys hold YAML anchors).
@@ -60,26 +75,32 @@ def load(path: str | Path, *, runs: str | Path = "runs") -> list[Step]:
     """
     source = Path(path)
     content = read_yaml(source)
-    named = content.get("stages") if isinstance(content, dict) else {"": content}
-    stages: list[Any] = list(named.values()) if isinstance(named, dict) else [None]
-    if not stages or not all(
-        stage and isinstance(stage, list) and all(isinstance(entry, dict) for entry in stage)
-        for stage in stages
-    ):
-        raise StudyError(f"{source}: must hold a list of steps, or lists of them in 'stages'")
-    seeds = {entry.get("name"): entry.get("seeds") or () for stage in stages for entry in stage}
-    steps: list[Step] = []
+    content = content.get("stages") if isinstance(content, dict) else {"": content}
+    try:
+        stages = msgspec.convert(content, _Stages).values()
+    except msgspec.ValidationError as error:
+        raise StudyError(
+            f"{source}: must hold a list of steps, or lists of them in 'stages': {error}"
+        ) from None
+    seeds = {entry.name: entry.seeds or (None,) for stage in stages for entry in stage}
+    steps, before = list[Step](), set[str]()
     for stage in stages:
-        turn = dict[str, int]()  # the seed whose turn it is, or a later one's that it needs
-        made = []
-        for number, entry in enumerate(stage, 1):
-            for seed in entry.get("seeds") or (None,):
-                step = _step(entry, seed, seeds, str(runs), f"{source}, step {number}")
-                turns = [turn.get(need, -1) for need in step.needs]
-                turn[step.name] = max([-1 if seed is None else seed, *turns])
-                made.append(step)
+        turn, made = dict[str, int](), []  # the seed whose turn it is, or a later one's it needs
+        for entry, seed in ((e, seed) for e in stage for seed in seeds[e.name]):
+            params = dict(entry.params)
+            for key, value in params.items():
+                if isinstance(value, str):
+                    params[key] = value.replace("{runs}", str(runs)).replace("{seed}", str(seed))
+            if seed is not None:
+                params["seed"] = seed
+            needs: list[str] = []
+            for need in [entry.needs] if isinstance(entry.needs, str) else entry.needs:
+                theirs = seeds.get(need, (None,))
+                needs += [_seeded(need, s) for s in ([seed] if seed in theirs else theirs)]
+            name, notebook = _seeded(entry.name, seed), project_root() / entry.notebook
+            turn[name] = max(-1 if seed is None else seed, *(turn.get(n, -1) for n in needs), -1)
+            made.append(Step(name, notebook, params, entry.expect, (*needs,)))
         steps += sorted(made, key=lambda step: turn[step.name])
-    before = set[str]()
     for step in steps:
         missing = [need for need in step.needs if need not in before]
         if missing:
@@ -90,33 +111,18 @@ def load(path: str | Path, *, runs: str | Path = "runs") -> list[Step]:
     return steps
 
 
-def _step(
-    entry: Mapping[str, Any],
-    seed: int | None,
-    seeds: Mapping[Any, Sequence[int]],
-    runs: str,
-    where: str,
-) -> Step:
-    if not {"name", "notebook"} <= entry.keys():
-        raise StudyError(f"{where}: needs 'name' and 'notebook'")
-    known = {"name", "notebook", "params", "expect", "needs", "seeds"}
-    unknown = entry.keys() - known
-    if unknown:
-        raise StudyError(f"{where}: does not know {', '.join(sorted(unknown))}")
-    params = dict(entry.get("params") or {})
-    for key, value in params.items():
-        if isinstance(value, str):
-            params[key] = value.replace("{runs}", runs).replace("{seed}", str(seed))
-    name = str(entry["name"])
-    if seed is not None:
-        name, params["seed"] = f"{name}-s{seed}", seed
-    asked = entry.get("needs") or ()
-    needs: list[str] = []
-    for need in (asked,) if isinstance(asked, str) else asked:
-        theirs = seeds.get(need) or ()
-        same = [seed] if seed in theirs else theirs
-        needs += [f"{need}-s{one}" for one in same] if theirs else [need]
-    return Step(name, project_root() / entry["notebook"], params, entry.get("expect"), (*needs,))
+def _seeded(name: str, seed: int | None) -> str:
+    return name if seed is None else f"{name}-s{seed}"
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; raises StudyError if it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path}: is not valid YAML: {error}") from error
 
 
 def override(steps: Sequence[Step], values: Mapping[str, str]) -> list[Step]:
@@ -133,12 +139,11 @@ def override(steps: Sequence[Step], values: Mapping[str, str]) -> list[Step]:
     for name in values:
         if name == "seed" or not any(name in parameters for parameters in known.values()):
             raise StudyError(f"{name}: no notebook of this study has it, or the study sets it")
-
-    def new(notebook: Path) -> dict[str, Any]:
-        theirs = known[notebook]
-        return {name: theirs[name].parse(text) for name, text in values.items() if name in theirs}
-
-    return [replace(step, params={**step.params, **new(step.notebook)}) for step in steps]
+    new = {
+        notebook: {name: has[name].parse(text) for name, text in values.items() if name in has}
+        for notebook, has in known.items()
+    }
+    return [replace(step, params={**step.params, **new[step.notebook]}) for step in steps]
 
 
 def run(
@@ -171,52 +176,54 @@ def run(
     Returns:
         The problems, a sentence each; steps that time or another process kept are none.
     """
-    reports = report.reports_folder(reports_dir)
-    chosen = _chosen(steps, only)
+    reports, waiting = report.reports_folder(reports_dir), _chosen(steps, only)
     by_name, begun = {step.name: step for step in steps}, datetime.now(UTC)
     end = math.inf if stop_after_s is None else time.monotonic() + stop_after_s
-    width = max(len(step.name) for step in chosen)
+    width = max(len(step.name) for step in waiting)
     leads = {
-        step.name: f"[{number}/{len(chosen)}] {step.name:<{width}}"
-        for number, step in enumerate(chosen, 1)
+        step.name: f"[{number}/{len(waiting)}] {step.name:<{width}}"
+        for number, step in enumerate(waiting, 1)
     }
-    waiting, problems, folders = list(chosen), list[str](), dict[str, Path]()
-    done, failed = set[str](), set[str]()
+    problems, folders, done, failed = list[str](), dict[str, Path](), set[str](), set[str]()
 
     def missing(step: Step) -> list[str]:
-        later = failed | {other.name for other in waiting}
-        new = set(step.needs) - done - later
-        done.update(need for need in new if finished(by_name[need], reports))
+        later = done | failed | {other.name for other in waiting}
+        done.update(n for n in {*step.needs} - later if finished(by_name[n], reports))
         return [need for need in step.needs if need not in done]
 
     def take(step: Step) -> None:
-        lead, left_s = leads[step.name], end - time.monotonic()
-        if _given_up(step, reports, begun):
+        if _given_up(step, reports, f"{begun:%Y-%m-%dT%H:%M:%S}"):
             failed.add(step.name)
-            print(f"{lead}  failed in another process; see there", flush=True)
+            print(f"{leads[step.name]}  failed in another process; see there", flush=True)
             return
+        left_s = end - time.monotonic()
         limit_s = min(timeout_s or math.inf, left_s)
         try:
             made = report.run(
-                step.notebook, _with_folders(step.params, folders, reports), step.name, reports,
+                step.notebook, _filled(step.params, folders, reports), step.name, reports,
                 fresh=fresh, timeout_s=None if limit_s == math.inf else limit_s,
-                label=lead.rstrip(),
+                label=leads[step.name].rstrip(),
             )  # fmt: skip
         except Exception as error:  # such as a full disk: the steps that are left may fare better
             failed.add(step.name)
             kind = "" if isinstance(error, StudyError) else f"{type(error).__name__}: "
             problems.append(f"{step.name}: {kind}{error}")
             return
-        folders[step.name] = made.directory
-        print(f"{lead}  {report.line(made)}", flush=True)
+        record, folders[step.name] = made.record, made.directory
+        print(f"{leads[step.name]}  {report.line(made)}", flush=True)
         if made.problem:
             problems.append(f"{step.name}: {made.problem}")
-        if made.crashed or made.record.verdict == "REFUSED":
+        if made.crashed or record.verdict == "REFUSED":
             failed.add(step.name)
-        problem = _problem(step, made.record)
-        stopped = (made.record.failure or {}).get("kind") == "timed_out" and limit_s == left_s
-        if problem and not stopped:  # what time stopped goes on in the next call
-            problems.append(problem)
+        if (record.failure or {}).get("kind") == "timed_out" and limit_s == left_s:
+            return  # what time stopped goes on in the next call
+        if record.status == "crashed":
+            problems.append(f"{step.name} crashed: {record.error}")
+        elif record.verdict == "REFUSED":
+            problems.append(f"{step.name} was refused: {record.summary}")
+        elif step.expect and record.verdict != step.expect:
+            was = f"{record.verdict}, but {step.expect} was expected"
+            problems.append(f"{step.name} ended with {was}.")
 
     try:
         while waiting:
@@ -249,11 +256,10 @@ def run(
 
 def _chosen(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
     """The steps named in `only`, or all; their parameters are as their notebooks take them."""
-    names = {step.name: {step.name, _stem(step.name)} for step in steps}
+    names = {step.name: {step.name, re.sub(r"-s\d+$", "", step.name)} for step in steps}
     unknown = set(only) - set().union(*names.values())
     if unknown:
-        raise StudyError(f"no step named {', '.join(sorted(unknown))} here; it has: "
-                         f"{', '.join(names)}")  # fmt: skip
+        raise StudyError(f"no step named {', '.join(sorted(unknown))}; want {', '.join(names)}")
     chosen = [step for step in steps if not only or names[step.name] & set(only)]
     for step in chosen:
         try:
@@ -263,28 +269,15 @@ def _chosen(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
     return chosen
 
 
-def _problem(step: Step, record: RunRecord) -> str | None:
-    if record.status == "crashed":
-        return f"{step.name} crashed: {record.error}"
-    if record.verdict == "REFUSED":
-        return f"{step.name} was refused: {record.summary}"
-    if step.expect and record.verdict != step.expect:
-        return f"{step.name} ended with {record.verdict}, but {step.expect} was expected."
-    return None
-
-
-def _given_up(step: Step, reports: Path, since: datetime) -> bool:
+def _given_up(step: Step, reports: Path, since: str) -> bool:
     """Whether other processes have tried the step since then in vain: twice, as a crash may come
     of sharing a GPU's memory; once, where the protocol refused it."""
     tries = 0
-    for record in _records(step, reports):
-        if record.get("started_utc", "") < f"{since:%Y-%m-%dT%H:%M:%S}":
-            continue
-        cut_short = (record.get("failure") or {}).get("kind") in ("timed_out", "stopped")
-        if record.get("verdict") == "REFUSED":
-            tries += 2
-        elif record.get("status") == "crashed" and not cut_short:
-            tries += 1
+    for _, record in _runs(reports, step.name, step.params):
+        if record.get("started_utc", "") >= since:
+            cut_short = (record.get("failure") or {}).get("kind") in ("timed_out", "stopped")
+            tries += record.get("status") == "crashed" and not cut_short
+            tries += 2 * (record.get("verdict") == "REFUSED")
     return tries > 1
 
 
@@ -292,59 +285,37 @@ def finished(step: Step, reports: Path) -> bool:
     """Whether a run of the step's name and parameters has a verdict."""
     return any(
         record.get("status") == "finished" and record.get("verdict") != "REFUSED"
-        for record in _records(step, reports)
+        for _, record in _runs(reports, step.name, step.params)
     )
 
 
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file; raises StudyError if it cannot be read."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StudyError(f"{path}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise StudyError(f"{path}: is not valid YAML: {error}") from error
-
-
-def _with_folders(
+def _filled(
     params: Mapping[str, Any], folders: Mapping[str, Path], reports: Path
 ) -> dict[str, Any]:
     """Parameters with every {run:NAME} replaced by the folder of that step's run."""
-    filled = dict(params)
-    for key, value in filled.items():
-        while isinstance(value, str) and "{run:" in value:
-            before, _, rest = value.partition("{run:")
-            name, _, after = rest.partition("}")
-            value = filled[key] = f"{before}{folders.get(name) or _latest(reports, name)}{after}"
-    return filled
+
+    def folder(found: re.Match[str]) -> str:
+        older = (at for at, record in _runs(reports, found[1]) if record["status"] == "finished")
+        place = folders.get(found[1]) or next(older, None)
+        if place is None:
+            raise StudyError(f"no finished run of step {found[1]!r} is there yet: run it first")
+        return str(place)
+
+    texts = {key: value for key, value in params.items() if isinstance(value, str)}
+    return {**params, **{key: re.sub(r"{run:(.*?)}", folder, texts[key]) for key in texts}}
 
 
-def _latest(reports: Path, name: str) -> Path:
-    for results, record in _runs(reports, name):
-        if record.get("status") == "finished":
-            return results.parent.resolve()
-    raise StudyError(f"no finished run of step {name!r} is there yet: run it first")
-
-
-def _records(step: Step, reports: Path) -> Iterator[dict[str, Any]]:
-    """What the runs of the step's name and parameters left, newest first."""
-    wanted = {key: value for key, value in step.params.items() if "{run:" not in str(value)}
-    for _, record in _runs(reports, step.name):
-        params = record.get("params", {})
-        if all(params.get(key) == value for key, value in wanted.items()):
-            yield record
-
-
-def _runs(reports: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _runs(
+    reports: Path, name: str, params: Mapping[str, Any] | None = None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and record of the runs of a step's name and parameters, newest first."""
+    wanted = {k: value for k, value in (params or {}).items() if "{run:" not in str(value)}
     for results in sorted(reports.glob(f"runs/*Z-{slug(name)}*/results.json"), reverse=True):
         try:
             record = json.loads(results.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(record, dict) and record.get("name") == name:
-            yield results, record
-
-
-def _stem(name: str) -> str:
-    stem, _, seed = name.rpartition("-s")
-    return stem if seed.isdigit() else name
+            has = record.get("params", {})
+            if all(has.get(key) == value for key, value in wanted.items()):
+                yield results.parent.resolve(), record
