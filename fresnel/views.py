@@ -217,9 +217,9 @@ def write_views(
     )
     Image.fromarray(sheet).save(folder / "contact_sheet.png", optimize=True)
     gaussians = decoder.prune(splats.world(inputs))[0].to("cpu").detach()
-    for file in splats_to:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        gaussians.save(file)
+    for place in splats_to:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        gaussians.save(place)
     result = {
         "input": str(path),
         "background": photo.background,
@@ -230,7 +230,7 @@ def write_views(
         "weights": "shipped" if weights is None else Path(weights).name,
         "image_size": size,
         "files": files,
-        "gaussians": {"count": gaussians.num, "files": [str(file) for file in splats_to]},
+        "gaussians": {"count": gaussians.num, "files": [*map(str, splats_to)]},
         "duration_s": time.monotonic() - began,
     }
     write_atomic(folder / "views.json", json.dumps(result, indent=2) + "\n")

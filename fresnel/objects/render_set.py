@@ -152,11 +152,12 @@ def _render_into(
     rays = len(assets) * every * (settings.views + 1) * settings.image_size**2 * settings.samples
     # Processes take about three seconds to start and trace two million rays a second each.
     workers = min(workers or (core_count() if rays > 30_000_000 else 1), len(jobs))
-    bar = {"desc": f"rendering {target.name}", "unit": "object", "delay": 2, "total": len(jobs)}
     try:
         with contextlib.ExitStack() as stack:
             spread = stack.enter_context(processes(workers)).map if workers > 1 else map
-            records = [r for made in tqdm(spread(_render_object, jobs), **bar) for r in made]
+            made = spread(_render_object, jobs)
+            bar = tqdm(made, f"rendering {target.name}", len(jobs), unit="object", delay=2)
+            records = [record for written in bar for record in written]
         for said in folder.glob(".object-*.json"):
             said.unlink()
         seal(folder, records, settings.image_size, settings.views, (0.0, 0.0, 0.0), meta)

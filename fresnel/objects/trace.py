@@ -176,7 +176,8 @@ def surface(scene: trimesh.Scene | trimesh.Trimesh) -> Surface:
         index = np.full(len(faces), -1 if texture is None else len(textures))
         textures += [] if texture is None else [texture]
         parts.append((corners.astype(np.float32), normals.astype(np.float32), colors, uvs, index))
-    return Surface(*(np.concatenate(values) for values in zip(*parts, strict=True)), (*textures,))
+    joined: Any = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return Surface(*joined, textures=(*textures,))
 
 
 def _smooth_normals(corners: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -69,8 +69,10 @@ def bootstrap_config(
     presets = {"original": ORIGINAL, "corrected": CORRECTED, "truth": None, "none": None}
     if preset not in presets:
         raise ValueError(f"preset: got {preset!r}, want one of {', '.join(map(repr, presets))}")
-    known, size = presets[preset], {"views_per_image": views_per_image, "image_size": image_size}
-    return known and replace(known, seed=seed, **size)
+    known = presets[preset]
+    return known and replace(
+        known, views_per_image=views_per_image, image_size=image_size, seed=seed
+    )
 
 
 def dataset_folder(config: BootstrapConfig, source: str, images: int, **more: Any) -> Path:
