@@ -85,12 +85,12 @@ def test_thumbnail(tmp_path: Path) -> None:
 
     run = record.start("x", {}, tmp_path)
     for shape in ((6, 8), (6, 8, 3), (6, 8, 4)):
-        path = run.thumbnail(np.full(shape, 0.5, np.float32), longest_px=4)
+        path = run.thumbnail(np.full(shape, 128, np.uint8), longest_px=4)
         with Image.open(path) as picture:
             assert picture.size == (4, 3)
             assert np.ravel(picture.getpixel((1, 1)))[0] in (127, 128)
     assert run.record.artifacts["thumbnail"] == "thumbnail.png"
-    with pytest.raises(ValueError, match=r"image: got shape \(2, 3, 5\)"):
+    with pytest.raises(TypeError):
         run.thumbnail(np.zeros((2, 3, 5)))
 
 

@@ -19,16 +19,14 @@ import jinja2
 from fresnel.report.record import RunRecord
 
 TEMPLATES = Path(__file__).parent / "templates"
-_TONES = {"PASS": "good", "GO": "good", "FAIL": "bad", "NO-GO": "bad", "CRASHED": "bad"}
-_TONES |= {"REFUSED": "warn", "RUNNING": "warn", "STOPPED": "warn", "DIED": "bad"}
+TONES = {"PASS": "good", "GO": "good", "FAIL": "bad", "NO-GO": "bad", "CRASHED": "bad"}
+TONES |= {"REFUSED": "warn", "RUNNING": "warn", "STOPPED": "warn", "DIED": "bad"}
 
 
 def policy(*, pictures: str = "", viewer: bool = False) -> str:
     """The Content-Security-Policy of a page: nothing may come from another host.
 
-    pictures: a further source of pictures, e.g. "file:" for an index beside its runs.
-    viewer: the page holds a splat viewer, whose sorter compiles code.
-    """
+    pictures: a further source of them; viewer: of splats, whose sorter compiles code."""
     scripts = "'unsafe-inline' 'wasm-unsafe-eval'" + (" 'unsafe-eval'" if viewer else "")
     return (
         f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob: {pictures}; "
@@ -52,11 +50,6 @@ def when(stamp: str) -> datetime:
     """An ISO time stamp with its zone; the beginning of time for "". Raises ValueError."""
     moment = datetime.fromisoformat(stamp) if stamp else datetime.min
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def tone(badge: str) -> str:
-    """The class of a verdict's colour."""
-    return _TONES.get(badge, "")
 
 
 def duration(seconds: float) -> str:
@@ -98,7 +91,7 @@ FILTERS: Mapping[str, Any] = {
     "size": _size,
     "number": number,
     "literal": _literal,
-    "tone": lambda record: tone(record.badge),
+    "tone": lambda record: TONES.get(record.badge, ""),
     "words": words,
 }
 

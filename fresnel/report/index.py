@@ -62,8 +62,7 @@ def index(reports: Path) -> Path:
         found = sorted(copies.values(), key=lambda e: _html.when(e[1].started_utc), reverse=True)
         runs = [_entry(folder, record, reports) for folder, record in found]
         newest = [record for _, record in found]
-        packages: list[Any] = []
-        data = {"runs": [_comparable(run, packages) for run in runs], "packages": packages}
+        data = {"runs": [run.pop("compared") for run in runs]}
         figures = (figure for record in newest for figure in key_figures(record, 6))
         measured = Counter(name for name, value in figures if _is_number(value))
         page = {
@@ -144,7 +143,7 @@ def histories(records: Sequence[RunRecord], most: int = 40) -> list[dict[str, An
             polyline = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
             line = {"name": figure, "values": values, "points": polyline, "last": points[-1]}
             lines.append(line)
-        verdicts = [(run.badge, _html.tone(run.badge)) for run in runs[-12:]]
+        verdicts = [(run.badge, _html.TONES.get(run.badge, "")) for run in runs[-12:]]
         rows.append({"name": name, "runs": len(runs), "verdicts": verdicts, "lines": lines})
     return rows
 
@@ -154,6 +153,8 @@ def _page_of(folder: Path, record: RunRecord) -> Path:
 
 
 def _entry(folder: Path, record: RunRecord, reports: Path) -> dict[str, Any]:
+    """What the page shows of a run; "compared": what it needs to put it beside another one."""
+
     def address(path: Path, *endings: str) -> str | None:
         """Of a file in the run's own folder: an index that is copied with its runs stays whole."""
         inside = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
@@ -163,36 +164,20 @@ def _entry(folder: Path, record: RunRecord, reports: Path) -> dict[str, Any]:
     files = record.artifacts.items()
     shown = ((name, address(folder / file, ".png", ".webp", ".jpg")) for name, file in files)
     pictures = {name: file for name, file in shown if file}
-    return {
-        "record": record,
-        "link": address(_page_of(folder, record), ".html"),
-        "picture": pictures.pop("thumbnail", None),
-        "pictures": pictures,
-        "figures": key_figures(record, 4),
-        "published": "published" in folder.relative_to(reports).parts,
-    }
-
-
-def _comparable(run: Mapping[str, Any], packages: list[Any]) -> dict[str, Any]:
-    """What the page needs to put this run beside another one."""
-    record: RunRecord = run["record"]
+    picture, link = pictures.pop("thumbnail", None), address(_page_of(folder, record), ".html")
     origin = record.provenance
-    software = {"python": origin.get("python"), **(origin.get("packages") or {})}
-    if software not in packages:
-        packages.append(software)
-    git, cpu = origin.get("git") or {}, origin.get("cpu") or {}
-    data = origin.get("datasets") or []
-    return {
+    git, cpu, data = (origin.get(name) or {} for name in ("git", "cpu", "datasets"))
+    compared = {
         "name": record.name or record.notebook,
         "notebook": record.notebook,
         "badge": record.badge,
-        "tone": _html.tone(record.badge),
+        "tone": _html.TONES.get(record.badge, ""),
         "when": record.started_utc,
         "duration_s": record.duration_s,
         "cost_usd": record.cost_usd,
-        "link": run["link"],
-        "thumbnail": run["picture"],
-        "pictures": run["pictures"],
+        "link": link,
+        "thumbnail": picture,
+        "pictures": pictures,
         "params": {k: v for k, v in record.params.items() if k != "output_dir"},
         "metrics": dict(_measured(record.metrics)),
         "data": [[entry.get(key) for key in ("path", "objects", "content_hash")] for entry in data],
@@ -201,8 +186,12 @@ def _comparable(run: Mapping[str, Any], packages: list[Any]) -> dict[str, Any]:
         "changed": list(git.get("changed") or [])[:20],
         "hardware": ", ".join(filter(None, (cpu.get("model"), origin.get("gpu")))),
         "seed": origin.get("seed"),
-        "software": packages.index(software),
+        "software": {"python": origin.get("python"), **(origin.get("packages") or {})},
     }
+    published = "published" in folder.relative_to(reports).parts
+    figures = key_figures(record, 4)
+    entry = {"record": record, "link": link, "picture": picture, "figures": figures}
+    return {**entry, "published": published, "compared": compared}
 
 
 def _measured(metrics: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
@@ -283,12 +272,15 @@ def total_avoided(records: Iterable[RunRecord]) -> dict[str, Any]:
         if entry is not None and entry.get("duration_s") is not None:
             key = entry["dataset"] or f"run {place}"
             best[key] = max(entry, best.get(key, entry), key=lambda e: e["duration_s"])
-    totals = []
-    for trained in (False, True):
-        entries = [entry for key, entry in best.items() if (key in anyway) == trained]
-        sums = {unit: sum(entry[unit] for entry in entries) for unit in ("usd", "duration_s")}
-        totals.append({**sums, "trainings": len(entries)})
-    return {**totals[0], "trained_anyway": totals[1]}
+    groups: list[list[Any]] = [[], []]
+    for key, entry in best.items():
+        groups[key in anyway].append(entry)
+    avoided, trained = (
+        {"usd": sum(e["usd"] for e in group), "duration_s": sum(e["duration_s"] for e in group)}
+        | {"trainings": len(group)}
+        for group in groups
+    )
+    return {**avoided, "trained_anyway": trained}
 
 
 def _dataset(record: RunRecord) -> str | None:

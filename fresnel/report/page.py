@@ -149,22 +149,18 @@ def _tidy(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
     if titled := next((cell for cell in texts if _TITLE.search(cell.source)), None):
         titled.source = _TITLE.sub("", titled.source, count=1)
     cells = [c for c in notebook.cells if not _DROPPED & set(c.metadata.get("tags", []))]
-    for cell in cells:
-        for output in cell.get("outputs", []):
+    for cell in (cell for cell in cells if cell.cell_type == "code"):
+        outputs, cell.outputs = cell.outputs, []
+        for output in outputs:
+            shown = "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
             if output.output_type == "stream":
                 lines = [line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")]
                 output.text = "\n".join(line for line in lines if not _NOISE.search(line))
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if _is_shown(output)]
+                shown = output.text.strip()
+            cell.outputs += [output] if shown else []
     notebook.cells = [cell for cell in cells if cell.source.strip() or cell.get("outputs")]
     notebook.metadata.pop("widgets", None)
     return lead
-
-
-def _is_shown(output: nbformat.NotebookNode) -> bool:
-    if output.output_type == "stream":
-        return bool(output.text.strip())
-    return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
 def _parameter_rows(

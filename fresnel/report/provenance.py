@@ -1,10 +1,9 @@
 """Where a result comes from, and what it was made from: commit, versions, hardware, content hashes.
 
-A run's results.json says under provenance what it was made from: `identity` (notebook, parameters,
-code, packages, machine) and `inputs`, the hashes of the files and folders that its parameters name,
-that its notebook declared (`Recorder.input`) and of its datasets. `report.run` uses a run again
-while all of them are as they were, what it made (a dataset, a receipt) included. Checkpoints are
-none of them: they may be deleted. What is unknown is None, never a guess.
+results.json has under provenance `identity` (notebook, parameters, code, packages, machine) and
+`inputs`: hashes of the files and folders that parameters name, that the notebook declared
+(`Recorder.input`), and of its datasets. `report.run` uses a run again while all of them are as they
+were. Checkpoints are none of them: they may be deleted. What is unknown is None, never a guess.
 """
 
 from __future__ import annotations
@@ -86,21 +85,13 @@ def git_state() -> dict[str, Any]:
 def identity(notebook: Path, params: Mapping[str, Any], name: str, output_dir: Path | None) -> str:
     """sha256 of what determines a run, as far as it is known before it starts."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    told = {
-        "notebook": str(notebook),
-        # outputs and the editor's metadata do not matter
-        "source": [
-            [cell["cell_type"], "".join(cell["source"]), cell.get("metadata", {}).get("tags")]
-            for cell in cells
-        ],
-        "params": dict(params),
-        "name": name,
-        "output_dir": None if output_dir is None else str(output_dir),
-        "project": str(project_root()),
-        "code": code_hash(),
-        "machine": machine(),
-    }
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    source = [  # outputs and the editor's metadata do not matter
+        [cell["cell_type"], "".join(cell["source"]), cell.get("metadata", {}).get("tags")]
+        for cell in cells
+    ]
+    told = [notebook, source, dict(params), name, output_dir, project_root()]
+    text = json.dumps([*told, code_hash(), machine()], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def code_hash(apart: Set[str] = frozenset()) -> str:

@@ -5,10 +5,7 @@ A notebook calls `start()` once, measures with `Recorder.stage()`, and ends with
 it had; its status then still says "running", and the runner turns that into "crashed".
 
 The types here are the file's shape, checked on writing and on reading (`msgspec.json.schema` makes
-a JSON Schema of them). In `provenance`, `identity` and `inputs` say what the run was made from
-(`fresnel.report.provenance`), `datasets` holds {"content_hash", "path", "objects"}; in `resources`
-stand "peak_rss_bytes", "peak_cuda_bytes", "samples_per_s" (of a training) and "energy"
-(`meters.EnergyMeter`), each None where it was not measured.
+a JSON Schema of them); what was not measured is None.
 """
 
 from __future__ import annotations
@@ -177,9 +174,8 @@ class Recorder:
 
     def __init__(self, record: RunRecord, output_dir: Path) -> None:
         self.output_dir, self.record = output_dir, record
-        self._clock = time.perf_counter()
+        self._clock, self._energy = time.perf_counter(), EnergyMeter()
         self._open: list[PeakMemory] = []
-        self._energy = EnergyMeter()
         self._save()
 
     @contextlib.contextmanager
@@ -198,9 +194,8 @@ class Recorder:
             duration = time.perf_counter() - begun
             self._fold_cuda_peaks()
             self._open.remove(peak)
-            stages = list(self.record.stages)
-            stages.insert(slot, Stage(name, duration, peak.close(), peak.cuda, failed))
-            self.record = self.record.replace(stages=tuple(stages))
+            done, known = Stage(name, duration, peak.close(), peak.cuda, failed), self.record.stages
+            self.record = self.record.replace(stages=(*known[:slot], done, *known[slot:]))
             self._save()
 
     def metric(self, name: str, value: Any) -> None:
@@ -214,33 +209,25 @@ class Recorder:
         """Record which data the run used or made: `content_hash`, `path`, length of `dataset`."""
         path = _relative(Path(dataset.path), project_root())
         entry = {"content_hash": dataset.content_hash, "path": path, "objects": len(dataset)}
-        known = self.record.provenance.get("datasets", [])
-        datasets = [*(other for other in known if other != entry), entry]
-        self._change(provenance={**self.record.provenance, "datasets": datasets})
+        known = [other for other in self.record.provenance["datasets"] if other != entry]
+        self._change(provenance={**self.record.provenance, "datasets": [*known, entry]})
         self.input(dataset.path)
 
     def input(self, path: str | Path) -> None:
         """Declare a file or folder that the run depends on, or that it made: the run is used again
         only while its content is as it is now. What parameters name counts by itself."""
-        place = Path(path).resolve()
-        known = self.record.provenance.get("inputs", {})
-        inputs = {**known, str(place): digest(place, self.output_dir)}
-        self._change(provenance={**self.record.provenance, "inputs": inputs})
+        place, known = Path(path).resolve(), self.record.provenance
+        inputs = {**known.get("inputs", {}), str(place): digest(place, self.output_dir)}
+        self._change(provenance={**known, "inputs": inputs})
         self._save()
 
     def thumbnail(self, image: Any, *, longest_px: int = 480) -> Path:
         """Save `image` as the run's picture in the index.
 
-        image: (H, W, 3), (H, W, 4) or (H, W); uint8, or floats in [0, 1]."""
-        import numpy as np
+        image: (H, W, 3), (H, W, 4) or (H, W), uint8; a TypeError else."""
         from PIL import Image
 
-        array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
-        if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-            raise ValueError(f"image: got shape {array.shape}, want (H, W), (H, W, 3) or (H, W, 4)")
-        if array.dtype != np.uint8:
-            array = (np.nan_to_num(array).clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
-        path = save_thumbnail(Image.fromarray(array), self.output_dir, longest_px)
+        path = save_thumbnail(Image.fromarray(image), self.output_dir, longest_px)
         self.artifact("thumbnail", path)
         return path
 
@@ -257,8 +244,8 @@ class Recorder:
         """State the verdict (one of VERDICTS), a one-paragraph summary and the named reasons."""
         if verdict not in VERDICTS:
             raise ValueError(f"verdict: got {verdict!r}, want one of {', '.join(VERDICTS)}")
-        why = tuple(str(reason) for reason in reasons)
-        self._change(status="finished", verdict=verdict, summary=summary, reasons=why)
+        said = {"summary": summary, "reasons": tuple(map(str, reasons))}
+        self._change(status="finished", verdict=verdict, **said)
         self._save()
         self._energy.close()
         return self.record
@@ -321,8 +308,7 @@ def start(
     process = {"pid": os.getpid(), "host": socket.gethostname()}
     made_by = provenance(seed if seed is not None else params.get("seed"))
     record = RunRecord(
-        notebook=name,
-        status="running",
+        *(name, "running"),
         name=name,
         params=dict(params),
         provenance={**made_by, "process": process},

@@ -38,17 +38,8 @@ from fresnel.report.record import (
 
 EXECUTED_NAME = "executed.ipynb"
 REPORT_NAME = "report.html"
-EXIT_STATUS = {
-    "cell_error": 1,
-    "no_verdict": 1,
-    "not_started": 1,
-    "refused": 3,
-    "kernel_died": 4,
-    "no_page": 5,
-    "disk_full": 6,
-    "timed_out": 124,
-    "stopped": 130,
-}
+EXIT_STATUS = {"cell_error": 1, "no_verdict": 1, "not_started": 1, "refused": 3}
+EXIT_STATUS |= {"kernel_died": 4, "no_page": 5, "disk_full": 6, "timed_out": 124, "stopped": 130}
 """How a process ends that ran one notebook, unless it finished (0) or was used wrongly (2)."""
 _BAR = {"leave": False, "bar_format": "{desc} · {n_fmt}/{total_fmt} cells, {elapsed}{postfix}"}
 _BALLAST_BYTES = 8 << 20
@@ -100,22 +91,17 @@ def run(
     """Execute a notebook and write its report, whatever happens to it.
 
     The folder reports_dir/runs/<UTC time>-<name>/ gets executed.ipynb, report.html, results.json
-    and thumbnail.png. A notebook with a parameter `output_dir` is given that folder; where the
-    caller sets `output_dir`, it is that one instead.
+    and thumbnail.png; it is the notebook's parameter `output_dir`, unless `params` sets that.
 
     A run that finished and of which nothing has changed since, neither code nor parameters nor
     what it was made from (`fresnel.report.provenance`), is not computed again: its folder comes
-    back, its record and page marked as `cached`. Of two such calls at once the second waits for
-    the first.
+    back, its record and page marked as `cached`. Of two such calls at once the second waits.
 
-    Args:
-        params: checked against the notebook's parameters cell before anything starts.
-        fresh: compute it in any case, training from the first step (a notebook's parameter
-            `resume` is then False).
-        timeout_s: most that the run may take; cell_timeout_s: most that one cell may. A training
-            saves a checkpoint before it is stopped.
-        progress: show cell, time and the kernel's progress bar; default: on a terminal.
-        label: what to show before them.
+    params: checked against the notebook's parameters cell before anything starts.
+    fresh: compute it in any case, a training from its first step (the parameter `resume`).
+    timeout_s, cell_timeout_s: most that the run, or one cell, may take; a training saves a
+        checkpoint before it is stopped.
+    progress: show cell, time and the kernel's progress bar (default: on a terminal), after `label`.
 
     Raises ParameterError for a parameter that does not fit and FileNotFoundError without the
     notebook. An error inside it raises nothing: the returned record says "crashed" and `failure`
@@ -158,30 +144,21 @@ class Engine:
 
     @classmethod
     def execute_notebook(
-        cls,
-        nb: Any,
-        kernel_name: str,
-        output_path: str | None = None,
-        *,
-        input_path: str = "",
-        job: _Job | None = None,
-        execution_timeout: float | None = None,
-        cell_timeout: float | None = None,
-        progress_bar: Any = True,
-        **_: Any,
+        cls, nb: Any, kernel_name: str, output_path: str | None = None, **options: Any
     ) -> Any:
-        """papermill's interface; `execution_timeout` is the whole run's, in seconds.
+        """papermill's interface; its option `execution_timeout` is the whole run's, in seconds.
 
         Raises ParameterError before any cell runs, KeyboardInterrupt after a stop."""
+        job: _Job | None = options.get("job")
         direct = job is None
         if job is None:  # the parameters are in the cell that papermill injected
             told = read_parameters(nb, "injected-parameters")
-            job = _Job(input_path, {name: found.default for name, found in told.items()})
-        executed, stopped = job.compute(nb, progress_bar, execution_timeout, cell_timeout)
-        if direct and job.done:
+            job = _Job(options["input_path"], {name: found.default for name, found in told.items()})
+        executed, done = job.compute(nb, options)
+        if direct:
             try_index(job.reports)
-            print(describe(job.done), file=sys.stderr)
-        if stopped:
+            print(describe(done), file=sys.stderr)
+        if (done.record.failure or {}).get("kind") == "stopped":
             raise KeyboardInterrupt
         return executed
 
@@ -246,15 +223,13 @@ class _Job:
                 return Run(record, folder, _page(folder, record))
         return None
 
-    def compute(
-        self, nb: Any, progress_bar: Any, timeout_s: float | None, cell_timeout_s: float | None
-    ) -> tuple[Any, bool]:
-        """Run it and write everything about it; returns the executed notebook, and whether it was
-        stopped from outside."""
+    def compute(self, nb: Any, options: Mapping[str, Any]) -> tuple[Any, Run]:
+        """Run it and write everything about it; returns the executed notebook, too."""
         from papermill.engines import NotebookExecutionManager
         from papermill.parameterize import parameterize_notebook
+        from PIL import Image
 
-        from fresnel.report import engine
+        from fresnel.report import engine, page
 
         clock, utc = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         folder = self.chosen or new_run_dir(self.reports, self.name).resolve()
@@ -266,7 +241,7 @@ class _Job:
         if self.params:
             nb = parameterize_notebook(nb, self.params, kernel_name="python3", language="python")
         manager = NotebookExecutionManager(
-            nb, None, progress_bar=progress_bar, autosave_cell_every=engine.AUTOSAVE_S
+            nb, progress_bar=options["progress_bar"], autosave_cell_every=engine.AUTOSAVE_S
         )
 
         def save(**_: Any) -> None:
@@ -280,7 +255,8 @@ class _Job:
             ballast.write_bytes(b"\0" * _BALLAST_BYTES)
         try:
             manager.notebook_start()
-            ended = engine.execute(manager, project_root(), timeout_s, cell_timeout_s)
+            limits = (options.get(name) for name in ("execution_timeout", "cell_timeout"))
+            ended = engine.execute(manager, project_root(), *limits)
         except Exception as error:
             text = f"The notebook could not be run: {type(error).__name__}: {error}"
             ended = {"error": text, "failure": {"kind": "not_started", "cell": None}}
@@ -290,52 +266,45 @@ class _Job:
         try:
             record = RunRecord.read(folder)
         except RecordError:
-            record = RunRecord(
-                *(self.source.stem, "finished", "DONE"), params=self.params, started_utc=utc
-            )
+            names = self.source.stem, "finished", "DONE"
+            record = RunRecord(*names, params=self.params, started_utc=utc)
         if ended is None and record.status == "running":
             text = "The notebook ended without a verdict: its last cell must call finish()."
             ended = {"error": text, "failure": {"kind": "no_verdict", "cell": None}}
-        refused = record.status == "finished" and record.verdict == "REFUSED"
-        if ended and not refused:  # a refusal stops the notebook by raising
+        if ended and record.verdict != "REFUSED":  # a refusal stops the notebook by raising
             record = record.replace(status="crashed", verdict=None, **ended)
+        artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
+        with contextlib.suppress(OSError, StopIteration):
+            if "thumbnail" not in artifacts:  # its first figure stands for it
+                outputs = [output for cell in nb.cells for output in cell.get("outputs", ())]
+                encoded = next(
+                    o.data["image/png"] for o in outputs if "image/png" in o.get("data", ())
+                )
+                save_thumbnail(Image.open(io.BytesIO(base64.b64decode(encoded))), folder)
+                artifacts["thumbnail"] = THUMBNAIL_NAME
+        inputs = inputs_of({**self.params, **record.params}, folder)
+        inputs |= record.provenance.get("inputs", {})
         # the notebook's clock misses the kernel's start and end, which the machine's owner pays too
-        record = self._settled(record, nb, folder, time.perf_counter() - clock)
+        duration = time.perf_counter() - clock
+        record = record.replace(
+            duration_s=duration,
+            cost_usd=record.price_per_hour_usd * duration / 3600.0,
+            name=self.name,
+            title=page.notebook_title(nb) or self.source.stem,
+            artifacts=artifacts,
+            provenance={**record.provenance, "identity": self.identity, "inputs": inputs},
+        )
+        others = (other for _, other in records(self.reports) if isinstance(other, RunRecord))
+        record = record.replace(cost_avoided=cost_avoided(record, others))
         problems = []
         try:
             record.write(folder)
             _write(nb, folder)
         except OSError as error:
-            problems = [f"Its results could not be written ({error.strerror})."]
+            problems = [f"its results could not be written ({error.strerror})."]
         problems += filter(None, [_page(folder, record, nb)])
         self.done = Run(record, folder, " ".join(problems) or None)
-        return nb, bool(ended and ended["failure"]["kind"] == "stopped")
-
-    def _settled(self, record: RunRecord, nb: Any, folder: Path, duration_s: float) -> RunRecord:
-        from PIL import Image
-
-        from fresnel.report.page import notebook_title
-
-        artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
-        outputs = [output for cell in nb.cells for output in cell.get("outputs", ())]
-        pictures = [output.get("data", {}).get("image/png") for output in outputs]
-        first = next(filter(None, pictures), None)
-        if first and "thumbnail" not in artifacts:  # its first figure stands for it
-            with contextlib.suppress(OSError):
-                save_thumbnail(Image.open(io.BytesIO(base64.b64decode(first))), folder)
-                artifacts["thumbnail"] = THUMBNAIL_NAME
-        inputs = inputs_of({**self.params, **record.params}, folder)
-        inputs |= record.provenance.get("inputs", {})
-        record = record.replace(
-            duration_s=duration_s,
-            cost_usd=record.price_per_hour_usd * duration_s / 3600.0,
-            name=self.name,
-            title=notebook_title(nb) or self.source.stem,
-            artifacts=artifacts,
-            provenance={**record.provenance, "identity": self.identity, "inputs": inputs},
-        )
-        others = (other for _, other in records(self.reports) if isinstance(other, RunRecord))
-        return record.replace(cost_avoided=cost_avoided(record, others))
+        return nb, self.done
 
 
 def rebuild(reports_dir: str | Path | None = None) -> list[str]:

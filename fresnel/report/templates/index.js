@@ -2,7 +2,7 @@
   const source = document.getElementById("data");
   const form = document.querySelector(".filter");
   if (!form) return;
-  const { runs, packages } = JSON.parse(source.textContent);
+  const { runs } = JSON.parse(source.textContent);
   const list = document.getElementById("runs");
   const items = [...document.querySelectorAll(".run")];
   const entries = items.map((item) => ({
@@ -103,7 +103,7 @@
       ["code", code(a), code(b), a.commit === b.commit && !a.dirty && !b.dirty],
       ["hardware", a.hardware || "–", b.hardware || "–", a.hardware === b.hardware],
       ["seed", figure(a.seed), figure(b.seed), a.seed === b.seed]];
-    const [x, y] = [packages[a.software], packages[b.software]];
+    const [x, y] = [a.software, b.software];
     for (const name of new Set([...Object.keys(x), ...Object.keys(y)])) {
       if (x[name] !== y[name]) rows.push([name, x[name] ?? "none", y[name] ?? "none", false]);
     }
