@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import ensure_async, run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+from fresnel.report.provenance import PACKAGE
 
 TICK_S = 0.2
 AUTOSAVE_S = 5
@@ -51,10 +52,11 @@ def execute(
 
     Ctrl-C and SIGTERM stop the run with the failure "stopped"; a second one does so at once.
     """
-    client = _Client(
-        manager.nb, km=_ThisPython(), store_widget_state=True, startup_timeout=STARTUP_S
-    )
-    client.manager, client.kernel = manager, client.km
+    # without folders of kernels it is the interpreter that runs us, whatever is installed
+    native = KernelSpecManager(kernel_dirs=[])
+    kernel = AsyncKernelManager(kernel_spec_manager=native, transport_encryption="auto")
+    client = _Client(manager.nb, km=kernel, store_widget_state=True, startup_timeout=STARTUP_S)
+    client.manager, client.kernel = manager, kernel
     limits = timeout_s or math.inf, cell_timeout_s or math.inf
     return run_sync(client.supervise)(folder, *limits)
 
@@ -111,9 +113,11 @@ class _Client(NotebookClient):
 
     async def run_cells(self, folder: Path) -> None:
         self.reset_execution_trackers()
-        await self.async_start_new_kernel(
-            cwd=str(folder), env=dict(os.environ), stderr=subprocess.DEVNULL
-        )
+        # importable from a checkout that is not installed, too
+        paths = filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH")))
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        env["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences a warning on frozen modules
+        await self.async_start_new_kernel(cwd=str(folder), env=env, stderr=subprocess.DEVNULL)
         channel = await self.async_start_new_kernel_client()
         info = await self.async_wait_for_reply(channel.kernel_info())
         if info is not None:
@@ -185,27 +189,6 @@ class _Client(NotebookClient):
                 self.bar = " ".join(line.split()) or self.bar  # tqdm pads with odd spaces
         self.manager.autosave_cell()
         return output
-
-
-class _ThisPython(AsyncKernelManager):
-    """Starts the kernel with the interpreter that runs us, whatever kernels are installed, and
-    with the project importable from a checkout that is not installed."""
-
-    transport_encryption = "auto"
-
-    @property
-    def kernel_spec(self) -> KernelSpec:
-        paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-        return KernelSpec(
-            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-            display_name="Python 3",
-            language="python",
-            metadata={"supported_encryption": ["curve"]},
-            env={
-                "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-                "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a warning on frozen modules
-            },
-        )
 
 
 @contextlib.contextmanager

@@ -129,8 +129,6 @@ def run(
                 execution_timeout=timeout_s,
                 cell_timeout=cell_timeout_s,
             )
-    if job.done is None:
-        raise RuntimeError(f"papermill did not execute {job.source}")
     return job.done
 
 
@@ -174,7 +172,7 @@ class Engine:
 class _Job:
     """A run from its plan to its report."""
 
-    done: Run | None = None
+    done: Run
 
     def __init__(
         self,
