@@ -21,15 +21,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LOCK_LINES = [
-    line
-    for line in (ROOT / "requirements.lock").read_text().splitlines()
-    if line and not line.startswith("#")
-]
-LOCK = {
-    canonicalize_name(name): Version(version)
-    for name, _, version in (line.partition("==") for line in LOCK_LINES)
-}
+LOCK_LINES = re.findall(r"^[^#\n].*", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+LOCK = {canonicalize_name(n): Version(v) for n, v in (line.split("==") for line in LOCK_LINES)}
 DIRECT = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
 DEV = [Requirement(text) for text in PROJECT["project"]["optional-dependencies"]["dev"]]
 BUILD = [Requirement(text) for text in PROJECT["build-system"]["requires"]]
@@ -76,50 +69,40 @@ def test_every_data_file_is_in_the_package() -> None:
     assert data and not [name for name in data if not any(fnmatch(name, p) for p in flat)]
 
 
-def script(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", str(ROOT / "run_all.sh"), *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def script(*arguments: str, cwd: Path, python: str = sys.executable) -> tuple[int, str, str]:
+    command = ["bash", str(ROOT / "run_all.sh"), *arguments]
+    env = {**os.environ, "FRESNEL_PYTHON": python}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "python", "message"),
+    ("argument", "message"),
     [
-        (["--nonsense"], sys.executable, "unrecognized arguments: --nonsense"),
-        (["notebooks/none.ipynb"], sys.executable, "no such notebook"),
-        (["frobnicate"], sys.executable, "invalid choice: 'frobnicate'"),
-        (["setup"], "no-such-python", "no-such-python: not found"),
+        ("--nonsense", "unrecognized arguments: --nonsense"),
+        ("notebooks/none.ipynb", "no such notebook"),
+        ("frobnicate", "invalid choice: 'frobnicate'"),
     ],
 )
-def test_script_says_what_is_wrong(
-    tmp_path: Path, arguments: list[str], python: str, message: str
-) -> None:
-    done = script(*arguments, cwd=tmp_path, FRESNEL_PYTHON=python)
-    assert done.returncode == 2 and message in done.stderr
+def test_script_says_what_is_wrong(tmp_path: Path, argument: str, message: str) -> None:
+    status, _, errors = script(argument, cwd=tmp_path)
+    assert status == 2 and message in errors
 
 
-def test_script_helps_from_anywhere(tmp_path: Path) -> None:
-    done = script("--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert all(word in done.stdout for word in ("--profile", "lab", "test", "FRESNEL_PYTHON"))
-
-
-def test_paths_are_the_callers(tmp_path: Path) -> None:
-    python = {"FRESNEL_PYTHON": sys.executable}
-    done = script("validate", "some/set", cwd=tmp_path, **python)
-    assert done.returncode == 2 and str(tmp_path / "some" / "set") in done.stderr
-    (tmp_path / "study.yaml").write_text(
-        "- {name: a, notebook: notebooks/01_validate_data.ipynb, params: {images: 3}}"
-    )
-    done = script("study", "study.yaml", "--list", "--reports", "r", cwd=tmp_path, **python)
-    assert done.stdout.split() == ["a", "01_validate_data.ipynb", "to", "do"], done.stderr
-    done = script("pages", "--reports", "mine", cwd=tmp_path, **python)
-    assert done.returncode == 0 and (tmp_path / "mine" / "index.html").is_file(), done.stderr
+def test_script_helps_from_anywhere_and_paths_are_the_callers(tmp_path: Path) -> None:
+    status, _, errors = script("setup", cwd=tmp_path, python="no-such-python")
+    assert status == 2 and "no-such-python: not found" in errors
+    status, said, _ = script("--help", cwd=tmp_path)
+    assert status == 0
+    assert all(word in said for word in ("--profile", "lab", "test", "FRESNEL_PYTHON"))
+    status, _, errors = script("validate", "some/set", cwd=tmp_path)
+    assert status == 2 and str(tmp_path / "some" / "set") in errors
+    step = "- {name: a, notebook: notebooks/01_validate_data.ipynb, params: {images: 3}}"
+    (tmp_path / "study.yaml").write_text(step)
+    _, said, errors = script("study", "study.yaml", "--list", "--reports", "r", cwd=tmp_path)
+    assert said.split() == ["a", "01_validate_data.ipynb", "to", "do"], errors
+    status, _, errors = script("pages", "--reports", "mine", cwd=tmp_path)
+    assert status == 0 and (tmp_path / "mine" / "index.html").is_file(), errors
 
 
 def test_ci_calls_the_one_test_command() -> None:
