@@ -123,20 +123,11 @@ def said(names: Sequence[str], fault: str, strength: float) -> dict[str, Any]:
     return {}
 
 
-def apply(
-    dataset: MultiViewDataset,
-    fault: str,
-    strength: float,
-    path: str | Path,
-    *,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> MultiViewDataset:
+def apply(dataset: MultiViewDataset, fault: str, strength: float, path: Path) -> MultiViewDataset:
     """Write a copy of a dataset with a fault; its manifest's meta says which."""
-    meta = {**dataset.meta, "fault": {"name": fault, "strength": strength, "seed": seed}}
+    meta = {**dataset.meta, "fault": {"name": fault, "strength": strength}}
     meta |= said(dataset.names, fault, strength)
-    objects = corrupt(dataset, fault, strength, seed=seed)
-    return datasets.write(path, objects, meta=meta, overwrite=overwrite, total=len(dataset))
+    return datasets.write(path, corrupt(dataset, fault, strength), meta=meta, total=len(dataset))
 
 
 def on_background(views: ObjectViews, scene: Scene, rng: np.random.Generator) -> ObjectViews:

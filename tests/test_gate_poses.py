@@ -20,6 +20,7 @@ from fresnel.gate.thresholds import GateConfig, Seen
 from fresnel.models import decoder
 from fresnel.objects.assets import embedded_assets
 from fresnel.objects.render_set import render_set
+from fresnel.poses import transforms
 from fresnel.poses.epipolar import misfit
 from fresnel.poses.explain import explain, named
 from fresnel.poses.geometry import centroid_residual, coherence, rigs_of
@@ -313,3 +314,13 @@ def test_error_probabilities_of_the_sequential_test() -> None:
 def test_every_measured_view_says_whether_it_is_empty(healthy: list[Any]) -> None:
     verdict = judged(list(faults.corrupt(healthy[:3], "empty_views", 0.5)))
     assert sum(row["empty"] for row in verdict.measurements) == 12
+
+
+def test_poses_mirrored_about_a_pivot_see_it_where_they_saw_it_mirrored() -> None:
+    pivot, away = np.array([1.0, 2.0, 3.0]), np.array([0.5, 0.3, -1.0])
+    poses = orbit(torch.tensor([10.0, 200.0]), 20.0, 2.0, pivot=(0.2, 0.4, 0.1), focal_px=9.0,
+                  width=8, height=8).viewmats.double().numpy()  # fmt: skip
+    mirrored = transforms.mirrored_about(poses, pivot, away)
+    for point in (pivot, pivot + away, pivot + np.array([0, 7.0, 0])):
+        seen, before = mirrored @ [*point, 1.0], poses @ [*point, 1.0]
+        assert np.allclose(seen, before * [-1, 1, 1, 1])

@@ -18,28 +18,21 @@ from fresnel.poses.geometry import Rig, centroid_residual, score, triangulate
 _GOOD = 0.012
 """A score up to which a mended record counts as consistent; healthy training records reach 0.005
 (0.02 for renders of Gaussians, whose depth is soft)."""
+_opened: transforms.Change = lambda poses: transforms.opengl(np.linalg.inv(poses))  # noqa: E731
+_closed: transforms.Change = lambda poses: np.linalg.inv(transforms.opengl(poses))  # noqa: E731
 _CONVENTIONS: dict[str, tuple[str, transforms.Change]] = {
     "inverted": ("the matrices are read as camera-to-world", np.linalg.inv),
     "transposed": ("the rotations are transposed", transforms.transposed),
     "opengl_axes": ("the cameras' y and z axes are flipped (OpenGL axes)", transforms.opengl),
-    "opengl_camera_to_world": (
-        "the matrices are read as camera-to-world with OpenGL axes",
-        lambda poses: transforms.opengl(np.linalg.inv(poses)),
-    ),
-    "inverted_opengl": (
-        "the cameras' y and z axes are flipped and the matrices then inverted",
-        lambda poses: np.linalg.inv(transforms.opengl(poses)),
-    ),
+    "opengl_camera_to_world": ("the matrices are read as OpenGL's camera-to-world", _opened),
+    "inverted_opengl": ("OpenGL's axes are flipped and the matrices then inverted", _closed),
     "upside_down": ("the pictures are turned by 180 degrees", transforms.axes(-1, -1, 1)),
     "xz_flipped": ("the cameras' x and z axes are flipped", transforms.axes(-1, 1, -1)),
 }
 _KINDS = {
     # Geometry alone can't tell these apart: they differ by a mirror image of everything.
     "mirror_pictures": ("mirrored", "the views are mirrored left to right"),
-    "mirror_poses": (
-        "mirrored",
-        "azimuth grows the other way round (or all pictures are mirrored)",
-    ),
+    "mirror_poses": ("mirrored", "azimuth grows the other way (or all pictures are mirrored)"),
     "mirror_all_pictures": ("mirrored", "all pictures are mirrored left to right, the input's too"),
     **{name: ("pose_convention", words) for name, (words, _) in _CONVENTIONS.items()},
     "move_cameras": ("pivot_offset", "the views' cameras are moved until they show the pivot"),
@@ -48,10 +41,7 @@ _KINDS = {
     "widen": ("billboard", "a flat cut-out's squeeze of {0:.0%} at the side is undone"),
     "depth_scale": ("depth_mismatch", "depth is multiplied by {0:.2f}"),
     "focal": ("focal_length", "the focal length is multiplied by {0:.2f}"),
-    "principal_point": (
-        "principal_point",
-        "the principal point is moved by {0:+.3f} widths to the right and {1:+.3f} down",
-    ),
+    "principal_point": ("principal_point", "cx moves by {0:+.3f} and cy by {1:+.3f} widths"),
 }
 """The code of the reason, and what is wrong, after "the pictures fit if"."""
 
@@ -172,22 +162,17 @@ def _searched(rigs: Sequence[Rig]) -> Iterator[Mend]:
     def best(name: str, grid: np.ndarray, make: Callable[..., Sequence[float]]) -> Mend:
         """Of a grid, refined twice between its neighbours."""
         for _ in range(3):
-            scores = np.array(
-                [_mean_score(few, named(name, make(value))) for value in grid.tolist()]
-            )
+            scores = np.array([_mean_score(few, named(name, make(x))) for x in grid.tolist()])
             at = int(np.nanargmin(scores))
             # Silhouettes leave a flat valley a pixel wide: its middle is the best guess.
             found = make(float(grid[scores <= scores[at] + 0.003].mean()))
             grid = np.linspace(grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)], 7)
         return named(name, found)
 
-    for name, limit, steps in (
-        ("depth_scale", 3, 13),
-        ("focal", 1.25, 11),
-        ("focal_all", 1.25, 11),
-    ):
-        if name != "depth_scale" or any((rig.depths > 0).any() for rig in few):
-            yield best(name, np.linspace(-limit, limit, steps), lambda log2: [2.0**log2])
+    if any((rig.depths > 0).any() for rig in few):
+        yield best("depth_scale", np.linspace(-3, 3, 13), lambda log2: [2.0**log2])
+    for name in ("focal", "focal_all"):
+        yield best(name, np.linspace(-1.25, 1.25, 11), lambda log2: [2.0**log2])
     shifts = []
     for part in (rig.only(rig.views) for rig in rigs):
         before, (after, x, _) = centroid_residual(part)[0], centroid_residual(part, shifted=True)

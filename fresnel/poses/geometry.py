@@ -206,8 +206,8 @@ def coherence(rig: Rig) -> Row:
         `input_miss`, what the input misses with the views, both ways, less what the median view
         does, NaN without an input; and `mismatch`, see `score`.
     """
-    names = ("hull_iou", "hull_miss", "stray", "input_miss", "mismatch")
-    unasked, impossible = ((np.nan,) * 5), (0.0, 1.1, np.nan, np.nan, 1.1)
+    unasked = dict.fromkeys(("hull_iou", "hull_miss", "stray", "input_miss", "mismatch"), np.nan)
+    impossible = unasked | {"hull_iou": 0.0, "hull_miss": 1.1, "mismatch": 1.1}
     rig = rig.only(rig.shown)
     # A hardly covered view has no pixel that is mostly covered.
     picked = [_spread(mask > (0.6 if (mask > 0.6).any() else 0.1), _RAYS) for mask in rig.masks]
@@ -217,10 +217,10 @@ def coherence(rig: Rig) -> Row:
     count = len(picked)
     centre = triangulate(rig)
     if count < 3 or centre is None:
-        return dict(zip(names, unasked if count < 3 else impossible, strict=True))
+        return unasked if count < 3 else impossible
     z = _project(rig, centre[None])[1][:, 0]
     if (z <= 0).mean() > 0.3:
-        return dict(zip(names, impossible, strict=True))
+        return impossible
     reach = [
         np.abs((pixels + 0.5 - middle) / np.diagonal(K)[:2]).max()
         for pixels, middle, K in zip(picked, _centroids(rig), rig.Ks, strict=True)
@@ -237,11 +237,9 @@ def coherence(rig: Rig) -> Row:
     depths = np.concatenate([sampled, np.where(known, given, 1.0)[:, None]], axis=1)
     points = (origin[:, None] + depths[..., None] * toward[:, None]).astype(np.float32)
     pixel, z = _project(rig, points.reshape(-1, 3))
-    height, width = rig.masks.shape[1:]
+    pixel, (height, width) = pixel.reshape(count, 2, *depths.shape), rig.masks.shape[1:]
     x, y = (  # in a frame with a rim of one pixel, on which everything outside lies
-        (np.fmax(np.fmin(pixel[:, axis], side), -1).astype(np.int32) + 1).reshape(
-            count, *depths.shape
-        )
+        np.fmax(np.fmin(pixel[:, axis], side), -1).astype(np.int32) + 1
         for axis, side in enumerate((width, height))
     )
     framed = np.pad(_grown(rig.masks > 0.05), ((0, 0), (1, 1), (1, 1)))
@@ -255,21 +253,20 @@ def coherence(rig: Rig) -> Row:
     misses = missed.sum(axis=0, dtype=np.int32)
     best = np.argmin(misses[:, :-1], axis=1)
     worst = misses[at, best]
-    iou, stray, input_miss = float((worst == 0).mean()), np.nan, np.nan
-    miss = float((worst / max(count - 1, 1)).mean()) + 0.1 * (1 - iou)
+    out, iou = dict(unasked), float((worst == 0).mean())
+    out |= {"hull_iou": iou, "hull_miss": float((worst / (count - 1)).mean()) + 0.1 * (1 - iou)}
     if known.sum() >= 8:
         rim = (x[..., -1] % (width + 1) == 0) | (y[..., -1] % (height + 1) == 0)
         asked = ~(rim & leaves[:, None])
         asked[who, at] = False
-        stray = float((misses[known, -1] / np.maximum(asked.sum(axis=0)[known], 1)).mean())
+        out["stray"] = float((misses[known, -1] / np.maximum(asked.sum(axis=0)[known], 1)).mean())
     if not rig.views.all():
         by_view = missed[:, at, best]
         votes = np.stack([by_view[:, who == view].mean(axis=1) for view in range(count)])
         np.fill_diagonal(votes, np.nan)
         of_view = (np.nanmean(votes, axis=0) + np.nanmean(votes, axis=1)) / 2
-        input_miss = float(of_view[~rig.views][0] - np.median(of_view[rig.views]))
-    mismatch = miss + float(np.nan_to_num(stray))
-    return dict(zip(names, (iou, miss, stray, input_miss, mismatch), strict=True))
+        out["input_miss"] = float(of_view[~rig.views][0] - np.median(of_view[rig.views]))
+    return out | {"mismatch": out["hull_miss"] + float(np.nan_to_num(out["stray"]))}
 
 
 def _spread(mask: np.ndarray, count: int) -> np.ndarray:
