@@ -18,6 +18,8 @@ from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, MultiViewDataset, ObjectViews
 from fresnel.gate import measure
 from fresnel.gate import verdict as verdicts
+from fresnel.gate.checks import Check, Seen
+from fresnel.gate.decide import chance, is_faulty
 from fresnel.scene.cameras import orbit
 
 
@@ -46,7 +48,7 @@ def test_the_original_geometry_is_refused_for_its_pivot_not_its_exposure() -> No
     first, *others = verdict.reasons
     assert first.code == "pivot_offset"
     assert "orbit a point" in first.message and "units away" in first.message
-    assert first.values["distance"] == pytest.approx(3.0, abs=0.15)
+    assert first.values["pivot_distance"] == pytest.approx(3.0, abs=0.15)
     emptiness = next(reason for reason in others if reason.code == "views_empty")
     assert emptiness.symptom_of == "pivot_offset"
     assert not {"views_dark", "views_bright"} & {reason.code for reason in verdict.reasons}
@@ -55,7 +57,7 @@ def test_the_original_geometry_is_refused_for_its_pivot_not_its_exposure() -> No
 def test_the_pivot_is_found_without_depth_too() -> None:
     verdict = gate.validate(Memory([original(i, depth=False) for i in range(10)]), progress=False)
     assert verdict.reasons[0].code == "pivot_offset"
-    assert verdict.reasons[0].values["distance"] == pytest.approx(3.0, abs=0.3)
+    assert verdict.reasons[0].values["pivot_distance"] == pytest.approx(3.0, abs=0.3)
     assert any("no usable depth" in note for note in verdict.notes)
 
 
@@ -94,7 +96,7 @@ def test_the_original_geometry_rendered_from_a_mesh() -> None:
         )
     verdict = gate.validate(Memory(records), progress=False)
     assert verdict.reasons[0].code == "pivot_offset"
-    assert verdict.reasons[0].values["distance"] == pytest.approx(3.0, abs=0.15)
+    assert verdict.reasons[0].values["pivot_distance"] == pytest.approx(3.0, abs=0.15)
     assert any("identity check skipped" in note for note in verdict.notes)
 
 
@@ -280,7 +282,7 @@ def test_a_receipt_of_other_data_is_refused(written: MultiViewDataset, tmp_path:
     with pytest.raises(gate.GateRefusal, match="other data"):
         gate.require_receipt(other, allow_failed=True)
     verdict = gate.validate(written, progress=False)
-    with pytest.raises(ValueError, match="verdict: is about data"):
+    with pytest.raises(ValueError, match="verdict: is about other data"):
         gate.issue_receipt(other, verdict)
 
 
@@ -314,7 +316,7 @@ def test_a_receipt_of_another_gate_is_void(written: MultiViewDataset) -> None:
     for version in ({"gate_version": 1}, {}):
         old = {k: v for k, v in content.items() if k != "gate_version"} | version
         path.write_text(json.dumps(old))
-        with pytest.raises(gate.GateRefusal, match="written by gate 1"):
+        with pytest.raises(gate.GateRefusal, match="by gate 1"):
             gate.require_receipt(written)
     with pytest.raises(gate.GateRefusal, match="by gate 1"):
         gate.require_receipt(written, receipt=replace(issued, gate_version=1))
@@ -401,3 +403,32 @@ def test_processes_measure_what_threads_measure(
     assert started == [4]
     assert together.measurements == alone.measurements
     assert (together.passed, together.figures) == (alone.passed, alone.figures)
+
+
+def test_a_record_that_alone_can_be_compared_is_judged_as_if_alone() -> None:
+    check = Check("frozen_views", {"frozen": "max_frozen"}, "{frozen}", "")
+    just_over = 1.1 * gate.GateConfig().max_frozen
+    for other, flagged in ((0.0, 1.0), (np.nan, 0.0)):
+        objects = [{"views": 0, "frozen": value} for value in (just_over, other)]
+        assert check(Seen([], objects, gate.GateConfig())).flags[0] == flagged
+
+
+def test_error_probabilities_of_the_sequential_test() -> None:
+    config = gate.GateConfig()
+    assert [is_faulty(shown, 10, config, final=False) for shown in (0, 3, 6)] == [0, 0, 1]
+    assert [is_faulty(shown, 10, config, final=True) for shown in (2, 3, 4)] == [0, 0, 1]
+    assert chance(1, 1, 0.05) == pytest.approx(0.05)
+    assert chance(3, 10, 0.05) == pytest.approx(0.0115, abs=1e-4)
+    rng, looks = np.random.default_rng(0), np.arange(10, 401, 10)
+
+    def refused(rate: float) -> float:
+        shown = np.cumsum(rng.random((2000, 400)) < rate, axis=1)[:, looks - 1]
+        least = [
+            next(k for k in range(n + 1) if is_faulty(k, int(n), config, final=False))
+            for n in looks
+        ]
+        return float((shown >= least).any(axis=1).mean())
+
+    assert refused(config.healthy_rate) < 0.003 and refused(config.faulty_rate) > 0.98
+    with pytest.raises(ValueError, match="healthy_rate"):
+        gate.GateConfig(healthy_rate=0.6)

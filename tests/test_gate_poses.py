@@ -14,9 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 from fresnel import bootstrap, faults, gate
 from fresnel.data import dataset
-from fresnel.gate.decide import chance, sequential
 from fresnel.gate.fix import corrected, fix
-from fresnel.gate.thresholds import GateConfig, Seen
 from fresnel.models import decoder
 from fresnel.objects.assets import embedded_assets
 from fresnel.objects.render_set import render_set
@@ -170,7 +168,7 @@ def test_the_original_preset_is_refused_for_its_pivot(inputs: Any, tmp_path: Pat
     data = bootstrap.bootstrap(inputs, patch, bootstrap.ORIGINAL, tmp_path / "set")
     verdict = gate.validate(data, progress=False)
     first, *others = verdict.reasons
-    assert first.code == "pivot_offset" and first.values["distance"] > 1.5
+    assert first.code == "pivot_offset" and first.values["pivot_distance"] > 1.5
     assert not {"views_dark", "views_bright"} & {reason.code for reason in others}
     with pytest.raises(ValueError, match="can't be mended"):
         fix(data, tmp_path / "fixed", verdict=verdict, progress=False)
@@ -183,16 +181,6 @@ def test_other_backgrounds_are_no_fault(scene: Any) -> None:
     assert verdict.passed, verdict.summary
     guessed = any("foreground is estimated" in note for note in verdict.notes)
     assert guessed == scene.startswith("opaque")
-
-
-@pytest.mark.parametrize(("other", "flagged"), [(0.0, True), (np.nan, False)])
-def test_a_record_that_alone_can_be_compared_is_judged_as_if_alone(
-    other: float, flagged: bool
-) -> None:
-    config = GateConfig()
-    seen = Seen([], [{"views": 0}] * 2, config)
-    known = np.array([1.1 * config.max_cropped, other])
-    assert bool(seen.beyond(known, "max_cropped")[0][0]) == flagged
 
 
 def test_haze_over_white_does_not_brighten_an_object() -> None:
@@ -288,27 +276,6 @@ def test_one_class_that_is_almost_everything_is_said() -> None:
     classes = {f"box{i}": "chair" if i else "lamp" for i in range(12)}
     records = [views_of(i, size=16) for i in range(12)]
     assert "class_imbalance" in codes(records, object_classes=classes)
-
-
-def test_error_probabilities_of_the_sequential_test() -> None:
-    config = GateConfig()
-    decisions = [sequential(shown, 10, config)[0] for shown in (0, 6, 2)]
-    assert decisions == ["healthy", "faulty", "undecided"]
-    assert chance(1, 1, 0.05) == pytest.approx(0.05)
-    assert chance(3, 10, 0.05) == pytest.approx(0.0115, abs=1e-4)
-    rng = np.random.default_rng(0)
-    for rate, mistake, most in (
-        (config.healthy_rate, "faulty", 0.003),
-        (config.faulty_rate, "healthy", 0.02),
-    ):
-        wrong = 0
-        for _ in range(2000):
-            shown = np.cumsum(rng.random(400) < rate)
-            decided = (sequential(int(shown[n - 1]), n, config)[0] for n in range(10, 401, 10))
-            wrong += next((d for d in decided if d != "undecided"), "") == mistake
-        assert wrong / 2000 < most
-    with pytest.raises(ValueError, match="healthy_rate"):
-        GateConfig(healthy_rate=0.6)
 
 
 def test_every_measured_view_says_whether_it_is_empty(healthy: list[Any]) -> None:

@@ -10,20 +10,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {
-    "verdict": ("Verdict", "issue_receipt", "validate"),
-    "decide": ("Reason",),
-    "thresholds": ("GateConfig",),
-    "receipts": (
-        *("GateRefusal", "Receipt", "read_receipt", "require_receipt"),
-        "write_receipt",
-    ),
+_NAMES = {
+    "verdict": "Reason Verdict issue_receipt validate",
+    "receipts": "GateConfig GateRefusal Receipt read_receipt require_receipt write_receipt",
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    """Loaded when asked for: training needs receipts alone, and nothing that reads data."""
+    for module, names in _NAMES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The gate's checks of records: plain functions from measurements to one `Finding` each.
+"""What the gate asks of measurements: a table of checks of records, functions for those of the set.
 
 A check says of every record whether it shows a fault; whether the *set* has the fault is decided
 by a sequential test on those flags (`decide`).
@@ -6,384 +6,501 @@ by a sequential test on those flags (`decide`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from fresnel.gate.thresholds import Finding, Seen, flagged, flags, median, share
+from fresnel.gate.thresholds import ALONE, GateConfig
 
-Check = Callable[[Seen], Finding | None]
+Row = dict[str, Any]
 
 
-def _simple(
-    code: str, values: str | Callable[[Seen], np.ndarray], limit: str, message: str, hint: str
-) -> Check:
-    """A check of one number a record (a key of the record rows, or a function) against a limit.
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: a flag per record, and what to say if they are too many.
 
-    In `message`, "value" is the median of the flagged records and "share" the mean of all.
+    Args:
+        flags: 1 where a record shows the fault, 0 where not, NaN where it can't be asked.
+        at_once: one record, or the set as a whole, is enough; no test of proportions.
     """
-    name = limit.partition("_")[2]
 
-    def check(seen: Seen) -> Finding:
-        found = seen.record(values) if isinstance(values, str) else values(seen)
-        marks, value = seen.beyond(found, limit)
-        said = {name: value, "share": share(found), limit: getattr(seen.config, limit)}
-        return Finding(code, marks, message.format(value=value, share=said["share"]), hint, said)
-
-    return check
+    code: str
+    flags: np.ndarray
+    message: str
+    hint: str
+    values: dict[str, float]
+    at_once: bool = False
 
 
-# --- files and poses as such ---------------------------------------------------------------------
+@dataclass(frozen=True)
+class Seen:
+    """The measurements as columns of views and of records (`seen[name]`), NaN where unknown.
+
+    Args:
+        final: no more records can be read.
+    """
+
+    rows: Sequence[Row]
+    objects: Sequence[Row]
+    config: GateConfig
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    final: bool = True
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """One value per record, derived from its views or as it was measured."""
+        return self._derived[name] if name in self._derived else self.record(name)
+
+    def record(self, key: str) -> np.ndarray:
+        return np.array([row.get(key, math.nan) for row in self.objects], dtype=np.float64)
+
+    def view(self, key: str, *, shown: bool = False) -> np.ndarray:
+        """One value per view; NaN where it is empty, if only what is `shown` counts."""
+        values = np.array([row[key] for row in self.rows], dtype=np.float64)
+        return np.where(self.view("empty") > 0, np.nan, values) if shown else values
+
+    def foreground(self, kind: str) -> np.ndarray:
+        return np.array([row.get("foreground") == kind for row in self.objects], dtype=bool)
+
+    def azimuth_bins(self) -> np.ndarray:
+        """Centres of the 45 degree bins that the views fall in, 180 for -180."""
+        centre = 45.0 * np.round(self.view("azimuth_deg") / 45.0)
+        return np.where(centre <= -180.0, 180.0, centre)
+
+    def per_record(self, values: np.ndarray, how: Callable[..., Any] = np.mean) -> np.ndarray:
+        """A statistic of each record's finite views; NaN where there are none."""
+        ends = np.cumsum([0, *(row["views"] for row in self.objects)])
+        parts = (values[a:b][np.isfinite(values[a:b])] for a, b in itertools.pairwise(ends))
+        return np.array([how(part) if len(part) else np.nan for part in parts])
+
+    @functools.cached_property
+    def _derived(self) -> dict[str, np.ndarray]:
+        config, empty, border = self.config, self.view("empty"), self.view("border")
+        light, guessed = self.view("luminance_ratio", shown=True), self.foreground("estimated")
+        # Views without any light at all are dark whatever the input is.
+        dark = (light < config.dark_view) | (self.view("black", shown=True) > 0)
+        out = {
+            "unreadable": np.array([float(bool(row.get("error"))) for row in self.objects]),
+            "single": (self.record("views") == 1).astype(float),
+            "empty": self.per_record(empty),
+            "constant": self.per_record(self.view("constant")),
+            "cropped": self.per_record(np.where(border >= 0, border > config.max_border, np.nan)),
+            "dark": self.per_record(np.where(np.isfinite(light), dark, np.nan)),
+            "bright": self.per_record(np.where(light >= 0, light > config.bright_view, np.nan)),
+            "coverage_ratio": self.per_record(self.view("coverage_ratio"), np.median),
+            # Outlines that had to be guessed are ragged.
+            "hull_miss": self.record("hull_miss") / np.where(guessed, 4, 1),
+            "stray": self.record("stray") / np.where(guessed, 2, 1),
+            "stated_distance": self.record("pivot_error") * self.record("radius"),  # units
+        }
+        out["cropped"][self.foreground("none")] = np.nan
+        for key in ("luminance_ratio", "detail_ratio", "grain", "clipped", "crushed", "floored"):
+            out[key] = self.per_record(self.view(key, shown=True), np.median)
+        # From within 22.5 degrees of +-90 over that of 0 and 180; not asked where those are empty.
+        bins, cover = self.azimuth_bins(), self.view("coverage_ratio")
+        side, front = np.abs(bins) == 90, np.isin(bins, (0, 180))
+        if share(empty[~side]) > 0.5 * config.max_empty:
+            # Emptiness that is everywhere is not what a cut-out does at its sides.
+            cover = np.where(empty > 0, np.nan, cover)
+        nothing = self.per_record(np.where(front, empty, np.nan))
+        beside, before = (self.per_record(np.where(rows, cover, np.nan)) for rows in (side, front))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            out["side_coverage"] = np.where(nothing <= config.max_empty, beside / before, np.nan)
+        # exp(entropy) of all views over eight bins, over eight. Photographs without a foreground
+        # may well face one way.
+        orbits = np.repeat(~self.foreground("none"), [row["views"] for row in self.objects])
+        bins = bins[np.isfinite(bins) & orbits]
+        parts = np.unique(bins, return_counts=True)[1] / max(len(bins), 1)
+        spread = np.exp(-(parts * np.log(parts)).sum()) / 8 if len(bins) >= 8 else np.nan
+        return out | {"azimuth_spread": np.full(len(self.objects), spread)}
 
 
-def check_unreadable(seen: Seen) -> Finding | None:
-    """Files that are missing, truncated, changed, of the wrong size or no pictures: training would
-    stop at one."""
-    errors = [row["error"] for row in seen.objects if row.get("error")]
-    if not errors:
+def median(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else math.nan
+
+
+def share(values: np.ndarray) -> float:
+    """The mean of what is known."""
+    values = values[np.isfinite(values)]
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+_SHARES = ("empty", "constant", "cropped", "dark", "bright", "frozen")  # of a record's views
+
+
+@dataclass(frozen=True)
+class Check:
+    """A fault that records show by numbers beyond limits.
+
+    Args:
+        limits: column -> limit ("max_..." or "min_..." of the config; "": 0), of which one beyond
+            is enough.
+        message: with the columns' values in braces: the mean of shares, the sum of counts (whose
+            limit is 0); else the median of the records that show it, or of all.
+        also: other columns to state.
+        of_all: medians are of all records.
+        at_once: one record, or the set as a whole, is enough.
+    """
+
+    code: str
+    limits: Mapping[str, str]
+    message: str
+    hint: str
+    also: tuple[str, ...] = ()
+    of_all: bool = False
+    at_once: bool = False
+
+    def __call__(self, seen: Seen) -> Finding:
+        columns = {key: seen[key] for key in (*self.limits, *self.also)}
+        known = np.any([np.isfinite(columns[key]) for key in self.limits], axis=0)
+        over, limits = np.zeros(len(known), bool), dict[str, float]()
+        for key, name in self.limits.items():
+            limits[name] = float(getattr(seen.config, name)) if name else 0.0
+            # Nothing can confirm a single flag.
+            wider = ALONE if known.sum() <= 1 and not self.at_once else 1.0
+            low = name.startswith("min")
+            bound = limits[name] / wider if low else limits[name] * wider
+            over |= columns[key] < bound if low else columns[key] > bound
+        rows = known if self.of_all or not over.any() else over
+        values = {}
+        for key, column in columns.items():
+            how = share if key in _SHARES else np.nansum if "" in self.limits.values() else None
+            values[key] = float(how(column)) if how else median(column[rows])
+        error = next((row["error"] for row in seen.objects if row.get("error")), "")
+        said = self.message.format(**values, error=error, records=int(over.sum()), of=len(over))
+        said = said.replace("nan%", "an unknown share")
+        limits.pop("", None)
+        flags = np.where(known, over, np.nan)
+        return Finding(self.code, flags, said, self.hint, values | limits, self.at_once)
+
+
+_EXPOSURE = (
+    "{coverage_ratio:.0%} of the input's area is covered, so it is exposure, not emptiness",
+    "check exposure, tone curve and colour range of the renders",
+)
+_DARK = Check(
+    "views_dark",
+    {"luminance_ratio": "min_luminance_ratio", "dark": "max_dark"},
+    "views are dark: the median view has {luminance_ratio:.2f} of the input's luminance and "
+    "{dark:.0%} are almost black; " + _EXPOSURE[0],
+    _EXPOSURE[1],
+    ("bright", "coverage_ratio", "clipped"),
+    of_all=True,
+)
+_BRIGHT = Check(
+    "views_bright",
+    {"luminance_ratio": "max_luminance_ratio", "bright": "max_bright"},
+    "views are too bright: the median view has {luminance_ratio:.2f} times the input's luminance "
+    "and {bright:.0%} are far brighter; " + _EXPOSURE[0],
+    _EXPOSURE[1],
+    ("dark", "coverage_ratio", "clipped"),
+    of_all=True,
+)
+_ORBIT = Check(
+    "pivot_offset",
+    {"pivot_relative": "max_pivot_offset"},
+    "the cameras orbit a point {pivot_distance:.1f} units away from the object "
+    "({pivot_relative:.2f} of their distance to that point)",
+    "orbit the object's centroid: pass it as the pivot when the views are made",
+    ("pivot_distance",),
+)
+_STATED = Check(
+    "pivot_offset",
+    {"pivot_error": "max_pivot_offset"},
+    "the cameras look at a point {stated_distance:.1f} units away from the pivot that the data "
+    "states",
+    "one of the two is wrong: check the transform between object and cameras",
+    ("stated_distance",),
+)
+
+
+def _exposure(seen: Seen) -> Finding:
+    """Views much darker or brighter than the input although they cover as much: what is more."""
+    dark, bright = _DARK(seen), _BRIGHT(seen)
+    return dark if np.nansum(dark.flags) >= np.nansum(bright.flags) else bright
+
+
+def _pivot(seen: Seen) -> Finding:
+    """Cameras that look at another point than the object (the original experiment's mistake), or
+    than the data states."""
+    orbit, stated = _ORBIT(seen), _STATED(seen)
+    return stated if np.nansum(stated.flags) and not np.nansum(orbit.flags) else orbit
+
+
+# --- across the set --------------------------------------------------------------------------
+
+
+def _stem(row: Row) -> str:
+    """The object's name: without the folder before it and the number of the picture behind it."""
+    return str(row["name"]).rpartition("/")[2].partition("__")[0]
+
+
+def _twins(objects: Sequence[Row]) -> Iterator[tuple[int, int]]:
+    """Pairs of records with the same pictures: thumbnails that differ by less than 2% of what they
+    show.  Empty pictures are all alike and are not compared."""
+    small = [row.get("thumbnail", np.zeros(1)) for row in objects]
+    sums = np.array([picture.sum() for picture in small])
+    order = [k for k in np.argsort(sums, kind="stable") if small[k].mean() >= 0.2]
+    if not order:
+        return
+    stack, sums = np.stack([small[k] for k in order]), sums[order]
+    # Thumbnails that are alike have sums that are alike: only those neighbours are compared.
+    for a, end in enumerate(np.searchsorted(sums, sums * 1.0205, side="right")):
+        off = np.abs(stack[a + 1 : end] - stack[a]).sum(axis=1)
+        for b in np.flatnonzero(off <= 0.02 * sums[a]) + a + 1:
+            yield min(order[a], order[b]), max(order[a], order[b])
+
+
+def _duplicates(seen: Seen) -> Finding | None:
+    """Records with the same pictures under two names, as a share of the set; asked of the whole
+    set, as ten examples spread over it seldom hold both of a pair."""
+    if not seen.final:
         return None
-    return Finding(
+    stems = [_stem(row) for row in seen.objects]
+    pairs = sorted((a, b) for a, b in _twins(seen.objects) if stems[a] != stems[b])
+    if not pairs:
+        return None
+    again, flags = sorted({b for _, b in pairs}), np.zeros(len(stems))
+    part, most = len(again) / len(stems), seen.config.max_duplicates
+    flags[again] = float(part > most)
+    a, b = (seen.objects[k]["name"] for k in pairs[0])
+    said = f"{len(again)} of {len(stems)} records repeat another one's pictures (first: {a!r} and "
+    hint = "keep one of each: duplicates weigh double and leak between splits"
+    values = {"share": part, "max_duplicates": most}
+    return Finding("duplicated_objects", flags, f"{said}{b!r})", hint, values, at_once=True)
+
+
+def _leak(seen: Seen) -> Finding | None:
+    """The same object in two splits: every later figure would be wrong.
+
+    Splits come from the dataset's meta ("object_splits"), from folders called train, val and test,
+    or from a second dataset given to `validate` (meta["against"]: its records' names and
+    thumbnails).  The same object is one of the same name (before "__", after the folder; not of
+    layouts that number their records) or with the same pictures; the same object under another
+    name *and* from other cameras is not recognised.
+    """
+    known, own = seen.meta.get("object_splits") or {}, list(seen.objects)
+    leaks = list(_shared(own, [_split(str(row["name"]), known) for row in own]))
+    if others := seen.meta.get("against"):
+        where = ["this set"] * len(own) + ["the other set"] * len(others)
+        leaks += _shared([*own, *others], where)
+    flags = np.zeros(len(own))
+    flags[[k for pair, _ in leaks for k in pair if k < len(own)]] = 1
+    if not leaks:
+        return None
+    count = len({_stem(own[k]) for k in np.flatnonzero(flags)})
+    said = f"{count} objects are in more than one split: {leaks[0][1]}"
+    hint, values = "split by object before anything is rendered", {"objects": float(count)}
+    return Finding("split_leak", flags, said, hint, values, at_once=True)
+
+
+def _shared(
+    objects: Sequence[Row], splits: Sequence[str | None]
+) -> Iterator[tuple[tuple[int, int], str]]:
+    first: dict[str, int] = {}
+    for k, (row, split) in enumerate(zip(objects, splits, strict=True)):
+        if split and not row.get("numbered"):
+            earlier = first.setdefault(_stem(row), k)
+            if splits[earlier] != split:
+                yield (earlier, k), f"{row['name']!r} is in {splits[earlier]} and in {split}"
+    for a, b in _twins(objects) if len({*splits} - {None}) > 1 else ():
+        if splits[a] and splits[b] and splits[a] != splits[b]:
+            names = [f"{objects[k]['name']!r} ({splits[k]})" for k in (a, b)]
+            yield (a, b), f"{names[0]} shows the same as {names[1]}"
+
+
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "held_out")
+
+
+def _split(name: str, known: Mapping[str, Any]) -> str | None:
+    """Which split a record belongs to: by its name, its object's, or its folder's."""
+    folder, _, own = name.rpartition("/")
+    for key in (name, name.partition("__")[0], own, own.partition("__")[0]):
+        if key in known:
+            return str(known[key])
+    first = folder.partition("/")[0].lower()
+    return first if first in _SPLITS else None
+
+
+def _classes(seen: Seen) -> Finding | None:
+    """One class that is almost the whole set, where the dataset's meta tells ("object_classes") of
+    at least ten objects and two classes.  All are counted, however few have been looked at."""
+    counts = Counter(str(c) for c in (seen.meta.get("object_classes") or {}).values() if c)
+    if counts.total() < 10 or len(counts) < 2:
+        return None
+    ((name, most),), limit = counts.most_common(1), seen.config.max_class_share
+    part = most / counts.total()
+    flags = np.full(len(seen.objects), float(part >= limit))
+    said = f"{part:.0%} of the objects are of class {name!r}"
+    hint = "balance the classes, or say that the set is of one class"
+    values = {"share": part, "max_class_share": limit}
+    return Finding("class_imbalance", flags, said, hint, values, at_once=True)
+
+
+# --- all checks ------------------------------------------------------------------------------
+
+CHECKS: tuple[Callable[[Seen], Finding | None], ...] = (
+    Check(
         "unreadable",
-        np.array([float(bool(row.get("error"))) for row in seen.objects]),
-        f"{len(errors)} of {len(seen.objects)} records can't be read: {errors[0]}",
+        {"unreadable": ""},
+        "{records} of {of} records can't be read: {error}",
         "restore or remove the file",
-        {"records": float(len(errors))},
         at_once=True,
-    )
-
-
-def _invalid(seen: Seen, key: str, code: str, what: str, hint: str) -> Finding:
-    """A count per record of things of which one is too many."""
-    bad = seen.record(key)
-    marks, total = flags(bad > 0, np.isfinite(bad)), float(np.nansum(bad))
-    message = what.format(f"{total:.0f}", f"{np.nansum(marks):.0f} records")
-    return Finding(code, marks, message, hint, {"count": total}, at_once=True)
-
-
-def check_poses(seen: Seen) -> Finding:
-    """Poses that are NaN, scaled, or mirrored (no proper rotation within 1e-3)."""
-    hint = "world-to-camera rotations must be orthonormal, right-handed and finite"
-    what = "{} camera poses in {} are NaN or not a rotation"
-    return _invalid(seen, "bad_poses", "pose_invalid", what, hint)
-
-
-def check_depth(seen: Seen) -> Finding:
-    """NaN or infinite depth pixels."""
-    hint, what = "write 0 where nothing was hit", "{} depth pixels in {} are not finite"
-    return _invalid(seen, "bad_depth", "depth_invalid", what, hint)
-
-
-def check_views(seen: Seen) -> Finding:
-    """Records with a single view: nothing can be compared, and nothing learned of other sides."""
-    views = seen.record("views")
-    return Finding(
-        "too_few_views",
-        (views == 1).astype(float),
-        f"{(views == 1).sum()} of {len(views)} records have one view only",
-        "give every object at least two views, better eight, from all around it",
-        {"views": median(views)},
-    )
-
-
-# --- pictures ------------------------------------------------------------------------------------
-
-
-# Frames of one colour that claim to be covered: share of a record's views.
-check_constant = _simple(
-    "constant_frames",
-    lambda seen: seen.per_record(seen.column("constant"), np.mean),
-    "max_constant",
-    "{share:.0%} of the views are a single colour all over the frame",
-    "look at the renderer's output: an exposure that clips, a camera inside the object, or "
-    "frames that were never written",
-)
-
-
-def check_cropped(seen: Seen) -> Finding:
-    """Content that leaves the frame: share of a record's views whose border is covered."""
-    border = seen.column("border")
-    cut = np.where(np.isfinite(border), border > seen.config.max_border, np.nan)
-    of_record = seen.per_record(cut, np.mean)
-    of_record[seen.foreground("none")] = np.nan
-    return Finding(
-        "out_of_frame",
-        seen.beyond(of_record, "max_cropped")[0],
-        f"the object leaves the frame in {share(cut):.0%} of the views",
-        "move the cameras back or widen the field of view; check the focal length",
-        {"share": share(cut), "max_border": seen.config.max_border},
-    )
-
-
-def check_empty(seen: Seen) -> Finding:
-    """Views that show nothing or too little, by coverage and not by brightness: share of empty
-    views, and median coverage over the input's."""
-    empty, ratio = seen.empty, seen.column("coverage_ratio")
-    shares, medians = seen.per_record(empty.astype(float), np.mean), seen.per_record(ratio)
-    few = medians < seen.limit("min_coverage_ratio")
-    marks = flags((shares > seen.limit("max_empty")) | few, np.isfinite(shares))
-    total, coverage = share(empty), median(ratio)
-    mean = float(np.mean(seen.column("coverage")))
-    bins = seen.azimuth_bins()
-    gone = sorted({float(b) for b in set(bins[np.isfinite(bins)]) if empty[bins == b].all()})
-    where = f"; nothing at all at azimuths {', '.join(f'{b:.0f}' for b in gone)} degrees"
-    return Finding(
-        "views_empty",
-        marks,
-        f"{total:.0%} of the views are empty and the median view covers {coverage:.0%} of what the "
-        f"input covers (mean coverage {mean:.3f}){where if gone else ''}: the object is not "
-        "there, whatever the exposure",
-        "check where the cameras look and how far away they are",
-        {"share": total, "coverage_ratio": coverage, "mean_coverage": mean},
-    )
-
-
-def check_exposure(seen: Seen) -> Finding:
-    """Views much darker or brighter than the input although they cover as much.
-
-    Ratio of mean linear-light luminance of covered pixels to the input's, over views that are not
-    empty: its median in a record, and the share of (almost) black or white ones.  Views without any
-    light at all are dark whatever the input is.
-    """
-    config, ratio = seen.config, seen.filled("luminance_ratio")
-    medians = seen.per_record(ratio)
-    is_dark = (ratio < config.dark_view) | (seen.filled("black") > 0)
-    known = np.isfinite(ratio)
-    dark = seen.per_record(np.where(known, is_dark, np.nan), np.mean)
-    bright = seen.per_record(np.where(known, ratio > config.bright_view, np.nan), np.mean)
-    darker = (medians < seen.limit("min_luminance_ratio")) | (dark > seen.limit("max_dark"))
-    brighter = (medians > seen.limit("max_luminance_ratio")) | (bright > seen.limit("max_bright"))
-    value, coverage = median(medians), median(seen.filled("coverage_ratio"))
-    values = {"luminance_ratio": value, "coverage_ratio": coverage}
-    values |= {"dark": share(dark), "bright": share(bright)}
-    values |= {"clipped": median(seen.per_record(seen.filled("clipped")))}
-    rest = f"coverage is {coverage:.0%} of the input's, so it is exposure, not emptiness"
-    hint = "check exposure, tone curve and colour range of the renders"
-    if darker.sum() >= brighter.sum():
-        what = f"the median view has {value:.2f} of the input's luminance"
-        what += f" and {share(dark):.0%} of the views are almost black" if share(dark) > 0 else ""
-        code, marks, what = "views_dark", darker, f"views are dark: {what}; {rest}"
-    else:
-        what = f"the median view has {value:.2f} times the input's luminance"
-        what += f" and {share(bright):.0%} are far brighter" if share(bright) > 0 else ""
-        code, marks, what = "views_bright", brighter, f"views are too bright: {what}; {rest}"
-    return Finding(code, flags(marks, np.isfinite(medians)), what, hint, values)
-
-
-# Exposure that changes from view to view: median absolute step of log luminance between neighbours
-# in azimuth.
-check_drift = _simple(
-    "exposure_drift",
-    "drift",
-    "max_drift",
-    "brightness jumps by {value:.1f} e-foldings from one view to the next",
-    "fix the exposure (and white balance) over all views of an object",
-)
-
-
-def check_clipping(seen: Seen) -> Finding:
-    """Pixels at either end of the scale, beyond the input's share of them: a record's median."""
-    columns = {k: seen.per_record(seen.filled(k)) for k in ("clipped", "crushed", "floored")}
-    marks, value = seen.beyond(columns["clipped"], "max_clipped")
-    return Finding(
-        "clipped",
-        marks,
-        f"{value:.0%} more of the covered pixels than in the input are fully black or white",
-        "lower the contrast, or render with headroom: what is clipped is lost",
-        {key: flagged(column, marks) for key, column in columns.items()},
-    )
-
-
-# Red and blue exchanged: distance of the views' mean colour to the input's over that to the input's
-# with both exchanged; asked only of objects whose red and blue differ.
-check_channels = _simple(
-    "channels_swapped",
-    "swapped",
-    "max_swapped",
-    "the views' colours are {value:.1f} times nearer to the input's with red and blue exchanged",
-    "write RGB, not BGR",
-)
-
-
-def check_identity(seen: Seen) -> Finding:
-    """Gaussians that don't even reproduce their input: PSNR (dB) over the union of foregrounds and
-    silhouette IoU of the render from the input camera."""
-    psnr, iou = seen.record("identity_psnr"), seen.record("identity_iou")
-    marks = (psnr < seen.limit("min_identity_psnr")) | (iou < seen.limit("min_identity_iou"))
-    marks = flags(marks, np.isfinite(psnr))
-    values = {"psnr": flagged(psnr, marks), "iou": flagged(iou, marks)}
-    return Finding(
-        "identity_mismatch",
-        marks,
-        f"rendered from the input camera the object does not reproduce the input: PSNR "
-        f"{values['psnr']:.1f} dB over the foreground, silhouettes overlap {values['iou']:.0%}",
-        "the decoder (or the frame it speaks) is wrong before any novel view is",
-        values,
-    )
-
-
-# Blurred views: gradient energy of colour and outline per covered pixel over the input's.
-check_detail = _simple(
-    "blurred",
-    lambda seen: seen.per_record(seen.filled("detail_ratio")),
-    "min_detail_ratio",
-    "views have {value:.0%} of the input's gradients: they are blurred",
-    "check the resolution the views were rendered at, and the Gaussians' scales",
-)
-
-
-# Median absolute second difference along rows inside the object, beyond the input's.
-check_grain = _simple(
-    "noisy",
-    lambda seen: seen.per_record(seen.filled("grain")),
-    "max_grain",
-    "neighbouring pixels inside the object differ by {value:.0f} of 255 more than in the input: "
-    "the views are noisy",
-    "render with more samples, or look for compression artefacts",
-)
-
-
-# --- poses against pictures ----------------------------------------------------------------------
-
-
-# The angle of the cameras' mean up to +Y. Azimuth, elevation and the networks' frame assume Y up.
-check_up = _simple(
-    "up_axis",
-    "up_tilt_deg",
-    "max_up_tilt_deg",
-    "the cameras' common up direction is {value:.0f} degrees away from the world's +Y",
-    "turn the world so that +Y is up (a Z-up tool exported it, or the pictures are turned)",
-)
-
-
-def check_pivot(seen: Seen) -> Finding:
-    """Cameras that look at another point than the object: the original experiment's mistake.
-
-    Distance from the nearest point to all optical axes to the content, over the cameras' distance;
-    or to the pivot that the data states.
-    """
-    relative, error = seen.record("pivot_relative"), seen.record("pivot_error")
-    (off, of_radius), (stated, of_stated) = (
-        seen.beyond(values, "max_pivot_offset") for values in (relative, error)
-    )
-    limit = {"max_pivot_offset": seen.config.max_pivot_offset}
-    if np.nansum(off) or not np.nansum(stated):
-        distance = flagged(seen.record("pivot_distance"), off)
-        return Finding(
-            "pivot_offset",
-            off,
-            f"the cameras orbit a point {distance:.1f} units away from the object "
-            f"({of_radius:.2f} of their distance to that point)",
-            "orbit the object's centroid: pass it as the pivot when the views are made",
-            {"distance": distance, "relative": of_radius} | limit,
-        )
-    units = flagged(error * seen.record("radius"), stated)
-    return Finding(
-        "pivot_offset",
-        stated,
-        f"the cameras look at a point {units:.1f} units away from the pivot that the data states",
-        "one of the two is wrong: check the transform between object and cameras",
-        {"distance": units, "relative": of_stated} | limit,
-    )
-
-
-def check_poses_match(seen: Seen) -> Finding:
-    """Poses that don't belong to the pictures.
-
-    Four symptoms: silhouettes that no single object explains (`hull_miss`: share of the other
-    silhouettes that a ray misses at its best point, plus a tenth of what the visual hull leaves
-    unexplained), surface points from depth beside other views' outlines (`stray`) or floating in
-    front of what they see, centroids that are not the image of one point.
-    """
-    keys = ("hull_miss", "stray", "centroid_residual", "floating")
-    columns, guessed = {key: seen.record(key) for key in keys}, seen.foreground("estimated")
-    for key, ragged in (("hull_miss", 4), ("stray", 2)):  # outlines that had to be guessed
-        columns[key] = np.where(guessed, columns[key] / ragged, columns[key])
-    over = np.any([columns[key] > seen.limit(f"max_{key}") for key in keys], axis=0)
-    marks = flags(over, np.any([np.isfinite(column) for column in columns.values()], axis=0))
-    iou, stray = flagged(seen.record("hull_iou"), marks), flagged(columns["stray"], marks)
-    said = f"the objects' outlines in different views agree to {iou:.0%} only"
-    if stray > seen.config.max_stray:
-        said += f" and {stray:.0%} of what one view shows lies outside the outline in the others"
-    elif iou > 0.98:
-        said = "the depths of neighbouring views contradict each other"
-    return Finding(
-        "pose_mismatch",
-        marks,
-        f"{said}: the poses don't belong to the pictures",
-        "check the order of the poses, the axis convention and the focal length",
-        {key: flagged(column, marks) for key, column in columns.items()} | {"hull_iou": iou},
-    )
-
-
-# Share of the silhouettes that rays of the input miss, and of its silhouette that their rays miss,
-# less the median view's. An input turned by 90 degrees shows in 6 of 10 objects, by 180 in 5: most
-# look much the same from behind.
-check_input = _simple(
-    "input_pose",
-    "input_miss",
-    "max_input_miss",
-    "the views agree with each other but not with the input: {value:.1%} more of its outline "
-    "contradicts the others than of a view's",
-    "check which camera took the input, and that it shows the same object",
-)
-
-
-# Opaque photographs whose matched features contradict the poses: see `epipolar.misfit`.
-check_epipolar = _simple(
-    "pose_mismatch",
-    "epipolar",
-    "max_epipolar",
-    "features matched between views lie {value:.1f} times as far from where the poses put them as "
-    "the best possible poses would: these don't belong to the pictures",
-    "check the order of the poses, the axis convention and the focal length",
-)
-
-
-# Colour of the same surface point in neighbouring views, by depth: mean difference over that of
-# unrelated points (0: the same, 1: unrelated).
-check_colours = _simple(
-    "colours_disagree",
-    "photometric",
-    "max_photometric",
-    "the same surface point differs between neighbouring views by {value:.2f} of what unrelated "
-    "points differ by",
-    "check depth, the order of the views, and that lighting is the same in all of them",
-)
-
-
-# Share of views that equal another of their record to within noise, where a solid of revolution
-# can't explain it.
-check_frozen = _simple(
-    "frozen_views",
-    "frozen",
-    "max_frozen",
-    "{share:.0%} of the views repeat another view's picture although the camera moved",
-    "the renderer ignored the pose, or files were copied over each other",
-)
-
-
-def check_sides(seen: Seen) -> Finding:
-    """Coverage that collapses from the side: a flat cut-out (billboard) instead of an object.
-
-    Coverage within 22.5 degrees of +-90 over that within 22.5 of 0 and 180; not asked where front
-    and back are empty themselves.
-    """
-    bins, ratio, empty = seen.azimuth_bins(), seen.column("coverage_ratio"), seen.empty
-    side, front = np.abs(bins) == 90, np.isin(bins, (0, 180))
-    if share(empty[~side]) > 0.5 * seen.config.max_empty:
-        # Emptiness that is everywhere is not what a cut-out does at its sides.
-        ratio = np.where(empty, np.nan, ratio)
-    from_side = seen.per_record(np.where(side, ratio, np.nan), np.mean)
-    from_front = seen.per_record(np.where(front, ratio, np.nan), np.mean)
-    nothing = seen.per_record(np.where(front, empty.astype(float), np.nan), np.mean)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        flat = np.where(nothing <= seen.config.max_empty, from_side / from_front, np.nan)
-    marks, value = seen.beyond(flat, "min_side_coverage")
-    return Finding(
+    ),
+    Check(
+        "pose_invalid",
+        {"bad_poses": ""},
+        "{bad_poses:.0f} camera poses in {records} records are NaN or not a rotation",
+        "world-to-camera rotations must be orthonormal, right-handed and finite",
+        at_once=True,
+    ),
+    Check(
+        "depth_invalid",
+        {"bad_depth": ""},
+        "{bad_depth:.0f} depth pixels in {records} records are not finite",
+        "write 0 where nothing was hit",
+        at_once=True,
+    ),
+    Check(
+        "constant_frames",
+        {"constant": "max_constant"},
+        "{constant:.0%} of the views are a single colour all over the frame",
+        "look at the renderer's output: an exposure that clips, a camera inside the object, or "
+        "frames that were never written",
+    ),
+    _leak,
+    Check(
+        "up_axis",
+        {"up_tilt_deg": "max_up_tilt_deg"},
+        "the cameras' common up direction is {up_tilt_deg:.0f} degrees away from the world's +Y",
+        "turn the world so that +Y is up (a Z-up tool exported it, or the pictures are turned)",
+    ),
+    _pivot,
+    Check(  # where a solid of revolution can't explain it
+        "frozen_views",
+        {"frozen": "max_frozen"},
+        "{frozen:.0%} of the views repeat another view's picture although the camera moved",
+        "the renderer ignored the pose, or files were copied over each other",
+    ),
+    Check(
         "billboard",
-        marks,
-        f"from the side the objects cover {value:.0%} of what they cover from the front and the "
-        "back: they are flat",
+        {"side_coverage": "min_side_coverage"},
+        "from the side the objects cover {side_coverage:.0%} of what they cover from the front and "
+        "the back: they are flat",
         "the geometry has no depth: supervise the decoder with side views",
-        {"side_coverage": value, "min_side_coverage": seen.config.min_side_coverage},
-    )
+    ),
+    Check(  # by silhouettes, and by depth: surface beside other outlines, or before what they show
+        "pose_mismatch",
+        {
+            "hull_miss": "max_hull_miss",
+            "stray": "max_stray",
+            "centroid_residual": "max_centroid_residual",
+            "floating": "max_floating",
+        },
+        "the objects' outlines in different views agree to {hull_iou:.1%}, {stray:.0%} of what one "
+        "view shows lies outside the outline in the others, {floating:.0%} in front of what they "
+        "show: the poses don't belong to the pictures",
+        "check the order of the poses, the axis convention and the focal length",
+        ("hull_iou",),
+    ),
+    # An input turned by 90 degrees shows in 6 of 10 objects, by 180 in 5: most look much the same
+    # from behind.
+    Check(
+        "input_pose",
+        {"input_miss": "max_input_miss"},
+        "the views agree with each other but not with the input: {input_miss:.1%} more of its "
+        "outline contradicts the others than of a view's",
+        "check which camera took the input, and that it shows the same object",
+    ),
+    Check(
+        "pose_mismatch",
+        {"epipolar": "max_epipolar"},
+        "features matched between views lie {epipolar:.1f} times as far from where the poses put "
+        "them as the best possible poses would: these don't belong to the pictures",
+        "check the order of the poses, the axis convention and the focal length",
+    ),
+    Check(
+        "azimuth_imbalance",
+        {"azimuth_spread": "min_azimuth_spread"},
+        "the views come from {azimuth_spread:.0%} of the directions around the object, effectively",
+        "add views from the missing side: a model can't learn what is never shown",
+        at_once=True,
+    ),
+    Check(
+        "too_few_views",
+        {"single": ""},
+        "records have one view only: nothing can be compared, nor learned of other sides",
+        "give every object at least two views, better eight, from all around it",
+    ),
+    Check(
+        "out_of_frame",
+        {"cropped": "max_cropped"},
+        "the object leaves the frame in {cropped:.0%} of the views",
+        "move the cameras back or widen the field of view; check the focal length",
+    ),
+    Check(
+        "views_empty",
+        {"empty": "max_empty", "coverage_ratio": "min_coverage_ratio"},
+        "{empty:.0%} of the views are empty and the median view covers {coverage_ratio:.0%} of "
+        "what the input covers: the object is not there, whatever the exposure",
+        "check where the cameras look and how far away they are",
+        of_all=True,
+    ),
+    _exposure,
+    Check(
+        "exposure_drift",
+        {"drift": "max_drift"},
+        "brightness jumps by {drift:.1f} e-foldings from one view to the next",
+        "fix the exposure (and white balance) over all views of an object",
+    ),
+    Check(
+        "channels_swapped",
+        {"swapped": "max_swapped"},
+        "the views' colours are {swapped:.1f} times nearer to the input's with red and blue "
+        "exchanged",
+        "write RGB, not BGR",
+    ),
+    Check(
+        "identity_mismatch",
+        {"identity_psnr": "min_identity_psnr", "identity_iou": "min_identity_iou"},
+        "rendered from the input camera the object does not reproduce the input: PSNR "
+        "{identity_psnr:.1f} dB over the foreground, silhouettes overlap {identity_iou:.0%}",
+        "the decoder (or the frame it speaks) is wrong before any novel view is",
+    ),
+    Check(
+        "noisy",
+        {"grain": "max_grain"},
+        "neighbouring pixels inside the object differ by {grain:.0f} of 255 more than in the "
+        "input: the views are noisy",
+        "render with more samples, or look for compression artefacts",
+    ),
+    Check(
+        "clipped",
+        {"clipped": "max_clipped"},
+        "{clipped:.0%} more of the covered pixels than in the input are fully black or white",
+        "lower the contrast, or render with headroom: what is clipped is lost",
+        ("crushed", "floored"),
+    ),
+    Check(
+        "blurred",
+        {"detail_ratio": "min_detail_ratio"},
+        "views have {detail_ratio:.0%} of the input's gradients: they are blurred",
+        "check the resolution the views were rendered at, and the Gaussians' scales",
+    ),
+    Check(
+        "colours_disagree",
+        {"photometric": "max_photometric"},
+        "the same surface point differs between neighbouring views by {photometric:.2f} of what "
+        "unrelated points differ by",
+        "check depth, the order of the views, and that lighting is the same in all of them",
+    ),
+    _duplicates,
+    _classes,
+)
+"""In the order in which their reasons are ranked: causes before what they cause."""

@@ -6,19 +6,20 @@ luminance is that of covered pixels only.
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.spatial.distance import pdist, squareform
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from fresnel.data.records import ObjectViews
 from fresnel.poses import geometry
 from fresnel.poses.epipolar import misfit
 from fresnel.poses.geometry import Rig, Row
-from fresnel.scene.cameras import Cameras, gravity_frame
+from fresnel.scene.cameras import gravity_frame
 from fresnel.scene.colour import LUMINANCE_WEIGHTS, srgb_to_linear
 
 _LINEAR = srgb_to_linear(torch.arange(256) / 255.0).numpy()
@@ -27,6 +28,7 @@ _SIDE = 128
 """Pictures larger than this are looked at in steps of whole pixels, for what is an average."""
 _EMPTY_COVERAGE, _EMPTY_RATIO = 0.001, 0.02
 """A view that covers less than this, or less than this of what its input covers, is empty."""
+_Numbers = dict[str, np.ndarray]
 
 
 def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row], Row, Rig | None]:
@@ -41,23 +43,24 @@ def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row],
     """
     stored_rgb, stored_alpha = views.rgb.numpy(), views.alpha.numpy()
     rgb, alpha, foreground = _foreground(stored_rgb, stored_alpha)
-    summary: Row = {"name": views.name, "error": None, "views": len(rgb), "foreground": foreground}
-    summary["bad_poses"] = _bad_poses(views.cameras) + _bad_poses(views.input_camera.reshape(1))
+    summary = {**print_of(views), "error": None, "views": len(rgb), "foreground": foreground}
+    summary["bad_poses"] = sum(map(_is_bad, (*views.cameras, views.input_camera)))
     depth = None if views.depth is None else views.depth.numpy()
     summary["bad_depth"] = 0 if depth is None else int((~np.isfinite(depth)).sum())
-    angles = np.full((len(rgb), 2), np.nan) if summary["bad_poses"] else _angles(views)
 
+    masks, guessed = foreground == "masks", foreground == "estimated"
     # What shines through an edge differs from view to view where the background does.
-    inner = rgb * (alpha >= 250)[..., None] if foreground == "masks" else rgb
-    solid = 250 if foreground == "masks" else 128
-    guessed = foreground == "estimated"
+    inner, solid = (rgb * (alpha >= 250)[..., None], 250) if masks else (rgb, 128)
     behind = np.median(_border(stored_rgb), axis=(0, 1)) if guessed else None
     seen = _pictures(rgb, alpha, solid, behind)
     reference = _reference(views, rgb.shape[1:3], behind, solid)
+    angles = np.full((len(rgb), 2), np.nan)
+    if not summary["bad_poses"]:
+        around = views.cameras.transformed(gravity_frame(views.input_camera, views.pivot))
+        angles[:, 0], angles[:, 1] = around.azimuth_deg((0, 0, 0)), around.elevation_deg((0, 0, 0))
     constant = [_constant(c, a) for c, a in zip(stored_rgb, stored_alpha, strict=True)]
     rows = _rows(views.name, seen, reference, angles, constant)
-    summary |= _of_record(seen, reference, angles) | _identity(views)
-    summary["thumbnail"] = thumbnail(views, inner, alpha)
+    summary |= _of_record(seen, reference, angles[:, 0]) | _identity(views)
     rig = None
     if summary["bad_poses"] or summary["bad_depth"]:
         pass
@@ -71,21 +74,15 @@ def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row],
     return rows, summary, rig
 
 
-def unreadable(name: str, error: Exception) -> tuple[list[Row], Row, None]:
-    """What `measure` returns for a record that can't be read."""
-    return [], {"name": name, "error": f"{type(error).__name__}: {error}"[:300], "views": 0}, None
-
-
-def print_of(views: ObjectViews, numbered: bool) -> Row:
-    """As much of a record's row as tells whether another set has it; `numbered`: its name says
-    nothing."""
+def print_of(views: ObjectViews) -> Row:
+    """As much of a record's row as tells whether another set has it: its name, and a thumbnail of
+    the first and the middle view and the input, 12 pixels wide."""
     rgb, alpha, _ = _foreground(views.rgb.numpy(), views.alpha.numpy())
-    return {
-        "name": views.name, "numbered": numbered, "thumbnail": thumbnail(views, rgb, alpha)
-    }  # fmt: skip
-
-
-# --- foreground --------------------------------------------------------------------------------
+    pictures = [np.dstack([rgb[i], alpha[i]]) for i in (0, len(rgb) // 2)]
+    pictures.append(np.dstack([views.input_rgb.numpy(), views.input_alpha.numpy()]))
+    layers = [torch.from_numpy(picture).permute(2, 0, 1).float() for picture in pictures]
+    small = torch.stack([adaptive_avg_pool2d(layer, 12) for layer in layers])
+    return {"name": views.name, "thumbnail": small.double().numpy().ravel()}
 
 
 def _foreground(rgb: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
@@ -103,24 +100,17 @@ def _foreground(rgb: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndar
             return rgb, alpha, "none"
         away = np.abs(rgb.astype(np.int16) - colour[:, None, None]).max(axis=-1)
         # As little as stands out from the border's own noise.
-        alpha = np.where(away > max(3.0, 2 * float(np.quantile(off, 0.98))), 255, 0)
-        alpha = alpha.astype(np.uint8)
-        return rgb * (alpha > 0)[..., None], alpha, "estimated"
-    if _is_rim(alpha):
-        return rgb, alpha, "none"
+        solid = away > max(3.0, 2 * float(np.quantile(off, 0.98)))
+        return rgb * solid[..., None], np.uint8(255) * solid, "estimated"
+    by, across = (max(1, n // 8) for n in alpha.shape[1:])
+    full = len(alpha) > 1 and (alpha[:, by:-by, across:-across] == 255).all()
+    if full and ((alpha >= 128) != (alpha[:1] >= 128)).mean() < 0.01:
+        return rgb, alpha, "none"  # a rim, in all views alike
     behind = alpha == 0
     if behind.any() and rgb[behind].mean() > 8:
         # Edge pixels keep some of the photograph behind them; the solid ones are exact.
         return (rgb * (alpha[..., None] / np.float32(255))).astype(np.uint8), alpha, "masks"
     return rgb, alpha, "alpha"
-
-
-def _is_rim(alpha: np.ndarray) -> bool:
-    """Whether only a rim is transparent, in all views alike: what a lens leaves, not an object."""
-    by, across = (max(1, n // 8) for n in alpha.shape[1:])
-    if len(alpha) < 2 or not (alpha[:, by:-by, across:-across] == 255).all():
-        return False
-    return bool(((alpha >= 128) != (alpha[:1] >= 128)).mean() < 0.01)
 
 
 def _border(rgb: np.ndarray) -> np.ndarray:
@@ -135,12 +125,9 @@ def _constant(rgb: np.ndarray, alpha: np.ndarray) -> bool:
     return all(np.abs(x.astype(np.int16) - x[0, 0]).max() <= 2 for x in (rgb, alpha))
 
 
-# --- pictures ----------------------------------------------------------------------------------
-
-
 def _pictures(
     rgb: np.ndarray, alpha: np.ndarray, solid: int, behind: np.ndarray | None
-) -> dict[str, np.ndarray]:
+) -> _Numbers:
     """Numbers of pictures over black, each (V,), colour (V, 3)."""
     step = max(1, rgb.shape[1] // _SIDE)
     coarse, cover = rgb[:, ::step, ::step], alpha[:, ::step, ::step]
@@ -162,9 +149,7 @@ def _light(
     un-premultiplied so that a half-transparent white object is white: mean linear luminance and
     colour; the share at either end of the scale (`clipped`), at the black end (`crushed`), and of
     which some channel is black (`floored`).  NaN without any."""
-    mask = alpha >= solid
-    if mask.sum() < 20:
-        mask = alpha >= 128
+    mask = alpha >= (solid if (alpha >= solid).sum() >= 20 else 128)
     if not mask.any():
         nothing = dict.fromkeys(("luminance", "clipped", "crushed", "floored"), math.nan)
         return {**nothing, "color": np.full(3, np.nan)}
@@ -174,13 +159,11 @@ def _light(
     if behind is not None:  # half of a guessed foreground may be haze: what stands out most is not
         away = np.abs(straight.astype(np.float32) - behind).max(axis=1)
         shown = straight[away >= np.median(away)]
-    linear = _LINEAR[shown].mean(axis=0)
-    brightest = straight.max(axis=1)
-    crushed = float((brightest <= 1).mean())
+    linear, brightest = _LINEAR[shown].mean(axis=0), straight.max(axis=1)
     return {
         "luminance": float(linear @ np.array(LUMINANCE_WEIGHTS, np.float32)),
-        "clipped": crushed + float((brightest >= 254).mean()),
-        "crushed": crushed,
+        "clipped": float(((brightest <= 1) | (brightest >= 254)).mean()),
+        "crushed": float((brightest <= 1).mean()),
         "floored": float((straight.min(axis=1) <= 1).mean()),
         "color": linear,
     }
@@ -208,79 +191,60 @@ def _grain(rgb: np.ndarray, alpha: np.ndarray) -> float:
         return math.nan
     # Three pixels away from the outline on either side, where edges are guessed or blended.
     solid = np.logical_and.reduce([covered[:, k : width - 6 + k] for k in range(7)])
-    if solid.sum() < 20:
-        return math.nan
-    return float(np.median(np.abs(green[:, 2:] - 2 * green[:, 1:-1] + green[:, :-2])[solid]))
+    second = np.abs(green[:, 2:] - 2 * green[:, 1:-1] + green[:, :-2])[solid]
+    return float(np.median(second)) if len(second) >= 20 else math.nan
 
 
 def _reference(
     views: ObjectViews, size: tuple[int, int], behind: np.ndarray | None, solid: int
-) -> dict[str, np.ndarray]:
+) -> _Numbers:
     """The numbers of the input, its detail at the views' size.
 
     Where the views' foreground had to be guessed, the input's is guessed the same way, over the
     same colour: both then err alike at their edges.
     """
-    rgb, alpha = views.input_rgb.numpy(), views.input_alpha.numpy()
+    rgb, alpha = views.input_rgb.numpy()[None], views.input_alpha.numpy()[None]
     if behind is not None:
         rest = 1 - alpha[..., None] / np.float32(255)
-        rgb = np.clip(rgb + rest * behind, 0, 255).astype(np.uint8)
-        rgb, alpha = (p[0] for p in _foreground(rgb[None], np.full_like(alpha[None], 255))[:2])
-    out = _pictures(rgb[None], alpha[None], solid, behind)
-    if alpha.shape != size:
-        both = torch.from_numpy(np.dstack([rgb, alpha])).permute(2, 0, 1)[None].float()
-        both = torch.nn.functional.interpolate(
-            both, size=size, mode="bilinear", antialias=True, align_corners=False
-        )
-        small = both.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        out["detail"] = _detail(small[..., :3], small[..., 3])
+        over = np.clip(rgb + rest * behind, 0, 255).astype(np.uint8)
+        rgb, alpha, _ = _foreground(over, np.full_like(alpha, 255))
+    out = _pictures(rgb, alpha, solid, behind)
+    if alpha.shape[1:] != size:
+        both = torch.from_numpy(np.concatenate([rgb, alpha[..., None]], -1)).permute(0, 3, 1, 2)
+        small = interpolate(both.float(), size, mode="bilinear", antialias=True)
+        picture = small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        out["detail"] = _detail(picture[..., :3], picture[..., 3])
     return {name: value[0] for name, value in out.items()}
 
 
 def _rows(
-    name: str,
-    seen: dict[str, np.ndarray],
-    reference: dict[str, np.ndarray],
-    angles: np.ndarray,
-    constant: list[bool],
+    name: str, seen: _Numbers, reference: _Numbers, angles: np.ndarray, constant: list[bool]
 ) -> list[Row]:
-    ratios = {
-        "coverage_ratio": _ratio(seen["coverage"], reference["coverage"]),
-        # The floor keeps black objects, whose ratio is noise, near 1.
-        "luminance_ratio": _ratio(seen["luminance"] + 0.004, reference["luminance"] + 0.004),
-        "detail_ratio": _ratio(seen["detail"], reference["detail"]),
-    }
-    known = np.nan_to_num(ratios["coverage_ratio"], nan=1.0)
-    empty = (seen["coverage"] < _EMPTY_COVERAGE) | (known < _EMPTY_RATIO)
-    columns = {
-        "azimuth_deg": angles[:, 0],
-        "elevation_deg": angles[:, 1],
-        **{key: seen[key] for key in ("coverage", "luminance", "border")},
-        **ratios,
-        **{k: seen[k] - reference[k] for k in ("grain", "clipped", "crushed", "floored")},
-        "black": seen["crushed"] > 0.99,
-        "constant": np.array(constant),
-        "empty": empty,
-    }
+    columns = {"azimuth_deg": angles[:, 0], "elevation_deg": angles[:, 1]}
+    columns |= {key: seen[key] for key in ("coverage", "luminance", "border")}
+    # The floor keeps black objects, whose ratio is noise, near 1.
+    for key, floor in (("coverage", 0.0), ("luminance", 0.004), ("detail", 0.0)):
+        whole = reference[key] + floor
+        columns[f"{key}_ratio"] = (seen[key] + floor) / (whole if whole > 0 else np.nan)
+    columns |= {k: seen[k] - reference[k] for k in ("grain", "clipped", "crushed", "floored")}
+    columns |= {"black": seen["crushed"] > 0.99, "constant": np.array(constant)}
+    nothing = seen["coverage"] < _EMPTY_COVERAGE
+    columns["empty"] = nothing | (columns["coverage_ratio"] < _EMPTY_RATIO)
     return [
         {"object": name, "view": i} | {key: value[i].item() for key, value in columns.items()}
         for i in range(len(angles))
     ]
 
 
-def _ratio(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    return values / reference if reference > 0 else np.full(len(values), np.nan)
-
-
-def _of_record(
-    seen: dict[str, np.ndarray], reference: dict[str, np.ndarray], angles: np.ndarray
-) -> Row:
-    """What only several views together tell."""
-    out: Row = {
-        "drift": _drift(seen["luminance"], angles[:, 0]),
-        "input_coverage": float(reference["coverage"]),
-        "input_luminance": float(reference["luminance"]),
-    }
+def _of_record(seen: _Numbers, reference: _Numbers, azimuth_deg: np.ndarray) -> Row:
+    """What only several views together tell: `drift`, the median absolute step of log luminance
+    between neighbours in azimuth; `swapped`, the distance of the views' mean colour to the input's
+    over that to the input's with red and blue exchanged."""
+    out: Row = {f"input_{key}": float(reference[key]) for key in ("coverage", "luminance")}
+    usable = np.isfinite(seen["luminance"]) & np.isfinite(azimuth_deg)
+    light = np.log(seen["luminance"][usable][np.argsort(azimuth_deg[usable])] + 0.01)
+    steps = np.abs(light - np.roll(light, 1))
+    out["drift"] = float(np.median(steps)) if len(steps) >= 4 else math.nan
     shown = seen["color"][np.isfinite(seen["color"]).all(axis=1)]
     theirs = np.sqrt(reference["color"])
     # Only a colour with red and blue apart can tell whether they changed places.
@@ -291,67 +255,38 @@ def _of_record(
     return out
 
 
-def _drift(luminance: np.ndarray, azimuth_deg: np.ndarray) -> float:
-    """Median absolute step of log luminance between views that are neighbours in azimuth."""
-    usable = np.isfinite(luminance) & np.isfinite(azimuth_deg)
-    if usable.sum() < 4:
-        return math.nan
-    order = np.argsort(azimuth_deg[usable])
-    light = np.log(luminance[usable][order] + 0.01)
-    return float(np.median(np.abs(light - np.roll(light, 1))))
+def _identity(views: ObjectViews) -> Row:
+    """PSNR (dB) over the union of foregrounds and IoU of silhouettes of input and identity."""
+    out = {"identity_psnr": math.nan, "identity_iou": math.nan}
+    if views.identity_rgb is None or views.identity_alpha is None:
+        return out
+    mine, theirs = views.input_alpha.numpy() >= 128, views.identity_alpha.numpy() >= 128
+    union = mine | theirs
+    if union.any():
+        off = views.input_rgb.numpy()[union].astype(np.float32) - views.identity_rgb.numpy()[union]
+        mse = float(np.square(off).mean()) / 255.0**2
+        out["identity_psnr"] = -10 * math.log10(max(mse, 1e-10))
+        out["identity_iou"] = float((mine & theirs).sum() / union.sum())
+    return out
 
 
-def thumbnail(views: ObjectViews, rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The first and the middle view and the input, 12 pixels wide: what records of the same
-    pictures share."""
-    pictures = [np.dstack([rgb[i], alpha[i]]) for i in (0, len(rgb) // 2)]
-    pictures.append(np.dstack([views.input_rgb.numpy(), views.input_alpha.numpy()]))
-    small = []
-    for picture in pictures:
-        rows, columns = (_bins(n) for n in picture.shape[:2])
-        sums = columns @ np.tensordot(rows, picture.astype(np.float32), 1)
-        small.append(sums / (rows.sum(1)[:, None, None] * columns.sum(1)[:, None]).astype(float))
-    return np.ravel(small)
-
-
-@functools.cache
-def _bins(length: int) -> np.ndarray:
-    """Which of at most 12 equal parts each pixel of a side belongs to, float32 (parts, length)."""
-    edges = np.linspace(0, length, min(length, 12) + 1).astype(int)
-    return np.repeat(np.eye(len(edges) - 1, dtype=np.float32), np.diff(edges), axis=1)
-
-
-# --- poses -------------------------------------------------------------------------------------
-
-
-def _bad_poses(cameras: Cameras) -> int:
-    """How many poses are NaN, not a rotation, mirrored, or have no positive focal length."""
-    bad = 0
-    for i in range(len(cameras)):
-        try:
-            cameras[i].validate()
-        except ValueError:
-            bad += 1
-    return bad
-
-
-def _angles(views: ObjectViews) -> np.ndarray:
-    """Azimuth and elevation in degrees about the pivot relative to the input camera, (V, 2)."""
-    seen = views.cameras.transformed(gravity_frame(views.input_camera, views.pivot))
-    origin = (0.0, 0.0, 0.0)
-    return torch.stack([seen.azimuth_deg(origin), seen.elevation_deg(origin)], dim=-1).numpy()
+def _is_bad(camera: Any) -> bool:
+    """Whether a pose is NaN, not a rotation, mirrored, or has no positive focal length."""
+    try:
+        camera.validate()
+    except ValueError:
+        return True
+    return False
 
 
 def _poses(rigs: list[Rig]) -> tuple[Row, Rig]:
     """Consistency of poses with pictures (shares, image widths, degrees), the mean over all rigs of
     a record, and the worst rig."""
-    rows = []
+    rows: list[Row] = []
     for rig in rigs:
-        more = {
-            "centroid_residual": geometry.centroid_residual(rig)[0],
-            "up_tilt_deg": geometry.up_tilt_deg(rig),
-        }
-        rows.append(geometry.coherence(rig) | geometry.photometric(rig) | more)
+        row = geometry.coherence(rig) | geometry.photometric(rig)
+        row |= {"centroid_residual": geometry.centroid_residual(rig)[0]}
+        rows.append(row | {"up_tilt_deg": geometry.up_tilt_deg(rig)})
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         mean = {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
     worst = np.argmax(np.nan_to_num([row["mismatch"] for row in rows], nan=-1.0))
@@ -367,11 +302,8 @@ def _frozen(
     count, and only if a solid of revolution can't explain them: the elevations differ, or depth
     contradicts the poses.
     """
-    from scipy.spatial.distance import pdist, squareform
-
     repeated, small = np.zeros(len(rgb), dtype=bool), rgb.reshape(len(rgb), -1)
-    contrast = np.ptp(small, axis=1)
-    shown = np.flatnonzero((coverage > 0.002) & (contrast > 8))
+    shown = np.flatnonzero((coverage > 0.002) & (np.ptp(small, axis=1) > 8))
     if len(shown) < 2:
         return 0.0
     turn = np.abs((angles[shown, 0] - angles[shown, 0, None] + 180) % 360 - 180)
@@ -386,21 +318,5 @@ def _frozen(
         covered = 4 * max(int((alpha[i] >= 64).sum()), int((alpha[j] >= 64).sum()))
         off = np.abs(small[i].astype(np.int16) - small[j]).sum()
         off += np.abs(alpha[i].astype(np.int16) - alpha[j]).sum()
-        if off < 0.25 * covered:
-            repeated[[i, j]] = True
+        repeated[[i, j]] |= off < 0.25 * covered
     return float(repeated.mean())
-
-
-def _identity(views: ObjectViews) -> Row:
-    """PSNR (dB) over the union of foregrounds and IoU of silhouettes of input and identity."""
-    nothing = {"identity_psnr": math.nan, "identity_iou": math.nan}
-    if views.identity_rgb is None or views.identity_alpha is None:
-        return nothing
-    mine, theirs = views.input_rgb.numpy(), views.identity_rgb.numpy()
-    a, b = views.input_alpha.numpy() >= 128, views.identity_alpha.numpy() >= 128
-    union = a | b
-    if not union.any():
-        return nothing
-    mse = float(np.square(mine[union].astype(np.float32) - theirs[union]).mean()) / 255.0**2
-    iou = float((a & b).sum() / union.sum())
-    return {"identity_psnr": -10 * math.log10(max(mse, 1e-10)), "identity_iou": iou}

@@ -5,12 +5,13 @@ A receipt protects against accidents, not against forgery: it is not signed (see
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from fresnel.data.images import DatasetError
 from fresnel.gate.thresholds import VERSION, GateConfig
@@ -48,7 +49,7 @@ class Receipt:
     reasons: tuple[str, ...]
     created_utc: str
     fresnel_version: str
-    gate_version: int
+    gate_version: int = 1
     thresholds: dict[str, float] = field(default_factory=dict)
     records_seen: int = 0
     records_total: int = 0
@@ -76,11 +77,11 @@ def write_receipt(
     from fresnel import __version__
 
     receipt = Receipt(
-        kind=kind,
-        dataset_hash=dataset.content_hash,
-        passed=bool(passed),
-        summary=summary,
-        reasons=tuple(reasons),
+        kind,
+        dataset.content_hash,
+        bool(passed),
+        summary,
+        tuple(reasons),
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         fresnel_version=__version__,
         gate_version=VERSION,
@@ -89,7 +90,8 @@ def write_receipt(
         records_total=records[1],
         overridden=overridden,
     )
-    write_atomic(_receipt_path(dataset, kind), json.dumps(asdict(receipt), indent=2) + "\n")
+    text = msgspec.json.format(msgspec.json.encode(receipt), indent=2)
+    write_atomic(_receipt_path(dataset, kind), text.decode() + "\n")
     return receipt
 
 
@@ -97,24 +99,14 @@ def read_receipt(dataset: Any, kind: str = "gate") -> Receipt | None:
     """The receipt that lies in the dataset's folder, whatever it says; None if there is none.
 
     Raises:
-        GateRefusal: if the file is there but is no receipt, or is another version's.
+        GateRefusal: if the file is there but is no receipt.
     """
-    path, advice = _receipt_path(dataset, kind), _advice(dataset, kind)
-    if not path.exists():
-        return None
+    path = _receipt_path(dataset, kind)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.get("gate_version")
-        if "created_utc" in content and version != VERSION:
-            raise GateRefusal(
-                f"{path}: written by gate {version or 1}, this is gate {VERSION}; {advice}"
-            )
-        receipt = Receipt(**{**content, "reasons": tuple(content["reasons"])})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise GateRefusal(f"{path}: not a readable receipt ({error}); {advice}") from error
-    if receipt.kind != kind or not isinstance(receipt.passed, bool):
-        raise GateRefusal(f"{path}: not a {kind} receipt; {advice}")
-    return receipt
+        return msgspec.json.decode(path.read_bytes(), type=Receipt) if path.exists() else None
+    except (OSError, msgspec.MsgspecError) as error:
+        why = f"{path}: not a readable receipt ({error})"
+        raise GateRefusal(f"{why}; {_advice(dataset, kind)}") from error
 
 
 def require_receipt(
@@ -139,8 +131,7 @@ def require_receipt(
         GateRefusal: if there is none, it is of other data or another version of the gate, or it
             failed, was overridden or reached with other thresholds, and that is not allowed.
     """
-    advice = _advice(data, kind)
-    receipt = receipt or read_receipt(data, kind)
+    receipt, advice = receipt or read_receipt(data, kind), _advice(data, kind)
     if receipt is None:
         raise GateRefusal(f"no {kind} receipt for {_place(data)}; {advice}")
     if receipt.kind != kind or receipt.gate_version != VERSION:
@@ -163,12 +154,12 @@ def require_receipt(
         return receipt
     if allow_failed:
         return replace(receipt, overridden=True)
-    state = "failed" if not receipt.passed else "was overridden"
     why = receipt.reasons[0] if receipt.reasons else receipt.summary
+    state = f"was overridden: {why}" if receipt.passed else f"failed: {why}"
     if receipt.passed and moved:
-        state, why = "passed by thresholds that are not the calibrated ones", moved
+        state = f"passed by thresholds that are not the calibrated ones: {moved}"
     raise GateRefusal(
-        f"the {kind} check of {_place(data)} {state}: {why}. Mend the data and {advice}, or pass "
+        f"the {kind} check of {_place(data)} {state}. Mend the data and {advice}, or pass "
         "allow_failed_gate=True for a negative control"
     )
 

@@ -1,16 +1,9 @@
-"""The gate's thresholds, each with the evidence it was set on, and what checks look at."""
+"""The gate's thresholds, each with the evidence it was set on."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-
-Row = dict[str, Any]
 VERSION = 2
 """Of measurements, checks and thresholds together: a receipt of another version is void."""
 
@@ -66,110 +59,13 @@ class GateConfig:
     min_azimuth_spread: float = 0.45  # random azimuths of ten objects 0.9, three bins 0.375
 
     def __post_init__(self) -> None:
-        if not 0 < self.healthy_rate < self.faulty_rate < 1:
+        rates, errors = (self.healthy_rate, self.faulty_rate), (self.false_alarm, self.miss)
+        if not (0 < rates[0] < rates[1] < 1 and min(errors) > 0 and max(errors) < 0.5):
             raise ValueError(
-                f"healthy_rate, faulty_rate: got {self.healthy_rate}, {self.faulty_rate}, want "
-                "0 < healthy_rate < faulty_rate < 1"
+                f"healthy_rate, faulty_rate: got {rates}, want 0 < healthy_rate < faulty_rate < 1; "
+                f"false_alarm, miss: got {errors}, want in (0, 0.5)"
             )
-        if not (0 < self.false_alarm < 0.5 and 0 < self.miss < 0.5):
-            raise ValueError(f"false_alarm, miss: got {self.false_alarm}, {self.miss}, want < 0.5")
 
 
 ALONE = 1.5
 """By how much limits are wider for a set of one record, where one flag decides."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found: a flag per record, and what to say if they are too many.
-
-    Args:
-        flags: 1 where a record shows the fault, 0 where not, NaN where it can't be asked.
-        at_once: one record, or the set as a whole, is enough; no test of proportions.
-        late: can only be said of the whole set.
-    """
-
-    code: str
-    flags: np.ndarray
-    message: str
-    hint: str
-    values: dict[str, float] = field(default_factory=dict)
-    at_once: bool = False
-    late: bool = False
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The measurements as columns, of views and of records."""
-
-    rows: Sequence[Row]
-    objects: Sequence[Row]
-    config: GateConfig
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-    def limit(self, name: str, known: int | None = None) -> float:
-        """A threshold by name; wider where only one record is there, or `known` of those."""
-        value = float(getattr(self.config, name))
-        if (len(self.objects) if known is None else known) > 1:
-            return value
-        return value / ALONE if name.startswith("min") else value * ALONE
-
-    def column(self, key: str) -> np.ndarray:
-        """One value per view."""
-        return np.array([row[key] for row in self.rows], dtype=np.float64)
-
-    def record(self, key: str) -> np.ndarray:
-        """One value per record, NaN where it is unknown."""
-        return np.array([row.get(key, math.nan) for row in self.objects], dtype=np.float64)
-
-    def per_record(self, values: np.ndarray, how: Any = np.median) -> np.ndarray:
-        """A statistic of each record's finite views; NaN where there are none."""
-        ends = np.cumsum([0, *(row["views"] for row in self.objects)])
-        parts = (values[a:b] for a, b in itertools.pairwise(ends))
-        kept = (part[np.isfinite(part)] for part in parts)
-        return np.array([how(part) if len(part) else np.nan for part in kept])
-
-    @property
-    def empty(self) -> np.ndarray:
-        return np.array([row["empty"] for row in self.rows], dtype=bool)
-
-    def filled(self, key: str) -> np.ndarray:
-        """A column of the views, NaN where a view is empty."""
-        return np.where(self.empty, np.nan, self.column(key))
-
-    def azimuth_bins(self) -> np.ndarray:
-        """Centres of the 45 degree bins that the views fall in, 180 for -180."""
-        centre = 45.0 * np.round(self.column("azimuth_deg") / 45.0)
-        return np.where(centre <= -180.0, 180.0, centre + 0.0)  # + 0.0: no -0.0
-
-    def foreground(self, kind: str) -> np.ndarray:
-        return np.array([row.get("foreground") == kind for row in self.objects], dtype=bool)
-
-    def beyond(self, values: np.ndarray, limit: str) -> tuple[np.ndarray, float]:
-        """Flags of the records beyond a limit ("max_..." or "min_..."), and what they reach."""
-        bound = self.limit(limit, int(np.isfinite(values).sum()))
-        over = values < bound if limit.startswith("min") else values > bound
-        marks = flags(over, np.isfinite(values))
-        return marks, flagged(values, marks)
-
-
-def flags(condition: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """1 and 0 where a condition is known, NaN elsewhere."""
-    return np.where(known, condition.astype(np.float64), np.nan)
-
-
-def median(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)]
-    return float(np.median(values)) if len(values) else math.nan
-
-
-def share(values: np.ndarray) -> float:
-    """The mean of what is known."""
-    values = np.asarray(values, dtype=np.float64)
-    values = values[np.isfinite(values)]
-    return float(np.mean(values)) if len(values) else math.nan
-
-
-def flagged(values: np.ndarray, marks: np.ndarray) -> float:
-    """Median of the values of the records that are flagged (of all, if none is)."""
-    return median(values[marks > 0]) if (marks > 0).any() else median(values)

@@ -1,42 +1,32 @@
 """The gate: is this multi-view data fit to train on, and if not, what is wrong with it?
 
-`validate` looks at ten examples, goes on only while undecided, and confirms a pass on the whole
-set.  Its `Verdict` names ranked causes in plain language.
+`validate` looks at ten examples, goes on only while nothing is wrong, and confirms a pass on the
+whole set.  Its `Verdict` names ranked causes in plain language.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+import msgspec
 import numpy as np
 from tqdm.auto import tqdm
 
 from fresnel.data.images import DatasetError
-from fresnel.data.records import ObjectViews
-from fresnel.gate.decide import Decision, Reason, decide, figures
-from fresnel.gate.measure import Row, measure, print_of, unreadable
+from fresnel.gate.checks import Row, Seen
+from fresnel.gate.decide import Reason, decide, figures
+from fresnel.gate.measure import measure, print_of
 from fresnel.gate.receipts import Receipt, write_receipt
 from fresnel.gate.thresholds import GateConfig
 from fresnel.host.machine import core_count
 from fresnel.host.pool import MOST_WORKERS, processes
 from fresnel.poses.geometry import Rig
-
-
-class Data(Protocol):
-    """What `validate` needs of a `MultiViewDataset`; lists of records in tests have it too."""
-
-    @property
-    def content_hash(self) -> str: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> ObjectViews: ...
 
 
 @dataclass(frozen=True)
@@ -77,19 +67,12 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy; NaN becomes None."""
-        return _plain(asdict(self))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        copy: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        return copy
 
 
 def validate(
-    dataset: Data,
+    dataset: Any,
     config: GateConfig | None = None,
     *,
     first: int = 10,
@@ -122,43 +105,40 @@ def validate(
     """
     if first < 1 or (workers is not None and workers < 1):
         raise ValueError(f"first, workers: got {first}, {workers}, want at least 1")
-    config, started, total = config or GateConfig(), time.monotonic(), len(dataset)
+    started, total, look = time.monotonic(), len(dataset), min(first, len(dataset))
+    meta = dict(getattr(dataset, "meta", None) or {})
+    if against is not None:
+        numbered = getattr(against, "layout", "") == "original"
+        others = (against[k] for k in range(len(against)))
+        meta["against"] = [{**print_of(other), "numbered": numbered} for other in others]
     rows: list[Row] = []
     objects: list[Row] = []
     rigs: dict[int, Rig] = {}
-    if total == 0:
-        empty = Reason("no_data", "the dataset has no records", "check the path")
-        decision = Decision((empty,), (), True)
-    else:
-        meta = dict(getattr(dataset, "meta", None) or {})
-        if against is not None:
-            numbered = getattr(against, "layout", "") == "original"
-            others = (against[k] for k in range(len(against)))
-            meta["against"] = [print_of(other, numbered) for other in others]
-        settled, look = False, min(first, total)
-        with contextlib.closing(_stream(dataset, look, workers, rigs, progress)) as stream:
-            for count, (record_rows, summary, rig) in enumerate(stream, 1):
-                rows += record_rows
-                objects.append(summary)
-                if rig is not None and len(rigs) < _RIGS:
-                    rigs[len(objects) - 1] = rig
-                if count == total or (not settled and count >= look):
-                    look = max(count + first, math.ceil(1.25 * count))
-                    decision = decide(
-                        rows, objects, config, meta=meta, rigs=rigs, final=count == total
-                    )
-                    settled = decision.settled
-                    if decision.reasons:
-                        break
+    seen = Seen(rows, objects, config or GateConfig(), meta)
+    reasons: tuple[Reason, ...] = ()
+    notes: tuple[str, ...] = ()
+    with contextlib.closing(_stream(dataset, look, workers, progress)) as stream:
+        for count, (record_rows, summary, rig) in enumerate(stream, 1):
+            rows += record_rows
+            objects.append(summary)
+            rigs |= {} if rig is None else {count - 1: rig}
+            if count in (look, total):
+                look = max(count + first, math.ceil(1.25 * count))
+                seen = Seen(rows, objects, seen.config, meta, final=count == total)
+                reasons, notes = decide(seen, rigs)
+                if reasons:
+                    break
+    if not total:
+        reasons = (Reason("no_data", "the dataset has no records", "check the path"),)
     return Verdict(
-        passed=not decision.reasons,
-        reasons=decision.reasons,
-        summary=_summary(decision.reasons, len(objects), total, len(rows)),
-        notes=decision.notes,
+        passed=not reasons,
+        reasons=reasons,
+        summary=_summary(reasons, f"{len(objects)} of {total} records ({len(rows)} views)"),
+        notes=notes,
         measurements=rows,
         objects=[{k: v for k, v in row.items() if k not in _INNER} for row in objects],
-        figures=figures(rows, objects, config),
-        thresholds=asdict(config),
+        figures=figures(seen),
+        thresholds=asdict(seen.config),
         dataset_hash=dataset.content_hash,
         is_subset=bool(getattr(dataset, "is_subset", False)),
         examples_seen=len(objects),
@@ -167,13 +147,7 @@ def validate(
     )
 
 
-_RIGS = 40
-"""Records whose cameras and small masks are kept, to find out what is wrong with their poses."""
-_INNER = ("thumbnail", "numbered")
-
-
-def _summary(reasons: Sequence[Reason], count: int, total: int, views: int) -> str:
-    seen = f"{count} of {total} records ({views} views)"
+def _summary(reasons: Sequence[Reason], seen: str) -> str:
     if not reasons:
         return f"PASS: {seen}, no check failed."
     first, *rest = reasons
@@ -184,66 +158,35 @@ def _summary(reasons: Sequence[Reason], count: int, total: int, views: int) -> s
     return summary + (f" Also: {', '.join(others)}." if others else "")
 
 
-_Measured = tuple[list[Row], Row, Rig | None]
-_Send = Callable[[int, bool], Future[_Measured]]
+_RIGS = 40
+"""Of how many records cameras and small masks are kept, to find out what is wrong with poses."""
+_INNER = ("thumbnail", "numbered")
 _WORTH_PROCESSES = 120  # records: some seconds of measuring on one core, as processes cost to start
+_Measured = tuple[list[Row], Row, Rig | None]
 
 
-def _stream(
-    dataset: Data, first: int, workers: int | None, rigs: dict[int, Rig], progress: bool
-) -> Generator[_Measured, None, None]:
+def _stream(dataset: Any, first: int, workers: int | None, progress: bool) -> Iterator[_Measured]:
     """All records measured: `first` evenly spaced ones, then the rest, each prefix of which is
-    spread over the set.  Rigs come with those that may yet be among the `_RIGS` first.
-
-    Processes start when the first examples have not refused the set."""
+    spread over the set.  Processes start when the first examples have not refused the set."""
     total = len(dataset)
-    sample = sorted(set(np.linspace(0, total - 1, first).round().astype(int).tolist()))
+    sample = sorted({*np.linspace(0, total - 1, first).round().astype(int).tolist()})
     golden = 0.6180339887498949
-    rest = sorted(set(range(total)) - set(sample), key=lambda index: (index * golden) % 1.0)
-    many = _crew if _worth_a_crew(dataset, len(rest), workers) else _threads
-    for readers, indices, what in (
-        (_threads, sample, "first examples"),
-        (many, rest, "whole set"),
-    ):
-        with readers(dataset, workers or 2) as (send, ahead):
-            queue = iter(indices)
-            with tqdm(
-                total=len(indices),
-                desc=f"gate: {what}",
-                unit="object",
-                delay=2,
-                disable=not progress or None,
-            ) as bar:
-                # A short window of submitted reads keeps the readers busy and the memory bounded.
-                window = deque(send(i, True) for i in itertools.islice(queue, 2 * ahead))
-                while window:
-                    done = window.popleft().result()
-                    window.extend(send(i, len(rigs) < _RIGS) for i in itertools.islice(queue, 1))
-                    bar.update()
-                    yield done
-
-
-@contextlib.contextmanager
-def _threads(dataset: Data, workers: int) -> Iterator[tuple[_Send, int]]:
-    threads = ThreadPoolExecutor(workers)
-    try:
-        yield lambda i, rig: threads.submit(_measure, dataset, i, rig), workers
-    finally:
-        threads.shutdown(cancel_futures=True)
-
-
-def _worth_a_crew(dataset: Data, count: int, workers: int | None) -> bool:
-    """Whether processes should measure: what travels to one is a subset of one record."""
-    enough = core_count() >= 4 and count >= _WORTH_PROCESSES
-    return workers is None and enough and hasattr(dataset, "subset")
-
-
-@contextlib.contextmanager
-def _crew(dataset: Any, _: int) -> Iterator[tuple[_Send, int]]:
-    workers = min(core_count(), MOST_WORKERS)
-    with processes(workers) as pool:
-        # Rigs are most of what would travel back.
-        yield lambda i, rig: pool.submit(_measure, dataset.subset([i]), 0, rig), workers
+    rest = sorted({*range(total)} - {*sample}, key=lambda index: (index * golden) % 1.0)
+    many = workers is None and core_count() >= 4 and len(rest) >= _WORTH_PROCESSES
+    many = many and hasattr(dataset, "subset")
+    for what, indices, split in (("first examples", sample, False), ("whole set", rest, many)):
+        count, left = min(core_count(), MOST_WORKERS), _RIGS if indices is sample else _RIGS - first
+        with processes(count) if split else ThreadPoolExecutor(workers or 2) as pool:
+            # What travels to a process is a subset of one record.
+            tasks = ((dataset.subset([i]), 0) if split else (dataset, i) for i in indices)
+            queue = [pool.submit(_measure, *task, k < left) for k, task in enumerate(tasks)]
+            options: dict[str, Any] = {"delay": 2, "disable": not progress or None}
+            try:
+                for future in tqdm(queue, desc=f"gate: {what}", unit="object", **options):
+                    yield future.result()
+            finally:
+                for future in queue:
+                    future.cancel()
 
 
 def _measure(dataset: Any, index: int, with_rig: bool) -> _Measured:
@@ -252,11 +195,10 @@ def _measure(dataset: Any, index: int, with_rig: bool) -> _Measured:
     original = getattr(dataset, "layout", "") == "original"
     try:
         rows, summary, rig = measure(dataset[index], trust_input=not original)
-        summary["numbered"] = original
-        return rows, summary, rig if with_rig else None
+        return rows, summary | {"numbered": original}, rig if with_rig else None
     except (DatasetError, ValueError, OSError) as error:
-        names = getattr(dataset, "names", None)
-        return unreadable(names[index] if names else str(index), error)
+        names, said = getattr(dataset, "names", None), f"{type(error).__name__}: {error}"[:300]
+        return [], {"name": names[index] if names else str(index), "error": said, "views": 0}, None
 
 
 def issue_receipt(dataset: Any, verdict: Verdict) -> Receipt:
@@ -265,15 +207,15 @@ def issue_receipt(dataset: Any, verdict: Verdict) -> Receipt:
     Raises:
         ValueError: if the verdict is about other data, or about a part of it.
     """
-    if getattr(dataset, "is_subset", False) or verdict.is_subset:
-        raise ValueError("verdict: is about a subset; validate and certify the whole set")
-    if verdict.dataset_hash != dataset.content_hash or verdict.examples_total != len(dataset):
+    about = (verdict.dataset_hash, verdict.examples_total)
+    whole = verdict.examples_seen == verdict.examples_total or not verdict.passed
+    subset = getattr(dataset, "is_subset", False) or verdict.is_subset or not whole
+    if subset or about != (dataset.content_hash, len(dataset)):
         raise ValueError(
-            f"verdict: is about data {verdict.dataset_hash[:19]} of {verdict.examples_total} "
-            f"records, the dataset is {dataset.content_hash[:19]} of {len(dataset)}; validate it"
+            f"verdict: is about {'a subset' if subset else 'other data'} ({about[0][:19]} of "
+            f"{about[1]} records; this is {dataset.content_hash[:19]} of {len(dataset)}); validate "
+            "and certify the whole set"
         )
-    if verdict.passed and verdict.examples_seen < verdict.examples_total:
-        raise ValueError("verdict: passes without having seen every record; validate the whole set")
     return write_receipt(
         dataset,
         "gate",
