@@ -409,7 +409,7 @@ def test_a_record_that_alone_can_be_compared_is_judged_as_if_alone() -> None:
     check = Check("frozen_views", {"frozen": "max_frozen"}, "{frozen}", "")
     just_over = 1.1 * gate.GateConfig().max_frozen
     for other, flagged in ((0.0, 1.0), (np.nan, 0.0)):
-        objects = [{"views": 0, "frozen": value} for value in (just_over, other)]
+        objects = [{"name": "", "views": 0, "frozen": value} for value in (just_over, other)]
         assert check(Seen([], objects, gate.GateConfig())).flags[0] == flagged
 
 

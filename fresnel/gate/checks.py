@@ -53,10 +53,10 @@ class Seen:
     final: bool = True
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """One value per record, derived from its views or as it was measured."""
         return self._derived[name] if name in self._derived else self.record(name)
 
     def record(self, key: str) -> np.ndarray:
+        """One value per record, as it was measured."""
         return np.array([row.get(key, math.nan) for row in self.objects], dtype=np.float64)
 
     def view(self, key: str, *, shown: bool = False) -> np.ndarray:
@@ -80,6 +80,7 @@ class Seen:
 
     @functools.cached_property
     def _derived(self) -> dict[str, np.ndarray]:
+        """What was not measured as such: one value per record, most of all its views."""
         config, empty, border = self.config, self.view("empty"), self.view("border")
         light, guessed = self.view("luminance_ratio", shown=True), self.foreground("estimated")
         # Views without any light at all are dark whatever the input is.
@@ -114,21 +115,30 @@ class Seen:
         # exp(entropy) of all views over eight bins, over eight. Photographs without a foreground
         # may well face one way.
         orbits = np.repeat(~self.foreground("none"), [row["views"] for row in self.objects])
-        bins = bins[np.isfinite(bins) & orbits]
+        bins, count = bins[np.isfinite(bins) & orbits], len(self.objects)
         parts = np.unique(bins, return_counts=True)[1] / max(len(bins), 1)
         spread = np.exp(-(parts * np.log(parts)).sum()) / 8 if len(bins) >= 8 else np.nan
-        return out | {"azimuth_spread": np.full(len(self.objects), spread)}
+        # All of the set's objects are counted, however few have been looked at.
+        classes = Counter(c for c in (self.meta.get("object_classes") or {}).values() if c)
+        told = classes.total() >= 10 and len(classes) > 1
+        # (The limit itself is too much: nine of ten.)
+        most = max(classes.values()) / classes.total() + 1e-9 if told else np.nan
+        out |= {"azimuth_spread": np.full(count, spread), "class_share": np.full(count, most)}
+        # Ten examples spread over a set seldom hold both of a pair: this is asked in the end.
+        pairs, repeats = _twins(self.objects) if self.final else (), np.zeros(count)
+        again = {b for a, b in pairs if _stem(self.objects[a]) != _stem(self.objects[b])}
+        repeats[sorted(again)] = len(again) / max(count, 1)
+        return out | {"repeats": repeats}
 
 
-def median(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)]
-    return float(np.median(values)) if len(values) else math.nan
+def median(values: np.ndarray, how: Callable[..., Any] = np.median) -> float:
+    """Of what is known; NaN if nothing is."""
+    known = values[np.isfinite(values)]
+    return float(how(known)) if len(known) else math.nan
 
 
 def share(values: np.ndarray) -> float:
-    """The mean of what is known."""
-    values = values[np.isfinite(values)]
-    return float(np.mean(values)) if len(values) else math.nan
+    return median(values, np.mean)
 
 
 _SHARES = ("empty", "constant", "cropped", "dark", "bright", "frozen")  # of a record's views
@@ -159,25 +169,25 @@ class Check:
     def __call__(self, seen: Seen) -> Finding:
         columns = {key: seen[key] for key in (*self.limits, *self.also)}
         known = np.any([np.isfinite(columns[key]) for key in self.limits], axis=0)
-        over, limits = np.zeros(len(known), bool), dict[str, float]()
+        over, values = np.zeros(len(known), bool), dict[str, float]()
         for key, name in self.limits.items():
-            limits[name] = float(getattr(seen.config, name)) if name else 0.0
+            limit = float(getattr(seen.config, name)) if name else 0.0
+            values |= {name: limit} if name else {}
             # Nothing can confirm a single flag.
             wider = ALONE if known.sum() <= 1 and not self.at_once else 1.0
             low = name.startswith("min")
-            bound = limits[name] / wider if low else limits[name] * wider
-            over |= columns[key] < bound if low else columns[key] > bound
+            over |= columns[key] < limit / wider if low else columns[key] > limit * wider
         rows = known if self.of_all or not over.any() else over
-        values = {}
         for key, column in columns.items():
-            how = share if key in _SHARES else np.nansum if "" in self.limits.values() else None
-            values[key] = float(how(column)) if how else median(column[rows])
+            total = float(np.nansum(column)) if "" in self.limits.values() else median(column[rows])
+            values[key] = share(column) if key in _SHARES else total
         error = next((row["error"] for row in seen.objects if row.get("error")), "")
-        said = self.message.format(**values, error=error, records=int(over.sum()), of=len(over))
+        first = next((row["name"] for row, one in zip(seen.objects, over, strict=True) if one), "")
+        named = {"error": error, "first": first, "records": int(over.sum())}
+        said = self.message.format(**values, **named)
         said = said.replace("nan%", "an unknown share")
-        limits.pop("", None)
         flags = np.where(known, over, np.nan)
-        return Finding(self.code, flags, said, self.hint, values | limits, self.at_once)
+        return Finding(self.code, flags, said, self.hint, values, self.at_once)
 
 
 _EXPOSURE = (
@@ -257,26 +267,7 @@ def _twins(objects: Sequence[Row]) -> Iterator[tuple[int, int]]:
             yield min(order[a], order[b]), max(order[a], order[b])
 
 
-def _duplicates(seen: Seen) -> Finding | None:
-    """Records with the same pictures under two names, as a share of the set; asked of the whole
-    set, as ten examples spread over it seldom hold both of a pair."""
-    if not seen.final:
-        return None
-    stems = [_stem(row) for row in seen.objects]
-    pairs = sorted((a, b) for a, b in _twins(seen.objects) if stems[a] != stems[b])
-    if not pairs:
-        return None
-    again, flags = sorted({b for _, b in pairs}), np.zeros(len(stems))
-    part, most = len(again) / len(stems), seen.config.max_duplicates
-    flags[again] = float(part > most)
-    a, b = (seen.objects[k]["name"] for k in pairs[0])
-    said = f"{len(again)} of {len(stems)} records repeat another one's pictures (first: {a!r} and "
-    hint = "keep one of each: duplicates weigh double and leak between splits"
-    values = {"share": part, "max_duplicates": most}
-    return Finding("duplicated_objects", flags, f"{said}{b!r})", hint, values, at_once=True)
-
-
-def _leak(seen: Seen) -> Finding | None:
+def _leak(seen: Seen) -> Finding:
     """The same object in two splits: every later figure would be wrong.
 
     Splits come from the dataset's meta ("object_splits"), from folders called train, val and test,
@@ -292,10 +283,8 @@ def _leak(seen: Seen) -> Finding | None:
         leaks += _shared([*own, *others], where)
     flags = np.zeros(len(own))
     flags[[k for pair, _ in leaks for k in pair if k < len(own)]] = 1
-    if not leaks:
-        return None
     count = len({_stem(own[k]) for k in np.flatnonzero(flags)})
-    said = f"{count} objects are in more than one split: {leaks[0][1]}"
+    said = f"{count} objects are in more than one split: {leaks[0][1]}" if leaks else ""
     hint, values = "split by object before anything is rendered", {"objects": float(count)}
     return Finding("split_leak", flags, said, hint, values, at_once=True)
 
@@ -328,28 +317,13 @@ def _split(name: str, known: Mapping[str, Any]) -> str | None:
     return first if first in _SPLITS else None
 
 
-def _classes(seen: Seen) -> Finding | None:
-    """One class that is almost the whole set, where the dataset's meta tells ("object_classes") of
-    at least ten objects and two classes.  All are counted, however few have been looked at."""
-    counts = Counter(str(c) for c in (seen.meta.get("object_classes") or {}).values() if c)
-    if counts.total() < 10 or len(counts) < 2:
-        return None
-    ((name, most),), limit = counts.most_common(1), seen.config.max_class_share
-    part = most / counts.total()
-    flags = np.full(len(seen.objects), float(part >= limit))
-    said = f"{part:.0%} of the objects are of class {name!r}"
-    hint = "balance the classes, or say that the set is of one class"
-    values = {"share": part, "max_class_share": limit}
-    return Finding("class_imbalance", flags, said, hint, values, at_once=True)
-
-
 # --- all checks ------------------------------------------------------------------------------
 
-CHECKS: tuple[Callable[[Seen], Finding | None], ...] = (
+CHECKS: tuple[Callable[[Seen], Finding], ...] = (
     Check(
         "unreadable",
         {"unreadable": ""},
-        "{records} of {of} records can't be read: {error}",
+        "{records} records can't be read: {error}",
         "restore or remove the file",
         at_once=True,
     ),
@@ -500,7 +474,19 @@ CHECKS: tuple[Callable[[Seen], Finding | None], ...] = (
         "unrelated points differ by",
         "check depth, the order of the views, and that lighting is the same in all of them",
     ),
-    _duplicates,
-    _classes,
+    Check(
+        "duplicated_objects",
+        {"repeats": "max_duplicates"},
+        "{repeats:.0%} of the records, e.g. {first}, repeat another one's pictures",
+        "keep one of each: duplicates weigh double and leak between splits",
+        at_once=True,
+    ),
+    Check(
+        "class_imbalance",
+        {"class_share": "max_class_share"},
+        "{class_share:.0%} of the objects are of one class",
+        "balance the classes, or say that the set is of one class",
+        at_once=True,
+    ),
 )
 """In the order in which their reasons are ranked: causes before what they cause."""

@@ -112,8 +112,6 @@ def decide(seen: Seen, rigs: Mapping[int, Rig]) -> tuple[tuple[Reason, ...], tup
     notes, suspects, total = _notes(seen), dict[int, None](), len(seen.objects)
     for check in CHECKS:
         finding = check(seen)
-        if finding is None:
-            continue
         if finding.code == "billboard" and "pivot_offset" in _codes(found):
             continue  # an orbit around another point says nothing about the object's sides
         marked = np.flatnonzero(finding.flags > 0)
