@@ -230,7 +230,7 @@ _STATED = Check(
 )
 
 
-def _exposure(seen: Seen) -> Finding:
+def exposure(seen: Seen) -> Finding:
     """Views much darker or brighter than the input although they cover as much: what is more."""
     dark, bright = _DARK(seen), _BRIGHT(seen)
     return dark if np.nansum(dark.flags) >= np.nansum(bright.flags) else bright
@@ -426,7 +426,7 @@ CHECKS: tuple[Callable[[Seen], Finding], ...] = (
         "check where the cameras look and how far away they are",
         of_all=True,
     ),
-    _exposure,
+    exposure,
     Check(
         "exposure_drift",
         {"drift": "max_drift"},
