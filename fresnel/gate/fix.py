@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +21,24 @@ BRIGHTEST_GAIN = 8.0
 """What is darker than an eighth keeps less than 42% of sRGB's levels: 107 of 256."""
 MOST_CLIPPED = 0.05
 """Share of pixels at the end of the scale beyond which brightness can't be taken back."""
+Step = tuple[str, Callable[[ObjectViews], ObjectViews]]
+"""One mend of a record: what it does in words, for the copy's meta, and the doing."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """One mend of a record: what it does in words, for the copy's meta, and the doing."""
-
-    words: str
-    apply: Callable[[ObjectViews], ObjectViews]
-
-
-@dataclass(frozen=True)
+@dataclass
 class Mended:
     """A dataset seen through mends, record by record, as they are read."""
 
     source: Any
-    steps: tuple[Step, ...] = ()
+    steps: list[Step] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> ObjectViews:
         views: ObjectViews = self.source[index]
-        for step in self.steps:
-            views = step.apply(views)
+        for _, apply in self.steps:
+            views = apply(views)
         return views
 
     def __getattr__(self, name: str) -> Any:
@@ -59,7 +53,6 @@ def fix(
     *,
     verdict: Verdict | None = None,
     config: GateConfig | None = None,
-    overwrite: bool = False,
     rounds: int = 3,
     progress: bool = True,
 ) -> tuple[Any, Verdict]:
@@ -83,45 +76,39 @@ def fix(
     if verdict.passed:
         raise ValueError("dataset: passes the gate; there is nothing to fix")
     mended = Mended(dataset)
-    for _ in range(rounds):
-        step = plan(verdict)
-        if step is None:
-            break
-        mended = replace(mended, steps=(*mended.steps, step))
+    while not verdict.passed and len(mended.steps) < rounds and (step := plan(verdict)):
+        mended.steps.append(step)
         verdict = validate(mended, config, progress=progress)
-        if verdict.passed:
-            break
     if not mended.steps:
         reason = verdict.reasons[0]
         raise ValueError(f"dataset: {reason.code} can't be mended in a copy; {reason.hint}")
-    meta = {**getattr(dataset, "meta", {}), "mended": [step.words for step in mended.steps]}
+    meta = {**getattr(dataset, "meta", {}), "mended": [words for words, _ in mended.steps]}
     records = (mended[k] for k in range(len(mended)))
-    written = datasets.write(path, records, meta=meta, overwrite=overwrite, total=len(mended))
+    written = datasets.write(path, records, meta=meta, total=len(mended))
     return written, validate(written, config, progress=progress)
 
 
 def plan(verdict: Verdict) -> Step | None:
     """How to mend the first reason of a verdict, or None where a copy can't help."""
-    reason = verdict.reasons[0]
-    values = reason.values
+    reason, values = verdict.reasons[0], verdict.reasons[0].values
     if reason.mend is not None and reason.code not in ("billboard", "exposure_drift"):
         amounts = [values[key] for key in ("mend_0", "mend_1") if key in values]
         mend = explain.named(reason.mend, amounts)
-        return Step(mend.words, lambda views: corrected(views, mend))
+        return mend.words, lambda views: corrected(views, mend)
     if reason.code in ("views_dark", "views_bright"):
         gain = 1 / max(values["luminance_ratio"], 1e-9)
         if gain > BRIGHTEST_GAIN or (gain < 1 and values["clipped"] > MOST_CLIPPED):
             return None  # a mend may not pass what has lost its information
         words = f"linear light of the views multiplied by {gain:.2f}"
-        return Step(words, lambda views: transforms.exposed(views, gain))
+        return words, lambda views: transforms.exposed(views, gain)
     if reason.code == "channels_swapped":
         words = "red and blue of the views exchanged"
-        return Step(words, lambda views: replace(views, rgb=views.rgb.flip(-1)))
+        return words, lambda views: replace(views, rgb=views.rgb.flip(-1))
     if reason.code == "up_axis":
-        turned = lambda views: transforms.turned_world(views, transforms.nearest_up(views))  # noqa: E731
-        return Step("the world turned so that +Y is up", turned)
+        words = "the world turned so that +Y is up"
+        return words, lambda views: transforms.turned_world(views, transforms.nearest_up(views))
     if reason.code == "pivot_offset" and verdict.figures.get("pivot_relative", 1.0) < 0.2:
-        return Step("the pivot set to the point that the cameras look at", _pivot_at_axes)
+        return "the pivot set to the point that the cameras look at", _pivot_at_axes
     return None
 
 
@@ -141,17 +128,14 @@ def corrected(views: ObjectViews, mend: explain.Mend) -> ObjectViews:
         raise ValueError("mend: a flat cut-out has no side views to restore; make the data anew")
     if mend.name == "depth_scale":
         return transforms.scaled_depth(views, mend.amounts[0])
-    whole = rigs_of(
-        views, views.rgb.numpy(), views.alpha.numpy(), with_input=True, most=len(views.rgb)
-    )
-    after = mend.apply(whole[0])
     cameras, own, count = views.cameras, views.input_camera, len(views.rgb)
+    pictures = views.rgb.numpy(), views.alpha.numpy()
+    after = mend.apply(rigs_of(views, *pictures, with_input=True, most=count)[0])
     height, width = after.masks.shape[1:]
-    flipped = after.Ks[:, 0, 0] < 0
+    flipped, poses = after.Ks[:, 0, 0] < 0, after.viewmats
     Ks = np.where(flipped[:, None, None], transforms.mirrored(after.Ks, width), after.Ks)
     sizes = [(cameras.width, cameras.height)] * count + [(own.width, own.height)]
     Ks *= np.array([(w / width, h / height, 1) for w, h in sizes])[:, :, None]
-    poses = after.viewmats
     out = replace(
         views,
         cameras=transforms.cameras_of(cameras, viewmats=poses[:count], Ks=Ks[:count]),
