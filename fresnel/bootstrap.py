@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fresnel.data import dataset
-from fresnel.data import writing as _writing
 from fresnel.data.dataset import InputImages, MultiViewDataset, ObjectViews
 from fresnel.models.decoder import Decoder, prune, render_small
 from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
@@ -158,7 +157,7 @@ def bootstrap(
             f"decoder: got kind {decoder.config.kind!r}, configuration {config.name!r} wants "
             f"{config.decoder_kind!r}; use dataclasses.replace(config, decoder_kind=...) to mix"
         )
-    _writing.expect(len(inputs) * config.views_per_image * config.image_size**2)
+    dataset.expect(len(inputs) * config.views_per_image * config.image_size**2)
     decoder = decoder.to(device).eval()
     made_by = {"config": asdict(decoder.config), "provenance": decoder.provenance}
     meta = {

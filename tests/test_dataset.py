@@ -22,7 +22,6 @@ from test_formats import nerfstudio
 from fresnel import orbit
 from fresnel.data import dataset
 from fresnel.data import layout as _layouts
-from fresnel.data import writing as _writing
 from fresnel.data.dataset import DatasetChanged, DatasetError, ObjectViews
 from fresnel.scene.cameras import Cameras, opengl
 
@@ -335,7 +334,7 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_the_old_dataset(
         dataset.write(tmp_path / "other", interrupted([make_object(0)]), meta={})
     with pytest.raises(DatasetError, match="nothing to write"):
         dataset.write(written.path, [], meta={}, overwrite=True)
-    monkeypatch.setattr(_writing, "write_object", full)
+    monkeypatch.setattr(dataset, "write_object", full)
     with pytest.raises(DatasetError, match=r"disk is full.*Nothing was kept"):
         dataset.write(written.path, [make_object(0)], meta={}, overwrite=True)
     dataset.open(written.path).verify()
@@ -347,11 +346,10 @@ def test_encoding_and_reading_in_processes_change_no_byte_and_fail_alike(
 ):
     alone = written.tensors()
     crews: list[int] = []
-    lent = _writing.processes
-    for module in (_writing, dataset):
-        monkeypatch.setattr(module, "core_count", lambda: 4)
-        monkeypatch.setattr(module, "processes", lambda n: crews.append(n) or lent(n))
-    monkeypatch.setattr(_writing, "_WORTH_PROCESSES", 1)
+    lent = dataset.processes
+    monkeypatch.setattr(dataset, "core_count", lambda: 4)
+    monkeypatch.setattr(dataset, "processes", lambda n: crews.append(n) or lent(n))
+    monkeypatch.setattr(dataset, "_WORTH_PROCESSES", 1)
     monkeypatch.setattr(dataset, "_RECORDS_A_WORKER", 1)
     objects = [written[i] for i in range(len(written))]
     made = dataset.write(tmp_path / "there", objects, meta=written.meta, total=len(objects))
@@ -362,7 +360,7 @@ def test_encoding_and_reading_in_processes_change_no_byte_and_fail_alike(
     assert torch.equal(together.cameras.viewmats, alone.cameras.viewmats)
     with pytest.raises(KeyboardInterrupt):
         dataset.write(tmp_path / "other", interrupted(objects[:2]), meta={}, total=9)
-    monkeypatch.setattr(_writing, "write_object", dies)
+    monkeypatch.setattr(dataset, "write_object", dies)
     with pytest.raises(DatasetError, match=r"killed.*Nothing was kept"):
         dataset.write(tmp_path / "other", objects, meta={}, total=9)
     assert leftovers(tmp_path) == ["set", "there"]

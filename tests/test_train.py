@@ -235,7 +235,7 @@ def test_kill_at_any_moment_then_resume(tmp_path: Path) -> None:
         child.kill()
     assert ["training", "forecast"] in loaded
     rooms = {"objects", "show", "report", "views", "study", "analysis", "cli", "faults"}
-    readers = {"captures", "formats", "writing"}
+    readers = {"captures", "dataset", "formats"}
     data = {name[1] for name in loaded if name[0] == "data" and name[1:]}
     assert not rooms & {name[0] for name in loaded} and not readers & data
     # What a kill in the middle of a write leaves behind: half a file and half a line.

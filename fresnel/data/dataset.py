@@ -8,28 +8,39 @@ original experiment's, and what other tools write (`formats`);
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from fresnel.data import captures as captured
-from fresnel.data import formats, writing
+from fresnel.data import formats
 from fresnel.data import layout as _layouts
 from fresnel.data.captures import Capture
 from fresnel.data.images import DatasetError, InputImages, load_image, scaled
 from fresnel.data.images import load_images as load_images
-from fresnel.data.layout import MANIFEST, DatasetChanged, canonical_json, read_checked, sha256
-from fresnel.data.records import ObjectViews, ViewTensors, read_object, stack
+from fresnel.data.layout import (
+    MANIFEST,
+    DatasetChanged,
+    Record,
+    canonical_json,
+    read_checked,
+    sha256,
+)
+from fresnel.data.records import ObjectViews, ViewTensors, read_object, stack, write_object
 from fresnel.host.machine import core_count
-from fresnel.host.pool import processes
+from fresnel.host.pool import MOST_WORKERS, processes, warm_up
 
+_WORTH_PROCESSES = 40e6  # pixels: some seconds of encoding on one core, as processes cost to start
 _RECORDS_A_WORKER = 300  # about three seconds of decoding, which is what a process costs to start
 
 
@@ -334,8 +345,49 @@ def write(
     colour = tuple(float(value) for value in background)
     if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
         raise ValueError(f"background: got {background}, want three sRGB values in [0, 1]")
-    writing.check_target(target, overwrite)
+    _layouts.check_target(target, overwrite)
     meta = json.loads(json.dumps(meta))
-    with writing.replaced(target) as folder:
-        writing.seal(folder, *writing.encode_all(target, folder, objects, total), colour, meta)
+    names: set[str] = set()
+    shape: tuple[int, ...] = ()
+    records: list[Record] = []
+    pending: deque[Future[Record]] = deque()
+    workers = min(MOST_WORKERS, core_count())
+    with _layouts.replaced(target) as folder, contextlib.ExitStack() as stack:
+        pool: Executor | None = None
+        bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
+        for index, views in enumerate(bar):
+            got = tuple(views.rgb.shape)
+            if got[1] != got[2] or got != (shape or got):
+                wanted = f"{shape or 'square ones'}; want the same size and number throughout"
+                raise DatasetError(f"{views.name}: views of shape {got}, not {wanted}")
+            if views.name in names:
+                said = f"two objects are named {views.name!r}; want unique names"
+                raise DatasetError(f"{target}: {said}")
+            names.add(views.name)
+            shape = got
+            if pool is None and _worth_processes((total or 0) * views.alpha.numel()):
+                pool = stack.enter_context(processes(workers))
+            elif pool is None:
+                # Threads: compressing doesn't hold Python's lock. What is around it does, so where
+                # cores are many they wait for each other, and a large set is worth processes.
+                pool = ThreadPoolExecutor(workers)
+                stack.callback(pool.shutdown, cancel_futures=True)
+            pending.append(pool.submit(write_object, folder, index, views))
+            # bounds memory when encoding is the slower side
+            while len(pending) > max(8, 2 * workers):
+                records.append(pending.popleft().result())
+        records += [each.result() for each in pending]
+        if not records:
+            raise DatasetError(f"{target}: nothing to write: no object came")
+        _layouts.seal(folder, records, shape[1], shape[0], colour, meta)
     return open(target)
+
+
+def expect(pixels: int) -> None:
+    """Let what will encode so many pixels start beside the making of the first objects."""
+    if _worth_processes(pixels):
+        warm_up()
+
+
+def _worth_processes(pixels: int) -> bool:
+    return core_count() >= 4 and pixels >= _WORTH_PROCESSES

@@ -58,9 +58,8 @@ class Batch:
     def __getitem__(self, index: Any) -> Self:
         if isinstance(index, int):
             raise TypeError("index: got an integer, want a slice or several indices (batches only)")
-        rows = np.arange(len(self))[
-            index if isinstance(index, slice) else np.asarray(index)
-        ].tolist()
+        index = index if isinstance(index, slice) else np.atleast_1d(np.asarray(index))
+        rows = np.arange(len(self))[index].tolist()
         return self._each(lambda value: value[rows], names=tuple(self.names[i] for i in rows))
 
     def to(self, device: torch.device | str) -> Self:

@@ -1,4 +1,4 @@
-"""How a dataset lies on disk: its paths, its JSON, its manifest and its hashes.
+"""How a dataset lies on disk: its paths, its JSON, its manifest and its hashes, put there whole.
 
     image_0000/input.png  input_alpha.png  input_pose.json  [input_depth.png]
                [identity.png  identity_alpha.png]
@@ -10,12 +10,17 @@ depth is depth.npy.  `records` reads and writes what is in a folder.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,3 +207,67 @@ def digests(root: Path, paths: Iterable[str]) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda path: _files.sha256(root / path), ordered)
         return dict(zip(ordered, found, strict=True))
+
+
+def seal(
+    folder: Path,
+    records: list[Record],
+    image_size: int,
+    views: int,
+    background: Sequence[float],
+    meta: dict[str, Any],
+) -> None:
+    """Give a folder of finished records its manifest."""
+    manifest: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "background": list(background),
+        "image_size": image_size,
+        "views_per_object": views,
+        "meta": meta,
+    }
+    manifest["content_hash"] = content_hash(records, manifest)
+    manifest["objects"] = [vars(record) for record in records]
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse to replace what isn't a dataset of ours, or is one and wasn't to be replaced."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target.is_dir() and is_ours(target)):
+        raise DatasetError(f"{target}: exists and is not of ours. Choose another path")
+    if not overwrite:
+        raise DatasetError(f"{target}: exists. Choose another path or pass overwrite=True")
+
+
+@contextlib.contextmanager
+def replaced(target: Path) -> Iterator[Path]:
+    """A hidden folder that takes the place of ``target`` at the end, and goes if anything fails."""
+    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        rename(partial, target)
+    except BrokenProcessPool:
+        said = "a worker process was killed, perhaps for want of memory"
+        raise DatasetError(f"{target}: {said}. Nothing was kept") from None
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        said = "the disk is full; free some space or write less" if full else str(error)
+        raise DatasetError(f"{target}: can't be written ({said}). Nothing was kept") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def rename(partial: Path, target: Path) -> None:
+    """Put ``partial`` in the place of ``target``; an old dataset is moved away first."""
+    old = partial.with_name(f".{target.name}.replaced-{uuid.uuid4().hex[:12]}")
+    if target.exists():
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

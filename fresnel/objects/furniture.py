@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fresnel.data.dataset import DatasetError, MultiViewDataset
-from fresnel.data.writing import check_target
+from fresnel.data.layout import check_target
 from fresnel.host.files import sha256
 from fresnel.objects.assets import Asset
 from fresnel.objects.render_set import render_set

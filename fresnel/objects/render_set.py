@@ -19,9 +19,8 @@ from tqdm.auto import tqdm
 
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, MultiViewDataset, ObjectViews
-from fresnel.data.layout import MANIFEST, Record, canonical_json
+from fresnel.data.layout import MANIFEST, Record, canonical_json, check_target, rename, seal
 from fresnel.data.records import write_object
-from fresnel.data.writing import check_target, rename, seal
 from fresnel.host import files
 from fresnel.host.machine import core_count
 from fresnel.host.pool import processes
