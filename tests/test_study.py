@@ -18,7 +18,7 @@ from fresnel.cli import main
 from fresnel.report import run as report
 from fresnel.report.record import slug
 from fresnel.report.run import Run
-from fresnel.study import runner as study_runner
+from fresnel.study import runner as studies
 from fresnel.study.runner import Step, StudyError
 
 SHIPPED = Path(__file__).parent.parent / "notebooks" / "params" / "study.yaml"
@@ -50,7 +50,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def test_seeds_become_steps_that_need_their_own_kind(study: Path) -> None:
-    steps = {step.name: step for step in study_runner.load(study)}
+    steps = {step.name: step for step in studies.load(study)}
     assert list(steps) == ["data", "decoder-s0", "decoder-s1", "arm-s1", "arm-s2"]
     assert steps["decoder-s1"].params == {
         "steps": 100, "size": "base", "seed": 1, "export_to": "runs/decoder-s1.safetensors",
@@ -58,35 +58,28 @@ def test_seeds_become_steps_that_need_their_own_kind(study: Path) -> None:
     assert steps["decoder-s1"].needs == ("data",)
     assert steps["arm-s1"].needs == ("data", "decoder-s1")
     assert steps["arm-s2"].needs == ("data", "decoder-s0", "decoder-s1")
-    elsewhere = study_runner.load(study, runs="/tmp/x")[2].params["export_to"]
+    elsewhere = studies.load(study, runs="/tmp/x")[2].params["export_to"]
     assert elsewhere == "/tmp/x/decoder-s1.safetensors"
 
 
 def test_a_stage_does_all_steps_of_a_seed_before_those_of_the_next(study: Path) -> None:
-    line = "{{name: {}, notebook: notebooks/03_full_train.ipynb, seeds: {}, needs: {}}}"
-    study.write_text(
-        "\n- ".join(
-            [
-                "- " + line.format("a", [0, 1], []),
-                line.format("b", [0, 1], "a"),
-                line.format("all", [], "b"),
-                line.format("c", [0], "all"),
-                line.format("free", [], []),
-            ]
-        )
-    )
-    names = [step.name for step in study_runner.load(study)]
+    rows = (("a", [0, 1], []), ("b", [0, 1], "a"), ("all", [], "b"), ("c", [0], "all"))
+    rows = [
+        dict(zip(("name", "seeds", "needs"), r, strict=True)) for r in (*rows, ("free", [], []))
+    ]
+    study.write_text(json.dumps([{**row, "notebook": "x"} for row in rows]))
+    names = [step.name for step in studies.load(study)]
     assert names == ["free", "a-s0", "b-s0", "a-s1", "b-s1", "all", "c-s0"]
 
 
 def test_a_rehearsal_overrides_what_the_notebooks_have(study: Path) -> None:
-    steps = study_runner.override(study_runner.load(study), {"steps": "4", "images": "8"})
+    steps = studies.override(studies.load(study), {"steps": "4", "images": "8"})
     assert steps[0].params == {"images": 8}
     assert [step.params["steps"] for step in steps[1:]] == [4] * 4
     assert steps[1].params["size"] == "base" and steps[1].name == "decoder-s0"
     for wrong in ({"stepz": "4"}, {"seed": "1"}, {"steps": "many"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            study_runner.override(steps, wrong)
+            studies.override(steps, wrong)
 
 
 @pytest.mark.parametrize(
@@ -105,16 +98,25 @@ def test_a_rehearsal_overrides_what_the_notebooks_have(study: Path) -> None:
 def test_what_is_no_study_is_said(study: Path, change: str, message: str) -> None:
     study.write_text(change)
     with pytest.raises(StudyError, match=message):
-        study_runner.load(study)
+        studies.load(study)
 
 
 class Runner:
     """Stands for `report.run`: writes what it leaves, and remembers what it was asked."""
 
-    def __init__(self, reports: Path) -> None:
-        self.reports, self.ran, self.params = reports, list[str](), dict[str, Any]()
+    def __init__(self, study: Path) -> None:
+        self.study, self.reports = study, study.parent / "reports"
+        self.ran, self.params = list[str](), dict[str, Any]()
         self.failing, self.refused = set[str](), set[str]()
         self.during: Callable[[str], None] = lambda name: None
+
+    @property
+    def steps(self) -> list[Step]:
+        return studies.load(self.study)
+
+    def go(self, steps: list[Step] | None = None, **options: Any) -> list[str]:
+        """The problems of a call."""
+        return studies.run(self.steps if steps is None else steps, self.reports, **options)
 
     def __call__(self, notebook: Path, params: Any, name: str, *_: Any, **options: Any) -> Run:
         self.ran.append(name)
@@ -134,149 +136,121 @@ class Runner:
 
 
 @pytest.fixture
-def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    made = Runner(tmp_path / "reports")
+def runner(study: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    made = Runner(study)
     monkeypatch.setattr(report, "run", made)
-    monkeypatch.setattr(study_runner, "_WAIT_S", 0.01)
+    monkeypatch.setattr(studies, "_WAIT_S", 0.01)
     return made
 
 
-def test_steps_run_once_in_the_order_of_their_needs(study: Path, runner: Runner) -> None:
-    steps = study_runner.load(study)
-    assert study_runner.run(steps, runner.reports) == []
+def test_steps_run_once_in_the_order_of_their_needs(runner: Runner) -> None:
+    assert runner.go() == runner.go() == []
     assert runner.ran == ["data", "decoder-s0", "decoder-s1", "arm-s1", "arm-s2"]
-    assert study_runner.run(steps, runner.reports) == [] and len(runner.ran) == 5
-    text = study.read_text().replace("steps: 100", "steps: 200")
-    study.write_text(text)
-    assert study_runner.run(study_runner.load(study), runner.reports, only=["decoder"]) == []
+    runner.study.write_text(runner.study.read_text().replace("steps: 100", "steps: 200"))
+    assert runner.go(only=["decoder"]) == []
     assert runner.ran[5:] == ["decoder-s0", "decoder-s1"], "other parameters are another run"
-    study_runner.run(study_runner.load(study), runner.reports, only=["data"], fresh=True)
+    runner.go(only=["data"], fresh=True)
     assert runner.ran[7:] == ["data"]
 
 
-def test_a_crash_stops_only_what_needs_it(study: Path, runner: Runner) -> None:
-    runner.failing = {"decoder-s0"}
-    problems = study_runner.run(study_runner.load(study), runner.reports)
+def test_a_crash_stops_only_what_needs_it(runner: Runner) -> None:
+    runner.failing, left_out = {"decoder-s0"}, "arm-s2 was left out: it needs decoder-s0."
+    assert runner.go() == ["decoder-s0 crashed: it broke", left_out]
     assert runner.ran == ["data", "decoder-s0", "decoder-s1", "arm-s1"]
-    assert problems == [
-        "decoder-s0 crashed: it broke",
-        "arm-s2 was left out: it needs decoder-s0.",
-    ]
     for results in runner.reports.glob("runs/*/results.json"):
         results.write_text(re.sub(r"\d{4}-\d\d-\d\dT", "2000-01-01T", results.read_text()))
-    study_runner.run(study_runner.load(study), runner.reports)
-    assert runner.ran[4:] == ["decoder-s0"], "a later call tries again"
-
-
-def test_a_crash_today_outweighs_what_finished_before(study: Path, runner: Runner) -> None:
-    steps = study_runner.load(study)
-    assert study_runner.run(steps, runner.reports) == []
+    runner.failing = set()
+    assert runner.go() == [] and runner.ran[4:] == ["decoder-s0", "arm-s2"], "tried again later"
     runner.failing = {"decoder-s0"}
-    problems = study_runner.run(steps, runner.reports, fresh=True)
-    assert problems[-1] == "arm-s2 was left out: it needs decoder-s0."
-    assert runner.ran[5:] == ["data", "decoder-s0", "decoder-s1", "arm-s1"]
+    assert runner.go(fresh=True)[-1] == left_out, "today's crash outweighs what finished before"
 
 
-def test_what_crashed_twice_or_was_refused_beside_is_left_alone(
-    study: Path, runner: Runner
-) -> None:
-    steps = study_runner.load(study)
+def test_what_crashed_twice_or_was_refused_beside_is_left_alone(runner: Runner) -> None:
+    alone = [replace(step, needs=()) for step in runner.steps]
     runner.failing, runner.refused = {"decoder-s0"}, {"decoder-s1"}
-    alone = [replace(step, needs=()) for step in steps]
 
     def meanwhile(name: str) -> None:
         if name == "data":
-            study_runner.run(alone, runner.reports, only=["decoder"])
-            study_runner.run(alone, runner.reports, only=["decoder-s0"])
+            runner.go(alone, only=["decoder"])
+            runner.go(alone, only=["decoder-s0"])
 
     runner.during = meanwhile
-    problems = study_runner.run(steps, runner.reports)
-    assert runner.ran == ["data", "decoder-s0", "decoder-s1", "decoder-s0"]
-    assert problems == [
+    assert runner.go() == [
         "arm-s1 was left out: it needs decoder-s1.",
         "arm-s2 was left out: it needs decoder-s0, decoder-s1.",
     ]
+    assert runner.ran == ["data", "decoder-s0", "decoder-s1", "decoder-s0"]
 
 
-def test_an_unexpected_verdict_or_an_error_of_the_driver_stops_nothing(
-    study: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = [
-        replace(step, expect="FAIL" if step.name == "data" else None)
-        for step in study_runner.load(study)
-    ]
-
-    def run(notebook: Path, params: Any, name: str, *given: Any, **options: Any) -> Run:
+def test_an_unexpected_verdict_or_an_error_of_the_driver_stops_nothing(runner: Runner) -> None:
+    def during(name: str) -> None:
         if name == "decoder-s0":
             raise OSError("no room")
-        return runner(notebook, params, name, *given, **options)
 
-    monkeypatch.setattr(report, "run", run)
-    assert study_runner.run(steps, runner.reports) == [
+    runner.during = during
+    assert runner.go([replace(runner.steps[0], expect="FAIL"), *runner.steps[1:]]) == [
         "data ended with PASS, but FAIL was expected.",
         "decoder-s0: OSError: no room",
         "arm-s2 was left out: it needs decoder-s0.",
     ]
-    assert runner.ran == ["data", "decoder-s1", "arm-s1"]
+    assert runner.ran == ["data", "decoder-s0", "decoder-s1", "arm-s1"]
 
 
-def test_what_a_step_makes_ready_comes_before_what_follows(study: Path, runner: Runner) -> None:
+def test_what_a_step_makes_ready_comes_before_what_follows(runner: Runner) -> None:
     """Another process finishes decoder-s1 while this one computes data; arm-s1 then comes first."""
-    steps = {step.name: step for step in study_runner.load(study)}
-    order = [steps["data"], steps["decoder-s1"], steps["arm-s1"], steps["decoder-s0"]]
+    data, first, second, arm, _ = runner.steps
 
     def meanwhile(name: str) -> None:
-        if name == "data":
-            runner.during = lambda name: None
-            study_runner.run([replace(order[1], needs=())], runner.reports)
+        runner.during = lambda name: None
+        runner.go([replace(second, needs=())])
 
     runner.during = meanwhile
-    assert study_runner.run(order, runner.reports) == []
+    assert runner.go([data, second, arm, first]) == []
     assert runner.ran == ["data", "decoder-s1", "arm-s1", "decoder-s0"]
 
 
-def test_two_processes_share_the_steps(study: Path, runner: Runner) -> None:
+def test_two_processes_share_the_steps(runner: Runner) -> None:
     """While the first computes decoder-s0, the second finds all other work, and waits for none."""
-    steps = study_runner.load(study)
     second = list[str]()
 
     def meanwhile(name: str) -> None:
         if name == "decoder-s0" and not second:
             second.append("began")
             before = len(runner.ran)
-            assert study_runner.run(steps, runner.reports, only=["decoder-s1", "arm-s1"]) == []
+            assert runner.go(only=["decoder-s1", "arm-s1"]) == []
             second.extend(runner.ran[before:])
-            study_runner.run(steps, runner.reports, only=["decoder-s0"], stop_after_s=0.05)
+            runner.go(only=["decoder-s0"], stop_after_s=0.05)
 
     runner.during = meanwhile
-    assert study_runner.run(steps, runner.reports) == []
+    assert runner.go() == []
     assert second == ["began", "decoder-s1", "arm-s1"]
     assert sorted(runner.ran) == ["arm-s1", "arm-s2", "data", "decoder-s0", "decoder-s1"]
 
 
-def test_time_that_is_up_leaves_the_rest_for_the_next_call(
-    study: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_run_is_found_before_anything_runs(
+    runner: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert study_runner.run(study_runner.load(study), runner.reports, stop_after_s=0.0) == []
-    assert runner.ran == [] and "left for the next call: data" in capsys.readouterr().out
-
-
-def test_unknown_parameters_and_steps_are_found_before_anything_runs(
-    study: Path, runner: Runner
-) -> None:
-    steps = study_runner.load(study)
+    assert runner.go(stop_after_s=0.0) == []
+    assert "left for the next call: data" in capsys.readouterr().out
     with pytest.raises(StudyError, match="no step named nothing"):
-        study_runner.run(steps, runner.reports, only=["nothing"])
-    bad = Step("bad", steps[0].notebook, {"stepz": 3})
+        runner.go(only=["nothing"])
+    bad = Step("bad", runner.steps[0].notebook, {"stepz": 3})
     with pytest.raises(StudyError, match="stepz"):
-        study_runner.run([*steps, bad], runner.reports)
+        runner.go([*runner.steps, bad])
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="lock"):  # rather than an endless wait
+        runner.go()
     assert runner.ran == []
 
 
 def test_the_command_lists_runs_and_reports_trouble(
-    study: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
+    runner: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = [str(study), "--reports", str(runner.reports)]
+    common = [str(runner.study), "--reports", str(runner.reports)]
     assert main(["study", *common, "--only", "data"]) == 0
     assert main(["study", *common, "--list"]) == 0
     printed = capsys.readouterr().out
@@ -288,59 +262,36 @@ def test_the_command_lists_runs_and_reports_trouble(
 
 
 def test_a_profile_goes_on_after_a_crash_and_asks_the_cache_of_every_step(
-    make_notebook: Callable[..., Path], runner: Runner, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    uses = str(make_notebook("uses", "print(folder)", parameters='folder = ""  # of a run'))
-    file = tmp_path / "profile.yaml"
-    entries = [
-        {"name": "the control", "notebook": uses, "expect": "FAIL"},
-        {"name": "broken", "notebook": uses},
-        {"name": "after", "notebook": uses, "needs": "broken"},
-        {
-            "name": "story",
-            "notebook": uses,
-            "params": {"folder": "{run:the control}"},
-            "expect": "GO",
-        },
+    make_notebook: Callable[..., Path], runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uses = make_notebook("uses", "print(folder)", parameters='folder = ""  # of a run')
+    steps = [
+        Step("the control", uses, expect="FAIL"),
+        Step("broken", uses),
+        Step("after", uses, needs=("broken",)),
+        Step("story", uses, {"folder": "{run:the control}"}, expect="GO"),
     ]
-    file.write_text(json.dumps(entries))
-    steps = study_runner.load(file)
-    runner.failing = {"broken"}
-    problems = study_runner.run(steps, runner.reports, keep_finished=False)
-    assert problems == [
+    runner.failing, wrong = {"broken"}, "story ended with PASS, but GO was expected."
+    assert runner.go(steps, keep_finished=False) == [
         "the control ended with PASS, but FAIL was expected.",
         "broken crashed: it broke",
-        "story ended with PASS, but GO was expected.",
+        wrong,
         "after was left out: it needs broken.",
     ]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert [line[:5] for line in lines] == ["[1/4]", "[2/4]", "[4/4]", "[3/4]"]
     (folder,) = (runner.reports / "runs").glob("*-the-control-*")
     assert runner.params["story"]["folder"] == str(folder.resolve())
-    assert study_runner.finished(steps[0], runner.reports), "a name with a space"
+    assert studies.finished(steps[0], runner.reports), "a name with a space"
     assert (runner.reports / "index.html").is_file()
-    ran = len(runner.ran)
-    problems = study_runner.run(steps, runner.reports, only=["story"], keep_finished=False)
-    assert problems == ["story ended with PASS, but GO was expected."]
-    assert runner.ran[ran:] == ["story"], "what it refers to is looked up"
-    again = study_runner.run(steps, runner.reports, only=["the control", "story"])
-    assert again == [] and runner.ran[ran + 1 :] == [], "a study keeps what is finished"
-
-
-def test_a_folder_that_cannot_lock_is_an_error_not_an_endless_wait(
-    study: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OSError, match="lock"):
-        study_runner.run(study_runner.load(study), runner.reports)
+    assert runner.go(steps, only=["story"], keep_finished=False) == [wrong]
+    assert runner.ran[3:] == ["story"], "what it refers to is looked up"
+    assert runner.go(steps, only=["the control", "story"]) == []
+    assert len(runner.ran) == 4, "a study keeps what is finished"
 
 
 def test_the_studies_that_ship_name_real_parameters() -> None:
-    steps = study_runner.load(SHIPPED)
+    steps = studies.load(SHIPPED)
     for step in steps:
         report.check_parameters(report.read_parameters(step.notebook), step.params)
         assert step.expect in {"PASS", "FAIL", "GO", "NO-GO", "DONE", None}
@@ -349,7 +300,7 @@ def test_the_studies_that_ship_name_real_parameters() -> None:
 
 def test_the_study_that_ships_needs_whatever_it_reads() -> None:
     """Weights and data of a step are made by a step that it needs, directly or not."""
-    steps = {step.name: step for step in study_runner.load(SHIPPED)}
+    steps = {step.name: step for step in studies.load(SHIPPED)}
     made = {step.params.get("export_to"): name for name, step in steps.items()}
     made |= {
         s.params["dataset_dir"]: n
