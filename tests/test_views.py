@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,8 +43,13 @@ def save(path, alpha, background):
     return path
 
 
-def test_views_writes_pictures_gaussians_and_what_it_assumed(tmp_path, weights, capsys):
-    picture, out = save(tmp_path / "toy.png", disc(), None), tmp_path / "out"
+@pytest.fixture
+def picture(tmp_path):
+    return save(tmp_path / "toy.png", disc(), None)
+
+
+def test_views_writes_pictures_gaussians_and_what_it_assumed(picture, tmp_path, weights, capsys):
+    out = tmp_path / "out"
     status = main([
         "views", str(picture), "--out", str(out), "--weights", str(weights), "--views", "4",
         "--ply", str(out / "toy.ply"), "--spz", str(out / "toy.spz"), "--elevation", "20",
@@ -69,21 +73,20 @@ def test_views_writes_pictures_gaussians_and_what_it_assumed(tmp_path, weights, 
     assert torch.allclose(dense.colors.mean(0) * 255, torch.tensor(COLOUR).float(), atol=40)
 
 
-def test_views_by_weights_that_see_the_decoders_render(tmp_path):
+def test_views_by_weights_that_see_the_decoders_render(picture, tmp_path):
     config = cvs.CVSConfig.preset("tiny", render_condition=True, render_twin=True)
     path = cvs.CVS(config).save(tmp_path / "refine.safetensors", half=True)
-    picture = save(tmp_path / "toy.png", disc(), None)
     facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=2)
     made = np.asarray(Image.open(tmp_path / "out" / facts["files"]["0"]).convert("RGB"), float)
     # An untrained one gives the decoder's render: the object, in its colour.
     assert np.abs(np.median(made[8, 6:10], axis=0) - COLOUR).max() < 40
 
 
-def test_views_draw_with_the_decoder_that_the_weights_belong_to(tmp_path, monkeypatch):
+def test_views_draw_with_the_decoder_that_the_weights_belong_to(picture, tmp_path, monkeypatch):
     small = {"image_size": 32, "base_channels": 8, "channel_multipliers": (1, 2), "patch": 2}
     other = decoder.Decoder(decoder.DecoderConfig(attention_levels=(), **small))
     config = cvs.CVSConfig.preset("tiny", render_condition=True)
-    network, picture = cvs.CVS(config), save(tmp_path / "toy.png", disc(), None)
+    network = cvs.CVS(config)
     network.decoder = other.checksum()
     (tmp_path / "weights").mkdir()
     path = network.save(tmp_path / "weights" / "refine.safetensors", half=True)
@@ -102,22 +105,18 @@ def test_views_draw_with_the_decoder_that_the_weights_belong_to(tmp_path, monkey
     assert drawn == [(1, 2)], "one render serves the sheet and the network"
 
 
-def test_a_picture_is_read_as_large_as_the_network_sees_it(tmp_path, monkeypatch):
+def test_a_picture_is_read_as_large_as_the_network_sees_it(picture, tmp_path, monkeypatch):
     seen, read = [], sampling.read_photo
-    monkeypatch.setattr(
-        sampling, "read_photo", lambda *a, **k: seen.append(read(*a, **k)) or seen[-1]
-    )
-    network = cvs.CVS(cvs.CVSConfig.preset("tiny", image_size=160))
-    path, picture = network.save(tmp_path / "w.safetensors"), save(tmp_path / "a.png", disc(), None)
+    spy = lambda *a, **k: seen.append(read(*a, **k)) or seen[-1]  # noqa: E731
+    monkeypatch.setattr(sampling, "read_photo", spy)
+    path = cvs.CVS(cvs.CVSConfig.preset("tiny", image_size=160)).save(tmp_path / "w.safetensors")
     facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=1)
     assert seen[0].inputs.rgb.shape[1] == 160 == facts["image_size"]
 
 
-def test_every_view_has_a_file_of_its_own(tmp_path, weights, monkeypatch):
-    picture = save(tmp_path / "toy.png", disc(), None)
-    monkeypatch.setattr(
-        sampling.pictures, "contact_sheet", lambda *_, **__: np.zeros((4, 4, 3), "u1")
-    )
+def test_every_view_has_a_file_of_its_own(picture, tmp_path, weights, monkeypatch):
+    sheet = np.zeros((4, 4, 3), "u1")
+    monkeypatch.setattr(sampling.pictures, "contact_sheet", lambda *_, **__: sheet)
     facts = sampling.write_views(picture, tmp_path / "out", weights=weights, count=400)
     assert len(list((tmp_path / "out").glob("azimuth_*.png"))) == 400 == len(facts["files"])
     assert facts["files"]["0.9"] == "azimuth_000.9.png"
@@ -153,25 +152,21 @@ def test_the_cut_keeps_what_is_inside_and_the_side_the_object_stands_on():
     assert (matte[-1, 205:235] == 255).all()
 
 
-def test_a_photograph_and_an_empty_picture_are_told_apart(tmp_path):
+def test_photographs_large_and_empty_pictures_are_told_apart(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "noise.png")
-    photo = sampling.read_photo(tmp_path / "noise.png")
-    assert photo.background == "photograph" and "central square" in photo.assumed[0]
-    assert (photo.inputs.alpha == 255).all()
-    Image.fromarray(np.full((60, 60, 3), 255, np.uint8)).save(tmp_path / "white.png")
-    assert sampling.read_photo(tmp_path / "white.png").background == "photograph"
-    Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(tmp_path / "nothing.png")
-    with pytest.raises(DatasetError, match="transparent everywhere"):
-        sampling.read_photo(tmp_path / "nothing.png")
-
-
-def test_large_pictures_shrink_without_becoming_transparent(tmp_path, monkeypatch):
-    shapes, cut_out = [], sampling.cut_out
+    shapes, cut_out, path = [], sampling.cut_out, tmp_path / "a.png"
     monkeypatch.setattr(sampling, "cut_out", lambda rgb: shapes.append(rgb.shape) or cut_out(rgb))
-    Image.new("RGB", (3001, 1999), (255, 255, 255)).save(tmp_path / "large.png")
-    assert (sampling.read_photo(tmp_path / "large.png").inputs.alpha == 255).all()
-    assert shapes == [(400, 601, 3)]
+    for shown in (Image.fromarray(noise), Image.new("RGB", (3001, 1999), (255, 255, 255))):
+        shown.save(path)
+        photo = sampling.read_photo(path)
+        assert photo.background == "photograph" and "central square" in photo.assumed[0]
+        assert (photo.inputs.alpha == 255).all()
+    assert shapes == [(60, 90, 3), (400, 601, 3)], "shrunk without becoming transparent"
+    Image.new("RGBA", (8, 8)).save(path)
+    with pytest.raises(DatasetError, match="transparent everywhere"):
+        sampling.read_photo(path)
+    with pytest.raises(DatasetError, match="no such file"):
+        sampling.read_photo(tmp_path / "gone.jpg")
 
 
 @pytest.mark.parametrize(
@@ -186,18 +181,15 @@ def test_large_pictures_shrink_without_becoming_transparent(tmp_path, monkeypatc
         (["--out", "toy.png"], "want a folder"),
     ],
 )
-def test_wrong_use_is_one_clear_line(tmp_path, weights, capsys, monkeypatch, change, message):
-    monkeypatch.chdir(tmp_path)
-    save(Path("toy.png"), disc(), None)
+def test_wrong_use_is_one_clear_line(picture, weights, capsys, monkeypatch, change, message):
+    monkeypatch.chdir(picture.parent)
     assert main(["views", "toy.png", "--out", "o", "--weights", str(weights), *change]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-    assert main(["views", "gone.jpg", "--out", "o", "--weights", str(weights)]) == 2
-    assert "no such file" in capsys.readouterr().err
 
 
-def test_what_ships_draws_the_object_and_stays_near_the_decoder(tmp_path):
-    facts = sampling.write_views(save(tmp_path / "toy.png", disc(), None), tmp_path / "out")
+def test_what_ships_draws_the_object_and_stays_near_the_decoder(picture, tmp_path):
+    facts = sampling.write_views(picture, tmp_path / "out")
     assert facts["weights"] == "shipped" and facts["image_size"] == 128
     with Image.open(tmp_path / "out" / facts["files"]["0"]) as image:
         made = np.asarray(image, float)
@@ -207,7 +199,7 @@ def test_what_ships_draws_the_object_and_stays_near_the_decoder(tmp_path):
     assert made[inside, 3].mean() > 240 and made[~inside, 3].mean() < 40
     # Where there is nothing to mend, it leaves the decoder's render alone: beside the CVS that
     # draws anew, it is the nearer one.
-    photo = sampling.read_photo(tmp_path / "toy.png")
+    photo = sampling.read_photo(picture)
     cameras = sampling.view_cameras(15.0, 128, 4)
     render = decoder.predictor(decoder.load_shipped("pixel"))
     own = render(photo.inputs, cameras).rgb
