@@ -7,7 +7,6 @@ Results go to train_gpu.json or train_cpu.json; train.md is made anew from both;
 not run keeps what it had.
 
     cvs        samples/s of the CVS, lever by lever; what a step's time goes to; the loop of `fit`
-    recording  whole steps as CUDA graphs, by network and batch (on a GPU)
     decoder    views/s of the decoder, through the renderer
     memory     peak memory and samples/s by size and batch; gradient checkpointing
 
@@ -58,9 +57,6 @@ PREDICTED = {
     "parts recorded": 2.5,
     "compiled": 1.5,
     "compiled, parts recorded": 3.0,
-    "compact": 4.0,
-    "base": 2.3,
-    "large": 1.3,
 }
 HASH = "sha256:" + "0" * 64
 LATE = 9_000  # of a long run's 10,000 steps: its last are consistency, its first denoising
@@ -110,9 +106,8 @@ class Bench:
         return self.timed(lambda: stepper.train(next(upcoming)), steps, before=5)
 
     def config(self, **changes: Any) -> TrainConfig:
-        precision = "bf16" if self.gpu else "fp32"
-        settings = {"steps": 10_000, "lr": 1e-4, "precision": precision, "graphs": False}
-        return TrainConfig(**{**settings, **changes})
+        settings = {"steps": 10_000, "lr": 1e-4, "precision": "bf16" if self.gpu else "fp32"}
+        return TrainConfig(**{"graphs": False, **settings, **changes})
 
     def views(self, objects: int, pixels: int) -> ViewTensors:
         """Coloured balls before black: only shapes and types matter here."""
@@ -232,23 +227,6 @@ def whole_loop(bench: Bench, size: str, pixels: int, batch: int) -> None:
         cells = (f"{result.samples_per_s:,.0f}", f"{overall:,.0f}", f"{result.compile_s:.0f}")
         bench.row(name, *cells, f"{result.paused_s:.1f}")
         bench.figures[f"fit, {name}"] = [result.samples_per_s, overall, result.compile_s]
-
-
-def section_recording(bench: Bench) -> None:
-    if not bench.gpu:
-        return bench.say("CUDA graphs need a GPU.")
-    bench.head("size", "px", "batch", "eager", "recorded", "predicted", "measured", "late")
-    sizes = [("compact", 128, 64), ("compact", 128, 256), ("base", 128, 128), ("large", 256, 64)]
-    for size, pixels, batch in sizes[1:3] if bench.quick else sizes:
-        task, speeds = bench.cvs(size, pixels, batch), list[float]()
-        with kernels(False, bench.device):
-            for graphs, first in ((False, 0), (True, 0), (True, LATE)):
-                stepper = Stepper(task, bench.config(graphs=graphs))
-                speeds.append(batch / bench.step_s(stepper, first, 20))
-        eager, recorded, late = (f"{speed:,.0f}" for speed in speeds)
-        gain = (f"{PREDICTED[size]:.1f}x", f"{speeds[1] / speeds[0]:.2f}x")
-        bench.row(size, pixels, batch, eager, recorded, *gain, late)
-        bench.figures[f"{size}, {pixels} px, {batch}"] = speeds
 
 
 def section_decoder(bench: Bench) -> None:

@@ -86,8 +86,8 @@ class Recorded:
     def __init__(self, function: Callable[..., Any], model: nn.Module | None = None) -> None:
         self.function, self.model = function, model
         self.refused: str | None = None
-        self.flat: _Flat | None = None
-        self._known: list[Any] = []
+        self.flat: nn.Module | None = None
+        self._known, self._rest, self._differentiable = list[Any](), None, list[bool]()
         self._runs, self._tries = 0, 0
 
     def __call__(self, *given: Any, **named: Any) -> Any:
@@ -101,11 +101,19 @@ class Recorded:
             self._known = known
         if self.flat is None or known != self._known:
             return self.function(*given, **named)
-        made = zip(self.flat(*tensors), self.flat.differentiable, strict=True)
-        return put_together([t if wanted else t.detach() for t, wanted in made], self.flat.rest)
+        made = zip(self.flat(*tensors), self._differentiable, strict=True)
+        return put_together([t if wanted else t.detach() for t, wanted in made], self._rest)
 
     def _record(self, tensors: list[Tensor], rest: Any) -> None:
-        flat = _Flat(self.function, self.model, rest)
+        def from_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+            given, named = put_together(tensors, rest)
+            made, self._rest = taken_apart(self.function(*given, **named))
+            self._differentiable = [tensor.requires_grad for tensor in made]
+            return tuple(made)
+
+        # what torch's recorder wants: a module, for its parameters, from tensors to tensors
+        flat = nn.ModuleList([] if self.model is None else [self.model])
+        flat.forward = from_tensors  # type: ignore[assignment]
         samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
         # gsplat leaves cycles behind that keep the last step's graph, and with it nodes of another
         # stream, which a recording must not touch
@@ -123,24 +131,6 @@ class Recorded:
             if self._tries == _TRIES:
                 name = getattr(self.function, "__name__", "a part")
                 self.refused = _refusal(f"{name} runs", error)
-
-
-class _Flat(nn.Module):
-    """The function as a module from tensors to tensors, as torch's recorder wants it."""
-
-    def __init__(self, function: Callable[..., Any], model: nn.Module | None, given: Any) -> None:
-        super().__init__()
-        self.function, self.model, self.given = function, model, given
-        self.rest: Any = None
-        self.differentiable: list[bool] = []
-        if model is not None:
-            self.train(model.training)
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given, named = put_together(tensors, self.given)
-        made, self.rest = taken_apart(self.function(*given, **named))
-        self.differentiable = [tensor.requires_grad for tensor in made]
-        return tuple(made)
 
 
 for _kind in (Cameras, Gaussians, Views):

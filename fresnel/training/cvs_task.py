@@ -125,7 +125,7 @@ class CVSTask:
             gain = torch.exp((2 * draw(3, 1, 1) - 1) * self.colour_jitter)
         if self.mirror:
             flipped = (draw() < 0.5)[:, None, None, None]
-        stored = picked(*self._sets[0], record, source, view)
+        stored = self._stored(0, record, source, view)
         made = self.hot["batch"](self.model.config, stored, gain, flipped)
         return {**made, "record": record, "view": view}
 
@@ -179,23 +179,16 @@ class CVSTask:
         flat = images.spread(pairs, images.records * images.views)
         for chunk in flat.split(max(self.batch_size, 8)):
             record, view = chunk // images.views, chunk % images.views
-            stored = picked(*self._sets[1], record, torch.zeros_like(view), view)
+            stored = self._stored(1, record, torch.zeros_like(view), view)
             yield assemble(self.model.config, stored)
 
-
-def picked(
-    images: Images,
-    pivots: Tensor,
-    renders: Tensor | None,
-    record: Tensor,
-    source: Tensor,
-    view: Tensor,
-) -> dict[str, Any]:
-    """What is stored of the pairs (record, view), with image number `source` as the input: images
-    as `Images.pick` gives them, input and target; "pivots", perhaps "render"."""
-    stored = images.pick(record, torch.stack([source, 1 + view], dim=1))
-    render = None if renders is None else renders[record, source, view]
-    return {**stored, "pivots": pivots[record], "render": render}
+    def _stored(self, which: int, record: Tensor, source: Tensor, view: Tensor) -> dict[str, Any]:
+        """What is stored of pairs (record, view) of a set, with image number `source` as the input:
+        images as `Images.pick` gives them, input and target; "pivots", perhaps "render"."""
+        images, pivots, renders = self._sets[which]
+        stored = images.pick(record, torch.stack([source, 1 + view], dim=1))
+        render = None if renders is None else renders[record, source, view]
+        return {**stored, "pivots": pivots[record], "render": render}
 
 
 def assemble(
@@ -204,13 +197,8 @@ def assemble(
     gain: Tensor | None = None,
     flipped: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """ "cond" (B, C, H, W), "target" (B, 4, H, W) and "weights" of what was `picked`, augmented as
-    the draws say.
-
-    Args:
-        gain: factors (B, 3, 1, 1) for the colour channels.
-        flipped: which pairs to mirror, bool (B, 1, 1, 1).
-    """
+    """ "cond" (B, C, H, W), "target" (B, 4, H, W) and "weights" of stored pairs: colours scaled by
+    `gain` (B, 3, 1, 1), and mirrored where `flipped`, bool (B, 1, 1, 1)."""
     size = stored["rgba"].shape[2]
     given, target = (stored["rgba"].movedim(-1, -3).float() / 127.5 - 1.0).unbind(1)
     cameras = Cameras(stored["viewmats"], stored["Ks"], size, size)

@@ -28,13 +28,10 @@ class Stepper:
     """What a training step changes: weights, their average, the optimizer's state, running sums.
 
     Every random draw follows from (seed, step, micro-batch), so that steps can be repeated. On a
-    GPU nothing in a step waits for the device.
-
-    Attributes:
-        sums: of the loss terms and the gradient's norm (`names`) in the last `count` steps.
-        recorder: records whole steps as CUDA graphs; None where that is not possible.
-        first_bad: the first micro-batch (step * accumulate + index) whose loss or gradient was not
-            finite, on the device; -1: none.
+    GPU nothing in a step waits for the device. `sums`: of the loss terms and the gradient's norm
+    (`names`) in the last `count` steps. `recorder`: records whole steps as CUDA graphs; None where
+    that is not possible. `first_bad`: the first micro-batch (step * accumulate + index) whose loss
+    or gradient was not finite, on the device; -1: none.
     """
 
     def __init__(self, task: Task, config: TrainConfig) -> None:
@@ -103,11 +100,7 @@ class Stepper:
         return self.time() - began
 
     def train(self, step: int) -> None:
-        """Do step number `step`, from 0.
-
-        Raises:
-            OutOfMemory: says what to lower.
-        """
+        """Do step number `step`, from 0. OutOfMemory says what to lower."""
         (group,) = self.optimizer.param_groups
         lr = self.lr(step)
         group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
@@ -139,8 +132,7 @@ class Stepper:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.note_bad(norm)
         values = torch.cat([torch.stack(totals).mean(dim=0), norm.detach().double()[None]])
-        if self.sums is None:
-            self.sums = torch.zeros_like(values)
+        self.sums = torch.zeros_like(values) if self.sums is None else self.sums
         self.sums += values
         if not self.failed():
             self.optimizer.step()
@@ -210,11 +202,10 @@ class Stepper:
         return dict(zip(self.names, means, strict=True))
 
     def lr(self, step: int) -> float:
-        config = self.config
-        warm = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
-        cooldown = config.cooldown_share * config.steps
-        cool = (config.steps - step) / cooldown if cooldown else 1.0
-        return config.lr * min(1.0, warm, cool)
+        warmup, cooldown = self.config.warmup_steps, self.config.cooldown_share * self.config.steps
+        warm = (step + 1) / warmup if warmup else 1.0
+        cool = (self.config.steps - step) / cooldown if cooldown else 1.0
+        return self.config.lr * min(1.0, warm, cool)
 
     @torch.no_grad()
     def update_ema(self, updates: int) -> None:
