@@ -160,8 +160,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return done.exit_status or no_page * report.EXIT_STATUS["no_page"]
     if arguments.param or arguments.params_file or arguments.name or arguments.cell_timeout:
         raise ValueError("-p, -f, --name and --cell-timeout belong to one notebook: name it")
-    profile = _detect() if arguments.profile in (None, "auto") else arguments.profile
-    steps = runner.load(_NOTEBOOKS / "params" / f"profile_{profile}.yaml")
+    profile, steps = _steps(arguments, _detect)
     if arguments.list:
         print(*(f"{step.name}\t{step.notebook.name}" for step in steps), sep="\n")
         return 0
@@ -170,6 +169,18 @@ def _run(arguments: argparse.Namespace) -> int:
     problems = runner.run(steps, reports, only=arguments.only, keep_finished=False, **limits)
     print(f"\nindex: {reports / 'index.html'}")
     return _told(*problems)
+
+
+def _steps(arguments: argparse.Namespace, detect: Callable[[], str]) -> tuple[str, list[Any]]:
+    """Name and steps of a study, or of a profile."""
+    from fresnel.study import runner
+
+    if "study" in arguments:
+        steps = runner.load(arguments.study, runs=arguments.runs)
+        values = dict(text.partition("=")[::2] for text in arguments.set)
+        return arguments.study.stem, runner.override(steps, values)
+    profile = detect() if arguments.profile in (None, "auto") else arguments.profile
+    return profile, runner.load(_NOTEBOOKS / "params" / f"profile_{profile}.yaml")
 
 
 def _parameters(arguments: argparse.Namespace, notebook: Path) -> dict[str, Any]:
@@ -245,13 +256,6 @@ def _page(dataset: Path, target: Path) -> None:
     print(target, file=sys.stderr)
 
 
-def _study_steps(arguments: argparse.Namespace) -> list[Any]:
-    from fresnel.study import runner
-
-    steps = runner.load(arguments.study, runs=arguments.runs)
-    return runner.override(steps, dict(text.partition("=")[::2] for text in arguments.set))
-
-
 @_command(
     "run what is not finished of a study; several processes share the work",
     *_STEPS,
@@ -265,7 +269,7 @@ def _study(arguments: argparse.Namespace) -> int:
     from fresnel.report import run as report
     from fresnel.study import runner
 
-    steps, reports = _study_steps(arguments), report.reports_folder(arguments.reports)
+    (_, steps), reports = _steps(arguments, str), report.reports_folder(arguments.reports)
     for step in steps if arguments.list else ():
         state = "finished" if runner.finished(step, reports) else "to do"
         print(f"{step.name}\t{step.notebook.name}\t{state}")
@@ -339,8 +343,10 @@ def _launch(arguments: argparse.Namespace) -> int:
     if is_study:
         there = planning.there(root, "study", os.path.abspath(job.study))
         words = [there if _path(word) == job.study else word for word in words]
-        name, steps = job.study.stem, _study_steps(job)
-    elif notebook:
+    if not notebook:
+        name, steps = _steps(job, lambda: "gpu")
+        name = name if is_study else f"profile-{job.profile or 'auto'}"
+    else:
         source = root / notebook
         name = job.name or source.stem
         params = {"price_per_hour_usd": arguments.rate, **_parameters(job, source)}
@@ -348,10 +354,6 @@ def _launch(arguments: argparse.Namespace) -> int:
         words = [notebook, "--name", name, *(["--fresh"] if job.fresh else [])]
         limits = {"--timeout": job.timeout, "--cell-timeout": job.cell_timeout}
         words += [word for key, value in limits.items() if value for word in (key, str(value))]
-    else:
-        name = f"profile-{job.profile or 'auto'}"
-        profile = "gpu" if job.profile in (None, "auto") else job.profile
-        steps = runner.load(_NOTEBOOKS / "params" / f"profile_{profile}.yaml")
     steps = [step for step in steps if not job.only or step.name in job.only]
     single = {"single": bool(notebook), "study": is_study}
     plan = planning.make(name, steps, words, terms, root=root, **single)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -154,30 +155,21 @@ def test_a_badge_says_how_a_run_ended(tmp_path: Path) -> None:
     assert stopped.replace(failure={"kind": "cell_error", "cell": 1}).badge == "CRASHED"
 
 
-class FakeNvml:
+def fake_nvml(energy: list[int]) -> Any:
     """Two cards, of what `pynvml` says: an energy in mJ, if any."""
 
-    def __init__(self, energy: int | None) -> None:
-        self.energy = energy
-
-    def nvmlInit(self) -> None: ...
-
-    def nvmlDeviceGetCount(self) -> int:
-        return 2
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> object:
-        return self.answer(index if index < 2 else None)
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> object:
-        return self.answer(0 if uuid == "GPU-1" else None)
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: object) -> int:
-        return self.answer(self.energy)
-
-    def answer(self, number: int | None) -> int:
-        if number is None:
+    def answer(found: bool, number: int = 0) -> int:
+        if not found:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return number
+
+    return SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: answer(index < 2, index),
+        nvmlDeviceGetHandleByUUID=lambda uuid: answer(uuid == "GPU-1"),
+        nvmlDeviceGetTotalEnergyConsumption=lambda _: answer(bool(energy), *energy),
+    )
 
 
 def test_energy_is_read_from_counters_that_wrap(
@@ -189,11 +181,11 @@ def test_energy_is_read_from_counters_that_wrap(
         folder.mkdir()
         (folder / "max_energy_range_uj").write_text("10000000\n")
         (folder / "energy_uj").write_text(f"{energy}\n")
-    nvml = FakeNvml(1_000)
+    read = [1_000]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    meter = meters.EnergyMeter(tmp_path, nvml)
+    meter = meters.EnergyMeter(tmp_path, fake_nvml(read))
     (tmp_path / "intel-rapl:0/energy_uj").write_text("1500000")  # beyond 10 J it began again
-    nvml.energy = 4_000
+    read[0] = 4_000
     energy = meter.read()
     assert energy["cpu_joules"] == pytest.approx(2.5, abs=1e-5)
     assert energy["gpu_joules"] == 6.0  # 3 J on each card
@@ -202,12 +194,11 @@ def test_energy_is_read_from_counters_that_wrap(
     meter.close()
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1,7")
-    nvml = FakeNvml(1_000)
-    one = meters.EnergyMeter(tmp_path / "none", nvml)
-    nvml.energy = 3_000
+    one = meters.EnergyMeter(tmp_path / "none", fake_nvml(read))
+    read[0] = 6_000
     energy = one.read()
     assert energy["joules"] == energy["gpu_joules"] == 2.0 and "RAPL" in energy["reason"]
-    nothing = meters.EnergyMeter(tmp_path / "none", FakeNvml(None)).read()
+    nothing = meters.EnergyMeter(tmp_path / "none", fake_nvml([])).read()
     assert nothing["joules"] is None and nothing["source"] is None
     assert "no energy counter" in nothing["reason"] and "RAPL" in nothing["reason"]
 

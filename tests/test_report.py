@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -193,6 +194,7 @@ def test_index_lists_damaged_records_published_ones_and_copies_once(tmp_path: Pa
         (tmp_path / place / "report.html").write_text("<p>page</p>")
     (tmp_path / "runs/c/results.json").write_text("{")
     (tmp_path / "runs/d/thumbnail.png").write_bytes(b"no picture")
+    shutil.copytree(tmp_path / "runs/a", tmp_path / "remote/box.partial/a")  # not yet fetched
     html = index(tmp_path).read_text()
     assert "5 runs" in html and "2 damaged" in html and "runs/c/results.json: is not valid" in html
     assert "yesterday" in html
