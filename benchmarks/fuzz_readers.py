@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,9 +35,16 @@ def _pictures(folder: Path) -> None:
         Image.new("RGB", (10, 8), (40 * k, 90, 200)).save(folder / f"images/{k}.png")
 
 
-def _written(path: Path, data: bytes, read: Callable[[], Any]) -> Any:
-    path.write_bytes(data)
-    return read()
+def _target(
+    path: Path, sound: bytes, read: Callable[[], Any], pack: Callable[[bytes], bytes] = bytes
+) -> Target:
+    """A sound file, and what writes a mutated one in its place and reads it."""
+
+    def written(data: bytes) -> Any:
+        path.write_bytes(pack(data))
+        return read()
+
+    return sound, written
 
 
 def targets(folder: Path) -> dict[str, Callable[[], Target]]:
@@ -53,10 +62,8 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
             for k in range(3)
         ]
         top = {"camera_model": "OPENCV", "fl_x": 12.0, "camera_angle_x": 0.7, "w": 10, "h": 8}
-        top |= {"fresnel": {"pivot": [0, 0, 0], "input": "images/1.png"}}
-        path = folder / "transforms.json"
         text = json.dumps({**top, "frames": frames}).encode()
-        return text, lambda data: _written(path, data, lambda: captures_in(folder))
+        return _target(folder / "transforms.json", text, lambda: captures_in(folder))
 
     def annotations() -> Target:
         _pictures(folder)
@@ -67,10 +74,8 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
             | {"image": {"path": f"cat/images/{k}.png", "size": [8, 10]}, "mask": {"path": ""}}
             for k in range(2)
         ]
-        path = folder / "frame_annotations.jgz"
-        return json.dumps(frames).encode(), lambda data: _written(
-            path, gzip.compress(data), lambda: captures_in(folder)
-        )
+        path, sound = folder / "frame_annotations.jgz", json.dumps(frames).encode()
+        return _target(path, sound, lambda: captures_in(folder), gzip.compress)
 
     def model(name: str) -> Target:
         import numpy as np
@@ -89,30 +94,19 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
             pose = pycolmap.Rigid3d(np.hstack([np.eye(3), [[k], [0.0], [3.0]]]))
             made.add_image_with_trivial_frame(image, pose)
         (made.write_binary if name.endswith(".bin") else made.write_text)(str(place))
-        return (place / name).read_bytes(), lambda data: _written(
-            place / name, data, lambda: captures_in(folder)
-        )
-
-    def ours() -> Path:
-        path = folder / "set"
-        if not path.exists():
-            asset = embedded_assets()[0]
-            render_set([asset], path, views=2, image_size=8, samples=1, workers=1)
-        return path
+        return _target(place / name, (place / name).read_bytes(), lambda: captures_in(folder))
 
     def of_ours(name: str) -> Target:
-        path = ours() / name
-        return path.read_bytes(), lambda data: _written(
-            path, data, lambda: dataset.open(folder / "set")[0]
-        )
+        how = {"views": 2, "image_size": 8, "samples": 1, "workers": 1}
+        path = render_set(embedded_assets()[:1], folder / "set", **how).path / name
+        return _target(path, path.read_bytes(), lambda: dataset.open(folder / "set")[0])
 
     def listed() -> Target:
         (folder / "a.glb").write_bytes(b"glTF")
         path = folder / "list.json"
         entry = {"file": "a.glb", "name": "A", "split": "train", "license": "CC0", "creator": "me"}
-        return json.dumps({"assets": [entry]}).encode(), lambda data: _written(
-            path, data, lambda: [asset.read() for asset in find_assets(path)]
-        )
+        sound = json.dumps({"assets": [entry]}).encode()
+        return _target(path, sound, lambda: [asset.read() for asset in find_assets(path)])
 
     def library() -> Target:
         path = folder / "a.sh3f"
@@ -133,15 +127,13 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
         box = trimesh.creation.box()
         box.visual.face_colors = [200, 90, 30, 255]
         path = folder / "box.glb"
-        return box.export(file_type="glb"), lambda data: _written(
-            path, data, lambda: surface(trace.load(path))
-        )
+        return _target(path, box.export(file_type="glb"), lambda: surface(trace.load(path)))
 
     def picture() -> Target:
         _pictures(folder)
         path = folder / "x.png"
         sound = (folder / "images/1.png").read_bytes()
-        return sound, lambda data: _written(path, data, lambda: dataset.load_image(path))
+        return _target(path, sound, lambda: dataset.load_image(path))
 
     return {
         "transforms": transforms,
@@ -167,7 +159,8 @@ def fuzz(name: str, seconds: int, work: Path) -> None:
     (work / "corpus").mkdir()
     sound, read = targets(work / "data")[name]()
     (work / "corpus" / "sound").write_bytes(sound)
-    words = {repr(word)[1:-1] for word in _words(sound)}
+    words = {match.decode() for match in re.findall(rb"[A-Za-z_]{3,20}", sound[:4000])}
+    words |= {"NaN", "1e999", "-1", "null", "[]", "{}", "../", "true", "18446744073709551616"}
     (work / "words").write_text("".join(f'"{word}"\n' for word in sorted(words)))
     read(sound)
 
@@ -185,14 +178,6 @@ def fuzz(name: str, seconds: int, work: Path) -> None:
     atheris.Fuzz()
 
 
-def _words(sound: bytes) -> set[str]:
-    """Keys of a JSON text, and values that are often mishandled."""
-    import re
-
-    found = {m.decode() for m in re.findall(rb"[A-Za-z_]{3,20}", sound[:4000])}
-    return found | {"NaN", "1e999", "-1", "null", "[]", "{}", "../", "true", "18446744073709551616"}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("targets", nargs="*", help="default: all")
@@ -205,7 +190,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.targets or targets(Path(folder)):
             work = Path(tempfile.gettempdir()) / f"fuzz-{name}"
-            subprocess.run(["rm", "-rf", str(work)], check=True)
+            shutil.rmtree(work, ignore_errors=True)
             command = [sys.executable, __file__, name, "--seconds", str(arguments.seconds)]
             done = subprocess.run(
                 [*command, "--inside", str(work)], stderr=subprocess.PIPE, text=True, check=False

@@ -23,6 +23,7 @@ principal points in NDC, isotropic (the shorter half side is 1), or by each side
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -46,6 +47,7 @@ _MODELS = ("", "sparse/0", "sparse", "colmap/sparse/0", "0")
 _IMAGES = ("images", "", "images_2", "images_4", "images_8")
 _MAX_MODEL_BYTES = 1 << 30
 _CO3D = "frame_annotations.jgz"
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf)", re.ASCII)
 
 
 def captures_in(root: Path, folder: str = "") -> list[Capture]:
@@ -297,21 +299,13 @@ def _without_points(path: Path) -> tuple[str, dict[int, str]]:
         words = line.split(None, 9)
         if line.startswith("#") or len(words) < 10 or not words[0].isdigit():
             continue
-        if all(_is_number(word) for word in line.split()):  # a row of points
+        if all(map(_NUMBER.fullmatch, line.split())):  # a row of points
             continue
-        if not any(float(word) for word in words[1:5] if _is_number(word)):
+        if not any(float(word) for word in words[1:5]):
             raise DatasetError(f"{path}: the quaternion of {words[9]!r} is 0 0 0 0, no rotation")
         called[int(words[0])] = words[9].strip()
         rows += [" ".join([*words[:9], words[0]]), ""]
     return "\n".join([*rows, ""]), called
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _annotations_in(folder: Path) -> list[str]:
