@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 from fresnel.report import run as report
-from fresnel.report.index import index
 from fresnel.report.record import RunRecord, Stage
 
 CHROMIUM = next(
@@ -47,13 +46,13 @@ from fresnel.scene.cameras import orbit
 from fresnel.scene.gaussians import Gaussians
 run = record.start("tiny", dict(seed=seed), output_dir)
 torch.manual_seed(seed)
-means, ones = 0.2 * torch.randn(500, 3), torch.ones(500)
-quats = torch.tensor([1.0, 0, 0, 0]).expand(500, 4)
-many = Gaussians(means, quats, 0.02 * torch.ones(500, 3), 0.9 * ones, torch.rand(500, 3))
+means, ones = 0.2 * torch.randn(100, 3), torch.ones(100)
+quats = torch.tensor([1.0, 0, 0, 0]).expand(100, 4)
+many = Gaussians(means, quats, 0.02 * torch.ones(100, 3), 0.9 * ones, torch.rand(100, 3))
 size = dict(focal_px=77, width=64, height=64)
 cameras = orbit(torch.arange(8) * 45.0, 10.0, 2.0, pivot=(0, 0, 0), **size)
 scene = widgets.scene(many, cameras, cameras[0], torch.zeros(3))
-widgets.show_scene(scene, "A cloud of 500 Gaussians, eight cameras around it.")
+widgets.show_scene(scene, "100 Gaussians, eight cameras around them.", height_px=200)
 frusta = charts.camera_frusta(cameras, cameras[0], pivot=[0, 0, 0], content=means.numpy())
 style.show(frusta, "Eight cameras stand around the cloud.")"""
 PICTURES = """\
@@ -142,88 +141,87 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return done.report
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_report_opens_offline_and_is_accessible(scheme: str, browser: Any, tiny: Path) -> None:
+@pytest.fixture(scope="module")
+def page(browser: Any, tiny: Path) -> Iterator[Any]:
+    """The report, opened once; what its console and its requests said is judged at the end."""
     assert tiny.stat().st_size < 3_000_000
-    with Visit(browser, tiny, color_scheme=scheme) as page:
-        assert page.locator("h1").count() == 1
-        assert page.locator(".badge.big").is_visible()
-        assert page.locator(".lead dt").all_inner_texts()[-1] == "Answer"
-        told = page.locator("main figure").evaluate_all(TOLD)
-        assert len(told) >= 2 and all(told) and "Figure without a description" not in told
-        broken = "[...document.images].filter((i) => i.complete && !i.naturalWidth).length"
-        assert page.evaluate(broken) == 0
-        assert violations(page) == []
-        page.set_viewport_size({"width": 390, "height": 800})  # everything unfolded, on a phone
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert violations(page) == []
+    with Visit(browser, tiny) as opened:
+        yield opened
 
 
-def test_contents_code_and_theme_answer_to_clicks(browser: Any, tiny: Path) -> None:
-    with Visit(browser, tiny) as page:
-        page.locator("nav.toc a", has_text="Verdict").click()
-        page.wait_for_function("location.hash === '#verdict' && scrollY > 0")
-        assert page.locator("h2#verdict").is_visible()
+def test_contents_code_and_theme_answer_to_clicks(page: Any) -> None:
+    assert page.locator("h1").count() == 1 and page.locator(".badge.big").is_visible()
+    assert page.locator(".lead dt").all_inner_texts()[-1] == "Answer"
+    page.locator("nav.toc a", has_text="Verdict").click()
+    page.wait_for_function("location.hash === '#verdict' && scrollY > 0")
+    assert page.locator("h2#verdict").is_visible()
+    code, button = page.locator("details.code pre").first, page.locator("#code")
+    assert not code.is_visible()
+    button.click()
+    assert code.is_visible() and button.get_attribute("aria-pressed") == "true"
+    button.press("Enter")
+    assert not code.is_visible()
 
-        code = page.locator("details.code pre").first
-        assert not code.is_visible()
-        page.locator("#code").click()
-        assert code.is_visible() and page.locator("#code").get_attribute("aria-pressed") == "true"
-        page.locator("#code").press("Enter")
-        assert not code.is_visible()
+    def colors() -> list[str]:
+        return page.evaluate(
+            "[getComputedStyle(document.body).backgroundColor,"
+            "getComputedStyle(document.querySelector('.picture svg text')).fill]"
+        )
 
-        def paper() -> str:
-            return page.evaluate("getComputedStyle(document.body).backgroundColor")
-
-        light = paper()
-        page.locator("#theme").click(click_count=2, delay=20)
-        assert page.locator("#theme").inner_text() == "Theme: dark" and paper() != light
-        drawn = "getComputedStyle(document.querySelector('.picture svg text')).fill"
-        dark_ink = page.evaluate(drawn)
-        page.reload()
-        assert page.locator("#theme").inner_text() == "Theme: dark"
-        page.locator("#theme").click()
-        assert paper() == light and page.evaluate(drawn) != dark_ink
-        changed = page.locator(".params tr.changed")
-        page.locator(".params summary").click()
-        assert "seed" in changed.inner_text() and "changed" in changed.inner_text()
-        assert "pixels" in page.locator(".params").inner_text()
-
-
-def test_a_slider_parts_two_pictures(browser: Any, tiny: Path) -> None:
-    with Visit(browser, tiny) as page:
-        slider, upper = page.locator(".fresnel-pair input"), page.locator(".fresnel-pair img + img")
-
-        def shown() -> str:
-            return upper.evaluate("(image) => getComputedStyle(image).clipPath")
-
-        middle = shown()
-        slider.focus()
-        slider.press("End")
-        assert slider.input_value() == "100" and shown() != middle
-        slider.click(position={"x": 4, "y": 6})
-        assert float(slider.input_value()) < 10
+    light, theme = colors(), page.locator("#theme")
+    theme.click(click_count=2, delay=20)
+    dark = colors()
+    assert theme.inner_text() == "Theme: dark"
+    assert all(one != other for one, other in zip(light, dark, strict=True))
+    page.reload()
+    assert theme.inner_text() == "Theme: dark" and colors() == dark
+    theme.click()
+    assert colors() == light
+    changed = page.locator(".params tr.changed")
+    page.locator(".params summary").click()
+    assert "seed" in changed.inner_text() and "changed" in changed.inner_text()
+    assert "pixels" in page.locator(".params").inner_text()
 
 
-def test_the_viewer_draws_splats_and_gives_way_to_the_still(browser: Any, tiny: Path) -> None:
-    with Visit(browser, tiny) as page:
-        figure = page.locator(".fresnel-viewer")
-        still, frame, button = (figure.locator(name) for name in ("img", "iframe", "button"))
-        assert still.is_visible() and not frame.is_visible()
-        button.click()
-        canvas = page.frame_locator(".fresnel-viewer iframe").locator("canvas").first
-        canvas.wait_for()
-        for _ in range(40):
-            page.wait_for_timeout(250)
-            with Image.open(io.BytesIO(frame.screenshot())) as picture:
-                middle = np.asarray(picture.convert("RGB"))[100:320, 250:600]
-            if len(np.unique(middle.reshape(-1, 3), axis=0)) > 100:
-                break
-        else:
-            pytest.fail("the viewer never drew the cloud")
-        assert not still.is_visible() and button.inner_text() == "Show the still picture"
-        button.click()
-        assert still.is_visible() and not frame.is_visible()
+def test_a_slider_parts_two_pictures(page: Any) -> None:
+    slider, upper = page.locator(".fresnel-pair input"), page.locator(".fresnel-pair img + img")
+    clip = "(image) => getComputedStyle(image).clipPath"
+    middle = upper.evaluate(clip)
+    slider.focus()
+    slider.press("End")
+    assert slider.input_value() == "100" and upper.evaluate(clip) != middle
+    slider.click(position={"x": 4, "y": 6})
+    assert float(slider.input_value()) < 10
+
+
+def test_the_viewer_draws_splats_and_gives_way_to_the_still(page: Any) -> None:
+    figure = page.locator(".fresnel-viewer")
+    still, frame, button = (figure.locator(name) for name in ("img", "iframe", "button"))
+    assert still.is_visible() and not frame.is_visible()
+    button.click()
+    page.frame_locator(".fresnel-viewer iframe").locator("canvas").first.wait_for()
+    for _ in range(60):
+        page.wait_for_timeout(200)
+        with Image.open(io.BytesIO(frame.screenshot(timeout=60_000))) as picture:
+            middle = np.asarray(picture.convert("RGB"))[40:160, 250:600]
+        if len(np.unique(middle.reshape(-1, 3), axis=0)) > 100:
+            break
+    else:
+        pytest.fail("the viewer never drew the cloud")
+    assert not still.is_visible() and button.inner_text() == "Show the still picture"
+    button.click()
+    assert still.is_visible() and not frame.is_visible()
+
+
+def test_a_report_is_accessible(browser: Any, page: Any, tiny: Path) -> None:
+    told = page.locator("main figure").evaluate_all(TOLD)
+    assert len(told) >= 2 and all(told) and "Figure without a description" not in told
+    broken = "[...document.images].filter((i) => i.complete && !i.naturalWidth).length"
+    assert page.evaluate(broken) == 0
+    assert violations(page) == []
+    with Visit(browser, tiny, 390, color_scheme="dark") as phone:  # everything unfolded
+        assert violations(phone) == []
+        assert phone.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 @pytest.fixture(scope="module")
@@ -234,12 +232,11 @@ def overview(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name: [{"bin": "all", "psnr": psnr, "psnr_low": psnr - 1, "psnr_high": psnr + 1}]
         for name, psnr in (("cvs", 20.0), ("better", 25.0))
     }
-    for number, (name, verdict, score) in enumerate(
-        [("control", "FAIL", 20.0), ("corrected", "PASS", 25.0), ("control", "FAIL", 18.5)] * 2
-    ):
+    kinds = [("control", "FAIL", 20.0), ("corrected", "PASS", 25.0), ("control", "FAIL", 18.5)]
+    for number, (name, verdict, score) in enumerate([*kinds, *kinds[:2]]):
         folder = reports / "runs" / f"{number}"
         folder.mkdir(parents=True)
-        record = RunRecord(
+        RunRecord(
             *("03_full_train" if number % 2 else "01_validate_data", "finished", verdict),
             summary=f"Run number {number}.",
             name=name,
@@ -252,14 +249,12 @@ def overview(tmp_path_factory: pytest.TempPathFactory) -> Path:
             started_utc=f"2026-01-0{number + 1}T00:00:00+00:00",
             duration_s=10.0 * (6 - number),
             cost_usd=0.5,
-        )
-        if number == 5:
-            (folder / "results.json").write_text("{")
-            continue
-        record.write(folder)
+        ).write(folder)
         for file in ("thumbnail.png", "views.png"):
             Image.new("RGB", (90, 30), (40 * number, 90, 120)).save(folder / file)
-    return index(reports)
+    (reports / "runs/5").mkdir()
+    (reports / "runs/5/results.json").write_text("{")
+    return report.index(reports)
 
 
 def test_the_index_filters_orders_and_compares(browser: Any, overview: Path) -> None:
@@ -288,20 +283,17 @@ def test_the_index_filters_orders_and_compares(browser: Any, overview: Path) -> 
         assert page.locator(".histories tbody tr").count() == 2
         assert page.locator(".histories .spark").count() >= 4
 
-        boxes = {
-            text: box for text, box in zip(names(), page.locator(".pick input").all(), strict=True)
-        }
-        boxes["Run number 1."].check()
-        assert "Pick a second run" in page.locator("#comparison").inner_text()
-        boxes["Run number 0."].check()
+        boxes = dict(zip(names(), page.locator(".pick input").all(), strict=True))
         panel = page.locator("#comparison")
-        text = panel.inner_text()
+        boxes["Run number 1."].check()
+        assert "Pick a second run" in panel.inner_text()
+        boxes["Run number 0."].check()
+        text, first = panel.inner_text(), panel.locator("figure img").first
         assert "control beside corrected" in text  # the older run first
         assert "20 [19, 21]" in text and "25 [24, 26]" in text and "+5 *" in text
-        assert "All equal." in text
-        assert panel.locator("figure img").count() == 2
-        panel.locator("figure img").first.scroll_into_view_if_needed()
-        assert panel.locator("figure img").first.evaluate("(image) => image.naturalWidth") == 90
+        assert "All equal." in text and panel.locator("figure img").count() == 2
+        first.scroll_into_view_if_needed()
+        assert first.evaluate("(image) => image.naturalWidth") == 90
         assert "000000000000" in text and "111111111111" in text and "differs" in text
         assert violations(page) == []
         panel.locator("button").click()

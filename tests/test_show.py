@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +18,14 @@ from boxes import views_of
 from conftest import Shown
 from PIL import Image
 
+from fresnel.analysis.stats import Estimate
 from fresnel.data import dataset
+from fresnel.data.dataset import MultiViewDataset
+from fresnel.objects import furniture
 from fresnel.render import Views
 from fresnel.scene.cameras import orbit
 from fresnel.scene.gaussians import Gaussians
-from fresnel.show import charts, gate, pictures, style, widgets
+from fresnel.show import charts, credits, gate, pictures, style, widgets
 
 
 def cloud(count: int = 50) -> widgets.Scene:
@@ -37,21 +42,16 @@ def cloud(count: int = 50) -> widgets.Scene:
     return widgets.scene(gaussians, cameras, cameras[0], torch.zeros(3), most=40)
 
 
-def test_figures_are_drawn_in_our_style() -> None:
-    figure = charts.loss_curves(
-        [{"step": 1, "loss": 1.0, "rgb": 0.5}, {"step": 2, "loss": 0.5, "rgb": 0.1}],
-        terms=("loss", "rgb"),
-        against={"luminance ratio": ([1, 2], [0.0, 0.1])},
-    )
-    left, right = figure.axes
+def test_losses_are_drawn_in_our_style_every_term_whole() -> None:
+    rows = [{"step": 1, "loss": 1.0, "rgb": 0.5}, {"step": 2, "loss": 0.5, "rgb": 0.1}]
+    light = {"luminance ratio": ([1, 2], [0.0, 0.1])}
+    left, right = charts.loss_curves(rows, terms=("loss", "rgb"), against=light).axes
     assert left.get_title(loc="left") and right.get_title(loc="left")
     assert [line.get_color() for line in left.lines] == [style.BLUE, style.VERMILION]
     assert not left.get_legend().get_frame_on() and left.get_yscale() == "log"
     # the acceptable band is in sight even where the light never reaches it
     assert right.get_ylim()[0] == 0 and right.patches
-
-
-def test_every_term_of_a_loss_is_drawn_whole() -> None:
+    assert charts.loss_curves(rows).axes[0].get_legend() is None
     terms = [f"term {k}" for k in range(2 * len(style.CYCLE))]
     log = [{"step": step} | {term: 0.5 - step for term in terms} for step in (0, 1)]
     (axis,) = charts.loss_curves(log, terms=terms).axes
@@ -59,18 +59,21 @@ def test_every_term_of_a_loss_is_drawn_whole() -> None:
     assert axis.get_ylim()[0] < -0.5 and axis.get_yscale() == "linear"
 
 
-def test_one_term_needs_no_legend_and_what_was_not_measured_has_no_mark() -> None:
-    alone = charts.loss_curves([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
-    assert alone.axes[0].get_legend() is None
-    levels = {"a": 1.0, "b": 1.1, "c": 1.2, "d": 1.3, "far": 90.0, "unknown": float("nan")}
-    rows = {
-        name: {"0-30": SimpleNamespace(mean=x, low=x, high=x, seeds=(x,))}
-        for name, x in levels.items()
-    }
+def test_dots_bins_and_roses() -> None:
+    levels = {"a": 1.0, "b": 1.1, "c": 1.2, "d": 1.3, "far": 90.0, "unknown": math.nan}
+    rows = {name: {"0-30": Estimate(x, (x,), x, x)} for name, x in levels.items()}
     (axis,) = charts.dots(rows, label="dB").axes
     assert [text.get_text() for text in axis.texts] == ["90"], "at the edge, with its value"
-    assert [line.get_marker() for line in axis.lines].count("D") == 4
-    assert [line.get_marker() for line in axis.lines].count(">") == 1
+    marks = [line.get_marker() for line in axis.lines]
+    assert marks.count("D") == 4 and marks.count(">") == 1, "what was not measured has no mark"
+    entry = {"bin": "45", "psnr": 20.0, "psnr_low": 19.0, "psnr_high": 22.0}
+    both = {"a": [entry], "b": [{**entry, "psnr": 10.0}]}
+    (axis,) = charts.bins_figure(both, "psnr", label="PSNR, dB", band=(1, 2)).axes
+    assert [bar.get_height() for box in axis.containers[::2] for bar in box] == [20.0, 10.0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["45"]
+    rose = charts.azimuth_rose([0, 10, 90, 180], {"light": [1.0, 0.5, 0.25, math.nan]})
+    heights = [bar.get_height() for bar in rose.axes[0].patches]
+    assert heights == [0.75, 0, 0.25, 0, 0, 0, 0, 0]
 
 
 def test_cameras_are_drawn_in_three_dimensions() -> None:
@@ -82,7 +85,7 @@ def test_cameras_are_drawn_in_three_dimensions() -> None:
     assert space.name == "3d" and len(space.lines) == len(scene.cameras) + 1
     assert above.yaxis_inverted() and not front.yaxis_inverted()
     # a pyramid's lines start in the camera and end `depth` in front of it
-    (line, *_) = charts._frusta(scene.cameras, 0.5)
+    (line, *_) = charts.frusta(scene.cameras, 0.5)
     np.testing.assert_allclose(line[0], scene.cameras.centers[0], atol=1e-6)
     ahead = (line[1:3] - line[0]) @ scene.cameras.forward[0].numpy()
     np.testing.assert_allclose(ahead, 0.5, atol=1e-6)
@@ -101,6 +104,13 @@ def test_a_sheet_holds_every_picture_once_in_its_own_pixels(shown: Shown) -> Non
         pictures.show_sheet([[]], "x")
     with pytest.raises(ValueError, match="alt: want a sentence"):
         pictures.show_sheet([[one]], " ")
+
+
+def test_the_file_of_a_sheet_has_what_the_page_has() -> None:
+    dark, light = np.zeros((48, 96, 3), np.uint8), np.full((96, 96, 3), 0.5)
+    sheet = pictures.contact_sheet([[dark, light], [dark]], columns=["a"], labels=["r", "s"])
+    assert sheet.shape == (22 + 2 * 18 + 96 + 4 + 48 + 4, 4 + 96 + 4 + 8 + 96 + 4, 3)
+    assert (sheet[60, 4:100] == 0).all() and (sheet[60, 112:208] == 128).all()
 
 
 def test_a_pair_wants_two_pictures_of_one_size(shown: Shown) -> None:
@@ -139,15 +149,6 @@ def test_a_table_escapes_what_it_is_given_and_keeps_our_links(shown: Shown) -> N
     assert '<a href="https://a/?b&amp;c">CC&lt;0&gt;</a>' in text and "javascript" not in text
 
 
-def test_the_file_of_a_sheet_has_what_the_page_has() -> None:
-    dark, light = np.zeros((48, 96, 3), np.uint8), np.full((96, 96, 3), 0.5)
-    sheet = pictures.contact_sheet([[dark, light], [dark]], columns=["a"], labels=["r", "s"])
-    assert sheet.shape == (22 + 2 * 18 + 96 + 4 + 48 + 4, 4 + 96 + 4 + 8 + 96 + 4, 3)
-    assert (sheet[60, 4:100] == 0).all() and (sheet[60, 112:208] == 128).all()
-    with pytest.raises(ValueError, match="pictures: got none"):
-        pictures.contact_sheet([])
-
-
 def by_azimuth(record: Any) -> np.ndarray:
     azimuth = record.cameras.azimuth_deg(record.pivot) - record.input_camera.azimuth_deg(
         record.pivot
@@ -155,20 +156,25 @@ def by_azimuth(record: Any) -> np.ndarray:
     return np.argsort(180 - (180 - azimuth.numpy()) % 360)
 
 
-def test_views_stand_by_azimuth_and_only_true_ones_are_called_truth(tmp_path: Path) -> None:
-    data = dataset.write(tmp_path / "set", [views_of(i, size=16, views=4) for i in (0, 1)], meta={})
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> MultiViewDataset:
+    path = tmp_path_factory.mktemp("data") / "set"
+    return dataset.write(path, [views_of(i, size=16, views=4) for i in (0, 1)], meta={})
+
+
+def test_views_stand_by_azimuth_and_only_true_ones_are_called_truth(data: MultiViewDataset) -> None:
     rows, azimuths, names = pictures.picture_rows(data)
     assert azimuths == sorted(azimuths) and azimuths[0] > -180 and len(azimuths) == 4
-    record, order = data[0], by_azimuth(data[0])
     assert names == list(data.names) and len(rows[0]) == 5
-    np.testing.assert_array_equal(rows[0][1:], record.rgb[order].numpy())
-    tensors = data.tensors()
+    np.testing.assert_array_equal(rows[0][1:], data[0].rgb[by_azimuth(data[0])].numpy())
 
     def grey(inputs: Any, cameras: Any) -> Views:
+        """As bright as the view comes late."""
         shape = (*cameras.batch_shape, cameras.height, cameras.width)
         picture = torch.linspace(0, 1, shape[1])[None, :, None, None, None].expand(*shape, 1)
         return Views(picture.expand(*shape, 3), picture, picture)
 
+    tensors = data.tensors()
     made, labels, again = pictures.predicted_rows(tensors, {"ours": grey}, [1], first="target")
     assert labels == [f"{data.names[1]}: target", f"{data.names[1]}: ours"]
     assert again == pytest.approx(azimuths, abs=1e-3)
@@ -208,19 +214,15 @@ def test_what_the_gate_measured_by_azimuth() -> None:
     assert (first["finding"], first["what"], first["symptom of"]) == ("dark", "m", "empty")
 
 
-def test_the_worst_views_have_the_least_light(tmp_path: Path) -> None:
-    data = dataset.write(tmp_path / "set", [views_of(i, size=16, views=2) for i in (0, 1)], meta={})
+def test_the_worst_views_have_the_least_light(data: MultiViewDataset) -> None:
     rows = [
-        {"object": name, "view": view, "azimuth_deg": 90.0 * view,
+        {"object": data.names[i], "view": view, "azimuth_deg": 90.0 * view, "empty": False,
          "coverage_ratio": 1.0, "luminance_ratio": light}
-        for name, view, light in zip(np.repeat(data.names, 2), (0, 1, 0, 1), (1, 0.2, 0.5, 2),
-                                     strict=True)
+        for i, view, light in ((0, 0, 1), (0, 1, 0.2), (1, 0, 0.5), (1, 1, 2))
     ]  # fmt: skip
     worst, captions, whose = gate.worst_views(data, verdict(rows), count=2)
-    assert whose == list(data.names) and captions == [
-        "+90\N{DEGREE SIGN}, 1.00",
-        "+0\N{DEGREE SIGN}, 1.00",
-    ]
+    assert whose == list(data.names)
+    assert captions == ["+90\N{DEGREE SIGN}, 1.00", "+0\N{DEGREE SIGN}, 1.00"]
     np.testing.assert_array_equal(worst[0], data[0].rgb[1].numpy())
 
 
@@ -228,7 +230,7 @@ def test_a_record_in_3d_is_its_covered_pixels(tmp_path: Path) -> None:
     record = views_of(0, size=32, views=4)
     content = widgets.content_points(record)
     assert len(content) > 50
-    means = widgets._covered_pixels(record)[0][: int((record.input_depth > 0).sum())]
+    means = widgets.covered_pixels(record)[0][: int((record.input_depth > 0).sum())]
     along = (means - record.input_camera.centers) @ record.input_camera.forward
     torch.testing.assert_close(along, record.input_depth[record.input_depth > 0])
     assert np.abs(content - record.pivot.numpy()).max() < 1.0, "on the object, around its pivot"
@@ -250,13 +252,58 @@ def test_gaussians_are_shown_as_large_as_decoders_are_trained_to_be_drawn() -> N
         torch.testing.assert_close(shown.gaussians.scales, expected, atol=1e-5, rtol=1e-3)
 
 
-def test_charts_say_bins_and_bands() -> None:
-    entry = {"bin": "45", "psnr": 20.0, "psnr_low": 19.0, "psnr_high": 22.0}
-    figure = charts.bins_figure({"a": [entry], "b": [{**entry, "psnr": 10.0}]}, "psnr",
-                                label="PSNR, dB", band=(1, 2))  # fmt: skip
-    (axis,) = figure.axes
-    assert [bar.get_height() for box in axis.containers[::2] for bar in box] == [20.0, 10.0]
-    assert [text.get_text() for text in axis.get_xticklabels()] == ["45"]
-    rose = charts.azimuth_rose([0, 10, 90, 180], {"light": [1.0, 0.5, 0.25, float("nan")]})
-    heights = [bar.get_height() for bar in rose.axes[0].patches]
-    assert heights == [0.75, 0, 0.25, 0, 0, 0, 0, 0]
+def test_furniture_is_named_with_author_licence_and_source(tmp_path: Path) -> None:
+    known = furniture.listing()
+    chosen = [
+        next(e for e in known["objects"] if known["libraries"][e["library"]]["licence"] == licence)
+        for licence in ("CC-BY-3.0", "CC-BY-3.0-US", "CC0-1.0")
+    ]
+    records = [
+        replace(
+            views_of(i, size=8, views=1),
+            name=f"{entry['file']}__0",
+            attribution=furniture.attribution(entry, known["libraries"][entry["library"]]),
+        )
+        for i, entry in enumerate(chosen)
+    ]
+    data = dataset.write(tmp_path / "set", records, meta={})
+    entries = credits.credits([*data.names, data.names[0]], data)
+    assert [entry["title"] for entry in entries] == [entry["name"] for entry in chosen]
+    assert all(
+        entry["creator"] in made["author"] for entry, made in zip(chosen, entries, strict=True)
+    )
+    assert entries == credits.credits(data.names, str(data.path)), "by path as by data"
+    assert all(entry["author"] and "sweethome3d" in entry["source"] for entry in entries)
+    rows = credits.credit_rows([*entries, entries[0]])
+    assert len(rows) == 3, "two of CC BY, and one that names what is CC0"
+    assert "https://creativecommons.org/licenses/by/3.0/us/" in str(rows[:2])
+    assert "packages.debian.org" in rows[0]["source"] and "rendered" in rows[0]["changed"]
+    assert "zero/1.0" in rows[2]["licence"] and chosen[2]["name"] in rows[2]["object pictured"]
+
+
+def test_a_set_of_sets_names_everybody_and_their_words_are_only_words(
+    tmp_path: Path, shown: Shown
+) -> None:
+    evil = "<script>alert(1)</script>"
+    for part, author in (("a", "Ann"), ("b", evil)):
+        record = replace(
+            views_of(0, size=8, views=2), name=f"chair {part}__0",
+            attribution=f"Chair {part} by {author} (CC-BY-4.0)",
+        )  # fmt: skip
+        dataset.write(tmp_path / "both" / part, [record], meta={})
+    data = dataset.open(tmp_path / "both")
+    entries = credits.credits(data.names, data)
+    assert [entry["author"] for entry in entries] == ["Ann", evil]
+    credits.show_credits(entries)
+    credits.show_credits([])
+    ((found, _),) = shown
+    text = found["text/html"]
+    assert "<script" not in text and "&lt;script&gt;" in text
+    assert '<a href="https://creativecommons.org/licenses/by/4.0/">CC-BY-4.0</a>' in text
+
+
+def test_embedded_objects_are_cc0_and_of_photographs_nothing_is_known(tmp_path: Path) -> None:
+    entries = credits.credits(["dark_couch__0"], "embedded")
+    assert entries[0]["licence"] == "CC0-1.0" and entries[0]["author"]
+    Image.new("RGB", (16, 16)).save(tmp_path / "0000.png")
+    assert credits.credits(["0000"], str(tmp_path)) == [] == credits.credit_rows([])

@@ -11,10 +11,9 @@ import copy
 import itertools
 import math
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -91,13 +90,13 @@ def decoder_pairs(
             every seed; "": the one that ships.  Without any seed the only key is "".
 
     Raises ValueError if a file is missing, or the two have no seed in common."""
+    kinds: dict[str, tuple[Literal["patch", "pixel"], str]]
     kinds = {"frontal": ("patch", frontal_weights), "multi-view": ("pixel", multiview_weights)}
     files, seeds = dict[str, dict[str, str]](), None
     for name, (_, text) in kinds.items():
         path = project_root() / text
         form = re.compile(re.escape(path.name).replace(r"\{seed\}", r"(\d+)"))
         if not form.groups:
-            files[name] = defaultdict(lambda text=text: text)
             continue
         found = {file: form.fullmatch(file.name) for file in path.parent.glob("*")}
         files[name] = {fits[1]: str(file) for file, fits in found.items() if fits}
@@ -108,7 +107,8 @@ def decoder_pairs(
         raise ValueError(f"no seed in common: {frontal_weights!r} and {multiview_weights!r}")
     return {
         seed: {
-            name: load_decoder(kind, device, files[name][seed]) for name, (kind, _) in kinds.items()
+            name: load_decoder(kind, device, files.get(name, {}).get(seed, text))
+            for name, (kind, text) in kinds.items()
         }
         for seed in sorted(seeds or [""], key=lambda seed: int(seed or 0))
     }

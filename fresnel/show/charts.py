@@ -31,12 +31,8 @@ def _new(*args: Any, size: tuple[float, float], **kwargs: Any) -> Any:
 
 @rc_context(STYLE)
 def azimuth_rose(azimuth_deg: Sequence[float], series: Mapping[str, Sequence[float]]) -> Figure:
-    """Polar bars of view statistics over azimuth, one rose per series; the input is at the top.
-
-    Args:
-        azimuth_deg: relative azimuths of the views, (K,).
-        series: name -> K ratios to the input (1, dashed: as bright, or as large, as the input).
-    """
+    """Polar bars over the views' relative azimuths (K,), a rose for each name -> K ratios to the
+    input (1, dashed: as bright, or as large); the input is at the top."""
     sector = np.round((np.asarray(azimuth_deg, float) + 22.5) % 360 // 45).astype(int)
     figure, axes = _new(1, len(series), subplot_kw={"projection": "polar"}, size=(7.2, 3.5))
     angles = np.deg2rad(np.arange(8) * 45.0)
@@ -60,28 +56,23 @@ def azimuth_rose(azimuth_deg: Sequence[float], series: Mapping[str, Sequence[flo
 def camera_frusta(
     cameras: Cameras, input_camera: Cameras, *, pivot: Sequence[float], content: np.ndarray
 ) -> Figure:
-    """The cameras of one record, their pivot and the object: in 3D, from above and from the front.
-
-    Args:
-        cameras: (V,) in the world.
-        input_camera: ().
-        pivot: the point the cameras are said to orbit.
-        content: points on the object in the world, (P, 3).
-    """
+    """The cameras (V,) and the input's () of one record, the pivot that they are said to orbit, and
+    points (P, 3) on the object, all in the world: in 3D, from above and from the front."""
     figure = Figure(figsize=(7.2, 4.8))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.6, 1))
     space: Any = figure.add_subplot(grid[:, 0], projection="3d")
-    centers, target = cameras.centers.numpy(), np.asarray(pivot)
-    reach = 0.22 * float(np.linalg.norm(centers - target, axis=-1).mean())
+    target = np.asarray(pivot)
+    reach = 0.22 * float(np.linalg.norm(cameras.centers.numpy() - target, axis=-1).mean())
     shown = [
-        ("view cameras", cameras, BLUE, "o", 22, 0.9, 1.0),
-        ("input camera", input_camera.reshape(1), VERMILION, "s", 34, 1.4, 1.25),
-    ]
+        ("view cameras", cameras, BLUE, GREY, {"marker": "o", "s": 22}, 0.9, 1.0),
+        ("input camera", input_camera.reshape(1), VERMILION, VERMILION, {"marker": "s", "s": 34},
+         1.4, 1.25),
+    ]  # fmt: skip
     # matplotlib's third axis is up, the world's second is; +z comes towards the reader
     turn = [0, 2, 1]
     space.scatter(*content[:, turn].T, s=1.5, color=SKY, alpha=0.9, rasterized=True)
     for _, group, color, _, _, width, longer in shown:
-        for corners in _frusta(group, longer * reach):
+        for corners in frusta(group, longer * reach):
             space.plot(*corners[:, turn].T, color=color, lw=width)
     space.scatter(*target[turn, None], s=70, color="black", marker="+", zorder=5)
     space.invert_yaxis()
@@ -93,18 +84,19 @@ def camera_frusta(
         side.set_tick_params(labelsize=7, pad=-2)
         side.set_label_text(name)
     arrow: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1.0, "width": 0.008}
-    for row, (flat, title) in enumerate(
-        [([0, 2], "from above (x, z)"), ([0, 1], "from the front (x, y)")]
+    for row, flat, title in (
+        (0, [0, 2], "from above (x, z)"),
+        (1, [0, 1], "from the front (x, y)"),
     ):
         axis: Any = figure.add_subplot(grid[row, 1])
-        points, at = content[:, flat].T, target[flat]
-        axis.scatter(*points, s=2, color=SKY, label="object", alpha=0.5, rasterized=True)
-        for name, group, color, marker, size, _, _ in shown:
+        axis.scatter(
+            *content[:, flat].T, s=2, color=SKY, label="object", alpha=0.5, rasterized=True
+        )
+        for name, group, color, tint, dot, _, _ in shown:
             eyes, gaze = group.centers.numpy()[:, flat], group.forward.numpy()[:, flat]
-            tint = GREY if group is cameras else color
             axis.quiver(*eyes.T, *(2 * reach * gaze).T, color=tint, **arrow)
-            axis.scatter(*eyes.T, s=size, color=color, marker=marker, label=name, zorder=3)
-        axis.scatter(*at, s=60, color="black", marker="+", label="pivot", zorder=5)
+            axis.scatter(*eyes.T, color=color, label=name, zorder=3, **dot)
+        axis.scatter(*target[flat], s=60, color="black", marker="+", label="pivot", zorder=5)
         axis.set_aspect("equal", adjustable="datalim")
         axis.set_title(title)
         if row == 0:
@@ -113,7 +105,7 @@ def camera_frusta(
     return figure
 
 
-def _frusta(cameras: Cameras, depth: float) -> np.ndarray:
+def frusta(cameras: Cameras, depth: float) -> np.ndarray:
     """A line (V, P, 3) for each camera, that draws its pyramid from the eye to `depth`."""
     w, h = cameras.width, cameras.height
     corners = np.array([[0, 0, 1], [w, 0, 1], [w, h, 1], [0, h, 1]], float)
@@ -154,18 +146,10 @@ def loss_curves(
     terms: Sequence[str] = ("loss",),
     against: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Figure:
-    """Loss terms over steps, and beside them what the outputs are worth.
-
-    Args:
-        log: rows of the training log with ``step`` and the terms.
-        against: name -> (steps, values) of ratios to the truth, drawn on the right over the band
-            0.8 to 1.25.
-    """
-    series = {
-        term: np.array([(r["step"], r[term]) for r in log if r.get(term) is not None], float).T
-        for term in terms
-        if any(row.get(term) is not None for row in log)
-    }
+    """Loss terms over steps, of a training log's rows, and beside them what the outputs are worth:
+    name -> (steps, values) of ratios to the truth, over the band 0.8 to 1.25."""
+    rows = {name: [(r["step"], r[name]) for r in log if r.get(name) is not None] for name in terms}
+    series = {name: np.array(found, float).T for name, found in rows.items() if found}
     positive = series and all(found[1].min() > 0 for found in series.values())
     left = {"series": series, "legend": len(terms) > 1, "yscale": "log" if positive else "linear"}
     left |= {"xlabel": "step", "ylabel": "loss", "title": "What the optimiser sees"}
@@ -173,6 +157,15 @@ def loss_curves(
         return lines(left)
     right = {"series": against, "band": (0.8, 1.25), "title": "What a person sees"}
     return lines(left, right | {"xlabel": "step", "ylabel": "validation outputs / truth"})
+
+
+def _bars(axis: Any, places: Any, ends: Any, *, bottom: Any = 0.0, **look: Any) -> None:
+    """Bars with whiskers, of (mean, low, high) each."""
+    mean, low, high = np.array(ends, float)
+    axis.bar(places, mean, bottom=bottom, **look)
+    spread = np.nan_to_num(np.abs([mean - low, high - mean]))
+    axis.errorbar(places, bottom + mean, spread, **_WHISKERS)
+    axis.grid(axis="x", visible=False)
 
 
 @rc_context(STYLE)
@@ -183,12 +176,8 @@ def bins_figure(
     label: str,
     band: tuple[float, float] | None = None,
 ) -> Figure:
-    """One metric by bin of azimuth difference, with 95 % intervals over objects.
-
-    Args:
-        summaries: name of the predictor -> what `evaluate.summarise` returned.
-        band: acceptable values, shaded.
-    """
+    """One metric by bin of azimuth difference, with 95 % intervals over objects: name of the
+    predictor -> what `evaluate.summarise` returned. `band`: acceptable values, shaded."""
     figure, ((axis,),) = _new(size=(7.2, 3.2))
     bins = [entry["bin"] for entry in next(iter(summaries.values()))]
     width = 0.8 / len(summaries)
@@ -196,42 +185,30 @@ def bins_figure(
         axis.axhspan(*band, **_BAND)
     for k, (name, summary) in enumerate(summaries.items()):
         found = [[entry[metric + end] for entry in summary] for end in ("", "_low", "_high")]
-        mean, low, high = np.array(found, float)
         x = np.arange(len(bins)) + (k - (len(summaries) - 1) / 2) * width
-        axis.bar(x, mean, width * 0.92, label=name, color=CYCLE[k % len(CYCLE)])
-        axis.errorbar(x, mean, np.nan_to_num(np.abs([mean - low, high - mean])), **_WHISKERS)
+        _bars(axis, x, found, width=width * 0.92, label=name, color=CYCLE[k % len(CYCLE)])
     axis.set_xticks(np.arange(len(bins)), bins)
     axis.set(xlabel="azimuth away from the input, degrees", ylabel=label)
-    axis.grid(axis="x", visible=False)
     figure.legend(ncols=min(5, len(summaries)), loc="outside upper center")
     return figure
 
 
 @rc_context(STYLE)
 def waterfall(parts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
-    """From nothing mended to all of it, a step a factor; one panel an outcome.
-
-    Args:
-        parts: outcome -> "none", "mended", "truth", and "factors" with their "gain": estimates
-            with mean, low and high.
-        labels: factor -> what stands at its step.
-    """
+    """From nothing mended to all of it, a step a factor (`labels`: what stands at it); a panel an
+    outcome -> "none", "mended", "truth", and "factors" with their "gain": estimates."""
     figure, axes = _new(1, len(parts), size=(7.2, 3.4), sharey=True)
     for axis, (outcome, part) in zip(axes[0], parts.items(), strict=True):
         steps = {labels[name]: entry["gain"] for name, entry in part["factors"].items()}
         shown = {"none mended": part["none"], **steps, "all mended": part["mended"]}
         mean, low, high = np.array([(e.mean, e.low, e.high) for e in shown.values()]).T
         bottoms = np.array([0.0, *np.cumsum(mean)[:-2], 0.0])
-        colors = [BLUE if gain >= 0 else ORANGE for gain in mean]
-        colors[0], colors[-1] = VERMILION, GREEN
+        colors = [VERMILION, *(BLUE if gain >= 0 else ORANGE for gain in mean[1:-1]), GREEN]
         places = np.arange(len(shown))
-        axis.bar(places, mean, bottom=bottoms, color=colors)
-        spread = np.nan_to_num(np.abs([mean - low, high - mean]))
-        axis.errorbar(places, bottoms + mean, spread, **_WHISKERS)
+        _bars(axis, places, (mean, low, high), bottom=bottoms, color=colors)
         axis.axhline(part["truth"].mean, color=GREY, ls="--", lw=1)
         axis.text(-0.4, part["truth"].mean, "true views", color=GREY, fontsize=8, va="bottom")
         axis.set_xticks(places, list(shown), rotation=35, ha="right", fontsize=8)
-        axis.grid(axis="x", visible=False)
         axis.set_title(f"Share of the input's {outcome}", fontsize=10)
     return figure
 
@@ -240,13 +217,9 @@ def waterfall(parts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str])
 def timeline(
     spans: Sequence[Mapping[str, Any]], stop_hours: float, ours: Mapping[str, float]
 ) -> Figure:
-    """Where the original's hours and dollars went, and when it could have ended.
-
-    Args:
-        spans: "what", "began", "hours", "ended" and "usd" each.
-        stop_hours: when the gate would have stopped it; NaN: no gate ran.
-        ours: a name -> seconds, drawn as bars on the same scale.
-    """
+    """Where the original's hours and dollars went (`spans`: "what", "began", "hours", "ended" and
+    "usd" each), when the gate would have stopped it (NaN: no gate ran), and to the same scale
+    `ours`: name -> seconds."""
     heights = (1.0 + 0.28 * len(ours), 1.0)
     figure, ((top,), (bottom,)) = _new(2, 1, size=(7.2, 4.4), sharex=True, height_ratios=heights)
     for span, color in zip(spans, [SKY, SKY, ORANGE, VERMILION, _PALE], strict=True):
@@ -283,11 +256,12 @@ def dots(
     band: tuple[float, float] | None = None,
     apart: Sequence[str] = (),
 ) -> Figure:
-    """A row a name, a panel a bin: every seed a small dot, the mean a diamond, and a bar for the
-    95 % interval over objects.  What lies far from the others stands at the edge, with its value.
+    """A row a name, a panel a bin, of estimates: every seed a small dot, the mean a diamond, and a
+    bar for the 95 % interval over objects.  What lies far from the others stands at the edge, with
+    its value.  Axes are Tukey's fences, but 2.5 interquartile ranges beyond the quartiles, no wider
+    than the values, and hold what must be seen.
 
     Args:
-        rows: name -> bin -> an estimate with `mean`, `low`, `high` and `seeds`.
         lines: name -> value of dashed lines through every panel.
         band: acceptable values, shaded.
         apart: rows in grey, such as what needs no training.
@@ -296,8 +270,14 @@ def dots(
     size = (7.4, 0.9 + 0.24 * len(rows))
     figure, axes = _new(1, len(bins), size=size, sharey=True, sharex=True)
     marked = list((lines or {}).values())
-    means = [found[name].mean for found in rows.values() for name in bins]
-    low, high = _limits(means, [*marked, *(band or ())])
+    also, means = [*marked, *(band or ())], [r[name].mean for r in rows.values() for name in bins]
+    known = np.array([value for value in means if math.isfinite(value)] or [0.0])
+    first, third = np.percentile(known, [25, 75])
+    reach = 2.5 * (third - first)
+    low = min(max(known.min(), first - reach), *also, math.inf)
+    high = max(min(known.max(), third + reach), *also, -math.inf)
+    edge = 0.08 * (high - low) or 0.5
+    low, high = float(low - edge), float(high + edge)
     for axis, name in zip(axes[0], bins, strict=True):
         if band:
             axis.axvspan(*band, **_BAND)
@@ -323,15 +303,3 @@ def dots(
     axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
     figure.supxlabel(label, fontsize=9)
     return figure
-
-
-def _limits(values: Sequence[float], also: Sequence[float]) -> tuple[float, float]:
-    """An axis that shows most values well: fences as Tukey's, but 2.5 interquartile ranges beyond
-    the quartiles, no wider than the values, and with what must be seen."""
-    known = np.array([value for value in values if math.isfinite(value)] or [0.0])
-    first, third = np.percentile(known, [25, 75])
-    reach = 2.5 * (third - first)
-    low = min(max(known.min(), first - reach), *also, math.inf)
-    high = max(min(known.max(), third + reach), *also, -math.inf)
-    edge = 0.08 * (high - low) or 0.5
-    return float(low - edge), float(high + edge)

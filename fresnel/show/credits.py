@@ -36,61 +36,50 @@ def credits(names: Iterable[str], source: str | MultiViewDataset) -> list[dict[s
         "title", "author", "licence", "source" each.
     """
     wanted = list(dict.fromkeys(object_name(name) for name in names))
-    known, furniture_of = _known(wanted, source), _libraries()
+    if source == "embedded":
+        known = {asset.name: asset.attribution for asset in assets.embedded_assets()}
+    elif isinstance(source, str) and sources.holds_objects(source):
+        known = {asset.name: asset.attribution for asset in assets.find_assets(source)}
+    else:
+        data = dataset.open(source) if isinstance(source, str) else source
+        rows = {object_name(name): i for i, name in enumerate(data.names)}
+        known = {name: data[rows[name]].attribution for name in wanted if name in rows}
+    listed = furniture.listing()
+    libraries = {
+        furniture.attribution(entry, listed["libraries"][entry["library"]]): entry["library"]
+        for entry in listed["objects"]
+    }
     entries = []
     for text in (known.get(name, "") for name in wanted):
-        found = re.fullmatch(r"(.+?) by (.+) \(([^()]+)\)", text)
-        if found:
-            entry = {"title": found[1], "author": found[2], "licence": found[3]}
-            entries.append(entry | {"source": furniture_of.get(text, "")})
+        if found := re.fullmatch(r"(?P<title>.+?) by (?P<author>.+) \((?P<licence>[^()]+)\)", text):
+            of = f"sweethome3d-furniture 1.8-1, {libraries[text]}" if text in libraries else ""
+            entries.append(found.groupdict() | {"source": of})
     return entries
 
 
 def show_credits(entries: Sequence[Mapping[str, str]]) -> None:
     """Put `credits` into the notebook's output: who must be named, then what is CC0."""
-    rows = credit_rows(entries)
-    if rows:
+    if rows := credit_rows(entries):
         show_table(rows, links=("licence", "source"))
 
 
 def credit_rows(entries: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """The rows of `show_credits`; licence and source are HTML."""
-    unique = list({tuple(entry.items()): entry for entry in entries}.values())
-    others = [entry for entry in unique if not entry["licence"].startswith("CC0")]
-    free = [f"{entry['title']} by {entry['author']}" for entry in unique if entry not in others]
-    rows = [
-        {
+    free, rows = dict[str, None](), dict[str, dict[str, str]]()
+    for entry in sorted(entries, key=lambda e: (e["author"], e["title"])):
+        licence, source = entry["licence"], entry["source"]
+        rows[str(entry)] = {
             "object pictured": entry["title"],
             "author": entry["author"],
-            "licence": link(entry["licence"], _LICENCES.get(entry["licence"], "")),
-            "source": link(entry["source"], _FURNITURE if "sweethome3d" in entry["source"] else ""),
+            "licence": link(licence, _LICENCES.get(licence, "")),
+            "source": link(source, _FURNITURE if "sweethome3d" in source else ""),
             "changed": "rendered at one size, in one light; views of it made by a model",
         }
-        for entry in sorted(others, key=lambda e: (e["author"], e["title"]))
-    ]
+    for entry in entries:
+        if entry["licence"].startswith("CC0"):
+            free[f"{entry['title']} by {entry['author']}"] = None
+            rows.pop(str(entry), None)
     if free:
         licence = link("CC0-1.0", _LICENCES["CC0-1.0"])
-        rows.append({"object pictured": "; ".join(free), "licence": licence})
-    return rows
-
-
-def _known(wanted: Sequence[str], source: str | MultiViewDataset) -> dict[str, str]:
-    """Object -> its attribution, as a source states it."""
-    if source == "embedded":
-        return {asset.name: asset.attribution for asset in assets.embedded_assets()}
-    if isinstance(source, str) and sources.holds_objects(source):
-        return {asset.name: asset.attribution for asset in assets.find_assets(source)}
-    data = dataset.open(source) if isinstance(source, str) else source
-    rows = {object_name(name): i for i, name in enumerate(data.names)}
-    return {name: data[rows[name]].attribution for name in wanted if name in rows}
-
-
-def _libraries() -> dict[str, str]:
-    """An attribution of the furniture set -> where that object comes from."""
-    listed = furniture.listing()
-    return {
-        furniture.attribution(entry, listed["libraries"][entry["library"]]): (
-            f"sweethome3d-furniture 1.8-1, {entry['library']}"
-        )
-        for entry in listed["objects"]
-    }
+        rows["CC0"] = {"object pictured": "; ".join(free), "licence": licence}
+    return list(rows.values())

@@ -5,35 +5,38 @@ Functions that describe return a figure's alternative text, from the numbers tha
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fresnel.data.dataset import MultiViewDataset
 from fresnel.gate.verdict import Verdict
 
+_RATIOS = ["coverage_ratio", "luminance_ratio", "frame_luminance_ratio"]
+
+
+def _measured(verdict: Verdict) -> pd.DataFrame:
+    """A row a view. ``frame_luminance_ratio`` is the light of the whole picture before black
+    (covered area times its luminance), so an empty view has 0 of it; ``luminance_ratio`` is that of
+    covered pixels only, which empty views do not have."""
+    columns = ["object", "view", "azimuth_deg", "empty", *_RATIOS[:2]]
+    rows = pd.DataFrame(verdict.measurements, columns=columns).astype(
+        dict.fromkeys(columns[2:], float)
+    )
+    rows = rows.replace([np.inf, -np.inf], np.nan)
+    return rows.assign(frame_luminance_ratio=rows.coverage_ratio * rows.luminance_ratio.fillna(0))
+
 
 def azimuth_profile(verdict: Verdict) -> dict[str, list[float]]:
-    """Coverage and light by azimuth in 45 degree steps, as ratios to the inputs'.
-
-    ``frame_luminance_ratio`` is the light of the whole picture before black (covered area times
-    its luminance), so an empty view has 0 of it; ``luminance_ratio`` is that of covered pixels
-    only, which empty views do not have.
-    """
-    azimuths = [float(a) for a in range(-135, 181, 45)]
-    near = {azimuth: list[Mapping[str, Any]]() for azimuth in azimuths}
-    for row in verdict.measurements:
-        if math.isfinite(azimuth := row.get("azimuth_deg", math.nan)):
-            near[180.0 - (180 - 45 * round(azimuth / 45)) % 360].append(row)
-    ratios = {
-        name: [_mean(row[name] for row in rows) for rows in near.values()]
-        for name in ("coverage_ratio", "luminance_ratio")
-    }
-    light = [_mean(map(_light, rows)) for rows in near.values()]
-    views = [float(len(rows)) for rows in near.values()]
-    return {"azimuth_deg": azimuths, **ratios, "frame_luminance_ratio": light, "views": views}
+    """Coverage and light by azimuth in 45 degree steps, as ratios to the inputs'."""
+    rows = _measured(verdict)
+    at = 180 - (180 - 45 * (rows.azimuth_deg / 45).round()) % 360
+    near, steps = rows.groupby(at), [float(a) for a in range(-135, 181, 45)]
+    means = near[_RATIOS].mean().reindex(steps)
+    views = near.size().reindex(steps, fill_value=0).astype(float)
+    return {"azimuth_deg": steps, **means.to_dict("list"), "views": views.tolist()}
 
 
 def describe_profile(profile: Mapping[str, Sequence[float]]) -> str:
@@ -48,11 +51,10 @@ def describe_profile(profile: Mapping[str, Sequence[float]]) -> str:
 
 def describe_views(verdict: Verdict) -> str:
     """Alt text of a sheet of inputs beside their views."""
-    empty = [row["empty"] for row in verdict.measurements]
-    coverage = _mean(row["coverage_ratio"] for row in verdict.measurements)
+    rows = _measured(verdict)
     return (
-        f"Inputs beside their views: {sum(empty)} of {len(empty)} views are empty; on "
-        f"average a view shows {coverage:.2f} of the area that its input shows."
+        f"Inputs beside their views: {rows['empty'].sum():.0f} of {len(rows)} views are empty; on "
+        f"average a view shows {rows.coverage_ratio.mean():.2f} of the area that its input shows."
     )
 
 
@@ -60,10 +62,16 @@ def worst_views(
     data: MultiViewDataset, verdict: Verdict, count: int = 8
 ) -> tuple[list[np.ndarray], list[str], list[str]]:
     """Pictures, captions and records' names of the views with the least of their input's light."""
-    rows = sorted(verdict.measurements, key=_light)[:count]
-    pictures = [data[data.names.index(row["object"])].rgb[row["view"]].numpy() for row in rows]
-    captions = [f"{r['azimuth_deg']:+.0f}\N{DEGREE SIGN}, {r['coverage_ratio']:.2f}" for r in rows]
-    return pictures, captions, [row["object"] for row in rows]
+    rows = _measured(verdict).sort_values("frame_luminance_ratio", kind="stable")[:count]
+    pictures = [
+        data[data.names.index(name)].rgb[view].numpy()
+        for name, view in zip(rows.object, rows.view, strict=True)
+    ]
+    captions = [
+        f"{azimuth:+.0f}\N{DEGREE SIGN}, {area:.2f}"
+        for azimuth, area in zip(rows.azimuth_deg, rows.coverage_ratio, strict=True)
+    ]
+    return pictures, captions, rows.object.tolist()
 
 
 def reasons_rows(verdict: Verdict) -> list[dict[str, str]]:
@@ -83,25 +91,12 @@ def reasons_rows(verdict: Verdict) -> list[dict[str, str]]:
 
 def gate_metrics(verdict: Verdict) -> dict[str, Any]:
     """The gate's key figures for results.json."""
-    rows = verdict.measurements
+    rows = _measured(verdict)
     return {
-        "coverage_ratio": _mean(r["coverage_ratio"] for r in rows),
-        "luminance_ratio": _mean(r["luminance_ratio"] for r in rows),
-        "frame_luminance_ratio": _mean(map(_light, rows)),
-        "empty_views": _mean(float(r["empty"]) for r in rows),
+        **{name: float(rows[name].mean()) for name in _RATIOS},
+        "empty_views": float(rows["empty"].mean()),
         "views_seen": len(rows),
         "gate_duration_s": verdict.duration_s,
         "gate_figures": verdict.figures,
         "gate_codes": [reason.code for reason in verdict.reasons],
     }
-
-
-def _light(row: Mapping[str, Any]) -> float:
-    """A view's light over its input's, of the whole picture before black."""
-    return float(row["coverage_ratio"] * np.nan_to_num(row["luminance_ratio"]))
-
-
-def _mean(values: Iterable[Any]) -> float:
-    array = np.array(list(values), dtype=float)
-    array = array[np.isfinite(array)]
-    return float(array.mean()) if len(array) else float("nan")

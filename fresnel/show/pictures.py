@@ -36,13 +36,13 @@ def picture_rows(
     data: MultiViewDataset, limit: int = 6
 ) -> tuple[list[list[np.ndarray]], list[float], list[str]]:
     """Rows of [input, views ordered by azimuth], the azimuths of the first row, and the names."""
-    rows, found, names = [], list[list[float]](), []
-    for record in (data[i] for i in evenly(len(data), limit)):
-        order, azimuths = _ordered(record.cameras, record.input_camera, record.pivot)
-        rows.append([record.input_rgb.numpy(), *record.rgb[order].numpy()])
-        found.append(azimuths)
-        names.append(record.name)
-    return rows, found[0], names
+    records = [data[i] for i in evenly(len(data), limit)]
+    found = [_ordered(r.cameras, r.input_camera, r.pivot) for r in records]
+    rows = [
+        [record.input_rgb.numpy(), *record.rgb[order].numpy()]
+        for record, (order, _) in zip(records, found, strict=True)
+    ]
+    return rows, found[0][1], [record.name for record in records]
 
 
 def predicted_rows(
@@ -100,8 +100,31 @@ def tile(pictures: Sequence[Any], columns: int = 4) -> np.ndarray:
     """Pictures (H, W, 3) of one size in a grid without gaps: RGB uint8 array."""
     cells = [to_uint8(picture) for picture in pictures]
     cells += [np.zeros_like(cells[0])] * (-len(cells) % columns)
-    lines = [np.concatenate(cells[i : i + columns], 1) for i in range(0, len(cells), columns)]
-    return np.concatenate(lines, 0)
+    return np.vstack([np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)])
+
+
+def _layout(
+    rows: Sequence[Sequence[Any]], columns: Sequence[str], labels: Sequence[str], first_apart: bool
+) -> tuple[tuple[int, int], list[tuple], list[tuple]]:
+    """Where everything of a sheet stands: its (width, height); texts (x, baseline y, text); and
+    pictures (x, y, (width, height), uint8 array)."""
+    if not rows or not all(len(row) for row in rows):
+        raise ValueError("pictures: got none, want at least one row of at least one")
+    arrays = [[to_uint8(picture) for picture in row] for row in rows]
+    count, gap = max(map(len, arrays)), 4
+    cell = min(max(128, 1040 // count), max(96, *(row[0].shape[1] for row in arrays)))
+    apart = 2 * gap if first_apart and count > 1 else 0
+    lefts = [gap + c * (cell + gap) + (apart if c else 0) for c in range(count)]
+    texts: list[tuple] = [(x, 14, text) for x, text in zip(lefts, columns, strict=False)]
+    places: list[tuple] = []
+    top = gap + (18 if columns else 0)
+    for r, row in enumerate(arrays):
+        texts += [(gap, top + 13, label) for label in labels[r : r + 1]]
+        top += 18 if labels else 0
+        sides = [(cell, round(cell * p.shape[0] / p.shape[1])) for p in row]
+        places += [(x, top, side, p) for x, side, p in zip(lefts, sides, row, strict=False)]
+        top += max(height for _, height in sides) + gap
+    return (lefts[-1] + cell + gap, top), texts, places
 
 
 def show_sheet(
@@ -120,7 +143,7 @@ def show_sheet(
         columns, labels: a heading per column; a caption per row, above its pictures.
         first_apart: leave a wider gap after the first column (the input).
     """
-    size, texts, places = _layout(rows, columns, labels, first_apart)
+    (w, h), texts, places = _layout(rows, columns, labels, first_apart)
     seen: dict[str, str] = {}
     parts = [
         f'<text x="{x}" y="{y}" font-size="12">{html.escape(text)}</text>' for x, y, text in texts
@@ -135,9 +158,9 @@ def show_sheet(
         parts.append(f'<use xlink:href="#{key}" x="{x}" y="{y}"/>')
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{size[0]}px" height="{size[1]}px" viewBox="0 0 {size[0]} {size[1]}" '
+        f'width="{w}px" height="{h}px" viewBox="0 0 {w} {h}" '
         f'font-family="DejaVu Sans, sans-serif"><g class="fresnel-sheet">'
-        f'<rect width="{size[0]}" height="{size[1]}" style="fill: #ffffff"/>'
+        f'<rect width="{w}" height="{h}" style="fill: #ffffff"/>'
         f"<defs>{''.join(seen.values())}</defs>{''.join(parts)}</g></svg>"
     )
     put("image/svg+xml", svg, alt)
@@ -161,40 +184,9 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
-def _layout(
-    rows: Sequence[Sequence[Any]], columns: Sequence[str], labels: Sequence[str], first_apart: bool
-) -> tuple[tuple[int, int], list[tuple], list[tuple]]:
-    """Where everything of a sheet stands: its (width, height); texts (x, baseline y, text); and
-    pictures (x, y, (width, height), uint8 array)."""
-    if not rows or not all(len(row) for row in rows):
-        raise ValueError("pictures: got none, want at least one row of at least one")
-    arrays = [[to_uint8(picture) for picture in row] for row in rows]
-    count, gap = max(map(len, arrays)), 4
-    widest = max(row[0].shape[1] for row in arrays)
-    cell = min(max(128, 1040 // count), max(96, widest))
-    apart = 2 * gap if first_apart and count > 1 else 0
-    lefts = [gap + c * (cell + gap) + (apart if c else 0) for c in range(count)]
-    texts: list[tuple] = [(x, 14, text) for x, text in zip(lefts, columns, strict=False)]
-    places: list[tuple] = []
-    top = gap + (18 if columns else 0)
-    for r, row in enumerate(arrays):
-        if r < len(labels):
-            texts.append((gap, top + 13, labels[r]))
-        top += 18 if labels else 0
-        sides = [(cell, round(cell * p.shape[0] / p.shape[1])) for p in row]
-        places += [(x, top, side, p) for x, side, p in zip(lefts, sides, row, strict=False)]
-        top += max(height for _, height in sides) + gap
-    return (lefts[-1] + cell + gap, top), texts, places
-
-
 def show_pair(before: Any, after: Any, names: tuple[str, str], alt: str) -> None:
-    """Put two pictures of one size on top of each other, with a slider that parts them.
-
-    Args:
-        before, after: pictures (H, W, 3), uint8 or [0, 1]; `before` shows left of the slider.
-        names: what they are, in a word or two each.
-        alt: what the two together show.
-    """
+    """Put two pictures of one size, (H, W, 3), uint8 or [0, 1], on top of each other, with a slider
+    that parts them: `before` shows left of it. `names`: what they are, in a word or two each."""
     one, two = to_uint8(before), to_uint8(after)
     if one.shape != two.shape or one.ndim != 3:
         raise ValueError("pictures: got two of different sizes")

@@ -95,8 +95,9 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420) -> None:
     The viewer opens on the object; further out stand the input camera (vermilion), the others
     (blue), and the pivot is a black dot.
     """
+    said = html.escape(alt)
     picture = (
-        f'<img src="{picture_uri(still(shown))}" alt="{html.escape(alt)}" '
+        f'<img src="{picture_uri(still(shown))}" alt="{said}" '
         f'style="width:{height_px}px;max-width:100%;border-radius:8px">'
     )
     try:
@@ -114,9 +115,8 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420) -> None:
     )
     text = (
         '<figure class="fresnel-viewer" style="margin:.75rem 0;max-width:56rem">'
-        f'{picture}<iframe hidden title="{html.escape(alt)}" data-document="{document}" '
-        f'style="width:100%;height:{height_px}px;border:1px solid #868f9b;border-radius:8px">'
-        f"</iframe>"
+        f'{picture}<iframe hidden title="{said}" data-document="{document}" style="width:100%;'
+        f'height:{height_px}px;border:1px solid #868f9b;border-radius:8px"></iframe>'
         f'<div><button type="button" class="button viewer-open" style="margin-top:.4rem" '
         f'onclick="{html.escape(script)}">Turn it in 3D</button></div></figure>'
     )
@@ -156,19 +156,16 @@ def _viewer(shown: Scene) -> str:
         space.set_up_direction("+y")
         server.initial_camera.position = tuple(eye.tolist())
         server.initial_camera.look_at = tuple(target.tolist())
+        centers, colors, opacities = (a.numpy() for a in (g.means, g.colors, g.opacities[:, None]))
         space.add_gaussian_splats(
-            "/object",
-            centers=g.means.numpy(),
-            covariances=covariances.numpy(),
-            rgbs=g.colors.numpy(),
-            opacities=g.opacities.numpy()[:, None],
+            "/object", centers, covariances=covariances.numpy(), rgbs=colors, opacities=opacities
         )
-        space.add_icosphere(
-            "/pivot", radius=0.01 * reach, color=(0, 0, 0), position=shown.pivot.numpy()
-        )
+        space.add_icosphere("/pivot", 0.01 * reach, (0, 0, 0), position=shown.pivot.numpy())
         looking = [("/input camera", shown.input_camera, 0.12, (213, 94, 0))]
-        for i in range(len(shown.cameras)):
-            looking.append((f"/cameras/{i}", shown.cameras[i], 0.08, (0, 114, 178)))
+        looking += [
+            (f"/cameras/{i}", shown.cameras[i], 0.08, (0, 114, 178))
+            for i in range(len(shown.cameras))
+        ]
         for name, camera, scale, color in looking:
             space.add_camera_frustum(
                 name,
@@ -189,19 +186,17 @@ def record_scene(record: ObjectViews, gaussians: Gaussians | None = None) -> Sce
     """A record to turn in 3D: these Gaussians of it, or else what a trainer is shown, the covered
     pixels, each a Gaussian as large as its pixel; None without Gaussians and without depth."""
     if gaussians is None:
-        means, colors, radii = (
-            part[:: len(part) // 16_000 + 1] for part in _covered_pixels(record)
-        )
-        round_, solid = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.full((len(means),), 0.95)
+        means, colors, radii = (part[:: len(part) // 16_000 + 1] for part in covered_pixels(record))
+        turns = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(len(means), 4)
         scales = radii[:, None].expand(-1, 3).clamp_min(1e-6)
-        gaussians = Gaussians(means, round_.expand(len(means), 4), scales, solid, colors)
+        gaussians = Gaussians(means, turns, scales, torch.full((len(means),), 0.95), colors)
     shown = scene(gaussians, record.cameras, record.input_camera, record.pivot)
     return shown if shown.gaussians.num else None
 
 
 def content_points(record: ObjectViews, limit: int = 1500) -> np.ndarray:
     """Points on the object in the world, (P, 3), from the input's and the views' depth maps."""
-    means, _, _ = _covered_pixels(record)
+    means = covered_pixels(record)[0]
     return means[evenly(len(means), limit)].numpy()
 
 
@@ -215,7 +210,7 @@ def describe_geometry(record: ObjectViews, content: np.ndarray) -> str:
     return text + f"the object's centroid is {away:.1f} units away from the pivot."
 
 
-def _covered_pixels(record: ObjectViews) -> tuple[Tensor, Tensor, Tensor]:
+def covered_pixels(record: ObjectViews) -> tuple[Tensor, Tensor, Tensor]:
     """World positions (P, 3), colours (P, 3) and half widths (P,) of all pixels with depth."""
     seen = [(record.cameras, record.depth, record.rgb)]
     if record.input_depth is not None:
@@ -223,12 +218,11 @@ def _covered_pixels(record: ObjectViews) -> tuple[Tensor, Tensor, Tensor]:
         seen.insert(0, one)
     found = [(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0))]
     for cameras, depth, rgb in seen:
-        if depth is None:
-            continue
-        there, (eyes, directions) = depth > 0, cameras.rays()
-        ahead = (directions * cameras.forward[:, None, None]).sum(-1)  # depth is along the axis
-        means = eyes + directions * (depth / ahead)[..., None]
-        radii = 0.5 * depth / cameras.Ks[:, :1, :1]
-        found.append((means[there], rgb[there].float() / 255, radii[there]))
+        if depth is not None:
+            there, (eyes, directions) = depth > 0, cameras.rays()
+            ahead = (directions * cameras.forward[:, None, None]).sum(-1)  # depth is along the axis
+            means = eyes + directions * (depth / ahead)[..., None]
+            radii = 0.5 * depth / cameras.Ks[:, :1, :1]
+            found.append((means[there], rgb[there].float() / 255, radii[there]))
     means, colors, radii = (torch.cat(parts) for parts in zip(*found, strict=True))
     return means, colors, radii
