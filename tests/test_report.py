@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -194,7 +193,8 @@ def test_index_lists_damaged_records_published_ones_and_copies_once(tmp_path: Pa
         (tmp_path / place / "report.html").write_text("<p>page</p>")
     (tmp_path / "runs/c/results.json").write_text("{")
     (tmp_path / "runs/d/thumbnail.png").write_bytes(b"no picture")
-    shutil.copytree(tmp_path / "runs/a", tmp_path / "remote/box.partial/a")  # not yet fetched
+    (tmp_path / "remote/box.partial").mkdir(parents=True)  # not yet fetched
+    RunRecord("n", "finished", "GO", name="zzz").write(tmp_path / "remote/box.partial")
     html = index(tmp_path).read_text()
     assert "5 runs" in html and "2 damaged" in html and "runs/c/results.json: is not valid" in html
     assert "yesterday" in html
