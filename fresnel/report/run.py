@@ -264,8 +264,8 @@ class _Job:
         try:
             record = RunRecord.read(folder)
         except RecordError:
-            names = self.source.stem, "finished", "DONE"
-            record = RunRecord(*names, params=self.params, started_utc=utc)
+            record = RunRecord(self.source.stem, "finished", "DONE", started_utc=utc)
+            record = record.replace(params=self.params)
         if ended is None and record.status == "running":
             text = "The notebook ended without a verdict: its last cell must call finish()."
             ended = {"error": text, "failure": {"kind": "no_verdict", "cell": None}}
