@@ -367,8 +367,10 @@ def test_co3d(truth, tmp_path, kind):
     assert torch.equal(views.alpha[:, 10 : 10 + SIZE, :SIZE], truth.alpha)
 
 
-def test_a_folder_of_captures_is_a_set_of_objects(truth, tmp_path):
+def test_a_folder_of_captures_is_a_set_of_objects(truth, tmp_path, tmp_path_factory):
     nerfstudio(tmp_path / "a", truth)
+    outside = nerfstudio(tmp_path_factory.mktemp("outside") / "c", truth)
+    (tmp_path / "c").symlink_to(outside)  # not followed
     colmap(tmp_path / "b", truth)
     (tmp_path / "notes").mkdir()
     edit(tmp_path / "a/transforms.json", lambda top: top["frames"].pop())

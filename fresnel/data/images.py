@@ -181,11 +181,13 @@ def squared(
 def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
     """A regular file's bytes (of a .jgz: unpacked); DatasetError if there is none, they are more,
     or can't be read."""
+    packed = Path(path).suffix == ".jgz"
     try:
         if not Path(path).is_file() and Path(path).exists():  # a pipe would wait for ever
             raise DatasetError(f"{path}: is no regular file")
-        with gzip.open(path) if Path(path).suffix == ".jgz" else open(path, "rb") as file:
-            data = file.read(limit + 1)
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            # Python makes room for all that it is asked for, before it reads
+            data = file.read((limit if packed else min(limit, Path(path).stat().st_size)) + 1)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
