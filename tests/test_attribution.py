@@ -66,12 +66,12 @@ def measured(light, coverage=lambda bits: 0.5, passed=lambda bits: True, names="
 
 
 def test_attribution_splits_the_way_and_says_how_sure() -> None:
-    """Light is path x decoder, coverage the path's alone; exposure and position do nothing."""
+    """Light is path x decoder, coverage the path's, and a little the position's."""
     found = at.attribute(
         [
             measured(
                 lambda bits, strength: 0.1 + 0.8 * bits[0] * bits[1] * strength,
-                lambda bits: 0.2 + 0.6 * bits[0],
+                lambda bits: 0.2 + 0.6 * bits[0] + 0.05 * bits[2],
                 lambda bits: bits[0] == 1,
                 [f"o{i}__{k}" for i in range(6) for k in range(2)],
             )
@@ -88,16 +88,22 @@ def test_attribution_splits_the_way_and_says_how_sure() -> None:
         assert light[factor][way].mean == pytest.approx(0)
     assert light["path"]["gain"].low < light["path"]["gain"].mean < light["path"]["gain"].high
     ways = {word: found["coverage"][word].mean for word in ("original", "none", "mended", "truth")}
-    assert ways == pytest.approx({"original": 0.2, "none": 0.2, "mended": 0.8, "truth": 0.8})
+    assert ways == pytest.approx({"original": 0.25, "none": 0.2, "mended": 0.85, "truth": 0.8})
     path = found["coverage"]["factors"]["path"]
-    assert [path[way].mean for way in ("share", "alone", "last")] == pytest.approx([1, 0.6, 0.6])
+    assert [path[way].mean for way in ("share", "alone", "last")] == pytest.approx(
+        [0.6 / 0.65, 0.6, 0.6]
+    )
     gain = sum(entry["gain"].mean for entry in light.values())
     assert gain == pytest.approx(found["light"]["mended"].mean - found["light"]["none"].mean)
     table = at.cells_table(found)
     assert len(table) == 16 and list(table["the gate says"]).count("FAIL: pivot_offset") == 8
     assert list(table.iloc[8][list(at.FACTORS)]) == ["x", "", "", ""]
     assert at.shares_table(found, "light")["share"][0].startswith("50")
-    assert len(charts.waterfall({o: found[o] for o in at.OUTCOMES}, at.NAMES).axes) == 2
+    for axis in charts.waterfall({o: found[o] for o in at.OUTCOMES}, at.NAMES).axes:
+        bars, whiskers = axis.containers
+        ends = [bar.get_y() + bar.get_height() for bar in bars]
+        middles = [line[:, 1].mean() for line in whiskers.lines[2][0].get_segments()]
+        assert middles == pytest.approx(ends) and ends[-2] == pytest.approx(ends[-1])
 
 
 def test_locked_gaussians_stay_on_ray_and_depth(
