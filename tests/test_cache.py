@@ -111,6 +111,15 @@ def test_datasets_count_by_their_hash_and_other_runs_by_their_results(tmp_path: 
     for first, same, changed in (data, runs):
         assert first == same != changed
     assert data[0] == "sha256:1"
+    named = {"here": str(mine), "set": str(manifest.parent), "text": "no file", "reports_dir": ""}
+    assert provenance.inputs_of(named, mine).get(str(manifest.parent)) == "sha256:2"
+    assert str(mine) not in provenance.inputs_of(named, mine), "its own folder is no input"
+
+
+def test_the_exit_status_of_what_finished() -> None:
+    refused, passed = (RunRecord("n", "finished", verdict) for verdict in ("REFUSED", "PASS"))
+    assert [report.Run(record, Path()).exit_status for record in (refused, passed)] == [3, 0]
+    assert report.Run(passed, Path(), "a plain page").exit_status == 5
 
 
 def test_the_code_hash_is_of_what_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

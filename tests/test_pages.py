@@ -108,6 +108,16 @@ def test_drawings_take_the_pages_ink_and_keep_their_names_apart(
     assert html.startswith("<img ") and 'alt="a &quot;b&quot;"' in html and "<script" not in html
 
 
+def test_a_picture_that_webp_makes_larger_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large:
+        def save(self, stream: Any, *_: object, **__: object) -> None:
+            stream.write(b"0" * 9_000)
+
+    monkeypatch.setattr(Image, "open", lambda _: Large())
+    body = f'<img src="data:image/png;base64,{"A" * 8_000}">'
+    assert pages._smaller_pictures(body) == body
+
+
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
