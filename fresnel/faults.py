@@ -293,8 +293,7 @@ def _posed(views: ObjectViews, fault: str, by: float, rng: np.random.Generator) 
         case "one_side":  # views within 180 degrees * (1 - strength) of the input; the nearest
             azimuth = _azimuth_deg(views).abs()
             rows = azimuth <= max(180 * (1 - by), float(azimuth.min()))
-            left = changed(views, PICTURES, lambda part: part[rows])
-            return replace(left, cameras=views.cameras[rows])
+            return changed(views, (*PICTURES, "cameras"), lambda part: part[rows])
         case "nan_pose":  # this share; in memory only: `dataset.write` refuses it
             viewmats = put(views.cameras.viewmats, _chosen(views, by, rng), torch.nan)
             return replace(views, cameras=replace(views.cameras, viewmats=viewmats))
