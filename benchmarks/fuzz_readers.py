@@ -122,12 +122,10 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
     def mesh() -> Target:
         import trimesh
 
-        from fresnel.objects.trace import surface
-
         box = trimesh.creation.box()
         box.visual.face_colors = [200, 90, 30, 255]
         path = folder / "box.glb"
-        return _target(path, box.export(file_type="glb"), lambda: surface(trace.load(path)))
+        return _target(path, box.export(file_type="glb"), lambda: trace.load(path))
 
     def picture() -> Target:
         _pictures(folder)
@@ -153,7 +151,7 @@ def fuzz(name: str, seconds: int, work: Path) -> None:
     """One target, in this process, which libFuzzer ends."""
     import atheris
 
-    with atheris.instrument_imports(include=["fresnel", "trimesh.exchange"]):
+    with atheris.instrument_imports(include=["fresnel"]):
         from fresnel.data.dataset import DatasetError
     (work / "data").mkdir(parents=True)
     (work / "corpus").mkdir()

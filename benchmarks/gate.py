@@ -36,7 +36,7 @@ from fresnel import bootstrap, faults, gate
 from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
 from fresnel.models.decoder import load_shipped
-from fresnel.objects import trace
+from fresnel.objects import gltf, trace
 from fresnel.objects.assets import embedded_assets, find_assets
 from fresnel.objects.render_set import render_set
 from fresnel.scene.cameras import Cameras, orbit
@@ -137,7 +137,8 @@ def shape(name: str, seed: Sequence[int]) -> ObjectViews:
     angles = (torch.from_numpy(angle).float() for angle in (azimuth, elevation))
     optics: dict[str, Any] = {"focal_px": 1.2 * SIZE, "width": SIZE, "height": SIZE}
     cameras = orbit(*angles, 2.2, pivot=(0.0, 0.0, 0.0), **optics)
-    seen = trace.render(trimesh.Scene([mesh]), cameras)
+    glb = trimesh.Scene([mesh]).export(file_type="glb")
+    seen = trace.render(gltf.read(glb, lambda name: None), cameras)
     rgb, alpha = (
         (255 * torch.as_tensor(x) + 0.5).to(torch.uint8) for x in (seen.rgb, seen.alpha[..., 0])
     )

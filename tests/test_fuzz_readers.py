@@ -32,7 +32,6 @@ from fresnel.data.dataset import DatasetError
 from fresnel.data.formats import captures_in
 from fresnel.objects import trace
 from fresnel.objects.assets import find_assets
-from fresnel.objects.trace import surface
 
 COUNT = int(os.environ.get("FRESNEL_FUZZ", "40"))
 fuzz = settings(
@@ -281,7 +280,7 @@ def split_glb() -> tuple[Any, bytes]:
 
 def render_one(path: Path) -> None:
     try:
-        solid = surface(trace.load(path)).normalised()
+        solid = trace.load(path).normalised()
     except ValueError as error:  # `render_set` names the object
         assert str(error)
         return
@@ -350,12 +349,12 @@ def test_paths_out_of_the_folder_are_refused(photos, tmp_path):
     (tmp_path / "c").mkdir()
     obj = "mtllib ../b/secret.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n"
     (tmp_path / "c/a.obj").write_text(obj)
-    colors = surface(trace.load(tmp_path / "c/a.obj")).colors
+    colors = trace.load(tmp_path / "c/a.obj").colors
     assert not np.allclose(colors[..., 1], 0)  # the red material was not read
     gltf = {"asset": {"version": "2.0"}, "buffers": [{"uri": "../b/secret.mtl", "byteLength": 4}]}
     (tmp_path / "c/a.gltf").write_text(json.dumps(gltf))
     with pytest.raises(ValueError, match=r"a\.gltf|no triangle"):
-        surface(trace.load(tmp_path / "c/a.gltf"))
+        (trace.load(tmp_path / "c/a.gltf"))
 
 
 def test_singular_and_mirrored_poses_say_so(photos):

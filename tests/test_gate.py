@@ -74,7 +74,7 @@ def with_views(views: ObjectViews, seen: dict[str, Any], first: dict[str, Any]) 
 
 def test_the_original_geometry_rendered_from_a_mesh() -> None:
     trimesh = pytest.importorskip("trimesh")
-    from fresnel.objects import trace
+    from fresnel.objects import gltf, trace
 
     centre, records = torch.tensor([0.0, 0.0, 3.0]), []
     azimuth, elevation = torch.arange(8) * 45.0, torch.linspace(-30, 45, 8)
@@ -83,9 +83,10 @@ def test_the_original_geometry_rendered_from_a_mesh() -> None:
     for i in range(3):
         mesh = trimesh.creation.box((0.3, 0.8 - 0.05 * i, 0.3))
         mesh.visual.vertex_colors = [200, 180, 160, 255]
+        solid = gltf.read(trimesh.Scene([mesh]).export(file_type="glb"), lambda name: None)
         parts = []
         for cameras in (around, front.reshape(1)):
-            seen = trace.render(trimesh.Scene([mesh]), cameras, samples=1)
+            seen = trace.render(solid, cameras, samples=1)
             rgb, alpha = (
                 (255 * torch.as_tensor(x) + 0.5).to(torch.uint8) for x in (seen.rgb, seen.alpha)
             )

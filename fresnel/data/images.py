@@ -27,7 +27,7 @@ from fresnel.scene.cameras import Cameras, standard_orbit
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded: a small file can claim a huge picture."""
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -197,13 +197,21 @@ def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
     return data
 
 
-def decoded(path: str | Path, data: bytes | None = None, pixels: bool = True) -> Image.Image:
-    """The image of a file or its bytes, or (without ``pixels``) only what its header says;
-    DatasetError, whatever is wrong with it."""
+def decoded(
+    path: str | Path,
+    data: bytes | None = None,
+    pixels: bool = True,
+    formats: tuple[str, ...] = FORMATS,
+) -> Image.Image:
+    """The image of a file or its bytes, or (without ``pixels``) only what its header says.
+
+    Raises:
+        DatasetError: whatever is wrong with it.
+    """
     data = read_bytes(path) if data is None else data
-    wrong = f"{'not a readable image' if data else 'an empty file'}; want {', '.join(_FORMATS)}"
+    wrong = f"{'not a readable image' if data else 'an empty file'}; want {', '.join(formats)}"
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         wrong = "a truncated or damaged image"

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import posixpath
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -39,7 +41,7 @@ class Asset:
 
     ``source`` is a mesh file, or a zip file with ``member`` naming the mesh inside.  ``origin``
     names the model in the collection it was taken from, so that one object can be known again in
-    two sets.
+    two sets.  ``root`` is the collection's folder (None: the mesh's): textures may lie in it.
     """
 
     name: str
@@ -50,23 +52,74 @@ class Asset:
     category: str = ""
     member: str = ""
     origin: str = ""
+    root: Path | None = None
 
-    def read(self, name: str | None = None) -> bytes:
-        """The mesh itself, or a file that it names, looked for in its own folder or below.
+    def read(self) -> bytes:
+        """The mesh itself.
 
         Raises:
             DatasetError: if there is no such file or member, or it is damaged or too large.
         """
+        return self._bytes(self.member or self.source.name, self.source.parent)
+
+    def beside(self, name: str) -> bytes | None:
+        """A file that the mesh names, by `where`; None where there is none.
+
+        Raises:
+            DatasetError: if it is damaged or too large.
+        """
+        place = self.where(name)
+        return None if place is None else self._bytes(place, self.folder)
+
+    def _bytes(self, place: str, folder: Path) -> bytes:
         if self.member:
-            wanted = PurePosixPath(self.member)
-            return _unzip(self.source, str(wanted.parent / name if name else wanted), MAX_BYTES)[1]
-        try:
-            named = (name or self.source.name).strip().replace("\\", "/")
-            return read_bytes(inside(self.source.parent, named) if name else self.source, MAX_BYTES)
-        except DatasetError:
-            raise
-        except (OSError, ValueError) as error:
-            raise DatasetError(f"{self.source}: refuses {name!r}: {error}") from None
+            return _unzip(self.source, place, MAX_BYTES)[1]
+        return read_bytes(folder / place, MAX_BYTES)
+
+    @property
+    def folder(self) -> Path:
+        """The collection's."""
+        return self.root or self.source.parent
+
+    def where(self, name: str) -> str | None:
+        """Where in the collection (``root``, or the archive) a file lies that the mesh names.
+
+        From the mesh's folder, then from the collection's; else a file of that name beside the
+        mesh, or in another folder of the same object (ShapeNet's images/, Google Scanned
+        Objects' materials/textures/).  Never outside of the collection.
+        """
+        files: dict[str, str] = {}
+        if self.member:
+            files = {entry.casefold(): entry for entry in _unzip(self.source)[0]}
+            home = posixpath.dirname(self.member)
+        else:
+            home = self.source.parent.relative_to(self.folder).as_posix().removeprefix(".")
+        plain = name.strip().strip('"').replace("\\", "/")
+        last = plain.rsplit("/", 1)[-1]
+        tried = [posixpath.join(home, plain), plain, posixpath.join(home, last)]
+        for path in map(posixpath.normpath, (*tried, *map(unquote, tried))):
+            if self.member and path.casefold() in files:
+                return files[path.casefold()]
+            with contextlib.suppress(OSError, ValueError):  # it leads out, or no name can be so
+                if not self.member and inside(self.folder, path).is_file():
+                    return path
+        around, found = posixpath.dirname(home), set()
+        for path in files.values() if self.member else _files_below(self.folder, around):
+            if path.lower().endswith(MESHES) and not path.startswith(home):
+                return None  # another object's folder is as near: the file may be its own
+            if path.startswith(around) and posixpath.basename(path).casefold() == last.casefold():
+                found.add(path)
+        return found.pop() if len(found) == 1 else None
+
+
+def _files_below(root: Path, folder: str) -> Iterator[str]:
+    for path, _, names in os.walk(root / folder):
+        yield from ((Path(path) / name).relative_to(root).as_posix() for name in names)
+
+
+def _hidden(path: str) -> bool:
+    """Whether a path leads through a dot file or folder, or what macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
 
 
 def _unzip(source: Path, wanted: str = "", limit: int = 0) -> tuple[list[str], bytes]:
@@ -92,25 +145,32 @@ def _unzip(source: Path, wanted: str = "", limit: int = 0) -> tuple[list[str], b
     return names, data
 
 
-def content_of(source: Path, known: dict[Path, str]) -> str:
-    """sha256 of a file and, through the materials, of all that it names; "" where there is none.
+def content_of(asset: Asset, known: dict[Path, str]) -> str:
+    """sha256 of a mesh and of all that it names, through its materials too; of a member, of its
+    whole archive; "" where there is no file.
 
     Args:
-        known: what was found before, of files that many objects share.
+        known: sha256 of files that were read before.
     """
-    if source in known or not source.is_file():
-        return known.get(source, "")
-    known[source] = sha256(source)  # what a file that names itself finds
-    digest = hashlib.sha256(known[source].encode())
-    pattern = _NAMED.get(source.suffix.lower())
-    for found in sorted(set(pattern.findall(source.read_bytes()))) if pattern else ():
-        text = found.decode("utf-8", "replace")
-        for name in sorted({text, unquote(text), *text.split()}):  # options may stand before it
-            with contextlib.suppress(ValueError, OSError):  # read by nobody: it leads out
-                file = inside(source.parent, name.replace("\\", "/"))
-                digest.update(f"{name}\0{content_of(file, known)}\n".encode())
-    known[source] = digest.hexdigest()
-    return known[source]
+    lines, waiting = set[str](), [asset.source]
+    while waiting:
+        path = waiting.pop()
+        if not path.is_file():
+            return ""
+        if path not in known:
+            known[path] = sha256(path)
+        line = f"{path.name}\0{known[path]}"
+        pattern = None if asset.member or line in lines else _NAMED.get(path.suffix.lower())
+        lines.add(line)
+        folder = os.path.relpath(path.parent, asset.source.parent)
+        for found in sorted(set(pattern.findall(path.read_bytes()))) if pattern else ():
+            text = found.decode("utf-8", "replace")
+            words = {text, text.split()[-1], *(text.split() if path.suffix == ".obj" else ())}
+            for name in sorted(words):  # options may stand before it
+                place = asset.where(posixpath.join(folder, name)) or asset.where(name)
+                lines.add(f"{name}\0{place}")
+                waiting += [asset.folder / place] if place else []
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _asset(source: Path, file: str, said: Mapping[str, str], member: str = "") -> Asset:
@@ -146,7 +206,8 @@ def find_assets(path: str | Path) -> list[Asset]:
       {"file": ..., "name", "split", "license", "creator", "copyright", "category": optional};
     * any other folder: every mesh, .sh3f and .zip in it or below it.
 
-    Splits that nobody states are "all", licences "unknown".  A local copy of Objaverse is such a
+    Dot files and what macOS adds to archives are passed over.  Splits that nobody states are
+    "all", licences "unknown".  A local copy of Objaverse is such a
     folder (tested on files of our own: the data set itself, several TB, has not been tried).
 
     Raises:
@@ -159,17 +220,18 @@ def find_assets(path: str | Path) -> list[Asset]:
             return find_assets(source / "manifest.json")
         kinds = (*MESHES, ".sh3f", ".zip")
         for file in sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds):
-            if file.is_file() and file.resolve().is_relative_to(source.resolve()):
-                name = file.relative_to(source).with_suffix("").as_posix()
-                mesh = file.suffix.lower() in MESHES
-                found += [Asset(name, file)] if mesh else find_assets(file)
+            shown = file.relative_to(source).as_posix()
+            inner = file.is_file() and file.resolve().is_relative_to(source.resolve())
+            if inner and not _hidden(shown):
+                one = Asset(shown.removesuffix(file.suffix), file, root=source)
+                found += [one] if file.suffix.lower() in MESHES else find_assets(file)
     elif suffix in MESHES:
         found = [Asset(source.stem, source)]
     elif suffix == ".json":
         found = _listed(source, read_bytes(source, _MAX_LIST_BYTES))
     elif suffix in (".sh3f", ".zip"):
         names, _ = _unzip(source)
-        meshes = [name for name in names if name.lower().endswith(MESHES)]
+        meshes = [n for n in names if n.lower().endswith(MESHES) and not _hidden(n)]
         if suffix == ".sh3f" and _CATALOGUE in names:
             found = _catalogued(source, meshes)
         elif "manifest.json" in names:

@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import json
 import shutil
+import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +27,10 @@ from fresnel.host import files
 from fresnel.host.machine import core_count
 from fresnel.host.pool import processes
 from fresnel.objects.assets import Asset, content_of
-from fresnel.objects.trace import load, render, surface
+from fresnel.objects.trace import load, render
 from fresnel.scene.cameras import standard_orbit
 
-_ALGORITHM = 1  # raise it when the pictures of one configuration change
+_ALGORITHM = 2  # raise it when the pictures of one configuration change
 VIEW_ELEVATIONS_DEG = (-30.0, 45.0)
 INPUT_ELEVATIONS_DEG = (0.0, 30.0)
 
@@ -85,7 +87,7 @@ class _Job:
 def fingerprint(assets: Sequence[Asset], **settings: Any) -> str:
     """What a rendering is found again by: the bytes that it shows, and `render_set`'s settings."""
     known: dict[Path, str] = {}
-    shown = [{**vars(asset), "source": content_of(asset.source, known)} for asset in assets]
+    shown = [{**vars(asset), "source": content_of(asset, known), "root": None} for asset in assets]
     said = [_ALGORITHM, asdict(Settings(**settings)), shown]
     return hashlib.sha256(canonical_json(said)).hexdigest()[:16]
 
@@ -112,8 +114,8 @@ def render_set(
         reuse: return an existing dataset at ``path``; the caller's path names what is in it.
 
     Raises:
-        DatasetError: if there is no object, two share a name, one can't be rendered, or the disk
-            is full.
+        DatasetError: if there is no object, two share a name, none can be rendered, or the disk
+            is full.  An object that can't be read is left out, with a warning; the others stand.
     """
     how, target = Settings(**settings), Path(path)
     if not assets or len({asset.name for asset in assets}) < len(assets):
@@ -137,7 +139,7 @@ def _render_into(
             shutil.rmtree(old, ignore_errors=True)  # of other settings: never to be resumed
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [_Job(k * every, asset, settings, folder) for k, asset in enumerate(assets)]
-    meta = {
+    meta: dict[str, Any] = {
         "source": "meshes",
         "elevation_is_assumed": False,
         **{name: getattr(settings, name) for name in ("seed", "samples", "azimuths")},
@@ -151,14 +153,31 @@ def _render_into(
     rays = len(assets) * every * (settings.views + 1) * settings.image_size**2 * settings.samples
     # Processes take about three seconds to start and trace two million rays a second each.
     workers = min(workers or (core_count() if rays > 30_000_000 else 1), len(jobs))
+    title, many = f"rendering {target.name}", len(jobs)
     try:
         with contextlib.ExitStack() as stack:
             spread = stack.enter_context(processes(workers)).map if workers > 1 else map
-            made = spread(_render_object, jobs)
-            bar = tqdm(made, f"rendering {target.name}", len(jobs), unit="object", delay=2)
-            records = [record for written in bar for record in written]
+            made = list(tqdm(spread(_render_object, jobs), title, many, unit="object", delay=2))
+        records = [record for one in made for record in one.records]
+        lost = {job.asset.name: one.lost for job, one in zip(jobs, made, strict=True) if one.lost}
+        if not records:
+            raise DatasetError(f"object {next(iter(lost))!r}: {next(iter(lost.values()))}")
         for said in folder.glob(".object-*.json"):
             said.unlink()
+        notes = defaultdict[str, list[str]](list)
+        for job, one in zip(jobs, made, strict=True):
+            for note in one.notes:
+                notes[note].append(job.asset.name)
+        meta["warnings"] = [
+            f"{name!r} can't be read and is left out, as one of {many}: {why}"
+            for name, why in lost.items()
+        ]
+        meta["warnings"] += [
+            f"{note} ({len(names)} of {many} objects, {names[0]!r} for one)"
+            for note, names in notes.items()
+        ]
+        for sentence in meta["warnings"]:
+            warnings.warn(f"{target.name}: {sentence}", stacklevel=4)
         seal(folder, records, settings.image_size, settings.views, (0.0, 0.0, 0.0), meta)
         rename(folder, target)
     except BrokenProcessPool:
@@ -174,21 +193,32 @@ def _render_into(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _render_object(job: _Job) -> list[Record]:
+class _Made(NamedTuple):
+    """What came of an object: its records, what of it is not drawn, or why it is left out."""
+
+    records: list[Record]
+    notes: list[str]
+    lost: str = ""
+
+
+def _render_object(job: _Job) -> _Made:
     """Render one object, and say at last what was written of it. What an earlier call finished is
     kept if its files are as it left them: after a crash of the machine one may be empty."""
     asset, say, said = job.asset, job.settings, job.folder / f".object-{job.first}.json"
     with contextlib.suppress(OSError, ValueError):
-        records = [Record(**entry) for entry in json.loads(said.read_text("utf-8"))]
+        earlier = json.loads(said.read_text("utf-8"))
+        records = [Record(**entry) for entry in earlier["records"]]
         if all(
             files.sha256(job.folder / record.folder / file) == was
             for record in records
             for file, was in record.files.items()
         ):
-            return records
+            return _Made(records, earlier["notes"])
     records = []
     try:
-        solid = surface(load(asset)).normalised()
+        with warnings.catch_warnings(action="ignore"):  # said of all objects together
+            whole = load(asset)
+        solid = whole.normalised()
         for k in range(say.inputs_per_object):
             random, shape = _random(job, str(k)), solid
             start = random.uniform(0.0, 360.0)
@@ -220,9 +250,10 @@ def _render_object(job: _Job) -> list[Record]:
             )
             records.append(write_object(job.folder, job.first + k, views))
     except ValueError as error:
-        raise DatasetError(f"object {asset.name!r}: {error}") from error
-    files.write_atomic(said, json.dumps([vars(record) for record in records]))
-    return records
+        return _Made([], [], str(error))
+    done = {"records": [vars(record) for record in records], "notes": whole.notes}
+    files.write_atomic(said, json.dumps(done))
+    return _Made(records, list(whole.notes))
 
 
 def _random(job: _Job, what: str) -> np.random.Generator:

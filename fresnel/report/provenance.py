@@ -26,7 +26,7 @@ from fresnel.host.machine import accelerators, core_count, cuda, project_root
 RESULTS_NAME = "results.json"
 PACKAGE = Path(__file__).resolve().parents[1]
 _PACKAGES = (
-    *("fresnel", "torch", "numpy", "gsplat", "numba", "trimesh", "embreex", "gsply", "pillow"),
+    *("fresnel", "torch", "numpy", "gsplat", "numba", "embreex", "gsply", "pillow"),
     *("torchmetrics", "matplotlib", "viser", "transformers", "papermill", "nbconvert"),
 )
 _SHOWS_ONLY = {"__main__.py", "cli.py", "views.py", "report", "study/runner.py"}
