@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fresnel import gate
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, ObjectViews
 from fresnel.objects.assets import embedded_assets
@@ -315,6 +316,7 @@ def test_of_several_models_the_largest_is_read(binary, truth, tmp_path):
     assert "sparse/0 holds another model, of 1 pictures" in text
     assert "2 pictures in images" in text and "have no pose" in text
     assert len(found.meta["warnings"]) == 2
+    assert gate.validate(found, progress=False).notes[:2] == tuple(found.meta["warnings"])
 
 
 def test_models_without_pictures_or_with_no_rotation_are_named(truth, tmp_path):

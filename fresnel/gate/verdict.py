@@ -37,7 +37,8 @@ class Verdict:
         passed: True when no check failed.
         reasons: the failures, most likely cause first, each followed by its symptoms.
         summary: one or two sentences for a person.
-        notes: checks that could not be made, and why; what shows in too few records to count.
+        notes: what readers warned of; checks that could not be made, and why; what shows in too few
+            records to count.
         measurements: one dict per view: object, view, azimuth_deg and elevation_deg about the
             pivot relative to the input, coverage (mean alpha), coverage_ratio and luminance_ratio
             (to the input's), luminance (linear light, of covered pixels), detail_ratio, border,
@@ -134,7 +135,7 @@ def validate(
         passed=not reasons,
         reasons=reasons,
         summary=_summary(reasons, f"{len(objects)} of {total} records ({len(rows)} views)"),
-        notes=notes,
+        notes=(*_warnings(meta), *notes),
         measurements=rows,
         objects=[{k: v for k, v in row.items() if k not in _INNER} for row in objects],
         figures=figures(seen),
@@ -145,6 +146,16 @@ def validate(
         examples_total=total,
         duration_s=time.monotonic() - started,
     )
+
+
+def _warnings(meta: dict[str, Any]) -> list[str]:
+    """What readers said of the files: see `dataset.open` and `render_set`."""
+    parts = {"": meta, **meta.get("parts", {})}
+    return [
+        f"{name}: {said}" if name else said
+        for name, part in parts.items()
+        for said in part.get("warnings", ())
+    ]
 
 
 def _summary(reasons: Sequence[Reason], seen: str) -> str:
