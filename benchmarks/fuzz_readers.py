@@ -18,12 +18,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 Target = tuple[bytes, Callable[[bytes], Any]]
+_MESHES = (("box", "glb"), ("model", "gltf"), ("box", "obj"), ("box", "mtl"))
 _POSE = [[1.0, 0, 0, 0], [0, 1, 0, 0.5], [0, 0, 1, 3], [0, 0, 0, 1]]
 
 
@@ -49,11 +52,14 @@ def _target(
 
 def targets(folder: Path) -> dict[str, Callable[[], Target]]:
     """By name: what makes a sound file and the function that reads a mutated one."""
+    import torch
+
     from fresnel.data import dataset
     from fresnel.data.formats import captures_in
     from fresnel.objects import trace
     from fresnel.objects.assets import embedded_assets, find_assets
     from fresnel.objects.render_set import render_set
+    from fresnel.scene.gaussians import Gaussians
 
     def transforms() -> Target:
         _pictures(folder)
@@ -119,13 +125,38 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
 
         return b"id=x\nname#1=A\nmodel#1=/a.obj\nlicense#1=CC0\ncreator#1=me\n", packed
 
-    def mesh() -> Target:
+    def mesh(name: str) -> Target:
         import trimesh
 
         box = trimesh.creation.box()
-        box.visual.face_colors = [200, 90, 30, 255]
-        path = folder / "box.glb"
-        return _target(path, box.export(file_type="glb"), lambda: trace.load(path))
+        box.visual.vertex_colors = [200, 90, 30, 255]
+        files = {**box.export(file_type="gltf"), "box.glb": box.export(file_type="glb")}
+        files["box.mtl"] = b"newmtl m\nKd 1 0 0\nKe 0 1 0\nd 0.5\nmap_Kd -s 1 2 -clamp on x.png\n"
+        text = box.export(file_type="obj", include_normals=True)
+        files["box.obj"] = f"mtllib box.mtl\nusemtl m\n{text}\nf -1 -2/1 -3 -4\n".encode()
+        for file, data in files.items():
+            (folder / file).write_bytes(data)
+        shown = folder / name.replace(".mtl", ".obj")
+        return _target(folder / name, files[name], lambda: trace.load(shown))
+
+    def splats(name: str) -> Target:
+        path, rows = folder / name, torch.rand(4, 4)
+        Gaussians(rows[:, :3], rows, rows[:, 1:], rows[:, 0], torch.rand(4, 4, 3)).save(path)
+        return _target(path, path.read_bytes(), lambda: Gaussians.load(path))
+
+    def spelled() -> Target:
+        names = [*"xyz", "opacity", *(f"scale_{k}" for k in range(3))]
+        names += [*(f"rot_{k}" for k in range(4)), "red", "green", "blue"]
+        lines = [
+            "ply",
+            "format ascii 1.0",
+            "element vertex 2",
+            *(f"property float {n}" for n in names),
+        ]
+        lines += ["element chunk 1", "property list uchar int a", "end_header"]
+        lines += [" ".join("0.5" for _ in names)] * 2 + ["3 1 2 3", ""]
+        path = folder / "text.ply"
+        return _target(path, "\n".join(lines).encode(), lambda: Gaussians.load(path))
 
     def picture() -> Target:
         _pictures(folder)
@@ -138,11 +169,14 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
         "annotations": annotations,
         "images.bin": lambda: model("images.bin"),
         "cameras.txt": lambda: model("cameras.txt"),
+        "images.txt": lambda: model("images.txt"),
         "manifest": lambda: of_ours("manifest.json"),
         "pose": lambda: of_ours("image_0000/view_001/pose.json"),
         "list": listed,
         "library": library,
-        "mesh": mesh,
+        **{f"mesh {end}": partial(mesh, f"{stem}.{end}") for stem, end in _MESHES},
+        **{f"splats {end}": partial(splats, f"a.{end}") for end in ("ply", "spz")},
+        "splats in text": spelled,
         "picture": picture,
     }
 
@@ -160,6 +194,7 @@ def fuzz(name: str, seconds: int, work: Path) -> None:
     words = {match.decode() for match in re.findall(rb"[A-Za-z_]{3,20}", sound[:4000])}
     words |= {"NaN", "1e999", "-1", "null", "[]", "{}", "../", "true", "18446744073709551616"}
     (work / "words").write_text("".join(f'"{word}"\n' for word in sorted(words)))
+    warnings.simplefilter("ignore")
     read(sound)
 
     def one(data: bytes) -> None:
@@ -167,10 +202,10 @@ def fuzz(name: str, seconds: int, work: Path) -> None:
             read(data)
         except DatasetError as error:
             assert str(error)
-        except ValueError as error:  # meshes refuse with it; `render_set` names the object
-            assert name == "mesh" and str(error)
+        except ValueError as error:  # the readers of Gaussians refuse with it
+            assert name.startswith("splats") and str(error)
 
-    options = [f"-max_total_time={seconds}", "-max_len=30000", "-rss_limit_mb=4096", "-timeout=20"]
+    options = [f"-max_total_time={seconds}", "-max_len=30000", "-rss_limit_mb=2048", "-timeout=20"]
     options += [f"-artifact_prefix={work}/", f"-dict={work}/words", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *options, str(work / "corpus")], one)
     atheris.Fuzz()
