@@ -128,10 +128,13 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
     def mesh(name: str) -> Target:
         import trimesh
 
+        _pictures(folder)
         box = trimesh.creation.box()
         box.visual.vertex_colors = [200, 90, 30, 255]
         files = {**box.export(file_type="gltf"), "box.glb": box.export(file_type="glb")}
-        files["box.mtl"] = b"newmtl m\nKd 1 0 0\nKe 0 1 0\nd 0.5\nmap_Kd -s 1 2 -clamp on x.png\n"
+        files["box.mtl"] = (
+            b"newmtl m\nKd 1 0 0\nKe 0 1 0\nd 0.5\nmap_Kd -s 1 2 -clamp on images/1.png\n"
+        )
         text = box.export(file_type="obj", include_normals=True)
         files["box.obj"] = f"mtllib box.mtl\nusemtl m\n{text}\nf -1 -2/1 -3 -4\n".encode()
         for file, data in files.items():
@@ -147,12 +150,8 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
     def spelled() -> Target:
         names = [*"xyz", "opacity", *(f"scale_{k}" for k in range(3))]
         names += [*(f"rot_{k}" for k in range(4)), "red", "green", "blue"]
-        lines = [
-            "ply",
-            "format ascii 1.0",
-            "element vertex 2",
-            *(f"property float {n}" for n in names),
-        ]
+        lines = ["ply", "format ascii 1.0", "element vertex 2"]
+        lines += [f"property float {name}" for name in names]
         lines += ["element chunk 1", "property list uchar int a", "end_header"]
         lines += [" ".join("0.5" for _ in names)] * 2 + ["3 1 2 3", ""]
         path = folder / "text.ply"

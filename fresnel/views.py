@@ -25,6 +25,8 @@ from fresnel.render import Views
 from fresnel.scene.cameras import Cameras, standard_orbit
 from fresnel.show import pictures, style
 
+PLY_FROM_WORLD = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
+"""3DGS's files have COLMAP's axes, x right, y down, z forward; our world's Y is up."""
 MOST_VIEWS = 3600
 FOREGROUND_EXTENT = 0.6
 """Share of the frame that the longer side of an object takes in the pictures of the training."""
@@ -162,7 +164,9 @@ def write_views(
             which must lie in the same folder.
         elevation_deg: of the input camera, and of the views.
         steps: network calls per view.
-        ply, spz: where the Gaussians go; None: nowhere.
+        ply, spz: where the Gaussians go; None: nowhere. They stand upright where viewers take
+            files as they are meant: PLY as 3DGS writes it (y down, z forward; SuperSplat and others
+            turn it over), SPZ by its definition (y up).
 
     Returns:
         "files" by azimuth, "background", "assumed" (sentences), "weights", "duration_s" and more.
@@ -219,7 +223,8 @@ def write_views(
     gaussians = decoder.prune(splats.world(inputs))[0].to("cpu").detach()
     for place in splats_to:
         place.parent.mkdir(parents=True, exist_ok=True)
-        gaussians.save(place)
+        of_spz = place.suffix.lower() == ".spz"
+        (gaussians if of_spz else gaussians.transform(PLY_FROM_WORLD)).save(place)
     result = {
         "input": str(path),
         "background": photo.background,

@@ -65,7 +65,10 @@ def test_views_writes_pictures_gaussians_and_what_it_assumed(picture, tmp_path, 
     assert list(facts["files"]) == ["0", "90", "180", "270"]
     scene = Gaussians.load(out / "toy.ply")
     assert scene.num == facts["gaussians"]["count"] > 500
-    assert Gaussians.load(out / "toy.spz").num == scene.num
+    upright = Gaussians.load(out / "toy.spz")
+    assert upright.num == scene.num
+    turned = upright.means * torch.tensor([1.0, -1.0, -1.0])  # y down in a PLY, up in an SPZ
+    assert torch.allclose(scene.means, turned, atol=1e-3) and upright.means[:, 1].std() > 0.01
     assert (out / "contact_sheet.png").stat().st_size > 1000
     # The Gaussians are the object's: about one unit long, around the origin, of its colour.
     dense = scene.select(scene.opacities > 0.5)

@@ -162,7 +162,7 @@ class Gaussians:
         path = Path(path)
         if self.batch_shape:
             raise ValueError(f"save: got a batch {tuple(self.batch_shape)}, want one scene")
-        if path.suffix not in {".ply", ".spz"}:
+        if path.suffix.lower() not in {".ply", ".spz"}:
             raise ValueError(f"save: got suffix {path.suffix!r}, want .ply or .spz")
         scene = self.detach().to("cpu", torch.float32).validate()
         if scene.sh_degree is None:
@@ -181,7 +181,7 @@ class Gaussians:
             _format=gsply.create_ply_format(sh_degree=scene.sh_degree or 0),
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".spz":
+        if path.suffix.lower() == ".spz":
             gsply.write_spz(path, data)
         else:
             gsply.plywrite(path, data)
