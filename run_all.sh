@@ -26,7 +26,7 @@ Usage: ./run_all.sh [--profile auto|cpu|gpu] [--only STEP] [--list] [--reports D
        ./run_all.sh --on ssh://USER@HOST/DIR --budget USD --rate USD [any of the above]
                     [--gpus N] [--at-end stay|poweroff|'COMMAND'] [--grace 30m] [--dry-run]
                                   the same on a machine with a GPU, for at most that money;
-                                  also slurm://USER@LOGIN/DIR (docs/gpu-box.md)
+                                  also slurm://USER@LOGIN/DIR and sky (docs/gpu-box.md)
        ./run_all.sh remote status|logs [-f]|fetch [--wait]|resume|stop RUN
                                   the runs that are elsewhere
        ./run_all.sh pages         make every report's page and the index again, without a new run

@@ -309,7 +309,7 @@ def _views(arguments: argparse.Namespace) -> int:
 
 @_command(
     "run a notebook, a profile or a study on a machine elsewhere",
-    ("--on!", str, "ssh://user@host[:port]/dir, or slurm://...", "WHERE"),
+    ("--on!", str, "ssh://user@host[:port]/dir, slurm://..., or sky", "WHERE"),
     ("--budget!", float, "at most", "USD"),
     ("--rate!", float, "an hour of it", "USD"),
     ("--gpus", 1, "of a study (default: 1)", "N"),
@@ -319,6 +319,8 @@ def _views(arguments: argparse.Namespace) -> int:
     ("--python", "", "the Python there, used as it is"),
     ("--trust-new", True, "accept an unknown host key, once"),
     ("--sbatch", "", "of Slurm, e.g. '--partition=gpu'"),
+    ("--cloud", "", "of SkyPilot, e.g. aws"),
+    ("--gpu", "H100", "of SkyPilot (default: H100)"),
     ("--dry-run", True, "say what would be done"),
     usage="./run_all.sh --on WHERE --budget USD --rate USD [...] [what ./run_all.sh takes]",
     allow_abbrev=False,

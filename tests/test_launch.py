@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from boxes import views_of
 
 from fresnel import gate
 from fresnel.cli import main
 from fresnel.data import dataset
 from fresnel.launch import plan as planning
-from fresnel.launch import runs
+from fresnel.launch import recipes, runs
 from fresnel.launch.plan import PlanError, Terms
 from fresnel.launch.remote import Box
 from fresnel.report import index
@@ -155,6 +157,47 @@ def test_data_that_the_job_makes_itself_needs_no_receipt(pristine: Path) -> None
     script = planning.sbatch(four, "work", "20260102T030405Z-03", "--partition=gpu")
     wanted = ("--time=183", "--signal=B:TERM@120", "--requeue", "--partition=gpu", "--gres=gpu:4")
     assert {f"#SBATCH {line}" for line in wanted} <= set(script.splitlines())
+
+
+def test_tasks_of_skypilot_and_dstack(pristine: Path, tmp_path: Path, monkeypatch) -> None:
+    """Laid out and handed to `sky launch`; dstack's lies beside it."""
+    steps = [Step("01", NOTEBOOKS / "01_validate_data.ipynb", {"dataset_dir": "runs/data/new"})]
+    plan = planning.make("01", steps, ["--only", "01"], Terms(6.0, 2.0), root=pristine)
+    monkeypatch.setenv("FRESNEL_SKY", "no-such-command")
+    with pytest.raises(OSError, match="no command sky here"):
+        runs.launch(plan, "sky", tmp_path, cloud="aws")
+    fake = tmp_path / "sky"
+    fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("FRESNEL_SKY", str(fake))
+    run = runs.launch(plan, "sky", tmp_path / "second", cloud="aws")
+    folder = tmp_path / "second/remote/.ledger" / run
+    task, other = (yaml.safe_load((folder / n).read_text()) for n in ("sky.yaml", "run.dstack.yml"))
+    assert (tmp_path / "called").read_text().split()[:3] == ["launch", "-y", "-d"]
+    assert task["resources"]["autostop"] == {"idle_minutes": 5, "down": True}
+    assert task["resources"]["max_hourly_cost"] == 2.0 and task["resources"]["infra"] == "aws"
+    assert other["max_price"] == 2.0 and other["max_duration"] == "183m"
+    assert {n for n in plan.files if not (folder / "tree" / n).is_file()} == set()
+    assert (folder / "run/box.sh").exists() and runs.find(run, tmp_path / "second")["on"] == "sky"
+
+
+@pytest.mark.parametrize("tool", ["SKY", "DSTACK"])
+def test_tasks_fit_the_schemas_of_their_tools(tmp_path: Path, tool: str) -> None:
+    """In an environment of its own: FRESNEL_SKY_PYTHON, FRESNEL_DSTACK_PYTHON."""
+    python = os.environ.get(f"FRESNEL_{tool}_PYTHON")
+    if not python:
+        pytest.skip(f"FRESNEL_{tool}_PYTHON names no Python that has it")
+    for name in ("tree", "run"):
+        (tmp_path / name).mkdir()
+    make = recipes.sky if tool == "SKY" else recipes.dstack
+    (tmp_path / "task.yaml").write_text(make(TERMS, tmp_path, "20260102T030405Z-03"))
+    code = {
+        "SKY": "import sky; print(sky.Task.from_yaml('task.yaml').resources)",
+        "DSTACK": "import yaml; from dstack._internal.core.models.configurations import "
+        "parse_run_configuration; parse_run_configuration(yaml.safe_load(open('task.yaml')))",
+    }[tool]
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_addresses() -> None:

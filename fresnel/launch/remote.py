@@ -52,7 +52,7 @@ class Box:
         parts = urlsplit(address)
         form = r"(ssh|slurm)://(\w[\w.-]*@)?[\w.][\w.-]*(:\d+)?(/[\w./~-]*)?"
         if not re.fullmatch(form, address):
-            raise ValueError(f"--on: got {address!r}, want e.g. ssh://user@host:22/dir")
+            raise ValueError(f"--on: got {address!r}, want sky, or e.g. ssh://user@host:22/dir")
         folder = parts.path.removeprefix("/~/").rstrip("/") or "fresnel-box"
         return cls(parts.netloc.partition(":")[0], folder, parts.port, trust_new=trust_new)
 

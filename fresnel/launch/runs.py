@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fresnel.host.files import locked, write_atomic
+from fresnel.launch import recipes
 from fresnel.launch.plan import Plan, sbatch
 from fresnel.launch.remote import BOX, Box, RemoteError
 from fresnel.report.record import slug
@@ -28,20 +30,27 @@ _OVER = ("finished", "failed", "stopped", "interrupted")
 
 
 def launch(
-    plan: Plan, on: str, reports: Path, *, trust_new: bool = False, options: str = ""
+    plan: Plan,
+    on: str,
+    reports: Path,
+    *,
+    trust_new: bool = False,
+    options: str = "",
+    cloud: str = "",
+    gpu: str = "H100",
 ) -> str:
     """Send a plan and start it; returns the run's name. The run needs this process no more.
 
     Args:
-        on: ssh://... or slurm://...
-        options: further lines of a Slurm script ("--partition=gpu").
+        on: ssh://..., slurm://... or "sky".
+        options: further lines of a Slurm script ("--partition=gpu"); cloud, gpu: of SkyPilot.
 
     Raises:
         RemoteError: says what is missing there; nothing goes on running then but the dead man's
             switch, once it is armed.
     """
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{slug(plan.name)}"
-    box = Box.parse(on, trust_new=trust_new)
+    box = Box(recipes.cluster(run)) if on == "sky" else Box.parse(on, trust_new=trust_new)
     entry = {
         "run": run,
         "on": on,
@@ -65,6 +74,13 @@ def launch(
         boxed["run/slurm.sh"] = sbatch(plan.terms, box.folder, run, options)
     for name, text in boxed.items():
         write_atomic(folder / name, text.encode("utf-8", "surrogateescape"))
+    if on == "sky":
+        recipes.stage(plan.root, plan.files, folder)
+        write_atomic(folder / "run.dstack.yml", recipes.dstack(plan.terms, folder, run, gpu))
+        write_atomic(folder / "sky.yaml", recipes.sky(plan.terms, folder, run, cloud, gpu))
+        _sky(folder / "sky.yaml", run)
+        _write(reports, entry | {"state": "queued"})
+        return run
     try:
         with box:
             _check(box, plan)
@@ -109,6 +125,18 @@ def _start(box: Box, entry: Entry, reports: Path) -> None:
     box.box("submit" if slurm else "go", run)
     entry |= {"state": "queued" if slurm else "started", "why": ""}
     _write(reports, entry)
+
+
+def _sky(task: Path, run: str) -> None:
+    command = shutil.which(os.environ.get("FRESNEL_SKY", "sky"))
+    if command is None:
+        raise RemoteError(
+            "no command sky here: pip install skypilot in an environment of its own; FRESNEL_SKY "
+            f"names it. The task is at {task}, one for dstack beside it"
+        )
+    words = [command, "launch", "-y", "-d", "-c", recipes.cluster(run), str(task)]
+    if subprocess.run(words).returncode:
+        raise RemoteError(f"{' '.join(words)} failed; see above")
 
 
 def entries(reports: Path) -> list[Entry]:
@@ -225,6 +253,9 @@ def resume(run: str, reports: Path) -> Entry:
 
     Raises RemoteError if it is still at work, or its time is over."""
     entry = find(run, reports)
+    if entry["on"] == "sky":
+        said = f"a SkyPilot machine is gone once it is down; try: sky exec {entry['host']}"
+        raise RemoteError(said)
     with _box(entry) as box:
         seen = box.run(f"ls {box.folder}/runs/{entry['run']}/state", statuses=(0, 1, 2))
         state = _ask(box, entry, reports)["state"] if seen else "not started"
