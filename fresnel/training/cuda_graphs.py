@@ -113,7 +113,7 @@ class Recorded:
 
         # what torch's recorder wants: a module, for its parameters, from tensors to tensors
         flat = nn.ModuleList([] if self.model is None else [self.model])
-        flat.forward = from_tensors  # type: ignore[assignment]
+        flat.forward = from_tensors
         samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
         # gsplat leaves cycles behind that keep the last step's graph, and with it nodes of another
         # stream, which a recording must not touch

@@ -215,8 +215,8 @@ def floats(stored: Batch) -> Batch:
 def augmented(
     stored: Batch, draws: Tensor, order: Tensor, mirroring: tuple[Tensor, Tensor, Tensor]
 ) -> Batch:
-    """`floats`, half of the objects mirrored left-right, the colours of half permuted and scaled,
-    by `draws` (B, 8), uniform in [0, 1), `order` (B, 3) of channels; `mirroring`: `mirror_signs`."""
+    """`floats`; half of the objects mirrored left-right, the colours of half permuted and scaled by
+    `draws` (B, 8) in [0, 1) and `order` (B, 3) of channels. `mirroring`: `mirror_signs`."""
     batch = floats(stored)
     mirror, recolour = (draws[:, k, None, None, None, None] < 0.5 for k in (0, 1))
     rgb, alpha = batch["rgba"].split([3, 1], dim=-1)
