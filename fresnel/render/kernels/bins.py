@@ -15,10 +15,7 @@ AHEAD = 16  # entries between the one at work and the one being fetched from mem
 
 
 @stage
-def sort(
-    progress, number, images, N, chunks, chunk_size, tiles, keys, others, chunk_table, tile_counts,
-    starts,
-):
+def sort(progress, number, shape, parts):
     """Sort each image's visible Gaussians by depth and lay out its lists. One task is one image.
 
     A radix sort on the bits of the float32 depth (positive, so they order as the floats do) above
@@ -26,6 +23,8 @@ def sort(
     keys end up in `keys`, or in `others` where the image's first chunk says SWAPPED. `starts[image
     * tiles + tile]` becomes the first entry of a tile's list, and the last one their total.
     """
+    images, _, N, chunks, chunk_size, _, _, _, tiles = shape
+    _, _, _, _, keys, others, _, chunk_table, starts, tile_counts = parts
     histogram = np.empty(3 * 4096, np.int32)
     while True:
         image = claim(progress, number)
@@ -91,14 +90,14 @@ def sort(
 
 
 @stage
-def fill(
-    progress, number, images, bands, N, chunks, chunk_size, tiles_x, tiles, boxes, firsts, keys,
-    others, chunk_table, starts, entry_ids, slots,
-):
+def fill(progress, number, bands, shape, parts, lists):
     """List the sorted Gaussians for every tile, front to back. One task is a band of tile rows.
 
     `slots`, from a chunk's BASE plus a Gaussian's `firsts` on, names that Gaussian's own entries.
     """
+    images, _, N, chunks, chunk_size, _, _, tiles_x, tiles = shape
+    _, _, boxes, firsts, keys, others, _, chunk_table, starts, _ = parts
+    entry_ids, slots, _ = lists
     at = np.empty(tiles, np.int64)
     rows = tiles // tiles_x
     while True:

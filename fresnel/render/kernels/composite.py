@@ -94,11 +94,12 @@ def run_of(tiles):
 
 
 @inline
-def next_tile(progress, number, tile, last, images, tiles_x, tiles):
+def next_tile(progress, number, tile, last, shape):
     """The next tile of this thread: it, the end of its task, its image, left and top in pixels.
 
     Reports a task that is through and claims another; there is none when the end is not beyond it.
     """
+    images, tiles_x, tiles = shape[0], shape[7], shape[8]
     if tile == last:
         if last > 0:
             finish(progress, number, 1)
@@ -128,16 +129,15 @@ def blend(state, at, u, v, log2_opacity):
 
 
 @stage
-def composite(
-    progress, number, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
-    background, rgb, alpha, depth, touched,
-):
+def composite(progress, number, shape, parts, lists, background, pictures):
     """Blend every tile's Gaussians front to back. A task is a run of tiles.
 
     Notes in `touched` which blocks an entry reached, for the backward pass. The entries are
     taken in batches, first to find which blocks each may reach, then to blend: a processor that
     already knows how often the inner loop runs does not guess wrong.
     """
+    records, records32, _, _, _, _, _, _, starts, _ = parts
+    entry_ids, _, touched = lists
     lane_x, lane_y = load(_LANE_X, 0) - np.float32(1.5), load(_LANE_Y, 0) - np.float32(1.5)
     middle_x, middle_y = load(_MIDDLE_X, 0), load(_MIDDLE_Y, 0)
     state = aligned(6 * 256)  # transmittance, weight, r, g, b, depth of each block
@@ -145,14 +145,12 @@ def composite(
     reach = np.empty(BATCH, np.int64)
     tile = last = 0
     while True:
-        tile, last, image, left, top = next_tile(
-            progress, number, tile, last, images, tiles_x, tiles
-        )
+        tile, last, image, left, top = next_tile(progress, number, tile, last, shape)
         if tile >= last:
             break
         start, end = starts[tile], starts[tile + 1]
         tile += 1
-        alive = open_tile(state, left, top, width, height)
+        alive = open_tile(state, left, top, shape)
         while start < end and alive:
             size = min(BATCH, end - start)
             for i in range(size):
@@ -161,8 +159,7 @@ def composite(
                 u, v, a, b, c, slack = place(records, r, left, top, middle_x, middle_y)
                 limit = records32[16 * r + 10] - CUT
                 reach[i] = blocks_within(u, v, a, b, c, slack, limit)
-                store(places, 32 * i, u)
-                store(places, 32 * i + 16, v)
+                store(places, 32 * i, (u, v))
                 slopes[3 * i], slopes[3 * i + 1], slopes[3 * i + 2] = a, b, c
             for i in range(size):
                 blocks = reach[i] & alive
@@ -193,27 +190,28 @@ def composite(
             start += size
         for e in range(start, end):  # behind all that can be seen
             touched[e] = 0
-        close_tile(state, left, top, width, height, image, background, rgb, alpha, depth)
+        close_tile(state, left, top, image, shape, background, pictures)
 
 
 @inline
-def open_tile(state, left, top, width, height):
+def open_tile(state, left, top, shape):
     """Clear a tile's state; pixels outside the image start finished. Returns the live blocks."""
-    lane_x, lane_y = load(_LANE_X, 0), load(_LANE_Y, 0)
+    lane_x, lane_y, width, height = load(_LANE_X, 0), load(_LANE_Y, 0), shape[5], shape[6]
     alive = 0
     for j in range(16):
         x, y = np.float32(left + 4 * (j & 3)), np.float32(top + (j & 12))
         inside = (lane_x + x < np.float32(width)) & (lane_y + y < np.float32(height))
         alive |= np.int64(lanes(inside) != 0) << j
-        store(state, 96 * j, select(inside, splat(_F1), -_F1))
-        for field in range(1, 6):
-            store(state, 96 * j + 16 * field, splat(_F0))
+        zero = splat(_F0)
+        store(state, 96 * j, (select(inside, splat(_F1), -_F1), zero, zero, zero, zero, zero))
     return alive
 
 
 @inline
-def close_tile(state, left, top, width, height, image, background, rgb, alpha, depth):
+def close_tile(state, left, top, image, shape, background, pictures):
     """Put a finished tile on its background and write its pixels."""
+    rgb, alpha, depth = pictures
+    width, height = shape[5], shape[6]
     for j in range(16):
         weight = load(state, 96 * j + 16)
         remaining = _F1 - weight
@@ -231,10 +229,7 @@ def close_tile(state, left, top, width, height, image, background, rgb, alpha, d
             for row in literal_unroll((0, 1, 2, 3)):
                 store(alpha, pixel, weights[row])
                 store(depth, pixel, depths[row])
-                x, y, z = interleave(reds[row], greens[row], blues[row])
-                store(rgb, 3 * pixel, x)
-                store(rgb, 3 * pixel + 16, y)
-                store(rgb, 3 * pixel + 32, z)
+                store(rgb, 3 * pixel, interleave(reds[row], greens[row], blues[row]))
                 pixel += width
         return
     for j in range(16):
@@ -255,18 +250,13 @@ def close_tile(state, left, top, width, height, image, background, rgb, alpha, d
 def four_blocks(state, stride, blocks, field):
     """A field of the four blocks side by side, as their four rows of 16 pixels."""
     at = 4 * blocks * stride + field
-    return swap_quads(
-        load(state, at),
-        load(state, at + stride),
-        load(state, at + 2 * stride),
-        load(state, at + 3 * stride),
-    )
+    first, second = load(state, at), load(state, at + stride)
+    return swap_quads(first, second, load(state, at + 2 * stride), load(state, at + 3 * stride))
 
 
 @stage
 def composite_backward(
-    progress, number, images, tiles_x, tiles, width, height, records, records32, starts, entry_ids,
-    background, rgb, alpha, depth, touched, v_rgb, v_alpha, v_depth, strides, sums,
+    progress, number, shape, parts, lists, background, pictures, v_pictures, strides, sums
 ):
     """Gradients of the images with respect to every entry's record. A task is a run of tiles.
 
@@ -280,6 +270,8 @@ def composite_backward(
     Writes to the 16 `sums` of an entry, over the tile's pixels, with g = alpha_i dLoss/dalpha_i:
     g, g u, g v, g u u, g u v, g v v, and the gradients of r, g, b and z.
     """
+    records, records32, _, _, _, _, _, _, starts, _ = parts
+    entry_ids, _, touched = lists
     lane_x, lane_y = load(_LANE_X, 0) - np.float32(1.5), load(_LANE_Y, 0) - np.float32(1.5)
     middle_x, middle_y = load(_MIDDLE_X, 0), load(_MIDDLE_Y, 0)
     # transmittance, remainder, slopes: r, g, b, z, constant; and room for four rows of the image
@@ -288,17 +280,14 @@ def composite_backward(
     zero = splat(_F0)
     tile = last = 0
     while True:
-        tile, last, image, left, top = next_tile(
-            progress, number, tile, last, images, tiles_x, tiles
-        )
+        tile, last, image, left, top = next_tile(progress, number, tile, last, shape)
         if tile >= last:
             break
         start, end = starts[tile], starts[tile + 1]
         tile += 1
         if start < end:
             open_gradients(
-                state, left, top, width, height, image, background, rgb, alpha, depth,
-                v_rgb, v_alpha, v_depth, strides,
+                state, left, top, image, shape, background, pictures, v_pictures, strides
             )
         for e in range(start, end):
             prefetch(records, 8 * entry_ids[e + AHEAD])
@@ -307,8 +296,7 @@ def composite_backward(
                 continue
             r = entry_ids[e]
             u, v, a, b, c, _ = place(records, r, left, top, middle_x, middle_y)
-            store(places, 0, u)
-            store(places, 16, v)
+            store(places, 0, (u, v))
             u0, v0 = fma(lane_x, a, lane_y * b), lane_y * c
             log2_opacity = splat(records32[16 * r + 10])
             red, green = splat(records32[16 * r + 11]), splat(records32[16 * r + 12])
@@ -333,22 +321,19 @@ def composite_backward(
                 suu, suv, svv = fma(gu, u, suu), fma(gu, v, suv), fma(gv, v, svv)
                 s_red, s_green = fma(weight, v_red, s_red), fma(weight, v_green, s_green)
                 s_blue, s_z = fma(weight, v_blue, s_blue), fma(weight, v_z, s_z)
-            store(
-                sums,
-                16 * e,
-                horizontal_sums((s, su, sv, suu, suv, svv, s_red, s_green, s_blue, s_z)),
-            )
+            fields = s, su, sv, suu, suv, svv, s_red, s_green, s_blue, s_z
+            store(sums, 16 * e, horizontal_sums(fields))
 
 
 @inline
-def open_gradients(
-    state, left, top, width, height, image, background, rgb, alpha, depth, v_rgb, v_alpha, v_depth,
-    strides,
-):
+def open_gradients(state, left, top, image, shape, background, pictures, v_pictures, strides):
     """Set up a tile's state for the backward pass from the images and their gradients.
 
     `strides` are 1 for gradients as large as their image, 0 for those that are a few zeros.
     """
+    width, height = shape[5], shape[6]
+    rgb, alpha, depth = pictures
+    v_rgb, v_alpha, v_depth = v_pictures
     of_rgb, of_alpha, of_depth = strides
     behind_red, behind_green = background[3 * image], background[3 * image + 1]
     behind_blue = background[3 * image + 2]
@@ -369,13 +354,9 @@ def open_gradients(
             remainder = fma(v_blue, blue - behind_blue, remainder)
             slope = fnma(v_red, behind_red, fnma(v_green, behind_green, slope))
             v_z = load(v_depth, pixel * of_depth) / maximum(weight, np.float32(1e-30))
-            at = rows + 96 * (j & 3)
-            store(state, at, remainder)
-            store(state, at + 16, v_red)
-            store(state, at + 32, v_green)
-            store(state, at + 48, v_blue)
-            store(state, at + 64, v_z)
-            store(state, at + 80, fnma(v_z, load(depth, pixel), fnma(v_blue, behind_blue, slope)))
+            constant = fnma(v_z, load(depth, pixel), fnma(v_blue, behind_blue, slope))
+            fields = remainder, v_red, v_green, v_blue, v_z, constant
+            store(state, rows + 96 * (j & 3), fields)
             if j & 3 == 3:
                 for field in range(6):
                     quads = four_blocks(state, 96, 0, rows + 16 * field)

@@ -145,11 +145,7 @@ def ellipse_of(camera, mx, my, mz, rotation, sx, sy, sz, eps2d):
 
 
 @stage
-def project(
-    progress, number, means, quats, scales, opacities, colors, sh, viewmats, Ks, images, C, N,
-    chunks, chunk_size, width, height, tiles_x, tiles, near, eps2d, cameras, records,
-    records32, boxes, firsts, keys, chunk_table, tile_counts,
-):
+def project(progress, number, scene, sh, poses, near, eps2d, shape, parts):
     """Project every Gaussian into every image. One task is one chunk of one image.
 
     Writes the record, the range of tiles (x0, y0, x1, y1) and the first slot within the chunk of
@@ -157,6 +153,9 @@ def project(
     keys of the visible Gaussians, their number and range, and the number of (Gaussian, tile)
     entries, in all and for each tile. Reports values that are not finite.
     """
+    means, quats, scales, opacities, colors = scene
+    images, C, N, chunks, chunk_size, width, height, tiles_x, tiles = shape
+    records, records32, boxes, firsts, keys, _, cameras, chunk_table, _, tile_counts = parts
     scratch, basis = np.empty(12 * 8, np.float64), np.empty(16, np.float64)
     depth_bits = records32.view(np.uint32)
     row = np.empty(24, np.float64)
@@ -165,8 +164,7 @@ def project(
         if task >= images * chunks:
             break
         image, chunk = task // chunks, task % chunks
-        scene = image // C
-        if not write_camera(viewmats, Ks, image, width, height, row):
+        if not write_camera(poses[0], poses[1], image, width, height, row):
             progress[BAD] = 2
         if chunk == 0:
             for k in range(24):
@@ -179,7 +177,7 @@ def project(
             tile_counts[tile] = 0
         for g0 in range(chunk * chunk_size, min(N, (chunk + 1) * chunk_size), 8):
             count = min(8, N - g0)
-            s = scene * N + g0
+            s = image // C * N + g0
             mx, my, mz = load_3(means, s, count)
             qw, qx, qy, qz = load_4(quats, s, count)
             sx, sy, sz = load_3(scales, s, count)
@@ -213,18 +211,9 @@ def project(
             seen = seen & (x0 < x1) & (y0 < y1)
             bits = lanes(seen)
             l11 = root(c / determinant) * _KAPPA
-            store(scratch, 0, u)
-            store(scratch, 8, v)
-            store(scratch, 16, l11)
-            store(scratch, 24, -b / c * l11)
-            store(scratch, 32, _KAPPA / root(c))
-            store(scratch, 40, log2_opacity)
-            store(scratch, 48, z)
-            store(scratch, 56, opacity)
-            store(scratch, 64, x0)
-            store(scratch, 72, y0)
-            store(scratch, 80, x1)
-            store(scratch, 88, y1)
+            store(scratch, 0, (
+                u, v, l11, -b / c * l11, _KAPPA / root(c), log2_opacity, z, opacity, x0, y0, x1, y1,
+            ))
             for k in range(count):
                 g = image * N + g0 + k
                 if (bits >> k) & 1 == 0:
@@ -262,14 +251,17 @@ def project(
 
 @stage
 def project_backward(
-    progress, number, means, quats, scales, opacities, colors, sh, scenes, C, N, chunks,
-    chunk_size, eps2d, cameras, records32, boxes, firsts, chunk_table, slots, touched, sums,
-    v_means, v_quats, v_scales, v_opacities, v_colors,
+    progress, number, scenes, gaussians, sh, eps2d, shape, parts, lists, sums, v_gaussians
 ):
     """Carry the entries' gradients back to the Gaussians. One task is one chunk of one scene.
 
     Every Gaussian sums its own entries, tile by tile and camera by camera, in a fixed order.
     """
+    means, quats, scales, opacities, colors = gaussians
+    v_means, v_quats, v_scales, v_opacities, v_colors = v_gaussians
+    _, C, N, chunks, chunk_size, _, _, _, _ = shape
+    _, records32, boxes, firsts, _, _, cameras, chunk_table, _, _ = parts
+    _, slots, touched = lists
     acc = np.empty(16, np.float32)
     grads, out = np.zeros(10 * 8, np.float64), np.zeros(7 * 8, np.float64)
     basis, slopes = np.empty(16, np.float64), np.empty(48, np.float64)
@@ -391,12 +383,12 @@ def project_backward(
                 v_x = v_x + fma(along_x, w00, fma(along_y, w10, along_z * w20))
                 v_y = v_y + fma(along_x, w01, fma(along_y, w11, along_z * w21))
                 v_z = v_z + fma(along_x, w02, fma(along_y, w12, along_z * w22))
-            store(out, 8, v_x + load(out, 8))
-            store(out, 16, v_y + load(out, 16))
-            store(out, 24, v_z + load(out, 24))
-            store(out, 32, fma(vm00, r00, fma(vm10, r10, vm20 * r20)))
-            store(out, 40, fma(vm01, r01, fma(vm11, r11, vm21 * r21)))
-            store(out, 48, fma(vm02, r02, fma(vm12, r12, vm22 * r22)))
+            store(out, 8, (
+                v_x + load(out, 8), v_y + load(out, 16), v_z + load(out, 24),
+                fma(vm00, r00, fma(vm10, r10, vm20 * r20)),
+                fma(vm01, r01, fma(vm11, r11, vm21 * r21)),
+                fma(vm02, r02, fma(vm12, r12, vm22 * r22)),
+            ))
             # M = R S, then the rotation's quaternion, then its normalisation
             vm00, vm01, vm02 = vm00 * sx, vm01 * sy, vm02 * sz
             vm10, vm11, vm12 = vm10 * sx, vm11 * sy, vm12 * sz
@@ -410,10 +402,10 @@ def project_backward(
             vz = fnma(nz * 2.0, vm00 + vm11, vz)
             radial = fma(vw, nw, fma(vx, nx, fma(vy, ny, vz * nz)))
             double = norm_inverse * 2.0
-            store(grads, 0, (vw - radial * nw) * double)
-            store(grads, 8, (vx - radial * nx) * double)
-            store(grads, 16, (vy - radial * ny) * double)
-            store(grads, 24, (vz - radial * nz) * double)
+            store(grads, 0, (
+                (vw - radial * nw) * double, (vx - radial * nx) * double,
+                (vy - radial * ny) * double, (vz - radial * nz) * double,
+            ))
             for k in range(count):
                 v_opacities[first + k] = out[k]
                 for axis in range(3):

@@ -173,11 +173,16 @@ def load(context, builder, sig, array, index):
     return builder.load(pointer, align=sig.args[0].dtype.bitwidth // 8)
 
 
-@emits(lambda array, index, vector: (types.void, array, types.intp, vector))
-def store(context, builder, sig, array, index, vector):
-    """Write a vector to a flat array, from element `index` on."""
-    pointer = _pointer(context, builder, sig, array, index, vector.type)
-    builder.store(vector, pointer, align=sig.args[0].dtype.bitwidth // 8)
+@emits(lambda array, index, vectors: (types.void, array, types.intp, vectors))
+def store(context, builder, sig, array, index, vectors):
+    """Write a vector, or a tuple of them one after the other, to a flat array from `index` on."""
+    several = isinstance(sig.args[2], types.UniTuple)
+    count = len(sig.args[2]) if several else 1
+    for k in range(count):
+        vector = builder.extract_value(vectors, k) if several else vectors
+        at = builder.add(index, ir.Constant(I64, k * vector.type.count))
+        pointer = _pointer(context, builder, sig, array, at, vector.type)
+        builder.store(vector, pointer, align=sig.args[0].dtype.bitwidth // 8)
     return context.get_dummy_value()
 
 
