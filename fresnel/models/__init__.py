@@ -1,6 +1,6 @@
 """Networks: one image -> Gaussians (decoder), one image and two cameras -> a view (cvs)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from fresnel.data.images import InputImages
@@ -11,8 +11,7 @@ Predictor = Callable[[InputImages, Cameras], Views]
 """Input images (M) and target cameras (M, V) in, `Views` (M, V, H, W, ...) over black out."""
 
 
-def check(config: Any, rules: Iterable[tuple[str, bool, str]]) -> None:
-    """ValueError for the first (field, whether it will do, what is wanted) that won't do."""
-    for name, holds, want in rules:
-        if not holds:
-            raise ValueError(f"{name}: got {getattr(config, name)!r}, want {want}")
+def check(config: Any, name: str, holds: bool, want: str) -> None:
+    """ValueError for a field of a configuration that will not do."""
+    if not holds:
+        raise ValueError(f"{name}: got {getattr(config, name)!r}, want {want}")

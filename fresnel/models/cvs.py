@@ -88,19 +88,18 @@ class CVSConfig:
     render_twin: bool = False  # ... and to a second one, from the mirrored input: to their mean
 
     def __post_init__(self) -> None:
-        shares = ("sigma_max_fraction", "foreground_share", "denoising_share")
         ours, renders = self.parameterisation == "consistency", self.render_condition
-        rules = [
-            *((name, 0 <= getattr(self, name) <= 1, "a value in [0, 1]") for name in shares),
-            ("loss_weight", self.loss_weight in LOSS_WEIGHTS, f"one of {LOSS_WEIGHTS}"),
-            ("parameterisation", self.parameterisation in KINDS, f"one of {KINDS}"),
-            ("sigma_min", 0 < self.sigma_min < self.sigma_max, "0 < sigma_min < sigma_max"),
-            ("ect_stages", self.ect_stages >= 1, "at least one stage"),
-            ("ect_q", self.ect_q > 1, "a factor above 1"),
-            ("render_twin", renders or not self.render_twin, "render_condition=True too"),
-            ("parameterisation", ours or not renders, '"consistency" where it adds to a render'),
-        ]
-        check(self, rules)
+        for name in ("sigma_max_fraction", "foreground_share", "denoising_share"):
+            check(self, name, 0 <= getattr(self, name) <= 1, "a value in [0, 1]")
+        for name, known in (("loss_weight", LOSS_WEIGHTS), ("parameterisation", KINDS)):
+            check(self, name, getattr(self, name) in known, f"one of {known}")
+        ordered = 0 < self.sigma_min < self.sigma_max
+        check(self, "sigma_min", ordered, "0 < sigma_min < sigma_max")
+        check(self, "ect_stages", self.ect_stages >= 1, "at least one stage")
+        check(self, "ect_q", self.ect_q > 1, "a factor above 1")
+        check(self, "render_twin", renders or not self.render_twin, "render_condition=True too")
+        kind = '"consistency" for a model that adds to a render'
+        check(self, "parameterisation", ours or not renders, kind)
 
     @property
     def condition_channels(self) -> int:
@@ -124,9 +123,8 @@ class CVS(weights.Stored):
     `render_condition`, (1 - c_skip) R is added, for the render R in the condition (the mean of
     two): from noise alone the untrained network gives R.
 
-    Attributes:
-        decoder: checksum of the decoder whose renders it learned from; travels with the weights.
-        origin: of the weights that training starts from: "random", or their checksum.
+    `decoder`, the checksum of the decoder whose renders it learned from, travels with the weights;
+    `origin` is "random", or the checksum of the weights that training starts from.
     """
 
     kind, make_config, facts = "cvs", CVSConfig, {"decoder": ""}
@@ -172,8 +170,7 @@ class CVS(weights.Stored):
         names = (*UNET_OPTIONS, "embedding_channels", "render_condition", "render_twin")
         theirs, ours = (asdict(network.config) for network in (other, self))
         if odd := [f"{n} {theirs[n]}; want {ours[n]}" for n in names if theirs[n] != ours[n]]:
-            built = ", ".join(odd)
-            raise ValueError(f"initial weights: built with {built}. Choose the size that they have")
+            raise ValueError(f"initial weights: built with {', '.join(odd)}. Choose their size")
         found = {name: tensor.clone() for name, tensor in other.state_dict().items()}
         if self.config.parameterisation == "original" != other.config.parameterisation:
             at_max = other.scalings(torch.tensor(other.config.sigma_max))[1]
@@ -199,18 +196,12 @@ def restored(stored: Tensor) -> Tensor:
 def condition_tensors(image: Tensor, source: Cameras, cameras: Cameras, pivots: Tensor) -> Tensor:
     """What the network knows: input image, its rays, the target's rays. (M V, 16, H, W).
 
-    Args:
-        image: M premultiplied RGBA images (M, 4, H, W) in [-1, 1].
-        source: their cameras (M,).
-        cameras: target cameras (M, V), of the input images' size.
-        pivots: (M, 3), the origin of the canonical frame, in the world.
+    Of premultiplied RGBA images (M, 4, H, W) in [-1, 1] with their cameras (M,); target cameras (M,
+    V) of the same size; and pivots (M, 3), the origin of the canonical frame, in the world.
     """
-    h, w = image.shape[-2:]
-    if {(c.height, c.width) for c in (source, cameras)} != {(h, w)}:
-        raise ValueError(
-            f"cameras: got {source.width} x {source.height} (input) and {cameras.width} x "
-            f"{cameras.height} (target) pixels, want the input image's {w} x {h}"
-        )
+    (h, w), sizes = image.shape[-2:], [(c.width, c.height) for c in (source, cameras)]
+    if sizes != [(w, h)] * 2:
+        raise ValueError(f"cameras: got {sizes} pixels, want the input image's {w} x {h}")
     with torch.autocast(image.device.type, enabled=False):  # geometry needs float32
         frame = gravity_frame(source, pivots)
         known = torch.cat([image, source.pluecker(frame).movedim(-1, -3)], dim=1)
@@ -252,11 +243,8 @@ def prepared(
 ) -> Tensor:
     """What `seen` gives for every pair, uint8 (M, S, V, C, H, W); decode with `restored`.
 
-    Args:
-        renderer: the decoder, as `decoder.predictor` gives it.
-        any_input: for every view as the input too: S = 1 + V, source 1 + k is view k; else S = 1,
-            the record's own input.
-        batch: records that are decoded and rendered at once.
+    S = 1, the record's own input, or with `any_input` 1 + V: source 1 + k is view k. `batch`
+    records are decoded and rendered at once.
     """
     from tqdm.auto import tqdm
 
@@ -367,9 +355,7 @@ def load_shipped(device: torch.device | str = "cpu", model: str = "cvs") -> CVS:
     """A small trained CVS (6 M parameters, 128 px) that comes with the package: "cvs" draws a view
     anew, "cvs-twin" adds to what the shipped pixel decoder makes of it.
 
-    Raises:
-        ValueError: if none of this model ships.
-        FileNotFoundError: if this installation carries none; the message says how to make one.
+    ValueError if none of this model ships; also raises as `weights.shipped`.
     """
     if model not in SHIPPED:
         raise ValueError(f"no trained {model!r} ships, but {' and '.join(SHIPPED)}; want a file")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -41,26 +42,18 @@ _STRIDE = 4  # pixels of the patch encoder's input for each patch
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What a decoder is made of.
+    """What a decoder is made of; the U-Net's options are those of `unet.UNet`."""
 
-    Args:
-        kind: "pixel" (ours) or "patch" (the original's).
-        image_size: side of the square image the network sees, in pixels.
-        gaussians_per_pixel: pixel kind: one for what is seen, the others for what is behind.
-        base_channels, channel_multipliers, blocks_per_level, attention_levels, patch: pixel
-            kind: the U-Net's, see `unet.UNet`.
-        gaussians_per_patch: patch kind: the original's K, 4 or 8.
-        patch_grid: patch kind: patches along a side; the original has 37.
-    """
-
-    kind: Literal["pixel", "patch"] = "pixel"
-    image_size: int = 128
+    kind: Literal["pixel", "patch"] = "pixel"  # ours, or the original's
+    image_size: int = 128  # side of the square image the network sees, in pixels
+    # pixel kind: one for what is seen, the others for what is behind; and the U-Net
     gaussians_per_pixel: int = 2
     base_channels: int = 40
     channel_multipliers: tuple[int, ...] = (1, 2, 3, 4)
     blocks_per_level: int = 1
     attention_levels: tuple[int, ...] = (3,)
     patch: int = 1
+    # patch kind: the original's K, 4 or 8; patches along a side, the original has 37
     gaussians_per_patch: int = 4
     patch_grid: int = 37
 
@@ -68,20 +61,16 @@ class DecoderConfig:
         shrink = self.patch * 2 ** (len(self.channel_multipliers) - 1)
         fits = self.image_size >= shrink and self.image_size % shrink == 0
         layers = "at least 2, one for what is seen and one for what is behind"
-        rules = [
-            ("kind", self.kind in ("pixel", "patch"), "'pixel' or 'patch'"),
-            ("gaussians_per_pixel", self.gaussians_per_pixel >= 2, layers),
-            ("image_size", self.kind == "patch" or fits, f"a multiple of {shrink}"),
-        ]
-        check(self, rules)
+        check(self, "kind", self.kind in ("pixel", "patch"), "'pixel' or 'patch'")
+        check(self, "gaussians_per_pixel", self.gaussians_per_pixel >= 2, layers)
+        check(self, "image_size", self.kind == "patch" or fits, f"a multiple of {shrink}")
 
 
 class Decoder(weights.Stored):
     """Images -> Gaussians; see the module's docstring.
 
-    Attributes:
-        render_size: pixels of the pictures that its Gaussians were trained to be drawn in; travels
-            with the checkpoint, see `render_small`.
+    `render_size`, pixels of the pictures that its Gaussians were trained to be drawn in, travels
+    with its checkpoint: see `render_small`.
     """
 
     kind, make_config, facts = "decoder", DecoderConfig, {"render_size": 128}
@@ -105,12 +94,9 @@ class Decoder(weights.Stored):
         return self.decode(*self.prepare(inputs))[0]
 
     def prepare(self, inputs: InputImages) -> tuple[Tensor, Cameras, Tensor | None]:
-        """Images as the network sees them, on its device.
-
-        Returns:
-            Premultiplied rgba in [0, 1], (M, 4, S, S), S = config.image_size; cameras (M,) for
-            that size; normalised depth (M, S, S) for the patch kind where the record has any.
-        """
+        """Images as the network sees them, on its device: premultiplied rgba in [0, 1], (M, 4, S,
+        S), S = config.image_size; cameras (M,) for that size; normalised depth (M, S, S) for the
+        patch kind where the record has any."""
         size, depth, inputs = self.config.image_size, None, inputs.to(self.device)
         rgba = torch.cat([inputs.rgb, inputs.alpha[..., None]], dim=-1).permute(0, 3, 1, 2) / 255
         if self.config.kind == "patch" and inputs.depth is not None:
@@ -181,13 +167,8 @@ def pixel_parametrisation(raw: Tensor, rgba: Tensor, cameras: Cameras) -> Gaussi
     slide along their rays within reach of the pivot; each layer lies behind the one before.
     A small offset leaves the ray.  Colours start at the image's (in logit space).
 
-    Args:
-        raw: shape (M, L * 15, H, W), L layers.
-        rgba: premultiplied, in [0, 1], shape (M, 4, H, W).
-        cameras: (M,), H x W pixels, the object's pivot at the world origin.
-
-    Returns:
-        Gaussians of batch shape (M,), N = L * H * W, layer by layer.
+    Of raw (M, L * 15, H, W), premultiplied rgba in [0, 1], (M, 4, H, W), and cameras (M,) with the
+    object's pivot at the world origin, it makes N = L H W Gaussians, layer by layer.
     """
     m, _, h, w = raw.shape
     numbers = list(_PIXEL_NUMBERS.values())
@@ -223,15 +204,11 @@ def pixel_parametrisation(raw: Tensor, rgba: Tensor, cameras: Cameras) -> Gaussi
 
 
 def normalised_depth(depth: Tensor, alpha: Tensor) -> Tensor:
-    """Depth in [0, 1] as the patch kind reads it: 0 is the nearest foreground, 1 the farthest.
+    """z-depth (M, H, W), 0 where nothing was hit, as the patch kind reads it: from 0, the nearest
+    foreground, to 1, the farthest, and the background (no depth, or alpha below one half).
 
     The original fed a monocular depth map.  Monocular networks often predict disparity, larger
     when nearer; here larger means farther, so that z = -2 - 2 * depth puts nearer parts nearer.
-    Background (alpha below one half, or no depth) is 1.
-
-    Args:
-        depth: z-depth in any unit, shape (M, H, W), 0 where nothing was hit.
-        alpha: in [0, 1], shape (M, H, W).
     """
     valid = (alpha > 0.5) & (depth > 0)
     near = torch.where(valid, depth, torch.inf).amin(dim=(-1, -2), keepdim=True)
@@ -241,46 +218,38 @@ def normalised_depth(depth: Tensor, alpha: Tensor) -> Tensor:
 
 
 class PatchNetwork(nn.Module):
-    """Image (and depth) -> grid^2 * K Gaussians, in the input camera's OpenCV frame.
+    """Image (and depth) -> Gaussians in the input camera's OpenCV frame, `per_patch` (K) for each
+    of `grid`^2 patches.
 
-    Patch features from scratch; on them and the depth the original's per-patch MLP (512, 512, 256,
-    128). A small head of ours predicts the depth where none was given.
-
-    Args:
-        per_patch: K, Gaussians for each patch.
-        grid: patches along a side; the original has 37.
+    On patch features and the depth runs the original's per-patch MLP (512, 512, 256, 128). A small
+    head of ours predicts the depth where none was given.
     """
 
     def __init__(self, per_patch: int, grid: int) -> None:
         super().__init__()
         self.grid, self.per_patch = grid, per_patch
-        channels, width = 384, 64
-        fine = nn.Conv2d(4, width, 3, stride=2, padding=1), nn.SiLU()
-        self.encoder = nn.ModuleDict()
-        self.encoder["stem"] = nn.Sequential(*fine, nn.Conv2d(width, 128, 3, stride=2, padding=1))
-        self.encoder["down"] = nn.Conv2d(128, 192, 3, stride=2, padding=1)
-        self.encoder["context"] = nn.Sequential(ResidualBlock(192, 192), ResidualBlock(192, 192))
-        self.encoder["norm"] = group_norm(128 + 192)
-        self.encoder["out"] = nn.Conv2d(128 + 192, channels, 1)
-        self.depth_head = nn.Sequential(nn.Conv2d(channels, 64, 1), nn.SiLU(), nn.Conv2d(64, 1, 1))
+        halve = {"kernel_size": 3, "stride": 2, "padding": 1}
+        modules = {
+            "stem": nn.Sequential(
+                nn.Conv2d(4, 64, **halve), nn.SiLU(), nn.Conv2d(64, 128, **halve)
+            ),
+            "down": nn.Conv2d(128, 192, **halve),
+            "context": nn.Sequential(ResidualBlock(192, 192), ResidualBlock(192, 192)),
+            "norm": group_norm(128 + 192),
+            "out": nn.Conv2d(128 + 192, 384, 1),
+        }
+        self.encoder = nn.ModuleDict(modules)
+        self.depth_head = nn.Sequential(nn.Conv2d(384, 64, 1), nn.SiLU(), nn.Conv2d(64, 1, 1))
         layers: list[nn.Module] = []
-        width = channels + 1
-        for hidden in (512, 512, 256, 128):
+        for width, hidden in pairwise((384 + 1, 512, 512, 256, 128)):
             layers += [nn.Linear(width, hidden), nn.SiLU()]
-            width = hidden
-        numbers = sum(_PATCH_NUMBERS.values())
-        self.mlp = nn.Sequential(*layers, nn.Linear(width, per_patch * numbers))
+        layers.append(nn.Linear(128, per_patch * sum(_PATCH_NUMBERS.values())))
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self, rgba: Tensor, depth: Tensor | None) -> tuple[Gaussians, dict[str, Tensor]]:
-        """Decode rgba (M, 4, S, S), premultiplied, in [0, 1].
-
-        Args:
-            depth: normalised depth (M, S, S), see `normalised_depth`; None: the depth head's.
-
-        Returns:
-            Gaussians (M, grid^2 * K), and {"depth_predicted": (M, G, G), "depth_known": (M, G, G)}
-            (the second only where depth was given).
-        """
+        """Premultiplied rgba in [0, 1], (M, 4, S, S), and `normalised_depth` (M, S, S), if known ->
+        Gaussians (M, G G K), and the depths "depth_predicted" and, if known, "depth_known", both
+        (M, G, G)."""
         encoder, size = self.encoder, (self.grid, self.grid)
         fine = encoder["stem"](resize(rgba * 2 - 1, self.grid * _STRIDE))
         coarse = encoder["context"](encoder["down"](fine))
@@ -303,12 +272,8 @@ def original_parametrisation(raw: Tensor, depth: Tensor) -> Gaussians:
     x, y = patch grid in [-1, 1] + 0.25 * offset; z = -2 - 2 * depth + 0.25 * offset (OpenGL);
     scale = 0.15 * softplus(raw + 1); 6D rotation; colour and opacity by sigmoid.
 
-    Args:
-        raw: shape (M, G, G, K, 16), rows from the top of the image.
-        depth: in [0, 1], 0 the nearest, shape (M, G, G).
-
-    Returns:
-        Gaussians of batch shape (M,), N = G * G * K.
+    Of raw (M, G, G, K, 16), rows from the top of the image, and depth in [0, 1], 0 the nearest,
+    (M, G, G), it makes N = G G K Gaussians.
     """
     offset, scale, rotation, colour, opacity = raw.split(list(_PATCH_NUMBERS.values()), dim=-1)
     along = torch.linspace(-1.0, 1.0, raw.shape[1], device=raw.device)

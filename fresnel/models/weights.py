@@ -56,11 +56,8 @@ class Stored(nn.Module):
         return checksum(self.state_dict())
 
     def save(self, path: str | Path, *, half: bool = False) -> Path:
-        """Write weights, config, provenance and facts to one file, whole or not at all.
-
-        Args:
-            half: store float16, which halves the file.
-        """
+        """Write weights, config, provenance and facts to one file, whole or not at all; `half`: as
+        float16, which halves it."""
         tensors = {
             name: (t.half() if half and t.is_floating_point() else t).detach().cpu().contiguous()
             for name, t in self.state_dict().items()
