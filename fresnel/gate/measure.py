@@ -44,7 +44,7 @@ def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row],
     stored_rgb, stored_alpha = views.rgb.numpy(), views.alpha.numpy()
     rgb, alpha, foreground = _foreground(stored_rgb, stored_alpha)
     summary = {**print_of(views), "error": None, "views": len(rgb), "foreground": foreground}
-    summary["bad_poses"] = sum(map(_is_bad, (*views.cameras, views.input_camera)))
+    summary["bad_poses"] = sum(map(_is_bad, [*iter(views.cameras), views.input_camera]))
     depth = None if views.depth is None else views.depth.numpy()
     summary["bad_depth"] = 0 if depth is None else int((~np.isfinite(depth)).sum())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -176,7 +176,9 @@ _WORTH_PROCESSES = 120  # records: some seconds of measuring on one core, as pro
 _Measured = tuple[list[Row], Row, Rig | None]
 
 
-def _stream(dataset: Any, first: int, workers: int | None, progress: bool) -> Iterator[_Measured]:
+def _stream(
+    dataset: Any, first: int, workers: int | None, progress: bool
+) -> Generator[_Measured, None, None]:
     """All records measured: `first` evenly spaced ones, then the rest, each prefix of which is
     spread over the set.  Processes start when the first examples have not refused the set."""
     total = len(dataset)
@@ -189,8 +191,12 @@ def _stream(dataset: Any, first: int, workers: int | None, progress: bool) -> It
         count, left = min(core_count(), MOST_WORKERS), _RIGS if indices is sample else _RIGS - first
         with processes(count) if split else ThreadPoolExecutor(workers or 2) as pool:
             # What travels to a process is a subset of one record.
-            tasks = ((dataset.subset([i]), 0) if split else (dataset, i) for i in indices)
-            queue = [pool.submit(_measure, *task, k < left) for k, task in enumerate(tasks)]
+            queue = [
+                pool.submit(
+                    _measure, *((dataset.subset([i]), 0) if split else (dataset, i)), k < left
+                )
+                for k, i in enumerate(indices)
+            ]
             options: dict[str, Any] = {"delay": 2, "disable": not progress or None}
             try:
                 for future in tqdm(queue, desc=f"gate: {what}", unit="object", **options):

@@ -228,12 +228,13 @@ class PatchNetwork(nn.Module):
     def __init__(self, per_patch: int, grid: int) -> None:
         super().__init__()
         self.grid, self.per_patch = grid, per_patch
-        halve = {"kernel_size": 3, "stride": 2, "padding": 1}
+
+        def halve(channels: int, to: int) -> nn.Conv2d:
+            return nn.Conv2d(channels, to, 3, stride=2, padding=1)
+
         modules = {
-            "stem": nn.Sequential(
-                nn.Conv2d(4, 64, **halve), nn.SiLU(), nn.Conv2d(64, 128, **halve)
-            ),
-            "down": nn.Conv2d(128, 192, **halve),
+            "stem": nn.Sequential(halve(4, 64), nn.SiLU(), halve(64, 128)),
+            "down": halve(128, 192),
             "context": nn.Sequential(ResidualBlock(192, 192), ResidualBlock(192, 192)),
             "norm": group_norm(128 + 192),
             "out": nn.Conv2d(128 + 192, 384, 1),

@@ -8,6 +8,8 @@ cut-offs and the order of the tests are gsplat 1.5.3's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -136,10 +138,11 @@ def rasterize(
         empty = viewmats.new_zeros(*cameras.batch_shape, height, width, 1)
         return empty.expand(*empty.shape[:-1], 3), empty, empty
     behind = viewmats.new_zeros(B, C, 3) if background is None else background.double()
-    images = []
-    for b, c in np.ndindex(B, C):
-        view = (viewmats[b, c], Ks[b, c], width, height, behind[b, c])
-        images.append(draw(*(t[b] for t in scenes), *view, near=near, eps2d=eps2d))
+    picture: Callable[..., tuple[Tensor, ...]] = partial(draw, near=near, eps2d=eps2d)
+    images = [
+        picture(*(t[b] for t in scenes), viewmats[b, c], Ks[b, c], width, height, behind[b, c])
+        for b, c in np.ndindex(B, C)
+    ]
     shape = (*cameras.batch_shape, height, width, -1)
     rgb, alpha, depth = (torch.stack(parts).reshape(shape) for parts in zip(*images, strict=True))
     return rgb, alpha, depth
