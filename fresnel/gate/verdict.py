@@ -190,13 +190,10 @@ def _stream(
     for what, indices, split in (("first examples", sample, False), ("whole set", rest, many)):
         count, left = min(core_count(), MOST_WORKERS), _RIGS if indices is sample else _RIGS - first
         with processes(count) if split else ThreadPoolExecutor(workers or 2) as pool:
-            # What travels to a process is a subset of one record.
-            queue = [
-                pool.submit(
-                    _measure, *((dataset.subset([i]), 0) if split else (dataset, i)), k < left
-                )
-                for k, i in enumerate(indices)
-            ]
+            queue = []
+            for k, index in enumerate(indices):  # what travels to a process is a set of one record
+                part, row = (dataset.subset([index]), 0) if split else (dataset, index)
+                queue.append(pool.submit(_measure, part, row, k < left))
             options: dict[str, Any] = {"delay": 2, "disable": not progress or None}
             try:
                 for future in tqdm(queue, desc=f"gate: {what}", unit="object", **options):
