@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,6 @@ def _ssim_window(size: int, like: Tensor, *, reach: int = 5, sigma: float = 1.5)
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """Outputs and targets (N, H, W, 3) in [0, 1] in, distances (N,) out, smaller is more alike."""
-_BACKBONE = "alexnet-owt-7be5be79.pth"
 
 
 def find_lpips(device: torch.device | str = "cpu") -> tuple[Perceptual | None, str]:
@@ -105,15 +105,11 @@ def find_lpips(device: torch.device | str = "cpu") -> tuple[Perceptual | None, s
 
     Nothing is downloaded.  Images below 64 px are scaled up to that, as the backbone needs.
     """
-    from importlib.util import find_spec
-
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / _BACKBONE
-    if find_spec("torchvision") is None:
-        return None, "LPIPS not measured: torchvision, which holds its backbone, is not installed."
-    if not weights.is_file():
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    if find_spec("torchvision") is None or not weights.is_file():
         return None, (
-            f"LPIPS not measured: its backbone's weights are not at {weights.name} in torch's hub "
-            f"folder. Get them with torchvision.models.alexnet(weights='DEFAULT') (233 MB)."
+            "LPIPS not measured: it needs torchvision and its backbone's weights in torch's hub "
+            "folder. Get them with torchvision.models.alexnet(weights='DEFAULT') (233 MB)."
         )
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
@@ -297,8 +293,8 @@ def summarise(rows: Rows, *, confidence: float = 0.95) -> list[dict[str, Any]]:
         and, for every metric m: m, m_low, m_high. With one object the interval is NaN.
     """
     summary = []
-    for name, chosen in _binned(rows).items():
-        groups = _by_object(chosen)
+    for name, groups in _binned(rows).items():
+        chosen = [row for group in groups.values() for row in group]
         entry: dict[str, Any] = {"bin": name, "objects": len(groups), "views": len(chosen)}
         entry["azimuths"] = azimuths_label([row["azimuth_deg"] for row in chosen])
         measured = [PERCEPTUAL] if all(PERCEPTUAL in row for row in chosen) else []
@@ -313,28 +309,24 @@ def summarise(rows: Rows, *, confidence: float = 0.95) -> list[dict[str, Any]]:
 def by_object(rows: Rows, metric: str) -> dict[str, dict[str, float]]:
     """Bin -> object -> value: what `summarise` averages, so that two runs can be compared."""
     return {
-        name: {key: _object_value(group, metric) for key, group in _by_object(chosen).items()}
-        for name, chosen in _binned(rows).items()
+        name: {key: _object_value(group, metric) for key, group in groups.items()}
+        for name, groups in _binned(rows).items()
     }
 
 
-def _binned(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
-    found = {name: [row for row in rows if row["bin"] == name] for name, _ in AZIMUTH_BINS}
-    return {name: chosen for name, chosen in {**found, "all": list(rows)}.items() if chosen}
-
-
-def _by_object(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+def _binned(rows: Rows) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """Bin -> object -> rows, of bins that have any."""
+    found: dict[str, Any] = {name: {} for name in (*(name for name, _ in AZIMUTH_BINS), "all")}
     for row in rows:
-        groups.setdefault(row["object"], []).append(row)
-    return groups
+        for name in (row["bin"], "all"):
+            found[name].setdefault(row["object"], []).append(row)
+    return {name: groups for name, groups in found.items() if groups}
 
 
 def _object_value(rows: Rows, metric: str) -> float:
     if metric not in RATIOS:
         values = np.array([row[metric] for row in rows], dtype=np.float64)
-        finite = values[np.isfinite(values)]
-        return float(finite.mean()) if len(finite) else math.nan
+        return mean_interval(values)[0]
     quantity = metric.removesuffix("_ratio")
     target = sum(row[f"{quantity}_target"] for row in rows)
     return sum(row[quantity] for row in rows) / target if target > 0 else math.nan
@@ -363,17 +355,14 @@ def table(
             row = {"model": name} if name else {}
             row["azimuth (deg)"] = "all" if entry["bin"] == "all" else entry["azimuths"]
             row["objects"] = str(entry["objects"])
-            rows.append(row | {m: _with_interval(entry, m) for m in metrics if m in entry})
+            for metric in (metric for metric in metrics if metric in entry):
+                value, low, high = (entry[metric + end] for end in ("", "_low", "_high"))
+                interval = f" [{low:.2f}, {high:.2f}]" if math.isfinite(low) else ""
+                row[metric] = f"{value:.2f}{interval}" if math.isfinite(value) else "-"
+            rows.append(row)
     if not rows:
         return ""
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([row.get(key, "") for key in head] for row in rows)]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
-
-
-def _with_interval(entry: Mapping[str, Any], metric: str) -> str:
-    value, low, high = (entry[metric + end] for end in ("", "_low", "_high"))
-    if not math.isfinite(value):
-        return "-"
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]" if math.isfinite(low) else f"{value:.2f}"

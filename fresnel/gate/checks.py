@@ -67,11 +67,6 @@ class Seen:
     def foreground(self, kind: str) -> np.ndarray:
         return np.array([row.get("foreground") == kind for row in self.objects], dtype=bool)
 
-    def azimuth_bins(self) -> np.ndarray:
-        """Centres of the 45 degree bins that the views fall in, 180 for -180."""
-        centre = 45.0 * np.round(self.view("azimuth_deg") / 45.0)
-        return np.where(centre <= -180.0, 180.0, centre)
-
     def per_record(self, values: np.ndarray, how: Callable[..., Any] = np.mean) -> np.ndarray:
         """A statistic of each record's finite views; NaN where there are none."""
         ends = np.cumsum([0, *(row["views"] for row in self.objects)])
@@ -103,7 +98,8 @@ class Seen:
         for key in ("luminance_ratio", "detail_ratio", "grain", "clipped", "crushed", "floored"):
             out[key] = self.per_record(self.view(key, shown=True), np.median)
         # From within 22.5 degrees of +-90 over that of 0 and 180; not asked where those are empty.
-        bins, cover = self.azimuth_bins(), self.view("coverage_ratio")
+        bins, cover = 45 * np.round(self.view("azimuth_deg") / 45), self.view("coverage_ratio")
+        bins = np.where(bins <= -180, 180, bins)
         side, front = np.abs(bins) == 90, np.isin(bins, (0, 180))
         if share(empty[~side]) > 0.5 * config.max_empty:
             # Emptiness that is everywhere is not what a cut-out does at its sides.

@@ -81,7 +81,7 @@ def validate(
     progress: bool = True,
     against: Any = None,
 ) -> Verdict:
-    """Look at `first` evenly spaced records, go on by as many while undecided, confirm on the rest.
+    """Look at `first` evenly spaced records, go on while nothing is wrong, confirm on the rest.
 
     Each check is a sequential test on the records that show its fault (`decide`): a fault ends the
     reading early; only a set on which every check stays clear to its last record passes.
