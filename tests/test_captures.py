@@ -341,6 +341,16 @@ def test_a_zero_quaternion_in_a_binary_model_is_named(truth, tmp_path):
         dataset.open(tmp_path)
 
 
+def test_a_binary_model_that_claims_more_points_than_it_has_is_refused_at_once(truth, tmp_path):
+    colmap(tmp_path, truth, binary=True)
+    path = tmp_path / "sparse/0/images.bin"
+    data = path.read_bytes()
+    for place in (len(data) - 8, 0):  # of the last picture's points, of the pictures
+        path.write_bytes(data[:place] + (1 << 41).to_bytes(8, "little") + data[place + 8 :])
+        with pytest.raises(DatasetError, match="not a readable COLMAP model"):
+            dataset.open(tmp_path)
+
+
 def test_a_folder_whose_name_is_not_utf8_is_named(truth, tmp_path):
     write(tmp_path, transforms(tmp_path, truth))
     odd = os.fsdecode(os.fsencode(tmp_path.parent) + b"/caf\xe9")

@@ -822,6 +822,12 @@ def test_what_an_object_shows_is_in_its_hash(change, tmp_path):
     assert content_of(asset, {}) != before
 
 
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps([{"file": "e" * 300 + ".glb"}]))
+    with pytest.raises(DatasetError, match=r"list\.json"):
+        find_assets(tmp_path / "list.json")
+
+
 def test_no_warning_for_what_is_drawn(tmp_path):
     (tmp_path / "x.glb").write_bytes(Gltf().glb())
     with warnings.catch_warnings():

@@ -11,7 +11,7 @@ with a warning.  Depth maps and ``applied_scale`` are not used
 pictures, and the others are named, as are pictures without a pose.  Pictures lie in one of
 `_IMAGES`, masks in masks/ as PICTURE.png or PICTURE with .png for its extension.  Worlds have no
 vertical: the mean of the cameras' up directions becomes Y.  Points can be larger than memory and
-are not read (https://colmap.github.io/format.html).
+are not read, nor are rigs: every picture has a pose of its own (https://colmap.github.io/format.html).
 
 **CO3D v2**: frame_annotations.jgz of a category, every sequence one object.  Cameras are
 PyTorch3D's: row vectors, X_camera = X_world R + T, with x left, y up, z forward; focal lengths and
@@ -24,13 +24,15 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from fresnel.data.captures import MAX_VIEWS, Capture, Floats, Lens, View, collect, pinhole
 from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, decoded
@@ -254,58 +256,61 @@ def _posed(model: Path, suffix: str) -> tuple[list[_Posed], dict[int, Any], list
     """Of a model: the pictures that have a pose, by name, the cameras, and the files read."""
     import pycolmap
 
-    names = [f"{stem}{suffix}" for stem in ("cameras", "images", "rigs", "frames")]
+    names = [f"{stem}{suffix}" for stem in ("cameras", "images")]
     names = [name for name in names if (model / name).is_file()]
     if f"images{suffix}" not in names:
         said = f"has no images{suffix}, which says which picture has which pose"
         raise DatasetError(f"{model}: {said}. Export it again: colmap model_converter")
     if (size := sum((model / name).stat().st_size for name in names)) > _MAX_MODEL_BYTES:
         raise DatasetError(f"{model}: {size} bytes, the limit is {_MAX_MODEL_BYTES}")
-    called: dict[int, str] = {}
-    with tempfile.TemporaryDirectory() as copy:  # the model as it is, but for its points
-        for name in names:
-            (Path(copy) / name).symlink_to((model / name).resolve())
-        (Path(copy) / f"points3D{suffix}").write_bytes(b"\0" * 8 if suffix == ".bin" else b"")
+    found = []
+    with tempfile.TemporaryDirectory() as copy:  # its cameras alone
+        (Path(copy) / names[0]).symlink_to((model / names[0]).resolve())
+        for name in ("images", "points3D"):
+            (Path(copy) / f"{name}{suffix}").write_bytes(b"\0" * 8 if suffix == ".bin" else b"")
         try:
-            if suffix == ".txt":
-                text, called = _without_points(model / "images.txt")
-                (Path(copy) / "images.txt").unlink()
-                (Path(copy) / "images.txt").write_text(text)
-            made = pycolmap.Reconstruction(copy)
-            images = [image for image in made.images.values() if image.has_pose]
-            found = []
-            for image in images:
-                name = called.get(image.image_id, image.name)
-                turn = image.cam_from_world().rotation.quat
-                if not 0.5 < np.linalg.norm(turn) < 2:
-                    raise ValueError(f"the quaternion of {name!r} is {turn.tolist()}, no rotation")
-                pose = np.vstack([image.cam_from_world().matrix(), [0, 0, 0, 1]])
-                found.append(_Posed(name, image.camera_id, pose))
-        except DatasetError:
-            raise
+            read = _rows if suffix == ".txt" else _records
+            for name, camera, (w, x, y, z, *shift) in read(model / names[1]):
+                if not any((w, x, y, z)):
+                    raise ValueError(f"the quaternion of {name!r} is 0 0 0 0, no rotation")
+                pose = np.eye(4)
+                pose[:3, :3] = Rotation.from_quat([x, y, z, w]).as_matrix()
+                pose[:3, 3] = shift
+                found.append(_Posed(name, camera, pose))
+            cameras = dict(pycolmap.Reconstruction(copy).cameras.items())
         except Exception as error:  # names that are no UTF-8 among them
             said = (str(error).strip().splitlines() or ["it crashed"])[-1][:300]
             raise DatasetError(f"{model}: not a readable COLMAP model ({said})") from None
     if len(found) > MAX_VIEWS:
         raise DatasetError(f"{model}: {len(found)} views, the limit is {MAX_VIEWS}")
-    return sorted(found, key=lambda one: one.name), dict(made.cameras.items()), names
+    return sorted(found, key=lambda one: one.name), cameras, names
 
 
-def _without_points(path: Path) -> tuple[str, dict[int, str]]:
-    """An images.txt in which every picture's second line is empty and its name is a number; and the
-    names, by image.  Some tools leave the second lines out; names may hold spaces."""
-    rows, called = [], {}
-    for line in path.read_text("utf-8", "surrogateescape").splitlines():
-        words = line.split(None, 9)
-        if line.startswith("#") or len(words) < 10 or not words[0].isdigit():
-            continue
-        if all(map(_NUMBER.fullmatch, line.split())):  # a row of points
-            continue
-        if not any(float(word) for word in words[1:5]):
-            raise DatasetError(f"{path}: the quaternion of {words[9]!r} is 0 0 0 0, no rotation")
-        called[int(words[0])] = words[9].strip()
-        rows += [" ".join([*words[:9], words[0]]), ""]
-    return "\n".join([*rows, ""]), called
+def _rows(path: Path) -> Iterator[tuple[str, int, list[float]]]:
+    """Of an images.txt: name, camera, quaternion wxyz and translation of every picture.  Some tools
+    leave the second lines, of points, out; names may hold spaces."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            words = line.split(None, 9)
+            if len(words) < 10 or line.startswith("#"):
+                continue
+            ends = words[9].split(None, 1)[0], words[9].rsplit(None, 1)[-1]
+            if not all(map(_NUMBER.fullmatch, ends)):  # else a row of points
+                _, *numbers = (float(word) for word in words[:8])
+                yield words[9].strip(), int(words[8]), numbers
+
+
+def _records(path: Path) -> Iterator[tuple[str, int, list[float]]]:
+    """The same of an images.bin, whose points are skipped."""
+    data, at = path.read_bytes(), 8
+    for _ in range(struct.unpack_from("<Q", data)[0]):
+        _, *numbers, camera = struct.unpack_from("<I7dI", data, at)
+        end = data.index(b"\0", at + 64)
+        (points,) = struct.unpack_from("<Q", data, end + 1)
+        yield data[at + 64 : end].decode(), camera, numbers
+        at = end + 9 + 24 * points
+    if at != len(data):
+        raise ValueError(f"{path.name} has {len(data)} bytes, its pictures {at}: it is cut off")
 
 
 def _annotations_in(folder: Path) -> list[str]:

@@ -264,9 +264,10 @@ def _listed(manifest: Path, data: bytes, archived: bool = False) -> list[Asset]:
         if not archived:
             try:
                 source = inside(manifest.parent, file)
+                there = source.is_file()
             except (OSError, ValueError) as error:
                 raise DatasetError(f"{manifest}: refuses {file!r}: {error}") from None
-            if not source.is_file():
+            if not there:
                 raise DatasetError(f"{source}: no such file, but {manifest.name} lists it")
         found.append(_asset(source, file, said, file if archived else ""))
     return found
