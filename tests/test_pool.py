@@ -44,6 +44,16 @@ def test_a_killed_worker_is_an_error_and_no_hang() -> None:
         crew.submit(os._exit, 9).result()
 
 
+def test_an_error_ends_busy_workers_at_once() -> None:
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), pool.processes(2) as crew:
+        pid = crew.submit(os.getpid).result()
+        for _ in range(2):
+            crew.submit(time.sleep, 60)
+        raise KeyboardInterrupt
+    assert _gone([pid]) and time.monotonic() - started < 30
+
+
 def _gone(pids: list[int]) -> bool:
     """Whether none of them runs; a zombie that its parent has not yet collected is none."""
     for _ in range(400):

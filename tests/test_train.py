@@ -425,9 +425,12 @@ def test_a_background_writer_keeps_what_it_was_given_and_reports_failures(
     tmp_path: Path, monkeypatch
 ) -> None:
     tensor = torch.zeros(3)
+    write, begin = checkpoints.serialised, threading.Event()
+    monkeypatch.setattr(checkpoints, "serialised", lambda *a: (begin.wait(60), write(*a))[1])
     with checkpoints.Writer(background=True) as writer:
         writer.save(tmp_path, {"x": tensor}, {"step": 1}, ["best"])
         tensor += 1  # training goes on
+        begin.set()
         writer.wait()
         assert checkpoints.read(tmp_path / "best.safetensors")[0]["x"].sum() == 0
         writer.save(tmp_path, {"x": tensor}, {"step": 2})
@@ -460,6 +463,13 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_batch(tmp_path: Path, accum
     assert batch["x"].isnan().sum() == 8 and batch["x"].shape == (4, 1, 8, 8)
     tensors, metadata = checkpoints.read(checkpoint(tmp_path / "run"))
     assert metadata["step"] == 5 and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_a_loss_that_is_not_finite_counts_whatever_its_gradient(tmp_path: Path) -> None:
+    task = Line()
+    task.hot["loss"] = lambda ours, truth: (ours - truth).square().mean() + torch.inf
+    with pytest.raises(NonFiniteLoss, match="step 0: not finite: loss, error"):
+        run(tmp_path, task=task)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), MemoryError()])
