@@ -17,30 +17,28 @@ class Images:
     """
 
     def __init__(self, data: ViewTensors, device: torch.device | str, *, depth: bool) -> None:
-        inputs, cameras = data.inputs, data.cameras
-        stored = {
-            "rgb": (inputs.rgb, data.rgb),
-            "alpha": (inputs.alpha[..., None], data.alpha[..., None]),
-            "viewmats": (inputs.cameras.viewmats, cameras.viewmats),
-            "Ks": (inputs.cameras.Ks, cameras.Ks),
+        inputs = data.inputs
+        own, others = (torch.cat([x.rgb, x.alpha[..., None]], dim=-1) for x in (inputs, data))
+        pairs = {
+            "rgba": (own, others),
+            "viewmats": (inputs.cameras.viewmats, data.cameras.viewmats),
+            "Ks": (inputs.cameras.Ks, data.cameras.Ks),
         }
         if depth and data.depth is not None:
-            own = torch.zeros_like(data.depth[:, 0]) if inputs.depth is None else inputs.depth
-            stored["depth"] = (own, data.depth)
-        self.stored = {name: (a.to(device), b.to(device)) for name, (a, b) in stored.items()}
+            none = torch.zeros_like(data.depth[:, 0])
+            pairs["depth"] = (none if inputs.depth is None else inputs.depth, data.depth)
+        # one tensor each: a batch is one lookup, as a step of the decoder waits for the host
+        self.stored = {
+            name: torch.cat([first[:, None].to(rest), rest], dim=1).to(device)
+            for name, (first, rest) in pairs.items()
+        }
         self.records, self.views, self.size = data.alpha.shape[:3]
         self.device = torch.device(device)
 
     def pick(self, records: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         """Images `numbers` (B, T) of `records` (B,) as they are stored: "rgba", 8 bits and
         premultiplied (B, T, H, W, 4), "viewmats" (B, T, 4, 4), "Ks", perhaps "depth"."""
-        found, views = dict[str, Tensor](), (numbers - 1).clamp_min(0)
-        for name, (inputs, others) in self.stored.items():
-            there, own = others[records[:, None], views], inputs[records][:, None]
-            is_input = (numbers == 0).reshape(*numbers.shape, *(1,) * (there.ndim - 2))
-            found[name] = torch.where(is_input, own, there)
-        found["rgba"] = torch.cat([found.pop("rgb"), found.pop("alpha")], dim=-1)
-        return found
+        return {name: images[records[:, None], numbers] for name, images in self.stored.items()}
 
     def spread(self, count: int, among: int) -> Tensor:
         """At most `count` whole numbers from 0 to `among` - 1, evenly spread."""
