@@ -290,6 +290,34 @@ def test_a_scale_in_the_rotations_is_taken_out_and_said(truth, tmp_path):
         dataset.open(write(tmp_path, said))
 
 
+def test_pictures_of_two_formats_are_each_measured(truth, tmp_path):
+    """Landscape and portrait, fl_x and no w and h: the middle of each is its own."""
+
+    def mixed(said: dict) -> None:
+        del said["w"], said["h"], said["cx"], said["cy"]
+        for k, frame in enumerate(said["frames"]):
+            size = (SIZE, 2 * SIZE) if k % 2 else (2 * SIZE, SIZE)
+            Image.new("RGB", size, (9, 9, 9)).save(tmp_path / frame["file_path"])
+
+    views = opened(tmp_path, truth, mixed)
+    middle = torch.tensor([SIZE / 2, SIZE / 2])
+    assert torch.allclose(views.cameras.Ks[:, :2, 2], middle.expand(VIEWS, 2))
+    assert (views.rgb == 9).all()
+
+
+def test_an_exif_rotation_is_said_to_be_ignored(truth, tmp_path):
+    def turned(said: dict) -> None:
+        for frame in said["frames"]:
+            exif = Image.Exif()
+            exif[0x0112] = 3
+            picture = Image.open(tmp_path / frame["file_path"])
+            picture.save(tmp_path / frame["file_path"], exif=exif)
+
+    with pytest.warns(UserWarning, match="EXIF rotation of its pictures is ignored"):
+        views = opened(tmp_path, truth, turned)
+    assert torch.equal(views.rgb, truth.rgb)
+
+
 def test_a_picture_that_its_exif_data_turn_is_named(truth, tmp_path):
     said = transforms(tmp_path, truth)
     said |= {"w": SIZE, "h": 2 * SIZE, "cx": SIZE / 2, "cy": SIZE}

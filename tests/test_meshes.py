@@ -484,6 +484,14 @@ OBJECTS = {
     "plain": {},
     "negative": {"lines": obj_lines(negative=True)},
     "quads": {"lines": obj_lines(quads=True)},
+    "coordinates of a map": {
+        "lines": [
+            "v {} {} {}".format(*np.add((5e5, 4.6e6, 80), [*map(float, line.split()[1:])]).tolist())
+            if line.startswith("v ")
+            else line
+            for line in obj_lines()
+        ]
+    },
     "continued lines": {"lines": [line.replace(" ", " \\\n", 1) for line in obj_lines()]},
     "byte order mark": {"mtl": "\ufeffnewmtl m\nmap_Kd t.png\n".encode()},
     "options": {"mtl": "newmtl m\nmap_Kd -o 0 0 0 -s 1 1 1 -clamp off -bm 1 t.png\n"},
@@ -616,6 +624,22 @@ def test_emission_and_unlit_materials(plain, tmp_path):
     glow, flat = shown(tmp_path, glowing), shown(tmp_path, unlit)
     assert psnr(glow, flat) > 60, "all of the picture's light, from no lamp"
     assert (flat[..., :3] >= plain[..., :3] - 1e-3).all()
+
+
+def test_vertex_colours_of_every_type_look_the_same_and_need_no_material(tmp_path):
+    share = np.random.default_rng(1).integers(1, 4, (24, 4)) * 85  # the same in 8 and in 16 bits
+
+    def in_type(kind: str):
+        def change(g: Gltf) -> None:
+            del g.primitive["material"]
+            values = share / 255 if kind == "f" else share * (257 if kind == "H" else 1)
+            g.box["COLOR_0"] = g.accessor(values.astype(kind), normalized=kind != "f")
+
+        return shown(tmp_path, change)
+
+    wanted = in_type("f")
+    assert psnr(in_type("B"), wanted) > 60 and psnr(in_type("H"), wanted) > 60
+    assert wanted[..., :3].std(dim=-1).max() > 0.05, "in colour"
 
 
 def test_the_edge_of_a_clamped_texture_goes_on(tmp_path):

@@ -193,7 +193,12 @@ def prepare(
         rows = np.linspace(0, count - 1, views or count).round().astype(int)
         thinned = replace(capture, views=tuple(whole[row] for row in rows))
         pivot = nearest_to_axes(thinned.viewmats)
-        alpha = load_image(inside(root, thinned.views[0].image), rotate=False)[1]
+        first, said = inside(root, thinned.views[0].image), capture.notes.get("warnings", [])
+        alpha = load_image(first, rotate=False)[1]
+        if decoded(first, pixels=False).getexif().get(0x0112, 1) > 1:
+            ignored = "the EXIF rotation of its pictures is ignored: poses are of what is stored"
+            warnings.warn(f"{root}: {capture.name}: {ignored}", stacklevel=2)
+            said = [*said, ignored]
         source = "file" if bool((alpha < 255).any()) else "none"
         source = "mask" if any(view.mask for view in thinned.views) else source
         side = min(side, min(alpha.shape) if source == "none" else max(alpha.shape))
@@ -204,6 +209,7 @@ def prepare(
             "views": len(rows),
             "views_left_out": count - len(rows),
             **capture.notes,
+            **({"warnings": said} if said else {}),
         }
         chosen.append(replace(thinned, notes=notes))
     most = max(len(capture.views) for capture in chosen)

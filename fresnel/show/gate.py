@@ -86,7 +86,7 @@ def reasons_rows(verdict: Verdict) -> list[dict[str, str]]:
         }
         for rank, reason in enumerate(verdict.reasons, 1)
     ] or [{"rank": "-", "finding": "none", "what": "No check failed.", "what to do": "-"}]
-    return rows + [{"rank": "-", "finding": "not checked", "what": note} for note in verdict.notes]
+    return rows + [{"rank": "-", "finding": "note", "what": note} for note in verdict.notes]
 
 
 def gate_metrics(verdict: Verdict) -> dict[str, Any]:
