@@ -104,10 +104,11 @@ class Asset:
                 if not self.member and inside(self.folder, path).is_file():
                     return path
         around, found = posixpath.dirname(home), set()
+        own, near = (f"{folder}/" if folder else "" for folder in (home, around))
         for path in files.values() if self.member else _files_below(self.folder, around):
-            if path.lower().endswith(MESHES) and not path.startswith(home):
+            if path.lower().endswith(MESHES) and not path.startswith(own):
                 return None  # another object's folder is as near: the file may be its own
-            if path.startswith(around) and posixpath.basename(path).casefold() == last.casefold():
+            if path.startswith(near) and posixpath.basename(path).casefold() == last.casefold():
                 found.add(path)
         return found.pop() if len(found) == 1 else None
 
@@ -164,9 +165,9 @@ def content_of(asset: Asset, known: dict[Path, str]) -> str:
         lines.add(line)
         folder = os.path.relpath(path.parent, asset.source.parent)
         for found in sorted(set(pattern.findall(path.read_bytes()))) if pattern else ():
-            text = found.decode("utf-8", "replace")
-            words = {text, text.split()[-1], *(text.split() if path.suffix == ".obj" else ())}
-            for name in sorted(words):  # options may stand before it
+            words = found.decode("utf-8", "replace").split()
+            ends = {" ".join(words[k:]) for k in range(len(words))}  # options may stand before it
+            for name in sorted(ends | {*words}):
                 place = asset.where(posixpath.join(folder, name)) or asset.where(name)
                 lines.add(f"{name}\0{place}")
                 waiting += [asset.folder / place] if place else []
