@@ -281,7 +281,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 @_command(
     "novel views of the object in one picture, and its Gaussians",
-    ("picture", _path, "any size; alpha, or a plain background"),
+    ("picture", _path, "any size; alpha, a plain background, or extra cutout"),
     ("--out!", _path, "folder of the views"),
     ("--ply", _path, "write the Gaussians there", "FILE"),
     ("--spz", _path, "... and there, compressed", "FILE"),

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fresnel.data import images
-from fresnel.data.images import DatasetError, InputImages
+from fresnel.data import photos
+from fresnel.data.images import InputImages
 from fresnel.host.files import write_atomic
 from fresnel.models import cvs, decoder
 from fresnel.models.weights import read_header
@@ -28,109 +26,6 @@ from fresnel.show import pictures, style
 PLY_FROM_WORLD = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 """3DGS's files have COLMAP's axes, x right, y down, z forward; our world's Y is up."""
 MOST_VIEWS = 3600
-FOREGROUND_EXTENT = 0.6
-"""Share of the frame that the longer side of an object takes in the pictures of the training."""
-_MATTE_SIZE = 512  # pixels: a matte is as good as what networks see needs, and costs a blink
-_ASSUMED = {
-    "alpha": "the picture's alpha channel says what the object is",
-    "plain": "the picture's border is of one colour, which is taken for the background; what is "
-    "connected to the border and has that colour is cut away",
-    "photograph": "the picture has no alpha and no plain border: everything in its central square "
-    "is taken for the object. Cut the object out (a PNG with alpha) for views of the object alone",
-}
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A picture as the networks take it, before black, its camera on the orbit at azimuth 0, and
-    what had to be assumed about it. `background`: "alpha" (the file's own), "plain" (estimated) or
-    "photograph" (unknown); `assumed`: sentences for a person."""
-
-    inputs: InputImages
-    background: str
-    assumed: tuple[str, ...]
-
-
-def read_photo(path: str | Path, *, elevation_deg: float = 15.0, size: int = 128) -> Photo:
-    """A picture of one object, of any size, framed as the training pictures are.
-
-    Args:
-        elevation_deg: how far above the horizon the camera stood; a photograph doesn't say.
-        size: pixels of the square, at least what the networks see.
-
-    Raises:
-        DatasetError: if the file can't be read, or shows nothing.
-        ValueError: for an elevation outside [-89, 89] degrees.
-    """
-    if not -89 <= elevation_deg <= 89:
-        raise ValueError(f"elevation_deg: got {elevation_deg}, want degrees in [-89, 89]")
-    rgb, alpha = images.load_image(path)
-    rgba = torch.cat([rgb, alpha[..., None]], dim=-1).numpy()
-    whole = Image.frombytes("RGBa", (rgba.shape[1], rgba.shape[0]), rgba.tobytes())
-    rgba = np.array(whole.reduce(max(1, max(rgba.shape) // _MATTE_SIZE)))
-    if not (rgba[..., 3] > 127).any():
-        raise DatasetError(f"{path}: transparent everywhere; want a picture of something")
-    background, side, middle = "alpha", min(rgba.shape[:2]), None
-    if (rgba[..., 3] == 255).all():
-        found = cut_out(rgba[..., :3])
-        background, rgba = ("photograph", rgba) if found is None else ("plain", found)
-    if background != "photograph":  # framed as our renders are
-        ys, xs = (rgba[..., 3] > 127).nonzero()
-        (top, bottom), (left, right) = ((int(v.min()), int(v.max()) + 1) for v in (ys, xs))
-        side = math.ceil(max(bottom - top, right - left) / FOREGROUND_EXTENT)
-        middle = (left + right) / 2, (top + bottom) / 2
-    square = images.resize(images.squared(torch.from_numpy(rgba), side, middle)[0], size)
-    camera = standard_orbit(torch.zeros(1), elevation_deg, size)
-    names, rgb, alpha = (Path(path).stem,), square[None, ..., :3], square[None, ..., 3]
-    inputs = InputImages(names, rgb, alpha, camera, elevation_is_assumed=True)
-    stood = f"the camera stood {elevation_deg:g} degrees above the horizon (--elevation)"
-    return Photo(inputs, background, (_ASSUMED[background], stood))
-
-
-def cut_out(rgb: np.ndarray) -> np.ndarray | None:
-    """The object before a background of one colour, or None where the border is not of one.
-
-    A pixel is background if it has the border's colour, within twice the border's own noise, and
-    is connected to the border: a white label on an object before white stays.  In the seam along
-    it a pixel is a mixture of the background and of the object's colour near by; alpha is the share
-    of the latter that explains it best.
-
-    Args:
-        rgb: uint8 (H, W, 3).
-
-    Returns:
-        rgba uint8 (H, W, 4), over black.
-    """
-    from scipy import ndimage
-    from skimage.segmentation import flood
-
-    picture = rgb.astype(np.float32)
-    edges = (picture[0], picture[-1], picture[:, 0], picture[:, -1])
-    colour = np.median(np.concatenate(edges), axis=0)
-    off = [np.abs(edge - colour).max(axis=-1) for edge in edges]
-    # One of the four sides may be crossed by the object, which stands on something.
-    if sum(float(np.mean(side > 12) < 0.25) for side in off) < 3:
-        return None
-    still = np.concatenate([side[side <= 12] for side in off])
-    noise = max(4.0, 2 * float(np.quantile(still, 0.98)))
-    alike = np.abs(picture - colour).max(axis=-1) < 2 * noise
-    behind = flood(np.pad(alike, 1, constant_values=True), (0, 0), connectivity=1)[1:-1, 1:-1]
-    if behind.mean() > 0.999:
-        return None
-    seam_px = max(2, max(behind.shape) // 150)
-    grown = ndimage.maximum_filter(behind, 2 * seam_px + 1, mode="constant")
-    inner = ~grown[..., None]
-    window = {"size": (4 * seam_px + 1, 4 * seam_px + 1, 1), "mode": "constant"}
-    weight = ndimage.uniform_filter(inner.astype(np.float32), **window)
-    near = ndimage.uniform_filter(picture * inner, **window) / np.maximum(weight, 1e-6)
-    towards = near - colour
-    share = ((picture - colour) * towards).sum(-1) / np.maximum((towards**2).sum(-1), 1.0)
-    # parts thinner than two seams stay as they are
-    mixed = grown & ~behind & (weight[..., 0] > 1e-6)
-    alpha = np.where(mixed, share.clip(0, 1), ~behind)
-    unmixed = np.where(mixed[..., None], near, picture) * alpha[..., None]
-    rgba = np.concatenate([unmixed, alpha[..., None] * 255], axis=-1)
-    return rgba.round().clip(0, 255).astype(np.uint8)
 
 
 def view_cameras(elevation_deg: float, size: int, count: int = 8) -> Cameras:
@@ -190,7 +85,7 @@ def write_views(
         cvs.load_shipped(device, "cvs-twin") if weights is None else cvs.CVS.load(weights, device)
     )
     splats, size = _decoder_of(network, weights, device), network.config.image_size
-    photo = read_photo(path, elevation_deg=elevation_deg, size=max(size, splats.config.image_size))
+    photo = photos.read(path, elevation_deg=elevation_deg, size=max(size, splats.config.image_size))
     inputs, azimuths = photo.inputs.to(device), [360.0 * i / count for i in range(count)]
     cameras = view_cameras(elevation_deg, size, count).to(device)
     draw, drawn = decoder.predictor(splats), []

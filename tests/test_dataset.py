@@ -20,7 +20,7 @@ from PIL import Image
 from test_formats import nerfstudio
 
 from fresnel import orbit
-from fresnel.data import dataset
+from fresnel.data import dataset, photos
 from fresnel.data import layout as _layouts
 from fresnel.data.dataset import DatasetChanged, DatasetError, ObjectViews
 from fresnel.scene.cameras import Cameras, opengl
@@ -523,30 +523,14 @@ def test_hostile_images_and_missing_ones_are_refused_by_name(tmp_path):
         with pytest.raises(DatasetError, match=rf"hostile\.png: .*{message}"):
             dataset.load_image(tmp_path / "hostile.png")
         with pytest.raises(DatasetError, match="hostile"):
-            dataset.load_images(tmp_path, 8)
+            photos.read_folder(tmp_path, 8)
     with pytest.raises(DatasetError, match="no such file"):
         dataset.load_image(tmp_path / "none.png")
     with pytest.raises(DatasetError, match="no such folder"):
-        dataset.load_images(tmp_path / "none", 8)
+        photos.read_folder(tmp_path / "none", 8)
     (tmp_path / "hostile.png").rename(tmp_path / "notes.txt")
     with pytest.raises(DatasetError, match="holds no image"):
-        dataset.load_images(tmp_path, 8)
-
-
-def test_a_folder_of_photographs_becomes_inputs(tmp_path):
-    photo, cut_out = np.zeros((8, 16, 3), np.uint8), np.zeros((8, 16, 4), np.uint8)
-    photo[:, 4:12] = 200  # the central square
-    cut_out[2:6, 0:4] = (90, 90, 90, 255)
-    save(tmp_path / "b.png", photo)
-    save(tmp_path / "a.png", cut_out)
-    inputs = dataset.load_images(tmp_path, 8, elevation_deg=20.0)
-    assert inputs.names == ("a", "b") and inputs.elevation_is_assumed
-    assert inputs.rgb[1].unique().tolist() == [200] and inputs.alpha[1].unique().tolist() == [255]
-    assert inputs.alpha[0, 3:5, 0:2].unique().tolist() == [255]  # padded to 16 x 16, then halved
-    assert inputs.alpha[0].float().mean() / 255 == pytest.approx(4 / 64)
-    assert torch.allclose(inputs.cameras.elevation_deg((0, 0, 0)), torch.tensor(20.0))
-    with pytest.raises(ValueError, match="elevation_deg: got 95"):
-        dataset.load_images(tmp_path, 8, elevation_deg=95)
+        photos.read_folder(tmp_path, 8)
 
 
 def test_input_batches_can_be_indexed(written):

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_photos import COLOUR, disc, save
 
 from fresnel import views as sampling
 from fresnel.cli import main
-from fresnel.data.dataset import DatasetError
+from fresnel.data import photos
 from fresnel.models import cvs, decoder
 from fresnel.scene.gaussians import Gaussians
-
-COLOUR = np.array([180, 60, 40])
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +22,6 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     cvs.CVS(cvs.CVSConfig.preset("tiny")).save(path, half=True)
-    return path
-
-
-def disc(height=300, width=400, radius=70.0):
-    """Alpha in [0, 1] of a disc a little off the centre, anti-aliased."""
-    y, x = np.mgrid[:height, :width] + 0.5
-    distance = np.hypot(y - height / 2, x - width / 2 - 20)
-    return np.clip(radius - distance + 0.5, 0, 1)
-
-
-def save(path, alpha, background):
-    colour = np.broadcast_to(COLOUR, (*alpha.shape, 3)).astype(float)
-    if background is None:
-        picture = np.dstack([colour, alpha * 255])
-    else:
-        picture = alpha[..., None] * colour + (1 - alpha[..., None]) * np.array(background)
-    Image.fromarray((picture + 0.5).astype(np.uint8)).save(path)
     return path
 
 
@@ -109,9 +91,9 @@ def test_views_draw_with_the_decoder_that_the_weights_belong_to(picture, tmp_pat
 
 
 def test_a_picture_is_read_as_large_as_the_network_sees_it(picture, tmp_path, monkeypatch):
-    seen, read = [], sampling.read_photo
+    seen, read = [], photos.read
     spy = lambda *a, **k: seen.append(read(*a, **k)) or seen[-1]  # noqa: E731
-    monkeypatch.setattr(sampling, "read_photo", spy)
+    monkeypatch.setattr(photos, "read", spy)
     path = cvs.CVS(cvs.CVSConfig.preset("tiny", image_size=160)).save(tmp_path / "w.safetensors")
     facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=1)
     assert seen[0].inputs.rgb.shape[1] == 160 == facts["image_size"]
@@ -123,53 +105,6 @@ def test_every_view_has_a_file_of_its_own(picture, tmp_path, weights, monkeypatc
     facts = sampling.write_views(picture, tmp_path / "out", weights=weights, count=400)
     assert len(list((tmp_path / "out").glob("azimuth_*.png"))) == 400 == len(facts["files"])
     assert facts["files"]["0.9"] == "azimuth_000.9.png"
-
-
-def test_alpha_and_a_plain_background_give_the_same_input(tmp_path):
-    alpha = disc()
-    given = sampling.read_photo(save(tmp_path / "a.png", alpha, None))
-    for background in ((255, 255, 255), (200, 210, 190)):
-        cut = sampling.read_photo(save(tmp_path / "b.png", alpha, background))
-        assert cut.background == "plain" and "one colour" in cut.assumed[0]
-        assert (cut.inputs.rgb.float() - given.inputs.rgb.float()).abs().mean() < 1.0
-        difference = (cut.inputs.alpha.float() - given.inputs.alpha.float()).abs()
-        assert difference.mean() < 1.0 and difference.max() < 70
-    covered = (given.inputs.alpha[0] > 127).nonzero()
-    extent = (covered.max(0).values - covered.min(0).values + 1) / 128
-    assert extent.tolist() == pytest.approx([0.6, 0.6], abs=0.03), "framed as the training was"
-
-
-def test_the_cut_keeps_what_is_inside_and_the_side_the_object_stands_on():
-    alpha = disc(radius=60.0)
-    alpha[150:, 200:240] = 1.0  # a leg that leaves the picture
-    alpha[20:23, 30:120] = 1.0  # a twig, thinner than two seams
-    label = disc(radius=20.0) > 0.5  # as white as the background, inside the object
-    picture = alpha[..., None] * COLOUR + (1 - alpha[..., None]) * 255
-    picture[label] = 255
-    found = sampling.cut_out(picture.astype(np.uint8))
-    assert found is not None
-    matte = found[..., 3]
-    assert (found[label] == 255).all()
-    assert (matte[20:23, 30:120] == 255).all()
-    assert np.abs(matte / 255.0 - alpha).mean() < 0.01
-    assert (matte[-1, 205:235] == 255).all()
-
-
-def test_photographs_large_and_empty_pictures_are_told_apart(tmp_path, monkeypatch):
-    noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
-    shapes, cut_out, path = [], sampling.cut_out, tmp_path / "a.png"
-    monkeypatch.setattr(sampling, "cut_out", lambda rgb: shapes.append(rgb.shape) or cut_out(rgb))
-    for shown in (Image.fromarray(noise), Image.new("RGB", (3001, 1999), (255, 255, 255))):
-        shown.save(path)
-        photo = sampling.read_photo(path)
-        assert photo.background == "photograph" and "central square" in photo.assumed[0]
-        assert (photo.inputs.alpha == 255).all()
-    assert shapes == [(60, 90, 3), (400, 601, 3)], "shrunk without becoming transparent"
-    Image.new("RGBA", (8, 8)).save(path)
-    with pytest.raises(DatasetError, match="transparent everywhere"):
-        sampling.read_photo(path)
-    with pytest.raises(DatasetError, match="no such file"):
-        sampling.read_photo(tmp_path / "gone.jpg")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +137,7 @@ def test_what_ships_draws_the_object_and_stays_near_the_decoder(picture, tmp_pat
     assert made[inside, 3].mean() > 240 and made[~inside, 3].mean() < 40
     # Where there is nothing to mend, it leaves the decoder's render alone: beside the CVS that
     # draws anew, it is the nearer one.
-    photo = sampling.read_photo(picture)
+    photo = photos.read(picture)
     cameras = sampling.view_cameras(15.0, 128, 4)
     render = decoder.predictor(decoder.load_shipped("pixel"))
     own = render(photo.inputs, cameras).rgb

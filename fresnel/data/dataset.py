@@ -27,7 +27,6 @@ from fresnel.data import formats
 from fresnel.data import layout as _layouts
 from fresnel.data.captures import Capture
 from fresnel.data.images import DatasetError, InputImages, load_image, scaled
-from fresnel.data.images import load_images as load_images
 from fresnel.data.layout import (
     MANIFEST,
     DatasetChanged,

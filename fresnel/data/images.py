@@ -12,7 +12,6 @@ import io
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -27,8 +26,11 @@ from fresnel.scene.cameras import Cameras, standard_orbit
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded: a small file can claim a huge picture."""
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".heic", ".heif"),
+)
 
 
 class DatasetError(ValueError):
@@ -210,6 +212,15 @@ def decoded(
     """
     data = read_bytes(path) if data is None else data
     wrong = f"{'not a readable image' if data else 'an empty file'}; want {', '.join(formats)}"
+    if formats == FORMATS and _is_heif(data):
+        try:
+            import pillow_heif
+        except ImportError:
+            raise DatasetError(
+                f"{path}: a HEIC picture; pip install pillow-heif, or save it as JPEG"
+            ) from None
+        pillow_heif.register_heif_opener()
+        formats = (*formats, "HEIF")
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
         if image.width * image.height > MAX_PIXELS:
@@ -223,6 +234,12 @@ def decoded(
     except Exception:
         raise DatasetError(f"{path}: {wrong}. Remove it, or copy or save it again") from None
     return image
+
+
+def _is_heif(data: bytes) -> bool:
+    """Whether a file is HEIF as phones write it; AVIF, which Pillow reads, has the same frame."""
+    brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+    return data[4:8] == b"ftyp" and data[8:12] in brands and b"avif" not in data[16:64]
 
 
 def load_image(
@@ -261,35 +278,6 @@ def image_files(folder: str | Path) -> list[Path]:
     root = Path(folder)
     found = root.iterdir() if root.is_dir() else ()
     return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def load_images(folder: str | Path, size: int, *, elevation_deg: float = 15.0) -> InputImages:
-    """Every image of a folder, sorted by name, as ``size`` x ``size`` inputs.
-
-    An image with transparency is padded to a square; an opaque one is cropped to its central
-    square.  Nothing is known about their cameras, see `as_photographs`.
-
-    Raises:
-        DatasetError: if the folder is missing or holds no image, or an image can't be read.
-    """
-    paths = image_files(folder)
-    if not paths:
-        what = f"holds no image; want files ending in {IMAGE_SUFFIXES}"
-        raise DatasetError(f"{folder}: {what if Path(folder).is_dir() else 'no such folder'}")
-
-    def read(path: Path) -> Tensor:
-        rgb, alpha = load_image(path)
-        side = min(alpha.shape) if bool((alpha == 255).all()) else max(alpha.shape)
-        return resize(squared(torch.cat([rgb, alpha[..., None]], dim=-1), side)[0], size)
-
-    with ThreadPoolExecutor() as pool:
-        rgba = torch.stack(list(pool.map(read, paths)))
-    names = tuple(path.stem for path in paths)
-    if len(set(names)) < len(paths):
-        names = tuple(path.name for path in paths)
-    cameras = standard_orbit(torch.zeros(len(paths)), 0.0, size)
-    images = InputImages(names, rgba[..., :3], rgba[..., 3], cameras)
-    return as_photographs(images, size, elevation_deg)
 
 
 def as_photographs(images: InputImages, size: int, elevation_deg: float) -> InputImages:

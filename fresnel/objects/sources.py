@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fresnel.data import dataset
+from fresnel.data import dataset, photos
 from fresnel.data.dataset import DatasetError, InputImages, MultiViewDataset, NotADataset
 from fresnel.data.images import as_photographs, image_files
 from fresnel.data.layout import object_name
@@ -160,7 +160,7 @@ def input_images(
             cameras known), a dataset in our layout (the inputs of its training records), multi-view
             data in another format (the pictures that act as its inputs), or a folder of image
             files.  The last two are photographs: their cameras are assumed, as
-            `dataset.load_images` does, because the bootstrap knows one scale and one pivot.
+            `photos.read` does, because the bootstrap knows one scale and one pivot.
         images: at most so many; rendered objects are seen from as many input poses as it takes.
         image_size: pixels, of photographs as they are read; renders are at least `INPUT_SIZE`.
         elevation_deg: assumed elevation of photographs.
@@ -182,20 +182,18 @@ def input_images(
         what = "embedded, CC0" if source == "embedded" else name
         said = f"{images} rendered input views of {len(assets)} training objects ({what})"
         return truth.inputs()[order[:images]], said
-    if unknown:
-        inputs = dataset.load_images(source, size, elevation_deg=elevation_deg)[:images]
-        said = f"{len(inputs)} images from {name}, elevation assumed"
-    else:
-        data = dataset.open(source)
-        if data.layout == "fresnel":
-            data = part(ground_truth(source, "train", image_size=image_size), objects)
-            inputs = data.subset(slice(images)).inputs()
-            return inputs, f"{len(inputs)} input views of {name}, objects: {objects}"
-        inputs = as_photographs(data.subset(slice(images)).inputs(), size, elevation_deg)
-        said = f"{len(inputs)} pictures of {name}, cameras assumed"
+    data = None if unknown else dataset.open(source)
+    if data is not None and data.layout == "fresnel":
+        data = part(ground_truth(source, "train", image_size=image_size), objects)
+        inputs = data.subset(slice(images)).inputs()
+        return inputs, f"{len(inputs)} input views of {name}, objects: {objects}"
     if objects != "all":
         raise ValueError(f"objects: got {objects!r}, but {source} is a folder of photographs")
-    return inputs, said
+    if data is None:
+        inputs, assumed = photos.read_folder(source, size, elevation_deg=elevation_deg, most=images)
+        return inputs, f"{len(inputs)} images from {name}. Assumed: {assumed}"
+    inputs = as_photographs(data.subset(slice(images)).inputs(), size, elevation_deg)
+    return inputs, f"{len(inputs)} pictures of {name}, cameras assumed"
 
 
 def part(data: MultiViewDataset, objects: str) -> MultiViewDataset:

@@ -1,0 +1,264 @@
+"""Photographs in: one thing, cut out of its background and framed as the training pictures are.
+
+A picture with alpha says itself what it shows; a background of one colour is taken away by its
+colour; any other by a network for salient objects (ISNet, arXiv 2203.03041) through `rembg`, which
+is the extra "cutout". Whatever had to be assumed is said, in sentences for a person.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fresnel.data import images
+from fresnel.data.images import DatasetError, InputImages
+from fresnel.scene.cameras import standard_orbit
+
+FOREGROUND_EXTENT = 0.6
+"""Share of the frame that the longer side of an object takes in the pictures of the training."""
+_MATTE_SIZE = 512  # pixels: a matte is as good as what networks see needs, and costs a blink
+_LEAST = 8  # pixels that an object is long, at least
+_MODEL = "isnet-general-use"  # Apache 2.0, 178 MB; rembg's own default may not be used for money
+_WEIGHTS = f"{_MODEL}.onnx in the folder models/{_MODEL} of REMBG_HOME (~/.rembg)"
+_ASSUMED = {
+    "alpha": "the picture's alpha channel says what the object is",
+    "plain": "the picture's border is of one colour, which is taken for the background; what is "
+    "connected to the border and has that colour is cut away",
+    "cut-out": "what stands out of the picture is taken for the object (cut out by rembg, "
+    f"{_MODEL})",
+    "photograph": "everything in the picture's central square is taken for the object. Cut the "
+    "object out (a PNG with alpha) for views of the object alone",
+}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A picture as the networks take it, before black, its camera on the orbit at azimuth 0, and
+    what had to be assumed about it. `background`: "alpha" (the file's own), "plain" (estimated),
+    "cut-out" (by a network) or "photograph" (unknown); `assumed`: sentences for a person."""
+
+    inputs: InputImages
+    background: str
+    assumed: tuple[str, ...]
+
+
+def read(path: str | Path, *, elevation_deg: float = 15.0, size: int = 128) -> Photo:
+    """A picture of one object, of any size, framed as the training pictures are.
+
+    Args:
+        elevation_deg: how far above the horizon the camera stood; a photograph doesn't say.
+        size: pixels of the square, at least what the networks see.
+
+    Raises:
+        DatasetError: if the file can't be read, or shows nothing.
+        ValueError: for an elevation outside [-89, 89] degrees.
+    """
+    if not -89 <= elevation_deg <= 89:
+        raise ValueError(f"elevation_deg: got {elevation_deg}, want degrees in [-89, 89]")
+    rgb, alpha = images.load_image(path)
+    rgba = _shrunk(torch.cat([rgb, alpha[..., None]], dim=-1).numpy())
+    with images.named(path):
+        background, rgba, said = _object(rgba)
+        side, middle = min(rgba.shape[:2]), None
+        if background != "photograph":
+            (left, right), (top, bottom) = _box(rgba[..., 3])
+            side = math.ceil(max(bottom - top, right - left) / FOREGROUND_EXTENT)
+            middle = (left + right) / 2, (top + bottom) / 2
+    square = images.resize(images.squared(torch.from_numpy(rgba), side, middle)[0], size)
+    camera = standard_orbit(torch.zeros(1), elevation_deg, size)
+    names, rgb, alpha = (Path(path).stem,), square[None, ..., :3], square[None, ..., 3]
+    inputs = InputImages(names, rgb, alpha, camera, elevation_is_assumed=True)
+    stood = f"the camera stood {elevation_deg:g} degrees above the horizon (--elevation)"
+    return Photo(inputs, background, (*said, _ASSUMED[background], stood))
+
+
+def read_folder(
+    folder: str | Path, size: int, *, elevation_deg: float = 15.0, most: int | None = None
+) -> tuple[InputImages, str]:
+    """The (`most` first) pictures of a folder by `read`, sorted by name, and what is assumed.
+
+    Raises:
+        DatasetError: if the folder is missing or holds no image, or one can't be read.
+    """
+    paths = images.image_files(folder)[:most]
+    if not paths:
+        what = f"holds no image; want files ending in {images.IMAGE_SUFFIXES}"
+        raise DatasetError(f"{folder}: {what if Path(folder).is_dir() else 'no such folder'}")
+    with ThreadPoolExecutor() as pool:
+        photos = list(
+            pool.map(lambda path: read(path, elevation_deg=elevation_deg, size=size), paths)
+        )
+    names = tuple(path.stem for path in paths)
+    if len(set(names)) < len(paths):
+        names = tuple(path.name for path in paths)
+    rgb, alpha = (torch.cat([getattr(p.inputs, n) for p in photos]) for n in ("rgb", "alpha"))
+    cameras = standard_orbit(torch.zeros(len(paths)), elevation_deg, size)
+    kinds = Counter(photo.background for photo in photos)
+    said = "; ".join(f"{kinds[kind]} x {text}" for kind, text in _ASSUMED.items() if kinds[kind])
+    notes = dict.fromkeys(note for photo in photos for note in photo.assumed[:-2])
+    stood = f"all cameras {elevation_deg:g} degrees above the horizon (elevation_deg)"
+    said = "; ".join([said, stood, *notes])
+    return InputImages(names, rgb, alpha, cameras, elevation_is_assumed=True), said
+
+
+def _shrunk(rgba: np.ndarray) -> np.ndarray:
+    """Premultiplied uint8 (H, W, 4), averaged down by a whole factor to about `_MATTE_SIZE`."""
+    from PIL import Image
+
+    whole = Image.frombytes("RGBa", (rgba.shape[1], rgba.shape[0]), rgba.tobytes())
+    return np.array(whole.reduce(max(1, max(rgba.shape) // _MATTE_SIZE)))
+
+
+def _box(alpha: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(left, right), (top, bottom) of what is covered; ValueError if that is next to nothing."""
+    ys, xs = (alpha > 127).nonzero()
+    if not len(xs):
+        raise ValueError("transparent everywhere; want a picture of something")
+    box = (int(xs.min()), int(xs.max()) + 1), (int(ys.min()), int(ys.max()) + 1)
+    if max(high - low for low, high in box) < _LEAST:
+        raise ValueError(f"its object is less than {_LEAST} pixels long; want a larger picture")
+    return box
+
+
+def _object(rgba: np.ndarray) -> tuple[str, np.ndarray, list[str]]:
+    """The background's kind, the object as premultiplied uint8 (H, W, 4), and what to say."""
+    if (rgba[..., 3] < 255).any():
+        return "alpha", rgba, []
+    if max(rgba.shape[:2]) < _LEAST:
+        raise ValueError(f"less than {_LEAST} pixels long; want a larger picture")
+    found = cut_plain(rgba[..., :3])
+    if found is not None:
+        return "plain", found, []
+    try:
+        matte = _salient()(rgba[..., :3])
+    except _CannotCut as error:
+        return "photograph", rgba, [str(error)]
+    found, said = checked_matte(matte)
+    return ("photograph", rgba, said) if found is None else ("cut-out", found, said)
+
+
+def cut_plain(rgb: np.ndarray) -> np.ndarray | None:
+    """The object before a background of one colour, or None where the border is not of one.
+
+    A pixel is background if it has the border's colour, within twice the border's own noise, and
+    is connected to the border: a white label on an object before white stays.  In the seam along
+    it a pixel is a mixture of the background and of the object's colour near by; alpha is the share
+    of the latter that explains it best.
+
+    Args:
+        rgb: uint8 (H, W, 3).
+
+    Returns:
+        rgba uint8 (H, W, 4), over black.
+
+    Raises:
+        ValueError: if the whole picture is of that colour.
+    """
+    from scipy import ndimage
+    from skimage.segmentation import flood
+
+    picture = rgb.astype(np.float32)
+    edges = (picture[0], picture[-1], picture[:, 0], picture[:, -1])
+    colour = np.median(np.concatenate(edges), axis=0)
+    off = [np.abs(edge - colour).max(axis=-1) for edge in edges]
+    # One of the four sides may be crossed by the object, which stands on something.
+    if sum(float(np.mean(side > 12) < 0.25) for side in off) < 3:
+        return None
+    still = np.concatenate([side[side <= 12] for side in off])
+    noise = max(4.0, 2 * float(np.quantile(still, 0.98)))
+    alike = np.abs(picture - colour).max(axis=-1) < 2 * noise
+    behind = flood(np.pad(alike, 1, constant_values=True), (0, 0), connectivity=1)[1:-1, 1:-1]
+    if behind.mean() > 0.999:
+        raise ValueError("one colour all over; want a picture of something")
+    seam_px = max(2, max(behind.shape) // 150)
+    grown = ndimage.maximum_filter(behind, 2 * seam_px + 1, mode="constant")
+    inner = ~grown[..., None]
+    window = {"size": (4 * seam_px + 1, 4 * seam_px + 1, 1), "mode": "constant"}
+    weight = ndimage.uniform_filter(inner.astype(np.float32), **window)
+    near = ndimage.uniform_filter(picture * inner, **window) / np.maximum(weight, 1e-6)
+    towards = near - colour
+    share = ((picture - colour) * towards).sum(-1) / np.maximum((towards**2).sum(-1), 1.0)
+    # parts thinner than two seams stay as they are
+    mixed = grown & ~behind & (weight[..., 0] > 1e-6)
+    alpha = np.where(mixed, share.clip(0, 1), ~behind)
+    unmixed = np.where(mixed[..., None], near, picture) * alpha[..., None]
+    rgba = np.concatenate([unmixed, alpha[..., None] * 255], axis=-1)
+    return rgba.round().clip(0, 255).astype(np.uint8)
+
+
+class _CannotCut(Exception):
+    """Why no network can cut a picture out here, as a sentence."""
+
+
+@functools.cache
+def _salient() -> Any:
+    """A function: rgb uint8 (H, W, 3) -> what stands out of it, straight rgba uint8 (H, W, 4).
+
+    Raises:
+        _CannotCut: if rembg is not installed, or its weights can be neither found nor fetched.
+    """
+    try:
+        from rembg import new_session, remove
+    except (ImportError, SystemExit) as error:  # it exits where onnxruntime is missing
+        raise _CannotCut(
+            "the picture has a background, and what cuts it out is not installed: "
+            "pip install -e '.[cutout]' (rembg; its first call fetches 178 MB of weights)"
+        ) from error
+    try:
+        session = new_session(_MODEL)
+    except Exception as error:  # of the network, the disk, or a file that is no model
+        raise _CannotCut(
+            f"the picture has a background, and rembg's weights could not be used "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:120]}): put {_WEIGHTS}"
+        ) from error
+    return lambda rgb: remove(rgb, session=session, decontaminate=True)
+
+
+def checked_matte(rgba: np.ndarray) -> tuple[np.ndarray | None, list[str]]:
+    """A network's cut-out, its largest piece alone, and what a person should know of it.
+
+    Args:
+        rgba: straight uint8 (H, W, 4).
+
+    Returns:
+        Premultiplied uint8 (H, W, 4), or None where the whole picture was taken for the object;
+        sentences.
+
+    Raises:
+        ValueError: if nothing was found.
+    """
+    from scipy import ndimage
+
+    alpha = rgba[..., 3]
+    covered = alpha > 127
+    pieces, _ = ndimage.label(alpha > 25)
+    areas = np.bincount(pieces[covered], minlength=2)
+    areas[0] = 0
+    if areas.max() < 0.005 * alpha.size:
+        raise ValueError(
+            "nothing in it stands out of its background; cut the object out (a PNG with alpha)"
+        )
+    if covered.mean() > 0.97:
+        return None, ["nothing in the picture could be told from a background"]
+    said, largest = [], pieces == areas.argmax()
+    others = int((areas > 0.05 * areas.max()).sum()) - 1
+    if others:
+        said.append(f"{others + 1} things stand out of the picture: the largest is taken")
+    alpha = np.where(largest, alpha, 0)
+    unsure = float(((alpha > 25) & (alpha < 230)).sum() / (alpha > 25).sum())
+    if unsure > 0.15:
+        said.append(f"the outline is unsure: {unsure:.0%} of the object is half transparent")
+    edges = {"top": alpha[0], "bottom": alpha[-1], "left": alpha[:, 0], "right": alpha[:, -1]}
+    cut = [side for side, edge in edges.items() if (edge > 127).mean() > 0.02]
+    if cut:
+        said.append(f"the picture ends before the object does ({', '.join(cut)})")
+    colour = (rgba[..., :3].astype(np.uint16) * alpha[..., None] + 127) // 255
+    return np.dstack([colour.astype(np.uint8), alpha]), said
