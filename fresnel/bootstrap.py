@@ -134,6 +134,7 @@ def bootstrap(
     *,
     device: torch.device | str = "cpu",
     overwrite: bool = False,
+    reuse: bool = False,
     batch_size: int = 8,
     source: dict[str, Any] | None = None,
 ) -> MultiViewDataset:
@@ -145,6 +146,7 @@ def bootstrap(
     Args:
         inputs: M images, the object's pivot at the world origin of their cameras.
         overwrite: replace a dataset that is there already.
+        reuse: return it instead; the caller's path names what is in it.
         source: JSON-able facts about where the inputs come from; kept in the dataset's meta.
 
     Raises:
@@ -173,6 +175,7 @@ def bootstrap(
         background=config.background,
         meta=meta,
         overwrite=overwrite,
+        reuse=reuse,
         total=len(inputs),
     )
 

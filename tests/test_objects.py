@@ -597,5 +597,5 @@ def test_of_several_callers_one_renders_and_the_others_wait(tmp_path, rendered, 
 
     with ThreadPoolExecutor(3) as threads:
         assert len(set(threads.map(hash_of, range(3)))) == 1
-    assert len(rendered) == 1 and "another process renders it" in capsys.readouterr().err
+    assert len(rendered) == 1 and "another process makes it" in capsys.readouterr().err
     assert len(list(cache.iterdir())) == 1, "one set, and nothing beside it"

@@ -240,12 +240,13 @@ def test_kill_at_any_moment_then_resume(tmp_path: Path) -> None:
     assert not rooms & {name[0] for name in loaded} and not readers & data
     # What a kill in the middle of a write leaves behind: half a file and half a line.
     folder = tmp_path / "killed"
-    checkpoint(folder, "next").write_bytes(b"half a checkpoint")
+    half = folder / "checkpoints" / ".latest.safetensors.tmp-0f2a"
+    half.write_bytes(b"half a checkpoint")
     with open(folder / "log.jsonl", "a") as file:
         file.write('{"event": "train", "st')
     task, config = Line(), changed(snapshot_every=3)
     resumed = run(tmp_path, "killed", task, config=config)
-    assert task.batches == [6, 7, 8, 9]
+    assert task.batches == [6, 7, 8, 9] and not half.exists()
     assert_same_bits(run(tmp_path, "whole", config=config), resumed)
     steps = [row["step"] for row in resumed.history]
     assert steps == sorted(set(steps))

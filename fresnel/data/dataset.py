@@ -225,6 +225,7 @@ def open(
 
 def _folder_of(path: Path) -> Path:
     """The folder of a description that is given by its own name, as transforms.json."""
+    _layouts.recover(path)
     known = formats.description(path) or (path.name == _layouts.MANIFEST and path.is_file())
     return path.parent if known else path
 
@@ -325,15 +326,18 @@ def write(
     background: Sequence[float] = (0.0, 0.0, 0.0),
     meta: dict[str, Any],
     overwrite: bool = False,
+    reuse: bool = False,
     total: int | None = None,
 ) -> MultiViewDataset:
     """Write objects as they come, as one dataset folder that appears only when it is complete:
-    a hidden folder next to ``path`` is renamed at the end, and removed if anything fails.
+    a hidden folder next to ``path`` takes its place at the end, and goes if anything fails.  A
+    second process that wants the same waits for the first.
 
     Args:
         background: sRGB colour in [0, 1] that the views were composited over.
         meta: anything JSON can hold about how the data came to be.
         overwrite: replace an existing dataset (never a folder that isn't one).
+        reuse: return an existing dataset at ``path``; the caller's path names what is in it.
         total: how many objects will come, for the progress bar.
 
     Raises:
@@ -344,14 +348,16 @@ def write(
     colour = tuple(float(value) for value in background)
     if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
         raise ValueError(f"background: got {background}, want three sRGB values in [0, 1]")
-    _layouts.check_target(target, overwrite)
     meta = json.loads(json.dumps(meta))
     names: set[str] = set()
     shape: tuple[int, ...] = ()
     records: list[Record] = []
     pending: deque[Future[Record]] = deque()
     workers = min(MOST_WORKERS, core_count())
-    with _layouts.replaced(target) as folder, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(_layouts.making(target, overwrite=overwrite, reuse=reuse)):
+            return open(target)
+        folder = stack.enter_context(_layouts.replaced(target))
         pool: Executor | None = None
         bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
         for index, views in enumerate(bar):

@@ -14,9 +14,9 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import posixpath
 import re
-import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -227,7 +227,8 @@ def seal(
     }
     manifest["content_hash"] = content_hash(records, manifest)
     manifest["objects"] = [vars(record) for record in records]
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _files.flush(folder)  # what a manifest names is on the disk before it
+    _files.write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -241,13 +242,55 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
+def making(target: Path, *, overwrite: bool, reuse: bool) -> Iterator[bool]:
+    """The sole right to make the dataset `target`: whether that is to be done.  Who wants the same
+    waits; what a process that was killed left beside the target is put back or removed first.
+
+    Args:
+        reuse: not if a dataset is there.
+    """
+    lock, there = _beside(target, "lock"), target / MANIFEST
+    # with a lock file there, one is at work or was killed
+    if reuse and there.is_file() and not (lock.exists() and os.access(target.parent, os.W_OK)):
+        yield False
+        return
+    with _files.locked(lock, f"{target}: another process makes it; waiting"):
+        try:
+            _put_back(target)
+            for left in _files.abandoned(target.parent, target.name):
+                _files.remove(left)
+            if wanted := not (reuse and there.is_file()):
+                check_target(target, overwrite)
+            yield wanted
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def recover(target: Path) -> None:
+    """Put a dataset back that isn't there because a process was killed while it replaced it."""
+    if not target.exists() and any(_files.abandoned(target.parent, target.name, "replaced")):
+        with contextlib.suppress(OSError), _files.locked(_beside(target, "lock")):
+            _put_back(target)
+            _beside(target, "lock").unlink()
+
+
+def _put_back(target: Path) -> None:
+    for old in _files.abandoned(target.parent, target.name, "replaced"):
+        if not target.exists() and is_ours(old):
+            old.rename(target)
+
+
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.{what}")
+
+
+@contextlib.contextmanager
 def replaced(target: Path) -> Iterator[Path]:
     """A hidden folder that takes the place of ``target`` at the end, and goes if anything fails."""
-    partial = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        rename(partial, target)
+        with _files.scratch(target, folder=True) as partial:
+            yield partial
+            put(partial, target)
     except BrokenProcessPool:
         said = "a worker process was killed, perhaps for want of memory"
         raise DatasetError(f"{target}: {said}. Nothing was kept") from None
@@ -255,19 +298,28 @@ def replaced(target: Path) -> Iterator[Path]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         said = "the disk is full; free some space or write less" if full else str(error)
         raise DatasetError(f"{target}: can't be written ({said}). Nothing was kept") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def rename(partial: Path, target: Path) -> None:
-    """Put ``partial`` in the place of ``target``; an old dataset is moved away first."""
-    old = partial.with_name(f".{target.name}.replaced-{uuid.uuid4().hex[:12]}")
-    if target.exists():
+def put(made: Path, target: Path) -> None:
+    """Put a finished set in the place of ``target``, in one step where the system has one; what was
+    there is removed.  The very same set, whole, is left in peace: others may be reading it."""
+    if not target.exists() or not any(target.iterdir()):
+        made.rename(target)
+        return
+    with contextlib.suppress(DatasetError):
+        (said, _), (now, records) = parse_manifest(made), parse_manifest(target)
+        if said["content_hash"] == now["content_hash"]:
+            for path, digest in [pair for r in records for pair in r.paths.items()]:
+                read_checked(target, path, digest)
+            _files.remove(made)
+            return
+    if not _files.exchange(made, target):
+        old = _beside(target, f"replaced-{uuid.uuid4().hex[:12]}")
         target.rename(old)
-    try:
-        partial.rename(target)
-    except OSError:
-        if old.exists():
+        try:
+            made.rename(target)
+        except OSError:
             old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            raise
+        old.rename(made)  # no longer to be put back
+    _files.remove(made)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,22 +23,102 @@ import filelock
 def write_atomic(path: str | Path, data: str | bytes) -> None:
     """Write so that `path` holds its old content or all of the new one, whatever stops the work.
 
-    Text becomes UTF-8.  The temporary name beside `path` can't be guessed, and a link at `path` is
-    replaced rather than followed.
+    Text becomes UTF-8.  A link at `path` is replaced rather than followed.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data.encode() if isinstance(data, str) else data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
+    with scratch(target) as temporary:
+        write(temporary, data.encode() if isinstance(data, str) else data)
         os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file, and have it on the disk."""
+    with open(path, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def scratch(target: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A new hidden file or folder beside `target`, to be renamed to it, whose name can't be
+    guessed; gone at the end.  It is locked meanwhile: an unlocked one was left by a process that
+    was killed, and is removed by the next that writes the same target.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in abandoned(target.parent, target.name):
+        remove(left)
+    with contextlib.ExitStack() as stack:
+        mine: bool | None = False
+        while mine is False:  # another's cleaning may take it before it is locked
+            path = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:12]}")
+            if folder:
+                path.mkdir()
+            else:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            stack.callback(remove, path)
+            mine = stack.enter_context(own(path))
+        yield path
+
+
+def abandoned(folder: Path, name: str = "", kinds: str = "tmp|partial|replaced") -> Iterator[Path]:
+    """What killed processes left in `folder`: of `name`, or of everything there.  Each is locked
+    until the next one is asked for."""
+    pattern = re.compile(rf"\.({re.escape(name) or '.+'})\.({kinds})-[\w-]+")
+    for path in sorted(p for p in folder.glob(".*") if pattern.fullmatch(p.name)):
+        with own(path) as mine:
+            if mine:
+                yield path
+
+
+@contextlib.contextmanager
+def own(path: Path) -> Iterator[bool | None]:
+    """Lock a file or folder itself: True; False while another has it or if it is gone, None where
+    locks don't work.  The lock goes with its process, however that ends."""
+    handle, mine = None, False
+    try:
+        # neither through a link nor waiting at a FIFO
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        mine = filelock.lock_descriptor(handle, blocking=False) and path.exists()
+    except FileNotFoundError:
+        pass
+    except OSError:
+        mine = None
+    try:
+        yield mine
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, as far as that can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two files or folders in a single step; False where the system can't (Linux can)."""
+    at_cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        names = os.fsencode(one), os.fsencode(other)
+        return ctypes.CDLL(None).renameat2(at_cwd, names[0], at_cwd, names[1], swap) == 0
+    return False
+
+
+def flush(folder: Path) -> None:
+    """Have what was written to the file system of `folder` on its disk: one call, where thousands
+    of small files would each take one."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        ctypes.CDLL(None).syncfs(handle)
+    except (OSError, AttributeError, TypeError):
+        os.sync()
+    finally:
+        os.close(handle)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -58,23 +142,31 @@ def sha256(path: str | Path) -> str:
 @contextlib.contextmanager
 def locked(path: Path, waiting: str = "", *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file at `path`: True.  While another process or thread has it, either waits,
-    after saying `waiting` on stderr, or (`wait` False) gives False at once.  The lock goes with its
-    process, however that ends.  OSError where files can't be locked.
+    after saying `waiting` and for which process on stderr, or (`wait` False) gives False at once.
+    The lock goes with its process, however that ends.  OSError where files can't be locked.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except filelock.Timeout:
         if wait:
-            print(waiting, end="\n" if waiting else "", file=sys.stderr, flush=True)
+            whom = path.read_text() if path.exists() else ""
+            said = f"{waiting} (process {whom})" if whom else waiting
+            print(said if waiting else "", end="\n" if waiting else "", file=sys.stderr, flush=True)
             lock.acquire()
     except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", 0) in (errno.EROFS, errno.EACCES, errno.EPERM):
+            said = f"{path.parent}: may not be written to ({error.strerror})"  # type: ignore[union-attr]
+            raise OSError(f"{said}. Choose a folder that may, or mend its permissions") from error
         raise OSError(
             f"{path}: can't be locked ({error}). Put this folder on a file system with locks "
             "(flock); without them two processes would overwrite each other's work"
         ) from error
     try:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                path.write_text(str(os.getpid()))  # for those who wait
         yield lock.is_locked
     finally:
         lock.release()

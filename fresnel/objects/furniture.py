@@ -9,14 +9,13 @@ the authors, whom the dataset's ATTRIBUTION.txt lists.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
 from fresnel.data.dataset import DatasetError, MultiViewDataset
 from fresnel.data.layout import check_target
-from fresnel.host.files import sha256
+from fresnel.host.files import own, remove, sha256
 from fresnel.objects.assets import Asset
 from fresnel.objects.render_set import render_set
 
@@ -67,10 +66,15 @@ def attribution(entry: dict[str, Any], library: dict[str, Any]) -> str:
 def _check(path: Path, want: dict[str, Any]) -> None:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file; want it from sweethome3d-furniture 1.8-1")
-    if path.stat().st_size != want["bytes"] or sha256(path) != want["sha256"]:
+    if not _is(path, want):
         raise DatasetError(
             f"{path}: not the file of sweethome3d-furniture 1.8-1 (sha256 differs). Fetch it again"
         )
+
+
+def _is(path: Path, want: dict[str, Any]) -> bool:
+    sized = path.is_file() and path.stat().st_size == want["bytes"]
+    return sized and sha256(path) == want["sha256"]
 
 
 def make(
@@ -94,21 +98,24 @@ def make(
     """
     target = Path(out)
     check_target(target, overwrite)  # before anything is fetched
-    unpacked, known = target.with_name(f".{target.name}.sh3f"), listing()
+    unpacked, known = target.with_name(f".{target.name}.unpacked-sh3f"), listing()
     folder = Path(sh3f) if sh3f else unpacked / _INSIDE_DEB
-    if not sh3f and not all((folder / f"{name}.sh3f").is_file() for name in known["libraries"]):
+    libraries, package = known["libraries"], known["package"]
+    if not sh3f and not all(_is(folder / f"{name}.sh3f", libraries[name]) for name in libraries):
         unpacked.mkdir(parents=True, exist_ok=True)
-        package = known["package"]
         if not deb:
+            for torn in unpacked.glob("*.deb"):  # of a download that was stopped
+                torn.unlink()
             _call("apt-get", "download", f"{package['package']}={package['version']}", at=unpacked)
         file = Path(deb or next(unpacked.glob("*.deb"), unpacked))
         _check(file, package)
         _call("dpkg-deb", "--extract", str(file.resolve()), ".", at=unpacked)
     chosen = assets(folder, split)
-    made = render_set(chosen, target, overwrite=overwrite, **settings)
     lines = sorted({asset.attribution for asset in chosen})
-    (target / "ATTRIBUTION.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    shutil.rmtree(unpacked, ignore_errors=True)
+    also = {"ATTRIBUTION.txt": "\n".join(lines) + "\n"}
+    with own(unpacked):
+        made = render_set(chosen, target, overwrite=overwrite, also=also, **settings)
+    remove(unpacked)
     return made
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError, MultiViewDataset, ObjectViews
-from fresnel.data.layout import MANIFEST, Record, canonical_json, check_target, rename, seal
+from fresnel.data.layout import Record, canonical_json, image_folders, making, put, seal
 from fresnel.data.records import write_object
 from fresnel.host import files
 from fresnel.host.machine import core_count
@@ -30,6 +29,7 @@ from fresnel.objects.assets import Asset, content_of
 from fresnel.objects.trace import load, render
 from fresnel.scene.cameras import standard_orbit
 
+_JOURNALS = ".object-*.json"
 _ALGORITHM = 2  # raise it when the pictures of one configuration change
 VIEW_ELEVATIONS_DEG = (-30.0, 45.0)
 INPUT_ELEVATIONS_DEG = (0.0, 30.0)
@@ -99,6 +99,7 @@ def render_set(
     workers: int | None = None,
     overwrite: bool = False,
     reuse: bool = False,
+    also: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> MultiViewDataset:
     """Ground-truth multi-view data of 3D objects, by `Settings`, which see.
@@ -112,6 +113,7 @@ def render_set(
             the set is so small that starting others doesn't pay.
         overwrite: replace an existing dataset at ``path``.
         reuse: return an existing dataset at ``path``; the caller's path names what is in it.
+        also: texts to lie in the folder, by file name.
 
     Raises:
         DatasetError: if there is no object, two share a name, none can be rendered, or the disk
@@ -120,23 +122,26 @@ def render_set(
     how, target = Settings(**settings), Path(path)
     if not assets or len({asset.name for asset in assets}) < len(assets):
         raise DatasetError("assets: no object given, or two share a name; want unique names")
-    lock = target.with_name(f".{target.name}.lock")
-    with files.locked(lock, f"{target}: another process renders it; waiting"):
-        if not (reuse and (target / MANIFEST).is_file()):
-            check_target(target, overwrite)
-            _render_into(target, assets, how, workers)
-        lock.unlink()
+    with making(target, overwrite=overwrite, reuse=reuse) as wanted:
+        if wanted:
+            _render_into(target, assets, how, workers, also or {})
+        _remove_journals(target)
     return dataset.open(target)
 
 
 def _render_into(
-    target: Path, assets: Sequence[Asset], settings: Settings, workers: int | None
+    target: Path,
+    assets: Sequence[Asset],
+    settings: Settings,
+    workers: int | None,
+    also: Mapping[str, str],
 ) -> None:
     key, every = fingerprint(assets, **asdict(settings)), settings.inputs_per_object
     folder = target.with_name(f".{target.name}.rendering-{key}")
-    for old in target.parent.glob(f".{target.name}.rendering-*"):
-        if old != folder:
-            shutil.rmtree(old, ignore_errors=True)  # of other settings: never to be resumed
+    for old in files.abandoned(target.parent, target.name, "rendering"):
+        # of other settings, or without a word on what is done: the set that this one has replaced
+        if old != folder or not any(folder.glob(_JOURNALS)):
+            files.remove(old)
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [_Job(k * every, asset, settings, folder) for k, asset in enumerate(assets)]
     meta: dict[str, Any] = {
@@ -156,14 +161,15 @@ def _render_into(
     title, many = f"rendering {target.name}", len(jobs)
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(files.own(folder))
             spread = stack.enter_context(processes(workers)).map if workers > 1 else map
             made = list(tqdm(spread(_render_object, jobs), title, many, unit="object", delay=2))
         records = [record for one in made for record in one.records]
         lost = {job.asset.name: one.lost for job, one in zip(jobs, made, strict=True) if one.lost}
         if not records:
             raise DatasetError(f"object {next(iter(lost))!r}: {next(iter(lost.values()))}")
-        for said in folder.glob(".object-*.json"):
-            said.unlink()
+        for stray in {*image_folders(folder)} - {record.folder for record in records}:
+            files.remove(folder / stray)  # begun, of what is left out
         notes = defaultdict[str, list[str]](list)
         for job, one in zip(jobs, made, strict=True):
             for note in one.notes:
@@ -178,8 +184,10 @@ def _render_into(
         ]
         for sentence in meta["warnings"]:
             warnings.warn(f"{target.name}: {sentence}", stacklevel=4)
+        for name, text in also.items():
+            files.write_atomic(folder / name, text)
         seal(folder, records, settings.image_size, settings.views, (0.0, 0.0, 0.0), meta)
-        rename(folder, target)
+        put(folder, target)
     except BrokenProcessPool:
         raise DatasetError(
             "rendering: a worker was killed, perhaps for want of memory. Call again: it goes on"
@@ -190,7 +198,13 @@ def _render_into(
         ) from error
     finally:
         if not any(folder.glob("image_*")):
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove(folder)
+
+
+def _remove_journals(target: Path) -> None:
+    for said in target.glob(_JOURNALS):
+        with contextlib.suppress(OSError):
+            said.unlink()
 
 
 class _Made(NamedTuple):
@@ -205,7 +219,7 @@ def _render_object(job: _Job) -> _Made:
     """Render one object, and say at last what was written of it. What an earlier call finished is
     kept if its files are as it left them: after a crash of the machine one may be empty."""
     asset, say, said = job.asset, job.settings, job.folder / f".object-{job.first}.json"
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         earlier = json.loads(said.read_text("utf-8"))
         records = [Record(**entry) for entry in earlier["records"]]
         if all(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
-from fresnel.host.files import write_atomic
+from fresnel.host.files import scratch, write
 
 SUFFIX = ".safetensors"
 
@@ -46,17 +45,21 @@ def save(
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     data = serialised(whole, {"fresnel": json.dumps(metadata)})
-    latest, fresh = folder / f"latest{SUFFIX}", folder / f"next{SUFFIX}"
+    latest = folder / f"latest{SUFFIX}"
     try:
-        write_atomic(fresh, data)
-        for name in also:
-            temporary = folder / f"{name}.tmp"
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(fresh, temporary)
-            except OSError:
-                shutil.copyfile(fresh, temporary)
-            os.replace(temporary, folder / f"{name}{SUFFIX}")
+        with scratch(latest) as fresh:
+            write(fresh, data)
+            for name in also:
+                with scratch(path := folder / f"{name}{SUFFIX}") as linked:
+                    linked.unlink()
+                    try:
+                        os.link(fresh, linked)
+                    except OSError:
+                        write(linked, data)
+                    os.replace(linked, path)
+            if latest.exists():
+                os.replace(latest, folder / f"previous{SUFFIX}")
+            os.replace(fresh, latest)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -65,9 +68,6 @@ def save(
             f"no room for a checkpoint of {len(data) / 1e6:.0f} MB in {folder}; the one "
             "before it is whole: free some space and run again to resume",
         ) from error
-    if latest.exists():
-        os.replace(latest, folder / f"previous{SUFFIX}")
-    os.replace(fresh, latest)
 
 
 class Writer(ThreadPoolExecutor):

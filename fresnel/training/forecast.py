@@ -7,7 +7,6 @@ of 02 and the account of 03 speak of the same `PARTS`.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from fresnel.data.records import ViewTensors
 from fresnel.evaluation import metrics as evaluate
 from fresnel.host import machine
-from fresnel.host.files import fingerprint, inside, write_atomic
+from fresnel.host.files import fingerprint, inside, scratch, write_atomic
 from fresnel.training import checkpoints
 from fresnel.training.loop import TrainResult
 from fresnel.training.step import Stepper, kernels
@@ -160,11 +159,11 @@ def rehearse(
             acts["preview"] = timed(lambda: task.preview(model, generator))
     tensors = checkpoints.pack(result.model, model, stepper.optimizer)
     tensors |= {f"moment of {name}": tensor.clone() for name, tensor in tensors.items()}
-    with tempfile.TemporaryDirectory(dir=result.run_dir) as folder:
+    with scratch(result.run_dir / "rehearsal", folder=True) as folder:
         if stepper.device.type == "cuda":  # written in the background
             acts["checkpoint"] = timed(lambda: {name: t.cpu() for name, t in tensors.items()})
         else:
-            acts["checkpoint"] = timed(lambda: checkpoints.save(Path(folder), tensors, {}), 2)
+            acts["checkpoint"] = timed(lambda: checkpoints.save(folder, tensors, {}), 2)
     acts["evaluate_first"] = timed(lambda: judge(truth[:1]))
     acts["evaluate_record"] = timed(lambda: judge(truth[:3])) / min(3, len(truth))
     return acts
@@ -273,7 +272,7 @@ def kept(data: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         plan = json.loads(_path(data, settings).read_text(encoding="utf-8"))
         return plan if plan["parts"].keys() == PARTS.keys() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
