@@ -32,6 +32,8 @@ Usage: ./run_all.sh [--profile auto|cpu|gpu] [--only STEP] [--list] [--reports D
        ./run_all.sh pages         make every report's page and the index again, without a new run
        ./run_all.sh furniture --apt --out DIR
                                   render a set of 554 objects
+       ./run_all.sh heads --out DIR [--count 500] [--assets FOLDER] [--seed 0]
+                                  render human heads, as many as wanted
        ./run_all.sh lab           open the notebooks in JupyterLab
        ./run_all.sh test          ruff, mypy, nbstripout, pytest
        ./run_all.sh setup         only make the environment

@@ -430,6 +430,31 @@ def _furniture(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@_command(
+    "render human heads as multi-view data; the same people whenever the seed is the same",
+    ("--out!", _path, "folder of the dataset"),
+    ("--count", 500, "people (default: 500)"),
+    ("--assets", _path, "folder or zip of MakeHuman's skins, eyes, hair ... (default: our own)"),
+    ("--size=image_size", 128, "side of a picture (default: 128)", "PX"),
+    ("--views", 8, "views a record (default: 8)"),
+    ("--inputs=inputs_per_object", 1, "records a person (default: 1)", "N"),
+    ("--samples", 4, "rays a pixel (default: 4)"),
+    ("--azimuths", ("even", "even", "random"), "of the views"),
+    ("--split", (None, "train", "val", "test"), "only the people of this split"),
+    ("--seed", 0, "of people and cameras (default: 0)"),
+    ("--workers", int, "processes (default: one for each core)"),
+    ("--overwrite", True, "replace a dataset at --out"),
+)
+def _heads(arguments: argparse.Namespace) -> int:
+    from fresnel.heads import make
+
+    options = vars(arguments)
+    made = make.make(options.pop("out"), **options)
+    print(f"{len(made)} records x {made.views_per_object} views at {made.path}")
+    print(made.content_hash)
+    return 0
+
+
 def _told(*problems: str | None) -> int:
     """Say what is wrong, if anything; 1 then."""
     for problem in filter(None, problems):

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fresnel"
 ROOMS = (
-    *("host", "scene", "render", "data", "objects", "models", "bootstrap", "poses"),
+    *("host", "scene", "render", "data", "objects", "heads", "models", "bootstrap", "poses"),
     *("gate", "faults", "evaluation", "training", "show", "views", "report", "study", "launch"),
     *("analysis", "cli", "__main__"),
 )

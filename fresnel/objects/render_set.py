@@ -26,22 +26,20 @@ from fresnel.host import files
 from fresnel.host.machine import core_count
 from fresnel.host.pool import processes
 from fresnel.objects.assets import Asset, content_of
-from fresnel.objects.trace import load, render
+from fresnel.objects.trace import Model, load, render
 from fresnel.scene.cameras import standard_orbit
 
 _JOURNALS = ".object-*.json"
 _ALGORITHM = 2  # raise it when the pictures of one configuration change
-VIEW_ELEVATIONS_DEG = (-30.0, 45.0)
-INPUT_ELEVATIONS_DEG = (0.0, 30.0)
 
 
 @dataclass(frozen=True)
 class Settings:
     """How objects are rendered, every one from one or more random inputs and V views.
 
-    Objects are centred, longest side 1.  Record "name__k" is input pose k: a random azimuth and
-    an elevation in [0, 30] degrees.  Its views stand at azimuths 360 i / V relative to the input
-    ("even") or at a random place in each of those V sectors ("random"), elevations in [-30, 45].
+    Objects are centred, longest side 1; a `Model` has its own size.  Record "name__k" is input
+    pose k, at a random azimuth and elevation.  Its views stand at azimuths 360 i / V relative to
+    the input ("even") or at a random place in each of those V sectors ("random").
     What an object gets depends on the seed and its name alone, not on the other objects.
 
     Args:
@@ -54,6 +52,8 @@ class Settings:
             with each axis scaled by a random factor between 1 / stretch and stretch (even in its
             logarithm), then centred and of longest side 1 again: training data of more shapes
             than there are objects.
+        input_azimuths_deg, input_elevations_deg, view_elevations_deg: the ranges that these are
+            drawn from; azimuth 0 looks at an object's front (+Z).
     """
 
     views: int = 8
@@ -63,6 +63,9 @@ class Settings:
     samples: int = 4
     azimuths: str = "even"
     stretch: float = 1.0
+    input_azimuths_deg: tuple[float, float] = (0.0, 360.0)
+    input_elevations_deg: tuple[float, float] = (0.0, 30.0)
+    view_elevations_deg: tuple[float, float] = (-30.0, 45.0)
 
     def __post_init__(self) -> None:
         for name, holds, want in (
@@ -87,7 +90,12 @@ class _Job:
 def fingerprint(assets: Sequence[Asset], **settings: Any) -> str:
     """What a rendering is found again by: the bytes that it shows, and `render_set`'s settings."""
     known: dict[Path, str] = {}
-    shown = [{**vars(asset), "source": content_of(asset, known), "root": None} for asset in assets]
+    shown = [
+        asset.content()
+        if isinstance(asset, Model)
+        else {**vars(asset), "source": content_of(asset, known), "root": None}
+        for asset in assets
+    ]
     said = [_ALGORITHM, asdict(Settings(**settings)), shown]
     return hashlib.sha256(canonical_json(said)).hexdigest()[:16]
 
@@ -100,6 +108,7 @@ def render_set(
     overwrite: bool = False,
     reuse: bool = False,
     also: Mapping[str, str] | None = None,
+    meta: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> MultiViewDataset:
     """Ground-truth multi-view data of 3D objects, by `Settings`, which see.
@@ -114,6 +123,7 @@ def render_set(
         overwrite: replace an existing dataset at ``path``.
         reuse: return an existing dataset at ``path``; the caller's path names what is in it.
         also: texts to lie in the folder, by file name.
+        meta: more for the manifest's ``meta``.
 
     Raises:
         DatasetError: if there is no object, two share a name, none can be rendered, or the disk
@@ -124,7 +134,7 @@ def render_set(
         raise DatasetError("assets: no object given, or two share a name; want unique names")
     with making(target, overwrite=overwrite, reuse=reuse) as wanted:
         if wanted:
-            _render_into(target, assets, how, workers, also or {})
+            _render_into(target, assets, how, workers, also or {}, meta or {})
         _remove_journals(target)
     return dataset.open(target)
 
@@ -135,6 +145,7 @@ def _render_into(
     settings: Settings,
     workers: int | None,
     also: Mapping[str, str],
+    more: Mapping[str, Any],
 ) -> None:
     key, every = fingerprint(assets, **asdict(settings)), settings.inputs_per_object
     folder = target.with_name(f".{target.name}.rendering-{key}")
@@ -154,6 +165,7 @@ def _render_into(
         "object_splits": {asset.name: asset.split for asset in assets},
         "object_classes": {a.name: a.category for a in assets if a.category},
         "licences": sorted({asset.licence for asset in assets}),
+        **more,
     }
     rays = len(assets) * every * (settings.views + 1) * settings.image_size**2 * settings.samples
     # Processes take about three seconds to start and trace two million rays a second each.
@@ -232,12 +244,13 @@ def _render_object(job: _Job) -> _Made:
     try:
         with warnings.catch_warnings(action="ignore"):  # said of all objects together
             whole = load(asset)
-        solid = whole.normalised()
+        solid = whole if isinstance(asset, Model) else whole.normalised()
         for k in range(say.inputs_per_object):
             random, shape = _random(job, str(k)), solid
-            start = random.uniform(0.0, 360.0)
-            input_elevation = random.uniform(*INPUT_ELEVATIONS_DEG)
-            elevations = np.append(input_elevation, random.uniform(*VIEW_ELEVATIONS_DEG, say.views))
+            start = random.uniform(*say.input_azimuths_deg)
+            input_elevation = random.uniform(*say.input_elevations_deg)
+            others = random.uniform(*say.view_elevations_deg, say.views)
+            elevations = np.append(input_elevation, others)
             jitter = random.uniform(0.0, 1.0, say.views) if say.azimuths == "random" else 0.0
             relative = (np.arange(say.views) + jitter) * (360.0 / say.views)
             azimuths = torch.from_numpy(np.append(start, start + relative))

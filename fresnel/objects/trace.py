@@ -28,12 +28,25 @@ _RAYS_AT_ONCE = 1 << 20  # bounds memory at about 300 MB
 _LAYERS, _STEP, _DARK = 64, 1e-4, 1 / 512
 
 
+class Model(Asset):
+    """An object that is made rather than read; it comes centred and has the size it is to have."""
+
+    def surface(self) -> Surface:
+        raise NotImplementedError
+
+    def content(self) -> str:
+        """What tells it from every other."""
+        raise NotImplementedError
+
+
 def load(source: str | Path | Asset) -> Surface:
     """The surface of a mesh file (.glb, .gltf, .obj) or an asset; its notes are warned of, too.
 
     Raises:
         DatasetError: if the file is missing, of another kind, too large, or can't be read.
     """
+    if isinstance(source, Model):
+        return source.surface()
     asset = source if isinstance(source, Asset) else Asset(Path(source).stem, Path(source))
     name = f"{asset.source}: {asset.member}" if asset.member else str(asset.source)
     suffix = Path(asset.member or asset.source).suffix.lower()
