@@ -30,6 +30,8 @@ Usage: ./run_all.sh [--profile auto|cpu|gpu] [--only STEP] [--list] [--reports D
        ./run_all.sh remote status|logs [-f]|fetch [--wait]|resume|stop RUN
                                   the runs that are elsewhere
        ./run_all.sh pages         make every report's page and the index again, without a new run
+       ./run_all.sh clean [--dry-run] [FOLDER ...]
+                                  remove what killed processes left
        ./run_all.sh furniture --apt --out DIR
                                   render a set of 554 objects
        ./run_all.sh heads --out DIR [--count 500] [--assets FOLDER] [--seed 0]

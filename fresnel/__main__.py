@@ -1,7 +1,34 @@
 """`python -m fresnel COMMAND`: see `fresnel.cli`."""
 
+import os
+import signal
 import sys
+from typing import Any
 
-from fresnel.cli import main
 
-sys.exit(main())
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+for stream in (0, 1, 2):  # closed ones: else the next file that is opened takes their place
+    try:
+        os.fstat(stream)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+status = 130
+try:
+    signal.signal(signal.SIGTERM, _stop)  # so that a report is still written
+    signal.signal(signal.SIGINT, _stop)
+    from fresnel.cli import main
+
+    status = main()
+    sys.stdout.flush()
+except KeyboardInterrupt:  # outside of the command itself
+    pass
+except BrokenPipeError:  # its reader has gone, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+for number in (signal.SIGTERM, signal.SIGINT):  # too late to stop anything
+    signal.signal(number, signal.SIG_IGN)
+sys.exit(status)

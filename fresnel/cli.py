@@ -58,12 +58,12 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(command=command)
         group: Any = None
         for flags, kind, about, *metavar in rows:
-            named, _, dest = flags.rstrip("!?|").partition("=")
+            named, _, dest = flags.rstrip("!?*|").partition("=")
             options: dict[str, Any] = {"help": about}
             options |= {"metavar": metavar[0]} if metavar else {}
             options |= {"dest": dest} if dest else {}
             options |= {"required": True} if flags[-1] == "!" else {}
-            options |= {"nargs": "?"} if flags[-1] == "?" else {}
+            options |= {"nargs": flags[-1]} if flags[-1] in "?*" else {}
             if kind is True:
                 options["action"] = "store_true"
             elif isinstance(kind, list):
@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 def _command(text: str, *rows: Any, **more: Any) -> Callable:
     """Make a function the command of its name. A row is an argument: flags, kind, help, metavar.
 
-    flags: "=name" the attribute, "!" must be given, "?" may be left out, "|" one of these must be.
+    flags: "=name" the attribute, "!" must be given, "?" may be left out, "*" and more so, "|" one
+    of these must be.
     kind: what reads it, [] to repeat it, True for a switch, (default, *choices), else its default.
     """
 
@@ -402,6 +403,33 @@ def _pages(arguments: argparse.Namespace) -> int:
     problems = report.rebuild(arguments.reports)
     print(report.reports_folder(arguments.reports) / "index.html")
     return report.EXIT_STATUS["no_page"] if _told(*problems) else 0
+
+
+@_command(
+    "remove what killed processes left: half-made sets and files, locks that nobody holds",
+    _REPORTS,
+    ("folder*", _path, "where else to look (default: reports/, runs/, the user's cache)"),
+    ("--dry-run", True, "only list it"),
+)
+def _clean(arguments: argparse.Namespace) -> int:
+    from fresnel.host.files import remove
+    from fresnel.host.machine import cache_dir, runs_dir
+    from fresnel.report import run as report
+
+    reports, total, verb = report.reports_folder(arguments.reports), 0, "removed"
+    if arguments.dry_run:
+        verb = "would remove"
+    else:
+        report.try_index(reports)  # runs that were killed get their pages
+    for path in report.leftovers([*arguments.folder, reports, runs_dir(), cache_dir()]):
+        files = [path, *path.rglob("*")]
+        size = sum(file.lstat().st_size for file in files if file.is_file())
+        print(f"{verb} {size / 1e6:8.1f} MB  {path}")
+        total += size
+        if not arguments.dry_run:
+            remove(path)
+    print(f"{verb} {total / 1e6:.1f} MB in all")
+    return 0
 
 
 @_command(

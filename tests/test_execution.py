@@ -30,6 +30,7 @@ START = """\
 from fresnel.report import record
 run = record.start("n", {}, output_dir)
 print("so" + " far")"""
+PRODUCTS = {"executed.ipynb", "report.html", "results.json"}
 FINISH = 'run.finish("DONE", "All <well>.")'
 
 
@@ -195,11 +196,15 @@ status=$?; cp -r "$1/r" "$3"; exit $status"""
     assert "plain one" not in html, "the room kept for it was enough for the real page"
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+KILLED = [signal.SIGKILL]
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM], KILLED])
 def test_a_stopped_run_leaves_its_report(
     make_notebook: Maker, tmp_path: Path, signals: list[signal.Signals]
 ) -> None:
-    """A cell that does not heed Ctrl-C is given time; the second signal ends it at once."""
+    """A cell that does not heed Ctrl-C is given time; the second signal ends it at once.  After
+    SIGKILL the next index makes the page, and nothing else is left."""
     deaf = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" * (len(signals) - 1)
     begun = f"import time\nopen({str(tmp_path / 'begun')!r}, 'w').close()\ntime.sleep(60)"
     notebook = make(make_notebook, deaf + begun)
@@ -214,9 +219,19 @@ def test_a_stopped_run_leaves_its_report(
         process.send_signal(signals[-1])
         ended = time.monotonic()
         _, errors = process.communicate(timeout=60)
+    (folder,) = (tmp_path / "runs").iterdir()
+    if signals == KILLED:
+        while RunRecord.read(folder).status == "running" and time.monotonic() - ended < 30:
+            time.sleep(0.3)  # until the kernel has seen it
+            report.try_index(tmp_path)
+        record = RunRecord.read(folder)
+        assert record.badge == "DIED" in (tmp_path / "index.html").read_text()
+        assert (record.name, record.failure) == ("n", {"kind": "died", "cell": None})
+        assert "so far" in (folder / "report.html").read_text()
+        assert {path.name for path in folder.iterdir()} == PRODUCTS
+        return
     assert process.returncode == 130, errors
     assert time.monotonic() - ended < execution.GRACE_S
-    (folder,) = (tmp_path / "runs").iterdir()
     record = RunRecord.read(folder)
     assert record.badge == "STOPPED" and "stopped from outside" in (record.error or "")
     assert "so far" in (folder / "report.html").read_text()

@@ -143,16 +143,27 @@ def test_published_records_are_read_and_the_types_make_a_schema() -> None:
 def test_a_badge_says_how_a_run_ended(tmp_path: Path) -> None:
     running = record.start("x", {}, tmp_path).record
     assert running.badge == "RUNNING"
-    process = dict(running.provenance["process"])
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        pass
-    gone = {**running.provenance, "process": {**process, "pid": ended.pid}}
-    assert running.replace(provenance=gone).badge == "DIED"
-    elsewhere = {"process": {"pid": ended.pid, "host": "another machine"}}
-    assert running.replace(provenance=elsewhere).badge == "RUNNING"
     stopped = RunRecord("x", "crashed", failure={"kind": "stopped", "cell": 1})
     assert stopped.badge == "STOPPED"
+    assert stopped.replace(failure={"kind": "died", "cell": None}).badge == "DIED"
     assert stopped.replace(failure={"kind": "cell_error", "cell": 1}).badge == "CRASHED"
+
+
+def test_a_run_is_dead_when_nobody_holds_its_lock(tmp_path: Path) -> None:
+    run = record.start("x", {}, tmp_path)
+    host = run.record.provenance["process"]["host"]
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    gone = run.record.replace(provenance={"process": {"pid": ended.pid, "host": host}})
+    assert not record.is_dead(tmp_path, gone), "whatever number its process had, it holds the lock"
+    run.finish("DONE", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert record.is_dead(tmp_path, gone), "an older run, which had no lock"
+    assert not record.is_dead(tmp_path, run.record)
+    (tmp_path / record.RUNNING_NAME).touch()
+    assert record.is_dead(tmp_path, run.record), "its report was not complete"
+    elsewhere = {"process": {"pid": ended.pid, "host": "another machine"}}
+    assert not record.is_dead(tmp_path, gone.replace(provenance=elsewhere))
 
 
 def fake_nvml(energy: list[int]) -> Any:

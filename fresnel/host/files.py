@@ -75,7 +75,8 @@ def abandoned(folder: Path, name: str = "", kinds: str = "tmp|partial|replaced")
 def own(path: Path) -> Iterator[bool | None]:
     """Lock a file or folder itself: True; False while another has it or if it is gone, None where
     locks don't work.  The lock goes with its process, however that ends."""
-    handle, mine = None, False
+    handle: int | None = None
+    mine: bool | None = False
     try:
         # neither through a link nor waiting at a FIFO
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -10,6 +10,7 @@ import ctypes
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,26 @@ def project_root() -> Path:
     return here
 
 
+def runs_dir() -> Path:
+    """Where data and trainings go: runs/ of the project; in the user's cache where that may not be
+    written to."""
+    runs = project_root() / "runs"
+    return runs if may_write(runs) else cache_dir() / "runs"
+
+
 def cache_dir() -> Path:
-    """The user's folder for what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fresnel"
+    """The user's folder for what can be made again; a temporary one for who has no home."""
+    with contextlib.suppress(RuntimeError):  # nobody knows the home
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        if may_write(home):
+            return home / "fresnel"
+    return Path(tempfile.gettempdir()) / f"fresnel-{os.getuid()}"
+
+
+def may_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, which may still have to be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return os.access(there, os.W_OK)
 
 
 def core_count() -> int:

@@ -21,7 +21,7 @@ from fresnel.data import dataset, photos
 from fresnel.data.dataset import DatasetError, InputImages, MultiViewDataset, NotADataset
 from fresnel.data.images import as_photographs, image_files
 from fresnel.data.layout import object_name
-from fresnel.host.machine import cache_dir, project_root
+from fresnel.host.machine import cache_dir, runs_dir
 from fresnel.objects import furniture
 from fresnel.objects.assets import Asset, embedded_assets, find_assets
 from fresnel.objects.render_set import fingerprint, render_set
@@ -36,7 +36,7 @@ PARTS = (
 
 def data_dir() -> Path:
     """Where datasets go: runs/data in the project, wherever the notebook was started from."""
-    return project_root() / "runs" / "data"
+    return runs_dir() / "data"
 
 
 def holds_objects(path: str | Path) -> bool:

@@ -39,7 +39,11 @@ GRACE_S = 20.0
 
 
 def execute(
-    manager: Any, folder: Path, timeout_s: float | None = None, cell_timeout_s: float | None = None
+    manager: Any,
+    folder: Path,
+    connection: Path,
+    timeout_s: float | None = None,
+    cell_timeout_s: float | None = None,
 ) -> dict[str, Any] | None:
     """Run the cells of a notebook in place, as far as they go; None if all of them ran, else the
     `error` and the `failure` of its record.
@@ -47,6 +51,7 @@ def execute(
     manager: papermill's NotebookExecutionManager, which holds the notebook, saves it after every
         cell and while one goes on, and shows progress; the kernel's own bar is shown beside it.
     folder: the kernel's working directory.
+    connection: file that says how the kernel is reached, gone with it.
     timeout_s: most that the run may take, cell_timeout_s: most that one cell may. The cell is then
         interrupted, and killed if it does not heed that.
 
@@ -54,7 +59,9 @@ def execute(
     """
     # without folders of kernels it is the interpreter that runs us, whatever is installed
     native = KernelSpecManager(kernel_dirs=[])
-    kernel = AsyncKernelManager(kernel_spec_manager=native, transport_encryption="auto")
+    kernel = AsyncKernelManager(
+        kernel_spec_manager=native, transport_encryption="auto", connection_file=str(connection)
+    )
     client = _Client(manager.nb, km=kernel, store_widget_state=True, startup_timeout=STARTUP_S)
     client.manager, client.kernel = manager, kernel
     limits = timeout_s or math.inf, cell_timeout_s or math.inf

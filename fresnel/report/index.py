@@ -96,7 +96,7 @@ def _remote(reports: Path) -> list[dict[str, Any]]:
             entry = json.loads(path.read_text(encoding="utf-8"))
             row = {name: entry[name] for name in ("run", "on", "state", "planned")}
             fetched, spent = entry.get("fetched") or "", entry.get("spent") or {}
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, AttributeError, RecursionError):
             continue
         page = Path(fetched, "out", INDEX_NAME)
         link = quote(str(page)) if fetched and (reports / page).is_file() else None

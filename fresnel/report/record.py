@@ -28,12 +28,14 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 import psutil
 
-from fresnel.host.files import write_atomic
+from fresnel.host.files import locked, own, write_atomic
 from fresnel.host.machine import cuda, project_root
 from fresnel.host.meters import EnergyMeter, PeakMemory
 from fresnel.report.provenance import RESULTS_NAME, digest, provenance
 
 THUMBNAIL_NAME = "thumbnail.png"
+RUNNING_NAME = ".running"
+"""In a run's folder, locked by its process for as long as that lives."""
 Amount = Annotated[float, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Verdict = Literal["PASS", "FAIL", "GO", "NO-GO", "REFUSED", "DONE"]
@@ -59,8 +61,8 @@ class Stage:
 @dataclass(frozen=True)
 class RunRecord:
     """One run, exactly as `results.json` holds it. `name`: of the step; runs of one are comparable.
-    `failure`, of a crashed run: {"kind": a key of `run.EXIT_STATUS`, "cell": its number among the
-    source's code cells}; `error` says it in words. `cost_avoided`: see `index.cost_avoided`.
+    `failure`, of a crashed run: {"kind": a key of `run.EXIT_STATUS` or "died", "cell": its number
+    among the source's code cells}; `error` says it in words. `cost_avoided`: see the index.
     `cached`: {"reused_utc", "computed_utc", "commit", "dirty"} once a later call found nothing
     changed: the figures are those of `computed_utc` at `commit`."""
 
@@ -94,11 +96,8 @@ class RunRecord:
         DIED where its process is gone without a word."""
         if self.status == "finished" and self.verdict:
             return self.verdict
-        if self.failure and self.failure["kind"] == "stopped":
-            return "STOPPED"
-        process = self.provenance.get("process") or {}
-        here = self.status == "running" and process.get("host") == socket.gethostname()
-        return "DIED" if here and not psutil.pid_exists(process["pid"]) else self.status.upper()
+        words = {"stopped": "STOPPED", "died": "DIED"}
+        return words.get((self.failure or {}).get("kind", ""), self.status.upper())
 
     def _repr_markdown_(self) -> str:
         lines = [f"**{self.badge}.** {self.error or self.summary}"]
@@ -176,6 +175,11 @@ class Recorder:
         self.output_dir, self.record = output_dir, record
         self._clock, self._energy = time.perf_counter(), EnergyMeter()
         self._open: list[PeakMemory] = []
+        self._alive = contextlib.ExitStack()
+        with contextlib.suppress(OSError):  # where there are no locks, its number tells
+            lock = output_dir / RUNNING_NAME
+            if self._alive.enter_context(locked(lock, wait=False)):  # else the runner has it
+                self._alive.callback(lock.unlink, missing_ok=True)
         self._save()
 
     @contextlib.contextmanager
@@ -248,6 +252,7 @@ class Recorder:
         self._change(status="finished", verdict=verdict, **said)
         self._save()
         self._energy.close()
+        self._alive.close()
         return self.record
 
     def _change(self, **changes: Any) -> None:
@@ -305,17 +310,33 @@ def start(
     name = Path(notebook).stem
     folder = Path(output_dir) if output_dir else new_run_dir(project_root() / "reports", name)
     folder.mkdir(parents=True, exist_ok=True)
-    process = {"pid": os.getpid(), "host": socket.gethostname()}
     made_by = provenance(seed if seed is not None else params.get("seed"))
     record = RunRecord(
         *(name, "running"),
         name=name,
         params=dict(params),
-        provenance={**made_by, "process": process},
+        provenance={**made_by, "process": process()},
         started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         price_per_hour_usd=float(price_per_hour_usd),
     )
     return Recorder(record, folder.resolve())
+
+
+def process() -> dict[str, Any]:
+    """What names this process."""
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def is_dead(folder: Path, record: RunRecord) -> bool:
+    """Whether a run's process is gone before its report was complete; of another machine's run
+    nobody can tell."""
+    said, lock = record.provenance.get("process") or {}, folder / RUNNING_NAME
+    if said.get("host") != socket.gethostname():
+        return False
+    if not lock.exists():
+        return record.status == "running" and not psutil.pid_exists(said["pid"])
+    with own(lock) as free:
+        return bool(free)
 
 
 def slug(name: str) -> str:

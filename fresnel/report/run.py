@@ -13,25 +13,29 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fresnel.host.files import locked, write_atomic
+from fresnel.host.files import abandoned, locked, own, remove, write_atomic
 from fresnel.host.machine import project_root
 from fresnel.report.html import plain_page
 from fresnel.report.index import CACHE_NAME, cost_avoided, index, records
 from fresnel.report.params import check_parameters, read_parameters
 from fresnel.report.provenance import RESULTS_NAME, digest, identity, inputs_of
 from fresnel.report.record import (
+    RUNNING_NAME,
     THUMBNAIL_NAME,
     RecordError,
     RunRecord,
+    is_dead,
     new_run_dir,
+    process,
     save_thumbnail,
     slug,
 )
@@ -42,6 +46,7 @@ EXIT_STATUS = {"cell_error": 1, "no_verdict": 1, "not_started": 1, "refused": 3}
 EXIT_STATUS |= {"kernel_died": 4, "no_page": 5, "disk_full": 6, "timed_out": 124, "stopped": 130}
 """How a process ends that ran one notebook, unless it finished (0) or was used wrongly (2)."""
 _BAR = {"leave": False, "bar_format": "{desc} · {n_fmt}/{total_fmt} cells, {elapsed}{postfix}"}
+_CONNECTION_NAME = ".kernel.json"
 _BALLAST_BYTES = 8 << 20
 """Room kept on the run's disk while it goes on, for its report should the disk fill up."""
 
@@ -152,7 +157,10 @@ class Engine:
         if job is None:  # the parameters are in the cell that papermill injected
             told = read_parameters(nb, "injected-parameters")
             job = _Job(options["input_path"], {name: found.default for name, found in told.items()})
-        executed, done = job.compute(nb, options)
+        folder = job.chosen or new_run_dir(job.reports, job.name).resolve()
+        with locked(folder / RUNNING_NAME, f"{folder}: another process runs into it; waiting"):
+            executed, done = job.compute(nb, options, folder)
+            (folder / RUNNING_NAME).unlink(missing_ok=True)
         if direct:
             try_index(job.reports)
             print(describe(done), file=sys.stderr)
@@ -221,7 +229,7 @@ class _Job:
                 return Run(record, folder, _page(folder, record))
         return None
 
-    def compute(self, nb: Any, options: Mapping[str, Any]) -> tuple[Any, Run]:
+    def compute(self, nb: Any, options: Mapping[str, Any], folder: Path) -> tuple[Any, Run]:
         """Run it and write everything about it; returns the executed notebook, too."""
         from papermill.engines import NotebookExecutionManager
         from papermill.parameterize import parameterize_notebook
@@ -230,8 +238,6 @@ class _Job:
         from fresnel.report import engine, page
 
         clock, utc = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-        folder = self.chosen or new_run_dir(self.reports, self.name).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
         for stale in (RESULTS_NAME, EXECUTED_NAME, REPORT_NAME, THUMBNAIL_NAME):
             (folder / stale).unlink(missing_ok=True)
         if "output_dir" in self.known:
@@ -248,24 +254,30 @@ class _Job:
                 _write(nb, folder)
 
         manager.save = save
-        ballast = folder / ".ballast"
+        begun = RunRecord(self.source.stem, "running", name=self.name, params=self.params)
+        begun = begun.replace(started_utc=utc, provenance={"process": process()})
+        running = folder / RUNNING_NAME
         with contextlib.suppress(OSError):
-            ballast.write_bytes(b"\0" * _BALLAST_BYTES)
+            begun = RunRecord.read(begun.write(folder))
+            with open(running, "ab") as ballast:
+                ballast.write(b"\0" * _BALLAST_BYTES)
         try:
             manager.notebook_start()
             limits = (options.get(name) for name in ("execution_timeout", "cell_timeout"))
-            ended = engine.execute(manager, project_root(), *limits)
+            ended = engine.execute(manager, project_root(), folder / _CONNECTION_NAME, *limits)
         except Exception as error:
             text = f"The notebook could not be run: {type(error).__name__}: {error}"
             ended = {"error": text, "failure": {"kind": "not_started", "cell": None}}
         finally:
-            ballast.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.truncate(running, 0)
         manager.notebook_complete()
         try:
             record = RunRecord.read(folder)
         except RecordError:
-            record = RunRecord(self.source.stem, "finished", "DONE", started_utc=utc)
-            record = record.replace(params=self.params)
+            record = begun
+        if record == begun:  # a notebook that keeps no record
+            record = begun.replace(status="finished", verdict="DONE")
         if ended is None and record.status == "running":
             text = "The notebook ended without a verdict: its last cell must call finish()."
             ended = {"error": text, "failure": {"kind": "no_verdict", "cell": None}}
@@ -321,12 +333,31 @@ def rebuild(reports_dir: str | Path | None = None) -> list[str]:
 
 
 def try_index(reports: Path) -> str | None:
-    """Write the index, but a failure is a sentence: no run is lost for want of an index."""
+    """Write the index, but a failure is a sentence: no run is lost for want of an index.  Runs
+    whose process is gone get a page of what had run."""
     try:
+        for folder, record in list(records(reports)):
+            if isinstance(record, RunRecord) and is_dead(folder, record):
+                _bury(folder, record)
         index(reports)
     except Exception as error:
         return f"the index could not be made: {type(error).__name__}: {error}"
     return None
+
+
+def _bury(folder: Path, record: RunRecord) -> None:
+    """Give a run that was killed its page, and remove what it left."""
+    # the kernel knew the notebook's name alone
+    record = record.replace(name=folder.name.partition("Z-")[2] or record.name)
+    artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
+    if record.status == "running":
+        said = "Its process was killed, or its machine stopped; what had run until then is here."
+        record = record.replace(error=said, failure={"kind": "died", "cell": None})
+        record = record.replace(status="crashed")
+    record.replace(artifacts=artifacts).write(folder)
+    _page(folder, record, None if (folder / EXECUTED_NAME).exists() else {"cells": []})
+    for left in (folder / RUNNING_NAME, folder / _CONNECTION_NAME, *abandoned(folder)):
+        remove(left)
 
 
 def reports_folder(reports_dir: str | Path | None = None) -> Path:
@@ -338,6 +369,26 @@ def describe(done: Run) -> str:
     """What a person wants to read on a terminal after one run."""
     text = done.record.error if done.crashed else done.record.summary
     return "\n".join(part for part in (line(done), text) if part)
+
+
+def leftovers(folders: Iterable[Path]) -> Iterator[Path]:
+    """What killed processes left below these folders: half-made files and sets, and locks that
+    nobody holds.  Each is locked until the next one is asked for."""
+    for top in folders:
+        for at, inner, names in os.walk(top):
+            place = Path(at)
+            yield from abandoned(place, kinds="tmp|partial|replaced|rendering|unpacked")
+            inner[:] = [name for name in inner if not re.match(r"\..*-", name)]
+            ours = place.name in (CACHE_NAME, ".study")
+            for lock in (place / name for name in sorted(names)):
+                is_lock = lock.suffix == ".lock" and (ours or lock.name[0] == ".")
+                with (
+                    own(lock)
+                    if is_lock or lock.name == RUNNING_NAME
+                    else contextlib.nullcontext() as free
+                ):
+                    if free:
+                        yield lock
 
 
 def line(done: Run) -> str:

@@ -13,7 +13,7 @@ from fresnel.bootstrap import CORRECTED, ORIGINAL, BootstrapConfig, bootstrap
 from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset, ViewTensors
 from fresnel.host.files import fingerprint
-from fresnel.host.machine import project_root
+from fresnel.host.machine import runs_dir
 from fresnel.models.decoder import load_shipped
 from fresnel.objects import sources
 from fresnel.report.provenance import NOT_TRAINING, code_hash
@@ -95,7 +95,7 @@ def train_dir(name: str, data: MultiViewDataset, config: Mapping[str, Any]) -> P
     config = {key: value for key, value in config.items() if key not in _APART}
     key = fingerprint({**config, "code": code_hash(NOT_TRAINING)})
     stem = f"{name}-{data.content_hash.removeprefix('sha256:')[:8]}-{key}"
-    return project_root() / "runs" / "train" / stem
+    return runs_dir() / "train" / stem
 
 
 def demo_dataset(model: str = "cvs", *, image_size: int = 32) -> MultiViewDataset:

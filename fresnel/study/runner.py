@@ -275,7 +275,11 @@ def _given_up(step: Step, reports: Path, since: str) -> bool:
     tries = 0
     for _, record in _runs(reports, step.name, step.params):
         if record.get("started_utc", "") >= since:
-            cut_short = (record.get("failure") or {}).get("kind") in ("timed_out", "stopped")
+            cut_short = (record.get("failure") or {}).get("kind") in (
+                "timed_out",
+                "stopped",
+                "died",
+            )
             tries += record.get("status") == "crashed" and not cut_short
             tries += 2 * (record.get("verdict") == "REFUSED")
     return tries > 1
@@ -313,7 +317,7 @@ def _runs(
     for results in sorted(reports.glob(f"runs/*Z-{slug(name)}*/results.json"), reverse=True):
         try:
             record = json.loads(results.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(record, dict) and record.get("name") == name:
             has = record.get("params", {})
