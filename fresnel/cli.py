@@ -462,6 +462,7 @@ def _furniture(arguments: argparse.Namespace) -> int:
     "render human heads as multi-view data; the same people whenever the seed is the same",
     ("--out!", _path, "folder of the dataset"),
     ("--count", 500, "people (default: 500)"),
+    ("--first", 0, "number of the first: sets of other numbers share nobody (default: 0)"),
     ("--assets", _path, "folder or zip of MakeHuman's skins, eyes, hair ... (default: our own)"),
     ("--size=image_size", 128, "side of a picture (default: 128)", "PX"),
     ("--views", 8, "views a record (default: 8)"),

@@ -45,10 +45,12 @@ class Head(Model):
         return f"{_ALGORITHM} {self.name} {self.seed} {self.index} {load().digest} {worn}"
 
 
-def people(count: int, seed: int = 0, assets: str | Path | None = None) -> list[Head]:
-    """The first so many heads of a seed."""
-    if count < 1:
-        raise DatasetError(f"count: got {count}, want at least 1")
+def people(
+    count: int, seed: int = 0, assets: str | Path | None = None, first: int = 0
+) -> list[Head]:
+    """So many heads of a seed, from number ``first`` on."""
+    if count < 1 or first < 0:
+        raise DatasetError(f"count, first: got {count}, {first}; want at least 1, at least 0")
     clothes = str(assets) if assets else ""
     said = f"{_BY}{' and assets (CC0 1.0)' if assets else ''}"
     return [
@@ -58,7 +60,7 @@ def people(count: int, seed: int = 0, assets: str | Path | None = None) -> list[
             index=index,
             clothes=clothes,
         )
-        for index in range(count)
+        for index in range(first, first + count)
     ]
 
 
@@ -68,6 +70,7 @@ def make(
     count: int = 500,
     assets: str | Path | None = None,
     seed: int = 0,
+    first: int = 0,
     split: str | None = None,
     overwrite: bool = False,
     **settings: Any,
@@ -76,6 +79,7 @@ def make(
 
     Args:
         assets: folder or zip of MakeHuman's assets (skins, eyes, eyebrows, eyelashes, hair).
+        first: number of the first person: sets of other numbers share nobody.
         split: only the people of "train", "val" or "test".
         settings: `render_set`'s, over `PORTRAIT`.
 
@@ -84,9 +88,9 @@ def make(
             `render_set` says.
     """
     check_target(Path(out), overwrite)
-    heads = [head for head in people(count, seed, assets) if split in (None, head.split)]
+    heads = [head for head in people(count, seed, assets, first) if split in (None, head.split)]
     if not heads:
-        raise DatasetError(f"count: no one of the first {count} people is of split {split!r}")
+        raise DatasetError(f"count: no one of these {count} people is of split {split!r}")
     meta = {
         "source": "heads",
         "assets": wardrobe.open(str(assets)).digest if assets else None,
