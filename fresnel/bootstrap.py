@@ -168,6 +168,7 @@ def bootstrap(
         "decoder": {"checksum": decoder.checksum(), **made_by},
         "elevation_is_assumed": inputs.elevation_is_assumed,
         "source": source or {},
+        **({"gate_overridden": True} if decoder.gate_overridden else {}),
     }
     return dataset.write(
         path,

@@ -220,6 +220,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     verdict = gate.validate(data, first=arguments.first, against=other)
     if arguments.receipt:
         gate.issue_receipt(data, verdict)
+        print(f"receipt: {gate.receipt_path(data)}", file=sys.stderr)
     if arguments.html:
         _page(arguments.dataset, arguments.html)
     said, passed = verdict.to_dict(), verdict.passed
@@ -301,6 +302,8 @@ def _views(arguments: argparse.Namespace) -> int:
     made = views.write_views(options.pop("picture"), options.pop("out"), **options)
     for sentence in made["assumed"]:
         print(f"assumed: {sentence}")
+    if made["gate_overridden"]:
+        print("gate overridden: these weights learned from data that the gate refused")
     for file in made["gaussians"]["files"]:
         print(f"{file}: {made['gaussians']['count']} Gaussians")
     print(f"{len(made['files'])} views in {made['duration_s']:.1f} s")

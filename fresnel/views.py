@@ -109,6 +109,8 @@ def write_views(
         straight = np.concatenate([colour, picture[..., 3:]], axis=-1)
         Image.fromarray(straight).save(folder / file, optimize=True)
     calls = "one network call a view" if steps == 1 else f"{steps} network calls a view"
+    overridden = network.gate_overridden or splats.gate_overridden
+    calls += "; the gate was overridden" if overridden else ""
     sheet = pictures.contact_sheet(
         [[given[..., :3], *style.to_uint8(views.rgb[0])] for views in (made, own)],
         columns=["input", *style.azimuth_labels(azimuths)],
@@ -128,6 +130,7 @@ def write_views(
         "steps": steps,
         "seed": seed,
         "weights": "shipped" if weights is None else Path(weights).name,
+        "gate_overridden": overridden,  # in the training of what draws
         "image_size": size,
         "files": files,
         "gaussians": {"count": gaussians.num, "files": [*map(str, splats_to)]},

@@ -12,7 +12,8 @@ from typing import Any
 
 _NAMES = {
     "verdict": "Reason Verdict issue_receipt validate",
-    "receipts": "GateConfig GateRefusal Receipt read_receipt require_receipt write_receipt",
+    "receipts": "GateConfig GateRefusal Receipt read_receipt receipt_path require_receipt "
+    "write_receipt",
 }
 
 

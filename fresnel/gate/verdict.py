@@ -151,11 +151,19 @@ def validate(
 def _warnings(meta: dict[str, Any]) -> list[str]:
     """What readers said of the files: see `dataset.open` and `render_set`."""
     parts = {"": meta, **meta.get("parts", {})}
-    return [
+    said = [
         f"{name}: {said}" if name else said
         for name, part in parts.items()
         for said in part.get("warnings", ())
     ]
+    return said + _tainted(meta)
+
+
+def _tainted(meta: dict[str, Any]) -> list[str]:
+    """Which parts of a set were made by weights that were trained with the gate overridden."""
+    parts = {"it": meta, **meta.get("parts", {})}
+    taint = "was made by weights that were trained with the gate overridden"
+    return [f"{name} {taint}" for name, part in parts.items() if part.get("gate_overridden")]
 
 
 def _summary(reasons: Sequence[Reason], seen: str) -> str:
@@ -216,7 +224,8 @@ def _measure(dataset: Any, index: int, with_rig: bool) -> _Measured:
 
 
 def issue_receipt(dataset: Any, verdict: Verdict) -> Receipt:
-    """Write the verdict, pass or fail, to `dataset.path`/receipts/gate.json.
+    """Write the verdict, pass or fail, where `receipts` says; one on data that was made by weights
+    of an overridden gate is overridden, too.
 
     Raises:
         ValueError: if the verdict is about other data, or about a part of it.
@@ -224,6 +233,7 @@ def issue_receipt(dataset: Any, verdict: Verdict) -> Receipt:
     about = (verdict.dataset_hash, verdict.examples_total)
     whole = verdict.examples_seen == verdict.examples_total or not verdict.passed
     subset = getattr(dataset, "is_subset", False) or verdict.is_subset or not whole
+    made_so = _tainted(getattr(dataset, "meta", None) or {})
     if subset or about != (dataset.content_hash, len(dataset)):
         raise ValueError(
             f"verdict: is about {'a subset' if subset else 'other data'} ({about[0][:19]} of "
@@ -235,7 +245,8 @@ def issue_receipt(dataset: Any, verdict: Verdict) -> Receipt:
         "gate",
         verdict.passed,
         verdict.summary,
-        [f"{reason.code}: {reason.message}" for reason in verdict.reasons],
+        [f"{reason.code}: {reason.message}" for reason in verdict.reasons] or made_so,
+        overridden=bool(made_so),
         thresholds=verdict.thresholds,
         records=(verdict.examples_seen, verdict.examples_total),
     )

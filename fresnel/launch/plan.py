@@ -167,6 +167,7 @@ def make(
     listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     never = {".git", ".venv", "runs", ""}
     files = [n for n in listed if n.split("/")[0] not in never and (root / n).is_file()]
+    kept = sorted((root / "runs/receipts").rglob("*.json"))  # of captures, which keep none
     if not files:
         raise PlanError(f"{root}: is no git checkout, so what belongs to it is unknown")
     problems, notes, forecasts = list[str](), list[str](), list[float]()
@@ -203,7 +204,8 @@ def make(
     if git["dirty"]:
         notes.append("the tree is dirty; it is sent as it is")
     return Plan(
-        *(name, tuple(words), terms, root, tuple(dict.fromkeys(files))),
+        *(name, tuple(words), terms, root),
+        tuple(dict.fromkeys([*files, *(str(path.relative_to(root)) for path in kept)])),
         params=steps[0].params if single else None,
         forecast_s=sum(forecasts) if forecasts else None,
         notes=tuple(notes),
@@ -242,7 +244,8 @@ def _checked(
     for kind in kinds:
         gate.require_receipt(data, kind, bool(full.get("allow_failed_gate")))
         # the files were hashed for the first one
-        data = types.SimpleNamespace(path=place, content_hash=data.content_hash)
+        same = ("path", "content_hash", "layout")
+        data = types.SimpleNamespace(**{name: getattr(data, name) for name in same})
     if not training:
         return []
     names = ("steps", "checkpointing", "accumulate")

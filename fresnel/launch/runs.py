@@ -241,7 +241,8 @@ def fetch(run: str, reports: Path, *, wait: bool = False, every_s: float = 20.0)
     _write(reports, entry)
     for path in sorted((target / "receipts").rglob("*.json")):
         place = Path(entry["root"]) / path.relative_to(target / "receipts")
-        if place.parent.parent.is_dir() and not place.exists():
+        known = place.parent.parent.is_dir() or place.parent.parent.name == "receipts"
+        if known and not place.exists():
             write_atomic(place, path.read_text(encoding="utf-8"))
             print(f"kept {place}", file=sys.stderr)
     return target

@@ -177,6 +177,7 @@ class CVS(weights.Stored):
             for name in ("unet.head.weight", "unet.head.bias"):
                 found[name] *= at_max
         self.load_state_dict(found)
+        self.gate_overridden |= other.gate_overridden
         self.origin = weights.checksum(found)
 
 

@@ -350,7 +350,8 @@ def render_small(
 def predictor(model: Decoder) -> Predictor:
     """The decoder as evaluation sees every method: (inputs (M,), cameras (M, V)) -> Views.
 
-    Its attribute `decoder` is the decoder's checksum, which a CVS that learns from it keeps.
+    Its attributes `decoder`, the decoder's checksum, and `gate_overridden` are kept by a CVS that
+    learns from it.
     """
 
     @torch.no_grad()
@@ -358,7 +359,7 @@ def predictor(model: Decoder) -> Predictor:
         gaussians = prune(model.world(inputs))
         return render_small(gaussians, cameras.to(model.device), render_size=model.render_size)
 
-    setattr(predict, "decoder", model.checksum())  # noqa: B010 - a function has no such field
+    vars(predict).update(decoder=model.checksum(), gate_overridden=model.gate_overridden)
     return predict
 
 

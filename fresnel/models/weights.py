@@ -26,19 +26,21 @@ _LARGEST, _MOST_BLOCKS = 2048, 16
 """Of any size, and of blocks a level: what a file says is not to take all memory and time."""
 _GONE = {"gaussian_grid": "full", "encoder": "conv", "dropout": 0.0, "render_base": True}
 """Options of older files, and the one value of each that is left."""
-_OWN = ("kind", "config", "checksum", "format", "parameters", "facts")
+_OWN = ("kind", "config", "checksum", "format", "parameters", "facts", "gate_overridden")
 
 
 class Stored(nn.Module):
     """A network of a `config` that can be saved and loaded, with its JSON-able `provenance`.
 
     A subclass names its kind, what makes its configuration, and its facts: attributes that travel
-    with the weights, and their values where a file has none.
+    with the weights, and their values where a file has none.  `gate_overridden` travels too: they
+    learned from data that the gate refused, or started from weights that did.
     """
 
     kind: ClassVar[str]
     make_config: ClassVar[Any]
     facts: ClassVar[dict[str, Any]]
+    gate_overridden: bool = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -63,8 +65,9 @@ class Stored(nn.Module):
             for name, t in self.state_dict().items()
         }
         facts = {name: getattr(self, name) for name in self.facts}
-        own = {"kind": self.kind, "config": asdict(self.config), "facts": facts}
-        header = {**self.provenance, **own, "checksum": checksum(tensors)}
+        header = {**self.provenance, "kind": self.kind, "config": asdict(self.config)}
+        header |= {"facts": facts, "gate_overridden": self.gate_overridden}
+        header["checksum"] = checksum(tensors)
         write_atomic(path, serialise(tensors, metadata={"fresnel": json.dumps(header)}))
         return Path(path)
 
@@ -83,11 +86,11 @@ class Stored(nn.Module):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.get("checksum", found := checksum(tensors)) != found:
             raise ValueError(f"{path}: its weights are not those that were saved; copy it again")
-        config = _bounded(path, header.get("config"))
+        config = _bounded(path, header.get("config"), cls.make_config)
         try:
             with torch.device("meta"):  # without memory, until it is known to fit the file
                 want = cls(cls.make_config(**config)).state_dict()
-        except TypeError as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
             raise ValueError(f"{path}: not the configuration of a {cls.kind} ({error})") from error
         built, stored = ({n: t.shape for n, t in each.items()} for each in (want, tensors))
         if odd := sorted({name for name, _ in built.items() ^ stored.items()}):
@@ -95,9 +98,15 @@ class Stored(nn.Module):
         network = cls(cls.make_config(**config))
         network.load_state_dict(tensors)
         network.provenance = {key: value for key, value in header.items() if key not in _OWN}
-        given = header.get("facts") or {}
-        for name, value in cls.facts.items():
-            setattr(network, name, type(value)(given.get(name, value)))
+        params = header.get("params")  # of older files all that is known is what was asked for
+        asked = isinstance(params, dict) and params.get("allow_failed_gate")
+        network.gate_overridden = bool(header.get("gate_overridden", asked))
+        given = header.get("facts")
+        for name, usual in cls.facts.items():
+            value = given.get(name, usual) if isinstance(given, dict) else usual
+            if not _is_like(value, usual) or value == 0:
+                raise ValueError(f"{path}: {name} {value!r} is out of bounds; copy the file again")
+            setattr(network, name, value)
         return network.eval().to(device)
 
 
@@ -112,7 +121,7 @@ def read_header(path: str | Path, kind: str = "weights") -> dict[str, Any]:
             old = json.loads(metadata["fresnel_decoder"])
             return {**(old.pop("provenance", None) or {}), **old, "kind": "decoder"}
         header = json.loads(metadata.get("fresnel", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable {kind} checkpoint ({error})") from error
     return header if isinstance(header, dict) else {}
 
@@ -138,7 +147,16 @@ def shipped(name: str, model: str) -> Path:
     return path
 
 
-def _bounded(path: str | Path, config: Any) -> dict[str, Any]:
+def _is_like(value: Any, usual: Any, largest: int = _LARGEST) -> bool:
+    """Whether a value is of the usual one's type, and no size beyond bounds."""
+    if isinstance(usual, tuple):
+        return isinstance(value, list) and len(value) <= 16 and all(_is_like(n, 0) for n in value)
+    if isinstance(usual, float):
+        return type(value) in (int, float) and abs(value) <= 1e6
+    return type(value) is type(usual) and (type(value) is not int or 0 <= value <= largest)
+
+
+def _bounded(path: str | Path, config: Any, known: Any) -> dict[str, Any]:
     """The configuration in a header, without what is gone and with no number out of bounds."""
     if not isinstance(config, dict):
         raise ValueError(f"{path}: its header holds no configuration")
@@ -146,9 +164,8 @@ def _bounded(path: str | Path, config: Any) -> dict[str, Any]:
     for name, value in config.items():
         if value != _GONE.get(name, value):
             raise ValueError(f"{path}: {name} {value!r} is not supported any more")
-        numbers = value if isinstance(value, list) else [value]
         largest = _MOST_BLOCKS if name == "blocks_per_level" else _LARGEST
-        if len(numbers) > 16 or any(isinstance(n, int) and abs(n) > largest for n in numbers):
+        if hasattr(known, name) and not _is_like(value, getattr(known, name), largest):
             raise ValueError(f"{path}: {name} {value!r} is out of bounds, want at most {largest}")
         if name not in (*_GONE, "encoder_weights"):  # the latter of an encoder that is gone
             kept[name] = tuple(value) if isinstance(value, list) else value

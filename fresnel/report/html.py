@@ -16,10 +16,11 @@ from typing import Any
 
 import jinja2
 
-from fresnel.report.record import RunRecord
+from fresnel.report.record import VERDICTS, RunRecord
 
 TEMPLATES = Path(__file__).parent / "templates"
 TONES = {"PASS": "good", "GO": "good", "FAIL": "bad", "NO-GO": "bad", "CRASHED": "bad"}
+TONES |= {f"{w}, overridden": "bad" if TONES.get(w) == "bad" else "warn" for w in VERDICTS}
 TONES |= {"REFUSED": "warn", "RUNNING": "warn", "STOPPED": "warn", "DIED": "bad"}
 
 

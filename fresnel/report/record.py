@@ -92,10 +92,12 @@ class RunRecord:
 
     @property
     def badge(self) -> str:
-        """The one word for a person: the verdict of a finished run, else how it stands or ended;
-        DIED where its process is gone without a word."""
+        """The one word for a person: the verdict of a finished run ("overridden" beside it where it
+        rests on data that the gate refused), else how it stands or ended; DIED where its process is
+        gone without a word."""
         if self.status == "finished" and self.verdict:
-            return self.verdict
+            stamp = ", overridden" if self.metrics.get("gate_overridden") else ""
+            return f"{self.verdict}{stamp}"
         words = {"stopped": "STOPPED", "died": "DIED"}
         return words.get((self.failure or {}).get("kind", ""), self.status.upper())
 

@@ -122,6 +122,7 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     """Load the averaged weights of a checkpoint into `model`; returns its metadata."""
     tensors, metadata = read(path)
     model.load_state_dict(_part(tensors, "ema"))
+    vars(model)["gate_overridden"] = bool(metadata.get("gate_overridden"))
     return metadata
 
 

@@ -78,6 +78,7 @@ class CVSTask:
             data, renders = data.to(device), None
             if config.render_condition and renderer is not None:
                 model.decoder = getattr(renderer, "decoder", "")
+                model.gate_overridden |= getattr(renderer, "gate_overridden", False)
                 twin = config.render_twin
                 renders = cvs.prepared(renderer, data, any_input=every, twin=twin)
             self._sets.append((Images(data, device, depth=by_depth), data.pivots, renders))

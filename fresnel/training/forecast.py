@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ import torch
 
 from fresnel.data.records import ViewTensors
 from fresnel.evaluation import metrics as evaluate
+from fresnel.gate import receipts
 from fresnel.host import machine
-from fresnel.host.files import fingerprint, inside, scratch, write_atomic
+from fresnel.host.files import fingerprint, scratch
 from fresnel.training import checkpoints
 from fresnel.training.loop import TrainResult
 from fresnel.training.step import Stepper, kernels
@@ -264,20 +264,20 @@ def settings_of(config: TrainConfig, **what: Any) -> dict[str, Any]:
 def keep(data: Any, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Write a forecast beside the data's receipts, for the full run with these settings."""
     text = json.dumps({**plan, "settings": dict(settings)}, indent=2) + "\n"
-    write_atomic(_path(data, settings), text)
+    receipts.keep(data, _file(settings), text)
 
 
 def kept(data: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The forecast for these settings on this data; None if there is none that can be read."""
     try:
-        plan = json.loads(_path(data, settings).read_text(encoding="utf-8"))
+        plan = json.loads(receipts.kept(data, _file(settings)).read_text(encoding="utf-8"))
         return plan if plan["parts"].keys() == PARTS.keys() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _path(data: Any, settings: Mapping[str, Any]) -> Path:
-    return inside(Path(data.path), f"receipts/forecast-{fingerprint(settings)}.json")
+def _file(settings: Mapping[str, Any]) -> str:
+    return f"forecast-{fingerprint(settings)}.json"
 
 
 def table(

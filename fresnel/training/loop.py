@@ -81,7 +81,8 @@ def fit(
             compared. None, as from data without a receipt: refused.
         resume: False starts over and removes what an earlier run left in `run_dir`.
         allow_failed_gate: negative controls: train in spite of a recorded failure. Checkpoints,
-            log and result then carry gate_overridden = true.
+            log, result and networks then carry gate_overridden = true, as they do where the task's
+            model starts from, or sees renders of, weights that carry it.
 
     Raises:
         GateRefusal, ResumeRefused, NonFiniteLoss, OutOfMemory, checkpoints.DiskFull;
@@ -91,7 +92,8 @@ def fit(
     if receipt is None:
         raise GateRefusal("receipt: got None; validate the data and pass the gate's receipt")
     receipt = require_receipt(task.data, "gate", allow_failed_gate, receipt=receipt)
-    overridden, folder, rows = bool(receipt.overridden), Path(run_dir), list[dict[str, Any]]()
+    overridden = receipt.overridden or bool(getattr(task.model, "gate_overridden", False))
+    folder, rows = Path(run_dir), list[dict[str, Any]]()
     log_file, kept = folder / "log.jsonl", folder / "checkpoints"
     identity = {
         "train": asdict(config),
@@ -119,6 +121,8 @@ def fit(
         stack.enter_context(locked(folder / ".lock", busy))
         stepper = Stepper(task, config)
         device, state = stepper.device, (stepper.model, stepper.ema, stepper.optimizer)
+        for network in (stepper.model, stepper.ema):
+            vars(network)["gate_overridden"] = overridden  # saved with the weights
         machine.reset_peak_memory(device)
         if not resume:
             for pattern in ("log.jsonl", "previews/step_*.png", f"checkpoints/*{SUFFIX}"):
