@@ -98,7 +98,10 @@ PY
     say "Setting up the environment (once; several minutes, about 2 GB with a CPU torch)."
     local quiet=(--quiet)
     if [[ -t 2 ]]; then quiet=(); fi  # a person watching sees pip's progress
-    "$python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check -r "$root/requirements.lock" ||
+    local pip=("$python" -m pip install ${quiet[@]+"${quiet[@]}"} --disable-pip-version-check)
+    # the lock is complete, so nothing is looked for that it does not name; then torch, see there
+    { "${pip[@]}" --no-deps --require-hashes -r "$root/requirements.lock" &&
+        "${pip[@]}" "$(grep -oE '\btorch==[0-9.]+' "$root/requirements.lock")"; } ||
         fail "could not install requirements.lock; see above. No network? Set FRESNEL_PYTHON."
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
         -e "$root" || fail "could not install the project itself; see above"
@@ -175,32 +178,30 @@ run_tests() {
 }
 
 make_lock() {
+    local folder torch=torch==${FRESNEL_TORCH:-2.13.0}
     folder=$(mktemp -d)
-    trap 'rm -rf "$folder"' EXIT
+    trap "rm -rf '$folder'" EXIT
     make_venv "$folder/venv"
-    "$folder/venv/bin/python" - "$root/pyproject.toml" >"$folder/wanted.txt" <<'PY'
-import sys, tomllib
-with open(sys.argv[1], "rb") as stream:
-    file = tomllib.load(stream)
-project = file["project"]
-print(*file["build-system"]["requires"], sep="\n")
-print(*project["dependencies"], *project["optional-dependencies"]["dev"], sep="\n")
-PY
-    printf '%s\n' "torch==${FRESNEL_TORCH:-2.13.0}" >>"$folder/wanted.txt"
-    say "Resolving in a fresh environment."
-    "$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        -r "$folder/wanted.txt" || fail "could not resolve the requirements; see above"
+    "$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check uv ||
+        fail "could not install uv, which resolves the requirements; see above"
+    cp "$root/requirements.lock" "$folder/lock"  # versions stay where they still fit
+    printf '%s\n' "$torch" >"$folder/torch"
+    "$folder/venv/bin/uv" pip compile --quiet --universal --python-version 3.11.2 --generate-hashes \
+        --no-annotate --no-header --extra dev --extra lab --extra viewer \
+        --constraint "$folder/torch" "$root/pyproject.toml" --output-file "$folder/lock" >/dev/null ||
+        fail "could not resolve the requirements; see above"
     {
-        cat <<'TEXT'
-# Everything pyproject.toml and its extra "dev" need, pinned.
-# Made by ./run_all.sh lock (a fresh environment with pyproject's requirements, then pip freeze;
-# FRESNEL_TORCH=2.13.0 chooses torch; FRESNEL_BASE the Python, which must be the oldest that is to
-# install this: Debian 12 has 3.11.2). torch has no +cpu or +cu suffix, and what only its CUDA
-# builds need is left out, so that the same file serves machines with and without a GPU.
+        cat <<TEXT
+# Everything that pyproject.toml and its extras dev, lab and viewer need, on any system and from
+# Python 3.11.2 on, with the hashes of every file that PyPI has of it. Made by ./run_all.sh lock,
+# which keeps the versions that still fit (empty this file for the newest ones).
+#
+# $torch is installed beside it and not hashed: its build is another file on every kind of
+# machine (CPU, each CUDA), and what only CUDA builds need (nvidia-*, triton) comes with it.
+# gsplat compiles its kernels from the files hashed here when a GPU first uses them.
 TEXT
-        "$folder/venv/bin/python" -m pip freeze --all |
-            grep -v -i -P '^(pip|wheel|triton|pytorch-triton|nvidia-(?!ml-py)[a-z0-9_.-]*|cuda-[a-z0-9_.-]*)(==| @)' |
-            sed -E 's/^([^=]+==[^+]+)\+.*$/\1/' | LC_ALL=C sort -f
+        awk '/^[a-z0-9]/ { kept = !/^(torch|triton|cuda-[a-z-]+|nvidia-[a-z0-9-]+)==/ || /^nvidia-ml-py/ }
+            kept' "$folder/lock"
     } >"$folder/requirements.lock"
     mv "$folder/requirements.lock" "$root/requirements.lock"
     say "Wrote requirements.lock."

