@@ -187,13 +187,14 @@ make_lock() {
     cp "$root/requirements.lock" "$folder/lock"  # versions stay where they still fit
     printf '%s\n' "$torch" >"$folder/torch"
     "$folder/venv/bin/uv" pip compile --quiet --universal --python-version 3.11.2 --generate-hashes \
-        --no-annotate --no-header --extra dev --extra lab --extra viewer \
+        --no-annotate --no-header --extra dev --extra lab --extra perceptual \
+        --extra viewer \
         --constraint "$folder/torch" "$root/pyproject.toml" --output-file "$folder/lock" >/dev/null ||
         fail "could not resolve the requirements; see above"
     {
         cat <<TEXT
-# Everything that pyproject.toml and its extras dev, lab and viewer need, on any system and from
-# Python 3.11.2 on, with the hashes of every file that PyPI has of it. Made by ./run_all.sh lock,
+# Everything that pyproject.toml and its extras dev, lab, perceptual and viewer need, on any system
+# and from Python 3.11.2 on, with the hashes of every file that PyPI has of it. Made by ./run_all.sh lock,
 # which keeps the versions that still fit (empty this file for the newest ones).
 #
 # $torch is installed beside it and not hashed: its build is another file on every kind of

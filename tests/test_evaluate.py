@@ -170,8 +170,9 @@ def test_a_predictor_with_a_wrong_shape_or_nan_is_named() -> None:
 
 
 def row(name: str, bin_: str = "0-30", **values: float) -> dict[str, Any]:
-    base = dict.fromkeys((*ev.MEANS, *ev.RATIOS, "luminance", "coverage"), 0.0)
-    base |= {"luminance_target": 1.0, "coverage_target": 1.0, "azimuth_deg": 0.0}
+    sums = [ratio.removesuffix("_ratio") for ratio in ev.RATIOS]
+    base = dict.fromkeys((*ev.MEANS, *ev.RATIOS, *sums), 0.0)
+    base |= {**{f"{key}_target": 1.0 for key in sums}, "azimuth_deg": 0.0}
     return {"object": name.split("__")[0], "record": name, "bin": bin_, **base, **values}
 
 
@@ -239,23 +240,53 @@ def test_tables_escape_and_align() -> None:
     assert ev.table([]) == ""
 
 
-def test_lpips_is_measured_where_it_can_be_and_said_where_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    metric, words = ev.find_lpips()
-    assert metric is None and "LPIPS not measured" in words
+def test_what_is_measured_beside_pixels_is_in_the_table_and_what_is_missing_says_so() -> None:
     data = tensors(2)
 
     def distance(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return (output - target).abs().mean(dim=(1, 2, 3))
 
-    rows = ev.evaluate(oracle(data, 0.5), data, perceptual=distance, progress=False)
+    measures = ev.Measures({"lpips": distance}, missing={"perceptual": "pip install it"})
+    rows = ev.evaluate(oracle(data, 0.5), data, measures=measures, progress=False)
+    white = data.rgb.float() / 255 + 1 - data.alpha[..., None].float() / 255
+    want = distance((white - data.rgb.float() / 510).flatten(0, 1), white.flatten(0, 1)).mean()
     summary = ev.summarise(rows)
-    want = sum(row["lpips"] for row in rows) / len(rows)
-    assert summary[-1]["lpips"] == pytest.approx(want) and want > 0.01
-    assert "lpips" in ev.table(summary)
+    assert summary[-1]["lpips"] == pytest.approx(float(want)) and want > 0.01  # over white
+    text = ev.table(summary, missing=measures.missing)
+    assert "| lpips |" in text and "| perceptual (needs fresnel[perceptual]) |" in text
+    assert "lpips" in measures.note and "perceptual was not: pip install it" in measures.note
     assert "lpips" not in ev.table(ev.summarise(ev.evaluate(oracle(data), data, progress=False)))
+
+
+def test_faces_are_asked_of_views_near_the_input_beside_the_truth() -> None:
+    data = tensors(2, views=8)
+
+    def bright(images: torch.Tensor) -> torch.Tensor:  # a "face" is what is not all white
+        return images.mean(dim=(1, 2, 3)) < 0.999
+
+    nothing = ev.baselines(data)["black_image"]
+    rows = ev.evaluate(nothing, data, measures=ev.Measures(faces=bright), progress=False)
+    near = [row for row in rows if abs(row["azimuth_deg"]) <= 60]
+    assert 0 < len(near) < len(rows)
+    assert {(row["faces"], row["faces_true"]) for row in near} == {(0.0, 1.0)}
+    assert all(math.isnan(row["faces"]) for row in rows if abs(row["azimuth_deg"]) > 60.01)
+    summary = {entry["bin"]: entry for entry in ev.summarise(rows)}
+    assert (summary["all"]["faces"], summary["all"]["faces_true"]) == (0.0, 1.0)
+    assert math.isnan(summary["90-180"]["faces"])
+
+
+def test_edge_energy_of_a_line_and_of_its_blur() -> None:
+    image = torch.zeros(1, 8, 8, 3)
+    image[:, :, 3] = 1.0
+    assert float(ev.edge_energy(image)) == pytest.approx(16.0, rel=1e-5)  # eight rows, two edges
+    assert float(ev.edge_energy(image.transpose(1, 2))) == pytest.approx(16.0, rel=1e-5)
+    red = image * torch.tensor([1.0, 0.0, 0.0])
+    assert float(ev.edge_energy(red)) == pytest.approx(16 * 0.299**2, rel=1e-5)
+    blurred = (image + image.roll(1, 2)) / 2
+    assert float(ev.edge_energy(blurred)) == pytest.approx(4.0, rel=1e-5)
+    data = tensors(2)
+    (*_, summary) = ev.summarise(ev.evaluate(oracle(data, 0.5), data, progress=False))
+    assert summary["edge_energy_ratio"] == pytest.approx(0.25, rel=1e-3)
 
 
 def test_values_by_object_are_what_the_summary_averages() -> None:

@@ -31,7 +31,8 @@ LOCK = {canonicalize_name(name): Version(version) for name, version, _, _ in LOC
 TORCH = dict.fromkeys(re.findall(r"\btorch==([\d.]+)", LOCK_TEXT))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 DIRECT = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
-DEV = [Requirement(text) for name in ("dev", "lab", "viewer") for text in EXTRAS[name]]
+LOCKED_EXTRAS = ("dev", "lab", "perceptual", "viewer")
+DEV = [Requirement(text) for name in LOCKED_EXTRAS for text in EXTRAS[name]]
 BUILD = [Requirement(text) for text in PROJECT["build-system"]["requires"]]
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from fresnel.data import faces
 from fresnel.data.images import InputImages
 from fresnel.data.layout import object_name
 from fresnel.data.records import ViewTensors
+from fresnel.evaluation import perceptual
+from fresnel.evaluation.perceptual import Perceptual
 from fresnel.models import Predictor
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras, relative_azimuth_deg
@@ -95,35 +97,11 @@ def _ssim_window(size: int, like: Tensor, *, reach: int = 5, sigma: float = 1.5)
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-Perceptual = Callable[[Tensor, Tensor], Tensor]
-"""Outputs and targets (N, H, W, 3) in [0, 1] in, distances (N,) out, smaller is more alike."""
-
-
-def find_lpips(device: torch.device | str = "cpu") -> tuple[Perceptual | None, str]:
-    """LPIPS (arXiv 1801.03924, AlexNet, torchmetrics'), None where its backbone is not on this
-    machine; and a sentence that says which, and what is missing.
-
-    Nothing is downloaded.  Images below 64 px are scaled up to that, as the backbone needs.
-    """
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth"
-    if find_spec("torchvision") is None or not weights.is_file():
-        return None, (
-            "LPIPS not measured: it needs torchvision and its backbone's weights in torch's hub "
-            "folder. Get them with torchvision.models.alexnet(weights='DEFAULT') (233 MB)."
-        )
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
-
-    @torch.no_grad()
-    def distance(output: Tensor, target: Tensor) -> Tensor:
-        images = [image.permute(0, 3, 1, 2) for image in (output, target)]
-        if min(images[0].shape[-2:]) < 64:
-            images = [interpolate(image, size=(64, 64), mode="bilinear") for image in images]
-        pairs = zip(images[0].split(1), images[1].split(1), strict=True)
-        return torch.stack([metric(a.clamp(0, 1), b.clamp(0, 1)) for a, b in pairs])
-
-    return distance, "LPIPS: AlexNet, torchmetrics."
+def edge_energy(images: Tensor) -> Tensor:
+    """Sharpness of images (N, H, W, 3) in [0, 1]: squared differences of neighbouring pixels' luma
+    (Rec. 601, of encoded values) along rows and columns, summed over the frame, shape (N,)."""
+    luma = images @ images.new_tensor([0.299, 0.587, 0.114])
+    return sum(luma.diff(dim=axis).square().sum(dim=(1, 2)) for axis in (1, 2))  # type: ignore
 
 
 # --- baselines --------------------------------------------------------------------------------
@@ -168,26 +146,60 @@ def azimuth_bin(azimuth_deg: float) -> str:
     return next(name for name, upper in AZIMUTH_BINS if distance <= upper)
 
 
+FACES_UP_TO_DEG = 60.0
+"""Views up to this far from the input are asked whether they show a face."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured beside pixels and sums, and what each measure needs that is missing."""
+
+    distances: Mapping[str, Perceptual] = field(default_factory=dict)
+    faces: Callable[[Tensor], Tensor] | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def note(self) -> str:
+        """For a reader: what was measured, and how to have the rest."""
+        found = [*self.distances, *(["faces"] if self.faces else [])]
+        rest = "".join(f" {name} was not: {how}." for name, how in self.missing.items())
+        return f"Measured beside pixels: {', '.join(found) or 'nothing'}.{rest}"
+
+
+def find_measures(device: torch.device | str = "cpu", *, heads: bool = False) -> Measures:
+    """What this machine can measure.
+
+    Args:
+        heads: also whether views show faces, as true views of heads do.
+    """
+    distances, missing = perceptual.find(device)
+    if heads and (why := faces.missing()):
+        missing["faces"] = why
+    return Measures(distances, faces.present if heads and not why else None, missing)
+
+
 def evaluate(
     predictor: Predictor,
     data: ViewTensors,
     *,
     batch: int = 4,
-    perceptual: Perceptual | None = None,
+    measures: Measures | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Compare predicted with true views, one row per (record, view).
 
     Args:
         batch: records given to the predictor at once.
-        perceptual: what `find_lpips` found; None: rows have no "lpips".
+        measures: what `find_measures` found; None: nothing that needs more than this package.
 
     Returns:
         Rows with keys object (name without the record's "__k"), record, view, azimuth_deg relative
         to the input in (-180, 180], bin, psnr and psnr_foreground (dB, over black), psnr_white,
-        ssim and ssim_foreground (over black), lpips (with `perceptual`), alpha_mae; luminance (sum
-        over the frame, in full-white pixels) and coverage (mean alpha), each also with "_target",
-        and "_ratio", which is NaN where the target is zero. Foreground: the true alpha exceeds 0.5.
+        ssim and ssim_foreground (over black), alpha_mae; luminance (sum over the frame, in
+        full-white pixels), coverage (mean alpha) and edge_energy (over black), each also with
+        "_target", and "_ratio", which is NaN where the target is zero; of `measures` the distances
+        (over white), and of views up to 60 degrees away whether a face is found: faces and
+        faces_true (0 or 1, else NaN). Foreground: the true alpha exceeds 0.5.
 
     Raises:
         ValueError: if the predictor returns another shape than (M, V, H, W, 3) or NaN.
@@ -201,13 +213,11 @@ def evaluate(
     for start in tqdm(starts, desc="evaluate", disable=None if progress else True, delay=2):
         part = data[start : start + batch]
         with torch.no_grad():
-            rows += _compare(predictor(part.inputs, part.cameras), part, perceptual)
+            rows += _compare(predictor(part.inputs, part.cameras), part, measures or Measures())
     return rows
 
 
-def _compare(
-    views: Views, part: ViewTensors, perceptual: Perceptual | None
-) -> list[dict[str, Any]]:
+def _compare(views: Views, part: ViewTensors, measures: Measures) -> list[dict[str, Any]]:
     shape = tuple(part.alpha.shape)
     if (tuple(views.rgb.shape), tuple(views.alpha.shape)) != ((*shape, 3), (*shape, 1)):
         raise ValueError(
@@ -219,11 +229,11 @@ def _compare(
     if not (ours.isfinite().all() and alpha.isfinite().all()):
         raise ValueError("predictor: returned NaN or infinite pixels")
     ours, alpha = ours.clamp(0, 1), alpha.clamp(0, 1)
-    white = (ours + 1 - alpha[..., None]).clamp(0, 1)
+    white, true_white = (ours + 1 - alpha[..., None]).clamp(0, 1), true + 1 - true_alpha[..., None]
     foreground = true_alpha > 0.5
     columns = {
         "psnr": psnr(ours, true),
-        "psnr_white": psnr(white, true + 1 - true_alpha[..., None]),
+        "psnr_white": psnr(white, true_white),
         "ssim": ssim(ours, true),
         "psnr_foreground": psnr(ours, true, foreground),
         "ssim_foreground": ssim(ours, true, foreground),
@@ -231,13 +241,20 @@ def _compare(
     }
     light = [luminance(x).sum(dim=(1, 2)) for x in (ours, true)]
     cover = [x.mean(dim=(1, 2)) for x in (alpha, true_alpha)]
-    for name, (found, target) in {"luminance": light, "coverage": cover}.items():
+    edges = [edge_energy(x) for x in (ours, true)]
+    sums = {"luminance": light, "coverage": cover, "edge_energy": edges}
+    for name, (found, target) in sums.items():
         ratio = torch.where(target > 0, found / target, torch.nan)
         columns |= {name: found, f"{name}_target": target, f"{name}_ratio": ratio}
-    if perceptual is not None:
-        columns[PERCEPTUAL] = perceptual(ours, true)
+    for name, distance in measures.distances.items():
+        columns[name] = distance(white, true_white)
+    azimuths = relative_azimuth_deg(part.cameras, part.inputs.cameras, part.pivots).flatten()
+    if measures.faces is not None:
+        near = azimuths.abs() <= FACES_UP_TO_DEG + 1e-3
+        for name, pictures in {"faces": white, "faces_true": true_white}.items():
+            columns[name] = torch.full_like(pictures[:, 0, 0, 0], torch.nan)
+            columns[name][near] = measures.faces(pictures[near]).to(true)
     lists = {key: value.double().cpu().tolist() for key, value in columns.items()}
-    azimuths = relative_azimuth_deg(part.cameras, part.inputs.cameras, part.pivots)
     return [
         {
             "object": object_name(part.names[i // shape[1]]),
@@ -247,18 +264,18 @@ def _compare(
             "bin": azimuth_bin(azimuth),
             **{key: value[i] for key, value in lists.items()},
         }
-        for i, azimuth in enumerate(azimuths.flatten().tolist())
+        for i, azimuth in enumerate(azimuths.tolist())
     ]
 
 
 # --- means over objects -----------------------------------------------------------------------
 
-RATIOS = ("luminance_ratio", "coverage_ratio")
-"""Metrics aggregated as a ratio of sums per object."""
+RATIOS = ("luminance_ratio", "coverage_ratio", "edge_energy_ratio")
+"""Metrics aggregated as a ratio of sums per object, where they were measured."""
 MEANS = ("psnr", "psnr_white", "ssim", "psnr_foreground", "ssim_foreground", "alpha_mae")
 """Metrics aggregated as a mean per object."""
-PERCEPTUAL = "lpips"
-"""Aggregated as a mean per object too, where it was measured."""
+EXTRA = ("perceptual", "vgg_edges", "lpips", "faces", "faces_true")
+"""Aggregated as a mean per object too, where they were measured."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -297,8 +314,8 @@ def summarise(rows: Rows, *, confidence: float = 0.95) -> list[dict[str, Any]]:
         chosen = [row for group in groups.values() for row in group]
         entry: dict[str, Any] = {"bin": name, "objects": len(groups), "views": len(chosen)}
         entry["azimuths"] = azimuths_label([row["azimuth_deg"] for row in chosen])
-        measured = [PERCEPTUAL] if all(PERCEPTUAL in row for row in chosen) else []
-        for metric in (*MEANS, *measured, *RATIOS):
+        measured = [m for m in (*EXTRA, *RATIOS) if all(m in row for row in chosen)]
+        for metric in (*MEANS, *measured):
             values = np.array([_object_value(group, metric) for group in groups.values()])
             found = mean_interval(values, confidence)
             entry |= zip((metric, f"{metric}_low", f"{metric}_high"), found, strict=True)
@@ -344,10 +361,15 @@ def azimuths_label(azimuths_deg: Sequence[float]) -> str:
 def table(
     summaries: Mapping[str, Rows] | Rows,
     *,
-    metrics: Sequence[str] = ("psnr", "ssim", PERCEPTUAL, "psnr_foreground", *RATIOS),
+    metrics: Sequence[str] = ("psnr", "ssim", *EXTRA, "psnr_foreground", *RATIOS),
+    missing: Mapping[str, str] | None = None,
 ) -> str:
     """A summary, or several by name (model and baselines), as one Markdown table with intervals;
-    bars are escaped."""
+    bars are escaped.
+
+    Args:
+        missing: `Measures.missing`: the columns of our own extras say so.
+    """
     named = summaries if isinstance(summaries, Mapping) else {"": summaries}
     rows: list[dict[str, str]] = []
     for name, summary in named.items():
@@ -355,7 +377,11 @@ def table(
             row = {"model": name} if name else {}
             row["azimuth (deg)"] = "all" if entry["bin"] == "all" else entry["azimuths"]
             row["objects"] = str(entry["objects"])
-            for metric in (metric for metric in metrics if metric in entry):
+            for metric in metrics:
+                if metric in ("perceptual", "faces") and metric in (missing or {}):
+                    row[f"{metric} (needs fresnel[{metric}])"] = "-"
+                if metric not in entry:
+                    continue
                 value, low, high = (entry[metric + end] for end in ("", "_low", "_high"))
                 interval = f" [{low:.2f}, {high:.2f}]" if math.isfinite(low) else ""
                 row[metric] = f"{value:.2f}{interval}" if math.isfinite(value) else "-"

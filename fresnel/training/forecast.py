@@ -135,7 +135,7 @@ def rehearse(
         result: of the smoke run, whose `compile_s` may be for an empty cache.
     """
     stepper, model, acts = Stepper(task, config), result.ema_model, dict[str, float]()
-    perceptual, _ = evaluate.find_lpips(stepper.device)
+    measures = evaluate.find_measures(stepper.device)
 
     def timed(act: Callable[[], Any], times: int = 1) -> float:
         began = stepper.time()
@@ -145,7 +145,7 @@ def rehearse(
 
     def judge(records: ViewTensors) -> None:
         for predict in contenders.values():
-            evaluate.evaluate(predict, records, perceptual=perceptual, progress=False)
+            evaluate.evaluate(predict, records, measures=measures, progress=False)
 
     # compiled code is cached by how exact it must be
     with kernels(config.deterministic, stepper.device):
