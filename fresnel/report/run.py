@@ -347,17 +347,22 @@ def try_index(reports: Path) -> str | None:
 
 def _bury(folder: Path, record: RunRecord) -> None:
     """Give a run that was killed its page, and remove what it left."""
-    # the kernel knew the notebook's name alone
-    record = record.replace(name=folder.name.partition("Z-")[2] or record.name)
-    artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
-    if record.status == "running":
-        said = "Its process was killed, or its machine stopped; what had run until then is here."
-        record = record.replace(error=said, failure={"kind": "died", "cell": None})
-        record = record.replace(status="crashed")
-    record.replace(artifacts=artifacts).write(folder)
-    _page(folder, record, None if (folder / EXECUTED_NAME).exists() else {"cells": []})
-    for left in (folder / RUNNING_NAME, folder / _CONNECTION_NAME, *abandoned(folder)):
-        remove(left)
+    with locked(folder / RUNNING_NAME, wait=False) as mine:  # until all of it is done
+        if not mine:
+            return
+        # the kernel knew the notebook's name alone
+        record = record.replace(name=folder.name.partition("Z-")[2] or record.name)
+        artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
+        if record.status == "running":
+            said = (
+                "Its process was killed, or its machine stopped; what had run until then is here."
+            )
+            record = record.replace(error=said, failure={"kind": "died", "cell": None})
+            record = record.replace(status="crashed")
+        record.replace(artifacts=artifacts).write(folder)
+        _page(folder, record, None if (folder / EXECUTED_NAME).exists() else {"cells": []})
+        for left in (folder / RUNNING_NAME, folder / _CONNECTION_NAME, *abandoned(folder)):
+            remove(left)
 
 
 def reports_folder(reports_dir: str | Path | None = None) -> Path:
