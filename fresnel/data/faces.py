@@ -22,8 +22,8 @@ NEEDS = "pip install 'mediapipe>=0.10.9,<0.10.15' ai-edge-litert (the extra [fac
 """Later versions of mediapipe want an older NumPy, or come without the model."""
 SIDE = 128
 """Pixels that the detector sees a picture at, whatever its size."""
-MIN_SCORE = 0.5
-"""MediaPipe's own: what is likelier a face than not."""
+MIN_SCORE = 0.7
+"""MediaPipe asks for 0.5, and finds faces on the backs of half of our heads (docs/measures.md)."""
 _MODEL = "modules/face_detection/face_detection_short_range.tflite"
 
 
@@ -68,7 +68,7 @@ def find(rgb: np.ndarray) -> list[tuple[float, float, float, float, float]]:
 
 
 def present(images: Tensor) -> Tensor:
-    """Whether pictures (N, H, W, 3) in [0, 1], square, show a face: (N,) bool."""
+    """Whether pictures (N, H, W, 3) in [0, 1], square and over white, show a face: (N,) bool."""
     if not len(images):
         return torch.zeros(0, dtype=torch.bool)
     return torch.from_numpy(_run(images.float().cpu())[1].max(axis=1) >= MIN_SCORE)

@@ -23,7 +23,7 @@ from torch import Tensor
 from fresnel.data.images import InputImages
 from fresnel.evaluation import perceptual
 
-_NEAREST, _DIRECTIONS, _MOST, _WIDTHS = 3, 64, 500, (112, 320)
+_NEAREST, _DIRECTIONS, _MOST, _FOLDS, _WIDTHS = 3, 64, 500, 5, (112, 320)
 FAR = 99.0
 """A picture farther than so many per cent of the training pictures from one another is of something
 that the network has never seen."""
@@ -75,25 +75,29 @@ class Reference:
             raise ValueError(f"inputs: got {len(inputs)} pictures, want at least 20")
         chosen = torch.linspace(0, len(inputs) - 1, min(len(inputs), _MOST)).round().long()
         found = _features(inputs[chosen.tolist()])
+        own, fold = found.new_zeros(len(found)), torch.arange(len(found)) % _FOLDS
+        for k in range(_FOLDS):  # each fifth as seen by the others
+            own[fold == k] = cls._fitted(found[fold != k])._far(found[fold == k])
+        return replace(cls._fitted(found), own=own)
+
+    @classmethod
+    def _fitted(cls, found: Tensor) -> Self:
         counts = torch.tensor([width**0.5 for width in _WIDTHS for _ in range(width)])
         mean, scale = found.mean(0), (found.std(0) + 1e-6) * counts
         _, _, directions = torch.linalg.svd((found - mean) / scale, full_matrices=False)
         basis = directions[:_DIRECTIONS].T.half().float()
-        made = cls(mean, scale, basis, ((found - mean) / scale @ basis).half().float(), mean[:0])
-        return replace(made, own=made._far(found, leave_out=True))
+        points = ((found - mean) / scale @ basis).half().float()
+        return cls(mean, scale, basis, points, found.new_zeros(0))
 
     def distances(self, inputs: InputImages) -> Tensor:
         """(N,), as `own`."""
         return self._far(_features(inputs))
 
-    def _far(self, found: Tensor, *, leave_out: bool = False) -> Tensor:
+    def _far(self, found: Tensor) -> Tensor:
         found = (found - self.mean) / self.scale
         within = found @ self.basis
-        apart = torch.cdist(within, self.points)
-        if leave_out:
-            apart.fill_diagonal_(math.inf)
-        near = apart.topk(_NEAREST, dim=1, largest=False).values.mean(dim=1)
-        return torch.hypot(near, (found - within @ self.basis.T).norm(dim=1))
+        near = torch.cdist(within, self.points).topk(_NEAREST, dim=1, largest=False).values
+        return torch.hypot(near.mean(dim=1), (found - within @ self.basis.T).norm(dim=1))
 
     def save(self, path: str | Path) -> None:
         """Write it, in half precision where that is enough."""
