@@ -21,7 +21,7 @@ from fresnel.report.run import Run
 from fresnel.study import runner as studies
 from fresnel.study.runner import Step, StudyError
 
-SHIPPED = Path(__file__).parent.parent / "notebooks" / "params" / "study.yaml"
+PARAMS = Path(__file__).parent.parent / "notebooks" / "params"
 STUDY = """
 anchors:
   long: &long {steps: 100, size: base}
@@ -290,17 +290,22 @@ def test_a_profile_goes_on_after_a_crash_and_asks_the_cache_of_every_step(
     assert len(runner.ran) == 4, "a study keeps what is finished"
 
 
-def test_the_studies_that_ship_name_real_parameters() -> None:
-    steps = studies.load(SHIPPED)
+SHIPPED = pytest.mark.parametrize("file", ["study.yaml", "faces.yaml"])
+
+
+@SHIPPED
+def test_the_studies_that_ship_name_real_parameters(file: str) -> None:
+    steps = studies.load(PARAMS / file)
     for step in steps:
         report.check_parameters(report.read_parameters(step.notebook), step.params)
         assert step.expect in {"PASS", "FAIL", "GO", "NO-GO", "DONE", None}
     json.dumps([dict(step.params) for step in steps])
 
 
-def test_the_study_that_ships_needs_whatever_it_reads() -> None:
+@SHIPPED
+def test_the_studies_that_ship_need_whatever_they_read(file: str) -> None:
     """Weights and data of a step are made by a step that it needs, directly or not."""
-    steps = {step.name: step for step in studies.load(SHIPPED)}
+    steps = {step.name: step for step in studies.load(PARAMS / file)}
     made = {step.params.get("export_to"): name for name, step in steps.items()}
     made |= {
         s.params["dataset_dir"]: n
