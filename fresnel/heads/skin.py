@@ -5,24 +5,21 @@ from __future__ import annotations
 
 import functools
 import io
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from fresnel.data.images import read_bytes
 from fresnel.heads import shape
-from fresnel.heads.base import Base, Doubles, Ints, data_folder, load, masks
+from fresnel.heads.base import MAX_BYTES, Base, Doubles, Ints, data_folder, load
 from fresnel.heads.person import Person, chance
 from fresnel.objects.surface import Material, Part, Texture
 
 _MELANIN = (0.0, 0.25, 0.5, 0.75, 1.0)
-_TONES = (
-    (0.82, 0.57, 0.45),
-    (0.68, 0.41, 0.28),
-    (0.45, 0.235, 0.13),
-    (0.21, 0.093, 0.05),
-    (0.075, 0.036, 0.022),
-)
+_RED = (0.82, 0.68, 0.45, 0.21, 0.075)
+_GREEN = (0.57, 0.41, 0.235, 0.093, 0.036)
+_BLUE = (0.45, 0.28, 0.13, 0.05, 0.022)
 _IRISES = {
     "brown": (0.10, 0.045, 0.018),
     "darkbrown": (0.035, 0.016, 0.008),
@@ -31,12 +28,21 @@ _IRISES = {
     "green": (0.12, 0.20, 0.09),
     "grey": (0.20, 0.24, 0.27),
 }
+_INSIDE = {  # helper geometry that is seen, and its colour
+    "helper-upper-teeth": (0.42, 0.38, 0.31),
+    "helper-lower-teeth": (0.36, 0.32, 0.26),
+    "helper-tongue": (0.25, 0.06, 0.06),
+}
+_LASHES = dict.fromkeys(("helper-l-eyelashes-2", "helper-r-eyelashes-2"), (0.02, 0.014, 0.012))
+PIVOT = np.array([0.0, 7.3, 0.42])
+"""The middle of the base's head, decimetres."""
+_ANGLES = (0, 25, 45, 58, 70, 78, 84, 104, 111, 128, 180)
+_HEIGHTS = (8.02, 8.0, 7.9, 7.62, 7.3, 7.05, 7.42, 7.42, 7.0, 6.65, 6.45)
 
 
-@dataclass(frozen=True)
-class Canvas:
+class Canvas(NamedTuple):
     """The skin's mesh and what is known of its V vertices: places ``at`` (V, 3) in the base mesh,
-    masks in [0, 1], ``light`` that reaches them, height above the hairline (decimetres)."""
+    masks in [0, 1], ``light`` that reaches them, and how far above the hairline (decimetres)."""
 
     skin: shape.Skin
     at: Doubles
@@ -48,76 +54,76 @@ class Canvas:
     scalp: Doubles
 
 
-_HAIRLINE = (
-    (0, 8.02),
-    (25, 8.0),
-    (45, 7.88),
-    (58, 7.62),
-    (70, 7.3),
-    (78, 7.05),
-    (84, 7.42),
-    (104, 7.42),
-    (111, 7.0),
-    (128, 6.65),
-    (180, 6.45),
-)
-_PIVOT = np.array([0.0, 7.3, 0.42])
-
-
 def hairline(at: Doubles) -> Doubles:
-    """Height of points of the base mesh above where hair begins, in decimetres."""
-    angle = np.degrees(np.arctan2(np.abs(at[:, 0]), at[:, 2] - _PIVOT[2]))
-    knots, heights = zip(*_HAIRLINE, strict=True)
-    return at[:, 1] - np.interp(angle, knots, heights)
+    """Height (N,) of points of the base mesh above where hair begins, in decimetres."""
+    angle = np.degrees(np.arctan2(np.abs(at[:, 0]), at[:, 2] - PIVOT[2]))
+    return at[:, 1] - np.interp(angle, _ANGLES, _HEIGHTS)
 
 
 @functools.cache
 def canvas() -> Canvas:
     """Of the base mesh, made once a process."""
-    base = load()
+    base, found = load(), []
     quads, quad_uvs = base.faces("body")
     centres = base.vertices[quads].mean(axis=1)
     near = (centres[:, 1] > 5.2) & (np.abs(centres[:, 0]) < 1.3)
-    quads, quad_uvs = quads[near], quad_uvs[near]
-    skin = shape.subdivided(base, quads, quad_uvs)
-    at = skin.matrix @ base.vertices
-    uv = np.zeros((len(at), 2))
+    skin = shape.subdivided(base, quads[near], quad_uvs[near])
+    at, uv = skin.matrix @ base.vertices, np.zeros((skin.matrix.shape[0], 2))
     uv[skin.split.vertex] = skin.split.uvs
-    folder, found = data_folder(), {}
     for name in ("lips", "eyelids", "ears", "inside-mouth"):
-        picture = np.asarray(Image.open(io.BytesIO(masks(folder, name))).convert("L")) / 255.0
-        rows = ((1 - uv[:, 1]) * picture.shape[0]).astype(int).clip(0, picture.shape[0] - 1)
-        columns = (uv[:, 0] * picture.shape[1]).astype(int).clip(0, picture.shape[1] - 1)
-        found[name] = picture[rows, columns]
-    lips, lids, ears, mouth = found.values()
-    light = skin.matrix @ _occlusion(base, quads)
+        data = read_bytes(data_folder() / "textures" / f"mpfb_{name}.jpg", MAX_BYTES)
+        picture = np.asarray(Image.open(io.BytesIO(data)).convert("L")) / 255.0
+        x, y = (np.stack([uv[:, 0], 1 - uv[:, 1]]) * len(picture)).astype(int)
+        found.append(picture[y.clip(0, len(picture) - 1), x.clip(0, len(picture) - 1)])
+    lips, lids, ears, mouth = found
     scalp = np.where((ears > 0.3) | (at[:, 1] < 6.3), -1.0, hairline(at))
+    light = skin.matrix @ _occlusion(base, quads[near])
     return Canvas(skin, at, lips, lids, ears, mouth, light, scalp)
+
+
+def traced(vertices: Doubles, faces: Ints, starts: Doubles, ways: Doubles) -> dict[str, Any]:
+    """What rays (R, 3) from ``starts`` along ``ways`` hit first: Embree's primID, u, v, tfar."""
+    from embreex.mesh_construction import TriangleMesh
+    from embreex.rtcore_scene import EmbreeScene
+
+    tracer = EmbreeScene()
+    TriangleMesh(tracer, np.ascontiguousarray(vertices[faces].astype(np.float32)))
+    return tracer.run(np.ascontiguousarray(starts, np.float32), ways.astype(np.float32), output=1)
 
 
 def _occlusion(base: Base, quads: Ints, rays: int = 48, reach: float = 0.6) -> Doubles:
     """Share of the hemisphere above each vertex from which light comes, (N,), in [0, 1]."""
-    from embreex.mesh_construction import TriangleMesh
-    from embreex.rtcore_scene import EmbreeScene
-
-    eyes = np.concatenate([base.faces(f"helper-{side}-eye")[0] for side in "lr"])
-    faces = shape.triangles(np.concatenate([quads, eyes]))
-    tracer = EmbreeScene()
-    TriangleMesh(tracer, np.ascontiguousarray(base.vertices[faces].astype(np.float32)))
-    used = np.unique(quads)
-    normals = shape.vertex_normals(base.vertices, shape.triangles(quads))[used]
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
-    random = np.random.default_rng(0)
-    ball = random.normal(size=(rays, 3))
+    eyes = base.faces("helper-l-eye", "helper-r-eye")[0]
+    used, light = np.unique(quads), np.ones(len(base.vertices))
+    up = shape.normals(base.vertices, shape.triangles(quads))[used]
+    ball = np.random.default_rng(0).normal(size=(rays, 3))
     ball /= np.linalg.norm(ball, axis=1, keepdims=True)
-    directions = (normals[:, None] * 1.05 + ball).reshape(-1, 3).astype(np.float32)
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    starts = np.repeat(base.vertices[used] + 0.006 * normals, rays, axis=0).astype(np.float32)
-    hits = tracer.run(starts, directions, output=1)
+    ways = (up[:, None] * 1.05 + ball).reshape(-1, 3)
+    ways /= np.linalg.norm(ways, axis=1, keepdims=True)
+    starts = np.repeat(base.vertices[used] + 0.006 * up, rays, axis=0)
+    hits = traced(base.vertices, shape.triangles(np.concatenate([quads, eyes])), starts, ways)
     blocked = (hits["primID"] >= 0) & (hits["tfar"] < reach)
-    light = np.ones(len(base.vertices))
     light[used] = 1 - blocked.reshape(-1, rays).mean(axis=1)
     return light
+
+
+def part(
+    points: Doubles,
+    faces: Ints,
+    color: Any,
+    material: Material | None = None,
+    normals: Doubles | None = None,
+    uvs: Doubles | None = None,
+    alpha: Any = 1.0,
+) -> Part:
+    """Faces with colours (N, 3) or one (3,), smooth unless normals are given."""
+    colors = np.empty((len(points), 4), np.float32)
+    colors[:, :3], colors[:, 3] = color, alpha
+    places = np.zeros((len(points), 4), np.float32)
+    if uvs is not None:
+        places[:, :2] = uvs
+    normals = shape.normals(points, faces) if normals is None else normals
+    return Part(points, faces, material or Material(), normals, colors, places)
 
 
 def noise(at: Doubles, random: np.random.Generator, frequency: float) -> Doubles:
@@ -128,17 +134,7 @@ def noise(at: Doubles, random: np.random.Generator, frequency: float) -> Doubles
 
 def tone(person: Person) -> Doubles:
     """The skin's mean colour, linear (3,)."""
-    return np.array([np.interp(person.melanin, _MELANIN, c) for c in zip(*_TONES, strict=True)])
-
-
-def mean_tone(picture: np.ndarray) -> Doubles:
-    """The mean colour (3,) of a skin's picture (h, w, 4) on the cheeks and forehead."""
-    height, width = picture.shape[:2]
-    rows, columns = (
-        slice(int(0.44 * height), int(0.60 * height)),
-        slice(int(0.76 * width), int(0.94 * width)),
-    )
-    return np.median(picture[rows, columns, :3].astype(np.float64), axis=(0, 1))
+    return np.array([np.interp(person.melanin, _MELANIN, c) for c in (_RED, _GREEN, _BLUE)])
 
 
 def painted(person: Person, seed: int, base_tone: Doubles, plain: bool) -> Doubles:
@@ -150,7 +146,7 @@ def painted(person: Person, seed: int, base_tone: Doubles, plain: bool) -> Doubl
     """
     on, random = canvas(), chance(seed, person.name, "skin")
     at, front = on.at, np.clip((on.at[:, 2] - 0.8) / 0.4, 0, 1)
-    patches = 1 + 0.035 * noise(at, random, 3.0) + 0.03 * noise(at, random, 12.0)
+    patches = 1 + 0.03 * noise(at, random, 3.0) + 0.02 * noise(at, random, 12.0)
     color = base_tone * patches[:, None]
     # blood: cheeks, the nose's tip, ears, eyelids
     cheeks = np.exp(-(((np.abs(at[:, 0]) - 0.42) / 0.2) ** 2) - ((at[:, 1] - 6.9) / 0.17) ** 2)
@@ -159,21 +155,24 @@ def painted(person: Person, seed: int, base_tone: Doubles, plain: bool) -> Doubl
     blood = np.clip(blood * person.redness * (1 + 0.3 * noise(at, random, 6.0)), 0, 1)
     color *= 1 - blood[:, None] * (0.02, 0.22, 0.2)
     # freckles and spots of age
-    dots = np.clip(noise(at, random, 26.0) - 1.1, 0, 1) * person.spots
-    color *= 1 - dots[:, None] * (0.35, 0.5, 0.55)
-    # wrinkles' shade, where there is little light anyway
+    dots = np.clip(noise(at, random, 30.0) - 1.2, 0, 1) * person.spots
+    color *= 1 - dots[:, None] * (0.25, 0.36, 0.4)
+    # what gets little light is darker, and more so with age, as wrinkles are
     age = np.clip((person.age_years - 40) / 45, 0, 1)
-    color *= (on.light ** (0.75 + 0.6 * age))[:, None]
-    rough = person.stubble if person.stubble > 0 else 0.0
+    color *= (on.light ** (0.5 + 0.7 * age))[:, None]
+    # under hair, and where a beard is shaved
+    grown = np.clip(on.scalp / 0.12 + 0.25 * noise(at, random, 9.0), 0, 1) * (person.hair != "bald")
     low = np.clip((6.95 - at[:, 1] - 0.35 * np.exp(-((at[:, 0] / 0.25) ** 2))) / 0.12, 0, 1)
     beard = low * np.clip((at[:, 2] - 0.45) / 0.25, 0, 1) * np.clip((at[:, 1] - 5.95) / 0.2, 0, 1)
     lip = np.exp(-((at[:, 0] / 0.2) ** 4) - ((at[:, 1] - 6.72) / 0.05) ** 4) * front
-    beard = np.clip(beard + lip, 0, 1) * (1 - on.lips) * rough
-    grown = np.clip(beard * (0.75 + 0.25 * noise(at, random, 30.0)), 0, 1)
-    color += (hair_tone(person, 0.7) * base_tone / tone(person) - color) * (0.75 * grown)[:, None]
+    beard = np.clip(beard + lip, 0, 1) * (1 - on.lips) * max(person.stubble, 0.0)
+    beard = np.clip(beard * (0.8 + 0.12 * noise(at, random, 30.0)), 0, 1) * (1 - 0.5 * person.grey)
+    dark = hair_tone(person, 0.7) * base_tone / tone(person)
+    color += (dark - color) * np.maximum(0.85 * grown, 0.65 * beard)[:, None]
     if plain:
         return np.clip(color, 0.004, 4.0)
-    red = color * (0.95, 0.52, 0.5) + person.lips * np.array((0.10, 0.0, 0.01))
+    pale = 0.5 + 0.2 * person.is_man
+    red = color * (0.95, pale, pale) + person.lips * np.array((0.10, 0.0, 0.01))
     color += (red - color) * np.clip(on.lips * 1.1, 0, 1)[:, None]
     color += (np.array((0.16, 0.03, 0.03)) - color) * on.mouth[:, None]
     return np.clip(color, 0.004, 1.0)
@@ -187,74 +186,45 @@ def hair_tone(person: Person, grey: float = 1.0) -> Doubles:
 
 def eyes(base: Base, vertices: Doubles, person: Person) -> list[Part]:
     """Two balls that look where the helper's do, pupil, iris and white by the angle to its pole."""
-    angles = np.radians([0, 6, 9.5, 10.5, 15, 20, 24.5, 26.5, 30, 40, 55, 75, 95])
-    turns = np.linspace(0, 2 * np.pi, 25)[:-1]
-    rings, spokes = len(angles), len(turns)
+    rings = np.array([0, 6, 9.5, 10.5, 15, 20, 24.5, 26.5, 30, 40, 55, 75, 95.0])
+    turns = np.linspace(0, 2 * np.pi, 25)[:, None]
+    out = np.sin(np.radians(rings))
     ball = np.stack(
-        [
-            np.outer(np.sin(angles), np.cos(turns)),
-            np.outer(np.sin(angles), np.sin(turns)),
-            np.outer(np.cos(angles), np.ones(spokes)),
-        ],
-        axis=-1,
+        [out * np.cos(turns), out * np.sin(turns), np.cos(np.radians(rings)) + 0 * turns], axis=-1
     ).reshape(-1, 3)
-    a, b = np.meshgrid(np.arange(rings - 1), np.arange(spokes), indexing="ij")
-    c = (b + 1) % spokes
-    quads = np.stack(
-        [a * spokes + b, (a + 1) * spokes + b, (a + 1) * spokes + c, a * spokes + c], -1
+    angle, iris = np.tile(rings, 25)[:, None], np.asarray(_IRISES[person.eyes])
+    streak = (1 + 0.25 * np.sin(turns * 7 + rings)).reshape(-1, 1) * (0.75 + angle / 50)
+    veins = 1 - np.clip((angle - 35) / 60, 0, 0.6) * (0.1, 0.45, 0.4)
+    white = np.array((0.62, 0.60, 0.57)) * veins
+    zones = [angle < 10, angle < 24, angle < 26]
+    color, made = (
+        np.select(zones, [0.006 + 0 * white, iris * streak, 0.35 * iris + 0 * white], white),
+        [],
     )
-    angle = np.degrees(np.repeat(angles, spokes))
-    iris = np.asarray(_IRISES[person.eyes])
-    streak = 1 + 0.25 * np.sin(np.tile(turns, rings) * 7 + angle)
-    color = np.where(
-        angle[:, None] < 10, 0.006, iris * streak[:, None] * (0.75 + angle[:, None] / 50)
-    )
-    color = np.where(angle[:, None] > 24, iris * 0.35, color)
-    veins = 1 - np.clip((angle[:, None] - 35) / 60, 0, 0.6) * (0.1, 0.45, 0.4)
-    color = np.where(angle[:, None] > 26, np.array((0.62, 0.60, 0.57)) * veins, color)
-    made = []
     for side, pole in (("l", 14598), ("r", 14670)):
-        rows = np.unique(base.faces(f"helper-{side}-eye")[0])
-        centre = (vertices[rows].max(axis=0) + vertices[rows].min(axis=0)) / 2
-        radius = np.ptp(vertices[rows][:, :2], axis=0).mean() / 2
-        forward = vertices[base.place[pole]] - centre
-        forward /= np.linalg.norm(forward)
-        right = np.cross((0.0, 1.0, 0.0), forward)
-        right /= np.linalg.norm(right)
-        turn = np.stack([right, np.cross(forward, right), forward])
-        normals = ball @ turn
-        shadow = np.clip(1.0 - 0.9 * np.clip(normals[:, 1:2] - 0.1, 0, 1), 0.3, 1)
-        shown = np.concatenate([color * shadow, np.ones((len(ball), 1))], axis=1)
-        glint = normals @ np.array((0.25, 0.42, 0.87)) > 0.992
-        shown[glint, :3] = 0.9
-        made.append(
-            Part(
-                *(centre + radius * normals, shape.triangles(quads.reshape(-1, 4)), Material()),
-                normals=normals,
-                colors=shown.astype(np.float32),
-            )
+        own = vertices[np.unique(base.faces(f"helper-{side}-eye")[0])]
+        centre, radius = (
+            (own.max(axis=0) + own.min(axis=0)) / 2,
+            np.ptp(own[:, :2], axis=0).mean() / 2,
         )
+        forward = vertices[base.place[pole]] - centre
+        right = np.cross((0.0, 1.0, 0.0), forward)
+        turn = np.stack([right, np.cross(forward, right), forward])
+        up = ball @ (turn / np.linalg.norm(turn, axis=1, keepdims=True))
+        lit = np.clip(1.0 - 0.9 * np.clip(up[:, 1:2] - 0.15, 0, 1), 0.35, 1)  # under the lid
+        glint = up @ np.array((0.25, 0.42, 0.87)) > 0.992
+        shown = np.where(glint[:, None], 0.9, color * lit)
+        made.append(part(centre + radius * up, shape.grid(25, len(rings)), shown, normals=up))
     return made
 
 
-def teeth(base: Base, vertices: Doubles) -> list[Part]:
-    """Teeth and tongue: they are seen where the mouth is open."""
+def inside(base: Base, vertices: Doubles, lashes: bool) -> list[Part]:
+    """Teeth and tongue, which are seen where the mouth is open; with the helper's lashes too."""
     made = []
-    for group, color in (
-        ("upper-teeth", (0.42, 0.38, 0.31)),
-        ("lower-teeth", (0.36, 0.32, 0.26)),
-        ("tongue", (0.25, 0.06, 0.06)),
-    ):
-        faces = shape.triangles(base.faces(f"helper-{group}")[0])
-        made.append(plain(vertices, faces, color))
+    for group, color in (_INSIDE | (_LASHES if lashes else {})).items():
+        used, inverse = np.unique(base.faces(group)[0], return_inverse=True)
+        made.append(part(vertices[used], shape.triangles(inverse.reshape(-1, 4)), color))
     return made
-
-
-def plain(vertices: Doubles, faces: Ints, color: tuple[float, float, float]) -> Part:
-    used, inverse = np.unique(faces, return_inverse=True)
-    inner, own = inverse.reshape(faces.shape), vertices[used]
-    colors = np.tile(np.array([*color, 1.0], np.float32), (len(used), 1))
-    return Part(own, inner, Material(), normals=shape.vertex_normals(own, inner), colors=colors)
 
 
 def brows(person: Person, seed: int, skinned: Doubles, normals: Doubles) -> Part:
@@ -262,34 +232,19 @@ def brows(person: Person, seed: int, skinned: Doubles, normals: Doubles) -> Part
     on, random = canvas(), chance(seed, person.name, "brows")
     at, faces = on.at, on.skin.faces
     across = (np.abs(at[:, 0]) - 0.09) / 0.44
-    arc = 7.43 + 0.045 * np.sin(np.clip(across, 0, 1) * 2.9)
+    arc = 7.44 + 0.05 * np.sin(np.clip(across, 0, 1) * 2.8)
     up = (at[:, 1] - arc) / 0.14 + 0.5
-    inside = (across > -0.15) & (across < 1.15) & (up > -0.5) & (up < 1.5) & (at[:, 2] > 0.9)
-    faces = faces[inside[faces].all(axis=1)]
-    used, inverse = np.unique(faces, return_inverse=True)
-    width, height = 96, 32
-    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
-    slant = x[None] * 26 + (y[:, None] - 0.5) * 5 * (1 - 0.6 * x[None])
+    near = (across > -0.15) & (across < 1.15) & (up > -0.5) & (up < 1.5) & (at[:, 2] > 0.9)
+    used, inverse = np.unique(faces[near[faces].all(axis=1)], return_inverse=True)
+    x, y = (np.arange(96) + 0.5) / 96, (np.arange(32)[:, None] + 0.5) / 32
+    slant = x * 26 + (y - 0.5) * 5 * (1 - 0.6 * x)
     strands = np.interp(slant, np.arange(-6, 36, 0.25), random.uniform(0, 1, 168))
-    thick = (0.16 + 0.26 * person.brows) * np.clip(1.15 - 0.85 * x, 0, 1) * np.clip(x * 12, 0.5, 1)
+    thick = (0.13 + 0.22 * person.brows) * np.clip(1.15 - 0.85 * x, 0, 1) * np.clip(x * 12, 0.5, 1)
     inner = np.clip((x - 0.03) * 20, 0, 1) * np.clip((0.98 - x) * 12, 0, 1)
-    cover = (1.1 - np.abs(y[::-1, None] - 0.5) / np.maximum(thick[None], 1e-3)) * inner[None]
-    alpha = np.clip(cover * 1.2 - 0.55 * strands, 0, 1)
-    image = np.concatenate([np.ones((height, width, 3)), alpha[..., None]], axis=2)
-    uvs = np.zeros((len(used), 4), np.float32)
-    uvs[:, 0], uvs[:, 1] = across[used], up[used]
-    color = hair_tone(person, 0.5) * 0.75
-    return Part(
-        skinned[used] + 0.004 * normals[used],
-        inverse.reshape(-1, 3),
-        Material(Texture(image.astype(np.float32), ("clamp", "clamp")), alpha="MASK", cutoff=0.4),
-        normals=normals[used],
-        colors=np.tile(np.array([*color, 1.0], np.float32), (len(used), 1)),
-        uvs=uvs,
-    )
-
-
-def lashes(base: Base, vertices: Doubles) -> list[Part]:
-    """The helper's upper lashes, dark."""
-    faces = np.concatenate([base.faces(f"helper-{side}-eyelashes-2")[0] for side in "lr"])
-    return [plain(vertices, shape.triangles(faces), (0.02, 0.014, 0.012))]
+    cover = (1.1 - np.abs(y[::-1] - 0.5) / np.maximum(thick, 1e-3)) * inner
+    image = np.ones((32, 96, 4), np.float32)
+    image[..., 3] = np.clip(cover * 1.2 - 0.55 * strands, 0, 1)
+    material = Material(Texture(image, ("clamp", "clamp")), alpha="MASK", cutoff=0.4)
+    color, uvs = hair_tone(person, 0.5) * 0.75, np.stack([across[used], up[used]], axis=1)
+    points, inner_faces = skinned[used] + 0.004 * normals[used], inverse.reshape(-1, 3)
+    return part(points, inner_faces, color, material, normals[used], uvs)

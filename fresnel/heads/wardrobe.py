@@ -168,3 +168,14 @@ def texture(worn: Wardrobe, name: str, side: int, grey: bool = False) -> Floats:
         mean = max(float((light * rgba[..., 3]).sum() / max(rgba[..., 3].sum(), 1e-6)), 1e-3)
         color = np.repeat((light / mean).clip(0.25, 2.5)[..., None], 3, axis=2)
     return np.concatenate([color, rgba[..., 3:]], axis=2).astype(np.float16)
+
+
+@functools.lru_cache(64)
+def mean_tone(worn: Wardrobe, name: str) -> Doubles:
+    """The mean colour (3,) of a skin's picture on the cheeks and forehead."""
+    picture = texture(worn, name, 1024)
+    height, width = picture.shape[:2]
+    face = picture[
+        int(0.44 * height) : int(0.6 * height), int(0.76 * width) : int(0.94 * width), :3
+    ]
+    return np.median(face.astype(np.float64), axis=(0, 1))
