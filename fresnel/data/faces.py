@@ -7,6 +7,7 @@ whose code is not run.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ SIDE = 128
 """Pixels that the detector sees a picture at, whatever its size."""
 MIN_SCORE = 0.7
 """MediaPipe asks for 0.5, and finds faces on the backs of half of our heads (docs/measures.md)."""
+_ONE_AT_A_TIME = threading.Lock()
 _MODEL = "modules/face_detection/face_detection_short_range.tflite"
 
 
@@ -83,9 +85,10 @@ def _run(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
     pictures = (small.permute(0, 2, 3, 1) * 2 - 1).contiguous().numpy()
     found = []
     for picture in pictures:
-        detector.set_tensor(source, picture[None])
-        detector.invoke()
-        found.append([detector.get_tensor(index)[0] for index in outputs])
+        with _ONE_AT_A_TIME:
+            detector.set_tensor(source, picture[None])
+            detector.invoke()
+            found.append([detector.get_tensor(index)[0] for index in outputs])
     raw, logits = (np.stack(part) for part in zip(*found, strict=True))
     middle, half = raw[..., :2] / SIDE + _places(), raw[..., 2:4] / (2 * SIDE)
     scores = 1 / (1 + np.exp(-logits[..., 0].clip(-80, 80)))

@@ -13,19 +13,23 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.special import bdtrc
 
-from fresnel.gate.checks import CHECKS, Check, Seen, median, share
+from fresnel.gate import faces
+from fresnel.gate.checks import CHECKS, Check, Finding, Seen, median, share
 from fresnel.gate.thresholds import GateConfig
 from fresnel.poses.explain import explain
 from fresnel.poses.geometry import Rig
 
-_GEOMETRY = "pivot_offset billboard pose_mismatch input_pose views_empty colours_disagree"
+_ALL: tuple[Callable[[Seen], Finding], ...] = (*CHECKS, faces.CHECK)
+_GEOMETRY = "pivot_offset billboard pose_mismatch input_pose views_empty colours_disagree "
+_GEOMETRY += "faces_missing"
 _LOOSE = "pose_mismatch input_pose focal_length depth_mismatch"
 _EXPOSED = "views_dark views_bright"
-_OF_EXPOSURE = "identity_mismatch blurred clipped exposure_drift colours_disagree channels_swapped"
+_OF_EXPOSURE = "identity_mismatch blurred clipped exposure_drift colours_disagree "
+_OF_EXPOSURE += "channels_swapped faces_missing"
 EXPLAINS = {
     "pose_invalid": "pivot_offset pose_mismatch",
     "constant_frames": f"{_EXPOSED} views_empty blurred pose_mismatch out_of_frame exposure_drift "
-    "clipped channels_swapped frozen_views",
+    "clipped channels_swapped frozen_views faces_missing",
     "azimuth_imbalance": "pose_mismatch too_few_views",
     "pose_convention": f"{_GEOMETRY} up_axis azimuth_imbalance",
     "mirrored": f"{_GEOMETRY} azimuth_imbalance",
@@ -33,22 +37,22 @@ EXPLAINS = {
     "principal_point": _GEOMETRY,
     "up_axis": "pose_mismatch billboard azimuth_imbalance",
     "pivot_offset": "views_empty billboard pose_mismatch input_pose blurred views_dark "
-    "out_of_frame exposure_drift noisy colours_disagree",
-    "pose_mismatch": "colours_disagree input_pose",
-    "frozen_views": "pose_mismatch colours_disagree",
+    "out_of_frame exposure_drift noisy colours_disagree faces_missing",
+    "pose_mismatch": "colours_disagree input_pose faces_missing",
+    "frozen_views": "pose_mismatch colours_disagree faces_missing",
     "billboard": "views_empty pose_mismatch colours_disagree blurred noisy exposure_drift",
-    "input_pose": "pose_mismatch",
-    "out_of_frame": "pose_mismatch views_empty blurred",
-    "views_empty": f"blurred exposure_drift {_LOOSE}",
-    "blurred": f"colours_disagree identity_mismatch {_LOOSE}",
+    "input_pose": "pose_mismatch faces_missing",
+    "out_of_frame": "pose_mismatch views_empty blurred faces_missing",
+    "views_empty": f"blurred exposure_drift faces_missing {_LOOSE}",
+    "blurred": f"colours_disagree identity_mismatch faces_missing {_LOOSE}",
     "views_dark": _OF_EXPOSURE,
     "views_bright": _OF_EXPOSURE,
     "exposure_drift": f"colours_disagree clipped {_EXPOSED}",
     "clipped": f"noisy {_EXPOSED} exposure_drift colours_disagree",
-    "noisy": f"colours_disagree clipped {_EXPOSED} exposure_drift",
+    "noisy": f"colours_disagree faces_missing clipped {_EXPOSED} exposure_drift",
 }
 """What else a fault brings about."""
-_HINTS = {check.code: check.hint for check in CHECKS if isinstance(check, Check)} | {
+_HINTS = {check.code: check.hint for check in _ALL if isinstance(check, Check)} | {
     "pose_convention": "convert the matrices where they are read: `--fix` writes a corrected copy",
     "mirrored": "flip the pictures, or the sign of azimuth: `--fix` writes a corrected copy",
     "focal_length": "check fl_x against the image size it was calibrated at",
@@ -110,7 +114,7 @@ def decide(seen: Seen, rigs: Mapping[int, Rig]) -> tuple[tuple[Reason, ...], tup
     """
     found: list[Reason] = []
     notes, suspects, total = _notes(seen), dict[int, None](), len(seen.objects)
-    for check in CHECKS:
+    for check in _ALL:
         finding = check(seen)
         if finding.code == "billboard" and "pivot_offset" in _codes(found):
             continue  # an orbit around another point says nothing about the object's sides
@@ -229,6 +233,7 @@ def figures(seen: Seen) -> dict[str, float]:
         "frozen_share": share(seen["frozen"]),
         "constant_share": share(seen.view("constant")),
         **{k: median(seen[k]) for k in (*medians.split(), "identity_psnr", "identity_iou")},
+        "faces": share(seen["faces"]),
         **{key: share(seen.record(key)) for key in shares},
         "false_alarm_per_check": config.false_alarm,
         "miss_per_check": config.miss,
@@ -262,4 +267,4 @@ def _notes(seen: Seen) -> list[str]:
         notes.append("surfaces not compared between views: no usable depth is stored")
     if not pivot:
         notes.append("pivot not located: no content, or cameras that all look the same way")
-    return notes
+    return notes + faces.note(seen)

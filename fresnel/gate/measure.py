@@ -16,6 +16,7 @@ from scipy.spatial.distance import pdist, squareform
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from fresnel.data.records import ObjectViews
+from fresnel.gate.faces import measure_faces
 from fresnel.poses import geometry
 from fresnel.poses.epipolar import misfit
 from fresnel.poses.geometry import Rig, Row
@@ -61,6 +62,7 @@ def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row],
     constant = [_constant(c, a) for c, a in zip(stored_rgb, stored_alpha, strict=True)]
     rows = _rows(views.name, seen, reference, angles, constant)
     summary |= _of_record(seen, reference, angles[:, 0]) | _identity(views)
+    summary |= measure_faces(views, rgb, alpha, angles[:, 0])
     rig = None
     if summary["bad_poses"] or summary["bad_depth"]:
         pass

@@ -54,6 +54,7 @@ class GateConfig:
     max_grain: float = 12.0  # of 255, beyond the input's
     min_identity_psnr: float = 13.0  # dB; the shipped decoder 18.5, the original's 10.1
     min_identity_iou: float = 0.6  # the shipped decoder 0.86, the original's 0.61
+    min_faces: float = 0.5  # share of views beside the input; 48 healthy heads 1.0, faults 0.02
     max_duplicates: float = 0.02  # share of the records
     max_class_share: float = 0.9  # of at least ten objects
     min_azimuth_spread: float = 0.45  # random azimuths of ten objects 0.9, three bins 0.375
