@@ -63,6 +63,21 @@ def table(folder: Path, *records: dict) -> pd.DataFrame:
     return runs.read(folder)
 
 
+def test_what_newer_runs_measured_is_read_and_older_ones_stay_as_they_were(tmp_path: Path) -> None:
+    older = [training("gated", 25.0, seed) for seed in range(2)]
+    figures = runs.figures(known := table(tmp_path / "older", *older))
+    assert "perceptual" not in stats.arms_table(figures, known, {"gated": ""})
+    for record in older:
+        for row in record["metrics"]["summaries"]["cvs"]:
+            row |= {"perceptual": 3.0, "edge_energy_ratio": 0.5, "faces": None, "lpips": 0.2}
+    figures = runs.figures(known := table(tmp_path / "newer", *older))
+    assert stats.estimate(figures, "gated", metric="perceptual").mean == 3.0
+    assert stats.estimate(figures, "gated", metric="lpips").mean == 0.2
+    (row,) = stats.arms_table(figures, known, {"gated": ""}).to_dict("records")
+    assert row["perceptual"].startswith("3.00") and row["edges"].startswith("0.50")
+    assert "faces" not in row and row["dB"].startswith("25")
+
+
 KNOBS: dict[str, tuple[str, Any, Any]] = {
     "decoder": ("decoder", 0.9, 0.1),
     "exposure": ("exposure", 0.5, 0.0),

@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from fresnel.evaluation.metrics import EXTRA, RATIOS
+
 TABLE = "runs.jsonl"
 """Every run's results.json, one a line, without what only its own page needs."""
 ROLES = {
@@ -29,7 +31,7 @@ _COLUMNS = [
     *("stages", "artifacts", "provenance", "started_utc", "duration_s", "price_per_hour_usd"),
     *("cost_usd", "folder"),
 ]
-_METRICS = ("psnr", "psnr_white", "psnr_foreground", "ssim", "luminance_ratio", "coverage_ratio")
+_METRICS = ("psnr", "psnr_white", "psnr_foreground", "ssim", *EXTRA, *RATIOS)
 _KEYS = ["arm", "metric", "predictor", "bin", "seed"]
 
 

@@ -165,6 +165,9 @@ def arms_table(
     arms do, so their interval is left out), and the seconds that training took."""
     shown = {"dB": "psnr", "dB, white": "psnr_white", "dB, object": "psnr_foreground"}
     shown |= {"light": "luminance_ratio", "area": "coverage_ratio"}
+    newer = {"edges": "edge_energy_ratio", "perceptual": "perceptual", "faces": "faces"}
+    known_of = set(figures.index.get_level_values("metric"))
+    shown |= {word: metric for word, metric in newer.items() if metric in known_of}
     rows = []
     for arm, label in labels.items():
         took = [one["train_duration_s"] for one in of(runs, f"03-{arm}")]

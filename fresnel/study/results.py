@@ -106,9 +106,9 @@ def validation_curves(validations: Rows) -> dict[str, tuple[list[float], list[fl
 
 def training_metrics(result: TrainResult, held_out: Mapping[str, Any]) -> dict[str, Any]:
     """A training run's key figures: of its held-out views over all azimuths, and its own."""
-    ours = ("luminance_ratio", "coverage_ratio", "psnr", "ssim")
+    ours = ("psnr", "ssim", *evaluate.RATIOS, *evaluate.EXTRA)
     return {
-        **{name: held_out[name] for name in ours},
+        **{name: held_out[name] for name in ours if name in held_out},
         "loss_fall": loss_fall(result.history),
         "loss_history": [[row["step"], row["loss"]] for row in result.history if "loss" in row],
         "steps": result.steps,
@@ -127,7 +127,7 @@ def psnr_by_object(
     measured: Mapping[str, Rows],
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """What two runs are compared by, pair by pair: PSNR of every object over black and over white,
-    in thousandths of a dB.
+    in thousandths of a dB, and the perceptual distance where it was measured.
 
     The mean and the black image are left out, and further network calls over white: nothing is
     paired with them, and a study of 60 runs is to stay small.
@@ -136,9 +136,12 @@ def psnr_by_object(
         measured: predictor -> rows of `evaluate.evaluate`.
 
     Returns:
-        "psnr_by_object" and "psnr_white_by_object": predictor -> bin -> object -> dB.
+        "psnr_by_object", "psnr_white_by_object" and "perceptual_by_object": predictor -> bin ->
+        object -> value.
     """
     apart = {"psnr": r"mean_image|black_image", "psnr_white": r"mean_image|black_image|.* steps"}
+    if all("perceptual" in row for rows in measured.values() for row in rows):
+        apart["perceptual"] = apart["psnr_white"]
     return {
         f"{metric}_by_object": {
             name: {
