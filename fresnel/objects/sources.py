@@ -13,6 +13,7 @@ import functools
 import hashlib
 import math
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,8 @@ from typing import Any, Literal
 from fresnel.data import dataset, photos
 from fresnel.data.dataset import DatasetError, InputImages, MultiViewDataset, NotADataset
 from fresnel.data.images import as_photographs, image_files
-from fresnel.data.layout import object_name
+from fresnel.data.layout import making, object_name, replaced
+from fresnel.host.files import sha256
 from fresnel.host.machine import cache_dir, runs_dir
 from fresnel.objects import furniture
 from fresnel.objects.assets import Asset, embedded_assets, find_assets
@@ -28,6 +30,11 @@ from fresnel.objects.render_set import fingerprint, render_set
 
 INPUT_SIZE = 128
 """Pixels: rendered inputs are at least this large, which is what the shipped decoders see."""
+HEADS = {
+    split: Path(__file__).parents[1] / "assets" / f"heads_{split}.zip"
+    for split in ("train", "held_out")
+}
+"""The embedded heads: multi-view data, 16 people from 8 sides, and 8 others from 12."""
 PARTS = (
     '"all", "train", "val", "test", "unshipped", "A", "B", "A<n>" or "rest<n>" (such as "A50", '
     '"rest50")'
@@ -37,6 +44,19 @@ PARTS = (
 def data_dir() -> Path:
     """Where datasets go: runs/data in the project, wherever the notebook was started from."""
     return runs_dir() / "data"
+
+
+def embedded_heads(split: str, cache: Path | None = None) -> MultiViewDataset:
+    """The heads that ship, of "train" or "held_out" ("test"), unpacked once into ``cache``
+    (None: `data_dir`)."""
+    name = "train" if split == "train" else "held_out"
+    archive = HEADS[name]
+    target = (cache or data_dir()) / f"heads-{name}-{sha256(archive)[:12]}"
+    with making(target, overwrite=False, reuse=True) as wanted:
+        if wanted:
+            with replaced(target) as folder, zipfile.ZipFile(archive) as packed:
+                packed.extractall(folder)
+    return dataset.open(target)
 
 
 def holds_objects(path: str | Path) -> bool:
@@ -101,9 +121,10 @@ def ground_truth(
     """Multi-view ground truth of 3D objects: rendered once, found again by its content.
 
     Args:
-        source: "embedded" (the 24 objects that ship), 3D objects (whatever `find_assets` reads), or
-            multi-view data in any format that `dataset.open` reads (its views are taken as they
-            are).  Of a source that states several splits those of `split` are taken.
+        source: "embedded" (the 24 objects that ship), "heads" (the 24 people that ship, with the
+            views that they have), 3D objects (whatever `find_assets` reads), or multi-view data in
+            any format that `dataset.open` reads (its views are taken as they are).  Of a source
+            that states several splits those of `split` are taken.
         split: "train" or "held_out" for the embedded objects; "train", "val" or "test" of others
             ("held_out" means "test" there).
         images: records, at least one per object: objects are seen from as many input poses as it
@@ -113,8 +134,8 @@ def ground_truth(
             trained on the rest has never seen what the main job bootstraps from.
         cache: where renderings lie (None: `data_dir`).
     """
-    if source != "embedded" and not holds_objects(source):
-        data = dataset.open(source)
+    if source == "heads" or (source != "embedded" and not holds_objects(source)):
+        data = embedded_heads(split, cache) if source == "heads" else dataset.open(source)
         if len(set(data.meta.get("object_splits", {}).values())) > 1:
             data = part(data, split)
         return _only(data, _objects(data)[: objects or None])
@@ -156,17 +177,21 @@ def input_images(
     """Single images for the bootstrap, and a sentence on where they come from.
 
     Args:
-        source: "embedded" or 3D objects (input views are rendered from the training objects, their
-            cameras known), a dataset in our layout (the inputs of its training records), multi-view
-            data in another format (the pictures that act as its inputs), or a folder of image
-            files.  The last two are photographs: their cameras are assumed, as
-            `photos.read` does, because the bootstrap knows one scale and one pivot.
+        source: "embedded", "heads" (the people that ship, to train on), or 3D objects (input views
+            are rendered from the training objects, their cameras known), a dataset in our layout
+            (the inputs of its training records), multi-view data in another format (the pictures
+            that act as its inputs), or a folder of image files.  The last two are photographs:
+            their cameras are assumed, as `dataset.load_images` does, because the bootstrap knows
+            one scale and one pivot.
         images: at most so many; rendered objects are seen from as many input poses as it takes.
         image_size: pixels, of photographs as they are read; renders are at least `INPUT_SIZE`.
         elevation_deg: assumed elevation of photographs.
         objects: which objects' images, for sources that know objects: see `part`.
         exclude_embedded: leave out the objects of a .zip that ship with the library.
     """
+    if source == "heads":
+        data = part(embedded_heads("train", cache), objects).subset(slice(images))
+        return data.inputs(), f"{len(data)} portraits of synthetic people (embedded, CC0)"
     name, size = Path(source).name, max(image_size, INPUT_SIZE)
     unknown = source != "embedded" and holds_objects(source)
     if source == "embedded" or (unknown and not image_files(source)):
