@@ -287,7 +287,8 @@ def _study(arguments: argparse.Namespace) -> int:
     ("--out!", _path, "folder of the views"),
     ("--ply", _path, "write the Gaussians there", "FILE"),
     ("--spz", _path, "... and there, compressed", "FILE"),
-    ("--elevation=elevation_deg", 15.0, "of the camera above the horizon (default: 15)", "DEG"),
+    ("--domain", ("auto", "auto", "faces", "objects"), "what it shows (auto: a face is a head)"),
+    ("--elevation=elevation_deg", float, "above the horizon (default: 15, of faces 5)", "DEG"),
     ("--steps", 1, "network calls a view (default: 1)"),
     ("--views=count", 8, "around the object (default: 8)", "N"),
     ("--seed", 0, "of the noise (default: 0)"),
@@ -308,6 +309,8 @@ def _views(arguments: argparse.Namespace) -> int:
         print(f"{file}: {made['gaussians']['count']} Gaussians")
     print(f"{len(made['files'])} views in {made['duration_s']:.1f} s")
     print(arguments.out / "contact_sheet.png")
+    for sentence in made["careful"]:
+        print(f"careful: {sentence}")
     return 0
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage import data
 
 from fresnel.data import images, photos
 from fresnel.data.images import DatasetError
@@ -251,6 +252,65 @@ def test_a_folder_of_pictures_becomes_inputs_and_says_what_was_assumed(tmp_path,
     assert few.names == ("a", "b")
     save(tmp_path / "b.png", disc(), None)
     assert photos.read_folder(tmp_path, 32)[0].names == ("a.png", "b.jpg", "b.png", "scene.png")
+
+
+def test_a_face_is_found_where_one_is():
+    """A person in a space suit; a cat, a motorcycle, a cup, grass, and a page are none."""
+    x, y, side = photos.find_face(data.astronaut())
+    assert abs(x - 225) < 15 and abs(y - 115) < 20 and 80 < side < 130
+    for other in (data.chelsea(), data.coffee(), data.grass(), data.page(), data.rocket()):
+        rgb = other if other.ndim == 3 else np.dstack([other] * 3)
+        assert photos.find_face(rgb) is None
+
+
+def astronaut(tmp_path, monkeypatch, factor=1):
+    """Her head, neck and shoulders as a network cuts them out; her picture `factor` times larger,
+    to the left of nothing of interest."""
+    shown = np.pad(data.astronaut(), ((0, 0), (0, 60), (0, 0)), mode="edge")
+    shown = shown.repeat(factor, 0).repeat(factor, 1)
+    Image.fromarray(shown).save(tmp_path / "a.png", compress_level=1)
+    rembg(monkeypatch, np.zeros((1, 1)))
+
+    def remove(rgb, **_):
+        y, x = np.mgrid[: rgb.shape[0], : rgb.shape[1]] / len(rgb)
+        around = np.hypot((x - 0.5) / 0.26, (y - 0.42) / 0.32) < 1
+        return np.dstack([rgb, 255 * (around | (y > 0.7)).astype(np.uint8)])
+
+    sys.modules["rembg"].remove = remove
+    return tmp_path / "a.png"
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_a_portrait_is_framed_as_the_heads_of_the_training_are(tmp_path, monkeypatch, factor):
+    path = astronaut(tmp_path, monkeypatch, factor)
+    photo = photos.read(path, domain="auto")
+    assert photo.domain == "faces" and photo.elevation_deg == 5 and photo.background == "cut-out"
+    assert "a face was found" in photo.assumed[0] and "ends before" not in " ".join(photo.assumed)
+    _, y, side = photos.find_face(photo.inputs.rgb[0].numpy())
+    assert 0.42 < side / 128 < 0.62 and (y + side / 2) / 128 == pytest.approx(0.875, abs=0.05)
+    covered = photo.inputs.alpha[0].numpy() > 127
+    rows, columns = covered.any(1).nonzero()[0], covered[:70].any(0).nonzero()[0]
+    assert 0.08 < rows[0] / 128 < 0.25 and 0.9 < (rows[-1] + 1) / 128 < 0.98
+    assert (columns[0] + columns[-1]) / 256 == pytest.approx(0.5, abs=0.04), "the head's middle"
+    assert not covered[122:].any() and covered[115].sum() < 64, "shoulders are cut"
+    alpha = photo.inputs.alpha[0, 110:126, 64].int()
+    assert (alpha[1:] <= alpha[:-1]).all() and ((alpha > 20) & (alpha < 235)).sum() >= 2, "softly"
+
+
+def test_what_a_picture_shows_can_be_said(tmp_path, monkeypatch):
+    path = astronaut(tmp_path, monkeypatch)
+    photo = photos.read(path, domain="objects")
+    assert photo.domain == "objects" and photo.elevation_deg == 15
+    monkeypatch.setattr(photos, "find_face", lambda rgb: None)
+    assert photos.read(path, domain="auto").domain == "objects"
+    bust = save(tmp_path / "b.png", disc(), None)
+    photo = photos.read(bust, domain="faces", elevation_deg=-3)
+    assert photo.domain == "faces" and photo.elevation_deg == -3
+    assert "no face was found" in photo.assumed[0]
+    covered = (photo.inputs.alpha[0] > 127).any(1).nonzero()
+    assert len(covered) / 128 == pytest.approx(0.785, abs=0.03), "from crown to neck"
+    with pytest.raises(ValueError, match="domain: got 'heads', want 'auto', 'objects' or 'faces'"):
+        photos.read(bust, domain="heads")
 
 
 def test_the_network_itself_cuts_out_a_disc(tmp_path, scene):

@@ -99,6 +99,90 @@ def test_a_picture_is_read_as_large_as_the_network_sees_it(picture, tmp_path, mo
     assert seen[0].inputs.rgb.shape[1] == 160 == facts["image_size"]
 
 
+def test_what_an_earlier_call_left_goes_and_nothing_else(picture, tmp_path, weights):
+    out = tmp_path / "out"
+    sampling.write_views(picture, out, weights=weights, count=4)
+    for name in ("azimuth_045.png", "notes.txt"):
+        (out / name).write_bytes(b"mine")
+    facts = json.loads((out / "views.json").read_text())
+    facts["files"]["7"] = "../toy.png"  # what views never makes is not removed
+    (out / "views.json").write_text(json.dumps(facts))
+    sampling.write_views(picture, out, weights=weights, count=3)
+    assert {path.name for path in out.iterdir()} == {
+        *("azimuth_000.png", "azimuth_120.png", "azimuth_240.png", "azimuth_045.png", "notes.txt"),
+        *("input.png", "contact_sheet.png", "views.json"),
+    }
+    assert picture.exists() and (out / "azimuth_045.png").read_bytes() == b"mine"
+    before = (out / "azimuth_120.png").read_bytes()
+    with pytest.raises(ValueError, match=r"azimuth_045\.png: is not of an earlier call"):
+        sampling.write_views(picture, out, weights=weights, count=8)
+    with pytest.raises(ValueError, match=r"input\.png: is not of an earlier call"):
+        sampling.write_views(out / "input.png", out, weights=weights, count=3)
+    assert (out / "azimuth_120.png").read_bytes() == before
+    (tmp_path / "input.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"input\.png: is not of an earlier call"):
+        sampling.write_views(picture, tmp_path, weights=weights, count=2)
+    assert (tmp_path / "input.png").read_bytes() == b"mine"
+
+
+def small_decoder(folder, **facts):
+    options = {"image_size": 32, "base_channels": 8, "channel_multipliers": (1, 2), "patch": 2}
+    made = decoder.Decoder(decoder.DecoderConfig(attention_levels=(), **options))
+    made.provenance = facts
+    made.save(folder / "decoder.safetensors", half=False)
+    return folder / "decoder.safetensors"
+
+
+def test_heads_have_a_decoder_of_their_own_or_it_is_said(picture, tmp_path, monkeypatch, capsys):
+    shipped = sampling.decoder.weights.shipped
+
+    def ships(name, model):
+        return own.get(name) or shipped(name if "faces" not in name else "gone", model)
+
+    own = {}
+    monkeypatch.setattr(sampling.decoder.weights, "shipped", ships)
+    arguments = ["views", str(picture), "--views", "2", "--domain", "faces", "--out"]
+    assert main([*arguments, str(tmp_path / "a")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "never seen a head" in printed[-1] and printed[-1].startswith("careful: ")
+    facts = json.loads((tmp_path / "a" / "views.json").read_text())
+    assert facts["domain"] == "faces" and facts["careful"] == [printed[-1][9:]]
+    assert facts["elevation_deg"] == 5
+    own["decoder_faces.safetensors"] = small_decoder(tmp_path)
+    assert main([*arguments, str(tmp_path / "b")]) == 0
+    assert "never seen a head" not in capsys.readouterr().out
+    facts = json.loads((tmp_path / "b" / "views.json").read_text())
+    assert facts["gaussians"]["count"] <= 2 * 32 * 32, "its own"
+    high = [Image.open(tmp_path / n / "contact_sheet.png").height for n in "ab"]
+    assert high[0] > high[1] + 128, "no CVS of heads: the decoder's row alone, and no note"
+    # one decoder for both, as its file says
+    del own["decoder_faces.safetensors"]
+    own["decoder_pixel.safetensors"] = small_decoder(tmp_path, domains=["objects", "faces"])
+    assert decoder.load_shipped("faces").provenance["domains"] == ["objects", "faces"]
+
+
+def test_what_does_not_even_look_like_its_input_is_said(picture, tmp_path, weights, monkeypatch):
+    facts = sampling.write_views(picture, tmp_path / "a", weights=weights, count=2)
+    assert not facts["careful"] and facts["checks"]["identity_psnr"] > 13
+    assert facts["checks"]["identity_iou"] > 0.9
+    draw = decoder.render_small
+
+    def elsewhere(*arguments, **options):
+        views = draw(*arguments, **options)
+        return type(views)(
+            *(value.roll(40, dims=-2) for value in (views.rgb, views.alpha, views.depth))
+        )
+
+    monkeypatch.setattr(decoder, "render_small", elsewhere)
+    facts = sampling.write_views(picture, tmp_path / "b", weights=weights, count=2)
+    assert "from the input's own camera it does not look like the input" in facts["careful"][0]
+    assert facts["checks"]["identity_iou"] < 0.6
+    plain, noted = (np.asarray(Image.open(tmp_path / n / "contact_sheet.png")) for n in "ab")
+    extra = len(noted) - len(plain)
+    assert extra > 18 and (noted[extra + 5 : extra + 15] == plain[5:15]).all()
+    assert ((noted[:extra, :, 0] > 150) & (noted[:extra, :, 1] < 100)).any(), "in red"
+
+
 def test_every_view_has_a_file_of_its_own(picture, tmp_path, weights, monkeypatch):
     sheet = np.zeros((4, 4, 3), "u1")
     monkeypatch.setattr(sampling.pictures, "contact_sheet", lambda *_, **__: sheet)

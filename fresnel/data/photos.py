@@ -54,6 +54,7 @@ class Photo:
     inputs: InputImages
     background: str
     domain: str
+    elevation_deg: float
     assumed: tuple[str, ...]
 
 
@@ -94,7 +95,8 @@ def read(
         rgba, shrunk = _shrunk(rgba)
         background, rgba, more = _object(rgba, part=face is not None)
         if face is not None:
-            rgba, side, middle = portrait(rgba, tuple(value / shrunk for value in face))
+            face = face[0] / shrunk, face[1] / shrunk, face[2] / shrunk
+            rgba, side, middle = portrait(rgba, face)
         elif background == "photograph":
             side, middle = min(rgba.shape[:2]), None
         else:
@@ -107,7 +109,8 @@ def read(
     names, rgb, alpha = (Path(path).stem,), square[None, ..., :3], square[None, ..., 3]
     inputs = InputImages(names, rgb, alpha, camera, elevation_is_assumed=True)
     stood = f"the camera stood {elevation_deg:g} degrees above the horizon (--elevation)"
-    return Photo(inputs, background, domain, (*said, *more, _ASSUMED[background], stood))
+    assumed = *said, *more, _ASSUMED[background], stood
+    return Photo(inputs, background, domain, elevation_deg, assumed)
 
 
 def find_face(rgb: np.ndarray) -> Face | None:
@@ -157,7 +160,7 @@ def portrait(rgba: np.ndarray, face: Face) -> tuple[np.ndarray, int, tuple[float
     x, y, high = face
     chin, covered = y + high / 2, rgba[..., 3] > 127
     near = covered[: int(y), max(0, int(x - 0.9 * high)) : int(x + 0.9 * high)]
-    bare = (~near.any(axis=1)).nonzero()[0]
+    bare = np.flatnonzero(~near.any(axis=1))
     top = bare[-1] + 1 if len(bare) else 0
     side = float(np.clip((chin - top) / 0.715, 1.7 * high, 2.3 * high))
     if not covered.all():

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.spatial.distance import pdist, squareform
+from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from fresnel.data.records import ObjectViews
@@ -258,18 +259,24 @@ def _of_record(seen: _Numbers, reference: _Numbers, azimuth_deg: np.ndarray) -> 
 
 
 def _identity(views: ObjectViews) -> Row:
-    """PSNR (dB) over the union of foregrounds and IoU of silhouettes of input and identity."""
-    out = {"identity_psnr": math.nan, "identity_iou": math.nan}
-    if views.identity_rgb is None or views.identity_alpha is None:
-        return out
-    mine, theirs = views.input_alpha.numpy() >= 128, views.identity_alpha.numpy() >= 128
+    """`identity` of a record, NaN where it has no picture from its input's camera."""
+    found = math.nan, math.nan
+    if views.identity_rgb is not None and views.identity_alpha is not None:
+        given = views.input_rgb, views.input_alpha
+        found = identity(*given, views.identity_rgb, views.identity_alpha)
+    return {"identity_psnr": found[0], "identity_iou": found[1]}
+
+
+def identity(rgb: Tensor, alpha: Tensor, own_rgb: Tensor, own_alpha: Tensor) -> tuple[float, float]:
+    """PSNR (dB) over the union of foregrounds, and IoU of silhouettes, of an input, uint8 (H, W, 3)
+    and (H, W), and what is rendered from its camera; NaN where both are empty."""
+    mine, theirs = alpha.numpy() >= 128, own_alpha.numpy() >= 128
     union = mine | theirs
-    if union.any():
-        off = views.input_rgb.numpy()[union].astype(np.float32) - views.identity_rgb.numpy()[union]
-        mse = float(np.square(off).mean()) / 255.0**2
-        out["identity_psnr"] = -10 * math.log10(max(mse, 1e-10))
-        out["identity_iou"] = float((mine & theirs).sum() / union.sum())
-    return out
+    if not union.any():
+        return math.nan, math.nan
+    off = rgb.numpy()[union].astype(np.float32) - own_rgb.numpy()[union]
+    mse = float(np.square(off).mean()) / 255.0**2
+    return -10 * math.log10(max(mse, 1e-10)), float((mine & theirs).sum() / union.sum())
 
 
 def _is_bad(camera: Any) -> bool:

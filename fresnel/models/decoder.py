@@ -364,8 +364,15 @@ def predictor(model: Decoder) -> Predictor:
 
 
 def load_shipped(
-    kind: Literal["pixel", "patch"] = "pixel", device: torch.device | str = "cpu"
+    kind: Literal["pixel", "patch", "faces"] = "pixel", device: torch.device | str = "cpu"
 ) -> Decoder:
-    """The small trained decoder that comes with the package; raises as `weights.shipped`."""
-    model = {"pixel": "decoder", "patch": "decoder-frontal"}[kind]
+    """The small trained decoder that comes with the package; raises as `weights.shipped`.
+
+    "faces" is of the pixel kind, trained on heads; or the pixel decoder itself, where its file says
+    that it learned both ("domains")."""
+    model = {"pixel": "decoder", "patch": "decoder-frontal", "faces": "decoder"}[kind]
+    if kind == "faces":
+        both = Decoder.load(weights.shipped("decoder_pixel.safetensors", model), device)
+        if "faces" in both.provenance.get("domains", ()):
+            return both
     return Decoder.load(weights.shipped(f"decoder_{kind}.safetensors", model), device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,20 +168,29 @@ def show_sheet(
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Any]], *, columns: Sequence[str] = (), labels: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]],
+    *,
+    columns: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> np.ndarray:
-    """The grid of `show_sheet` as one picture, for a file: RGB uint8 array."""
+    """The grid of `show_sheet` as one picture for a file, `notes` in red above it: RGB uint8."""
     from PIL import Image, ImageDraw, ImageFont
 
-    size, texts, places = _layout(rows, columns, labels, first_apart=True)
-    sheet = Image.new("RGB", size, "white")
+    (width, height), texts, places = _layout(rows, columns, labels, first_apart=True)
+    lines = [line for note in notes for line in textwrap.wrap(note, width // 7)]
+    down = 18 * len(lines) + (8 if lines else 0)
+    sheet = Image.new("RGB", (width, height + down), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for k, line in enumerate(lines):
+        draw.text((4, 18 * k + 16), line, fill="#b00020", font=font, anchor="ls")
     for x, y, text in texts:
-        draw.text((x, y), text, fill="#333333", font=font, anchor="ls")
+        draw.text((x, y + down), text, fill="#333333", font=font, anchor="ls")
     for x, y, side, picture in places:
         up = picture.shape[1] < side[0]
         how = Image.Resampling.NEAREST if up else Image.Resampling.BOX
-        sheet.paste(Image.fromarray(picture).convert("RGB").resize(side, how), (x, y))
+        small = Image.fromarray(picture).convert("RGB").resize(side, how)
+        sheet.paste(small, (x, y + down))
     return np.asarray(sheet)
 
 
