@@ -301,16 +301,14 @@ def _views(arguments: argparse.Namespace) -> int:
 
     options = {**vars(arguments), "device": pick_device(arguments.device)}
     made = views.write_views(options.pop("picture"), options.pop("out"), **options)
-    for sentence in made["assumed"]:
-        print(f"assumed: {sentence}")
+    print(*[f"assumed: {sentence}" for sentence in made["assumed"]], sep="\n")
     if made["gate_overridden"]:
         print("gate overridden: these weights learned from data that the gate refused")
     for file in made["gaussians"]["files"]:
         print(f"{file}: {made['gaussians']['count']} Gaussians")
     print(f"{len(made['files'])} views in {made['duration_s']:.1f} s")
-    print(arguments.out / "contact_sheet.png")
-    for sentence in made["careful"]:
-        print(f"careful: {sentence}")
+    careful = [f"careful: {sentence}" for sentence in made["careful"]]
+    print(arguments.out / "contact_sheet.png", *careful, sep="\n")
     return 0
 
 

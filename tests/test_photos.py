@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from fresnel.data import images, photos
+from fresnel.data import faces, images, photos
 from fresnel.data.images import DatasetError
 
 COLOUR = np.array([180, 60, 40])
@@ -84,8 +84,9 @@ def rembg(monkeypatch, matte=None, problem=None):
 
 
 @pytest.fixture(autouse=True)
-def without_the_extra(monkeypatch):
+def without_the_extras(monkeypatch):
     rembg(monkeypatch)
+    monkeypatch.setattr(faces, "missing", lambda: "pip install it")
     yield
     photos._salient.cache_clear()
 
@@ -261,6 +262,16 @@ def test_a_face_is_found_where_one_is():
     for other in (data.chelsea(), data.coffee(), data.grass(), data.page(), data.rocket()):
         rgb = other if other.ndim == 3 else np.dstack([other] * 3)
         assert photos.find_face(rgb) is None
+
+
+def test_the_better_detector_is_asked_where_there_is_one(monkeypatch):
+    boxes = [(0.0, 0.0, 10.0, 10.0, 0.9), (10.0, 30.0, 50.0, 70.0, 0.8)]
+    monkeypatch.setattr(faces, "missing", lambda: "")
+    monkeypatch.setattr(faces, "find", lambda rgb: boxes)
+    assert photos.find_face(noise(200, 240, 3)) == pytest.approx((30, 47.6, 40)), "the largest"
+    assert photos.find_face(noise(200, 260, 3)) is None, "too small for a portrait"
+    boxes.clear()
+    assert photos.find_face(data.astronaut()) is None
 
 
 def astronaut(tmp_path, monkeypatch, factor=1):
