@@ -31,7 +31,7 @@ NEEDS = {
     "lpips": "pip install torchvision, then torchvision.models.alexnet(weights='DEFAULT'), 233 MB",
 }
 """What a distance needs where it is missing."""
-_CHUNK, _KEPT = 16, 8
+_CHUNK = 16
 
 
 class _Conv(nn.Module):
@@ -152,13 +152,13 @@ def _folder(name: str, *packages: str) -> Path:
 class Distance(nn.Module):
     """A `Perceptual` that can be differentiated (with respect to either picture).
 
-    Called without gradients on the CPU it keeps the features of the last 128 targets, so that
-    several predictors are compared with the same truth at half the price.
+    Called without gradients on the CPU it keeps the features of the last `keep` times 16 targets,
+    so that several predictors are compared with the same truth at half the price.
     """
 
-    def __init__(self, features: Features, unit: float) -> None:
+    def __init__(self, features: Features, unit: float, keep: int = 0) -> None:
         super().__init__()
-        self.features, self.unit = features, unit
+        self.features, self.unit, self.keep = features, unit, keep
         self._kept: dict[bytes, list[Tensor]] = {}
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
@@ -176,11 +176,11 @@ class Distance(nn.Module):
         return torch.cat([self._between(_unit(self.features(a)), self._of(b)) for a, b in pairs])
 
     def _of(self, target: Tensor) -> list[Tensor]:
-        if torch.is_grad_enabled() or target.is_cuda:
+        if torch.is_grad_enabled() or target.is_cuda or not self.keep:
             return _unit(self.features(target))
         key = hashlib.sha1(target.contiguous().numpy().data).digest()
         if key not in self._kept:
-            while len(self._kept) >= _KEPT:
+            while len(self._kept) >= self.keep:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[key] = _unit(self.features(target))
         return self._kept[key]
@@ -201,8 +201,9 @@ def distance(name: str = "perceptual", device: torch.device | str = "cpu") -> Di
     Raises:
         ModuleNotFoundError: where its weights are not installed; says how to get them.
     """
-    features = {"perceptual": efficientnet, "vgg_edges": vgg_edges}[name]()
-    return Distance(features, UNITS[name]).to(device)
+    if name == "vgg_edges":  # 8 MB a target
+        return Distance(vgg_edges(), UNITS[name]).to(device)
+    return Distance(efficientnet(), UNITS[name], keep=8).to(device)
 
 
 def lpips(device: torch.device | str = "cpu") -> Perceptual:
