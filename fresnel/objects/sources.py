@@ -190,8 +190,8 @@ def input_images(
         exclude_embedded: leave out the objects of a .zip that ship with the library.
     """
     if source == "heads":
-        data = part(embedded_heads("train", cache), objects).subset(slice(images))
-        return data.inputs(), f"{len(data)} portraits of synthetic people (embedded, CC0)"
+        heads = part(embedded_heads("train", cache), objects).subset(slice(images))
+        return heads.inputs(), f"{len(heads)} portraits of synthetic people (embedded, CC0)"
     name, size = Path(source).name, max(image_size, INPUT_SIZE)
     unknown = source != "embedded" and holds_objects(source)
     if source == "embedded" or (unknown and not image_files(source)):
