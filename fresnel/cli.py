@@ -346,6 +346,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     terms = planning.Terms(
         *(arguments.budget, arguments.rate, arguments.at_end, _seconds(arguments.grace)),
         *(_seconds(arguments.stall), arguments.gpus, arguments.python),
+        *(arguments.sbatch, arguments.cloud, arguments.gpu),
     )
     if is_study:
         there = planning.there(root, "study", os.path.abspath(job.study))
@@ -361,15 +362,12 @@ def _launch(arguments: argparse.Namespace) -> int:
         words = [notebook, "--name", name, *(["--fresh"] if job.fresh else [])]
         limits = {"--timeout": job.timeout, "--cell-timeout": job.cell_timeout}
         words += [word for key, value in limits.items() if value for word in (key, str(value))]
-    steps = [step for step in steps if not job.only or step.name in job.only]
-    single = {"single": bool(notebook), "study": is_study}
-    plan = planning.make(name, steps, words, terms, root=root, **single)
+    plan = planning.make(name, runner.chosen(steps, job.only), words, terms, root=root)
     print(*plan.describe(), sep="\n", flush=True)
     if arguments.dry_run:
         return 0
-    options = {"options": arguments.sbatch, "cloud": arguments.cloud, "gpu": arguments.gpu}
     reports = report.reports_folder()
-    run = runs.launch(plan, arguments.on, reports, trust_new=arguments.trust_new, **options)
+    run = runs.launch(plan, arguments.on, reports, trust_new=arguments.trust_new)
     print(f"{run}\n  ./run_all.sh remote status {run}\n  ./run_all.sh remote fetch --wait {run}")
     return _told(report.try_index(reports))
 

@@ -9,7 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
-SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/sbin:/usr/local/sbin")
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin:/usr/local/sbin"
+SSHD = shutil.which("sshd", path=PATH)
 TOOLS = ("ssh", "ssh-keygen", "rsync", "flock", "setsid", "sha256sum", "timeout")
 
 
@@ -80,3 +81,52 @@ class Machine:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait()
+
+
+SLURM = ("slurmctld", "slurmd", "munged", "sbatch")
+
+
+def no_slurm() -> str:
+    """Why a Slurm of one node can't be started here; "" if it can."""
+    lacking = [tool for tool in SLURM if not shutil.which(tool, path=PATH)]
+    if lacking:
+        return f"not installed: {', '.join(lacking)} (Debian: slurmctld slurmd munge)"
+    if os.geteuid() or len(socket.if_nameindex()) > 1:
+        return "Slurm wants root in a network of its own: see slurm() in tests/sshd.py"
+    return ""
+
+
+def slurm(folder: Path) -> list[subprocess.Popen[bytes]]:
+    """The daemons of a Slurm whose only node is this machine; SLURM_CONF names it. It wants root, a
+    network of its own, and there another address than 127.0.0.1, or it looks up no name:
+
+        unshare -n sh -c 'ip link set lo up; ip addr add 10.0.0.1 dev lo; pytest -k slurm'
+    """
+    folder.mkdir()
+    (folder / "key").write_bytes(os.urandom(1024))
+    (folder / "key").chmod(0o400)
+    host = socket.gethostname()
+    conf = folder / "slurm.conf"
+    conf.write_text(
+        f"ClusterName=test\nSlurmctldHost={host}(127.0.0.1)\nSlurmUser=root\n"
+        f"AuthType=auth/munge\nAuthInfo=socket={folder}/munge\nCredType=cred/munge\n"
+        f"StateSaveLocation={folder}\nSlurmdSpoolDir={folder}/spool\nMpiDefault=none\n"
+        f"SlurmctldPidFile={folder}/ctld.pid\nSlurmdPidFile={folder}/slurmd.pid\n"
+        "ProctrackType=proctrack/pgid\nTaskPlugin=task/none\nReturnToService=2\n"
+        f"NodeName={host} NodeAddr=127.0.0.1 CPUs=1\n"
+        "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
+    )
+    munge = [
+        "munged",
+        "-F",
+        "--force",
+        "--key-file",
+        f"{folder}/key",
+        "--socket",
+        f"{folder}/munge",
+    ]
+    munge += [f"--pid-file={folder}/munge.pid", f"--seed-file={folder}/seed"]
+    with (folder / "log").open("ab") as log:
+        commands = munge, ["slurmctld", "-D", "-f", conf], ["slurmd", "-D", "-f", conf]
+        env = {**os.environ, "PATH": PATH}
+        return [subprocess.Popen(words, env=env, stdout=log, stderr=log) for words in commands]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ import sshd
 
 from fresnel.host.files import sha256
 from fresnel.launch import runs
-from fresnel.launch.plan import STAGES, Plan, Terms
+from fresnel.launch.plan import Plan, Terms
 from fresnel.launch.remote import Box, RemoteError
 
 pytestmark = pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "-")
@@ -53,9 +54,10 @@ class Laptop:
     def plan(self, **terms: Any) -> Plan:
         """100 s for a dollar."""
         chosen = dict(budget_usd=1.0, rate_usd=36.0, kill_s=2.0, tick_s=0.2, python="python3")
-        names = sorted(p.relative_to(self.root) for p in self.root.rglob("*") if p.is_file())
-        found = Terms(**{**chosen, **terms})
-        return Plan(*("job", ("job",), found, self.root, tuple(map(str, names))), stages=STAGES[:1])
+        found = [path for path in self.root.rglob("*") if path.is_file()]
+        files = {str(path.relative_to(self.root)): path.stat().st_size for path in found}
+        made = Terms(**chosen | terms)
+        return Plan("job", ["job"], ["job"], made, self.root, files, stages=["verify"])
 
     def launch(self, plan: Plan | None = None, **terms: Any) -> str:
         self.run = runs.launch(plan or self.plan(**terms), self.on, self.reports)
@@ -116,8 +118,8 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "crashes": ("echo half >$out/x; exit 3", {}),
     "dies": ("kill -SEGV $$", {}),
     "hangs": (TRAPPED, {"stall_s": 5}),
-    "over-budget": (TRAPPED, {"rate_usd": 450.0}),
-    "ignores-TERM": (DEAF, {"rate_usd": 450.0, "kill_s": 1}),
+    "over-budget": (TRAPPED, {"rate_usd": 240.0}),
+    "ignores-TERM": (DEAF, {"rate_usd": 240.0, "kill_s": 1}),
     # a notebook's kernel has a session of its own
     "leaves-much": (f"setsid sleep 300 & echo $! >$out/left\n{DEAF}", {"kill_s": 1}),
     "waits": ("", {"at_end": "touch ended", "grace_s": 60}),
@@ -178,7 +180,7 @@ def test_how_a_job_ends(ran: dict[str, Laptop], name: str, why: str, code: str) 
         assert (laptop.fetch() / "out/checkpoint").read_text() == "saved\n"
     if "rate_usd" in JOBS[name][1]:
         assert entry["spent"]["cost_usd"] <= 1.1
-        until(lambda: time.time() > int(laptop.there("deadline")))
+        until(lambda: time.time() > int(laptop.there("armed")) + entry["planned"]["duration_s"])
         with pytest.raises(RemoteError, match="its deadline is over"):
             runs.resume(laptop.run, laptop.reports)
 
@@ -218,31 +220,32 @@ def test_what_is_there_is_not_sent_again_but_a_byte_that_flipped_is(
     assert (laptop.place / "tree/notes.txt").read_text() == "some notes\n"
     laptop.until("finished")
     result = laptop.reports / f"remote/{laptop.run}.partial/out/result.txt"
-    rsync, damaged = Box._rsync, [result, result]  # what arrives damaged, in turn
+    run, damaged = subprocess.run, [result] * 4  # what arrives damaged, in turn
 
-    def damaging(self: Box, words: list[str], names: list[str] | None = None) -> None:
-        rsync(self, words, names)
-        if damaged:
+    def damaging(words: list[str], **given: Any) -> Any:
+        done = run(words, **given)
+        if damaged and words[0] == "rsync":
             flip(damaged.pop())
+        return done
 
-    monkeypatch.setattr(Box, "_rsync", damaging)
-    with pytest.raises(RemoteError, match=r"not as planned, though sent twice.*: out/result.txt"):
+    monkeypatch.setattr(subprocess, "run", damaging)
+    with pytest.raises(RemoteError, match=r"not as planned .*: out/result.txt, though sent four"):
         laptop.fetch()
     assert not (laptop.reports / "remote" / laptop.run).exists()  # .partial only
     damaged.append(result)
     assert (laptop.fetch() / "out/result.txt").read_text() == "done\n"
     other = laptop.place / "tree/other.txt"
-    damaged += [other, other]
+    damaged += [other] * 4
     laptop.write("other.txt", "other\n")
     sums = f"{sha256(laptop.root / 'other.txt')}  other.txt\n"
     (laptop.place / "runs" / laptop.run / "sent.sha256").write_text(sums)
-    with Box.parse(laptop.on) as box:
-        with pytest.raises(RemoteError, match=r"sent twice.*: other.txt"):
-            box.upload(laptop.run, laptop.root)
+    with Box(laptop.on, laptop.run) as box:
+        with pytest.raises(RemoteError, match=r": other.txt, though sent four times"):
+            box.upload(laptop.root)
         damaged.append(other)
-        box.upload(laptop.run, laptop.root)
+        box.upload(laptop.root)
     assert other.read_text() == "other\n" and not damaged
-    assert capfd.readouterr().err.count("arrived damaged: other.txt") == 3
+    assert capfd.readouterr().err.count("(changed, damaged?): other.txt; going on") == 5
 
 
 def flip(path: Path) -> None:
@@ -285,16 +288,16 @@ def test_a_peer_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
-        with Box("127.0.0.1", "x", deaf.getsockname()[1]) as box:
+        with Box(f"ssh://127.0.0.1:{deaf.getsockname()[1]}", "x") as box:
             began = time.monotonic()
             with pytest.raises(RemoteError, match="no connection"):
-                box.probe()
+                box.probe("", 0)
             assert time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize(
     ("without", "said"),
-    [("rsync", "lacks rsync"), ("python", "no Python 3.11"), ("space", "GB are needed")],
+    [("rsync", "lacks rsync"), ("python", "no Python 3.11"), ("space", "MB are needed")],
 )
 def test_a_machine_that_lacks_something_is_refused_before_the_upload(
     laptop: Laptop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: str, said: str
@@ -308,7 +311,7 @@ def test_a_machine_that_lacks_something_is_refused_before_the_upload(
     fakes = {"python3": "exit 1" if without == "python" else "echo 3"}
     fakes["ssh"] = f'for last; do :; done\nPATH={tools} exec /bin/sh -c "$last"'
     if without == "space":
-        fakes["df"] = "echo head; echo disk 9 9 1000 9 /"
+        fakes["df"] = "echo head; echo disk 9 9 100 9 /"
     for name, body in fakes.items():
         (tools / name).unlink(missing_ok=True)
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -316,28 +319,30 @@ def test_a_machine_that_lacks_something_is_refused_before_the_upload(
     monkeypatch.setenv("FRESNEL_SSH", str(tools / "ssh"))
     with pytest.raises(RemoteError, match=said):
         laptop.launch()
-    assert not (laptop.place / "tree").exists()
+    assert not (laptop.place / "runs").exists()
     assert runs.entries(laptop.reports)[0]["state"] == "not started"
 
 
 def test_a_full_disk_is_said(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
     said = b'rsync: write failed on "/x": No space left on device (28)\nrsync error: error 11'
     full = subprocess.CompletedProcess([], 11, b"", said)
-    with Box.parse(laptop.on) as box:
+    with Box(laptop.on, "x") as box:
         monkeypatch.setattr(subprocess, "run", lambda *_, **__: full)
         with pytest.raises(RemoteError, match=r"disk is full: .*No space left"):
-            box._rsync(["x"])
+            box._send("x", "y")
 
 
 def test_set_up_that_fails_half_way_is_named_and_goes_on_from_there(laptop: Laptop) -> None:
-    counted = "echo ran >>$FRESNEL_DIR/first"
-    laptop.launch(replace(laptop.plan(), stages=(("first", counted), ("second", "cat wanted.txt"))))
+    laptop.job('[ "$1" = setup ] && { cat wanted.txt; exit; }; echo done >$out/result.txt')
+    laptop.launch(replace(laptop.plan(python=""), stages=["verify", "environment"]))
     entry = laptop.ended("failed")
-    assert "set-up failed in the stage 'second': exit status 1" in entry["why"]
+    assert "set-up failed in the stage 'environment': exit status 1" in entry["why"]
+    verified = (laptop.place / "runs" / laptop.run / "stages.done/verify").stat().st_mtime_ns
     (laptop.place / "tree/wanted.txt").write_text("here now\n")
     runs.resume(laptop.run, laptop.reports)
     laptop.until("finished")
-    assert (laptop.place / "first").read_text() == "ran\n"
+    after = (laptop.place / "runs" / laptop.run / "stages.done/verify").stat().st_mtime_ns
+    assert after == verified and "here now" in laptop.there("log")
     with pytest.raises(RemoteError, match="nothing to resume"):
         runs.resume(laptop.run, laptop.reports)
 
@@ -369,11 +374,12 @@ def test_a_closed_laptop_changes_nothing_and_a_second_launch_is_refused(laptop: 
     client.join()
     for pid in laptop.machine.sessions():
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RemoteError, match=f"the run {first} has the machine"):
+    with pytest.raises(RemoteError, match=f"is in use by the run {first}"):
         runs.launch(replace(laptop.plan(), name="second"), laptop.on, laptop.reports)
-    with Box.parse(laptop.on) as box:  # and at the very same time, by the lock itself
-        box.put("third", laptop.reports / "remote/.ledger" / first / "run")
-        assert box.box("arm", "third", statuses=(75,)) == {"busy": first}
+    with Box(laptop.on, "third") as box:  # and at the very same time, by the lock itself
+        box.put(laptop.reports / "remote/.ledger" / first / "run")
+        with pytest.raises(RemoteError, match=f"is in use by the run {first}"):
+            box.call("arm")
     with pytest.raises(RemoteError, match="not over"):
         laptop.fetch()
     (laptop.place / "tree/go").touch()
@@ -391,19 +397,20 @@ def test_a_restarted_machine_is_interrupted_and_goes_on_and_host_keys_are_never_
     try:
         run = laptop.launch()
         until(lambda: laptop.there("out/checkpoint"))
-        deadline = laptop.there("deadline")
+        armed = laptop.there("armed")
         for pid in marked(run, laptop):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         other.stop()
         other.start()
         assert runs.status(run, laptop.reports)["state"] == "interrupted"
         runs.resume(run, laptop.reports)
         laptop.until("finished")
-        assert laptop.there("deadline") == deadline
+        assert laptop.there("armed") == armed
 
-        def probe(trust_new: bool) -> dict[str, str]:
-            with Box.parse(laptop.on, trust_new=trust_new) as box:
-                return box.probe()
+        def probe(trust_new: bool) -> None:
+            with Box(laptop.on, run, trust_new=trust_new) as box:
+                box.probe("", 0)
 
         known = other.folder / "known_hosts"
         known.write_text("")
@@ -413,7 +420,8 @@ def test_a_restarted_machine_is_interrupted_and_goes_on_and_host_keys_are_never_
             probe(False)
         assert shown in str(error.value) and "--trust-new" in str(error.value)
         assert known.read_text() == ""
-        assert "free_kb" in probe(True) and "free_kb" in probe(False)
+        for trust in (True, False):
+            probe(trust)
         other.stop()
         other.new_key("host")
         other.start()
@@ -438,17 +446,40 @@ def marked(run: str, laptop: Laptop) -> list[int]:
     return found
 
 
-@pytest.mark.skipif(
-    not (os.environ.get("SLURM_CONF") and shutil.which("sbatch")),
-    reason="SLURM_CONF names no Slurm",
-)
-def test_slurm_starts_and_requeues_the_same_supervisor(laptop: Laptop) -> None:
+@pytest.mark.skipif(bool(sshd.no_slurm()), reason=sshd.no_slurm() or "-")
+def test_slurm_starts_and_requeues_the_same_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preempted job is queued again, with its clock stopped, and goes on from its checkpoint."""
+    daemons = sshd.slurm(tmp_path / "slurm")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm/slurm.conf"))
+    machine = sshd.Machine(tmp_path / "machine")
+    monkeypatch.setenv("FRESNEL_SSH", machine.ssh)
+    laptop = Laptop(tmp_path, machine)
     laptop.on = laptop.on.replace("ssh:", "slurm:")
     laptop.job(f"[ -e $out/checkpoint ] && exit 0\n{TRAPPED}")
-    laptop.run = runs.launch(laptop.plan(), laptop.on, laptop.reports, options="--gres=none")
-    laptop.until("running")
-    time.sleep(0.5)
-    subprocess.run(["scontrol", "requeue", laptop.there("job").strip()], check=True)
-    until(lambda: laptop.there("out/checkpoint"))  # as a preemption does
-    laptop.until("finished", limit_s=200)
-    assert (laptop.fetch() / "out/checkpoint").read_text() == "saved\n"
+    try:
+        until(lambda: subprocess.run(["sinfo", "-h"], capture_output=True).stdout)
+        laptop.launch(sbatch="--gres=none")
+        laptop.until("running")
+        job = laptop.there("job").strip()
+        with pytest.raises(RemoteError, match=f"is in use by the run {laptop.run}"):
+            runs.launch(replace(laptop.plan(), name="second"), laptop.on, laptop.reports)
+        armed = int(laptop.there("armed"))
+        subprocess.run(["scontrol", "requeue", job], check=True)
+        until(lambda: laptop.there("out/checkpoint"))
+        entry = laptop.ended("interrupted")
+        assert entry["state"] == "queued"  # for Slurm holds it back for two minutes
+        with pytest.raises(RemoteError, match="not over"):
+            laptop.fetch()
+        time.sleep(5)
+        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+        laptop.until("finished", limit_s=200)
+        assert int(laptop.there("armed")) >= armed + 5
+        assert (laptop.fetch() / "out/checkpoint").read_text() == "saved\n"
+    finally:
+        end_all(laptop)
+        machine.stop()
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait()

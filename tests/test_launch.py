@@ -17,7 +17,7 @@ from fresnel import gate
 from fresnel.cli import main
 from fresnel.data import dataset
 from fresnel.launch import plan as planning
-from fresnel.launch import recipes, runs
+from fresnel.launch import runs
 from fresnel.launch.plan import PlanError, Terms
 from fresnel.launch.remote import Box
 from fresnel.report import index
@@ -67,7 +67,7 @@ def receipts(data: Any, *, passed: bool = True) -> None:
 def made(root: Path, terms: Terms = TERMS, **params: Any) -> planning.Plan:
     params = {"dataset_dir": DATA, **params}
     step = Step("03", NOTEBOOKS / "03_full_train.ipynb", params)
-    return planning.make("03", [step], ["notebooks/x.ipynb"], terms, root=root, single=True)
+    return planning.make("03", [step], ["notebooks/x.ipynb"], terms, root=root)
 
 
 def test_what_travels_and_nothing_else(root: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_data_that_training_would_refuse_is_refused_here(root: Path, said: str) 
 
 def test_a_control_needs_its_flag(root: Path) -> None:
     receipts(dataset.open(root / DATA), passed=False)
-    assert any("is a control" in note for note in made(root, allow_failed_gate=True).notes)
+    assert "(a control" in made(root, allow_failed_gate=True).steps[0]
     (root / DATA / "receipts/smoke-cvs.json").unlink()
     with pytest.raises(PlanError, match="no smoke-cvs receipt"):
         made(root, allow_failed_gate=True)
@@ -126,7 +126,7 @@ def test_a_control_needs_its_flag(root: Path) -> None:
 
 def test_a_forecast_over_the_budget_is_refused(pristine: Path) -> None:
     assert made(pristine, Terms(2.0, 6.0))  # 20 min: ten, five to set up, two to stop
-    with pytest.raises(PlanError, match=r"over budget: a forecast of 10 min.*1\.70 USD of 1\.5"):
+    with pytest.raises(PlanError, match=r"over budget: .* 15 of 13 min, 1\.50 of 1\.5 USD"):
         made(pristine, Terms(1.5, 6.0))
     with pytest.raises(PlanError, match="over budget"):
         made(pristine, Terms(2.0, 6.0, at_end="poweroff", grace_s=600))
@@ -149,12 +149,12 @@ def test_data_that_the_job_makes_itself_needs_no_receipt(pristine: Path) -> None
     assert plan.forecast_s is None and not [n for n in plan.files if n.startswith("runs/")]
     with pytest.raises(PlanError, match="no such dataset"):
         planning.make("profile", steps[1:], [], TERMS, root=pristine)
-    four = Terms(6.0, 2.0, gpus=4)
+    four = Terms(6.0, 2.0, gpus=4, sbatch="--partition=gpu")
     with pytest.raises(PlanError, match="a study uses several"):
         planning.make("profile", steps, [], four, root=pristine)
-    plan = planning.make("study", steps, [], four, root=pristine, study=True)
-    assert "for gpu in 0 1 2 3; do" in plan.boxed()["command"]
-    script = planning.sbatch(four, "work", "20260102T030405Z-03", "--partition=gpu")
+    plan = planning.make("study", steps, ["study"], four, root=pristine)
+    assert "CUDA_VISIBLE_DEVICES:-0,1,2,3}" in plan.boxed()["command"]
+    script = planning.sbatch(four, "work", "20260102T030405Z-03")
     wanted = ("--time=183", "--signal=B:TERM@120", "--requeue", "--partition=gpu", "--gres=gpu:4")
     assert {f"#SBATCH {line}" for line in wanted} <= set(script.splitlines())
 
@@ -162,15 +162,15 @@ def test_data_that_the_job_makes_itself_needs_no_receipt(pristine: Path) -> None
 def test_tasks_of_skypilot_and_dstack(pristine: Path, tmp_path: Path, monkeypatch) -> None:
     """Laid out and handed to `sky launch`; dstack's lies beside it."""
     steps = [Step("01", NOTEBOOKS / "01_validate_data.ipynb", {"dataset_dir": "runs/data/new"})]
-    plan = planning.make("01", steps, ["--only", "01"], Terms(6.0, 2.0), root=pristine)
+    plan = planning.make("01", steps, ["--only", "01"], Terms(6.0, 2.0, cloud="aws"), root=pristine)
     monkeypatch.setenv("FRESNEL_SKY", "no-such-command")
     with pytest.raises(OSError, match="no command sky here"):
-        runs.launch(plan, "sky", tmp_path, cloud="aws")
+        runs.launch(plan, "sky", tmp_path)
     fake = tmp_path / "sky"
     fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
     fake.chmod(0o755)
     monkeypatch.setenv("FRESNEL_SKY", str(fake))
-    run = runs.launch(plan, "sky", tmp_path / "second", cloud="aws")
+    run = runs.launch(plan, "sky", tmp_path / "second")
     folder = tmp_path / "second/remote/.ledger" / run
     task, other = (yaml.safe_load((folder / n).read_text()) for n in ("sky.yaml", "run.dstack.yml"))
     assert (tmp_path / "called").read_text().split()[:3] == ["launch", "-y", "-d"]
@@ -189,8 +189,9 @@ def test_tasks_fit_the_schemas_of_their_tools(tmp_path: Path, tool: str) -> None
         pytest.skip(f"FRESNEL_{tool}_PYTHON names no Python that has it")
     for name in ("tree", "run"):
         (tmp_path / name).mkdir()
-    make = recipes.sky if tool == "SKY" else recipes.dstack
-    (tmp_path / "task.yaml").write_text(make(TERMS, tmp_path, "20260102T030405Z-03"))
+    made = planning.tasks(TERMS, tmp_path, "20260102T030405Z-03", "name")
+    name = "sky.yaml" if tool == "SKY" else "run.dstack.yml"
+    (tmp_path / "task.yaml").write_text(made[name])
     code = {
         "SKY": "import sky; print(sky.Task.from_yaml('task.yaml').resources)",
         "DSTACK": "import yaml; from dstack._internal.core.models.configurations import "
@@ -203,22 +204,23 @@ def test_tasks_fit_the_schemas_of_their_tools(tmp_path: Path, tool: str) -> None
 def test_addresses() -> None:
     for text in ("host", "ssh://-oProxyCommand=x/y", "ssh://h:x", "ssh://h/a;b"):
         with pytest.raises(ValueError, match="--on"):
-            Box.parse(text)
-    with Box.parse("ssh://me@gpu.example:2222/data/x/") as box:
+            Box(text, "x")
+    with Box("ssh://me@gpu.example:2222/data/x/", "x") as box:
         assert (box.host, box.port, box.folder) == ("me@gpu.example", 2222, "/data/x")
-        assert "StrictHostKeyChecking=yes" in box.ssh()
-    assert Box.parse("slurm://login/~/work").folder == "work"
+        assert "-oStrictHostKeyChecking=yes" in box.ssh()
+    assert Box("slurm://login/~/work", "x").folder == "work"
 
 
 def test_a_dry_run_connects_to_nothing_and_names_a_study_as_it_lies_in_the_project(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Box, "run", lambda *_, **__: pytest.fail("connected"))
+    monkeypatch.setattr(Box, "shell", lambda *_, **__: pytest.fail("connected"))
     words = ["launch", "--on", "ssh://nowhere/x", "--budget", "6", "--rate", "1.99", "--dry-run"]
     profile = [*words, *["--profile", "cpu", "--only", "01-original"]]
     assert main(profile) == 0
     said = capsys.readouterr().out
     assert "run       profile-cpu: ./run_all.sh --profile cpu --only 01-original" in said
+    assert "3         run: 01-original\n" in said
     assert "all ends after 3.02 h" in said and "of the project" in said
     assert main([*profile, "--reports", "y"]) == 2
     monkeypatch.setenv("FRESNEL_CALLER", str(NOTEBOOKS))

@@ -13,129 +13,85 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fresnel.host.files import locked, write_atomic
-from fresnel.launch import recipes
-from fresnel.launch.plan import Plan, sbatch
+from fresnel.launch.plan import Plan, sbatch, tasks
 from fresnel.launch.remote import BOX, Box, RemoteError
 from fresnel.report.record import slug
 
-Entry = dict[str, Any]
-"""What the ledger keeps of a run."""
+Entry = dict[str, Any]  # what the ledger keeps of a run
 _OVER = ("finished", "failed", "stopped", "interrupted")
 
 
-def launch(
-    plan: Plan,
-    on: str,
-    reports: Path,
-    *,
-    trust_new: bool = False,
-    options: str = "",
-    cloud: str = "",
-    gpu: str = "H100",
-) -> str:
-    """Send a plan and start it; returns the run's name. The run needs this process no more.
+def launch(plan: Plan, on: str, reports: Path, *, trust_new: bool = False) -> str:
+    """Send a plan to `on` (ssh://..., slurm://... or "sky") and start it; returns the run's name.
 
-    Args:
-        on: ssh://..., slurm://... or "sky".
-        options: further lines of a Slurm script ("--partition=gpu"); cloud, gpu: of SkyPilot.
-
-    Raises:
-        RemoteError: says what is missing there; nothing goes on running then but the dead man's
-            switch, once it is armed.
-    """
-    run = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{slug(plan.name)}"
-    box = Box(recipes.cluster(run)) if on == "sky" else Box.parse(on, trust_new=trust_new)
-    entry = {
+    Raises RemoteError that says what is missing there; nothing goes on running then but the dead
+    man's switch, once it is armed."""
+    now, terms = datetime.now(UTC), plan.terms
+    run = f"{now:%Y%m%dT%H%M%SZ}-{slug(plan.name)}"
+    address = f"ssh://fresnel-{run[:16].lower()}" if on == "sky" else on
+    box = Box(address, run, trust_new=trust_new)
+    entry: Entry = {
         "run": run,
         "on": on,
-        "host": box.host,
-        "port": box.port,
-        "folder": box.folder,
-        "words": list(plan.words),
-        "terms": asdict(plan.terms),
-        "planned": {"duration_s": plan.terms.limit_s, "cost_usd": plan.terms.budget_usd},
-        "forecast_s": plan.forecast_s,
-        "git": dict(plan.git),
+        "address": address,
+        "state": "starting",
+        "launched_utc": now.isoformat(timespec="seconds"),
         "root": str(plan.root),
-        "bytes": plan.bytes,
-        "state": "planned",
-        "launched_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "terms": asdict(terms),
+        "planned": {"duration_s": terms.limit_s, "cost_usd": terms.budget_usd},
+        **{name: getattr(plan, name) for name in ("words", "forecast_s", "git")},
+        "bytes": sum(plan.files.values()),
     }
-    folder = _write(reports, entry)
-    boxed = {f"run/{name}": text for name, text in plan.boxed().items()}
-    boxed |= {"run/box.sh": BOX.read_text(encoding="utf-8"), "diff.patch": plan.diff}
-    if on.startswith("slurm"):
-        boxed["run/slurm.sh"] = sbatch(plan.terms, box.folder, run, options)
-    for name, text in boxed.items():
-        write_atomic(folder / name, text.encode("utf-8", "surrogateescape"))
-    if on == "sky":
-        recipes.stage(plan.root, plan.files, folder)
-        write_atomic(folder / "run.dstack.yml", recipes.dstack(plan.terms, folder, run, gpu))
-        write_atomic(folder / "sky.yaml", recipes.sky(plan.terms, folder, run, cloud, gpu))
-        _sky(folder / "sky.yaml", run)
-        _write(reports, entry | {"state": "queued"})
-        return run
+    folder = _write(entry, reports)
+    texts = {"box.sh": BOX.read_text("utf-8"), "slurm.sh": sbatch(terms, box.folder, run)}
+    for name, text in (texts | plan.boxed()).items():
+        write_atomic(folder / "run" / name, text.encode("utf-8", "surrogateescape"))
     try:
+        if on == "sky":
+            _sky(plan, folder, box)
+            _write(entry | {"state": "queued"}, reports)
+            return run
         with box:
-            _check(box, plan)
+            box.probe(terms.python, 256 + entry["bytes"] // 500_000)  # twice, and some
             _start(box, entry, reports)
     except BaseException as error:
-        _write(reports, entry | {"state": "not started", "why": str(error) or "stopped"})
+        _write(entry | {"state": "not started", "why": str(error) or "stopped"}, reports)
         raise
     return run
 
 
-def _check(box: Box, plan: Plan) -> None:
-    """Refuse a machine on which the run could not end well, before anything is sent."""
-    found = box.probe(plan.terms.python)
-    built = plan.terms.python or found.get("environment")
-    free_gb = int(found["free_kb"]) / 2**20
-    needed_gb = 2 * plan.bytes / 2**30 + 0.25 + (0 if built else 6)  # .venv takes 6
-    for wrong, why in (
-        ("missing" in found, f"lacks {found.get('missing')}; install it there"),
-        (not found["python"], "has no Python 3.11 or newer; install one, or name --python"),
-        ("busy" in found, f"the run {found.get('busy') or '(unknown)'} has the machine; wait, stop "
-         "it, or choose another folder"),
-        (free_gb < needed_gb, f"{free_gb:.1f} GB free in {box.folder}, {needed_gb:.1f} GB are "
-         "needed"),
-    ):  # fmt: skip
-        if wrong:
-            raise RemoteError(f"{box.host}: {why}")
-
-
 def _start(box: Box, entry: Entry, reports: Path) -> None:
     """Arm, upload, verify, go; or into Slurm's queue, where nothing is paid before it starts."""
-    run, slurm = entry["run"], entry["on"].startswith("slurm")
-    box.put(run, _write(reports, entry) / "run")
+    slurm = entry["on"].startswith("slurm")
+    box.put(_write(entry, reports) / "run")
     if not slurm:
-        said = box.box("arm", run, statuses=(0, 75, 76))
-        if "late" in said:
-            raise RemoteError(f"{run}: its deadline is over; a new run needs a new budget")
-        if "deadline" not in said:
-            raise RemoteError(f"{box.host}: could not be armed: {said}")
-        entry["state"] = "armed"
-        _write(reports, entry)
-    box.upload(run, Path(entry["root"]))
-    box.box("submit" if slurm else "go", run)
+        box.call("arm")
+    box.upload(Path(entry["root"]))
+    box.call("submit" if slurm else "go")
     entry |= {"state": "queued" if slurm else "started", "why": ""}
-    _write(reports, entry)
+    _write(entry, reports)
 
 
-def _sky(task: Path, run: str) -> None:
-    command = shutil.which(os.environ.get("FRESNEL_SKY", "sky"))
-    if command is None:
-        raise RemoteError(
-            "no command sky here: pip install skypilot in an environment of its own; FRESNEL_SKY "
-            f"names it. The task is at {task}, one for dstack beside it"
-        )
-    words = [command, "launch", "-y", "-d", "-c", recipes.cluster(run), str(task)]
-    if subprocess.run(words).returncode:
+def _sky(plan: Plan, folder: Path, box: Box) -> None:
+    """Lay out what is to be sent, with SkyPilot's task and one for dstack, and start the former."""
+    for name in plan.files:
+        target = folder / "tree" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(plan.root / name, target)
+    for name, text in tasks(plan.terms, folder, box.run, box.host).items():
+        write_atomic(folder / name, text)
+    words = [os.environ.get("FRESNEL_SKY", "sky"), "launch", "-y", "-d", "-c", box.host]
+    if not shutil.which(words[0]):
+        how = "pip install skypilot in an environment of its own; FRESNEL_SKY names it"
+        raise RemoteError(f"no command sky here: {how}. Its task, and dstack's, are in {folder}")
+    if subprocess.run([*words, str(folder / "sky.yaml")]).returncode:
         raise RemoteError(f"{' '.join(words)} failed; see above")
 
 
@@ -149,9 +105,7 @@ def entries(reports: Path) -> list[Entry]:
 
 
 def find(run: str, reports: Path) -> Entry:
-    """The entry of a run; a part of its name is enough where it fits one.
-
-    Raises ValueError that names those that there are."""
+    """The entry of a run, by a part of its name that fits one alone; else ValueError."""
     known = {entry["run"]: entry for entry in entries(reports)}
     fitting = [run] if run in known else [name for name in known if run in name]
     if len(fitting) != 1:
@@ -159,54 +113,52 @@ def find(run: str, reports: Path) -> Entry:
     return known[fitting[0]]
 
 
-def _box(entry: Entry) -> Box:
-    return Box(entry["host"], entry["folder"], entry["port"])
+@contextlib.contextmanager
+def _reach(run: str, reports: Path) -> Iterator[tuple[Entry, Box]]:
+    entry = find(run, reports)
+    with Box(entry["address"], entry["run"]) as box:
+        yield entry, box
 
 
 def status(run: str, reports: Path) -> Entry:
-    """Ask the machine, and keep what it said in the ledger: the entry with "state", "why", "beat",
-    "exit", "spent" ({"duration_s", "cost_usd"})."""
-    entry = find(run, reports)
-    with _box(entry) as box:
-        return _ask(box, entry, reports)
+    """Ask the machine, and keep what it said in the ledger: the entry with "state", "why", "exit",
+    "spent" ({"duration_s", "cost_usd"}), "beat_age_s", "left_s"; as last known if it is gone."""
+    with _reach(run, reports) as (entry, box):
+        try:
+            return _ask(box, entry, reports)
+        except RemoteError as error:
+            return entry | {"why": f"when it last answered; now: {error}"}
 
 
 def _ask(box: Box, entry: Entry, reports: Path) -> Entry:
-    said = box.box("status", entry["run"])
-    state, now = said["state"] or "unknown", int(said["now"])
-    if said["alive"] == "no":
-        state, said["why"] = "interrupted", "its machine was restarted, or its system ended it"
-    entry |= {"state": state, "why": said["why"], "exit": said["exit"], "asked": now}
-    if said["armed"]:
-        until = int(said["ended"] or (now if said["alive"] == "yes" else said["beat"] or now))
-        spent_s = until - int(said["armed"])
-        cost = spent_s / 3600 * entry["terms"]["rate_usd"]
-        entry["spent"] = {"duration_s": spent_s, "cost_usd": cost}
-        entry["beat_age_s"] = now - int(said["beat"] or now)
-        entry["left_s"] = int(said["deadline"] or now) - now
-    _write(reports, entry)
+    said = box.call("status", statuses=(0, 2, 127))  # no box.sh there: nothing
+    entry |= said | {"state": said.get("state") or "not started"}
+    if said:
+        entry |= {name: int(said[name]) for name in ("spent_s", "beat_age_s", "left_s")}
+        cost = entry["spent_s"] / 3600 * entry["terms"]["rate_usd"]
+        entry["spent"] = {"duration_s": entry.pop("spent_s"), "cost_usd": cost}
+    _write(entry, reports)
     return entry
 
 
 def describe(entry: Entry) -> str:
     """A remote run in a few words: state, time and money against plan."""
     spent, planned = entry.get("spent") or {}, entry["planned"]
-    text = ": ".join(filter(None, (f"{entry['run']}  {entry['state']}", entry.get("why"))))
+    text = f"{entry['run']}  {entry['state']}" + (f": {entry['why']}" if entry.get("why") else "")
     if spent:
         text += (
             f"\n  {spent['duration_s'] / 60:.1f} of {planned['duration_s'] / 60:.1f} min, "
             f"{spent['cost_usd']:.2f} of {planned['cost_usd']:.2f} USD"
         )
-    if entry["state"] not in _OVER and "beat_age_s" in entry:
-        text += f"; heartbeat {entry['beat_age_s']} s ago, {entry['left_s'] / 60:.1f} min left"
+        if entry["state"] not in _OVER:
+            text += f"; heartbeat {entry['beat_age_s']} s ago, {entry['left_s'] / 60:.1f} min left"
     return text
 
 
 def logs(run: str, reports: Path, *, follow: bool = False) -> int:
     """Show the run's log; with `follow` until Ctrl-C."""
-    entry = find(run, reports)
-    with _box(entry) as box:
-        command = box.command("log", entry["run"], *(["-f"] if follow else []))
+    with _reach(run, reports) as (_, box):
+        command = box.command("log", *["-f"] * follow)
         return subprocess.run([*box.ssh(), box.host, command]).returncode
 
 
@@ -215,32 +167,28 @@ def fetch(run: str, reports: Path, *, wait: bool = False, every_s: float = 20.0)
     the machine is told that it may end. Receipts and forecasts that were made there are kept where
     there are none here. Nothing that is here is overwritten.
 
-    Raises:
-        RemoteError: if it is not over, or the bytes are not those that were made there.
-        FileExistsError: if results of that name are here.
-    """
-    entry = find(run, reports)
-    ledger, target = _write(reports, entry), reports / "remote" / entry["run"]
-    with locked(ledger / "lock", wait=False) as mine, _box(entry) as box:
+    Raises RemoteError if it is not over, or the bytes are not those that were made there,
+    FileExistsError if results of that name are here."""
+    ledger = _write(find(run, reports), reports)
+    target = reports / "remote" / ledger.name
+    with _reach(run, reports) as (entry, box), locked(ledger / "lock", wait=False) as mine:
         if not mine:
-            raise RemoteError(f"{target.name}: another process is fetching it")
+            raise RemoteError(f"{box.run}: another process is fetching it")
         if target.exists():
             raise FileExistsError(f"{target} is here already; nothing is overwritten")
-        while (entry := _ask(box, entry, reports))["state"] not in _OVER:
+        while _ask(box, entry, reports)["state"] not in _OVER:
             if not wait:
                 raise RemoteError(f"{describe(entry)}\n  not over: fetch --wait, or stop it first")
             time.sleep(every_s)
-        box.box("settle", target.name)
+        box.call("settle")
         partial = target.with_name(f"{target.name}.partial")
-        box.download(target.name, partial)
-        for name in ("launch.json", "diff.patch"):
-            shutil.copy2(ledger / name, partial / name)
+        box.download(partial)
+        shutil.copy2(ledger / "launch.json", partial)
         partial.rename(target)
-        box.box("fetched", target.name)
-        entry = _ask(box, entry, reports) | {"fetched": str(target.relative_to(reports))}
-    _write(reports, entry)
-    for path in sorted((target / "receipts").rglob("*.json")):
-        place = Path(entry["root"]) / path.relative_to(target / "receipts")
+        box.call("fetched")
+        _write(_ask(box, entry, reports) | {"fetched": f"remote/{box.run}"}, reports)
+    for path in sorted(target.glob("runs/**/receipts/**/*.json")):
+        place = Path(entry["root"]) / path.relative_to(target)
         known = place.parent.parent.is_dir() or place.parent.parent.name == "receipts"
         if known and not place.exists():
             write_atomic(place, path.read_text(encoding="utf-8"))
@@ -250,30 +198,23 @@ def fetch(run: str, reports: Path, *, wait: bool = False, every_s: float = 20.0)
 
 def resume(run: str, reports: Path) -> Entry:
     """Go on with a run that is over or was cut short, where it stopped: uploads, set-up stages and
-    trainings that are done are not done again. Its deadline stays what it was.
-
-    Raises RemoteError if it is still at work, or its time is over."""
-    entry = find(run, reports)
-    if entry["on"] == "sky":
-        said = f"a SkyPilot machine is gone once it is down; try: sky exec {entry['host']}"
-        raise RemoteError(said)
-    with _box(entry) as box:
-        seen = box.run(f"ls {box.folder}/runs/{entry['run']}/state", statuses=(0, 1, 2))
-        state = _ask(box, entry, reports)["state"] if seen else "not started"
-        if state in ("running", "setting up", "queued", "finished"):
-            raise RemoteError(f"{entry['run']} is {state}: nothing to resume")
+    trainings that are done are not done again. Its deadline stays what it was; RemoteError if that
+    is over, or if it is still at work."""
+    with _reach(run, reports) as (entry, box):
+        state = _ask(box, entry, reports)["state"]
+        if state in ("running", "setting up", "queued", "finished") or entry["on"] == "sky":
+            raise RemoteError(f"{box.run} is {state}: nothing to resume")
         _start(box, entry, reports)
     return entry
 
 
 def stop(run: str, reports: Path) -> None:
     """TERM, so that a checkpoint is written; KILL after that; then results can be fetched."""
-    entry = find(run, reports)
-    with _box(entry) as box:
-        box.box("stop", entry["run"])
+    with _reach(run, reports) as (_, box):
+        box.call("stop")
 
 
-def _write(reports: Path, entry: Entry) -> Path:
+def _write(entry: Entry, reports: Path) -> Path:
     """Keep an entry in the ledger; its folder there."""
     folder = reports / "remote/.ledger" / entry["run"]
     write_atomic(folder / "launch.json", json.dumps(entry, indent=2) + "\n")

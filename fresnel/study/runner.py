@@ -176,7 +176,7 @@ def run(
     Returns:
         The problems, a sentence each; steps that time or another process kept are none.
     """
-    reports, waiting = report.reports_folder(reports_dir), _chosen(steps, only)
+    reports, waiting = report.reports_folder(reports_dir), chosen(steps, only)
     by_name, begun = {step.name: step for step in steps}, datetime.now(UTC)
     end = math.inf if stop_after_s is None else time.monotonic() + stop_after_s
     width = max(len(step.name) for step in waiting)
@@ -254,7 +254,7 @@ def run(
     return [*problems, problem] if problem else problems
 
 
-def _chosen(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
+def chosen(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
     """The steps named in `only`, or all; their parameters are as their notebooks take them."""
     names = {step.name: {step.name, re.sub(r"-s\d+$", "", step.name)} for step in steps}
     unknown = set(only) - set().union(*names.values())
