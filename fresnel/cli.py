@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _end)  # so that a report is still written
     try:
         return int(command(arguments))
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:  # bad input, said in one line
         print(f"fresnel: {error}", file=sys.stderr)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import struct
+import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from fresnel import orbit
 from fresnel.data import dataset, photos
 from fresnel.data import layout as _layouts
 from fresnel.data.dataset import DatasetChanged, DatasetError, ObjectViews
+from fresnel.host import files
 from fresnel.scene.cameras import Cameras, opengl
 
 SIZE, VIEWS = 16, 3
@@ -376,6 +379,77 @@ def test_write_refuses_to_overwrite_unasked_and_what_is_not_a_dataset(written, t
         with pytest.raises(DatasetError, match="not of ours"):
             dataset.write(tmp_path / "home", [make_object(0)], meta={}, overwrite=True)
     assert (tmp_path / "home/letter.txt").exists()
+
+
+class Killed(BaseException):
+    """Nothing that comes after it is done, as after SIGKILL."""
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=["in one step", "in two steps"])
+def test_a_set_that_is_replaced_is_never_absent(steps, written, tmp_path, monkeypatch):
+    """Killed at any moment of the swap, the next who opens it finds the old set or the new one, and
+    the next who writes it leaves nothing beside.  (`benchmarks/kills.py` kills processes.)"""
+    path, new = written.path, [make_object(7)]
+    wanted = dataset.write(tmp_path / "wanted", new, meta={}).content_hash
+    if steps == 2:
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    names = [(Path, "rename"), (files, "exchange"), (files, "remove"), (Path, "unlink")]
+    for at in range(1, 99):
+        shutil.rmtree(path)
+        shutil.copytree(written_again(tmp_path), path)
+        with monkeypatch.context() as patch:
+            left = [at]
+            for module, name in names:
+                patch.setattr(module, name, dying(getattr(module, name), left))
+            try:
+                dataset.write(path, new, meta={}, overwrite=True)
+            except Killed:
+                left = []
+        found = dataset.open(path)
+        found.verify()
+        assert found.content_hash in (written.content_hash, wanted)
+        made = dataset.write(path, new, meta={}, overwrite=True)
+        assert made.content_hash == wanted
+        assert leftovers(tmp_path) == ["again", "set", "wanted"], at
+        if left:
+            break
+    assert at > 3
+
+
+def dying(act: Any, left: list[int]) -> Any:
+    def acted(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] <= 0:
+            raise Killed
+        return act(*args, **options)
+
+    return acted
+
+
+def written_again(folder: Path) -> Path:
+    if not (folder / "again").exists():
+        dataset.write(folder / "again", map(make_object, range(3)), meta={"seed": 1})
+    return folder / "again"
+
+
+def test_who_wants_a_set_that_is_being_made_waits_and_takes_it(tmp_path, capsys):
+    made: list[str] = []
+
+    def slowly(name: str) -> Any:
+        made.append(name)
+        time.sleep(0.3)
+        yield make_object(0)
+
+    def want(name: str) -> str:
+        return dataset.write(tmp_path / "set", slowly(name), meta={}, reuse=True).content_hash
+
+    with ThreadPoolExecutor(3) as threads:
+        assert len(set(threads.map(want, "abc"))) == 1
+    assert len(made) == 1 and leftovers(tmp_path) == ["set"]
+    assert f"another process makes it; waiting (process {os.getpid()})" in capsys.readouterr().err
+    before = (tmp_path / "set").stat().st_ino
+    dataset.write(tmp_path / "set", slowly("d"), meta={}, overwrite=True)
+    assert (tmp_path / "set").stat().st_ino == before, "the same set is left to who reads it"
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

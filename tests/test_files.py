@@ -113,3 +113,48 @@ def test_devices_are_named_or_refused() -> None:
         machine.pick_device("tpu")
     assert machine.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
     assert not machine.is_out_of_memory(RuntimeError("mat1 and mat2"))
+
+
+def test_kills_at_file_operations_lose_nothing() -> None:
+    """A sample of `benchmarks/kills.py`, which tries them all."""
+    root = Path(__file__).parent.parent
+    jobs = ["objects", "overwrite", "in two steps", "training", "index"]
+    command = [sys.executable, "benchmarks/kills.py", *jobs, "--sample", "3"]
+    done = subprocess.run(
+        command,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("|")[2:6] for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == len(jobs) and all(int(tried) >= 2 for _, tried, _, _ in rows)
+
+
+CLOSED = "exec {python} -m fresnel clean --dry-run --reports {folder} {folder} <&- >&- 2>&-"
+
+
+def test_clean_lists_and_removes_what_nobody_holds(tmp_path: Path) -> None:
+    left = [tmp_path / n for n in (".a.tmp-0f", ".b.partial-1", ".c.rendering-2", ".d.lock")]
+    left += [tmp_path / ".cache" / "e.lock", tmp_path / "runs" / "r" / ".running"]
+    others = [tmp_path / name for name in ("a.tmp-0f", ".lock", "poetry.lock", ".hidden")]
+    for path in left + others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("0123456789")
+    held = tmp_path / ".held.tmp-3"
+    held.touch()
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "fresnel", "clean", "--reports", str(tmp_path)]
+    with files.own(held), files.scratch(tmp_path / "mine") as mine:
+        for words in (["--dry-run"], []):
+            done = subprocess.run(
+                [*command, *words], env=environment, cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            listed = {line.split("  ")[-1] for line in done.stdout.splitlines()[:-1]}
+            assert listed <= {str(path) for path in left} and len(listed) >= len(left) - 1
+            assert all(path.exists() for path in left) == bool(words)
+        assert mine.exists() and held.exists() and all(path.exists() for path in others)
+    shell = CLOSED.format(python=sys.executable, folder=tmp_path)
+    assert subprocess.run(["bash", "-c", shell], env=environment, cwd=tmp_path).returncode == 0

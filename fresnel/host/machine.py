@@ -46,6 +46,17 @@ def cache_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"fresnel-{os.getuid()}"
 
 
+def open_files(least: int) -> None:
+    """Let this process have so many files open; OSError if it may not."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < least:
+        raise OSError(f"{hard} open files are too few, a report needs {least}: ulimit -n {least}")
+    if 0 <= soft < least:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least, hard))
+
+
 def may_write(folder: Path) -> bool:
     """Whether files can be made in a folder, which may still have to be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

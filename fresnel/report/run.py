@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fresnel.host.files import abandoned, locked, own, remove, write_atomic
-from fresnel.host.machine import project_root
+from fresnel.host.machine import open_files, project_root
 from fresnel.report.html import plain_page
 from fresnel.report.index import CACHE_NAME, cost_avoided, index, records
 from fresnel.report.params import check_parameters, read_parameters
@@ -112,6 +112,7 @@ def run(
     notebook. An error inside it raises nothing: the returned record says "crashed" and `failure`
     how. Ctrl-C and SIGTERM raise KeyboardInterrupt after the report is written.
     """
+    open_files(128)
     job = _Job(notebook, params or {}, name, reports_dir)
     waiting = f"{job.name}: another process is computing this very report; waiting for it"
     with locked(job.reports / CACHE_NAME / f"{job.identity[:16]}.lock", waiting):
@@ -339,6 +340,11 @@ def try_index(reports: Path) -> str | None:
         for folder, record in list(records(reports)):
             if isinstance(record, RunRecord) and is_dead(folder, record):
                 _bury(folder, record)
+        for lock in list(reports.glob(f"runs/*/{RUNNING_NAME}")):
+            with own(lock) as free:
+                if free and not (lock.parent / RESULTS_NAME).exists():  # nothing had run
+                    for left in (*abandoned(lock.parent), lock):
+                        remove(left)
         index(reports)
     except Exception as error:
         return f"the index could not be made: {type(error).__name__}: {error}"
