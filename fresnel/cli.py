@@ -6,10 +6,8 @@ import argparse
 import errno
 import json
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -224,7 +222,10 @@ def _validate(arguments: argparse.Namespace) -> int:
         gate.issue_receipt(data, verdict)
         print(f"receipt: {gate.receipt_path(data)}", file=sys.stderr)
     if arguments.html:
-        _page(arguments.dataset, arguments.html)
+        from fresnel.report.run import page_of
+
+        page_of(arguments.dataset, arguments.html)
+        print(arguments.html, file=sys.stderr)
     said, passed = verdict.to_dict(), verdict.passed
     lines = ["PASS" if passed else "FAIL", verdict.summary]
     lines += [f"  - {reason.message}. {reason.hint}" for reason in verdict.reasons]
@@ -243,21 +244,6 @@ def _validate(arguments: argparse.Namespace) -> int:
     said["exit_status"] = int(not passed)
     print(json.dumps(said, indent=2, default=str) if arguments.json else "\n".join(lines))
     return int(not passed)
-
-
-def _page(dataset: Path, target: Path) -> None:
-    """The report of notebook 01 on a set as it is, at `target`."""
-    from fresnel.report import run as report
-
-    with tempfile.TemporaryDirectory() as folder:
-        notebook = _NOTEBOOKS / "01_validate_data.ipynb"
-        params = {"preset": "none", "source": str(dataset.resolve())}
-        done = report.run(notebook, params, "validate", folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(done.report, target)
-        if done.crashed or done.problem:
-            raise ValueError(done.record.error or done.problem)
-    print(target, file=sys.stderr)
 
 
 @_command(
@@ -436,53 +422,50 @@ def _clean(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_RENDERED: Any = (
+    ("--out!", _path, "folder of the dataset"),
+    ("--size=image_size", 128, "side of a picture (default: 128)", "PX"),
+    ("--views", 8, "views a record (default: 8)"),
+    ("--inputs=inputs_per_object", 1, "records an object (default: 1)", "N"),
+    ("--samples", 4, "rays a pixel (default: 4)"),
+    ("--split", (None, "train", "val", "test"), "only this split"),
+    ("--seed", 0, "of the cameras, and of heads (default: 0)"),
+    ("--workers", int, "processes (default: one for each core)"),
+    ("--overwrite", True, "replace a dataset at --out"),
+)
+
+
 @_command(
     "render Debian's sweethome3d-furniture 1.8-1 as multi-view data",
     ("--apt|", True, "fetch it with apt-get"),
     ("--deb|", _path, "sweethome3d-furniture_1.8-1_all.deb"),
     ("--sh3f|", _path, "folder with its .sh3f files"),
-    ("--out!", _path, "folder of the dataset"),
-    ("--size=image_size", 128, "side of a picture (default: 128)", "PX"),
-    ("--views", 8, "views a record (default: 8)"),
-    ("--inputs=inputs_per_object", 1, "records an object (default: 1)", "N"),
     ("--stretch", 1.0, "of an object's records after the first (default: 1)"),
-    ("--samples", 4, "rays a pixel (default: 4)"),
-    ("--split", (None, "train", "val", "test"), "only this split"),
-    ("--seed", 0, "of the cameras (default: 0)"),
-    ("--workers", int, "processes (default: one for each core)"),
-    ("--overwrite", True, "replace a dataset at --out"),
+    *_RENDERED,
 )
 def _furniture(arguments: argparse.Namespace) -> int:
-    from fresnel.objects import furniture
+    from fresnel.objects.furniture import make
 
-    options = {name: value for name, value in vars(arguments).items() if name != "apt"}
-    made = furniture.make(options.pop("out"), **options)
-    print(f"{len(made)} records x {made.views_per_object} views at {made.path}")
-    print(made.content_hash)
-    return 0
+    del arguments.apt
+    return _rendered(make, **vars(arguments))
 
 
 @_command(
     "render human heads as multi-view data; the same people whenever the seed is the same",
-    ("--out!", _path, "folder of the dataset"),
     ("--count", 500, "people (default: 500)"),
     ("--first", 0, "number of the first: sets of other numbers share nobody (default: 0)"),
     ("--assets", _path, "folder or zip of MakeHuman's skins, eyes, hair ... (default: our own)"),
-    ("--size=image_size", 128, "side of a picture (default: 128)", "PX"),
-    ("--views", 8, "views a record (default: 8)"),
-    ("--inputs=inputs_per_object", 1, "records a person (default: 1)", "N"),
-    ("--samples", 4, "rays a pixel (default: 4)"),
     ("--azimuths", ("even", "even", "random"), "of the views"),
-    ("--split", (None, "train", "val", "test"), "only the people of this split"),
-    ("--seed", 0, "of people and cameras (default: 0)"),
-    ("--workers", int, "processes (default: one for each core)"),
-    ("--overwrite", True, "replace a dataset at --out"),
+    *_RENDERED,
 )
 def _heads(arguments: argparse.Namespace) -> int:
-    from fresnel.heads import make
+    from fresnel.heads.make import make
 
-    options = vars(arguments)
-    made = make.make(options.pop("out"), **options)
+    return _rendered(make, **vars(arguments))
+
+
+def _rendered(make: Callable, **options: Any) -> int:
+    made = make(**options)
     print(f"{len(made)} records x {made.views_per_object} views at {made.path}")
     print(made.content_hash)
     return 0

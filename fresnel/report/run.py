@@ -14,7 +14,9 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -435,3 +437,19 @@ def _page(directory: Path, record: RunRecord, notebook: Any = None) -> str | Non
     except (OSError, ValueError):
         return f"{problem} Nor could a plain one be written."
     return f"{problem} A plain page stands in."
+
+
+def page_of(dataset: Path, target: Path) -> None:
+    """The report of notebook 01 on a set as it is, at `target`.
+
+    Raises:
+        ValueError: if the notebook crashed or its page could not be made; the plain one is there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        notebook = project_root() / "notebooks" / "01_validate_data.ipynb"
+        params = {"preset": "none", "source": str(dataset.resolve())}
+        done = run(notebook, params, "validate", folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(done.report, target)
+        if done.crashed or done.problem:
+            raise ValueError(done.record.error or done.problem)
