@@ -31,6 +31,8 @@ from fresnel.show import pictures, style
 PLY_FROM_WORLD = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 """3DGS's files have COLMAP's axes, x right, y down, z forward; our world's Y is up."""
 MOST_VIEWS = 3600
+RARE = 95.0
+"""Per cent of the training pictures that lie nearer to the others: said where it is more."""
 _OTHERS = ("input.png", "contact_sheet.png")  # beside the views
 _OURS = r"azimuth_\d{3}(\.\d)?\.png|input\.png|contact_sheet\.png"
 
@@ -103,7 +105,7 @@ def write_views(
     refines = True
     size_read = max(size, splats.config.image_size)
     photo = photos.read(path, elevation_deg=elevation_deg, size=size_read, domain=domain)
-    inputs, careful, seen = photo.inputs.to(device), list[str](), photo.domain
+    inputs, careful, seen = photo.inputs.to(device), list(photo.careful), photo.domain
     if photo.domain == "faces" and weights is None:
         try:
             splats, refines = decoder.load_shipped("faces", device), False
@@ -220,6 +222,11 @@ def _doubts(inputs: InputImages, own: Views, domain: str) -> tuple[dict[str, flo
         checks |= {"distance": nearness.value, "distance_percentile": nearness.percentile}
     if nearness.far or "distance" not in checks:
         doubts.append(nearness.sentence[0].lower() + nearness.sentence[1:].rstrip("."))
+    elif nearness.percentile > RARE:
+        doubts.append(
+            f"of the pictures that the decoder learned from, {100 - nearness.percentile:.0f} % are "
+            "as unlike the others as this one: its sides and its back are guesses"
+        )
     return checks, doubts
 
 

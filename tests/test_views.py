@@ -207,6 +207,10 @@ def test_what_the_decoder_has_never_seen_is_said(picture, tmp_path, weights, mon
     assert facts["careful"][-1] == "it lies 3.1 away: never seen" and asked == [(1, "objects")]
     assert facts["checks"]["distance_percentile"] == 100
     assert ("decoder_faces is missing" in facts["careful"][0]) == (domain == "faces")
+    rare = sampling.distances.Nearness(1.4, 96.6, "It lies 1.4 away: like the training.")
+    monkeypatch.setattr(sampling.distances, "distance", lambda *_: [rare])
+    facts = sampling.write_views(picture, tmp_path / "o", weights=weights, count=1)
+    assert "3 % are as unlike the others" in facts["careful"][0]
     unmeasured = sampling.distances.Nearness(float("nan"), float("nan"), "Not measured: pip.")
     monkeypatch.setattr(sampling.distances, "distance", lambda *_: [unmeasured])
     facts = sampling.write_views(picture, tmp_path / "o", weights=weights, count=1)

@@ -49,13 +49,14 @@ class Photo:
     """A picture as the networks take it, before black, its camera on the orbit at azimuth 0, and
     what had to be assumed about it. `background`: "alpha" (the file's own), "plain" (estimated),
     "cut-out" (by a network) or "photograph" (unknown); `domain`: "objects" or "faces"; `assumed`:
-    sentences for a person."""
+    sentences for a person; `careful`: those that speak against what is made of it."""
 
     inputs: InputImages
     background: str
     domain: str
     elevation_deg: float
     assumed: tuple[str, ...]
+    careful: tuple[str, ...]
 
 
 def read(
@@ -109,8 +110,8 @@ def read(
     names, rgb, alpha = (Path(path).stem,), square[None, ..., :3], square[None, ..., 3]
     inputs = InputImages(names, rgb, alpha, camera, elevation_is_assumed=True)
     stood = f"the camera stood {elevation_deg:g} degrees above the horizon (--elevation)"
-    assumed = *said, *more, _ASSUMED[background], stood
-    return Photo(inputs, background, domain, elevation_deg, assumed)
+    assumed = *said, _ASSUMED[background], stood
+    return Photo(inputs, background, domain, elevation_deg, assumed, tuple(more))
 
 
 def find_face(rgb: np.ndarray) -> Face | None:
@@ -202,7 +203,7 @@ def read_folder(
     cameras = standard_orbit(torch.zeros(len(paths)), elevation_deg, size)
     kinds = Counter(photo.background for photo in photos)
     said = "; ".join(f"{kinds[kind]} x {text}" for kind, text in _ASSUMED.items() if kinds[kind])
-    notes = dict.fromkeys(note for photo in photos for note in photo.assumed[:-2])
+    notes = dict.fromkeys(note for photo in photos for note in photo.careful)
     stood = f"all cameras {elevation_deg:g} degrees above the horizon (elevation_deg)"
     said = "; ".join([said, stood, *notes])
     return InputImages(names, rgb, alpha, cameras, elevation_is_assumed=True), said

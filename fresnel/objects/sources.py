@@ -181,7 +181,7 @@ def input_images(
             are rendered from the training objects, their cameras known), a dataset in our layout
             (the inputs of its training records), multi-view data in another format (the pictures
             that act as its inputs), or a folder of image files.  The last two are photographs:
-            their cameras are assumed, as `dataset.load_images` does, because the bootstrap knows
+            their cameras are assumed, as `photos.read` does, because the bootstrap knows
             one scale and one pivot.
         images: at most so many; rendered objects are seen from as many input poses as it takes.
         image_size: pixels, of photographs as they are read; renders are at least `INPUT_SIZE`.
