@@ -173,7 +173,8 @@ def find_measures(device: torch.device | str = "cpu", *, heads: bool = False) ->
         heads: also whether views show faces, as true views of heads do.
     """
     distances, missing = perceptual.find(device)
-    if torch.device(device).type == "cpu" and distances.pop("vgg_edges", None):
+    if torch.device(device).type == "cpu" and "vgg_edges" in distances:
+        del distances["vgg_edges"]
         missing["vgg_edges"] = "it is measured on a GPU (0.3 to 1 s a view on a core)"
     if heads and (why := faces.missing()):
         missing["faces"] = why
