@@ -24,7 +24,7 @@ import sshd
 from fresnel.host.files import sha256
 from fresnel.launch import runs
 from fresnel.launch.plan import Plan, Terms
-from fresnel.launch.remote import Box, RemoteError
+from fresnel.launch.remote import BOX, Box, RemoteError
 
 pytestmark = pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "-")
 
@@ -118,8 +118,8 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "crashes": ("echo half >$out/x; exit 3", {}),
     "dies": ("kill -SEGV $$", {}),
     "hangs": (TRAPPED, {"stall_s": 5}),
-    "over-budget": (TRAPPED, {"rate_usd": 240.0}),
-    "ignores-TERM": (DEAF, {"rate_usd": 240.0, "kill_s": 1}),
+    "over-budget": (TRAPPED, {"rate_usd": 150.0}),
+    "ignores-TERM": (DEAF, {"rate_usd": 150.0, "kill_s": 1}),
     # a notebook's kernel has a session of its own
     "leaves-much": (f"setsid sleep 300 & echo $! >$out/left\n{DEAF}", {"kill_s": 1}),
     "waits": ("", {"at_end": "touch ended", "grace_s": 60}),
@@ -330,6 +330,50 @@ def test_a_full_disk_is_said(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(subprocess, "run", lambda *_, **__: full)
         with pytest.raises(RemoteError, match=r"disk is full: .*No space left"):
             box._send("x", "y")
+
+
+def test_a_disk_that_is_really_full(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the upload, which goes on once there is room; and by the job, whose end is still told."""
+    laptop.place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", laptop.place]
+    if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("a small disk can't be mounted here")
+    monkeypatch.setattr(Box, "probe", lambda *_: None)  # it would refuse so small a disk
+    try:
+        laptop.job("cat /dev/zero >$out/much || { rm $out/much; exit 6; }")
+        (laptop.root / "big.bin").write_bytes(os.urandom(8_000_000))
+        with pytest.raises(RemoteError, match=r"the disk is full: .*No space left"):
+            laptop.launch()
+        laptop.run = runs.entries(laptop.reports)[0]["run"]
+        subprocess.run(["mount", "-o", "remount,size=24m", laptop.place], check=True)
+        runs.resume(laptop.run, laptop.reports)
+        assert "exit status 6" in laptop.ended("failed")["why"]
+        assert "No space left" in (laptop.fetch() / "log.txt").read_text()
+    finally:
+        end_all(laptop)
+        until(lambda: not marked(laptop.run, laptop))
+        subprocess.run(["umount", "-l", laptop.place], check=True)
+
+
+def test_set_up_for_an_amd_gpu_takes_torch_and_gsplat_of_its_rocm(tmp_path: Path) -> None:
+    """With stand-ins for run_all.sh and for the Python of the environment that it makes."""
+    home, tree = tmp_path / "runs/x", tmp_path / "tree"
+    said = {
+        home / "settings": "python=''\n",
+        tmp_path / "rocm/.info/version": "7.0.2-56\n",
+        tree / "run_all.sh": "#!/bin/sh\necho $1 $PIP_EXTRA_INDEX_URL\n",
+        tree / ".venv/bin/python": '#!/bin/sh\necho "$@"\n',
+    }
+    for path, text in said.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    words = ["sh", str(BOX), "environment", str(tmp_path), "x"]
+    env = {**os.environ, "ROCM_PATH": str(tmp_path / "rocm")}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    assert "setup https://download.pytorch.org/whl/rocm7.0\n" in done.stdout
+    assert "assert torch.version.hip" in done.stdout
+    assert "amd_gsplat --index-url https://pypi.amd.com/rocm-7.0.2/simple/" in done.stdout
 
 
 def test_set_up_that_fails_half_way_is_named_and_goes_on_from_there(laptop: Laptop) -> None:

@@ -131,9 +131,8 @@ class Box:
 
     def _send(self, source: str, target: str, wrong: Callable[[], list[str]] | None = None) -> None:
         """Send a folder, or those of its files that are `wrong` until none is: again where the
-        connection broke off, by checksum, as size and time may be those of other bytes.
-
-        Raises RemoteError that says why; what has arrived stays for the next try."""
+        connection broke off, by checksum, as size and time may be those of other bytes. RemoteError
+        says why that is in vain; what has arrived stays for the next try."""
         command = ["rsync", "-rLtpz", "--checksum", "--partial-dir=.rsync-partial"]
         command += [f"--timeout={self.timeout_s}", "-e", shlex.join(self.ssh()), source, target]
         command += ["--from0", "--files-from=-"] if wrong else []

@@ -30,9 +30,8 @@ _OVER = ("finished", "failed", "stopped", "interrupted")
 
 def launch(plan: Plan, on: str, reports: Path, *, trust_new: bool = False) -> str:
     """Send a plan to `on` (ssh://..., slurm://... or "sky") and start it; returns the run's name.
-
-    Raises RemoteError that says what is missing there; nothing goes on running then but the dead
-    man's switch, once it is armed."""
+    RemoteError says what is missing there; nothing goes on running then but the dead man's switch,
+    once it is armed."""
     now, terms = datetime.now(UTC), plan.terms
     run = f"{now:%Y%m%dT%H%M%SZ}-{slug(plan.name)}"
     address = f"ssh://fresnel-{run[:16].lower()}" if on == "sky" else on
@@ -165,10 +164,8 @@ def logs(run: str, reports: Path, *, follow: bool = False) -> int:
 def fetch(run: str, reports: Path, *, wait: bool = False, every_s: float = 20.0) -> Path:
     """Fetch the results of a run that is over, verify every byte, and give them their name; then
     the machine is told that it may end. Receipts and forecasts that were made there are kept where
-    there are none here. Nothing that is here is overwritten.
-
-    Raises RemoteError if it is not over, or the bytes are not those that were made there,
-    FileExistsError if results of that name are here."""
+    there are none here. Nothing that is here is overwritten: FileExistsError if results of that
+    name are here, RemoteError if it is not over, or its bytes are not those made there."""
     ledger = _write(find(run, reports), reports)
     target = reports / "remote" / ledger.name
     with _reach(run, reports) as (entry, box), locked(ledger / "lock", wait=False) as mine:
