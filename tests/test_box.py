@@ -117,7 +117,7 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "finishes": ("", {}),
     "crashes": ("echo half >$out/x; exit 3", {}),
     "dies": ("kill -SEGV $$", {}),
-    "hangs": (TRAPPED, {"stall_s": 5}),
+    "hangs": (TRAPPED, {"stall_s": 12}),
     "over-budget": (TRAPPED, {"rate_usd": 150.0}),
     "ignores-TERM": (DEAF, {"rate_usd": 150.0, "kill_s": 1}),
     # a notebook's kernel has a session of its own
@@ -167,7 +167,7 @@ def test_there_and_back(ran: dict[str, Laptop]) -> None:
     [
         ("crashes", "exit status 3", "3"),
         ("dies", "exit status 139", "139"),
-        ("hangs", "no progress for 5 s", "130"),
+        ("hangs", "no progress for 12 s", "130"),
         ("over-budget", "the budget is spent", "130"),
         ("ignores-TERM", "the budget is spent", "137"),
     ],
