@@ -49,7 +49,6 @@ _PRACTICAL = {
     "focal_length": {"wrong_focal": 0.25},
     "principal_point": {"wrong_principal_point": 0.25},
     "input_pose": {"wrong_input_pose": 0.5},
-    "up_axis": {"tilted_world": 1.0},
     "pivot_offset": {"stated_pivot": 0.25, "shifted_poses": 0.25, "pivot_offset": 0.5},
     "azimuth_imbalance": {"one_side": 0.75},
     "billboard": {"billboard": 0.75},
@@ -62,9 +61,7 @@ _PRACTICAL = {
 }
 EXPECTED = {name: (code, at) for code, names in _PRACTICAL.items() for name, at in names.items()}
 """The code that should come first, and the smallest strength at which it has to: practical ones."""
-_BY_RECORD = {name for name, (_, practical) in EXPECTED.items() if practical == 1.0} - {
-    *("swapped_channels", "tilted_world")
-}
+_BY_RECORD = {n for n, (_, practical) in EXPECTED.items() if practical == 1} - {"swapped_channels"}
 """Mistakes that are there or not, in a share `strength` of the records."""
 UNPAIRED = ("rolled_off_centre", "others_poses", "fading_exposure", "linear_colours")
 """Faults that no mend of `poses.explain` is the inverse of."""
@@ -274,13 +271,6 @@ def _posed(views: ObjectViews, fault: str, by: float, rng: np.random.Generator) 
             turn = torch.from_numpy(_turns(np.array([180 * by]), pivot)[0]).float()
             viewmats = views.input_camera.viewmats @ turn
             return replace(views, input_camera=replace(views.input_camera, viewmats=viewmats))
-        case (
-            "tilted_world"
-        ):  # everything about the world's X by 90 degrees * strength: at 1, Z is up
-            angle, turn = torch.tensor(0.5 * np.pi * by, dtype=torch.float32), torch.eye(4)
-            turn[1, 1] = turn[2, 2] = angle.cos()
-            turn[1, 2], turn[2, 1] = -angle.sin(), angle.sin()
-            return transforms.turned_world(views, turn)
         case "stated_pivot":  # off by 1.5 * strength of the cameras' distance; all else stays
             return replace(views, pivot=pivot + _sideways(views, 1.5 * by, rng))
         case (

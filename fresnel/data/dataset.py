@@ -35,7 +35,14 @@ from fresnel.data.layout import (
     read_checked,
     sha256,
 )
-from fresnel.data.records import ObjectViews, ViewTensors, read_object, stack, write_object
+from fresnel.data.records import (
+    ObjectViews,
+    ViewTensors,
+    oriented,
+    read_object,
+    stack,
+    write_object,
+)
 from fresnel.host.machine import core_count
 from fresnel.host.pool import MOST_WORKERS, processes, warm_up
 
@@ -110,7 +117,7 @@ class MultiViewDataset:
 
     def inputs(self) -> InputImages:
         """The input images; scaled to ``image_size`` if they are not all of one size."""
-        return self._inputs(self._read_all())
+        return self._inputs([oriented(views)[0] for views in self._read_all()])
 
     def tensors(self, size: int | None = None, device: torch.device | str = "cpu") -> ViewTensors:
         """Everything in memory, inputs and views scaled to ``size`` (None: as stored).
@@ -122,7 +129,7 @@ class MultiViewDataset:
         if len(counts) > 1:
             said = f"objects have {counts[0]} to {counts[-1]} views; want as many of each"
             raise DatasetError(f"{self.path}: {said}. Open it with views={counts[0]} or fewer")
-        objects = self._read_all()
+        objects = [oriented(views)[0] for views in self._read_all()]
         inputs = self._inputs(objects)
         rows = {n: stack([getattr(o, n) for o in objects]) for n in ("rgb", "alpha", "depth")}
         found = ViewTensors(

@@ -81,6 +81,44 @@ class ObjectViews:
         return InputImages((self.name,), *pictures, self.input_camera.reshape(1), depth)
 
 
+UP_TILT_DEG = 45.0
+"""Beyond this from +Y to the cameras' mean up worlds are turned: our orbits 15, others 90."""
+
+
+def turned_world(views: ObjectViews, turn: Tensor) -> ObjectViews:
+    """Everything turned about the world's origin by a rotation (4, 4)."""
+    return replace(
+        views,
+        cameras=views.cameras.transformed(turn),
+        input_camera=views.input_camera.transformed(turn),
+        pivot=turn[:3, :3] @ views.pivot,
+    )
+
+
+def oriented(views: ObjectViews) -> tuple[ObjectViews, float]:
+    """The record in a world whose +Y is its cameras' mean up, and the angle between them, degrees.
+
+    Left as it is, with NaN, where cameras have no common up or the input's differs: then poses are
+    wrong rather than the world.
+    """
+    ups = -torch.stack(
+        [views.cameras.viewmats[:, 1, :3].mean(0), views.input_camera.viewmats[1, :3]]
+    )
+    up, own = ups.double()
+    length = float(up.norm())
+    if not (length >= 0.3 and float(up @ own) > 0.5 * length):
+        return views, math.nan
+    y, up = torch.tensor([0.0, 1.0, 0.0]).double(), up / length
+    tilt = math.degrees(math.acos(min(1.0, max(-1.0, float(up[1])))))
+    if tilt <= UP_TILT_DEG:
+        return views, tilt
+    # The half turn about the bisector of both, after one about Y; of opposites about X.
+    middle = up + y if tilt < 179.9 else torch.tensor([1.0, 0.0, 0.0]).double()
+    half = [2 * torch.outer(a, a) / (a @ a) - torch.eye(3).double() for a in (middle, y)]
+    turn = half[1] @ half[0] if tilt < 179.9 else half[0]
+    return turned_world(views, rigid(turn, torch.zeros(3).double()).float()), tilt
+
+
 @dataclass(frozen=True)
 class ViewTensors(Batch):
     """A whole dataset in memory: M objects, V views each, over black.

@@ -97,6 +97,18 @@ class Seen:
         out["cropped"][self.foreground("none")] = np.nan
         for key in ("luminance_ratio", "detail_ratio", "grain", "clipped", "crushed", "floored"):
             out[key] = self.per_record(self.view(key, shown=True), np.median)
+        # Objects have dark and bright sides: the light of the same surface, or at least of the
+        # same side, knows better, and so do its jumps.
+        gain, jump = self.record("gain"), self.record("jump")
+        same = np.where(np.isfinite(gain), np.exp(gain), self.record("near_ratio"))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            nearer = np.abs(np.log(same)) < np.abs(np.log(out["luminance_ratio"]))
+        out["luminance_ratio"] = np.where(nearer, same, out["luminance_ratio"])
+        out["drift"] = np.fmin(self.record("drift"), self.record("steps"))
+        black = self.per_record(self.view("black", shown=True))
+        known = jump < config.max_jump
+        out["dark"] = np.where(known, black, out["dark"])
+        out["bright"] = np.where(known, 0.0, out["bright"])
         # From within 22.5 degrees of +-90 over that of 0 and 180; not asked where those are empty.
         bins, cover = 45 * np.round(self.view("azimuth_deg") / 45), self.view("coverage_ratio")
         bins = np.where(bins <= -180, 180, bins)
@@ -106,6 +118,9 @@ class Seen:
             cover = np.where(empty > 0, np.nan, cover)
         nothing = self.per_record(np.where(front, empty, np.nan))
         beside, before = (self.per_record(np.where(rows, cover, np.nan)) for rows in (side, front))
+        if len(self.objects) == 1:  # one flat object is a flat object, if its outlines agree
+            limits = (out["hull_miss"] > config.max_hull_miss) | (out["stray"] > config.max_stray)
+            beside = np.where(limits, beside, np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
             out["side_coverage"] = np.where(nothing <= config.max_empty, beside / before, np.nan)
         # exp(entropy) of all views over eight bins, over eight. Photographs without a foreground
@@ -192,9 +207,10 @@ _EXPOSURE = (
 )
 _DARK = Check(
     "views_dark",
-    {"luminance_ratio": "min_luminance_ratio", "dark": "max_dark"},
-    "views are dark: the median view has {luminance_ratio:.2f} of the input's luminance and "
-    "{dark:.0%} are almost black; " + _EXPOSURE[0],
+    {"luminance_ratio": "min_luminance_ratio", "dark": "max_dark", "top": "min_top"},
+    "views are dark: the median view has {luminance_ratio:.2f} of the input's luminance, "
+    "{dark:.0%} are almost black, and the brightest of views and input are at {top:.0f} of 255; "
+    + _EXPOSURE[0],
     _EXPOSURE[1],
     ("bright", "coverage_ratio", "clipped"),
     of_all=True,
@@ -345,12 +361,6 @@ CHECKS: tuple[Callable[[Seen], Finding], ...] = (
         "frames that were never written",
     ),
     _leak,
-    Check(
-        "up_axis",
-        {"up_tilt_deg": "max_up_tilt_deg"},
-        "the cameras' common up direction is {up_tilt_deg:.0f} degrees away from the world's +Y",
-        "turn the world so that +Y is up (a Z-up tool exported it, or the pictures are turned)",
-    ),
     _pivot,
     Check(  # where a solid of revolution can't explain it
         "frozen_views",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.special import bdtrc
 
+from fresnel.data.records import UP_TILT_DEG
 from fresnel.gate import faces
 from fresnel.gate.checks import CHECKS, Check, Finding, Seen, median, share
 from fresnel.gate.thresholds import GateConfig
@@ -31,11 +32,10 @@ EXPLAINS = {
     "constant_frames": f"{_EXPOSED} views_empty blurred pose_mismatch out_of_frame exposure_drift "
     "clipped channels_swapped frozen_views faces_missing",
     "azimuth_imbalance": "pose_mismatch too_few_views",
-    "pose_convention": f"{_GEOMETRY} up_axis azimuth_imbalance",
+    "pose_convention": f"{_GEOMETRY} azimuth_imbalance",
     "mirrored": f"{_GEOMETRY} azimuth_imbalance",
     "focal_length": f"{_GEOMETRY} out_of_frame",
     "principal_point": _GEOMETRY,
-    "up_axis": "pose_mismatch billboard azimuth_imbalance",
     "pivot_offset": "views_empty billboard pose_mismatch input_pose blurred views_dark "
     "out_of_frame exposure_drift noisy colours_disagree faces_missing",
     "pose_mismatch": "colours_disagree input_pose faces_missing",
@@ -165,7 +165,7 @@ def _explained(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
         return found
     # What a mend undoes explains where the cameras seem to look, not the other way round, if it
     # shows as often.
-    before = [codes.index(c) for c in ("up_axis", "pivot_offset", "billboard") if c in codes]
+    before = [codes.index(c) for c in ("pivot_offset", "billboard") if c in codes]
     often = max((_often(found[k]) for k in before), default=0.0)
     if (name is None and before) or _often(own) < 0.7 * often:
         return found
@@ -257,6 +257,17 @@ def _notes(seen: Seen) -> list[str]:
         notes.append(
             f"no alpha and no plain background in {unknown} records: coverage, outlines and sides "
             "are not judged; poses are judged by matched features"
+        )
+    tilt = seen.record("up_tilt_deg")
+    if turned := int((tilt > UP_TILT_DEG).sum()):
+        notes.append(
+            f"the world's +Y is not up in {turned} records ({median(tilt[tilt > UP_TILT_DEG]):.0f} "
+            "degrees off): they are turned by their cameras' mean up, here and for training"
+        )
+    features = seen.foreground("none") & ~np.isfinite(seen.record("epipolar"))
+    if features.any():
+        notes.append(
+            f"poses of {features.sum()} records are not judged: too few features (or views) match"
         )
     if len(seen.objects) == 1:
         wider = "its limits are half as wide again, since nothing can confirm a flag"

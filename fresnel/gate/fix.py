@@ -97,16 +97,17 @@ def plan(verdict: Verdict) -> Step | None:
         return mend.words, lambda views: corrected(views, mend)
     if reason.code in ("views_dark", "views_bright"):
         gain = 1 / max(values["luminance_ratio"], 1e-9)
-        if gain > BRIGHTEST_GAIN or (gain < 1 and values["clipped"] > MOST_CLIPPED):
+        if (
+            gain > BRIGHTEST_GAIN
+            or (gain < 1 and values["clipped"] > MOST_CLIPPED)
+            or (0.83 < gain < 1.2 or values.get("top", 255.0) < values.get("min_top", 0.0))
+        ):
             return None  # a mend may not pass what has lost its information
         words = f"linear light of the views multiplied by {gain:.2f}"
         return words, lambda views: transforms.exposed(views, gain)
     if reason.code == "channels_swapped":
         words = "red and blue of the views exchanged"
         return words, lambda views: replace(views, rgb=views.rgb.flip(-1))
-    if reason.code == "up_axis":
-        words = "the world turned so that +Y is up"
-        return words, lambda views: transforms.turned_world(views, transforms.nearest_up(views))
     if reason.code == "pivot_offset" and verdict.figures.get("pivot_relative", 1.0) < 0.2:
         return "the pivot set to the point that the cameras look at", _pivot_at_axes
     return None

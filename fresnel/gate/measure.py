@@ -16,7 +16,7 @@ from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from fresnel.data.records import ObjectViews
+from fresnel.data.records import ObjectViews, oriented
 from fresnel.gate.faces import measure_faces
 from fresnel.poses import geometry
 from fresnel.poses.epipolar import misfit
@@ -30,6 +30,8 @@ _SIDE = 128
 """Pictures larger than this are looked at in steps of whole pixels, for what is an average."""
 _EMPTY_COVERAGE, _EMPTY_RATIO = 0.001, 0.02
 """A view that covers less than this, or less than this of what its input covers, is empty."""
+_WHOLE = 128
+"""Up to how many views all of them are kept, small, to find out what is wrong with their order."""
 _Numbers = dict[str, np.ndarray]
 
 
@@ -43,9 +45,11 @@ def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row],
         The rows of `Verdict.measurements`, the row of `Verdict.objects`, and the worst of what
         poses are asked of (None where the pictures have no foreground or the poses are no poses).
     """
+    views, tilt = oriented(views)
     stored_rgb, stored_alpha = views.rgb.numpy(), views.alpha.numpy()
     rgb, alpha, foreground = _foreground(stored_rgb, stored_alpha)
     summary = {**print_of(views), "error": None, "views": len(rgb), "foreground": foreground}
+    summary["up_tilt_deg"] = tilt
     summary["bad_poses"] = sum(map(_is_bad, [*iter(views.cameras), views.input_camera]))
     depth = None if views.depth is None else views.depth.numpy()
     summary["bad_depth"] = 0 if depth is None else int((~np.isfinite(depth)).sum())
@@ -72,6 +76,8 @@ def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row],
     else:
         rigs = geometry.rigs_of(views, rgb, alpha, with_input=trust_input)
         found, rig = _poses(rigs)
+        if len(rigs) > 1 and len(rgb) <= _WHOLE:  # in which orders of views can be tried
+            rig = geometry.rigs_of(views, rgb, alpha, with_input=trust_input, most=_WHOLE)[0]
         summary |= found | geometry.pivot(views, rigs[0])
     summary["frozen"] = _frozen(inner, alpha, angles, seen["coverage"], summary.get("stray", 0.0))
     return rows, summary, rig
@@ -132,7 +138,7 @@ def _pictures(
     rgb: np.ndarray, alpha: np.ndarray, solid: int, behind: np.ndarray | None
 ) -> _Numbers:
     """Numbers of pictures over black, each (V,), colour (V, 3)."""
-    step = max(1, rgb.shape[1] // _SIDE)
+    step, width = max(1, rgb.shape[1] // _SIDE), rgb.shape[2]
     coarse, cover = rgb[:, ::step, ::step], alpha[:, ::step, ::step]
     light = [_light(c, a, solid, behind) for c, a in zip(coarse, cover, strict=True)]
     grain = [_grain(c[::step], a[::step]) for c, a in zip(rgb, alpha, strict=True)]
@@ -141,7 +147,8 @@ def _pictures(
         "coverage": cover.mean(axis=(1, 2)) / 255.0,
         "detail": _detail(rgb, alpha),
         "grain": np.array(grain),
-        "border": _border(alpha).mean(axis=1) / 255.0,
+        # What stands on the lower edge, as a portrait does, has not left the frame.
+        "border": np.delete(_border(alpha), np.s_[width : 2 * width], axis=1).mean(axis=1) / 255.0,
     }
 
 
@@ -154,7 +161,7 @@ def _light(
     which some channel is black (`floored`).  NaN without any."""
     mask = alpha >= (solid if (alpha >= solid).sum() >= 20 else 128)
     if not mask.any():
-        nothing = dict.fromkeys(("luminance", "clipped", "crushed", "floored"), math.nan)
+        nothing = dict.fromkeys(("luminance", "clipped", "crushed", "floored", "top"), math.nan)
         return {**nothing, "color": np.full(3, np.nan)}
     color, weight = rgb[mask].astype(np.float32), alpha[mask].astype(np.float32)
     straight = np.minimum(color * (255.0 / weight)[:, None] + 0.5, 255).astype(np.uint8)
@@ -168,6 +175,7 @@ def _light(
         "clipped": float(((brightest <= 1) | (brightest >= 254)).mean()),
         "crushed": float((brightest <= 1).mean()),
         "floored": float((straight.min(axis=1) <= 1).mean()),
+        "top": float(np.quantile(brightest, 0.99)),
         "color": linear,
     }
 
@@ -244,10 +252,17 @@ def _of_record(seen: _Numbers, reference: _Numbers, azimuth_deg: np.ndarray) -> 
     between neighbours in azimuth; `swapped`, the distance of the views' mean colour to the input's
     over that to the input's with red and blue exchanged."""
     out: Row = {f"input_{key}": float(reference[key]) for key in ("coverage", "luminance")}
+    tops = [reference["top"], *seen["top"][np.isfinite(seen["top"])]]
+    out["top"] = float(max(tops[0], np.median(tops[1:]))) if len(tops) > 1 else math.nan
     usable = np.isfinite(seen["luminance"]) & np.isfinite(azimuth_deg)
     light = np.log(seen["luminance"][usable][np.argsort(azimuth_deg[usable])] + 0.01)
     steps = np.abs(light - np.roll(light, 1))
     out["drift"] = float(np.median(steps)) if len(steps) >= 4 else math.nan
+    if usable.any():  # of the view from about the input's side
+        nearest = np.argmin(np.where(usable, np.abs(azimuth_deg), np.inf))
+        out["near_ratio"] = float(
+            (seen["luminance"][nearest] + 0.004) / (reference["luminance"] + 0.004)
+        )
     shown = seen["color"][np.isfinite(seen["color"]).all(axis=1)]
     theirs = np.sqrt(reference["color"])
     # Only a colour with red and blue apart can tell whether they changed places.
@@ -294,10 +309,11 @@ def _poses(rigs: list[Rig]) -> tuple[Row, Rig]:
     rows: list[Row] = []
     for rig in rigs:
         row = geometry.coherence(rig) | geometry.photometric(rig)
-        row |= {"centroid_residual": geometry.centroid_residual(rig)[0]}
-        rows.append(row | {"up_tilt_deg": geometry.up_tilt_deg(rig)})
+        rows.append(row | {"centroid_residual": geometry.centroid_residual(rig)[0]})
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         mean = {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
+        jumps = [row["jump"] for row in rows if row["jump"] >= 0]
+        mean["jump"] = max(jumps, default=math.nan)
     worst = np.argmax(np.nan_to_num([row["mismatch"] for row in rows], nan=-1.0))
     return mean, rigs[int(worst)]
 

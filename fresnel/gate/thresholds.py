@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-VERSION = 2
+VERSION = 3
 """Of measurements, checks and thresholds together: a receipt of another version is void."""
 
 
@@ -34,18 +34,19 @@ class GateConfig:
     max_centroid_residual: float = 0.1  # RMS in image widths; healthy 0.08
     max_floating: float = 0.15  # share of surface points; healthy 0.13
     max_photometric: float = 0.95  # of what unrelated points differ by; 95% below 0.8
-    max_up_tilt_deg: float = 45.0  # healthy 15, an exchanged axis 90 or 180
     max_epipolar: float = 1.4  # 51 synthetic rooms 0.84; the weakest tuning fault is 1.45
     max_frozen: float = 0.1  # share of a record's views; healthy none
     max_constant: float = 0.02  # share of a record's views; healthy none
     min_side_coverage: float = 0.45  # 3% of renders are flatter, half are above 0.97
     min_luminance_ratio: float = 0.6  # medians of 90% of the renders are 0.64 to 1.23
     max_luminance_ratio: float = 1.6
+    min_top: float = 16.0  # of 255, of views and input; black paint is at 49, our darkest shapes 20
     dark_view: float = 0.08  # of the input's luminance; no healthy view was below
     max_dark: float = 0.1  # share of a record's views
     bright_view: float = 12.0
     max_bright: float = 0.1
     max_drift: float = 0.75  # e-foldings between neighbours; 95% of renders 0.55
+    max_jump: float = 1.0  # e-foldings up to which no view is odd; 90% of renders 0.73
     max_clipped: float = 0.35  # beyond the input's share; 99% of renders 0.13
     max_swapped: float = 1.7  # no render reached 1.1
     max_border: float = 0.02  # covered share of a view's border; haze of decoded 0.002

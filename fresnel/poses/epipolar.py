@@ -14,7 +14,7 @@ import numpy as np
 
 from fresnel.data.records import ObjectViews
 
-_PAIRS, _MATCHES, _LONGEST = 8, 24, 320
+_PAIRS, _MATCHES, _LONGEST = 8, 14, 320
 _FLOOR = 0.002
 """In image widths: as exactly as features are found and phones track their pose."""
 
@@ -25,7 +25,7 @@ def misfit(views: ObjectViews) -> float:
     By pair of neighbouring views: the median distance of matches to their epipolar lines, matches
     behind a camera counting as lost, over the same for the fundamental matrix that fits them best
     (at least 0.2% of the width).  The median over pairs: 0.2 to 0.9 for consistent poses, above 1.4
-    for wrong ones, NaN where fewer than two pairs have 24 matches that agree with any epipolar
+    for wrong ones, NaN where fewer than two pairs have 14 matches that agree with any epipolar
     geometry.  Poses that are wrong all in the same way, such as a focal length off by less than
     half, hardly move epipolar lines and pass.
     """

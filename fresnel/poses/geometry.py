@@ -290,8 +290,11 @@ def photometric(rig: Rig) -> Row:
 
     Returns:
         `photometric`, the mean colour difference at the same surface point over that of unrelated
-        points (0: the same object, 1: unrelated), NaN for objects of one colour; and `floating`,
-        the share of surface points that float in front of what the neighbour sees there.
+        points (0: the same object, 1: unrelated), NaN for objects of one colour; `floating`, the
+        share of surface points that float in front of what the neighbour sees there; and what the
+        same surface's linear light says of exposure, in e-foldings: `gain` of the views over the
+        input, `steps` between views (the median), `jump`, that of the oddest view to its
+        neighbours.
     """
     rig = rig.only(rig.shown & (rig.depths > 0).any(axis=(1, 2)))
     count, (height, width) = len(rig.masks), rig.masks.shape[1:]
@@ -300,6 +303,7 @@ def photometric(rig: Rig) -> Row:
     # Colours at edges are mixed with what is behind them.
     inner = ~_grown((rig.depths <= 0) | (rig.masks <= 0.9))
     same, unrelated, floating, total = [], [], 0, 0
+    steps = np.full((count, count), np.nan)
     for i in range(count if count >= 3 else 0):
         x, y = _spread(inner[i], 2 * _RAYS).T
         if len(x) < 8:
@@ -323,19 +327,22 @@ def photometric(rig: Rig) -> Row:
             if len(mine) >= 12:
                 same.append(np.abs(mine - theirs).mean())
                 unrelated.append(np.abs(mine - np.roll(theirs, len(theirs) // 2, axis=0)).mean())
+                light = [np.square(part).mean(axis=1) + 0.004 for part in (mine, theirs)]
+                steps[i, j] = np.median(np.log(light[0] / light[1]))
     contrast = float(np.mean(unrelated)) if unrelated else 0.0
-    return {
+    views = rig.views[:, None] & rig.views
+    of_view = [row[np.isfinite(row)] for row in np.where(views, np.abs(steps), np.nan)]
+    own = np.concatenate([steps[:, ~rig.views].ravel(), -steps[~rig.views].ravel()])
+    own, every = own[np.isfinite(own)], np.concatenate([np.zeros(0), *of_view])
+    exposure = {
+        "gain": float(np.median(own)) if len(own) else np.nan,
+        "steps": float(np.median(every)) if len(every) else np.nan,
+        "jump": max((float(np.median(row)) for row in of_view if len(row)), default=np.nan),
+    }
+    return exposure | {
         "photometric": float(np.mean(same)) / contrast if contrast > 0.05 else np.nan,
         "floating": floating / total if total >= 50 else np.nan,
     }
-
-
-def up_tilt_deg(rig: Rig) -> float:
-    """Angle between the mean image-up direction of the cameras and the world's Y, degrees; NaN
-    where the cameras have no common up."""
-    up = -rig.viewmats[:, 1, :3].mean(axis=0)
-    length = float(np.linalg.norm(up))
-    return float(np.degrees(np.arccos(np.clip(up[1] / length, -1, 1)))) if length >= 0.3 else np.nan
 
 
 def pivot(views: ObjectViews, rig: Rig) -> Row:

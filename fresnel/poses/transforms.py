@@ -90,29 +90,6 @@ def posed(views: ObjectViews, name: str, change: Change) -> ObjectViews:
     return replace(views, cameras=cameras_of(views.cameras, **{name: new}))
 
 
-def turned_world(views: ObjectViews, turn: Tensor) -> ObjectViews:
-    """Everything turned about the world's origin by a rotation (4, 4)."""
-    return replace(
-        views,
-        cameras=views.cameras.transformed(turn),
-        input_camera=views.input_camera.transformed(turn),
-        pivot=turn[:3, :3] @ views.pivot,
-    )
-
-
-def nearest_up(views: ObjectViews) -> Tensor:
-    """The quarter turn (4, 4) that brings the cameras' mean up nearest to +Y."""
-    up = -views.cameras.viewmats[:, 1, :3].mean(dim=0)
-    axis = int(up.abs().argmax())
-    sign = float(up[axis].sign())
-    turn = torch.diag(torch.tensor([1.0, sign, sign, 1.0]))
-    if axis != 1:  # the other horizontal axis stays
-        turn = torch.eye(4)
-        turn[1, 1] = turn[axis, axis] = 0.0
-        turn[1, axis], turn[axis, 1] = sign, -sign
-    return turn
-
-
 def changed(
     views: ObjectViews, names: Sequence[str], change: Callable[[Tensor], Tensor]
 ) -> ObjectViews:
