@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,7 +63,7 @@ class Capture:
 
     name: str  # unique within a dataset
     views: tuple[View, ...]
-    descriptions: tuple[str, ...]  # the files that all this was read from
+    descriptions: dict[str, str]  # the files that all this was read from, and their sha256
     notes: dict[str, Any]  # what was assumed, for ``meta``
 
     @property
@@ -71,17 +71,16 @@ class Capture:
         return np.stack([view.viewmat for view in self.views])
 
     @property
-    def paths(self) -> list[str]:
-        """Every file that reading this capture reads, relative to the dataset's folder."""
-        pictures = {path for view in self.views for path in (view.image, view.mask) if path}
-        return sorted({*pictures, *self.descriptions})
+    def pictures(self) -> set[str]:
+        """Every picture and mask that reading this capture reads."""
+        return {path for view in self.views for path in (view.image, view.mask) if path}
 
 
 def collect(
     where: str | Path,
     name: str,
     views: Sequence[View],
-    descriptions: Sequence[str],
+    descriptions: Mapping[str, str],
     kind: str,
     turn: Floats | None = None,
     warned: Sequence[str] = (),
@@ -121,7 +120,7 @@ def collect(
         notes["warnings"] = list(warned)
     for sentence in warned:
         warnings.warn(f"{where}: {sentence}", stacklevel=2)
-    return Capture(name, turned, tuple(descriptions), notes)
+    return Capture(name, turned, dict(descriptions), notes)
 
 
 def pinhole(fx: float, fy: float, cx: float, cy: float) -> Floats:
@@ -250,7 +249,7 @@ def read(root: Path, capture: Capture, side: int, digests: dict[str, str]) -> Ob
     first = [view.image for view in capture.views].index(capture.notes["input"])
     seen = rgba[first, ..., :3], rgba[first, ..., 3], cameras[first]
     pivot, views = torch.tensor(capture.notes["pivot"]), (rgba[..., :3], rgba[..., 3], cameras)
-    with named(root / capture.descriptions[0]):
+    with named(root / next(iter(capture.descriptions))):
         return ObjectViews(capture.name, *seen, *views, pivot)
 
 

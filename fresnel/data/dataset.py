@@ -225,6 +225,8 @@ def open(
     here = formats.captures_in(root)
     folders = [] if here else _folders(root)
     if any(_is_stored(root / name) for name in folders):
+        if views is not None:
+            raise DatasetError(f"{root}: views= is for captures, this set holds stored ones")
         return _open_set(root, folders, image_size)
     found = here or [capture for name in folders for capture in formats.captures_in(root, name)]
     return _open_captures(root, found, image_size, views)
@@ -287,17 +289,22 @@ def _open_captures(
     if len({capture.name for capture in found}) < len(found):
         raise DatasetError(f"{root}: two captures share a name; rename a folder")
     chosen, side, meta = captured.prepare(root, found, image_size, views)
-    files = _layouts.digests(root, [path for capture in chosen for path in capture.paths])
-    missing = [path for capture in chosen for path in capture.paths if path not in files]
+    files = _layouts.digests(root, [path for capture in chosen for path in capture.pictures])
+    missing = sorted(path for capture in chosen for path in capture.pictures - files.keys())
     if missing:
         said = "no such file, but a description names it. Restore it, or describe it anew"
         raise DatasetError(f"{root / missing[0]}: {said}")
     objects = {}
     for capture in chosen:
-        own = {path: files[path] for path in capture.paths}
+        own = {path: files[path] for path in sorted(capture.pictures)}
         read = partial(captured.read, root, capture, side, own)
-        objects[capture.name] = _Object(len(capture.views), read, own)
-    taken = [[capture.name, [view.image for view in capture.views]] for capture in chosen]
+        # of descriptions what was parsed counts, whatever lies there by now
+        objects[capture.name] = _Object(len(capture.views), read, own | capture.descriptions)
+    files |= {path: of for capture in chosen for path, of in capture.descriptions.items()}
+    taken = [
+        [capture.name, capture.notes["alpha_source"], [view.image for view in capture.views]]
+        for capture in chosen
+    ]
     digest = _layouts.hash_of(files, {"open": {"image_size": side, "views": taken}})
     return MultiViewDataset(root, "captures", digest, meta, side, objects)
 

@@ -22,7 +22,9 @@ principal points in NDC, isotropic (the shorter half side is 1), or by each side
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import re
 import struct
 import tempfile
@@ -35,8 +37,8 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from fresnel.data.captures import MAX_VIEWS, Capture, Floats, Lens, View, collect, pinhole
-from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, decoded
-from fresnel.data.layout import entry, inside, read_json, relative
+from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, decoded, read_bytes
+from fresnel.data.layout import MAX_JSON_BYTES, entry, inside, read_json, relative, sha256
 
 _Y_UP = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
 """World of a transforms.json (Z up) to ours (Y up): (x, y, z) -> (x, z, -y)."""
@@ -78,6 +80,11 @@ def _joined(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
 
+def _name_of(root: Path) -> str:
+    """A folder's own name, a link's too: what travels under that name is the same data there."""
+    return Path(os.path.abspath(root)).name
+
+
 def _transforms_in(folder: Path) -> list[str]:
     parts = [f"transforms_{part}.json" for part in ("train", "val", "test")]
     for names in (["transforms.json"], parts):
@@ -89,9 +96,12 @@ def _transforms_in(folder: Path) -> list[str]:
 def _read_transforms(root: Path, folder: str, names: list[str]) -> list[Capture]:
     views: list[View] = []
     scales: list[float] = []
+    said_in: dict[str, str] = {}
     for name in names:
         path = inside(root, _joined(folder, name))
-        top = read_json(path)
+        data = read_bytes(path, MAX_JSON_BYTES)
+        said_in[_joined(folder, name)] = sha256(data)
+        top = read_json(path, data)
         frames = entry(top, "frames", list, path)
         if len(frames) > MAX_VIEWS:
             raise DatasetError(f"{path}: {len(frames)} frames, the limit is {MAX_VIEWS}")
@@ -105,7 +115,7 @@ def _read_transforms(root: Path, folder: str, names: list[str]) -> list[Capture]
     if scaled := [scale for scale in scales if abs(scale - 1) > 1e-3]:
         said = f"the rotations of {len(scaled)} of {len(scales)} views are scaled"
         warnings.append(f"{said} (by {scaled[0]:.4g}, for one): the scale was taken out")
-    label, said_in = folder or root.resolve().name, [_joined(folder, name) for name in names]
+    label = folder or _name_of(root)
     return [collect(path, label, views, said_in, "nerfstudio", _Y_UP, warnings)]
 
 
@@ -238,7 +248,7 @@ def _read_model(root: Path, folder: str, found: list[str]) -> list[Capture]:
     if without:
         said = f"{len(without)} pictures in {prefixes[0]}, {sorted(without)[0]!r} for one,"
         warnings.append(f"{said} have no pose in the model and are left out")
-    label, said_in = folder or root.resolve().name, [_joined(at, name) for name in names]
+    label, said_in = folder or _name_of(root), {_joined(at, n): of for n, of in names.items()}
     return [collect(model, label, views, said_in, "colmap", None, warnings)]
 
 
@@ -252,8 +262,9 @@ def _is_picture(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
 
 
-def _posed(model: Path, suffix: str) -> tuple[list[_Posed], dict[int, Any], list[str]]:
-    """Of a model: the pictures that have a pose, by name, the cameras, and the files read."""
+def _posed(model: Path, suffix: str) -> tuple[list[_Posed], dict[int, Any], dict[str, str]]:
+    """Of a model: the pictures that have a pose, by name, the cameras, and the sha256 of the files
+    that were read."""
     import pycolmap
 
     names = [f"{stem}{suffix}" for stem in ("cameras", "images")]
@@ -263,14 +274,14 @@ def _posed(model: Path, suffix: str) -> tuple[list[_Posed], dict[int, Any], list
         raise DatasetError(f"{model}: {said}. Export it again: colmap model_converter")
     if (size := sum((model / name).stat().st_size for name in names)) > _MAX_MODEL_BYTES:
         raise DatasetError(f"{model}: {size} bytes, the limit is {_MAX_MODEL_BYTES}")
-    found = []
+    found, (optics, poses) = [], (read_bytes(model / name, _MAX_MODEL_BYTES) for name in names)
     with tempfile.TemporaryDirectory() as copy:  # its cameras alone
-        (Path(copy) / names[0]).symlink_to((model / names[0]).resolve())
+        (Path(copy) / names[0]).write_bytes(optics)
         for name in ("images", "points3D"):
             (Path(copy) / f"{name}{suffix}").write_bytes(b"\0" * 8 if suffix == ".bin" else b"")
         try:
             read = _rows if suffix == ".txt" else _records
-            for name, camera, (w, x, y, z, *shift) in read(model / names[1]):
+            for name, camera, (w, x, y, z, *shift) in read(poses):
                 if not any((w, x, y, z)):
                     raise ValueError(f"the quaternion of {name!r} is 0 0 0 0, no rotation")
                 pose = np.eye(4)
@@ -283,13 +294,14 @@ def _posed(model: Path, suffix: str) -> tuple[list[_Posed], dict[int, Any], list
             raise DatasetError(f"{model}: not a readable COLMAP model ({said})") from None
     if len(found) > MAX_VIEWS:
         raise DatasetError(f"{model}: {len(found)} views, the limit is {MAX_VIEWS}")
-    return sorted(found, key=lambda one: one.name), cameras, names
+    read_from = {names[0]: sha256(optics), names[1]: sha256(poses)}
+    return sorted(found, key=lambda one: one.name), cameras, read_from
 
 
-def _rows(path: Path) -> Iterator[tuple[str, int, list[float]]]:
+def _rows(data: bytes) -> Iterator[tuple[str, int, list[float]]]:
     """Of an images.txt: name, camera, quaternion wxyz and translation of every picture.  Some tools
     leave the second lines, of points, out; names may hold spaces."""
-    with path.open(encoding="utf-8") as file:
+    with io.TextIOWrapper(io.BytesIO(data), encoding="utf-8") as file:
         for line in file:
             words = line.split(None, 9)
             if len(words) < 10 or line.startswith("#"):
@@ -300,9 +312,9 @@ def _rows(path: Path) -> Iterator[tuple[str, int, list[float]]]:
                 yield words[9].strip(), int(words[8]), numbers
 
 
-def _records(path: Path) -> Iterator[tuple[str, int, list[float]]]:
+def _records(data: bytes) -> Iterator[tuple[str, int, list[float]]]:
     """The same of an images.bin, whose points are skipped."""
-    data, at = path.read_bytes(), 8
+    at = 8
     for _ in range(struct.unpack_from("<Q", data)[0]):
         _, *numbers, camera = struct.unpack_from("<I7dI", data, at)
         end = data.index(b"\0", at + 64)
@@ -310,7 +322,7 @@ def _records(path: Path) -> Iterator[tuple[str, int, list[float]]]:
         yield data[at + 64 : end].decode(), camera, numbers
         at = end + 9 + 24 * points
     if at != len(data):
-        raise ValueError(f"{path.name} has {len(data)} bytes, its pictures {at}: it is cut off")
+        raise ValueError(f"images.bin has {len(data)} bytes, its pictures {at}: it is cut off")
 
 
 def _annotations_in(folder: Path) -> list[str]:
@@ -326,7 +338,8 @@ def _read_annotations(root: Path, folder: str, names: list[str]) -> list[Capture
     path = inside(root, file)
     sequences: dict[str, list[View]] = defaultdict(list)
     present: dict[str, bool] = {}
-    for frame in read_json(path, kind=list):
+    data = read_bytes(path, MAX_JSON_BYTES)
+    for frame in read_json(path, data, list):
         name = entry(frame, "sequence_name", str, path)
         image, camera = (entry(frame, key, dict, path) for key in ("image", "viewpoint"))
         size = entry(image, "size", (2,), path)[::-1]
@@ -352,7 +365,7 @@ def _read_annotations(root: Path, folder: str, names: list[str]) -> list[Capture
     if not sequences:
         raise DatasetError(f"{path}: none of its {len(present)} sequences has its pictures here")
     return [
-        collect(path, _joined(folder, name), views, [file], "co3d")
+        collect(path, _joined(folder, name), views, {file: sha256(data)}, "co3d")
         for name, views in sequences.items()
     ]
 
