@@ -28,11 +28,7 @@ _MAX_LIST_BYTES = 1 << 26
 _CATALOGUE = "PluginFurnitureCatalog.properties"
 _PROPERTY = re.compile(r"^(model|name|creator|category|license)#(\d+)\s*=\s*(.*)$", re.MULTILINE)
 _ASSETS = Path(__file__).parents[1] / "assets"
-_NAMED = {
-    ".obj": re.compile(rb"^\s*mtllib\s+(.+?)\s*$", re.MULTILINE),
-    ".mtl": re.compile(rb"^\s*(?:map_\w+|bump|disp|decal|refl|norm)\s+(.+?)\s*$", re.MULTILINE),
-    ".gltf": re.compile(rb'"uri"\s*:\s*"(?!data:)([^"]+)"'),
-}
+_NAMED = re.compile(r"^\s*(?:mtllib|map_\w+)\s+([^#\n]+)", re.MULTILINE | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -161,17 +157,36 @@ def content_of(asset: Asset, known: dict[Path, str]) -> str:
         if path not in known:
             known[path] = sha256(path)
         line = f"{path.name}\0{known[path]}"
-        pattern = None if asset.member or line in lines else _NAMED.get(path.suffix.lower())
+        found = () if asset.member or line in lines else _named_in(path)
         lines.add(line)
         folder = os.path.relpath(path.parent, asset.source.parent)
-        for found in sorted(set(pattern.findall(path.read_bytes()))) if pattern else ():
-            words = found.decode("utf-8", "replace").split()
+        for words in map(str.split, sorted(set(found))):
             ends = {" ".join(words[k:]) for k in range(len(words))}  # options may stand before it
             for name in sorted(ends | {*words}):
                 place = asset.where(posixpath.join(folder, name)) or asset.where(name)
                 lines.add(f"{name}\0{place}")
                 waiting += [asset.folder / place] if place else []
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _named_in(path: Path) -> list[str]:
+    """The files that a mesh or its materials name, as their readers find them."""
+    suffix, data = path.suffix.lower(), b""
+    if suffix in (*MESHES, ".mtl"):
+        data = read_bytes(path, MAX_BYTES)
+    if suffix in (".obj", ".mtl"):
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = data.decode("latin-1")
+        return _NAMED.findall(re.sub(r"\\\r?\n", " ", text))
+    if data.startswith(b"glTF"):  # binary: its JSON comes first
+        data = data[20 : 20 + int.from_bytes(data[12:16], "little")]
+    with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
+        said = json.loads(data)
+        linked = [each.get("uri") for key in ("images", "buffers") for each in said.get(key, ())]
+        return [uri for uri in linked if isinstance(uri, str) and not uri.startswith("data:")]
+    return []  # no mesh, or a damaged one, which is refused where it is read
 
 
 def _asset(source: Path, file: str, said: Mapping[str, str], member: str = "") -> Asset:
