@@ -28,7 +28,9 @@ _MAX_LIST_BYTES = 1 << 26
 _CATALOGUE = "PluginFurnitureCatalog.properties"
 _PROPERTY = re.compile(r"^(model|name|creator|category|license)#(\d+)\s*=\s*(.*)$", re.MULTILINE)
 _ASSETS = Path(__file__).parents[1] / "assets"
-_NAMED = re.compile(r"^\s*(?:mtllib|map_\w+)\s+([^#\n]+)", re.MULTILINE | re.IGNORECASE)
+_NAMED = re.compile(
+    r"^\s*(?:mtllib|map_\w+|bump|disp|decal|refl|norm)\s+([^#\n]+)", re.MULTILINE | re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
