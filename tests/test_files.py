@@ -118,7 +118,7 @@ def test_devices_are_named_or_refused() -> None:
 def test_kills_at_file_operations_lose_nothing() -> None:
     """A sample of `benchmarks/kills.py`, which tries them all."""
     root = Path(__file__).parent.parent
-    jobs = ["objects", "overwrite", "in two steps", "training", "index"]
+    jobs = ["overwrite", "in two steps", "training", "index"]
     command = [sys.executable, "benchmarks/kills.py", *jobs, "--sample", "3"]
     done = subprocess.run(
         command,
@@ -153,8 +153,9 @@ def test_clean_lists_and_removes_what_nobody_holds(tmp_path: Path) -> None:
             )
             assert done.returncode == 0, done.stderr
             listed = {line.split("  ")[-1] for line in done.stdout.splitlines()[:-1]}
+            listed -= {str(tmp_path / ".cache" / "index.lock")}  # of the index that it made
             assert listed <= {str(path) for path in left} and len(listed) >= len(left) - 1
-            assert all(path.exists() for path in left) == bool(words)
+            assert [path.exists() for path in left] == [bool(words)] * len(left)
         assert mine.exists() and held.exists() and all(path.exists() for path in others)
     shell = CLOSED.format(python=sys.executable, folder=tmp_path)
     assert subprocess.run(["bash", "-c", shell], env=environment, cwd=tmp_path).returncode == 0
