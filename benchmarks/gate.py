@@ -5,9 +5,10 @@
     python benchmarks/gate.py --zip furniture.zip            # held-out objects as well
 
 Healthy sets come from renders of the embedded objects (and of the zip's test objects), from what
-the shipped decoder makes of them, from analytic shapes that look faulty, and from ray-cast rooms
-(opaque photographs, forward-facing or not, with and without a lens's rim).  Conditions: ten
-records, one record, 64 views a record, photographs behind the object, no alpha.  Every fault is put
+the shipped decoder makes of them, from the embedded held-out heads, from analytic shapes that look
+faulty, and from ray-cast rooms (opaque photographs, forward-facing or not, with and without a
+lens's rim).  Conditions: one, two, ten or all records, 64 views, photographs behind the object, no
+alpha, a world whose Z is up.  Every fault is put
 into sets of ten; those that no mend is the inverse of are counted apart.  `--seed` decides about
 cameras, sets and faults; use one that set no threshold.  Writes gate.json and gate.md.
 """
@@ -18,6 +19,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 import zlib
@@ -35,10 +37,12 @@ from scipy.stats import binomtest
 from fresnel import bootstrap, faults, gate
 from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset, ObjectViews
+from fresnel.data.records import turned_world
 from fresnel.models.decoder import load_shipped
 from fresnel.objects import gltf, trace
 from fresnel.objects.assets import embedded_assets, find_assets
 from fresnel.objects.render_set import render_set
+from fresnel.objects.sources import embedded_heads
 from fresnel.scene.cameras import Cameras, orbit
 
 SIZE, RECORDS = 64, 10
@@ -46,10 +50,14 @@ STRENGTHS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 SHAPES = ("dark", "white", "thin", "symmetric", "single-coloured")
 ROOMS = ("blotches", "smooth", "photographs")
 OF_ROOMS = ("inverted_extrinsics", "opengl_axes", "reversed_azimuth", "shuffled_poses")
-HEALTHY = {"": 40, "one record": 72, "64 views": 4, "photo": 12, "opaque_white": 12}
+HEALTHY = {"": 40, "one record": 72, "two records": 40, "all objects": 4, "64 views": 4}
+HEALTHY |= {"photo": 12, "opaque_white": 12, "Z up": 12}
+COUNTS = {"one record": 1, "two records": 2, "all objects": 100, "64 views": 3}
 BROKEN = (
     *(("64 views", "shuffled_poses"), ("64 views", "darken"), ("one record", "darken")),
     *(("one record", "inverted_extrinsics"), ("photo", "wrong_focal")),
+    *(("two records", "darken"), ("two records", "inverted_extrinsics"), ("Z up", "opengl_axes")),
+    *(("all objects", "shuffled_poses"), ("64 views", "rolled_poses")),
     ("opaque_white", "mirrored_views"),
 )
 
@@ -102,6 +110,10 @@ def make_sources(zip_path: str | None, seed: int, folder: Path) -> list[str]:
         if not decoded.exists():
             bootstrap.bootstrap(dataset.open(whole).inputs()[:78], pixel, config, decoded)
         made += [str(whole), str(decoded)]
+    heads = folder / "heads"
+    if not heads.exists():
+        shutil.copytree(embedded_heads("held_out", folder).path, heads)
+    made.append(str(heads))
     return made
 
 
@@ -231,7 +243,7 @@ def rimmed(views: ObjectViews, k1: float) -> ObjectViews:
 def make_set(task: Task) -> Sample:
     """The records of a task."""
     seed, rng = [task.seed, task.number], np.random.default_rng([task.seed, task.number])
-    count = 1 if task.condition == "one record" else RECORDS
+    count = COUNTS.get(task.condition, RECORDS)
     if task.source in SHAPES:
         records = [shape(task.source, [*seed, k]) for k in range(count)]
     elif task.source in ROOMS:
@@ -240,7 +252,10 @@ def make_set(task: Task) -> Sample:
     else:
         many = task.source.removesuffix(", decoded") + ", 64 views"
         folder = many if task.condition == "64 views" else task.source
-        records = draw(dataset.open(folder), seed, 3 if task.condition == "64 views" else count)
+        records = draw(dataset.open(folder), seed, count)
+        if task.condition == "Z up":
+            turn = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+            records = [turned_world(record, turn) for record in records]
     meta = faults.said([r.name for r in records], task.fault, task.strength)
     if task.fault:
         one = task.seed * 1_000_000 + task.number
@@ -277,8 +292,11 @@ def tasks_of(sources: Sequence[str], seed: int, share: float) -> Iterator[Task]:
             count = 4 if strength >= practical else 1
             plan.append((count, fit[at:] + fit[:at], "", fault, strength))
     for source in sources:
-        plan += [(n, [source], c, "", 0.0) for c, n in HEALTHY.items()]
-        plan += [(3, [source], condition, fault, 1.0) for condition, fault in BROKEN]
+        rendered = not source.endswith("heads")  # heads ship with twelve views
+        plan += [
+            (n, [source], c, "", 0.0) for c, n in HEALTHY.items() if rendered or c != "64 views"
+        ]
+        plan += [(3, [source], c, f, 1.0) for c, f in BROKEN if rendered or c != "64 views"]
     for name in SHAPES:
         plan += [(5, [name], condition, "", 0.0) for condition in ("", "opaque_white")]
     for name in ROOMS:
