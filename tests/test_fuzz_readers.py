@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hostile
 import numpy as np
 import pycolmap
 import pytest
@@ -378,3 +379,12 @@ def test_too_many_views_are_refused(photos, monkeypatch):
     monkeypatch.setattr(captures, "MAX_RECORD_BYTES", 100)
     with pytest.raises(DatasetError, match="doesn't fit"):
         dataset.open(photos)
+
+
+def test_hostile_meshes_and_depths_are_refused_in_bounds():
+    """A sample of what `python tests/hostile.py` makes: 200 of them, of every kind."""
+    for name, said, memory, seconds in hostile.cases(
+        6, 1, ["gltf_sizes", "gltf_repeated", "depth_arrays"]
+    ):
+        assert said[0] == "refused", (name, said)
+        assert memory < hostile.MOST_BYTES and seconds < hostile.MOST_S, (name, memory, seconds)

@@ -45,6 +45,9 @@ _COMPRESSED = {
     "first: `gltf-transform ktxdecompress in.glb out.glb`",
 }
 _NODES = 100_000
+"""Of nodes, of primitives and of instances that are drawn."""
+_NUMBERS = 40 * MAX_FACES
+"""Read from accessors in all: position, normal, colour and texture of a corner are 14."""
 _TYPES = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 _COMPONENTS = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WRAPS = {10497: "repeat", 33648: "mirror", 33071: "clamp"}
@@ -90,6 +93,7 @@ class _Reader:
                 self.notes.append(f"{name} is not drawn")
         if self.json.get("animations"):
             self.notes.append("animations are not played: the default pose is drawn")
+        self.numbers = 0
         self.buffers: dict[int, bytes] = {}
         self.images: dict[int, NDArray[np.float32]] = {}
         self.materials: dict[int | None, tuple[Material, list[Json]]] = {}
@@ -114,22 +118,26 @@ class _Reader:
         return found[0][1]
 
     def surface(self) -> Surface:
-        parts, faces = [], 0
+        parts, faces, points, drawn = list[Part](), 0, 0, 0
         for node, matrix in self._nodes():
             skinned = node.get("skin")
             for primitive in self.json["meshes"][node["mesh"]]["primitives"]:
+                drawn += 1
+                if drawn > _NODES:
+                    raise ValueError(f"mesh: over {_NODES} primitives. Merge them")
                 part = self._primitive(primitive, node)
                 if part is None:
                     continue
-                if skinned is not None:  # the joints alone place it (glTF 2.0, 3.7.3.3)
-                    parts.append(self._skinned(part, primitive, self.json["skins"][skinned]))
-                    faces += len(part.faces)
-                    continue
-                for instance in self._instances(node):
-                    parts.append(_placed(part, matrix @ instance))
-                    faces += len(part.faces)
-                    if faces > MAX_FACES:
-                        raise ValueError(f"mesh: over {MAX_FACES} triangles. Simplify it")
+                # of a skinned one the joints alone decide where it is (glTF 2.0, 3.7.3.3)
+                places = [matrix @ instance for instance in self._instances(node)]
+                if skinned is not None:
+                    part = self._skinned(part, primitive, self.json["skins"][skinned])
+                    places = [np.eye(4)]
+                faces += len(part.faces) * len(places)
+                points += len(part.vertices) * len(places)
+                if faces > MAX_FACES or points > 3 * MAX_FACES:
+                    raise ValueError(f"mesh: over {MAX_FACES} triangles. Simplify it")
+                parts += [part if skinned is not None else _placed(part, at) for at in places]
         return assemble(parts, self.notes)
 
     # ---- the scene's graph
@@ -171,11 +179,15 @@ class _Reader:
             if kind in said["attributes"]
         }
         count = min((len(values) for values in given.values()), default=0)
+        if count > _NODES:
+            raise ValueError(f"mesh: {count} instances, the limit is {_NODES}. Simplify it")
         return [_local({key: values[k] for key, values in given.items()}) for k in range(count)]
 
     def _skinned(self, part: Part, primitive: Json, skin: Json) -> Part:
         """The part as its joints place it (glTF 2.0, 3.7.3)."""
         joints = skin["joints"]
+        if max(len(joints), len(part.vertices) // 8) > _NODES:  # each takes a matrix or two
+            raise ValueError("mesh: a skin of too many joints or vertices. Simplify it")
         if any(joint not in self.world for joint in joints):
             raise ValueError("not well-formed glTF: a joint of a skin is outside of the scene")
         world = np.stack([self.world[joint] for joint in joints])
@@ -207,8 +219,8 @@ class _Reader:
         if "POSITION" not in attributes:
             self.notes.append("a mesh without positions is not drawn")
             return None
-        vertices = self._accessor(attributes["POSITION"])
-        normals = self._accessor(attributes["NORMAL"]) if "NORMAL" in attributes else None
+        vertices = self._accessor(attributes["POSITION"], "VEC3")
+        normals = self._accessor(attributes["NORMAL"], "VEC3") if "NORMAL" in attributes else None
         mesh = self.json["meshes"][node["mesh"]]
         weights = node.get("weights", mesh.get("weights", []))
         for weight, target in zip(weights, primitive.get("targets", []), strict=False):
@@ -361,13 +373,18 @@ class _Reader:
             self.buffers[index] = data
         return self.buffers[index]
 
-    def _accessor(self, index: int) -> Doubles:
+    def _accessor(self, index: int, kind: str = "") -> Doubles:
         """An accessor's elements as float64 (count, components), normalised where it says so."""
         said = self.json["accessors"][index]
+        if kind and said["type"] != kind:
+            raise ValueError(f"not well-formed glTF: {said['type']} where {kind} is due")
         count, width = said["count"], _TYPES[said["type"]]
         dtype = np.dtype(_COMPONENTS[said["componentType"]])
-        if not 0 <= count <= 3 * MAX_FACES:
+        self.numbers += count * width
+        if not 0 <= count <= 3 * MAX_FACES or (width > 4 and count > _NODES):
             raise ValueError(f"mesh: {count} elements in an accessor. Simplify it")
+        if self.numbers > _NUMBERS:
+            raise ValueError(f"mesh: over {_NUMBERS} numbers in its accessors. Simplify it")
         if "bufferView" in said:
             raw = self._strided(said["bufferView"], said.get("byteOffset", 0), count, width, dtype)
         else:

@@ -31,7 +31,8 @@ LIGHTS = (
 )
 # Where a file has no normals, faces that meet at less than this angle are shaded as one surface.
 CREASE_DEG = 35.0
-MAX_FACES = 5_000_000
+MAX_FACES = 2_000_000
+"""Of a mesh: what comes of it takes about 1.5 GB."""
 _FORMATS = (*FORMATS, "TGA", "DDS")
 _MAX_TEXTURE_PIXELS = 1 << 26
 _MAX_TEXTURE_SIDE = 4096  # larger ones are shrunk: linear floats take 16 bytes a pixel

@@ -231,7 +231,7 @@ def _smaller_pictures(body: str, above: int = 8_000) -> str:
         if len(match[1]) >= above:
             # one that is no picture after all stays: the browser shows its alt text
             with contextlib.suppress(OSError, ValueError):
-                picture = Image.open(io.BytesIO(base64.b64decode(match[1])))
+                picture = Image.open(io.BytesIO(base64.b64decode(match[1])), formats=["PNG"])
                 picture.save(stream, "WEBP", lossless=True, method=3)
         data = base64.b64encode(stream.getvalue()).decode()
         return f"data:image/webp;base64,{data}" if 0 < len(data) < len(match[1]) else match[0]
@@ -242,7 +242,7 @@ def _smaller_pictures(body: str, above: int = 8_000) -> str:
 def _png_size(data: str) -> tuple[int, int]:
     """Width and height in pixels of a base64 picture; (0, 0) if it is none."""
     with contextlib.suppress(OSError, ValueError):
-        return Image.open(io.BytesIO(base64.b64decode(data))).size
+        return Image.open(io.BytesIO(base64.b64decode(data)), formats=["PNG", "JPEG"]).size
     return 0, 0
 
 
