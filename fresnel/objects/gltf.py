@@ -373,11 +373,11 @@ class _Reader:
             self.buffers[index] = data
         return self.buffers[index]
 
-    def _accessor(self, index: int, kind: str = "") -> Doubles:
+    def _accessor(self, index: int, due: str = "") -> Doubles:
         """An accessor's elements as float64 (count, components), normalised where it says so."""
         said = self.json["accessors"][index]
-        if kind and said["type"] != kind:
-            raise ValueError(f"not well-formed glTF: {said['type']} where {kind} is due")
+        if due and said["type"] != due:
+            raise ValueError(f"not well-formed glTF: {said['type']} where {due} is due")
         count, width = said["count"], _TYPES[said["type"]]
         dtype = np.dtype(_COMPONENTS[said["componentType"]])
         self.numbers += count * width
