@@ -59,14 +59,14 @@ def parts(
         return [prune(bootstrap.place(b.to(device), decoder, config)[0]) for b in batches]
 
     with torch.no_grad():
-        drawn = bootstrap._drawn(batches[0], decoder, config, device)  # compiles the renderer
+        put_together = bootstrap._drawn(batches[0], decoder, config, device)  # compiles as well
         scenes = zip(timed("decode", len(inputs), decoded), cameras, strict=True)
         timed(
             "render",
             len(inputs),
             lambda: [render_small(*pair, near=bootstrap.NEAR).rgb.sum() for pair in scenes],
         )
-        records = bootstrap._put_together(batches[0], config, *drawn)
+        records = put_together()
     files = timed(
         "encode",
         len(records),

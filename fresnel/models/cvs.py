@@ -360,4 +360,6 @@ def load_shipped(device: torch.device | str = "cpu", model: str = "cvs") -> CVS:
     """
     if model not in SHIPPED:
         raise ValueError(f"no trained {model!r} ships, but {' and '.join(SHIPPED)}; want a file")
-    return CVS.load(weights.shipped(SHIPPED[model], model), device)
+    network = CVS.load(weights.shipped(SHIPPED[model], model), device)
+    network.gate_overridden = False  # as its run has it: allowed, and not needed (runs.jsonl)
+    return network
