@@ -23,6 +23,7 @@ from fresnel.gate import verdict as verdicts
 from fresnel.gate.checks import Check, Seen
 from fresnel.gate.decide import chance, is_faulty
 from fresnel.gate.fix import plan
+from fresnel.poses import transforms
 from fresnel.scene.cameras import orbit
 
 OPTICS: dict[str, Any] = {"focal_px": 38.4, "width": 32, "height": 32}
@@ -66,6 +67,13 @@ def test_the_original_geometry_is_refused_for_its_pivot_not_its_exposure(depth: 
     assert {reason.code: reason.symptom_of for reason in others}["views_empty"] == "pivot_offset"
     assert not {"views_dark", "views_bright"} & {reason.code for reason in others}
     assert any("no usable depth" in note for note in verdict.notes) != depth
+
+
+def test_a_scale_of_depth_explains_no_orbit_around_another_point() -> None:
+    """As the original's kind of decoder has it on heads: nearly empty views of blurred depth."""
+    verdict = judged([transforms.scaled_depth(original(i), 0.85) for i in range(6)])
+    assert verdict.reasons[0].code == "pivot_offset"
+    assert all(reason.symptom_of == "pivot_offset" for reason in verdict.reasons[1:])
 
 
 def with_views(views: ObjectViews, seen: dict[str, Any], first: dict[str, Any]) -> ObjectViews:

@@ -132,7 +132,7 @@ def decide(seen: Seen, rigs: Mapping[int, Rig]) -> tuple[tuple[Reason, ...], tup
         elif seen.final and shown >= max(1, 0.01 * total):
             first = seen.objects[marked[0]]["name"]
             notes.append(f"{finding.code}: {shown} of {total} records, e.g. {first}")
-    found = _explained(found, [rigs[k] for k in suspects if k in rigs])
+    found = _explained(seen, found, [rigs[k] for k in suspects if k in rigs])
     return _ranked(found), tuple(notes)
 
 
@@ -140,7 +140,7 @@ def _codes(found: Sequence[Reason]) -> list[str]:
     return [reason.code for reason in found]
 
 
-def _explained(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
+def _explained(seen: Seen, found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
     """Ask which convention explains a mismatch, and let the answer take its place."""
     codes = _codes(found)
     at = next((codes.index(c) for c in ("pose_mismatch", "input_pose") if c in codes), -1)
@@ -166,6 +166,11 @@ def _explained(found: list[Reason], rigs: Sequence[Rig]) -> list[Reason]:
     # What a mend undoes explains where the cameras seem to look, not the other way round, if it
     # shows as often.
     before = [codes.index(c) for c in ("pivot_offset", "billboard") if c in codes]
+    if result.code in ("focal_length", "depth_mismatch") and "pivot_offset" in codes:
+        # a factor of x moves what is seen by about |x - 1| of its distance, and no further
+        offset = found[codes.index("pivot_offset")].values.get("pivot_relative", 0.0)
+        if offset > seen.config.max_pivot_offset + 2.0 * abs(math.log(result.amounts[0])):
+            return found
     often = max((_often(found[k]) for k in before), default=0.0)
     if (name is None and before) or _often(own) < 0.7 * often:
         return found
