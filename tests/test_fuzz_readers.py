@@ -177,7 +177,8 @@ def test_co3d(photos, frames, data):
 
 
 def test_a_gzip_bomb_is_refused(photos, monkeypatch):
-    monkeypatch.setattr(layout, "MAX_JSON_BYTES", 1 << 20)
+    for module in (layout, formats):
+        monkeypatch.setattr(module, "MAX_JSON_BYTES", 1 << 20)
     whole = gzip.compress(b" " * (1 << 19))
     for data, message in ((whole * 3, "more than"), (whole[:-9], "can't be read")):
         (photos / "frame_annotations.jgz").write_bytes(data)

@@ -120,7 +120,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
         task = CVSTask(net, data[:records], batch_size=2, mirror=True, **options)
         draw = task.batch
         task.batch = lambda step, g: (interrupt() if step + 1 == after else None, draw(step, g))[1]
-        place = {"run_dir": folder / name, "receipt": certify(folder)}
+        place = {"run_dir": folder / name, "receipt": certify(folder, records=records)}
         result = fit(task, **place, config=config, progress_bar=False)
         return torch.cat([p.detach().flatten() for p in result.model.parameters()])
 

@@ -113,7 +113,7 @@ def test_a_picture_that_webp_makes_larger_stays(monkeypatch: pytest.MonkeyPatch)
         def save(self, stream: Any, *_: object, **__: object) -> None:
             stream.write(b"0" * 9_000)
 
-    monkeypatch.setattr(Image, "open", lambda _: Large())
+    monkeypatch.setattr(Image, "open", lambda *_, **__: Large())
     body = f'<img src="data:image/png;base64,{"A" * 8_000}">'
     assert pages._smaller_pictures(body) == body
 
