@@ -166,7 +166,8 @@ def _explained(seen: Seen, found: list[Reason], rigs: Sequence[Rig]) -> list[Rea
     # What a mend undoes explains where the cameras seem to look, not the other way round, if it
     # shows as often.
     before = [codes.index(c) for c in ("pivot_offset", "billboard") if c in codes]
-    if result.code in ("focal_length", "depth_mismatch") and "pivot_offset" in codes:
+    scaled = result.code in ("focal_length", "depth_mismatch") and result.amounts
+    if scaled and "pivot_offset" in codes:
         # a factor of x moves what is seen by about |x - 1| of its distance, and no further
         offset = found[codes.index("pivot_offset")].values.get("pivot_relative", 0.0)
         if offset > seen.config.max_pivot_offset + 2.0 * abs(math.log(result.amounts[0])):
