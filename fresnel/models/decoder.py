@@ -372,7 +372,7 @@ def load_shipped(
     that it learned both ("domains")."""
     model = {"pixel": "decoder", "patch": "decoder-frontal", "faces": "decoder"}[kind]
     if kind == "faces":
-        both = Decoder.load(weights.shipped("decoder_pixel.safetensors", model), device)
-        if "faces" in both.provenance.get("domains", ()):
-            return both
+        both = weights.shipped("decoder_pixel.safetensors", model)
+        if "faces" in weights.read_header(both).get("domains", ()):
+            return Decoder.load(both, device)
     return Decoder.load(weights.shipped(f"decoder_{kind}.safetensors", model), device)
