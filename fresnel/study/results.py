@@ -22,7 +22,7 @@ from fresnel.training.loop import TrainResult
 from fresnel.training.task import Task
 
 Rows = Sequence[Mapping[str, Any]]
-_PLACES = {"export_to", "output_dir", "dataset_dir", "truth_source", "decoder_weights"}
+PLACES = {"export_to", "output_dir", "dataset_dir", "truth_source", "decoder_weights"}
 """Parameters that are of the machine, not the run."""
 
 
@@ -172,7 +172,7 @@ def export(network: Any, path: str | Path, record: RunRecord) -> Path:
     """Write a trained network in half precision, with the run that made it in its metadata."""
     network.provenance = {
         "notebook": record.notebook,
-        "params": {k: v for k, v in record.params.items() if k not in _PLACES},
+        "params": {k: v for k, v in record.params.items() if k not in PLACES},
         "provenance": {k: v for k, v in record.provenance.items() if k != "datasets"},
         "data": [found["content_hash"] for found in record.provenance["datasets"]],
         "started_utc": record.started_utc,

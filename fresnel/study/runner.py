@@ -286,11 +286,27 @@ def _given_up(step: Step, reports: Path, since: str) -> bool:
 
 
 def finished(step: Step, reports: Path) -> bool:
-    """Whether a run of the step's name and parameters has a verdict."""
-    return any(
+    """Whether a run of the step's name and parameters has a verdict, or its weights are there."""
+    return _is_given(step) or any(
         record.get("status") == "finished" and record.get("verdict") != "REFUSED"
         for _, record in _runs(reports, step.name, step.params)
     )
+
+
+def _is_given(step: Step) -> bool:
+    """Whether the file that a step would export was made with its very parameters, elsewhere."""
+    place = project_root() / step.params.get("export_to", "")
+    if not place.is_file():
+        return False
+    from fresnel.models.weights import read_header
+    from fresnel.study.results import PLACES
+
+    try:
+        made = read_header(place).get("params")
+    except ValueError:  # damaged: to be made again
+        return False
+    wanted = {name: value for name, value in step.params.items() if name not in PLACES}
+    return isinstance(made, dict) and all(made.get(k) == value for k, value in wanted.items())
 
 
 def _filled(
