@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fresnel.data.memory import Images, uniform
 from fresnel.data.records import ViewTensors
 from fresnel.evaluation.metrics import psnr
 from fresnel.models import Predictor, cvs
@@ -19,7 +20,6 @@ from fresnel.models.weights import checksum
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.colour import luminance
 from fresnel.training import losses
-from fresnel.training.images import Images, uniform
 
 
 class CVSTask:

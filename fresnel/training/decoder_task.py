@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fresnel.data.memory import Images, uniform
 from fresnel.data.records import ViewTensors
 from fresnel.evaluation.metrics import psnr
 from fresnel.models.decoder import Decoder, DecoderConfig, normalised_depth, resize
@@ -19,7 +20,6 @@ from fresnel.render import Views, render
 from fresnel.scene.cameras import Cameras, mirror_signs, rigid_inverse
 from fresnel.scene.colour import luminance
 from fresnel.scene.gaussians import Gaussians
-from fresnel.training.images import Images, uniform
 from fresnel.training.losses import WEIGHTS, multiview_loss
 
 Batch = dict[str, Tensor]

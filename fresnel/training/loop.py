@@ -1,7 +1,8 @@
 """fit(): the one training loop, for decoder and CVS.
 
 Every random draw of a step follows from (seed, step), so a run that was stopped and resumed is
-bit for bit the run that was not (on one machine, with deterministic kernels).
+bit for bit the run that was not (on one machine, with deterministic kernels). So is one on another
+number of GPUs but for the order of summation: `fresnel.training.ranks`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from fresnel.gate.receipts import GateRefusal, Receipt, require_receipt
 from fresnel.host import machine
 from fresnel.host.files import locked, write_atomic
-from fresnel.training import checkpoints
+from fresnel.training import checkpoints, ranks
 from fresnel.training.checkpoints import SUFFIX
 from fresnel.training.step import Stepper, kernels, step_seed
 from fresnel.training.task import ResumeRefused, Task, TrainConfig
@@ -76,6 +79,9 @@ def fit(
     run_dir/previews/. May be killed at any moment: the next call resumes from `latest`. Of two
     calls with one run_dir at once the second waits for the first.
 
+    In a process of several that have joined (`fresnel.training.ranks`) it is one run by all: each
+    returns its result, rank 0 alone reads and writes in `run_dir`, validates and shows the bar.
+
     Args:
         receipt: the gate's, of the data that `task.data` was made from: their content hashes are
             compared. None, as from data without a receipt: refused.
@@ -86,14 +92,14 @@ def fit(
 
     Raises:
         GateRefusal, ResumeRefused, NonFiniteLoss, OutOfMemory, checkpoints.DiskFull;
-        KeyboardInterrupt after a checkpoint was saved.
+        KeyboardInterrupt after a checkpoint was saved; ranks.ElsewhereFailed where rank 0 raised.
     """
     began = time.perf_counter()
     if receipt is None:
         raise GateRefusal("receipt: got None; validate the data and pass the gate's receipt")
     receipt = require_receipt(task.data, "gate", allow_failed_gate, receipt=receipt)
     overridden = receipt.overridden or bool(getattr(task.model, "gate_overridden", False))
-    folder, rows = Path(run_dir), list[dict[str, Any]]()
+    folder, rows, group = Path(run_dir), list[dict[str, Any]](), ranks.current()
     log_file, kept = folder / "log.jsonl", folder / "checkpoints"
     identity = {
         "train": asdict(config),
@@ -113,40 +119,53 @@ def fit(
     def log(event: str, **values: Any) -> None:
         stamp = {"gate_overridden": True} if overridden else {}
         rows.append({"event": event, "step": now["step"], **values, **stamp})
-        with open(log_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        if group.first:
+            with open(log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+
+    def show() -> None:
+        generator = torch.Generator(device).manual_seed(step_seed(config.seed, -1))
+        with torch.no_grad(), stepper.autocast():
+            picture = Image.fromarray(task.preview(stepper.ema, generator))
+        picture.save(file := BytesIO(), format="PNG")
+        write_atomic(folder / f"previews/step_{now['step']:06d}.png", file.getvalue())
+
+    def validated() -> dict[str, float]:
+        with torch.no_grad(), stepper.autocast():
+            return task.validation(stepper.ema)
+
+    def write(also: list[str]) -> None:
+        writer.save(kept, checkpoints.pack(*state), dict(now), also)
 
     with contextlib.ExitStack() as stack:
         busy = f"{folder}: another process trains there; waiting for it"
-        stack.enter_context(locked(folder / ".lock", busy))
+        group.from_first(lambda: stack.enter_context(locked(folder / ".lock", busy)))
         stepper = Stepper(task, config)
         device, state = stepper.device, (stepper.model, stepper.ema, stepper.optimizer)
         for network in (stepper.model, stepper.ema):
             vars(network)["gate_overridden"] = overridden  # saved with the weights
         machine.reset_peak_memory(device)
-        if not resume:
-            for pattern in ("log.jsonl", "previews/step_*.png", f"checkpoints/*{SUFFIX}"):
-                for path in folder.glob(pattern):
-                    path.unlink()
-        elif found := checkpoints.read_latest(kept):
-            if different := _differing(found[1]["identity"], now["identity"]):
-                raise ResumeRefused(
-                    f"{folder} holds a run with another configuration; differing: "
-                    f"{'; '.join(different)}. Use another run_dir, or resume=False to start over"
-                )
-            checkpoints.unpack(found[0], *state)
-            now, resumed_at = found[1], found[1]["step"]
-            for line in log_file.read_text().splitlines() if log_file.exists() else ():
-                with contextlib.suppress(json.JSONDecodeError):  # a kill may cut the last line
-                    rows.append(json.loads(line))
-            rows = [row for row in rows if row["step"] <= resumed_at]  # others will come again
-        write_atomic(log_file, "".join(json.dumps(row) + "\n" for row in rows))
+        tensors: dict[str, Tensor] | None = None
+
+        def go_on() -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+            nonlocal tensors
+            tensors, then, before = _earlier(folder, now, resume)
+            return then, before, -1 if tensors is None else then["step"]
+
+        now, rows, resumed_at = group.from_first(go_on)
+        if tensors is not None:
+            checkpoints.unpack(tensors, *state)
+        if group.world > 1:
+            tensors = group.share(checkpoints.pack(*state), device)
+            checkpoints.unpack(tensors, *state)
+        del tensors
         log("start", resumed=resumed_at >= 0, **now["identity"])
         stack.enter_context(kernels(config.deterministic, device))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         writer = stack.enter_context(checkpoints.Writer(background=device.type == "cuda"))
-        interrupted = stack.enter_context(interrupt_flag())
-        bar = tqdm(total=config.steps, initial=now["step"], disable=not progress_bar, desc="train")
+        interrupted = stack.enter_context(interrupt_flag(terminate=group.world > 1))
+        quiet = not (progress_bar and group.first)
+        bar = tqdm(total=config.steps, initial=now["step"], disable=quiet, desc="train")
         stack.enter_context(bar)
         if config.compile and now["step"] < config.steps:
             compile_s = stepper.compile()
@@ -154,7 +173,8 @@ def fit(
         mark = stepper.time()
         while True:
             step, done = now["step"], now["step"] == config.steps
-            save = done or due(config.snapshot_every) or interrupted.is_set()
+            stopping = group.any(interrupted.is_set())
+            save = done or due(config.snapshot_every) or stopping
             preview = due(config.preview_every) or (config.preview_every > 0 and done)
             others = (config.log_every, config.validate_every, config.keep_every)
             # what was due at `resumed_at` was done before the checkpoint
@@ -169,29 +189,24 @@ def fit(
                     log("train", **terms, lr=stepper.lr(step - 1), samples_per_s=rate)
                     bar.set_postfix(loss=f"{terms['loss']:.4g}", samples_s=f"{rate:.1f}")
                 if due(config.validate_every) or done:
-                    with torch.no_grad(), stepper.autocast():
-                        values = task.validation(stepper.ema)
+                    values = group.from_first(validated)
                     log("validation", **values)
                     if values["loss"] < now["best_loss"]:
                         now |= {"best_loss": values["loss"], "best_step": step}
                         save = True
                 if preview:
-                    generator = torch.Generator(device).manual_seed(step_seed(config.seed, -1))
-                    with torch.no_grad(), stepper.autocast():
-                        picture = Image.fromarray(task.preview(stepper.ema, generator))
-                    picture.save(file := BytesIO(), format="PNG")
-                    write_atomic(folder / f"previews/step_{step:06d}.png", file.getvalue())
+                    group.from_first(show)
                 if save or due(config.keep_every):
                     also = ["best"] if now["best_step"] == step else []
                     also += [f"step_{step:06d}"] if step and due(config.keep_every) else []
-                    writer.save(kept, checkpoints.pack(*state), dict(now), also)
+                    group.from_first(partial(write, also))
                 mark = stepper.time()
                 # what comes before the first step and after the last one is no pause
                 paused_s += mark - stopped if trained and not done else 0.0
             if done:
                 break
-            if interrupted.is_set():
-                writer.wait()
+            if stopping:
+                group.from_first(writer.wait)
                 raise KeyboardInterrupt(
                     f"stopped at step {step} of {config.steps}; a checkpoint is in {kept}: call "
                     "fit() again with the same arguments to resume"
@@ -201,7 +216,7 @@ def fit(
                 stepper.check_finite(folder)
             now["step"] += 1
             bar.update()
-        writer.wait()
+        group.from_first(writer.wait)
 
     def by_step(pattern: str) -> dict[int, Path]:
         return {int(path.stem[5:]): path for path in sorted(folder.glob(pattern))}
@@ -227,20 +242,47 @@ def fit(
     )
 
 
+def _earlier(
+    folder: Path, now: dict[str, Any], resume: bool
+) -> tuple[dict[str, Tensor] | None, dict[str, Any], list[dict[str, Any]]]:
+    """What an earlier call left in `folder`, once it is known to be of this run: the checkpoint's
+    tensors and metadata (None and `now` if there is none) and the log up to there."""
+    log_file, rows = folder / "log.jsonl", list[dict[str, Any]]()
+    tensors: dict[str, Tensor] | None = None
+    if not resume:
+        for pattern in ("log.jsonl", "previews/step_*.png", f"checkpoints/*{SUFFIX}"):
+            for path in folder.glob(pattern):
+                path.unlink()
+    elif found := checkpoints.read_latest(folder / "checkpoints"):
+        if different := _differing(found[1]["identity"], now["identity"]):
+            raise ResumeRefused(
+                f"{folder} holds a run with another configuration; differing: "
+                f"{'; '.join(different)}. Use another run_dir, or resume=False to start over"
+            )
+        tensors, now = found
+        for line in log_file.read_text().splitlines() if log_file.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # a kill may cut the last line
+                rows.append(json.loads(line))
+        rows = [row for row in rows if row["step"] <= now["step"]]  # others will come again
+    write_atomic(log_file, "".join(json.dumps(row) + "\n" for row in rows))
+    return tensors, now, rows
+
+
 @contextlib.contextmanager
-def interrupt_flag() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a flag that the loop reads between steps; a second one acts."""
-    flag, before = threading.Event(), signal.getsignal(signal.SIGINT)
+def interrupt_flag(*, terminate: bool = False) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a flag that the loop reads between steps; a second one acts. With
+    `terminate` SIGTERM, by which torchrun ends its processes, is such a flag too."""
+    flag, signals = threading.Event(), [signal.SIGINT, *[signal.SIGTERM] * terminate]
 
     def handler(number: int, frame: Any) -> None:
-        if flag.is_set():
+        if flag.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         flag.set()
 
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():  # no other can set handlers
-            signal.signal(signal.SIGINT, handler)
-            stack.callback(signal.signal, signal.SIGINT, before)
+            for number in signals:
+                stack.callback(signal.signal, number, signal.signal(number, handler))
         yield flag
 
 

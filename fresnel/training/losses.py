@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fresnel.data.memory import uniform
 from fresnel.evaluation.metrics import ssim_map
 from fresnel.models.cvs import CVS, CVSConfig, randn
 from fresnel.render import Views
 from fresnel.scene.colour import srgb_to_linear
 from fresnel.scene.gaussians import Gaussians
-from fresnel.training.images import uniform
 
 
 def pixel_weights(config: CVSConfig, target: Tensor, depth: Tensor | None = None) -> Tensor:

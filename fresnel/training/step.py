@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fresnel.host import machine
 from fresnel.models.unet import UNet
+from fresnel.training import ranks
 from fresnel.training.cuda_graphs import Recorded, Recorder
 from fresnel.training.task import NonFiniteLoss, OutOfMemory, Task, TrainConfig
 
@@ -27,11 +28,11 @@ from fresnel.training.task import NonFiniteLoss, OutOfMemory, Task, TrainConfig
 class Stepper:
     """What a training step changes: weights, their average, the optimizer's state, running sums.
 
-    Every random draw follows from (seed, step, micro-batch), so that steps can be repeated. On a
-    GPU nothing in a step waits for the device. `sums`: of the loss terms and the gradient's norm
-    (`names`) in the last `count` steps. `recorder`: records whole steps as CUDA graphs; None where
-    that is not possible. `first_bad`: the first micro-batch (step * accumulate + index) whose loss
-    or gradient was not finite, on the device; -1: none.
+    Every random draw follows from (seed, step, shard), so that steps can be repeated; the ranks of
+    the run share the shards. On a GPU nothing in a step waits for the device. `sums`: of the loss
+    terms and the gradient's norm (`names`) in the last `count` steps. `recorder`: records whole
+    steps as CUDA graphs; None where that is not possible. `first_bad`: the first shard (step *
+    accumulate + number) whose loss or gradient was not finite, on the device; -1: none.
     """
 
     def __init__(self, task: Task, config: TrainConfig) -> None:
@@ -56,11 +57,15 @@ class Stepper:
         self.sums: Tensor | None = None
         self.count = 0
         self.first_bad = torch.full((), -1, device=self.device)
-        self.at = torch.zeros((), dtype=torch.long, device=self.device)  # the micro-batch under way
+        self.at = torch.zeros((), dtype=torch.long, device=self.device)  # the shard under way
         self.generator = torch.Generator(self.device)
+        self.ranks = ranks.current()
+        self.shards = self.ranks.shards(config.accumulate)  # this rank's
+        self.shared: ranks.SharedGradients | None = None
         self.recorder: Recorder | None = None
         # a recorded gradient lives where the next run writes: nothing can be added to it
-        if cuda and config.graphs and config.accumulate == 1 and not config.deterministic:
+        one_each = config.accumulate == self.ranks.world
+        if cuda and config.graphs and one_each and not config.deterministic:
             if task.phase(0.0) is not None:
                 self.recorder = Recorder(self.generator)
             else:
@@ -106,7 +111,7 @@ class Stepper:
         group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
         with self.explained_memory_errors(step):
             if self.recorder:
-                self.seed(step, 0)
+                self.seed(step, self.shards[0])
                 phase = self.task.phase(step / self.config.steps)
                 self.recorder.run(phase, lambda: self.optimise(step))
             else:
@@ -119,23 +124,41 @@ class Stepper:
         """Gradients and update. Where this is recorded, what differs between steps is in tensors:
         the state of the generator (seeded before), `at` and the learning rate."""
         parts = self.config.accumulate
+        before = self.first_bad.clone() if self.ranks.world > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
         totals = []
-        for micro in range(parts):
+        for shard in self.shards:
             if not self.recorder:
-                self.seed(step, micro)
+                self.seed(step, shard)
             terms = self.forward(step, step / self.config.steps)
             (terms["loss"] / parts).backward()
             self.note_bad(terms["loss"])
             self.names = [*terms, "grad_norm"]
             totals.append(torch.stack([value.detach() for value in terms.values()]).double())
+        means = torch.stack(totals).mean(dim=0)
+        if before is not None:
+            means = self.reduce(means * (len(totals) / parts), before)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.note_bad(norm)
-        values = torch.cat([torch.stack(totals).mean(dim=0), norm.detach().double()[None]])
+        values = torch.cat([means, norm.detach().double()[None]])
         self.sums = torch.zeros_like(values) if self.sums is None else self.sums
         self.sums += values
         if not self.failed():
             self.optimizer.step()
+
+    def reduce(self, values: Tensor, before: Tensor) -> Tensor:
+        """Sum gradients and `values` over the ranks, and agree on the first bad shard, of which
+        they knew `before` this step."""
+        if self.shared is None:
+            self.shared = ranks.SharedGradients(self.ranks, self.parameters, len(values))
+        self.note_bad(self.shared.collect())
+        parts = self.config.accumulate
+        mine = torch.where(self.first_bad < 0, self.first_bad, self.first_bad % parts)
+        values, bad = self.shared.sum(values, mine)
+        self.at -= self.at % parts  # shard 0, for what is found out after this by all
+        found = torch.where(bad < 0, bad, self.at + bad)
+        self.first_bad.copy_(torch.where(before < 0, found, before))
+        return values
 
     @contextlib.contextmanager
     def explained_memory_errors(self, step: int) -> Iterator[None]:
@@ -152,18 +175,18 @@ class Stepper:
             ) from error
 
     def forward(self, step: int, progress: float) -> dict[str, Tensor]:
-        """The loss terms of the micro-batch that was seeded."""
+        """The loss terms of the shard that was seeded."""
         batch = self.task.batch(step, self.generator)
         self.model.train()
         with self.autocast():
             return self.task.loss(batch, progress=progress, generator=self.generator, ema=self.ema)
 
-    def seed(self, step: int, micro: int) -> None:
-        """Every draw of a micro-batch follows from this."""
-        seed = step_seed(self.config.seed, step, micro)
+    def seed(self, step: int, shard: int) -> None:
+        """Every draw of a shard follows from this."""
+        seed = step_seed(self.config.seed, step, shard)
         torch.manual_seed(seed)  # layers that take no generator, such as dropout
         self.generator.manual_seed(seed)
-        self.at.fill_(step * self.config.accumulate + micro)
+        self.at.fill_(step * self.config.accumulate + shard)
 
     def note_bad(self, value: Tensor) -> None:
         bad = ~value.detach().isfinite()
@@ -174,17 +197,23 @@ class Stepper:
         return self.device.type == "cpu" and int(self.first_bad) >= 0
 
     def check_finite(self, folder: Path) -> None:
-        """Raise NonFiniteLoss if a step's loss or gradient was not finite, once the first such
-        batch, which is made again, is in `folder`. Waits for the device."""
-        if (found := int(self.first_bad)) < 0:
+        """Raise NonFiniteLoss if a step's loss or gradient was not finite on any rank, once rank 0
+        has the first such batch, which is made again, in `folder`. Waits for the device."""
+        if (at := int(self.first_bad)) < 0:
             return
-        step, micro = divmod(found, self.config.accumulate)
-        self.seed(step, micro)
-        batch = self.task.batch(step, self.generator)
-        tensors = {k: v.detach().cpu().clone() for k, v in batch.items() if isinstance(v, Tensor)}
+        step, shard = divmod(at, self.config.accumulate)
         names = [name for name, mean in self.take_terms().items() if not math.isfinite(mean)]
         path = folder / f"nonfinite_step_{step:06d}.safetensors"
-        save_file(tensors, path, {"fresnel": json.dumps({"step": step, "terms": names})})
+
+        def keep() -> None:
+            self.seed(step, shard)
+            batch = self.task.batch(step, self.generator)
+            found = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+            tensors = {name: x.detach().cpu().clone() for name, x in found.items()}
+            said = {"step": step, "shard": shard, "terms": names}
+            save_file(tensors, path, {"fresnel": json.dumps(said)})
+
+        self.ranks.from_first(keep)
         raise NonFiniteLoss(
             f"step {step}: not finite: {', '.join(names)}. The batch is in {path}; look at it, "
             "or lower lr. The last checkpoint is from before this step",
@@ -228,9 +257,9 @@ class Stepper:
         return time.perf_counter()
 
 
-def step_seed(seed: int, step: int, micro: int = 0) -> int:
+def step_seed(seed: int, step: int, shard: int = 0) -> int:
     """A 63-bit seed that depends on these numbers and on nothing else."""
-    text = f"{seed}/{step}/{micro}" if micro else f"{seed}/{step}"
+    text = f"{seed}/{step}/{shard}" if shard else f"{seed}/{step}"
     return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) >> 1
 
 
