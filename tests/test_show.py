@@ -25,7 +25,7 @@ from fresnel.objects import furniture
 from fresnel.render import Views
 from fresnel.scene.cameras import orbit
 from fresnel.scene.gaussians import Gaussians
-from fresnel.show import charts, credits, gate, pictures, style, widgets
+from fresnel.show import charts, credits, gate, pictures, scenes, style, widgets
 
 
 def cloud(count: int = 50) -> widgets.Scene:
@@ -132,7 +132,7 @@ def test_a_scene_keeps_what_can_be_seen_and_survives_its_file(tmp_path: Path) ->
     torch.testing.assert_close(again.gaussians.colors, scene.gaussians.colors, atol=3e-3, rtol=0)
     torch.testing.assert_close(again.cameras.viewmats, scene.cameras.viewmats)
     torch.testing.assert_close(again.input_camera.Ks, scene.input_camera.Ks)
-    picture = widgets.still(again, 48)
+    picture = scenes.still(again, 48)
     assert picture.shape == (48, 48, 3) and picture.max() > 60
 
 
@@ -250,6 +250,34 @@ def test_gaussians_are_shown_as_large_as_decoders_are_trained_to_be_drawn() -> N
         shown = widgets.scene(tiny, camera, camera[0], torch.zeros(3))
         expected = torch.full((2, 3), 0.3**0.5 * 2.2 / (1.2 * 128))
         torch.testing.assert_close(shown.gaussians.scales, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_what_is_drawn_fills_the_frame_from_all_sides_wherever_the_pivot_is() -> None:
+    """Of the original it lies three units away from the object."""
+    torch.manual_seed(0)
+    means = torch.randn(200, 3) * torch.tensor([0.05, 0.2, 0.1]) + torch.tensor([0.0, 0.3, 3.0])
+    turns, scales = torch.tensor([[1.0, 0, 0, 0]]).expand(200, 4), torch.full((200, 3), 0.02)
+    many = Gaussians(means, turns, scales, torch.full((200,), 0.9), torch.zeros(200, 3))
+    size = {"focal_px": 80, "width": 64, "height": 64}
+    camera = orbit(torch.tensor([20.0]), 10.0, 5.0, pivot=(0, 0, 0), **size)
+    one = scenes.scene(many, camera, camera[0], torch.zeros(3))
+    torch.testing.assert_close(one.middle, torch.tensor([0.0, 0.3, 3.0]), atol=0.06, rtol=0)
+    frames = np.stack(scenes.turntable(one, 64))
+    assert frames.shape == (36, 64, 64, 3) and (frames[:, :2, :2] == scenes.GROUND).all()
+    there = frames[..., 0] < scenes.GROUND / 2
+    rows, columns = (there.any(axis=axes).nonzero()[0] for axes in ((0, 2), (0, 1)))
+    assert 44 < rows[-1] - rows[0] + 1 <= 64 and abs(rows.mean() - 31.5) < 5
+    areas = there.mean(axis=(1, 2))
+    assert abs(columns.mean() - 31.5) < 5 and areas.min() > 0.05
+    assert areas.max() > 1.2 * areas.min(), "it turns: it is twice as deep as wide"
+
+
+def test_smoke_is_nothing_and_colours_are_straight() -> None:
+    alpha = torch.tensor([0.0, 0.04, 0.53, 1.0])[:, None, None, None]
+    drawn = scenes.straight(Views(0.5 * alpha.expand(4, 1, 1, 3), alpha, alpha))
+    wanted = [[0] * 4, [0] * 4, [128] * 3 + [128], [128] * 3 + [255]]
+    np.testing.assert_allclose(drawn[:, 0, 0], wanted, atol=1)
+    np.testing.assert_allclose(scenes.on_ground(drawn)[:, 0, 0, 0], [236, 236, 182, 128], atol=1)
 
 
 def test_furniture_is_named_with_author_licence_and_source(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from fresnel.scene.gaussians import Gaussians
 
 __all__ = ["Views", "render"]
 
+EPS2D = 0.3
+"""Variance that `render` adds to every projected Gaussian, square pixels."""
 Backend = Literal["auto", "cpu", "gsplat", "reference"]
 
 
@@ -48,7 +50,7 @@ def render(
     background: Tensor | Sequence[float] | None = None,
     backend: Backend = "auto",
     near: float = 0.01,
-    eps2d: float = 0.3,
+    eps2d: float = EPS2D,
 ) -> Views:
     """Render scenes from cameras, differentiably.
 

@@ -21,7 +21,7 @@ from fresnel.models.cvs import CVS, CVSConfig
 from fresnel.models.decoder import DecoderConfig
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras, intrinsics, orbit, relative_azimuth_deg
-from fresnel.show.widgets import Scene, scene
+from fresnel.show.scenes import Scene, scene
 from fresnel.training.cvs_task import CVSTask
 from fresnel.training.decoder_task import DecoderTask
 
