@@ -127,6 +127,7 @@ _STEPS: Any = (
     ("--timeout", float, "most a notebook may take", "SECONDS"),
     ("--cell-timeout", float, "most a cell may take", "SECONDS"),
     ("--profile", (None, "auto", "cpu", "gpu"), "default: auto"),
+    ("--domain", (None, "faces", "objects"), "what a profile is about"),
     epilog="Exit status of one notebook: 0 it finished, whatever its verdict; 1 a cell failed; "
     "2 wrong use; 3 refused by its protocol; 4 its Python died; 5 the page is a plain one; 6 "
     "the disk is full; 124 timed out; 130 stopped. Of a profile: 0, 1 (a crash, an unexpected "
@@ -141,8 +142,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     reports = report.reports_folder(arguments.reports)
     if arguments.notebook:
-        if arguments.profile or arguments.only or arguments.list:
-            raise ValueError("give a notebook, or --profile with --only/--list, not both")
+        if arguments.profile or arguments.only or arguments.list or arguments.domain:
+            raise ValueError("give a notebook, or --profile with --domain/--only/--list, not both")
         places = _path(arguments.notebook), _NOTEBOOKS.parent / arguments.notebook
         notebook = next(filter(Path.is_file, places), None)
         if notebook is None:
@@ -181,7 +182,8 @@ def _steps(arguments: argparse.Namespace, detect: Callable[[], str]) -> tuple[st
         values = dict(text.partition("=")[::2] for text in arguments.set)
         return arguments.study.stem, runner.override(steps, values)
     profile = detect() if arguments.profile in (None, "auto") else arguments.profile
-    return profile, runner.load(_NOTEBOOKS / "params" / f"profile_{profile}.yaml")
+    place = _NOTEBOOKS / "params" / f"profile_{profile}.yaml"
+    return profile, runner.load(place, domain=arguments.domain or runner.MAIN_DOMAIN)
 
 
 def _parameters(arguments: argparse.Namespace, notebook: Path) -> dict[str, Any]:

@@ -63,6 +63,21 @@ def table(folder: Path, *records: dict) -> pd.DataFrame:
     return runs.read(folder)
 
 
+def test_the_main_jobs_runs_of_the_other_domain_are_left_out(tmp_path: Path) -> None:
+    """Whatever is newer; the runs of a study and those of before the parameter count for both."""
+    rows = [("01-original", "faces", 1), ("01-corrected", "objects", 1), ("02-control", "", 1)]
+    rows += [("03-gated-s0", "objects", 1), ("01-corrected", "faces", 2)]
+    table(tmp_path / "all", *(
+        {"name": name, "params": {"domain": of}, "started_utc": f"2026-01-0{day}T00:00:00+00:00"}
+        for name, of, day in rows
+    ))  # fmt: skip
+    told = {of: runs.roles(runs.read(tmp_path / "all", domain=of)) for of in ("faces", "objects")}
+    assert [*told["faces"]] == ["01-original", "01-corrected", "02-control", "03-corrected"]
+    assert told["faces"]["01-corrected"].params["domain"] == "faces"
+    assert [*told["objects"]] == ["01-corrected", "02-control", "03-corrected"]
+    assert told["objects"]["01-corrected"].params["domain"] == "objects"
+
+
 def test_what_newer_runs_measured_is_read_and_older_ones_stay_as_they_were(tmp_path: Path) -> None:
     older = [training("gated", 25.0, seed) for seed in range(2)]
     figures = runs.figures(known := table(tmp_path / "older", *older))

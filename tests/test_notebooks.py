@@ -17,6 +17,7 @@ from fresnel.data import dataset
 from fresnel.evaluation import metrics as evaluate
 from fresnel.gate import receipts
 from fresnel.models.decoder import load_shipped
+from fresnel.objects import sources
 from fresnel.render import Views
 from fresnel.report import record
 from fresnel.report import run as report
@@ -285,6 +286,11 @@ def test_house_rules(path):
 
 def test_profiles_name_real_parameters():
     for profile in sorted((NOTEBOOKS[0].parent / "params").glob("profile_*.yaml")):
-        for step in runner.load(profile):
-            check_parameters(read_parameters(step.notebook), step.params)
-            assert step.expect in {"PASS", "FAIL", "GO", "NO-GO", "DONE", None}
+        places = []
+        for domain in sources.EMBEDDED:
+            for step in (steps := runner.load(profile, domain=domain)):
+                check_parameters(read_parameters(step.notebook), step.params)
+                assert step.expect in {"PASS", "FAIL", "GO", "NO-GO", "DONE", None}
+                assert step.params["domain"] == domain
+            places.append({step.params.get("dataset_dir") for step in steps} - {None})
+        assert places[0] and not places[0] & places[1], "neither replaces the other's data"

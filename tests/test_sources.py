@@ -15,12 +15,15 @@ from PIL import Image
 from test_dataset import write_original
 from test_formats import co3d, colmap, nerfstudio, truth  # noqa: F401
 
+from fresnel.bootstrap import CORRECTED, ORIGINAL, bootstrap
 from fresnel.data import dataset, layout
 from fresnel.data.dataset import DatasetError, MultiViewDataset, ObjectViews
 from fresnel.gate import verdict
 from fresnel.objects import furniture, sources
 from fresnel.objects.assets import embedded_assets
 from fresnel.report import run as report
+from fresnel.study import arms
+from fresnel.study import data as training_data
 from fresnel.training.cvs_task import pairs_of
 
 ASSETS = Path(dataset.__file__).parents[1] / "assets"
@@ -185,6 +188,43 @@ def test_a_dataset_is_a_source_of_truth_and_of_inputs(boxes: MultiViewDataset) -
     assert inputs.names == ("box0__0", "box2__0") and "2 input views" in words
     half, _ = sources.input_images(source, images=9, image_size=16, objects="B")
     assert set(half.names) == set(sources.part(boxes, "B").names)
+
+
+def test_the_heads_that_ship_tell_the_same_story(tmp_path: Path) -> None:
+    """The control and the corrected bootstrap, by the decoders of heads; what is trained on them is
+    compared with those and judged on other heads."""
+    source = sources.of_domain("embedded", "faces")
+    inputs, said = sources.input_images(source, images=3, image_size=32, cache=tmp_path)
+    assert len(inputs) == 3 and "3 portraits" in said
+    for config, refused in ((ORIGINAL, True), (CORRECTED, False)):
+        drawn_by = arms.load_decoder(config.decoder_kind, "cpu", "", "faces")
+        data = bootstrap(
+            inputs, drawn_by, replace(config, image_size=32), tmp_path / config.name,
+            source=training_data.origin("faces"),
+        )  # fmt: skip
+        codes = [reason.code for reason in verdict.validate(data, progress=False).reasons]
+        assert codes[:1] == (["pivot_offset"] if refused else []), codes
+        assert not data.meta.get("gate_overridden")
+        assert training_data.domain_of(data) == "faces"
+        assert training_data.domain_of(data, "objects") == "objects"
+    with pytest.raises(ValueError, match="domain: got 'cats'"):
+        training_data.domain_of(data, "cats")
+    with pytest.raises(ValueError, match="domain: got 'cats'"):
+        sources.of_domain("embedded", "cats")
+    assert sources.of_domain("photos/", "faces") == "photos/"
+    views = data.tensors()
+    options = {"original": False, "device": "cpu", "model": "cvs"}
+    shown = {
+        domain: arms.rivals(views, domain=domain, **options)["decoder render"](
+            views.inputs[:1], views.cameras[:1]
+        ).rgb
+        for domain in ("objects", "faces")
+    }
+    assert (shown["objects"] - shown["faces"]).abs().mean() > 0.01
+    judges = sources.ground_truth(source, "held_out", image_size=32, objects=2, cache=tmp_path)
+    validating = training_data.validation_objects(source, judges, device="cpu")
+    assert validating is not None and len(validating) == training_data.VALIDATION_OBJECTS
+    sources.require_apart(validating.names, judges.names)
 
 
 def test_photographs_have_no_parts(tmp_path: Path) -> None:

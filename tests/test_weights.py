@@ -101,10 +101,11 @@ def test_damaged_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_what_ships_loads_and_says_what_it_is(tmp_path: Path) -> None:
-    for kind in ("pixel", "patch"):
+    for kind in ("pixel", "patch", "patch_faces"):
         network = decoder.load_shipped(kind)
-        assert network.config.kind == kind and network.render_size == 128
+        assert network.config.kind == kind.split("_")[0] and network.render_size == 128
         assert network.provenance["notebook"] == "03_full_train"
+        assert not network.gate_overridden
     for model in cvs.SHIPPED:
         network = cvs.load_shipped(model=model)
         assert network.config.render_twin is (model == "cvs-twin") and not network.training
@@ -121,6 +122,7 @@ def test_without_shipped_weights_the_message_says_what_to_do(
     monkeypatch.setattr(weights.resources, "files", lambda _: tmp_path)
     for load, kind, file in (
         (cvs.load_shipped, "cpu", r"cvs\.safetensors"),
+        (lambda of: cvs.load_shipped(model="cvs-twin", domain=of), "faces", "cvs_twin_faces"),
         (decoder.load_shipped, "patch", r"decoder_patch\.safetensors"),
     ):
         with pytest.raises(FileNotFoundError, match=f"{file}.*03_full_train"):

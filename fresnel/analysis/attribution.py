@@ -80,14 +80,14 @@ def locked(decoder: Decoder) -> Decoder:
 
 
 def decoder_pairs(
-    frontal_weights: str, multiview_weights: str, device: str
+    frontal_weights: str, multiview_weights: str, device: str, domain: str = "objects"
 ) -> dict[str, dict[str, Decoder]]:
     """Seed -> {"frontal", "multi-view"}, for every seed that both kinds were trained with.
 
     Args:
         frontal_weights, multiview_weights: files that notebook 03 exported, below the project where
             not absolute; "{seed}" stands for whatever numbers there are, a file without it serves
-            every seed; "": the one that ships.  Without any seed the only key is "".
+            every seed; "": the one that ships, of `domain`.  Without any seed the only key is "".
 
     Raises ValueError if a file is missing, or the two have no seed in common."""
     kinds: dict[str, tuple[Literal["patch", "pixel"], str]]
@@ -107,7 +107,7 @@ def decoder_pairs(
         raise ValueError(f"no seed in common: {frontal_weights!r} and {multiview_weights!r}")
     return {
         seed: {
-            name: load_decoder(kind, device, files.get(name, {}).get(seed, text))
+            name: load_decoder(kind, device, files.get(name, {}).get(seed, text), domain)
             for name, (kind, text) in kinds.items()
         }
         for seed in sorted(seeds or [""], key=lambda seed: int(seed or 0))

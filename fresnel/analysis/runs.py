@@ -35,12 +35,13 @@ _METRICS = ("psnr", "psnr_white", "psnr_foreground", "ssim", *EXTRA, *RATIOS)
 _KEYS = ["arm", "metric", "predictor", "bin", "seed"]
 
 
-def read(folder: str | Path, prefix: str = "") -> pd.DataFrame:
+def read(folder: str | Path, prefix: str = "", domain: str = "") -> pd.DataFrame:
     """The newest run of each name below a folder that finished and was not refused: of every
     results.json, and of every `TABLE`, which is how a study is published (reports/published/study).
 
     Args:
         prefix: what the names of the main job's runs start with.
+        domain: of the main job's runs those of "objects" or "faces" alone.
 
     Returns:
         A row a run, by name: columns of results.json, and
@@ -51,6 +52,10 @@ def read(folder: str | Path, prefix: str = "") -> pd.DataFrame:
     """
     finished = (r for r in _records(Path(folder)) if r.get("status") == "finished")
     judged = [r for r in finished if r.get("name") and r.get("verdict") != "REFUSED"]
+    if domain:
+        main = {prefix + role for role in ROLES}
+        other = "faces" if domain == "objects" else "objects"
+        judged = [r for r in judged if r["name"] not in main or r["params"].get("domain") != other]
     ordered = sorted(reversed(judged), key=lambda run: run["started_utc"])  # results.json wins
     newest = {run["name"]: run for run in ordered}
     steps = {name: re.sub(r"-s\d+$", "", name) for name in newest}

@@ -181,9 +181,15 @@ def portrait(rgba: np.ndarray, face: Face) -> tuple[np.ndarray, int, tuple[float
 
 
 def read_folder(
-    folder: str | Path, size: int, *, elevation_deg: float = 15.0, most: int | None = None
+    folder: str | Path,
+    size: int,
+    *,
+    elevation_deg: float | None = None,
+    most: int | None = None,
+    domain: str = "objects",
 ) -> tuple[InputImages, str]:
-    """The (`most` first) pictures of a folder by `read`, sorted by name, and what is assumed.
+    """The (`most` first) pictures of a folder by `read`, sorted by name, and what is assumed; all
+    of them of one `domain`, since one decoder is to draw them.
 
     Raises:
         DatasetError: if the folder is missing or holds no image, or one can't be read.
@@ -192,10 +198,11 @@ def read_folder(
     if not paths:
         what = f"holds no image; want files ending in {images.IMAGE_SUFFIXES}"
         raise DatasetError(f"{folder}: {what if Path(folder).is_dir() else 'no such folder'}")
+    if elevation_deg is None:
+        elevation_deg = ELEVATION_DEG[domain]
+    options = {"elevation_deg": elevation_deg, "size": size, "domain": domain}
     with ThreadPoolExecutor() as pool:
-        photos = list(
-            pool.map(lambda path: read(path, elevation_deg=elevation_deg, size=size), paths)
-        )
+        photos = list(pool.map(lambda path: read(path, **options), paths))
     names = tuple(path.stem for path in paths)
     if len(set(names)) < len(paths):
         names = tuple(path.name for path in paths)

@@ -352,14 +352,17 @@ SHIPPED = {"cvs": "cvs.safetensors", "cvs-twin": "cvs_twin.safetensors"}
 """Model of `arms.make_task` -> the trained CVS that comes with the package."""
 
 
-def load_shipped(device: torch.device | str = "cpu", model: str = "cvs") -> CVS:
+def load_shipped(
+    device: torch.device | str = "cpu", model: str = "cvs", domain: str = "objects"
+) -> CVS:
     """A small trained CVS (6 M parameters, 128 px) that comes with the package: "cvs" draws a view
-    anew, "cvs-twin" adds to what the shipped pixel decoder makes of it.
+    anew, "cvs-twin" adds to what the shipped pixel decoder (of "faces", that of heads) makes of it.
 
     ValueError if none of this model ships; also raises as `weights.shipped`.
     """
     if model not in SHIPPED:
         raise ValueError(f"no trained {model!r} ships, but {' and '.join(SHIPPED)}; want a file")
-    network = CVS.load(weights.shipped(SHIPPED[model], model), device)
+    name = SHIPPED[model] if domain == "objects" else SHIPPED[model].replace(".", f"_{domain}.")
+    network = CVS.load(weights.shipped(name, model), device)
     network.gate_overridden = False  # as its run has it: allowed, and not needed (runs.jsonl)
     return network

@@ -364,13 +364,14 @@ def predictor(model: Decoder) -> Predictor:
 
 
 def load_shipped(
-    kind: Literal["pixel", "patch", "faces"] = "pixel", device: torch.device | str = "cpu"
+    kind: Literal["pixel", "patch", "faces", "patch_faces"] = "pixel",
+    device: torch.device | str = "cpu",
 ) -> Decoder:
     """The small trained decoder that comes with the package; raises as `weights.shipped`.
 
     "faces" is of the pixel kind, trained on heads; or the pixel decoder itself, where its file says
-    that it learned both ("domains")."""
-    model = {"pixel": "decoder", "patch": "decoder-frontal", "faces": "decoder"}[kind]
+    that it learned both ("domains"). "patch_faces" is of the patch kind, on portraits of heads."""
+    model = "decoder-frontal" if kind.startswith("patch") else "decoder"
     if kind == "faces":
         both = weights.shipped("decoder_pixel.safetensors", model)
         if "faces" in weights.read_header(both).get("domains", ()):

@@ -35,6 +35,8 @@ HEADS = {
     for split in ("train", "held_out")
 }
 """The embedded heads: multi-view data, 16 people from 8 sides, and 8 others from 12."""
+EMBEDDED = {"objects": "embedded", "faces": "heads"}
+"""Domain -> the source of it that ships."""
 PARTS = (
     '"all", "train", "val", "test", "unshipped", "A", "B", "A<n>" or "rest<n>" (such as "A50", '
     '"rest50")'
@@ -57,6 +59,13 @@ def embedded_heads(split: str, cache: Path | None = None) -> MultiViewDataset:
             with replaced(target) as folder, zipfile.ZipFile(archive) as packed:
                 packed.extractall(folder)
     return dataset.open(target)
+
+
+def of_domain(source: str, domain: str) -> str:
+    """The source meant where a notebook's says "embedded": what ships of that domain."""
+    if domain not in EMBEDDED:
+        raise ValueError(f"domain: got {domain!r}, want 'objects' or 'faces'")
+    return EMBEDDED[domain] if source == "embedded" else source
 
 
 def holds_objects(path: str | Path) -> bool:
@@ -169,10 +178,11 @@ def input_images(
     images: int,
     image_size: int,
     seed: int = 0,
-    elevation_deg: float = 15.0,
+    elevation_deg: float | None = None,
     objects: str = "all",
     exclude_embedded: bool = False,
     cache: Path | None = None,
+    domain: str = "objects",
 ) -> tuple[InputImages, str]:
     """Single images for the bootstrap, and a sentence on where they come from.
 
@@ -185,9 +195,10 @@ def input_images(
             one scale and one pivot.
         images: at most so many; rendered objects are seen from as many input poses as it takes.
         image_size: pixels, of photographs as they are read; renders are at least `INPUT_SIZE`.
-        elevation_deg: assumed elevation of photographs.
+        elevation_deg: assumed elevation of photographs (None: of their domain).
         objects: which objects' images, for sources that know objects: see `part`.
         exclude_embedded: leave out the objects of a .zip that ship with the library.
+        domain: of photographs: "objects", or "faces", which are framed as heads.
     """
     if source == "heads":
         heads = part(embedded_heads("train", cache), objects).subset(slice(images))
@@ -215,8 +226,11 @@ def input_images(
     if objects != "all":
         raise ValueError(f"objects: got {objects!r}, but {source} is a folder of photographs")
     if data is None:
-        inputs, assumed = photos.read_folder(source, size, elevation_deg=elevation_deg, most=images)
+        inputs, assumed = photos.read_folder(
+            source, size, elevation_deg=elevation_deg, most=images, domain=domain
+        )
         return inputs, f"{len(inputs)} images from {name}. Assumed: {assumed}"
+    elevation_deg = photos.ELEVATION_DEG[domain] if elevation_deg is None else elevation_deg
     inputs = as_photographs(data.subset(slice(images)).inputs(), size, elevation_deg)
     return inputs, f"{len(inputs)} pictures of {name}, cameras assumed"
 

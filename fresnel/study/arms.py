@@ -54,6 +54,7 @@ def make_task(
     pairs: Tensor | None = None,
     renderer: evaluate.Predictor | None = None,
     initial_weights: str | Path = "",
+    domain: str = "objects",
     **common: Any,
 ) -> Any:
     """The task `train.fit` runs: a network, seeded, and its data on the device.
@@ -74,6 +75,7 @@ def make_task(
         renderer: of the `RENDER_MODELS`.
         initial_weights: of the CVS: "" (random), "shipped" ("cvs" and "cvs-twin" ship), or a file
             that 03 exported.
+        domain: whose CVS "shipped" is: "objects" or "faces".
         common: `batch_size`, `device`, and `validation`: objects for the training's own figures,
             its "best" checkpoint and its pictures; neither trained on nor those that judge it in
             the end (None: the training's).
@@ -95,7 +97,9 @@ def make_task(
     )
     if initial_weights:
         ships = initial_weights == "shipped"
-        network.start_from(cvs.load_shipped(model=model) if ships else CVS.load(initial_weights))
+        network.start_from(
+            cvs.load_shipped(model=model, domain=domain) if ships else CVS.load(initial_weights)
+        )
     common |= {"mirror": augment, "colour_jitter": 0.3 if augment else 0.0}
     return CVSTask(network, data, pairs=pairs, renderer=renderer, **common)
 
@@ -123,19 +127,23 @@ def original_camera_map(
 
 
 def load_decoder(
-    kind: Literal["pixel", "patch"], device: str, weights: str | Path = ""
+    kind: Literal["pixel", "patch"], device: str, weights: str | Path = "", domain: str = "objects"
 ) -> decoder.Decoder:
-    """The decoder of an arm: a checkpoint of notebook 03, or ("") the one that ships."""
+    """The decoder of an arm: a checkpoint of notebook 03, or ("") the domain's that ships."""
     if weights:
         return decoder.Decoder.load(weights, device)
+    if domain == "faces":
+        return decoder.load_shipped("patch_faces" if kind == "patch" else "faces", device)
     return decoder.load_shipped(kind, device)
 
 
-def renderer(model: str, device: str, weights: str | Path = "") -> evaluate.Predictor | None:
+def renderer(
+    model: str, device: str, weights: str | Path = "", domain: str = "objects"
+) -> evaluate.Predictor | None:
     """What the `RENDER_MODELS` see beside their input, the decoder's own views; None for others."""
     if model not in RENDER_MODELS:
         return None
-    return decoder.predictor(load_decoder("pixel", device, weights))
+    return decoder.predictor(load_decoder("pixel", device, weights, domain))
 
 
 def predictor(
@@ -176,21 +184,23 @@ def rivals(
     device: str,
     weights: str | Path = "",
     initial_weights: str | Path = "",
+    domain: str = "objects",
 ) -> dict[str, evaluate.Predictor]:
     """What a model is compared with: trivial baselines, and for a CVS the decoder's own render;
     where it started from shipped weights, also what ships for `views` (`sampling`).
 
     Args:
         weights: of that decoder; "": the shipped one.
-        initial_weights: as for `make_task`.
+        initial_weights, domain: as for `make_task`.
     """
     others = dict(evaluate.baselines(views))
     if model in CVS_MODELS:
-        own = load_decoder("patch" if original else "pixel", device, weights)
+        own = load_decoder("patch" if original else "pixel", device, weights, domain)
         others["decoder render"] = predictor("decoder-frontal" if original else "decoder", own)
         if initial_weights == "shipped" and not original:
-            twin = cvs.load_shipped(device, "cvs-twin")
-            others["shipped twin"] = cvs.predictor(twin, renderer=renderer("cvs-twin", device))
+            twin = cvs.load_shipped(device, "cvs-twin", domain)
+            sees = renderer("cvs-twin", device, domain=domain)
+            others["shipped twin"] = cvs.predictor(twin, renderer=sees)
     return others
 
 
@@ -215,12 +225,13 @@ def held_out_scene(
     original: bool,
     device: str,
     weights: str | Path = "",
+    domain: str = "objects",
 ) -> Scene:
     """The first held-out object as the model's decoder makes it: its own where the model is one,
     the one it is compared with where it is a CVS; in the original's world for the original."""
     inputs, cameras, pivots = truth[[0]].inputs, truth[[0]].cameras, truth[[0]].pivots
     if model in CVS_MODELS:
-        network = load_decoder("patch" if original else "pixel", device, weights)
+        network = load_decoder("patch" if original else "pixel", device, weights, domain)
     if not original and model != "decoder-frontal":
         return scene(network.world(inputs)[0], cameras[0], inputs.cameras[0], pivots[0])
     source, cameras, pivots = original_camera_map(inputs, cameras)

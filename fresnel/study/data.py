@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 
 from fresnel import gate
 from fresnel.bootstrap import CORRECTED, ORIGINAL, BootstrapConfig, bootstrap
-from fresnel.data import dataset
+from fresnel.data import dataset, faces
 from fresnel.data.dataset import MultiViewDataset, ViewTensors
 from fresnel.host.files import fingerprint
 from fresnel.host.machine import runs_dir
-from fresnel.models.decoder import load_shipped
 from fresnel.objects import sources
 from fresnel.report.provenance import NOT_TRAINING, code_hash
 from fresnel.report.record import Recorder
+from fresnel.study.arms import load_decoder
 
 VALIDATION_OBJECTS = 4
 """Embedded training objects whose true views a training is validated on."""
@@ -76,6 +76,24 @@ def bootstrap_config(
     )
 
 
+def origin(domain: str) -> dict[str, str]:
+    """What a bootstrap of that domain keeps of where its inputs come from, for `domain_of`."""
+    return {} if domain == "objects" else {"domain": domain}
+
+
+def domain_of(data: MultiViewDataset, asked: str = "") -> str:
+    """Whose decoders, CVS and held-out set a training on these data is compared with.
+
+    Args:
+        asked: "objects" or "faces"; "": as the data say.
+    """
+    if asked not in ("", *sources.EMBEDDED):
+        raise ValueError(f"domain: got {asked!r}, want 'objects', 'faces' or '' (as the data say)")
+    kept = data.meta.get("source")
+    said = kept.get("domain") if isinstance(kept, dict) else None
+    return asked or ("faces" if said == "faces" or faces.expected(data.meta) else "objects")
+
+
 def dataset_folder(config: BootstrapConfig, source: str, images: int, **more: Any) -> Path:
     """Default folder of a bootstrap: named by what it is, so that a second run finds it.
 
@@ -99,18 +117,22 @@ def train_dir(name: str, data: MultiViewDataset, config: Mapping[str, Any]) -> P
     return runs_dir() / "train" / stem
 
 
-def demo_dataset(model: str = "cvs", *, image_size: int = 32) -> MultiViewDataset:
+def demo_dataset(
+    model: str = "cvs", domain: str = "objects", *, image_size: int = 32
+) -> MultiViewDataset:
     """The smallest corrected bootstrap (for "decoder": ground truth), made and gated if need be.
 
     What notebooks 02 and 03 train on when they are opened and run with their defaults.
     """
+    domain = domain or "objects"
+    source = sources.of_domain("embedded", domain)
     if model.startswith("decoder"):
-        data = sources.ground_truth("embedded", "train", image_size=image_size)
+        data = sources.ground_truth(source, "train", image_size=image_size)
     else:
         config = replace(CORRECTED, image_size=image_size)
-        inputs, _ = sources.input_images("embedded", images=16, image_size=image_size)
-        path = dataset_folder(config, "embedded", 16)
-        data = bootstrap(inputs, load_shipped("pixel"), config, path, reuse=True)
+        inputs, _ = sources.input_images(source, images=16, image_size=image_size)
+        path, decoder = dataset_folder(config, source, 16), load_decoder("pixel", "cpu", "", domain)
+        data = bootstrap(inputs, decoder, config, path, reuse=True, source=origin(domain))
     try:
         gate.require_receipt(data)
     except gate.GateRefusal:  # none, or one of an older gate
@@ -124,11 +146,12 @@ def validation_objects(
     """What a training's own figures and its `best` checkpoint come from: never the held-out
     objects, which judge it once, in the end.
 
-    The source's "val" objects; of the embedded objects true views of a few that may be trained on;
+    The source's "val" objects; of what is embedded true views of a few that may be trained on;
     None of a source that states no such split: the training then looks at its own data.
     """
     size = held_out.image_size
-    split, count = ("train", VALIDATION_OBJECTS) if source == "embedded" else ("val", 0)
+    ships = source in sources.EMBEDDED.values()
+    split, count = ("train", VALIDATION_OBJECTS) if ships else ("val", 0)
     try:
         found = sources.ground_truth(source, split, image_size=size, objects=count, seed=2000)
     except dataset.DatasetError:  # no such split

@@ -26,6 +26,8 @@ from fresnel.report import run as report
 from fresnel.report.params import check_parameters, read_parameters
 from fresnel.report.record import slug
 
+MAIN_DOMAIN = "objects"
+"""What the main job is about where nobody says."""
 _WAIT_S = 3.0
 
 
@@ -58,14 +60,14 @@ _some = msgspec.Meta(min_length=1)
 _Stages = Annotated[dict[str, Annotated[list[_Entry], _some]], _some]
 
 
-def load(path: str | Path, *, runs: str | Path = "runs") -> list[Step]:
+def load(path: str | Path, *, runs: str | Path = "runs", domain: str = MAIN_DOMAIN) -> list[Step]:
     """Read a study: a list of {name, notebook, params, expect, needs, seeds}, or a mapping with
     such lists under "stages", by name (its other keys hold YAML anchors).
 
     A step with seeds: [0, 1] becomes the steps NAME-s0 and NAME-s1 with the parameter `seed`.  A
     `needs` that names a step with seeds means that of the same seed, or all of them.  In texts
-    {seed} is the seed and {runs} the folder of data and weights.  Notebooks are relative to the
-    project.
+    {seed} is the seed, {runs} the folder of data and weights, {domain} the profile's "objects" or
+    "faces".  Notebooks are relative to the project.
 
     Order is priority: stage by stage, and in a stage all steps of a seed before those of the next,
     so that a study which is stopped has every arm once rather than the first arms three times.
@@ -90,7 +92,9 @@ def load(path: str | Path, *, runs: str | Path = "runs") -> list[Step]:
             params = dict(entry.params)
             for key, value in params.items():
                 if isinstance(value, str):
-                    params[key] = value.replace("{runs}", str(runs)).replace("{seed}", str(seed))
+                    for name, text in (("runs", runs), ("seed", seed), ("domain", domain)):
+                        value = value.replace(f"{{{name}}}", str(text))
+                    params[key] = value
             if seed is not None:
                 params["seed"] = seed
             needs: list[str] = []
