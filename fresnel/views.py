@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -31,6 +32,8 @@ from fresnel.show import pictures, style
 PLY_FROM_WORLD = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 """3DGS's files have COLMAP's axes, x right, y down, z forward; our world's Y is up."""
 MOST_VIEWS = 3600
+SHIPPED_SIZE = 128
+"""Pixels that what ships sees and draws."""
 RARE = 95.0
 """Per cent of the training pictures that lie nearer to the others: said where it is more."""
 _OTHERS = ("input.png", "contact_sheet.png")  # beside the views
@@ -98,21 +101,23 @@ def write_views(
     azimuths, form = [360.0 * i / count for i in range(count)], "03.0f" if count <= 360 else "05.1f"
     files = {f"{a:g}": f"azimuth_{a:{form}}.png" for a in azimuths}
     stale = _stale(folder, {*files.values(), *_OTHERS}, Path(path))
-    network = (
-        cvs.load_shipped(device, "cvs-twin") if weights is None else cvs.CVS.load(weights, device)
-    )
-    splats, size = _decoder_of(network, weights, device), network.config.image_size
-    refines = True
-    size_read = max(size, splats.config.image_size)
+    size = size_read = SHIPPED_SIZE
+    network: cvs.CVS | None = None
+    if weights is not None:
+        network, splats = _trained(weights, device)
+        size = network.config.image_size
+        size_read = max(size, splats.config.image_size)
     photo = photos.read(path, elevation_deg=elevation_deg, size=size_read, domain=domain)
     inputs, careful, seen = photo.inputs.to(device), list(photo.careful), photo.domain
-    if photo.domain == "faces" and weights is None:
+    if weights is None:
         try:
-            splats, refines = decoder.load_shipped("faces", device), False
+            network, splats = _shipped(seen, device)
         except FileNotFoundError as error:
-            seen = "objects"
+            if seen == "objects":
+                raise
+            network, splats = _shipped(seen := "objects", device)
             careful.append(f"a decoder that has never seen a head draws this one: {error}")
-    overridden = splats.gate_overridden or (refines and network.gate_overridden)
+    overridden = splats.gate_overridden or (network is not None and network.gate_overridden)
     cameras = view_cameras(photo.elevation_deg, size, count).to(device)
     draw, drawn = decoder.predictor(splats), []
 
@@ -121,7 +126,7 @@ def write_views(
         return drawn[-1]
 
     rows = {}
-    if refines:
+    if network is not None:
         calls = "one network call a view" if steps == 1 else f"{steps} network calls a view"
         calls += "; the gate was overridden" if overridden else ""
         made = cvs.predictor(network, steps, seed, renderer=render)(inputs, cameras)
@@ -230,16 +235,32 @@ def _doubts(inputs: InputImages, own: Views, domain: str) -> tuple[dict[str, flo
     return checks, doubts
 
 
-def _decoder_of(network: cvs.CVS, file: str | Path | None, device: str) -> decoder.Decoder:
-    """The decoder whose renders a CVS learned from: the one that ships, or one beside its file."""
-    ships = decoder.load_shipped("pixel", device)
-    if network.decoder in ("", ships.checksum()) or file is None:
-        return ships
+def _shipped(domain: str, device: str) -> tuple[cvs.CVS | None, decoder.Decoder]:
+    """The decoder of a domain that ships, and the CVS that adds to its renders; of faces None where
+    none ships.  FileNotFoundError without the decoder."""
+    if domain == "objects":
+        return cvs.load_shipped(device, "cvs-twin"), decoder.load_shipped("pixel", device)
+    splats = decoder.load_shipped("faces", device)
+    try:
+        network = cvs.load_shipped(device, "cvs-twin", domain)
+    except FileNotFoundError:
+        return None, splats
+    return (network if network.decoder == splats.checksum() else None), splats
+
+
+def _trained(file: str | Path, device: str) -> tuple[cvs.CVS, decoder.Decoder]:
+    """A CVS, and the decoder whose renders it learned from: one that ships, or one beside it."""
+    network = cvs.CVS.load(file, device)
+    for kind in ("pixel", "faces"):
+        with contextlib.suppress(FileNotFoundError):
+            ships = decoder.load_shipped(kind, device)
+            if network.decoder in ("", ships.checksum()):
+                return network, ships
     for path in sorted(Path(file).resolve().parent.glob("*.safetensors")):
         if read_header(path).get("kind") == "decoder":
             found = decoder.Decoder.load(path, device)
             if found.checksum() == network.decoder:
-                return found
+                return network, found
     raise ValueError(
         f"{file}: learned from the renders of the decoder {network.decoder[:19]}, which is not the "
         f"one that ships; put that decoder's file into the same folder"

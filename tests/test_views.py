@@ -79,7 +79,7 @@ def test_views_draw_with_the_decoder_that_the_weights_belong_to(picture, tmp_pat
         sampling.write_views(picture, tmp_path / "out", weights=path, count=2)
     other.save(tmp_path / "weights" / "other.safetensors", half=False)
     decoder.Decoder(other.config).save(tmp_path / "weights" / "another.safetensors", half=False)
-    assert sampling._decoder_of(network, path, "cpu").checksum() == other.checksum()
+    assert sampling._trained(path, "cpu")[1].checksum() == other.checksum()
     drawn = []
     draw = decoder.render_small
     monkeypatch.setattr(
@@ -137,9 +137,10 @@ def test_heads_have_a_decoder_of_their_own_or_it_is_said(picture, tmp_path, monk
     shipped = sampling.decoder.weights.shipped
 
     def ships(name, model):
+        asked.append(name)
         return own.get(name) or shipped(name if "faces" not in name else "gone", model)
 
-    own = {}
+    own, asked = {}, []
     monkeypatch.setattr(sampling.decoder.weights, "shipped", ships)
     arguments = ["views", str(picture), "--views", "2", "--domain", "faces", "--out"]
     assert main([*arguments, str(tmp_path / "a")]) == 0
@@ -149,12 +150,21 @@ def test_heads_have_a_decoder_of_their_own_or_it_is_said(picture, tmp_path, monk
     assert facts["domain"] == "faces" and facts["careful"][-1] == printed[-1][9:]
     assert facts["elevation_deg"] == 5
     own["decoder_faces.safetensors"] = small_decoder(tmp_path)
+    asked.clear()
     assert main([*arguments, str(tmp_path / "b")]) == 0
+    assert "cvs_twin.safetensors" not in asked, "nothing of objects draws a head"
     assert "never seen a head" not in capsys.readouterr().out
     facts = json.loads((tmp_path / "b" / "views.json").read_text())
     assert facts["gaussians"]["count"] <= 2 * 32 * 32, "its own"
     high = [Image.open(tmp_path / n / "contact_sheet.png").height for n in "ab"]
     assert high[0] > high[1] + 128, "no CVS of heads: the decoder's row alone, and no note"
+    # a CVS of heads adds to the renders of the decoder that it learned from, and of no other
+    twin = cvs.CVS(cvs.CVSConfig.preset("tiny", render_condition=True, render_twin=True))
+    for learned in ("", decoder.load_shipped("faces").checksum()):
+        twin.decoder = learned
+        own["cvs_twin_faces.safetensors"] = twin.save(tmp_path / "twin.safetensors")
+        assert (sampling._shipped("faces", "cpu")[0] is not None) == bool(learned)
+    del own["cvs_twin_faces.safetensors"]
     # one decoder for both, as its file says
     del own["decoder_faces.safetensors"]
     own["decoder_pixel.safetensors"] = small_decoder(tmp_path, domains=["objects", "faces"])
