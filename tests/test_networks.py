@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fresnel.models.unet import FourierEmbedding, GroupNorm, SelfAttention, UNet
+from fresnel.models.unet import FourierEmbedding, GroupNorm, SelfAttention, UNet, _scaled
 
 
 def small(*, trained: bool = False, embedding_dim: int = 0, **changes) -> UNet:
@@ -130,5 +130,16 @@ def test_a_compiled_norm_is_the_same_norm() -> None:
         found.append([out, *grads])
     assert out.dtype == torch.float32
     assert not torch.equal(found[0][0], found[1][0])  # another order of sums
-    for native, ours in zip(*found, strict=True):
-        torch.testing.assert_close(ours, native, rtol=1e-4, atol=1e-5)
+    scaled = _scaled(x, *norm._per_channel(x))  # what a compiler makes of it for a GPU
+    grads = torch.autograd.grad((weights * scaled).sum(), [x, norm.weight, norm.bias])
+    for native, *ours in zip(found[0], found[1], [scaled, *grads], strict=True):
+        for got in ours:
+            torch.testing.assert_close(got, native, rtol=1e-4, atol=1e-5)
+
+
+def test_a_modulated_norm_is_scaled_after_the_norm_and_before_the_silu() -> None:
+    norm, x, modulation = GroupNorm(2, 8), torch.randn(2, 8, 5, 6), torch.randn(2, 16)
+    scale, shift = modulation[:, :8, None, None], modulation[:, 8:, None, None]
+    wanted = torch.nn.functional.silu(norm(x) * (1 + scale) + shift)
+    torch.testing.assert_close(norm.activated(x, modulation), wanted)
+    torch.testing.assert_close(norm.activated(x), torch.nn.functional.silu(norm(x)))
