@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import Line, changed, checkpoint, log_of, run
+from test_train import HASH, Line, changed, checkpoint, interrupt, log_of, run
 from torch import Tensor
 
 from fresnel.training import checkpoints, ranks
@@ -35,6 +39,21 @@ def parameters(result: TrainResult) -> dict[str, Tensor]:
     }
 
 
+GPU_TASKS = ("cvs", "decoder")
+GPU_CONFIG = changed(steps=24, accumulate=2, lr=1e-3, log_every=1)
+
+
+def gpu_task(model: str) -> Any:
+    from test_cvs import views
+
+    from fresnel.study import arms
+
+    data = replace(views(objects=4, depth=True), content_hash=HASH)
+    return arms.make_task(
+        model, "tiny", data, batch_size=4, seed=0, device="cuda", ground_truth=True
+    )
+
+
 def worker(folder: Path, scene: str) -> None:
     """What each process of a test does; scenes that end by themselves come one after the other."""
 
@@ -50,9 +69,22 @@ def worker(folder: Path, scene: str) -> None:
         def terminate(_: Any) -> None:
             signal.raise_signal(signal.SIGTERM)
 
+        def slowly(name: str) -> None:
+            """Say which process this is, and train for six seconds."""
+
+            def breathe(step: int, _: Tensor) -> None:
+                if step == 6:
+                    print(f"{name}: rank {group.rank} is {os.getpid()}.", flush=True)
+                time.sleep(0.1 if step < 6 else 2.0)
+
+            fit(name, Line(at={step: partial(breathe, step) for step in range(10)}))
+
+        if scene in GPU_TASKS:
+            warnings.filterwarnings("error", ".*unrecorded")
+            fit(scene, gpu_task(scene), config=GPU_CONFIG)
+            return
         if scene != "all":
-            print(f"rank {group.rank} is {os.getpid()}", flush=True)
-            fit(scene, Line(at={step: lambda _: time.sleep(0.3) for step in range(10)}))
+            slowly(scene)
             return
         torch.manual_seed(group.rank)
         task = Line()
@@ -72,45 +104,53 @@ def worker(folder: Path, scene: str) -> None:
         error = ValueError if group.first else ranks.ElsewhereFailed
         with pytest.raises(error):
             fit("two", config=changed(accumulate=2, lr=1.0))
+        slowly("terminated")
 
-    ranks.main(work, "cpu")
+    ranks.main(work, "cuda" if scene in GPU_TASKS else "cpu")
 
 
-@contextlib.contextmanager
-def launched(folder: Path, scene: str) -> Iterator[subprocess.Popen[str]]:
-    path = folder / f"{scene}.py"
-    path.write_text(f"""\
+class Launcher:
+    """torchrun with two processes of a scene, and what it says."""
+
+    def __init__(self, folder: Path, scene: str) -> None:
+        script, said = folder / f"{scene}.py", folder / f"{scene}.txt"
+        script.write_text(f"""\
 import pathlib, sys
 sys.path.insert(0, {str(HERE)!r})
 import test_ranks
 test_ranks.worker(pathlib.Path({str(folder)!r}), {scene!r})
 """)
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    command = [*ranks.torchrun(2, {}), str(path)]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
+        env = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+        command = [*ranks.torchrun(2, {}), str(script)]
+        with open(said, "w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
+        self.said = said.read_text
+
+    def pids(self, name: str) -> dict[str, int]:
+        """Of the processes that train under this name, by rank, once both do."""
+        found: list[tuple[str, str]] = []
+        while len(found) < 2:
+            time.sleep(0.1)
+            found = re.findall(rf"{name}: rank (\d) is (\d+)\.", self.said())
+            assert self.process.poll() is None, self.said()
+        return {rank: int(pid) for rank, pid in found}
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which two ranks ran "all"; before, one process went half the way of "one-two"."""
+def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which two ranks ran "all" up to SIGTERM; one process had gone half the way of
+    "one-two"."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.raises(KeyboardInterrupt):
-        run(
-            folder,
-            "one-two",
-            Line(at={4: lambda _: signal.raise_signal(signal.SIGINT)}),
-            config=TWO,
-        )
-    with launched(folder, "all") as process:
-        _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    return folder
+        run(folder, "one-two", Line(at={4: interrupt}), config=TWO)
+    launcher = Launcher(folder, "all")
+    try:
+        launcher.pids("terminated")
+        launcher.process.terminate()
+        launcher.process.wait(60)
+    finally:
+        launcher.process.kill()
+    yield folder
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -143,3 +183,95 @@ def test_a_bad_shard_of_another_rank_is_kept_by_the_first(together: Path) -> Non
     with checkpoints.safe_open(str(path), "pt") as file:
         assert json.loads(file.metadata()["fresnel"])["shard"] == 1
         assert file.get_tensor("x").shape == (4, 1, 8, 8)
+
+
+def stopped_at(folder: Path, name: str) -> int:
+    """The step of a run's checkpoint, which is whole."""
+    return int(checkpoints.read(checkpoint(folder / name))[1]["step"])
+
+
+def test_sigterm_to_the_launcher_ends_in_a_checkpoint(together: Path) -> None:
+    said = (together / "all.txt").read_text()
+    step = stopped_at(together, "terminated")
+    assert 7 <= step < 10 and f"stopped at step {step} of 10; a checkpoint is in" in said
+    assert said.count("to resume") == 1
+
+
+def test_a_killed_rank_ends_the_others_and_a_killed_launcher_leaves_no_orphans(
+    tmp_path: Path,
+) -> None:
+    names = ("rank", "launcher")
+    both = {name: Launcher(tmp_path, name) for name in names}
+    try:
+        pids = {name: both[name].pids(name) for name in names}
+        os.kill(pids["rank"]["1"], signal.SIGKILL)
+        both["launcher"].process.kill()
+        assert both["rank"].process.wait(60) != 0
+        assert stopped_at(tmp_path, "rank") == 5
+        assert "whole: run again to go on from there" in both["rank"].said()
+        everyone = {pid for each in pids.values() for pid in each.values()}
+        for _ in range(300):
+            if not any(map(psutil.pid_exists, everyone)):
+                break
+            time.sleep(0.1)
+        assert not [pid for pid in everyone if psutil.pid_exists(pid)]
+        assert stopped_at(tmp_path, "launcher") >= 7, "it had time for a checkpoint"
+    finally:
+        for launcher in both.values():
+            launcher.process.kill()
+
+
+def test_places_are_read_from_torchrun_and_slurm() -> None:
+    told = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
+    with pytest.raises(ValueError, match="are set, but not MASTER_PORT"):
+        ranks.place(told)
+    told["MASTER_PORT"] = "1"
+    slurm = {"SLURM_JOB_ID": "41234", "SLURM_NTASKS": "16", "SLURM_PROCID": "9"}
+    slurm |= {"SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "gpu[007-008,11],other"}
+    assert ranks.place(told | {"PATH": "x"} | slurm) == told
+    assert ranks.place({}) == {} == ranks.place(slurm), "a batch script is no task"
+    assert ranks.place(slurm | {"SLURM_STEP_ID": "0"}) == {
+        **{"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"},
+        **{"MASTER_ADDR": "gpu007", "MASTER_PORT": "21234"},
+    }
+    assert [ranks.first_host(x) for x in ("a,b", "a[1,2]", "a-b[09]-c,d")] == ["a", "a1", "a-b09-c"]
+
+
+def test_torchrun_spans_the_hosts_of_a_job() -> None:
+    one = ["--nproc-per-node=2", "--standalone"]
+    assert ranks.torchrun(2, {})[3:] == one
+    sky = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n", "SKYPILOT_NODE_RANK": "1"}
+    there = ["--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=8008"]
+    assert ranks.torchrun(8, sky)[3:] == ["--nproc-per-node=8", *there]
+    assert (
+        ranks.torchrun(2, {"SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NODE_RANK": "0"})[3:] == one
+    )
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1"}
+    slurm |= {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]"}
+    there = ["--nnodes=2", "--node-rank=1", "--master-addr=n1", "--master-port=20005"]
+    assert ranks.torchrun(4, slurm)[3:] == ["--nproc-per-node=4", *there]
+
+
+def test_one_of_several_processes_does_not_train_alone(tmp_path: Path, monkeypatch) -> None:
+    told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}
+    for name, value in {**told, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match="would train all by itself"):
+        run(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="number 0, from 0, on this host, which has 0 GPUs"):
+        ranks.joined("cuda").__enter__()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("model", GPU_TASKS)
+def test_two_gpus_are_one_that_takes_both_shards(tmp_path: Path, model: str) -> None:
+    """Recorded steps with NCCL's sum inside, against unrecorded ones of one GPU."""
+    launcher = Launcher(tmp_path, model)
+    assert launcher.process.wait(300) == 0, launcher.said()
+    found = [load_file(tmp_path / f"{model}-{rank}.safetensors") for rank in (0, 1)]
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
+    alone = run(tmp_path, "alone", gpu_task(model), config=GPU_CONFIG)
+    logged = [row["loss"] for row in log_of(tmp_path / model) if row["event"] == "train"]
+    assert logged == pytest.approx([row["loss"] for row in alone.history], rel=2e-2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_cvs import views
 
+from fresnel.data.memory import Images
 from fresnel.scene.cameras import Cameras, orbit
 from fresnel.study import arms
 from fresnel.training.cuda_graphs import Recorded, Recorder, put_together, taken_apart
@@ -83,6 +84,38 @@ def test_a_spoilt_recording_is_tried_again_and_what_cannot_be_recorded_runs(
             for _ in range(6):
                 recorder.run("a", lambda: calls.append(1))
         assert len(calls) == 6 and recorder.refused
+
+
+def test_images_stay_on_the_host_where_a_device_has_no_room() -> None:
+    data = views(objects=3, depth=True)
+    size = Images(data, "cpu", depth=True)
+    need = sum(x.nbytes for x in size.stored.values())
+    assert [Images(data, "cpu", depth=True, room=need - n).on_host for n in (0, 1)] == [False, True]
+    records, numbers = torch.tensor([2, 0]), torch.tensor([[0, 3], [4, 1]])
+    found = size.pick(records, numbers)
+    assert torch.equal(found["rgba"][1, 0, ..., :3], data.rgb[0, 3])
+    assert torch.equal(found["rgba"][0, 0, ..., 3], data.inputs.alpha[2])
+    assert torch.equal(found["depth"][0, 1], data.depth[2, 2])
+
+
+@needs_gpu
+def test_a_gpu_reads_the_same_batches_from_the_host() -> None:
+    """In recorded steps, too."""
+    losses = []
+    for room in (None, 0):
+        task = arms.make_task(
+            "cvs-refine", "tiny", views(objects=4), batch_size=4, seed=0, device="cuda",
+            ground_truth=True, renderer=arms.renderer("cvs-refine", "cuda"), room=room,
+        )  # fmt: skip
+        images, _, renders = task._sets[0]
+        assert images.on_host == (room == 0)
+        assert all(x.is_cuda for x in (*images.stored.values(), renders))
+        stepper = Stepper(task, TrainConfig(steps=8))
+        for step in range(8):
+            stepper.train(step)
+            losses.append(stepper.take_terms()["loss"])
+        assert stepper.recorder is not None and stepper.recorder.refused is None
+    assert losses[:8] == pytest.approx(losses[8:], rel=1e-3)
 
 
 ARMS: dict[str, dict[str, Any]] = {

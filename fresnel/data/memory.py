@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,15 +13,29 @@ from fresnel.data.records import ViewTensors
 
 
 class Images:
-    """The images of all records on one device. Number 0 of a record is its input, 1 + k its view k.
+    """The images of all records, for one device. Number 0 of a record is its input, 1 + k its
+    view k.
+
+    They lie on the device; where they would take more than `room` bytes of it, in the host's
+    memory, page-locked, out of which a GPU itself reads what a batch takes: nothing waits, and the
+    batches are the same.
 
     Args:
-        data: images square, inputs and views of one size.
+        data: images square, inputs and views of one size; on the host, if they are not to pass
+            through the device.
         depth: whether depth is wanted, too; of an input without it all is unknown (0).
+        room: None: half of what is free on a GPU.
     """
 
-    def __init__(self, data: ViewTensors, device: torch.device | str, *, depth: bool) -> None:
-        inputs = data.inputs
+    def __init__(
+        self,
+        data: ViewTensors,
+        device: torch.device | str,
+        *,
+        depth: bool,
+        room: float | None = None,
+    ) -> None:
+        inputs, self.device = data.inputs, torch.device(device)
         own, others = (torch.cat([x.rgb, x.alpha[..., None]], dim=-1) for x in (inputs, data))
         pairs = {
             "rgba": (own, others),
@@ -27,22 +45,63 @@ class Images:
         if depth and data.depth is not None:
             none = torch.zeros_like(data.depth[:, 0])
             pairs["depth"] = (none if inputs.depth is None else inputs.depth, data.depth)
+        if room is None:
+            free = self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0]
+            room = free / 2 if free else math.inf
+        self.on_host = sum(x.nbytes for pair in pairs.values() for x in pair) > room
         # one tensor each: a batch is one lookup, as a step of the decoder waits for the host
         self.stored = {
-            name: torch.cat([first[:, None].to(rest), rest], dim=1).to(device)
+            name: self.held(torch.cat([first[:, None].to(rest), rest], dim=1))
             for name, (first, rest) in pairs.items()
         }
         self.records, self.views, self.size = data.alpha.shape[:3]
-        self.device = torch.device(device)
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """A tensor where the images are, to be looked up by indices on the device."""
+        if self.on_host and self.device.type == "cuda":
+            return _on_host(tensor.cpu().contiguous(), self.device)
+        return tensor.to(self.device)
 
     def pick(self, records: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         """Images `numbers` (B, T) of `records` (B,) as they are stored: "rgba", 8 bits and
         premultiplied (B, T, H, W, 4), "viewmats" (B, T, 4, 4), "Ks", perhaps "depth"."""
-        return {name: images[records[:, None], numbers] for name, images in self.stored.items()}
+        index = (records[:, None], numbers)
+        return {name: picked(images, *index) for name, images in self.stored.items()}
 
     def spread(self, count: int, among: int) -> Tensor:
         """At most `count` whole numbers from 0 to `among` - 1, evenly spread."""
         return torch.linspace(0, among - 1, min(count, among)).round().long().to(self.device)
+
+
+def picked(stored: Tensor, *index: Tensor) -> Tensor:
+    """`stored[index]`; bytes four at a time, as a GPU reads host memory well only in long runs."""
+    wide = stored.dtype == torch.uint8 and stored.shape[-1] % 4 == 0
+    return (stored.view(torch.int32) if wide else stored)[index].view(stored.dtype)
+
+
+def _on_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """The host's tensor as one of the GPU's, which reads it over the bus."""
+    runtime: Any = torch.cuda.cudart()
+    at, portable_and_mapped = tensor.data_ptr(), 3
+    with torch.cuda.device(device):
+        error = int(runtime.cudaHostRegister(at, tensor.nbytes, portable_and_mapped))
+    if error:
+        raise RuntimeError(
+            f"{tensor.nbytes / 1e9:.1f} GB of images are too many for the GPU, and can't be locked "
+            f"in host memory either (CUDA error {error}): raise the limit (ulimit -l unlimited), "
+            "or train on fewer or smaller images"
+        )
+    weakref.finalize(tensor, runtime.cudaHostUnregister, at).atexit = False
+    kind = {torch.uint8: "|u1", torch.float32: "<f4"}[tensor.dtype]
+    place = {"shape": tuple(tensor.shape), "typestr": kind, "data": (at, False), "version": 3}
+    return torch.as_tensor(_Seen(tensor, place), device=device)
+
+
+class _Seen:
+    """What says to torch where a tensor lies, and keeps it there (CUDA array interface)."""
+
+    def __init__(self, tensor: Tensor, place: dict[str, Any]) -> None:
+        self.tensor, self.__cuda_array_interface__ = tensor, place
 
 
 def uniform(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:

@@ -241,11 +241,13 @@ def prepared(
     any_input: bool = False,
     twin: bool = False,
     batch: int = 8,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """What `seen` gives for every pair, uint8 (M, S, V, C, H, W); decode with `restored`.
+    """What `seen` gives for every pair, uint8 (M, S, V, C, H, W) where the views are; decode with
+    `restored`.
 
     S = 1, the record's own input, or with `any_input` 1 + V: source 1 + k is view k. `batch`
-    records are decoded and rendered at once.
+    records are decoded and rendered at once, on `device` (None: the views').
     """
     from tqdm.auto import tqdm
 
@@ -253,7 +255,7 @@ def prepared(
     shape = (len(views), 1 + any_input * count, count, RENDER_CHANNELS * (1 + twin), height, width)
     stored = torch.empty(shape, dtype=torch.uint8, device=views.rgb.device)
     for start in tqdm(range(0, len(views), batch), "render the condition", delay=2, disable=None):
-        part = views[start : start + batch]
+        part = views[start : start + batch].to(device or stored.device)
         sources = [part.inputs]
         for k in range(any_input * count):
             pictures = (part.rgb[:, k], part.alpha[:, k], part.cameras[:, k])

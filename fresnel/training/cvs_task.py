@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fresnel.data.memory import Images, uniform
+from fresnel.data.memory import Images, picked, uniform
 from fresnel.data.records import ViewTensors
 from fresnel.evaluation.metrics import psnr
 from fresnel.models import Predictor, cvs
@@ -37,6 +37,7 @@ class CVSTask:
         colour_jitter: each channel of a pair is scaled by exp(uniform(-j, j)), clipped at alpha.
         pairs: train on these (record, view) pairs alone, (P, 2); None: on all.
         renderer: the decoder's predictor, for models with `render_condition`.
+        room: bytes of the device for images, as `fresnel.data.memory.Images` says.
         device: where model and data live.
     """
 
@@ -52,6 +53,7 @@ class CVSTask:
         colour_jitter: float = 0.0,
         pairs: Tensor | None = None,
         renderer: Predictor | None = None,
+        room: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         config, held_out = model.config, validation or views
@@ -75,13 +77,14 @@ class CVSTask:
         # images, pivots and renders that are trained on, and those of the validation
         self._sets = []
         for data, every in ((views, any_input), (held_out, False)):
-            data, renders = data.to(device), None
+            images, renders = Images(data, device, depth=by_depth, room=room), None
             if config.render_condition and renderer is not None:
                 model.decoder = getattr(renderer, "decoder", "")
                 model.gate_overridden |= getattr(renderer, "gate_overridden", False)
                 twin = config.render_twin
-                renders = cvs.prepared(renderer, data, any_input=every, twin=twin)
-            self._sets.append((Images(data, device, depth=by_depth), data.pivots, renders))
+                made = cvs.prepared(renderer, data, any_input=every, twin=twin, device=device)
+                renders = images.held(made)
+            self._sets.append((images, data.pivots.to(device), renders))
         renders = self._sets[0][2]
         self.hot: dict[str, Callable[..., Any]] = {
             "network": losses.denoised,
@@ -188,7 +191,7 @@ class CVSTask:
         images as `Images.pick` gives them, input and target; "pivots", perhaps "render"."""
         images, pivots, renders = self._sets[which]
         stored = images.pick(record, torch.stack([source, 1 + view], dim=1))
-        render = None if renders is None else renders[record, source, view]
+        render = None if renders is None else picked(renders, record, source, view)
         return {**stored, "pivots": pivots[record], "render": render}
 
 

@@ -39,6 +39,7 @@ class DecoderTask:
         any_input: let every view act as the input, as it may where the data are ground truth; else
             the record's input image alone.
         augment: mirror, and mix the colours of, half of the objects.
+        room: bytes of the device for images, as `fresnel.data.memory.Images` says.
         device: where the model and the data live.
     """
 
@@ -53,6 +54,7 @@ class DecoderTask:
         target_views: int = 3,
         any_input: bool = True,
         augment: bool = True,
+        room: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if min(len(views), batch_size, target_views) < 1:
@@ -64,8 +66,8 @@ class DecoderTask:
         self.data, held_out = views, validation or views
         self.batch_size, self.any_input, self.augment = batch_size, any_input, augment
         self.frontal_only = self.model.config.kind == "patch"
-        self._train = centred(views, self.device)
-        self._held_out = centred(validation, self.device) if validation else self._train
+        self._train = centred(views, self.device, room)
+        self._held_out = centred(validation, self.device, room) if validation else self._train
         self.model.render_size = self._train.size
         self.target_views = min(target_views, self._train.views)
         self._mirroring = mirror_signs(self.device)
@@ -171,7 +173,7 @@ class DecoderTask:
         }
 
 
-def centred(data: ViewTensors, device: torch.device) -> Images:
+def centred(data: ViewTensors, device: torch.device, room: float | None = None) -> Images:
     """The set's images with pivots moved to the origin, inputs as large as the views."""
     height, width = data.rgb.shape[2:4]
     if height != width:
@@ -183,7 +185,7 @@ def centred(data: ViewTensors, device: torch.device) -> Images:
     inputs = replace(inputs, cameras=replace(inputs.cameras, viewmats=own @ shift))
     cameras = replace(data.cameras, viewmats=others @ shift[:, None])
     images = replace(data, inputs=inputs, cameras=cameras)
-    return Images(images, device, depth=inputs.depth is not None)
+    return Images(images, device, depth=inputs.depth is not None, room=room)
 
 
 def decoded(model: Decoder, batch: Batch) -> tuple[Gaussians, Batch, Cameras]:

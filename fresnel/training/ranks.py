@@ -41,6 +41,10 @@ class ElsewhereFailed(RuntimeError):
     """Rank 0 has ended with an error, which it tells itself."""
 
 
+class RankLost(RuntimeError):
+    """Another process of the run has ended; the checkpoint before that is good."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of its run; a run of one process talks to nobody."""
@@ -66,7 +70,9 @@ class Ranks:
         """Whether it is set on any rank, asked by all of them; does not wait for a GPU's queue."""
         if self.world == 1:
             return flag
-        dist.all_reduce(found := torch.tensor(int(flag)), dist.ReduceOp.MAX)
+        found = torch.tensor(int(flag))
+        with _talk():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
 
     def from_first(self, work: Callable[[], T]) -> T:
@@ -79,7 +85,8 @@ class Ranks:
             if self.first:
                 told = [work(), True]
         finally:
-            dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+            with _talk():
+                dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
         if not told[1]:
             raise ElsewhereFailed("rank 0 has failed; its message says why")
         return told[0]
@@ -90,9 +97,23 @@ class Ranks:
         shared = {}
         for name, shape, dtype in known:
             mine = tensors[name] if self.first else torch.empty(shape, dtype=dtype)
-            dist.broadcast(sent := mine.to(device).contiguous(), 0)
-            shared[name] = sent
+            shared[name] = mine.to(device).contiguous()
+            with _talk():
+                dist.broadcast(shared[name], 0)
         return shared
+
+
+@contextlib.contextmanager
+def _talk() -> Iterator[None]:
+    """RankLost if the others don't answer any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RankLost(
+            "another process of this run has ended, and may have said why. The last checkpoint is "
+            f"whole: run again to go on from there ({reason})"
+        ) from error
 
 
 def current() -> Ranks:
@@ -154,7 +175,8 @@ class SharedGradients:
         self._beside.copy_(values)
         self._bad.zero_()
         self._bad[self.ranks.rank].copy_(bad + 1)  # a place for each: what is added stays apart
-        dist.all_reduce(self.flat)
+        with _talk():
+            dist.all_reduce(self.flat)
         for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.grad = view
         shards = torch.where(self._bad > 0, self._bad - 1, torch.inf)
@@ -270,17 +292,18 @@ def _outlive(parent: int) -> None:
 def main(work: Callable[[Ranks], Any], device: str) -> NoReturn:
     """Do `work` as one process of a run, and end the process: with code 130 after Ctrl-C or
     SIGTERM, which rank 0 explains, and with 1 after an error, which is told by whom it befell."""
-    code = 1
+    code, rank = 1, int(place(os.environ).get("RANK", 0))
     try:
         with joined(device) as ranks:
             work(ranks)
         code = 0
     except KeyboardInterrupt as stop:
         code = 130
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(stop, file=sys.stderr)
+        print(stop if rank == 0 else "", end="\n" * (rank == 0), file=sys.stderr)
     except ElsewhereFailed:
         pass
+    except RankLost as lost:
+        print(lost if rank < 2 else "", end="\n" * (rank < 2), file=sys.stderr)
     except Exception:
         traceback.print_exc()
     sys.stdout.flush()
