@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -163,7 +164,7 @@ def fit(
         stack.enter_context(kernels(config.deterministic, device))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         writer = stack.enter_context(checkpoints.Writer(background=device.type == "cuda"))
-        interrupted = stack.enter_context(interrupt_flag(terminate=group.world > 1))
+        interrupted = stack.enter_context(interrupt_flag(terminate=bool(ranks.place(os.environ))))
         quiet = not (progress_bar and group.first)
         bar = tqdm(total=config.steps, initial=now["step"], disable=quiet, desc="train")
         stack.enter_context(bar)

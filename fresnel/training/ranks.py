@@ -245,14 +245,14 @@ def joined(device: str) -> Iterator[Ranks]:
     """Join the other processes of this run: NCCL between GPUs, gloo between CPUs.
 
     LOCAL_RANK chooses the GPU, which "cuda" means from then on. NCCL's multicast (NVLS) is off
-    unless NCCL_NVLS_ENABLE says otherwise. Where torchrun is killed, this process ends, in a
-    checkpoint if it can, in a minute.
+    unless NCCL_NVLS_ENABLE says otherwise. Once torchrun is killed this process ends as by SIGTERM,
+    of which `fit` makes a checkpoint, and after a minute at the latest.
 
     Args:
         device: "cuda" or "cpu"; as `machine.pick_device` says.
 
     Raises:
-        ValueError: if there are more processes than GPUs on this host, or the world makes no sense.
+        ValueError: if there are more processes than GPUs on this host, or variables are missing.
     """
     told = place(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -262,7 +262,10 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     card, local = None, int(told["LOCAL_RANK"])
     if device == "cuda":
-        if local >= (cards := torch.cuda.device_count()):
+        cards = torch.cuda.device_count()
+        if cards == 1 and "SLURM_GPUS_PER_TASK" in os.environ:
+            local = 0  # Slurm shows each task its own GPU alone
+        if local >= cards:
             raise ValueError(
                 f"rank {told['RANK']} is number {local}, from 0, on this host, which has {cards} "
                 f"GPUs: start at most {cards} processes a host (--nproc-per-node={cards})"
