@@ -19,10 +19,11 @@ from PIL import Image
 from fresnel.report import html as _html
 from fresnel.report import index as overview
 from fresnel.report import page as pages
+from fresnel.report import terms
 from fresnel.report.record import RunRecord
 from fresnel.scene.cameras import orbit
 from fresnel.scene.gaussians import Gaussians
-from fresnel.show import charts, style, widgets
+from fresnel.show import charts, pictures, style, widgets
 
 
 def page_of(tmp_path: Path, shown: Shown, text: str = "# T", **record: Any) -> str:
@@ -54,10 +55,43 @@ def cloud(count: int = 50) -> widgets.Scene:
 def test_question_rule_and_answer_come_first(tmp_path: Path) -> None:
     text = "# T\n\n**Question.** Is it *so*?\n\n**Rule, fixed beforehand.** If not, `stop`.\n\nWhy."
     html = page_of(tmp_path, [], text, summary="It is <so>.", reasons=("a & b",))
-    order = ["<h1>", "PASS", "Is it <em>so</em>?", "<code>stop</code>", "It is &lt;so&gt;.", "Why."]
+    order = ["<h1>", "PASS", "It is &lt;so&gt;.", "Is it <em>so</em>?", "<code>stop</code>", "Why."]
     places = [html.index(part, html.index("<h1>")) for part in order]
     assert places == sorted(places) and "a &amp; b" in html
     assert html.count("Is it <em>so</em>?") == 1
+
+
+def test_figures_have_numbers_and_the_one_that_shows_the_answer_is_first(
+    tmp_path: Path, shown: Shown
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (4, 4, 3)).astype(np.uint8)
+    style.show(noise, "A first picture.")
+    pictures.show_pair(noise, noise, ("a", "b"), "A pair.", key="pair")
+    style.show(noise, "What it shows.", caption="The <answer>.", key="answer", lead=True)
+    text = "# T\n\n**Question.** So?\n\nSee [Figure](#fig-answer), [Figure](#fig-pair) and\n"
+    html = page_of(tmp_path, shown, text + "[Figure](#fig-lost).", summary="Yes.")
+    order = ["Yes.", 'alt="What it shows."', "Figure 1.</b> The &lt;answer&gt;.", "So?"]
+    order += ["See", "Figure 2.</b> A first picture.", "Figure 3.</b> A pair."]
+    places = [html.index(part, html.index("<h1>")) for part in order]
+    assert places == sorted(places)
+    assert '<a href="#fig-answer">Figure 1</a>, <a href="#fig-pair">Figure 3</a>' in html
+    assert 'id="fig-answer"' in html and 'id="fig-pair"' in html and "fig-lost" not in html
+
+
+def test_terms_link_to_a_glossary_and_works_to_their_references(tmp_path: Path) -> None:
+    text = "# The gate\n\nThe gate asks `the gate` for PSNR; PSNR [@song2023]. See [@nobody]."
+    html = page_of(tmp_path, [], text, summary="SSIM fell, and PSNR.")
+    assert html.count('href="#term-psnr"') == 1, "the first mention, in the answer"
+    assert html.count('href="#term-gate"') == 1 and "<h1>The gate</h1>" in html
+    assert "<code>the gate</code>" in html and "[@nobody]" in html
+    for anchor in ("term-psnr", "term-ssim", "term-gate", "ref-song2023", "ref-wang2004"):
+        assert html.count(f'id="{anchor}"') == 1
+    assert 'id="term-azimuth"' not in html and "kerbl2023" not in html, "of what is mentioned"
+    assert html.index('href="#ref-song2023"') < html.index('<h2 id="glossary"')
+    assert "[1]</a>" in html and "@inproceedings{song2023," in html
+    for key, work in terms.references().items():
+        assert work["author"] and work["title"] and work["year"].isdigit(), key
+        assert work.get("journal") or work.get("booktitle"), key
 
 
 def test_a_page_without_a_record_or_a_lead_is_still_one(tmp_path: Path) -> None:
@@ -171,7 +205,7 @@ def test_a_viewer_is_complete_in_itself_and_silent(
 def test_long_tables_fold_and_figures_keep_their_intervals() -> None:
     table = "<table><tr><th>a</th></tr>{}</table>"
     short = pages._region(table.format("<tr><td>1.00 [0.50, 2.00]</td></tr>"), "T")
-    assert '<td class="one-line">1.00 [0.50, 2.00]</td>' in short and "<details" not in short
+    assert '<td class="one-line number">1.00 [0.50, 2.00]</td>' in short and "<details" not in short
     long = pages._region(table.format("<tr><td>text</td></tr>" * 20), "T")
     assert "<summary>T, 20 rows</summary>" in long and "one-line" not in long
 

@@ -121,7 +121,23 @@ def test_a_pair_wants_two_pictures_of_one_size(shown: Shown) -> None:
     assert 'type="range"' in html and 'aria-label="How much of a &amp; b to show, over c"' in html
     with pytest.raises(ValueError, match="different sizes"):
         pictures.show_pair(one, one[:2], ("a", "b"), "x")
-    assert pictures.tile([one] * 5, columns=2).shape == (12, 12, 3)
+    pictures.show_pair([one, one], [one, one], ("a", "b"), "Two pairs.")
+    cells = shown[1][0]["text/html"].split("<img")
+    assert len(cells) == 5 and cells[2].count("clip-path") == cells[4].count("clip-path") == 1
+    assert cells[1].count("clip-path") == cells[3].count("clip-path") == 0, "each pair is parted"
+
+
+def test_pictures_change_in_step_and_each_step_has_a_name(shown: Shown) -> None:
+    views = [np.full((4, 8, 3), 60 * k, np.uint8) for k in range(3)]
+    pictures.show_steps({"a<": views, "b": views[::-1]}, ["0", "9|0", "180"], "Turned.", key="k")
+    html, about = shown[0][0]["text/html"], shown[0][1]["text/html"]
+    strips = re.findall(r"data:image/webp;base64,([^\"]+)", html)
+    first = np.asarray(Image.open(io.BytesIO(base64.b64decode(strips[0]))))
+    assert first.shape == (4, 24, 3) and first[:, 16:].mean() > first[:, :8].mean() + 100
+    assert 'max="2"' in html and 'data-steps="0|9/0|180"' in html and "a&lt;" in html
+    assert html.count("width:300%") == 2 and about == {"alt": "Turned.", "key": "k"}
+    with pytest.raises(ValueError, match="'b' has 2 pictures, want 3"):
+        pictures.show_steps({"b": views[:2]}, ["0", "90", "180"], "x")
 
 
 def test_a_scene_keeps_what_can_be_seen_and_survives_its_file(tmp_path: Path) -> None:
@@ -166,7 +182,9 @@ def test_views_stand_by_azimuth_and_only_true_ones_are_called_truth(data: MultiV
     rows, azimuths, names = pictures.picture_rows(data)
     assert azimuths == sorted(azimuths) and azimuths[0] > -180 and len(azimuths) == 4
     assert names == list(data.names) and len(rows[0]) == 5
-    np.testing.assert_array_equal(rows[0][1:], data[0].rgb[by_azimuth(data[0])].numpy())
+    rgb, alpha = (views[by_azimuth(data[0])].numpy() for views in (data[0].rgb, data[0].alpha))
+    np.testing.assert_array_equal(np.stack(rows[0][1:])[alpha == 255], rgb[alpha == 255])
+    assert (np.stack(rows[0][1:])[alpha == 0] == pictures.GROUND).all(), "empty is not dark"
 
     def grey(inputs: Any, cameras: Any) -> Views:
         """As bright as the view comes late."""
@@ -179,9 +197,14 @@ def test_views_stand_by_azimuth_and_only_true_ones_are_called_truth(data: MultiV
     assert labels == [f"{data.names[1]}: target", f"{data.names[1]}: ours"]
     assert again == pytest.approx(azimuths, abs=1e-3)
     np.testing.assert_array_equal(made[0][1:], rows[1][1:])
-    means = [view.mean() / 255 for view in made[1][1:]]
-    np.testing.assert_allclose(means, by_azimuth(data[1]) / 3, atol=2e-3)
-    assert pictures.predicted_rows(tensors, {}, [0])[1] == [f"{data.names[0]}: truth"]
+    seen = by_azimuth(data[1]) / 3  # as opaque as bright
+    means = [
+        (view.mean() - (1 - alpha) * pictures.GROUND) / 255
+        for view, alpha in zip(made[1][1:], seen, strict=True)
+    ]
+    np.testing.assert_allclose(means, seen, atol=4e-3)
+    with pytest.raises(TypeError, match="first"):
+        pictures.predicted_rows(tensors, {}, [0])  # whether views are true nobody may assume
 
 
 def verdict(rows: list[dict[str, Any]], reasons: tuple[Any, ...] = ()) -> Any:
@@ -223,7 +246,8 @@ def test_the_worst_views_have_the_least_light(data: MultiViewDataset) -> None:
     worst, captions, whose = gate.worst_views(data, verdict(rows), count=2)
     assert whose == list(data.names)
     assert captions == ["+90\N{DEGREE SIGN}, 1.00", "+0\N{DEGREE SIGN}, 1.00"]
-    np.testing.assert_array_equal(worst[0], data[0].rgb[1].numpy())
+    view = data[0].rgb[1], data[0].alpha[1]
+    np.testing.assert_array_equal(worst[0], pictures.on_ground(*view))
 
 
 def test_a_record_in_3d_is_its_covered_pixels(tmp_path: Path) -> None:

@@ -326,6 +326,26 @@ def summarise(rows: Rows, *, confidence: float = 0.95) -> list[dict[str, Any]]:
     return summary
 
 
+def showcase(rows: Rows) -> tuple[str, dict[str, str]]:
+    """The records to show a reader, so that nobody picks: those with the best, the median and the
+    worst views by the perceptual distance, or by SSIM where that was not measured.
+
+    Returns:
+        The measure in words, and "best", "median", "worst" -> record; each record once, the only
+        one as the median.
+    """
+    measured = all("perceptual" in row for row in rows)
+    metric, sign = ("perceptual", 1) if measured else ("ssim", -1)
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["record"], []).append(sign * row[metric])
+    order = sorted(values, key=lambda name: float(np.mean(values[name])))
+    middle = (len(order) - 1) // 2
+    places = {"best": 0, "median": middle, "worst": len(order) - 1}
+    chosen = {w: order[at] for w, at in places.items() if w == "median" or at != middle}
+    return "perceptual distance" if measured else "SSIM", chosen
+
+
 def by_object(rows: Rows, metric: str) -> dict[str, dict[str, float]]:
     """Bin -> object -> value: what `summarise` averages, so that two runs can be compared."""
     return {

@@ -19,7 +19,8 @@ import jinja2
 from fresnel.report.record import VERDICTS, RunRecord
 
 TEMPLATES = Path(__file__).parent / "templates"
-TONES = {"PASS": "good", "GO": "good", "FAIL": "bad", "NO-GO": "bad", "CRASHED": "bad"}
+TONES = {"PASS": "good", "GO": "good", "NOT BETTER": "warn", "CRASHED": "bad"}
+TONES |= {"FAIL": "bad", "NO-GO": "bad"}
 TONES |= {f"{w}, overridden": "bad" if TONES.get(w) == "bad" else "warn" for w in VERDICTS}
 TONES |= {"REFUSED": "warn", "RUNNING": "warn", "STOPPED": "warn", "DIED": "bad"}
 

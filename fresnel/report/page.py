@@ -27,6 +27,7 @@ from fresnel.report import html as _html
 from fresnel.report.index import key_figures
 from fresnel.report.params import ParameterError, read_parameters
 from fresnel.report.record import RecordError, RunRecord
+from fresnel.report.terms import Mentions
 
 _UNITS = re.compile(
     r"^(pixels|degrees|seconds|hours|dB|USD per hour|steps|images|views|objects|pairs)"
@@ -42,6 +43,7 @@ _INK |= {"#e4e4e4": "var(--line)", "#777777": "var(--soft)"}
 _DROPPED = {"papermill-error-cell-tag", "injected-parameters", "parameters", "remove"}
 _SHOWN_PROVENANCE = {"git", "python", "packages", "os", "cpu", "gpu", "seed", "datasets"}
 _SHOWN_PROVENANCE |= {"process", "identity", "inputs", "accelerators"}
+_PICTURES = {"image/png", "image/jpeg", "image/svg+xml"}
 _TAGS = bleach.ALLOWED_TAGS | {
     *("br", "dd", "del", "details", "div", "dl", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "hr"),
     *("img", "p", "pre", "s", "span", "sub", "summary", "sup", "table", "tbody", "td", "tfoot"),
@@ -85,12 +87,14 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
             "notes": [note for note in record.notes if not _LOST.match(note)]
             + [f"not a finite number: {', '.join(lost)}"] * bool(lost),
         }
-    count = itertools.count(1)
+    figures, mentions, count = _number_figures(notebook), Mentions(), itertools.count(1)
     filters = {
         "drawing": lambda svg, alt: _drawing(svg, alt, next(count)),
         "png_size": _png_size,
         "safe_markdown": safe_markdown,
         "region": _region,
+        "mention": mentions.link,
+        "mentioned": lambda _, what: {"terms": mentions.glossary, "works": mentions.cited}[what](),
     }
     exporter = HTMLExporter(
         template_name="report",
@@ -103,7 +107,8 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
     )
     resources = {"page": page, "metadata": {"path": str(source.parent)}}
     body, _ = exporter.from_notebook_node(notebook, resources=resources)
-    write_atomic(destination, _smaller_pictures(_with_contents(body)))
+    body = _with_references(_with_contents(body), figures)
+    write_atomic(destination, _smaller_pictures(body))
     return destination
 
 
@@ -137,8 +142,8 @@ def _tidy(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
     """Drop what a reader of the page would not miss: the title (it stands above), the parameters
     (a table shows them), progress bars, and all but the last state of lines that were redrawn.
 
-    Returns the question and the rule, which are taken out of the first text, as (name, Markdown):
-    the page shows them with the answer, above everything else."""
+    Returns the question and the rule, which are taken out of the first text, as (name, Markdown).
+    The page begins with the picture that shows the answer (`show.style.put`), then has these."""
     lead: list[tuple[str, str]] = []
     texts = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
     if texts:
@@ -158,9 +163,48 @@ def _tidy(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
                 output.text = "\n".join(line for line in lines if not _NOISE.search(line))
                 shown = output.text.strip()
             cell.outputs += [output] if shown else []
-    notebook.cells = [cell for cell in cells if cell.source.strip() or cell.get("outputs")]
+    first = nbformat.v4.new_code_cell("", metadata={"papermill": {}})
+    for cell in (cell for cell in cells if cell.cell_type == "code" and not first.outputs):
+        shown = [output for output in cell.outputs if _about(output).get("lead")][:1]
+        first.outputs += shown
+        cell.outputs = [output for output in cell.outputs if output not in shown]
+    asked = nbformat.v4.new_markdown_cell("", metadata={"tags": ["lead"]})
+    kept = [cell for cell in cells if cell.source.strip() or cell.get("outputs")]
+    notebook.cells = [first] * bool(first.outputs) + [asked] * bool(lead) + kept
     notebook.metadata.pop("widgets", None)
     return lead
+
+
+def _about(output: nbformat.NotebookNode) -> dict[str, Any]:
+    """What `show.style.put` said of an output; {} of what is no picture of ours."""
+    said = output.get("metadata", {})
+    found = [kind for kind in said if kind in output.get("data", {}) and "alt" in said[kind]]
+    return dict(said[found[0]]) if found else {}
+
+
+def _number_figures(notebook: nbformat.NotebookNode) -> dict[str, int]:
+    """Number every picture in reading order, under its output's metadata; key -> number of those
+    that text may refer to."""
+    found, count = dict[str, int](), itertools.count(1)
+    for output in (o for cell in notebook.cells for o in cell.get("outputs", [])):
+        about = _about(output)
+        if about or _PICTURES & set(output.get("data", {})):
+            number = next(count)
+            caption = about.get("caption") or about.get("alt", "")
+            output.metadata["figure"] = {"number": number, "caption": caption}
+            found[about.get("key") or str(number)] = number
+            output.metadata["figure"]["id"] = f"fig-{about.get('key') or number}"
+    return found
+
+
+def _with_references(body: str, figures: dict[str, int]) -> str:
+    """`body` with the number of each figure that text refers to, "[Figure](#fig-views)"."""
+
+    def named(match: re.Match[str]) -> str:
+        number = figures.get(match[1])
+        return f'<a href="#fig-{match[1]}">Figure {number}</a>' if number else "the figure"
+
+    return re.sub(r'<a href="#fig-([\w-]+)">Figure</a>', named, body)
 
 
 def _parameter_rows(
@@ -216,9 +260,11 @@ def _drawing(svg: str, alt: str, number: int) -> str:
     size = re.search(r'\bwidth="([\d.]+)(pt|px)?"', inner[1])
     points = float(size[1]) if size else 518.4
     width = points * (96 / 72 if size and size[2] == "pt" else 1)
+    # small pictures are no pictures: a sheet scrolls where there is no room for it
+    least = f";min-width:{width:.0f}px" if 'class="fresnel-sheet"' in content else ""
     return (
         f'<svg role="img" aria-label="{html.escape(alt)}" viewBox="{box[1] if box else ""}" '
-        f'xmlns:xlink="http://www.w3.org/1999/xlink" style="max-width:{width:.0f}px">'
+        f'xmlns:xlink="http://www.w3.org/1999/xlink" style="max-width:{width:.0f}px{least}">'
         f"{content}</svg>"
     )
 
@@ -252,7 +298,7 @@ def _region(content: str, label: str, most_rows: int = 14) -> str:
 
     def box(match: re.Match[str]) -> str:
         figure = r"<td>(-?[\d.,]+(?: \[[^\]<]*\])?)</td>"
-        table = re.sub(figure, r'<td class="one-line">\1</td>', match[0])
+        table = re.sub(figure, r'<td class="one-line number">\1</td>', match[0])
         rows, name = table.count("<tr") - 1, html.escape(label)
         boxed = f'<div class="scroll" tabindex="0" role="group" aria-label="{name}">{table}</div>'
         if rows <= most_rows:

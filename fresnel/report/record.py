@@ -38,7 +38,7 @@ RUNNING_NAME = ".running"
 """In a run's folder, locked by its process for as long as that lives."""
 Amount = Annotated[float, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
-Verdict = Literal["PASS", "FAIL", "GO", "NO-GO", "REFUSED", "DONE"]
+Verdict = Literal["PASS", "NOT BETTER", "FAIL", "GO", "NO-GO", "REFUSED", "DONE"]
 VERDICTS = get_args(Verdict)
 
 

@@ -147,7 +147,7 @@ def loss_curves(
     against: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Figure:
     """Loss terms over steps, of a training log's rows, and beside them what the outputs are worth:
-    name -> (steps, values) of ratios to the truth, over the band 0.8 to 1.25."""
+    name -> (steps, values) of ratios to the validation targets, over the band 0.8 to 1.25."""
     rows = {name: [(r["step"], r[name]) for r in log if r.get(name) is not None] for name in terms}
     series = {name: np.array(found, float).T for name, found in rows.items() if found}
     positive = series and all(found[1].min() > 0 for found in series.values())
@@ -156,7 +156,7 @@ def loss_curves(
     if not against:
         return lines(left)
     right = {"series": against, "band": (0.8, 1.25), "title": "What a person sees"}
-    return lines(left, right | {"xlabel": "step", "ylabel": "validation outputs / truth"})
+    return lines(left, right | {"xlabel": "step", "ylabel": "validation, outputs / targets"})
 
 
 def _bars(axis: Any, places: Any, ends: Any, *, bottom: Any = 0.0, **look: Any) -> None:

@@ -21,6 +21,7 @@ _LICENCES = {
     "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
     "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
 }
+_ATTRIBUTION = re.compile(r"(?P<title>.+?) by (?P<author>.+) \((?P<licence>[^()]+)\)")
 _FURNITURE = "https://packages.debian.org/sid/sweethome3d-furniture"
 
 
@@ -36,14 +37,7 @@ def credits(names: Iterable[str], source: str | MultiViewDataset) -> list[dict[s
         "title", "author", "licence", "source" each.
     """
     wanted = list(dict.fromkeys(object_name(name) for name in names))
-    if source == "embedded":
-        known = {asset.name: asset.attribution for asset in assets.embedded_assets()}
-    elif isinstance(source, str) and sources.holds_objects(source):
-        known = {asset.name: asset.attribution for asset in assets.find_assets(source)}
-    else:
-        data = dataset.open(source) if isinstance(source, str) else source
-        rows = {object_name(name): i for i, name in enumerate(data.names)}
-        known = {name: data[rows[name]].attribution for name in wanted if name in rows}
+    known = _attributions(wanted, source)
     listed = furniture.listing()
     libraries = {
         furniture.attribution(entry, listed["libraries"][entry["library"]]): entry["library"]
@@ -51,10 +45,35 @@ def credits(names: Iterable[str], source: str | MultiViewDataset) -> list[dict[s
     }
     entries = []
     for text in (known.get(name, "") for name in wanted):
-        if found := re.fullmatch(r"(?P<title>.+?) by (?P<author>.+) \((?P<licence>[^()]+)\)", text):
+        if found := _ATTRIBUTION.fullmatch(text):
             of = f"sweethome3d-furniture 1.8-1, {libraries[text]}" if text in libraries else ""
             entries.append(found.groupdict() | {"source": of})
     return entries
+
+
+def titles(names: Iterable[str], source: str | MultiViewDataset) -> dict[str, str]:
+    """What a reader calls these records: "red_chair__1" is "Red chair, pose 2"; what is named by
+    no words has its object's title ("Butter" for "0006__0"), if any. source: as for `credits`."""
+    names = list(names)
+    known, found = _attributions([object_name(name) for name in names], source), dict[str, str]()
+    for name in names:
+        thing, pose = object_name(name), name.rpartition("__")[2]
+        match = _ATTRIBUTION.fullmatch(known.get(thing, ""))
+        in_words = re.fullmatch(r"[A-Za-z_ -]+", thing) or not match
+        title = re.sub(r"[_ ]+", " ", thing).capitalize() if in_words else match["title"]
+        found[name] = f"{title}, pose {int(pose) + 1}" if pose.isdigit() and int(pose) else title
+    return found
+
+
+def _attributions(wanted: Sequence[str], source: str | MultiViewDataset) -> dict[str, str]:
+    """What is known of these objects: object -> "title by author (licence)"."""
+    if source == "embedded":
+        return {asset.name: asset.attribution for asset in assets.embedded_assets()}
+    if isinstance(source, str) and sources.holds_objects(source):
+        return {asset.name: asset.attribution for asset in assets.find_assets(source)}
+    data = dataset.open(source) if isinstance(source, str) else source
+    rows = {object_name(name): i for i, name in enumerate(data.names)}
+    return {name: data[rows[name]].attribution for name in wanted if name in rows}
 
 
 def show_credits(entries: Sequence[Mapping[str, str]]) -> None:

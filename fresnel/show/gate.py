@@ -13,6 +13,7 @@ import pandas as pd
 
 from fresnel.data.dataset import MultiViewDataset
 from fresnel.gate.verdict import Verdict
+from fresnel.show.pictures import on_ground
 
 _RATIOS = ["coverage_ratio", "luminance_ratio", "frame_luminance_ratio"]
 
@@ -63,10 +64,11 @@ def worst_views(
 ) -> tuple[list[np.ndarray], list[str], list[str]]:
     """Pictures, captions and records' names of the views with the least of their input's light."""
     rows = _measured(verdict).sort_values("frame_luminance_ratio", kind="stable")[:count]
-    pictures = [
-        data[data.names.index(name)].rgb[view].numpy()
+    seen = [
+        (data[data.names.index(name)], view)
         for name, view in zip(rows.object, rows.view, strict=True)
     ]
+    pictures = [on_ground(record.rgb[view], record.alpha[view]) for record, view in seen]
     captions = [
         f"{azimuth:+.0f}\N{DEGREE SIGN}, {area:.2f}"
         for azimuth, area in zip(rows.azimuth_deg, rows.coverage_ratio, strict=True)

@@ -44,27 +44,37 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def show(picture: Figure | np.ndarray, alt: str) -> None:
+def show(picture: Figure | np.ndarray, alt: str, **about: Any) -> None:
     """Put a figure (as SVG) or an RGB uint8 array (H, W, 3) into the notebook's output; `alt` says
-    the finding, not the axes, to a reader who cannot see it."""
+    the finding, not the axes, to a reader who cannot see it. about: as for `put`."""
     import matplotlib as mpl
 
     if isinstance(picture, np.ndarray):
-        put("image/png", base64.b64encode(to_png(picture)).decode(), alt)
+        put("image/png", base64.b64encode(to_png(picture)).decode(), alt, **about)
         return
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
         picture.savefig(buffer, format="svg", dpi=192, metadata={"Date": None})
-    put("image/svg+xml", buffer.getvalue(), alt)
+    put("image/svg+xml", buffer.getvalue(), alt, **about)
 
 
-def put(mime: str, content: str, alt: str) -> None:
-    """Display `content`, with `alt` for whoever cannot see it."""
+def put(
+    mime: str, content: str, alt: str, *, caption: str = "", key: str = "", lead: bool = False
+) -> None:
+    """Display `content`, with `alt` for whoever cannot see it.
+
+    Args:
+        caption: what a reader should take away, below the picture in the report ("": `alt`).
+        key: text may refer to it, "[Figure](#fig-KEY)"; the report writes its number there.
+        lead: the one picture that shows the answer: the report has it above everything else.
+    """
     from IPython.display import display
 
     if not alt.strip():
         raise ValueError("alt: want a sentence that says what the picture shows")
-    display({mime: content, "text/plain": alt}, raw=True, metadata={mime: {"alt": alt}})
+    about = {"alt": alt, "caption": caption, "key": key, "lead": lead}
+    about = {name: said for name, said in about.items() if said}
+    display({mime: content, "text/plain": alt}, raw=True, metadata={mime: about})
 
 
 def show_table(
@@ -82,12 +92,19 @@ def show_table(
 
     frame = pd.DataFrame(table).astype(object).fillna("")
     plain = frame.to_string(index=False)
+    numbers = [
+        all(isinstance(cell, (int, float)) or cell == "" for cell in frame[name])
+        for name in frame.columns
+    ]
     for name in frame.columns.difference(list(links)):
         frame[name] = [
             f"{cell:,.2f}" if isinstance(cell, float) else html.escape(str(cell))
             for cell in frame[name]
         ]
-    frame.columns = [html.escape(str(name)) for name in frame.columns]
+    frame.columns = [
+        f'<span class="{"number" if numeric else "words"}">{html.escape(str(name))}</span>'
+        for name, numeric in zip(frame.columns, numbers, strict=True)
+    ]
     with pd.option_context("display.max_colwidth", None):
         text = frame.to_html(escape=False, index=False, border=0, justify="left")
     display({"text/html": text, "text/plain": plain}, raw=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from fresnel.show.scenes import Scene, page, scene, still
 from fresnel.show.style import put
 
 
-def show_scene(shown: Scene, alt: str, *, height_px: int = 420) -> None:
+def show_scene(shown: Scene, alt: str, *, height_px: int = 420, **about: Any) -> None:
     """Put a scene into the notebook's output: a still picture, and a button that makes of it an
     interactive viewer (viser's, complete in the page; it needs WebGL). Where viser is missing or
     finds no port to make its page through, the picture stands alone and says so.
@@ -33,7 +34,7 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420) -> None:
     except (ImportError, OSError) as error:
         lost = html.escape(f"There is no viewer here: {error}. To get one: pip install viser")
         text = f'<figure class="fresnel-viewer">{picture}<figcaption>{lost}</figcaption></figure>'
-        put("text/html", text, alt)
+        put("text/html", text, alt, **about)
         return
     # the button stays where it was, so that the focus does too
     script = (
@@ -48,7 +49,7 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420) -> None:
         f'<div><button type="button" class="button viewer-open" style="margin-top:.4rem" '
         f'onclick="{html.escape(script)}">Turn it in 3D</button></div></figure>'
     )
-    put("text/html", text, alt)
+    put("text/html", text, alt, **about)
 
 
 def record_scene(record: ObjectViews, gaussians: Gaussians | None = None) -> Scene | None:

@@ -6,18 +6,60 @@
     button.addEventListener("click", () => {
       const open = button.getAttribute("aria-pressed") !== "true";
       button.setAttribute("aria-pressed", String(open));
+      button.textContent = open ? "Hide code" : "Show code";
       cells.forEach((cell) => { cell.open = open; });
     });
   }
   // paper has nothing to click on: what is folded for want of room comes out there
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details.params:not([open]), details.fold:not([open])")];
+    opened = [...document.querySelectorAll("details.part:not([open]), details.fold:not([open])")];
     opened.forEach((fold) => { fold.open = true; });
   });
   addEventListener("afterprint", () => opened.forEach((fold) => { fold.open = false; }));
+  // a picture as large as the window: moved there and back, as a copy would have the same names
+  const dialog = document.createElement("dialog");
+  dialog.className = "zoom";
+  dialog.setAttribute("aria-label", "Enlarged picture");
+  const close = document.createElement("button");
+  Object.assign(close, { type: "button", className: "button", textContent: "Close" });
+  const stage = document.createElement("div");
+  dialog.append(close, stage);
+  document.body.append(dialog);
+  const place = document.createComment("");
+  close.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("click", (event) => { if (event.target !== close) dialog.close(); });
+  dialog.addEventListener("close", () => {
+    if (stage.firstChild) place.replaceWith(stage.firstChild);
+  });
+  document.querySelectorAll("figure.picture").forEach((figure) => {
+    const picture = figure.querySelector("img, svg");
+    const caption = figure.querySelector(".caption");
+    if (!picture || !caption) return;
+    const enlarge = () => {
+      figure.style.minHeight = `${figure.offsetHeight}px`;
+      picture.replaceWith(place);
+      stage.replaceChildren(picture);
+      dialog.showModal();
+    };
+    const button = document.createElement("button");
+    Object.assign(button, { type: "button", className: "button enlarge", textContent: "Enlarge" });
+    button.setAttribute("aria-label", `Enlarge ${caption.querySelector("b").textContent.replace(".", "")}`);
+    button.addEventListener("click", enlarge);
+    caption.append(" ", button);
+    picture.addEventListener("click", () => { if (!dialog.open) enlarge(); });
+    figure.classList.add("zooms");
+  });
+  // a link into a folded part unfolds it
+  const unfold = () => {
+    const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    const fold = target && target.closest("details");
+    if (fold) fold.open = true;
+  };
+  addEventListener("hashchange", unfold);
+  unfold();
   const toc = document.querySelector("nav.toc details");
-  const wide = matchMedia("(min-width: 62rem)");
+  const wide = matchMedia("(min-width: 88rem)");
   const fit = () => { if (toc) toc.open = wide.matches; };
   fit();
   wide.addEventListener("change", fit);
