@@ -39,6 +39,13 @@ def parameters(result: TrainResult) -> dict[str, Tensor]:
     }
 
 
+def interleaved() -> Line:
+    """With weights in another memory order, which their gradients' shared buffer has to keep."""
+    task = Line()
+    task.model = task.model.to(memory_format=torch.channels_last)
+    return task
+
+
 GPU_TASKS = ("cvs", "decoder")
 GPU_CONFIG = changed(steps=24, accumulate=2, lr=1e-3, log_every=1)
 
@@ -70,12 +77,14 @@ def worker(folder: Path, scene: str) -> None:
             signal.raise_signal(signal.SIGTERM)
 
         def slowly(name: str) -> None:
-            """Say which process this is, and train for six seconds."""
+            """Say which process this is, wait to be let go on, and then take a second a step."""
 
             def breathe(step: int, _: Tensor) -> None:
                 if step == 6:
                     print(f"{name}: rank {group.rank} is {os.getpid()}.", flush=True)
-                time.sleep(0.1 if step < 6 else 2.0)
+                    while not (folder / f"{name}.go").exists():
+                        time.sleep(0.05)
+                time.sleep(step > 6)
 
             fit(name, Line(at={step: partial(breathe, step) for step in range(10)}))
 
@@ -93,7 +102,7 @@ def worker(folder: Path, scene: str) -> None:
         result = fit("two", task)
         assert task.batches == list(range(10)), "a shard a step"
         assert result.samples_per_s > 0 and len(result.validations) == 3
-        fit("three", config=THREE)
+        fit("three", interleaved(), config=THREE)
         with pytest.raises(ValueError, match="accumulate: got 1, want at least 2"):
             run(folder, "one")
         with pytest.raises(KeyboardInterrupt, match="stopped at step 5 of 10; a checkpoint is in"):
@@ -124,7 +133,7 @@ test_ranks.worker(pathlib.Path({str(folder)!r}), {scene!r})
         command = [*ranks.torchrun(2, {}), str(script)]
         with open(said, "w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
-        self.said = said.read_text
+        self.said, self.folder = said.read_text, folder
 
     def pids(self, name: str) -> dict[str, int]:
         """Of the processes that train under this name, by rank, once both do."""
@@ -134,6 +143,10 @@ test_ranks.worker(pathlib.Path({str(folder)!r}), {scene!r})
             found = re.findall(rf"{name}: rank (\d) is (\d+)\.", self.said())
             assert self.process.poll() is None, self.said()
         return {rank: int(pid) for rank, pid in found}
+
+    def go_on(self, name: str) -> None:
+        time.sleep(0.5)  # until a signal has come through
+        (self.folder / f"{name}.go").touch()
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +160,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     try:
         launcher.pids("terminated")
         launcher.process.terminate()
+        launcher.go_on("terminated")
         launcher.process.wait(60)
     finally:
         launcher.process.kill()
@@ -162,7 +176,7 @@ def test_two_ranks_are_two_micro_batches(together: Path, tmp_path: Path) -> None
         found = [load_file(together / f"{name}-{rank}.safetensors") for rank in (0, 1)]
         for key, value in found[0].items():
             assert torch.equal(value, found[1][key]), "the ranks hold the same, averages too"
-        alone = run(tmp_path, name, config=config)
+        alone = run(tmp_path, name, interleaved() if name == "three" else Line(), config=config)
         assert_close(parameters(alone), found[0])
         logged = [row["error"] for row in log_of(together / name) if row["event"] == "train"]
         assert logged == pytest.approx([row["error"] for row in alone.history], rel=1e-4)
@@ -206,6 +220,8 @@ def test_a_killed_rank_ends_the_others_and_a_killed_launcher_leaves_no_orphans(
         pids = {name: both[name].pids(name) for name in names}
         os.kill(pids["rank"]["1"], signal.SIGKILL)
         both["launcher"].process.kill()
+        for name in names:
+            both[name].go_on(name)
         assert both["rank"].process.wait(60) != 0
         assert stopped_at(tmp_path, "rank") == 5
         assert "whole: run again to go on from there" in both["rank"].said()
