@@ -22,6 +22,7 @@ from fresnel.gate import verdict
 from fresnel.objects import furniture, sources
 from fresnel.objects.assets import embedded_assets
 from fresnel.report import run as report
+from fresnel.show import credits
 from fresnel.study import arms
 from fresnel.study import data as training_data
 from fresnel.training.cvs_task import pairs_of
@@ -225,6 +226,8 @@ def test_the_heads_that_ship_tell_the_same_story(tmp_path: Path) -> None:
     validating = training_data.validation_objects(source, judges, device="cpu")
     assert validating is not None and len(validating) == training_data.VALIDATION_OBJECTS
     sources.require_apart(validating.names, judges.names)
+    (entry,) = credits.credits(judges.names[:1], judges)
+    assert entry["licence"] == "CC0-1.0" and "MakeHuman" in entry["author"]
 
 
 def test_photographs_have_no_parts(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ def credits(names: Iterable[str], source: str | MultiViewDataset) -> list[dict[s
 
     Args:
         names: of records ("armchair__0") or objects; doubles count once.
-        source: the data they are of, or what a notebook's `source` names: "embedded", 3D objects,
-            or a dataset.  Of photographs nothing is known, and nothing is returned.
+        source: the data they are of, or what a notebook's `source` names: "embedded", "heads", 3D
+            objects, or a dataset.  Of photographs nothing is known, and nothing is returned.
 
     Returns:
         "title", "author", "licence", "source" each.
@@ -59,7 +59,7 @@ def titles(names: Iterable[str], source: str | MultiViewDataset) -> dict[str, st
     for name in names:
         thing, pose = object_name(name), name.rpartition("__")[2]
         match = _ATTRIBUTION.fullmatch(known.get(thing, ""))
-        in_words = re.fullmatch(r"[A-Za-z_ -]+", thing) or not match
+        in_words = re.fullmatch(r"[A-Za-z_ -]+|head_\d+", thing) or not match
         title = re.sub(r"[_ ]+", " ", thing).capitalize() if in_words else match["title"]
         found[name] = f"{title}, pose {int(pose) + 1}" if pose.isdigit() and int(pose) else title
     return found
@@ -71,9 +71,18 @@ def _attributions(wanted: Sequence[str], source: str | MultiViewDataset) -> dict
         return {asset.name: asset.attribution for asset in assets.embedded_assets()}
     if isinstance(source, str) and sources.holds_objects(source):
         return {asset.name: asset.attribution for asset in assets.find_assets(source)}
+    if source == sources.EMBEDDED["faces"]:
+        source = sources.embedded_heads("train")
     data = dataset.open(source) if isinstance(source, str) else source
     rows = {object_name(name): i for i, name in enumerate(data.names)}
-    return {name: data[rows[name]].attribution for name in wanted if name in rows}
+    found = {name: data[rows[name]].attribution for name in wanted if name in rows}
+    return {name: _of_heads(text) for name, text in found.items()}
+
+
+def _of_heads(text: str) -> str:
+    """What `heads` writes has no title: a maker's name is all of it."""
+    maker = text.replace(" (CC0 1.0)", "")
+    return f"Synthetic heads by the makers of {maker} (CC0-1.0)" if "of anny" in text else text
 
 
 def show_credits(entries: Sequence[Mapping[str, str]]) -> None:
