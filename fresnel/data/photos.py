@@ -200,9 +200,9 @@ def read_folder(
         raise DatasetError(f"{folder}: {what if Path(folder).is_dir() else 'no such folder'}")
     if elevation_deg is None:
         elevation_deg = ELEVATION_DEG[domain]
-    options = {"elevation_deg": elevation_deg, "size": size, "domain": domain}
+    how = functools.partial(read, elevation_deg=elevation_deg, size=size, domain=domain)
     with ThreadPoolExecutor() as pool:
-        photos = list(pool.map(lambda path: read(path, **options), paths))
+        photos = list(pool.map(how, paths))
     names = tuple(path.stem for path in paths)
     if len(set(names)) < len(paths):
         names = tuple(path.name for path in paths)
