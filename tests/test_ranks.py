@@ -34,9 +34,8 @@ HERE = Path(__file__).resolve().parent
 
 def parameters(result: TrainResult) -> dict[str, Tensor]:
     nets = {"model": result.model, "ema": result.ema_model}
-    return {
-        f"{n}.{name}": p.detach() for n, net in nets.items() for name, p in net.named_parameters()
-    }
+    named = [(which, net.named_parameters()) for which, net in nets.items()]
+    return {f"{w}.{name}": p.detach().contiguous() for w, each in named for name, p in each}
 
 
 def interleaved() -> Line:

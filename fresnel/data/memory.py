@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import weakref
 from typing import Any
 
@@ -16,15 +17,14 @@ class Images:
     """The images of all records, for one device. Number 0 of a record is its input, 1 + k its
     view k.
 
-    They lie on the device; where they would take more than `room` bytes of it, in the host's
-    memory, page-locked, out of which a GPU itself reads what a batch takes: nothing waits, and the
-    batches are the same.
+    They lie on the device while there is room, and beyond in the host's memory, page-locked, out
+    of which a GPU itself reads what a batch takes: nothing waits, and the batches are the same.
 
     Args:
         data: images square, inputs and views of one size; on the host, if they are not to pass
             through the device.
         depth: whether depth is wanted, too; of an input without it all is unknown (0).
-        room: None: half of what is free on a GPU.
+        room: bytes of the device for images; None: half of what is free on a GPU.
     """
 
     def __init__(
@@ -45,10 +45,9 @@ class Images:
         if depth and data.depth is not None:
             none = torch.zeros_like(data.depth[:, 0])
             pairs["depth"] = (none if inputs.depth is None else inputs.depth, data.depth)
-        if room is None:
-            free = self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0]
-            room = free / 2 if free else math.inf
-        self.on_host = sum(x.nbytes for pair in pairs.values() for x in pair) > room
+        free = self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0]
+        self.room = room if room is not None else free / 2 if free else math.inf
+        self.on_host = 0  # bytes
         # one tensor each: a batch is one lookup, as a step of the decoder waits for the host
         self.stored = {
             name: self.held(torch.cat([first[:, None].to(rest), rest], dim=1))
@@ -57,10 +56,13 @@ class Images:
         self.records, self.views, self.size = data.alpha.shape[:3]
 
     def held(self, tensor: Tensor) -> Tensor:
-        """A tensor where the images are, to be looked up by indices on the device."""
-        if self.on_host and self.device.type == "cuda":
-            return _on_host(tensor.cpu().contiguous(), self.device)
-        return tensor.to(self.device)
+        """A tensor where there is room for it, to be looked up by indices on the device."""
+        fits = tensor.nbytes <= self.room
+        self.room -= tensor.nbytes * fits
+        self.on_host += tensor.nbytes * (not fits)
+        if fits or self.device.type != "cuda":
+            return tensor.to(self.device)
+        return _on_host(tensor, self.device)
 
     def pick(self, records: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         """Images `numbers` (B, T) of `records` (B,) as they are stored: "rgba", 8 bits and
@@ -80,21 +82,23 @@ def picked(stored: Tensor, *index: Tensor) -> Tensor:
 
 
 def _on_host(tensor: Tensor, device: torch.device) -> Tensor:
-    """The host's tensor as one of the GPU's, which reads it over the bus."""
+    """A copy in the host's memory, as a tensor of the GPU, which reads it over the bus."""
+    pages = mmap.mmap(-1, tensor.nbytes)  # whole ones, which can be locked by themselves
+    kept = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
     runtime: Any = torch.cuda.cudart()
-    at, portable_and_mapped = tensor.data_ptr(), 3
+    at, portable_and_mapped = kept.data_ptr(), 3
     with torch.cuda.device(device):
-        error = int(runtime.cudaHostRegister(at, tensor.nbytes, portable_and_mapped))
+        error = int(runtime.cudaHostRegister(at, kept.nbytes, portable_and_mapped))
     if error:
         raise RuntimeError(
             f"{tensor.nbytes / 1e9:.1f} GB of images are too many for the GPU, and can't be locked "
             f"in host memory either (CUDA error {error}): raise the limit (ulimit -l unlimited), "
             "or train on fewer or smaller images"
         )
-    weakref.finalize(tensor, runtime.cudaHostUnregister, at).atexit = False
-    kind = {torch.uint8: "|u1", torch.float32: "<f4"}[tensor.dtype]
-    place = {"shape": tuple(tensor.shape), "typestr": kind, "data": (at, False), "version": 3}
-    return torch.as_tensor(_Seen(tensor, place), device=device)
+    weakref.finalize(kept, runtime.cudaHostUnregister, at).atexit = False
+    kind = {torch.uint8: "|u1", torch.float32: "<f4"}[kept.dtype]
+    place = {"shape": tuple(kept.shape), "typestr": kind, "data": (at, False), "version": 3}
+    return torch.as_tensor(_Seen(kept, place), device=device)
 
 
 class _Seen:

@@ -154,12 +154,10 @@ class SharedGradients:
 
     def collect(self) -> Tensor:
         """Copy this rank's gradients into the buffer; their sum, which is finite if they are."""
-        given = [(v, p.grad) for v, p in zip(self.views, self.parameters, strict=True)]
+        pairs = zip(self.views, (p.grad for p in self.parameters), strict=True)
+        given = [torch.zeros_like(view) if own is None else own for view, own in pairs]
         with torch.no_grad():
-            pairs = [(view, gradient) for view, gradient in given if gradient is not None]
-            torch._foreach_copy_([view for view, _ in pairs], [gradient for _, gradient in pairs])
-            for view in (view for view, gradient in given if gradient is None):
-                view.zero_()
+            torch._foreach_copy_(self.views, given)
         return self.gradients.sum()
 
     def sum(self, values: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,10 +177,8 @@ class SharedGradients:
             dist.all_reduce(self.flat)
         for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.grad = view
-        shards = torch.where(self._bad > 0, self._bad - 1, torch.inf)
-        none = torch.full_like(shards[0], -1)
-        first = torch.where(shards.min().isfinite(), shards.min(), none)
-        return self._beside.to(values), first.long()
+        first = torch.where(self._bad > 0, self._bad - 1, torch.inf).min()
+        return self._beside.to(values), torch.where(first.isfinite(), first, -1).long()
 
 
 def place(environment: Mapping[str, str]) -> dict[str, str]:
