@@ -31,7 +31,7 @@ _PRACTICAL = {
     "constant_frames": {"white_views": 0.25, "constant_views": 0.25},
     "views_empty": {"empty_views": 0.25},
     "frozen_views": {"frozen_views": 0.5},
-    "exposure_drift": {"exposure_drift": 0.75, "fading_exposure": 0.75},
+    "exposure_drift": {"exposure_drift": 0.75, "fading_exposure": 0.75, "rolling_exposure": 0.5},
     "clipped": {"contrast": 0.75},
     "noisy": {"noise": 0.25},
     "channels_swapped": {"swapped_channels": 1.0},
@@ -41,6 +41,7 @@ _PRACTICAL = {
     "pose_mismatch": {
         **{"shuffled_poses": 0.5, "rolled_poses": 1.0, "rolled_off_centre": 1.0},
         **{"jittered_poses": 0.5, "mixed_objects": 0.25, "others_poses": 1.0},
+        "drifting_poses": 0.5,
     },
     "pose_convention": {
         **{"inverted_extrinsics": 1.0, "transposed_rotations": 1.0, "opengl_axes": 1.0},
@@ -63,8 +64,11 @@ EXPECTED = {name: (code, at) for code, names in _PRACTICAL.items() for name, at 
 """The code that should come first, and the smallest strength at which it has to: practical ones."""
 _BY_RECORD = {n for n, (_, practical) in EXPECTED.items() if practical == 1} - {"swapped_channels"}
 """Mistakes that are there or not, in a share `strength` of the records."""
-UNPAIRED = ("rolled_off_centre", "others_poses", "fading_exposure", "linear_colours")
+UNPAIRED = ("rolled_off_centre", "others_poses", "drifting_poses")
+UNPAIRED += ("fading_exposure", "rolling_exposure", "linear_colours")
 """Faults that no mend of `poses.explain` is the inverse of."""
+ACCEPTED = {"rolled_off_centre": ("principal_point",)}
+"""Other codes that are as right to come first: of two mistakes at once, the other one."""
 Scene = Literal["black", "photo", "opaque_black", "opaque_white"]
 
 
@@ -80,29 +84,40 @@ def corrupt(
         raise ValueError(f"fault: got {fault!r}, want one of {', '.join(EXPECTED)}")
     if not 0 < strength <= 1:
         raise ValueError(f"strength: got {strength}, want in (0, 1]")
-    count = len(objects)
-    for index in range(count):
-        own, rng = objects[index], np.random.default_rng([seed, index])
-        if fault in _BY_RECORD and rng.random() >= strength:
-            pass
-        elif fault == "others_poses":  # the cameras of another record's views
-            own = replace(own, cameras=objects[(index + 1) % count].cameras)
-        elif fault == "mixed_objects":  # in every record this share of the views is of another
-            other, rows = objects[(index + 1) % count], _chosen(own, strength, rng)
-            for name in ("rgb", "alpha", "depth"):
-                mine, its = getattr(own, name), getattr(other, name)
-                if mine is not None and its is not None:
-                    own = replace(own, **{name: put(mine, rows, its[rows])})  # type: ignore[arg-type]
-        elif fault in ("duplicated_objects", "split_leak"):
-            # This share of the records (of the second half, see `said`), at least the last, shows
-            # what one before it (in the first half) shows, under its own name.
-            first = 1 if fault == "duplicated_objects" else max(1, count // 2)
-            if index >= first and (rng.random() < strength or index == count - 1):
-                before = index if fault == "duplicated_objects" else first
-                own = replace(objects[int(rng.integers(before))], name=own.name)
-        else:
-            own = _posed(_pictured(own, fault, strength, rng), fault, strength, rng)
-        yield own
+    for index in range(len(objects)):
+        yield broken(objects, index, fault, strength, seed=seed)
+
+
+def broken(
+    objects: Sequence[ObjectViews] | MultiViewDataset,
+    index: int,
+    fault: str,
+    strength: float,
+    *,
+    seed: int = 0,
+) -> ObjectViews:
+    """One of the records that `corrupt` gives."""
+    own, rng, count = objects[index], np.random.default_rng([seed, index]), len(objects)
+    if fault in _BY_RECORD and rng.random() >= strength:
+        return own
+    if fault == "others_poses":  # the cameras of another record's views
+        return replace(own, cameras=objects[(index + 1) % count].cameras)
+    if fault == "mixed_objects":  # in every record this share of the views is of another
+        other, rows = objects[(index + 1) % count], _chosen(own, strength, rng)
+        for name in ("rgb", "alpha", "depth"):
+            mine, its = getattr(own, name), getattr(other, name)
+            if mine is not None and its is not None:
+                own = replace(own, **{name: put(mine, rows, its[rows])})  # type: ignore[arg-type]
+        return own
+    if fault in ("duplicated_objects", "split_leak"):
+        # This share of the records (of the second half, see `said`), at least the last, shows
+        # what one before it (in the first half) shows, under its own name.
+        first = 1 if fault == "duplicated_objects" else max(1, count // 2)
+        if index < first or (rng.random() >= strength and index < count - 1):
+            return own
+        before = index if fault == "duplicated_objects" else first
+        return replace(objects[int(rng.integers(before))], name=own.name)
+    return _posed(_pictured(own, fault, strength, rng), fault, strength, rng)
 
 
 def said(names: Sequence[str], fault: str, strength: float) -> dict[str, Any]:
@@ -168,6 +183,9 @@ def _pictured(views: ObjectViews, fault: str, by: float, rng: np.random.Generato
             return exposed(views, gain[:, None, None, None])
         case "fading_exposure":  # falls from the first view to the last by 8 * strength stops
             gain = 2.0 ** (-8 * by * torch.linspace(0, 1, count))
+            return exposed(views, gain[:, None, None, None])
+        case "rolling_exposure":  # by a wave over the views, of +-4 * strength stops
+            gain = 2.0 ** (4 * by * torch.sin(2 * torch.pi * torch.arange(count) / count))
             return exposed(views, gain[:, None, None, None])
         case "linear_colours":  # written where sRGB is meant, blended in by `strength`
             linear = lambda own: 255 * srgb_to_linear(own / 255)  # noqa: E731
@@ -248,6 +266,11 @@ def _posed(views: ObjectViews, fault: str, by: float, rng: np.random.Generator) 
             return posed(rolled, "Ks", lambda Ks: transforms.calibrated(Ks, size, off))
         case "jittered_poses":  # each turned about the vertical, sigma = 45 degrees * strength
             turns = _turns(rng.normal(0, 45 * by, count), pivot)
+            return posed(views, "viewmats", lambda poses: poses @ turns)
+        case (
+            "drifting_poses"
+        ):  # their time stamps gain on the pictures': turned, 180 deg * strength
+            turns = _turns(np.linspace(0, 180 * by, count), pivot)  # for the last, for others less
             return posed(views, "viewmats", lambda poses: poses @ turns)
         case "inverted_extrinsics":  # camera-to-world given as world-to-camera
             return posed(views, "viewmats", np.linalg.inv)

@@ -380,6 +380,21 @@ def test_a_record_that_alone_can_be_compared_is_judged_as_if_alone() -> None:
         assert check(Seen([], objects, gate.GateConfig())).flags[0] == flagged
 
 
+@pytest.mark.parametrize(
+    ("fault", "strength"),
+    [("opengl_axes", 1.0), ("darken", 0.9), ("empty_views", 0.5)],
+)
+def test_one_bad_record_of_many_is_refused_by_its_name(
+    healthy: list[Any], fault: str, strength: float
+) -> None:
+    records = [replace(healthy[k % 8], name=f"own{k}") for k in range(24)]
+    records[21:22] = faults.corrupt(records[21:22], fault, strength)
+    verdict = judged(records)
+    first = verdict.reasons[0]
+    assert first.code == faults.EXPECTED[fault][0], verdict.summary
+    assert first.message.endswith("records show it, own21 beyond doubt")
+
+
 def test_error_probabilities_of_the_sequential_test() -> None:
     config = gate.GateConfig()
     assert [is_faulty(shown, 10, config, final=False) for shown in (0, 3, 6)] == [0, 0, 1]

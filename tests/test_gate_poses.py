@@ -102,6 +102,20 @@ def test_fix_writes_a_copy_that_passes(clean: Any, tmp_path: Path, fault: str) -
     assert fixed.content_hash != bad.content_hash and fixed.names == clean.names
 
 
+@pytest.mark.parametrize("fault", ["opengl_axes", "darken"])
+def test_of_a_set_half_mended_the_other_half_is_mended(fault: str, tmp_path: Path) -> None:
+    records = [replace(views_of(i, size=32), name=f"own{i}") for i in range(6)]
+    bad = list(faults.corrupt(records, fault, max(0.8, faults.EXPECTED[fault][1])))
+    half = dataset.write(tmp_path / "half", [*records[:3], *bad[3:]], meta={})
+    fixed, verdict = fix(half, tmp_path / "c", progress=False)
+    assert verdict.passed, verdict.summary
+    assert fixed.meta["mended"][0].endswith("in 3 of 6 records")
+    for k in (0, 5):
+        torch.testing.assert_close(
+            fixed[k].cameras.viewmats, records[k].cameras.viewmats, atol=1e-3, rtol=0
+        )
+
+
 def test_there_is_nothing_to_fix_in_healthy_data(clean: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to fix"):
         fix(clean, tmp_path / "d", progress=False)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fresnel.gate.thresholds import ALONE, GateConfig
+from fresnel.gate.thresholds import BLATANT, GateConfig, alone
 
 Row = dict[str, Any]
 
@@ -28,6 +28,7 @@ class Finding:
     Args:
         flags: 1 where a record shows the fault, 0 where not, NaN where it can't be asked.
         at_once: one record, or the set as a whole, is enough; no test of proportions.
+        blatant: which records show it as no healthy record does: one of them is enough, too.
     """
 
     code: str
@@ -36,6 +37,7 @@ class Finding:
     hint: str
     values: dict[str, float]
     at_once: bool = False
+    blatant: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,15 @@ class Seen:
             nearer = np.abs(np.log(same)) < np.abs(np.log(out["luminance_ratio"]))
         out["luminance_ratio"] = np.where(nearer, same, out["luminance_ratio"])
         out["drift"] = np.fmin(self.record("drift"), self.record("steps"))
-        black = self.per_record(self.view("black", shown=True))
+        out["black"] = self.per_record(self.view("black", shown=True))
         known = jump < config.max_jump
-        out["dark"] = np.where(known, black, out["dark"])
+        out["dark"] = np.where(known, out["black"], out["dark"])
+        # One black object is a black object; ten of ten are not.
+        tops = self.record("top")
+        tops = (
+            np.quantile(tops[np.isfinite(tops)], 0.9) if np.isfinite(tops).sum() >= 10 else np.nan
+        )
+        out["set_top"] = np.full(len(self.objects), tops)
         out["bright"] = np.where(known, 0.0, out["bright"])
         # From within 22.5 degrees of +-90 over that of 0 and 180; not asked where those are empty.
         bins, cover = 45 * np.round(self.view("azimuth_deg") / 45), self.view("coverage_ratio")
@@ -152,7 +160,21 @@ def share(values: np.ndarray) -> float:
     return median(values, np.mean)
 
 
-_SHARES = ("empty", "constant", "cropped", "dark", "bright", "frozen")  # of a record's views
+def is_blatant(values: np.ndarray, name: str) -> np.ndarray:
+    """Where values are beyond what any healthy record shows, by the name of their limit."""
+    far = BLATANT.get(name, math.nan)
+    return values < far if name.startswith("min") else values > far
+
+
+_SHARES = (
+    "empty",
+    "constant",
+    "cropped",
+    "dark",
+    "bright",
+    "black",
+    "frozen",
+)  # of a record's views
 
 
 @dataclass(frozen=True)
@@ -165,7 +187,7 @@ class Check:
         message: with the columns' values in braces: the mean of shares, the sum of counts (whose
             limit is 0); else the median of the records that show it, or of all.
         also: other columns to state.
-        of_all: medians are of all records.
+        of_all: medians are of all records, if most of them show it.
         at_once: one record, or the set as a whole, is enough.
     """
 
@@ -180,15 +202,19 @@ class Check:
     def __call__(self, seen: Seen) -> Finding:
         columns = {key: seen[key] for key in (*self.limits, *self.also)}
         known = np.any([np.isfinite(columns[key]) for key in self.limits], axis=0)
-        over, values = np.zeros(len(known), bool), dict[str, float]()
+        (over, far), values = np.zeros((2, len(known)), bool), dict[str, float]()
         for key, name in self.limits.items():
             limit = float(getattr(seen.config, name)) if name else 0.0
             values |= {name: limit} if name else {}
             # Nothing can confirm a single flag.
-            wider = ALONE if known.sum() <= 1 and not self.at_once else 1.0
+            wider = alone(name) if known.sum() <= 1 and not self.at_once else 1.0
             low = name.startswith("min")
             over |= columns[key] < limit / wider if low else columns[key] > limit * wider
-        rows = known if self.of_all or not over.any() else over
+            far |= is_blatant(columns[key], name)
+        rows = (
+            over if over.any() and not (self.of_all and over.sum() > 0.8 * known.sum()) else known
+        )
+        rows = far if far.any() and over.sum() < 0.3 * known.sum() else rows
         for key, column in columns.items():
             total = float(np.nansum(column)) if "" in self.limits.values() else median(column[rows])
             values[key] = share(column) if key in _SHARES else total
@@ -198,31 +224,28 @@ class Check:
         said = self.message.format(**values, **named)
         said = said.replace("nan%", "an unknown share")
         flags = np.where(known, over, np.nan)
-        return Finding(self.code, flags, said, self.hint, values, self.at_once)
+        return Finding(self.code, flags, said, self.hint, values, self.at_once, far)
 
 
-_EXPOSURE = (
-    "{coverage_ratio:.0%} of the input's area is covered, so it is exposure, not emptiness",
-    "check exposure, tone curve and colour range of the renders",
-)
-_DARK = Check(
+def _exposed(code: str, limits: Mapping[str, str], message: str) -> Check:
+    hint = "check exposure, tone curve and colour range of the renders"
+    message += "; {coverage_ratio:.0%} of the input's area is covered, so it is exposure, not "
+    also = ("dark", "bright", "black", "coverage_ratio", "clipped")
+    return Check(code, limits, f"{message}emptiness", hint, also, of_all=True)
+
+
+_DARK = _exposed(
     "views_dark",
-    {"luminance_ratio": "min_luminance_ratio", "dark": "max_dark", "top": "min_top"},
+    {"luminance_ratio": "min_luminance_ratio", "dark": "max_dark", "top": "min_top"}
+    | {"set_top": "min_set_top"},
     "views are dark: the median view has {luminance_ratio:.2f} of the input's luminance, "
-    "{dark:.0%} are almost black, and the brightest of views and input are at {top:.0f} of 255; "
-    + _EXPOSURE[0],
-    _EXPOSURE[1],
-    ("bright", "coverage_ratio", "clipped"),
-    of_all=True,
+    "{dark:.0%} are almost black, and the brightest of views and input are at {top:.0f} of 255",
 )
-_BRIGHT = Check(
+_BRIGHT = _exposed(
     "views_bright",
     {"luminance_ratio": "max_luminance_ratio", "bright": "max_bright"},
     "views are too bright: the median view has {luminance_ratio:.2f} times the input's luminance "
-    "and {bright:.0%} are far brighter; " + _EXPOSURE[0],
-    _EXPOSURE[1],
-    ("dark", "coverage_ratio", "clipped"),
-    of_all=True,
+    "and {bright:.0%} are far brighter",
 )
 _ORBIT = Check(
     "pivot_offset",
@@ -242,17 +265,15 @@ _STATED = Check(
 )
 
 
-def exposure(seen: Seen) -> Finding:
-    """Views much darker or brighter than the input although they cover as much: what is more."""
-    dark, bright = _DARK(seen), _BRIGHT(seen)
-    return dark if np.nansum(dark.flags) >= np.nansum(bright.flags) else bright
+def _either(first: Check, second: Check) -> Callable[[Seen], Finding]:
+    """Of two checks that exclude each other the one that more records show."""
 
+    def check(seen: Seen) -> Finding:
+        one, other = first(seen), second(seen)
+        mine, its = (np.nansum(own.flags) + 3 * own.blatant.sum() for own in (one, other))
+        return one if mine >= its else other
 
-def _pivot(seen: Seen) -> Finding:
-    """Cameras that look at another point than the object (the original experiment's mistake), or
-    than the data states."""
-    orbit, stated = _ORBIT(seen), _STATED(seen)
-    return stated if np.nansum(stated.flags) and not np.nansum(orbit.flags) else orbit
+    return check
 
 
 # --- across the set --------------------------------------------------------------------------
@@ -361,7 +382,8 @@ CHECKS: tuple[Callable[[Seen], Finding], ...] = (
         "frames that were never written",
     ),
     _leak,
-    _pivot,
+    # Another point than the object (the original experiment's mistake), or than the data states.
+    _either(_ORBIT, _STATED),
     Check(  # where a solid of revolution can't explain it
         "frozen_views",
         {"frozen": "max_frozen"},
@@ -432,11 +454,12 @@ CHECKS: tuple[Callable[[Seen], Finding], ...] = (
         "check where the cameras look and how far away they are",
         of_all=True,
     ),
-    exposure,
+    _either(_DARK, _BRIGHT),
     Check(
         "exposure_drift",
-        {"drift": "max_drift"},
-        "brightness jumps by {drift:.1f} e-foldings from one view to the next",
+        {"drift": "max_drift", "spread": "max_spread"},
+        "brightness changes from view to view: by {drift:.1f} e-foldings from one to the next, "
+        "and the same surface varies by {spread:.1f} over all of them",
         "fix the exposure (and white balance) over all views of an object",
     ),
     Check(
@@ -496,3 +519,11 @@ CHECKS: tuple[Callable[[Seen], Finding], ...] = (
     ),
 )
 """In the order in which their reasons are ranked: causes before what they cause."""
+OF_RECORDS = (
+    *(check for check in CHECKS if isinstance(check, Check)),
+    _DARK,
+    _BRIGHT,
+    _ORBIT,
+    _STATED,
+)
+"""All that a record's numbers are asked."""

@@ -120,12 +120,16 @@ def decide(seen: Seen, rigs: Mapping[int, Rig]) -> tuple[tuple[Reason, ...], tup
             continue  # an orbit around another point says nothing about the object's sides
         marked = np.flatnonzero(finding.flags > 0)
         asked, shown = int(np.isfinite(finding.flags).sum()), len(marked)
-        if shown if finding.at_once else is_faulty(shown, asked, seen.config, final=seen.final):
+        often = shown if finding.at_once else is_faulty(shown, asked, seen.config, final=seen.final)
+        if not often and finding.blatant.any():
+            marked = np.flatnonzero(finding.blatant)
+        if often or finding.blatant.any():
             message, values = finding.message, dict(finding.values)
             values |= {"records_shown": float(shown), "records_asked": float(asked)}
             if not finding.at_once:
                 values["chance"] = chance(shown, asked, seen.config.healthy_rate)
-                message += f"; {shown} of {asked} records show it"
+            if not often:
+                values["beyond_doubt"] = float(marked[0])
             found.append(Reason(finding.code, message, finding.hint, values))
             if finding.code in ("pose_mismatch", "pivot_offset", "billboard", "input_pose"):
                 suspects |= dict.fromkeys(marked.tolist())
@@ -133,7 +137,18 @@ def decide(seen: Seen, rigs: Mapping[int, Rig]) -> tuple[tuple[Reason, ...], tup
             first = seen.objects[marked[0]]["name"]
             notes.append(f"{finding.code}: {shown} of {total} records, e.g. {first}")
     found = _explained(seen, found, [rigs[k] for k in suspects if k in rigs])
-    return _ranked(found), tuple(notes)
+    return tuple(_counted(reason, seen) for reason in _ranked(found)), tuple(notes)
+
+
+def _counted(reason: Reason, seen: Seen) -> Reason:
+    """With the records that show it in its message; of a few that no healthy set has, the first."""
+    values = reason.values
+    if "chance" not in values:
+        return reason
+    said = "; {records_shown:.0f} of {records_asked:.0f} records show it".format(**values)
+    if "beyond_doubt" in values:
+        said += f", {seen.objects[int(values['beyond_doubt'])]['name']} beyond doubt"
+    return replace(reason, message=reason.message + said)
 
 
 def _codes(found: Sequence[Reason]) -> list[str]:
@@ -194,7 +209,7 @@ _PASSES_FOR: dict[str, tuple[str, float, Callable[[_Values, _Values], bool]]] = 
         0.7,
         lambda own, _: own["clipped"] > own["crushed"] + 0.05 and own["floored"] > 0.05,
     ),
-    "exposure_drift": (_EXPOSED, 1.0, lambda _, other: not other["dark"] > 0.1),
+    "exposure_drift": (_EXPOSED, 1.0, lambda _, other: not other["black"] > 0.02),
     "noisy": (f"{_EXPOSED} exposure_drift clipped {_LOOSE}", 1.0, lambda *_: True),
     "blurred": (_LOOSE, 1.201, lambda own, _: own["detail_ratio"] < 0.3),
     "views_empty": (_LOOSE, 1.201, lambda *_: True),
@@ -276,7 +291,7 @@ def _notes(seen: Seen) -> list[str]:
             f"poses of {features.sum()} records are not judged: too few features (or views) match"
         )
     if len(seen.objects) == 1:
-        wider = "its limits are half as wide again, since nothing can confirm a flag"
+        wider = "its limits are half as wide again or more, since nothing can confirm a flag"
         notes.append(f"one record only: {wider}")
     if not identity:
         notes.append("identity check skipped: no render from the input camera is stored")

@@ -12,6 +12,7 @@ import torch
 
 from fresnel.data import dataset as datasets
 from fresnel.data.records import ObjectViews
+from fresnel.gate.measure import measure
 from fresnel.gate.thresholds import GateConfig
 from fresnel.gate.verdict import Verdict, validate
 from fresnel.poses import explain, transforms
@@ -20,31 +21,64 @@ from fresnel.poses.geometry import nearest_point, rigs_of
 BRIGHTEST_GAIN = 8.0
 """What is darker than an eighth keeps less than 42% of sRGB's levels: 107 of 256."""
 MOST_CLIPPED = 0.05
-"""Share of pixels at the end of the scale beyond which brightness can't be taken back."""
-Step = tuple[str, Callable[[ObjectViews], ObjectViews]]
-"""One mend of a record: what it does in words, for the copy's meta, and the doing."""
+"""Share of pixels at the end of the scale beyond which brightness can't be taken back, in a tenth
+of the views."""
+_TOPS = ("top", "set_top")
+_NO_WORSE = {"mismatch": 0.01, "swapped": 0.0, "exposure": 0.0}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One mend: what it does in words, for the copy's meta, its doing, and what it makes better:
+    "mismatch", "swapped" or "exposure"; "" where it never hurts."""
+
+    words: str
+    apply: Callable[[ObjectViews], ObjectViews]
+    better: str = ""
+
+
+def _wrong(views: ObjectViews, what: str) -> float:
+    rows, summary, _ = measure(views)
+    if what == "exposure":
+        light = [row["luminance_ratio"] for row in rows if row["luminance_ratio"] > 0]
+        return abs(float(np.log(np.median(light)))) if light else np.nan
+    return float(summary.get(what, np.nan))
 
 
 @dataclass
 class Mended:
-    """A dataset seen through mends, record by record, as they are read."""
+    """A dataset seen through mends, record by record, as they are read.  A record that a mend makes
+    worse stays as it is: of a set half mended one half is right."""
 
     source: Any
     steps: list[Step] = field(default_factory=list)
+    kept: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> ObjectViews:
         views: ObjectViews = self.source[index]
-        for _, apply in self.steps:
-            views = apply(views)
+        for k, step in enumerate(self.steps):
+            after = step.apply(views)
+            if (index, k) not in self.kept and step.better:
+                worse = _wrong(after, step.better) - _wrong(views, step.better)
+                self.kept[index, k] = worse > _NO_WORSE[step.better]
+            views = views if self.kept.get((index, k)) else after
         return views
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("content_hash", "meta", "layout", "names"):
             raise AttributeError(name)
         return getattr(self.source, name)
+
+    def said(self) -> list[str]:
+        """What was done, and in how many of the records, where not in all."""
+        every, parts = len(self), []
+        for k, step in enumerate(self.steps):
+            left = sum(self.kept.get((index, k), False) for index in range(every))
+            parts.append(step.words + (f", in {every - left} of {every} records" if left else ""))
+        return parts
 
 
 def fix(
@@ -60,7 +94,8 @@ def fix(
 
     Conventions of poses, mirrored or reordered pictures, focal length, principal point, the stated
     pivot, moderate exposure and exchanged channels can be mended; each round mends the first reason
-    of the verdict before it.  The copy's meta lists what was done.
+    of the verdict before it, in the records that it makes no worse.  The copy's meta lists what was
+    done.
 
     Args:
         verdict: of this dataset, if there is one already.
@@ -82,7 +117,9 @@ def fix(
     if not mended.steps:
         reason = verdict.reasons[0]
         raise ValueError(f"dataset: {reason.code} can't be mended in a copy; {reason.hint}")
-    meta = {**getattr(dataset, "meta", {}), "mended": [words for words, _ in mended.steps]}
+    for k in range(len(mended)):
+        mended[k]  # decides where the mends help
+    meta = {**getattr(dataset, "meta", {}), "mended": mended.said()}
     records = (mended[k] for k in range(len(mended)))
     written = datasets.write(path, records, meta=meta, total=len(mended))
     return written, validate(written, config, progress=progress)
@@ -94,22 +131,22 @@ def plan(verdict: Verdict) -> Step | None:
     if reason.mend is not None and reason.code not in ("billboard", "exposure_drift"):
         amounts = [values[key] for key in ("mend_0", "mend_1") if key in values]
         mend = explain.named(reason.mend, amounts)
-        return mend.words, lambda views: corrected(views, mend)
+        return Step(mend.words, lambda views: corrected(views, mend), "mismatch")
     if reason.code in ("views_dark", "views_bright"):
         gain = 1 / max(values["luminance_ratio"], 1e-9)
-        if (
-            gain > BRIGHTEST_GAIN
-            or (gain < 1 and values["clipped"] > MOST_CLIPPED)
-            or (0.83 < gain < 1.2 or values.get("top", 255.0) < values.get("min_top", 0.0))
-        ):
+        ends = [row[key] for row in verdict.measurements for key in ("clipped", "crushed")
+                if (key == "clipped") == (gain < 1) and row[key] >= 0]  # fmt: skip
+        black = any(values.get(key, 255.0) < values.get(f"min_{key}", 0.0) for key in _TOPS)
+        lost = np.quantile([0.0, *ends], 0.9) > MOST_CLIPPED
+        if gain > BRIGHTEST_GAIN or lost or black or 0.83 < gain < 1.2:
             return None  # a mend may not pass what has lost its information
         words = f"linear light of the views multiplied by {gain:.2f}"
-        return words, lambda views: transforms.exposed(views, gain)
+        return Step(words, lambda views: transforms.exposed(views, gain), "exposure")
     if reason.code == "channels_swapped":
         words = "red and blue of the views exchanged"
-        return words, lambda views: replace(views, rgb=views.rgb.flip(-1))
+        return Step(words, lambda views: replace(views, rgb=views.rgb.flip(-1)), "swapped")
     if reason.code == "pivot_offset" and verdict.figures.get("pivot_relative", 1.0) < 0.2:
-        return "the pivot set to the point that the cameras look at", _pivot_at_axes
+        return Step("the pivot set to the point that the cameras look at", _pivot_at_axes)
     return None
 
 

@@ -26,6 +26,7 @@ from fresnel.gate.receipts import Receipt, write_receipt
 from fresnel.gate.thresholds import GateConfig
 from fresnel.host.machine import core_count
 from fresnel.host.pool import MOST_WORKERS, processes
+from fresnel.poses.explain import GOOD
 from fresnel.poses.geometry import Rig
 
 
@@ -122,7 +123,8 @@ def validate(
         for count, (record_rows, summary, rig) in enumerate(stream, 1):
             rows += record_rows
             objects.append(summary)
-            rigs |= {} if rig is None else {count - 1: rig}
+            if rig is not None and len(rigs) < 2 * _RIGS:
+                rigs[count - 1] = rig
             if count in (look, total):
                 look = max(count + first, math.ceil(1.25 * count))
                 seen = Seen(rows, objects, seen.config, meta, final=count == total)
@@ -178,7 +180,8 @@ def _summary(reasons: Sequence[Reason], seen: str) -> str:
 
 
 _RIGS = 40
-"""Of how many records cameras and small masks are kept, to find out what is wrong with poses."""
+"""Of how many records cameras and small masks are kept, to find out what is wrong with poses; and
+of as many again that look wrong."""
 _INNER = ("thumbnail", "numbered")
 _WORTH_PROCESSES = 120  # records: some seconds of measuring on one core, as processes cost to start
 _Measured = tuple[list[Row], Row, Rig | None]
@@ -217,7 +220,8 @@ def _measure(dataset: Any, index: int, with_rig: bool) -> _Measured:
     original = getattr(dataset, "layout", "") == "original"
     try:
         rows, summary, rig = measure(dataset[index], trust_input=not original)
-        return rows, summary | {"numbered": original}, rig if with_rig else None
+        kept = with_rig or summary.get("mismatch", 0.0) > GOOD
+        return rows, summary | {"numbered": original}, rig if kept else None
     except (DatasetError, ValueError, OSError) as error:
         names, said = getattr(dataset, "names", None), f"{type(error).__name__}: {error}"[:300]
         return [], {"name": names[index] if names else str(index), "error": said, "views": 0}, None

@@ -15,7 +15,7 @@ import numpy as np
 from fresnel.poses import transforms
 from fresnel.poses.geometry import Rig, centroid_residual, score, triangulate
 
-_GOOD = 0.012
+GOOD = 0.012
 """A score up to which a mended record counts as consistent; healthy training records reach 0.005
 (0.02 for renders of Gaussians, whose depth is soft)."""
 _opened: transforms.Change = lambda poses: transforms.opengl(np.linalg.inv(poses))  # noqa: E731
@@ -208,16 +208,16 @@ def explain(rigs: Sequence[Rig], *, thorough: bool = True) -> Mend:
     )
     rigs = [rigs[k] for value, k in scored if np.isfinite(value)][:6]
     before = _mean_score(rigs) if rigs else np.nan
-    if not before >= _GOOD:
+    if not before >= GOOD:
         return Mend("pose_mismatch", "", before=before, after=before)
     first, best, least = _mean_score(rigs[:3]), None, np.inf
     for candidates in (_tried, _searched):
-        for mend in candidates(rigs) if least > _GOOD else ():
+        for mend in candidates(rigs) if least > GOOD else ():
             if _mean_score(rigs[:3], mend) < 0.6 * first:
                 after = _mean_score(rigs, mend)
                 if after < 0.7 * least - 0.002:
                     best, least = mend, after
-    if best is None or least >= max(_GOOD, 0.3 * before) or least >= 0.6 * before:
+    if best is None or least >= max(GOOD, 0.3 * before) or least >= 0.6 * before:
         words = "no single change of convention mends it: poses are shuffled, or of other pictures"
         best, least = Mend("pose_mismatch", words), before
         if thorough:
@@ -231,7 +231,7 @@ def _worst(
     """The score with up to `most` of the rows changed, the one that helps most first, as long as
     that helps; and which those are (V,)."""
     chosen, value = np.zeros(len(rig.masks), bool), score(rig)
-    while chosen.sum() < most and value > _GOOD:
+    while chosen.sum() < most and value > GOOD:
         tried = [chosen | (np.arange(len(chosen)) == row) for row in rows]
         scores = np.nan_to_num([score(change(rig, some)) for some in tried], nan=np.inf)
         best = int(np.argmin(scores))
@@ -253,7 +253,7 @@ def _some_views(rigs: Sequence[Rig], before: float) -> tuple[Mend, float] | None
         value, chosen = _worst(rig, flipped, np.flatnonzero(rig.views), rig.views.sum() // 2 + 1)
         found.append((value, chosen[rig.views].mean()))
     after, share = np.mean(found, axis=0).tolist()
-    if after < max(_GOOD, 0.25 * before):
+    if after < max(GOOD, 0.25 * before):
         words = f"about {share:.0%} of the pictures are mirrored left to right, the others are not"
         return Mend("mirrored", words), after
     found = []
@@ -261,7 +261,7 @@ def _some_views(rigs: Sequence[Rig], before: float) -> tuple[Mend, float] | None
         every = np.arange(len(rig.masks))
         most = len(every) - max(4, int(0.6 * len(every)))
         value, dropped = _worst(rig, lambda one, some: one.only(~some), every, most)
-        if value <= max(_GOOD, 0.3 * before) and dropped.any():
+        if value <= max(GOOD, 0.3 * before) and dropped.any():
             found.append((value, dropped.mean(), (dropped == ~rig.views).all()))
     if len(found) < max(1, min(len(rigs), 4) / 2):
         return None

@@ -294,7 +294,7 @@ def photometric(rig: Rig) -> Row:
         share of surface points that float in front of what the neighbour sees there; and what the
         same surface's linear light says of exposure, in e-foldings: `gain` of the views over the
         input, `steps` between views (the median), `jump`, that of the oddest view to its
-        neighbours.
+        neighbours, and `spread`, the standard deviation over all views.
     """
     rig = rig.only(rig.shown & (rig.depths > 0).any(axis=(1, 2)))
     count, (height, width) = len(rig.masks), rig.masks.shape[1:]
@@ -334,7 +334,11 @@ def photometric(rig: Rig) -> Row:
     of_view = [row[np.isfinite(row)] for row in np.where(views, np.abs(steps), np.nan)]
     own = np.concatenate([steps[:, ~rig.views].ravel(), -steps[~rig.views].ravel()])
     own, every = own[np.isfinite(own)], np.concatenate([np.zeros(0), *of_view])
+    # The gains of all views that make up for their differences, in the least-squares sense.
+    i, j = np.nonzero(np.isfinite(steps) & views)
+    gains = np.linalg.lstsq(np.eye(count)[i] - np.eye(count)[j], steps[i, j])[0]
     exposure = {
+        "spread": float(np.std(gains[rig.views])) if len(i) >= count else np.nan,
         "gain": float(np.median(own)) if len(own) else np.nan,
         "steps": float(np.median(every)) if len(every) else np.nan,
         "jump": max((float(np.median(row)) for row in of_view if len(row)), default=np.nan),
