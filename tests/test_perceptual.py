@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from fresnel.data import photos
 from fresnel.data.images import InputImages
 from fresnel.evaluation import domain, metrics, perceptual
+from fresnel.objects import sources
 from fresnel.objects.assets import embedded_assets
 from fresnel.objects.trace import load, render
 from fresnel.scene.cameras import standard_orbit
@@ -157,6 +160,20 @@ def test_what_a_decoder_never_saw_is_told_from_what_it_did(tmp_path: Path) -> No
     assert made.distances(objects).min() > 2 * made.own.max()  # nothing like noise
     with pytest.raises(ValueError, match="at least 20"):
         domain.Reference.of(objects)
+
+
+@installed
+def test_a_picture_that_was_scaled_is_no_stranger_for_its_smooth_edges(tmp_path: Path) -> None:
+    """Training pictures are renders of four rays a pixel; a file is read at another size."""
+    heads = sources.embedded_heads("held_out", tmp_path).subset(slice(6)).inputs()
+    for i in range(len(heads)):
+        colour, alpha = heads.rgb[i].float(), heads.alpha[i, ..., None].float()
+        straight = (colour * 255 / alpha.clamp_min(1)).clamp_max(255)
+        rgba = torch.cat([straight, alpha], dim=-1).round().byte().numpy()
+        Image.fromarray(rgba).resize((300, 300)).save(tmp_path / f"{i}.png")
+    read, _ = photos.read_folder(tmp_path, 128, domain="faces")
+    for pictures in (heads, read):
+        assert not any(one.far for one in domain.distance(pictures, "faces"))
 
 
 def test_a_distance_that_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

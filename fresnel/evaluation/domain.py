@@ -1,6 +1,7 @@
 """Whether a picture is like those that a network was trained on.
 
-A picture, over white, is the means over its places of the two deepest stages' ImageNet features
+A picture, over white and smoothed by a pixel (renders of few rays have rough edges, pictures that
+were scaled have not), is the means over its places of the two deepest stages' ImageNet features
 (`perceptual.efficientnet`), each feature's spread over the training pictures being one, each stage
 counting as much.  Its distance to these has two parts at a right angle: within the directions in
 which they vary most, the mean of those to its three nearest; and how far it lies off those
@@ -19,6 +20,7 @@ from typing import Self
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import conv2d, pad
 
 from fresnel.data.images import InputImages
 from fresnel.evaluation import perceptual
@@ -158,6 +160,14 @@ def _features(inputs: InputImages) -> Tensor:
     rgb, alpha = inputs.rgb.cpu().float() / 255, inputs.alpha.cpu().float()[..., None] / 255
     pooled = [
         torch.cat([stage.mean(dim=(2, 3)) for stage in network(part)[-2:]], dim=1)
-        for part in (rgb + 1 - alpha).split(16)
+        for part in smoothed(rgb + 1 - alpha).split(16)
     ]
     return torch.cat(pooled)
+
+
+def smoothed(images: Tensor) -> Tensor:
+    """Pictures (N, H, W, 3), each pixel the mean of its neighbours by 1, 2, 1 either way."""
+    line = images.new_tensor([0.25, 0.5, 0.25])
+    kernel = (line[:, None] * line).expand(3, 1, 3, 3)
+    around = pad(images.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate")
+    return conv2d(around, kernel, groups=3).permute(0, 2, 3, 1)
