@@ -11,6 +11,7 @@ explains it:
     CVS, fit                              one network call, one novel view; training
     evaluate, psnr, ssim                  figures on held-out objects (evaluation)
     write_views                           one picture -> views and Gaussians in files (views)
+    preview                               what Gaussians, views ... look like in a notebook (show)
     run                                   a notebook -> a report (report)
 """
 
@@ -40,6 +41,7 @@ _PLACES = {
     "CVS": "models.cvs",
     "fit": "training.loop",
     "evaluate": "evaluation.metrics",
+    "preview": "show.previews",
     "psnr": "evaluation.metrics",
     "ssim": "evaluation.metrics",
     "write_views": "views",

@@ -59,9 +59,18 @@ def test_a_run_leaves_what_the_issue_asks_for(tmp_path: Path) -> None:
     assert done.badge == "PASS" and RunRecord.read(tmp_path).to_dict() == done.to_dict()
     energy = done.resources["energy"]
     assert done.resources["samples_per_s"] == 12.5 and (energy["joules"] or energy["reason"])
-    for late in (lambda: run.metric("late", 1), lambda: run.stage("late").__enter__()):
-        with pytest.raises(RecordError, match="already finished"):
-            late()
+    with run.stage("bad"):
+        run.metrics({"psnr": 22.0})
+    assert read(tmp_path) == data, "what cells that run again record counts from the next end on"
+    again = run.finish("FAIL", "Once more.")
+    assert RunRecord.read(tmp_path).badge == "FAIL" and again.metrics["psnr"] == 22.0
+    assert [(s.name, s.failed) for s in again.stages[2:]] == [("bad", False)]
+    crashed = run.crash("It broke.", "cell_error", 3)
+    assert (crashed.badge, crashed.verdict, read(tmp_path)["error"]) == (
+        "CRASHED",
+        None,
+        "It broke.",
+    )
 
 
 def test_folders_of_runs_and_the_products_that_make_no_checkout_dirty(tmp_path: Path) -> None:

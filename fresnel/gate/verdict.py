@@ -67,6 +67,15 @@ class Verdict:
     examples_total: int = 0
     duration_s: float = 0.0
 
+    def __repr__(self) -> str:
+        codes = ", ".join(reason.code for reason in self.reasons) or "no reasons"
+        return f"Verdict({self.summary!r}; {codes}; {len(self.objects)} records)"
+
+    def _repr_html_(self) -> str:
+        import fresnel  # which knows the rooms above this one
+
+        return fresnel.preview(self)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy; NaN becomes None."""
         copy: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))

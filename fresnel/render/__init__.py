@@ -42,6 +42,16 @@ class Views:
     alpha: Tensor
     depth: Tensor
 
+    def __repr__(self) -> str:
+        *batch, height, width, _ = self.rgb.shape
+        count, cover = " x ".join(map(str, batch)) or "one", self.alpha.float().mean().item()
+        return f"Views({count}, {width} x {height} px, {cover:.0%} covered, {self.rgb.device})"
+
+    def _repr_html_(self) -> str:
+        import fresnel  # which knows the rooms above this one
+
+        return fresnel.preview(self)
+
 
 def render(
     gaussians: Gaussians,

@@ -123,6 +123,7 @@ class _Client(NotebookClient):
         # importable from a checkout that is not installed, too
         paths = filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH")))
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        env.pop("JPY_SESSION_NAME", None)  # of the notebook that we were called from
         env["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences a warning on frozen modules
         await self.async_start_new_kernel(cwd=str(folder), env=env, stderr=subprocess.DEVNULL)
         channel = await self.async_start_new_kernel_client()

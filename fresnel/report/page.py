@@ -157,7 +157,9 @@ def _tidy(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
     for cell in (cell for cell in cells if cell.cell_type == "code"):
         outputs, cell.outputs = cell.outputs, []
         for output in outputs:
-            shown = "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+            data = output.get("data", {})
+            is_widget = data.pop("application/vnd.jupyter.widget-view+json", None)
+            shown = is_widget is None or data.keys() > {"text/plain"}  # what stands for it
             if output.output_type == "stream":
                 lines = [line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")]
                 output.text = "\n".join(line for line in lines if not _NOISE.search(line))

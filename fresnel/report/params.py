@@ -26,6 +26,9 @@ _KINDS |= {list: "a list", dict: "a mapping", type(None): "nothing"}
 class ParameterError(ValueError):
     """A parameter that the notebook does not have, or a value that it cannot take."""
 
+    def _render_traceback_(self) -> list[str]:  # what IPython shows in place of the trace
+        return [f"ParameterError: {self}"]
+
 
 @dataclass(frozen=True)
 class Parameter:

@@ -43,7 +43,7 @@ VERDICTS = get_args(Verdict)
 
 
 class RecordError(ValueError):
-    """A results.json that cannot be read, or a Recorder used in the wrong order."""
+    """A results.json that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -171,25 +171,31 @@ def _plain(value: Any, where: str, notes: list[str]) -> Any:
 
 
 class Recorder:
-    """Collects a run's `record` while it goes on. Made by `start()`."""
+    """Collects a run's `record` while it goes on. Made by `start()`.
+
+    What is recorded after the end, by cells that are run once more, reopens it: the files stay as
+    they are until `finish` is called again. `alone`: no runner watches this process.
+    """
 
     def __init__(self, record: RunRecord, output_dir: Path) -> None:
-        self.output_dir, self.record = output_dir, record
+        self.output_dir, self.record, self.alone = output_dir, record, False
         self._clock, self._energy = time.perf_counter(), EnergyMeter()
         self._open: list[PeakMemory] = []
-        self._alive = contextlib.ExitStack()
+        self._stages: dict[str, tuple[float, Stage]] = {}
+        self._reopened, self._alive = False, contextlib.ExitStack()
         with contextlib.suppress(OSError):  # where there are no locks, its number tells
             lock = output_dir / RUNNING_NAME
             if self._alive.enter_context(locked(lock, wait=False)):  # else the runner has it
+                self.alone = True
                 self._alive.callback(lock.unlink, missing_ok=True)
         self._save()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block and watch its memory. Stages may nest; each counts its own whole time."""
+        """Time the block and watch its memory. Stages may nest; each counts its own whole time.
+        One that is run again replaces that of its name."""
         self._change()
         peak = PeakMemory()
-        slot = len(self.record.stages)  # in order of beginning: the outer one before its inner ones
         self._fold_cuda_peaks()
         self._open.append(peak)
         begun, failed = time.perf_counter(), True
@@ -200,8 +206,11 @@ class Recorder:
             duration = time.perf_counter() - begun
             self._fold_cuda_peaks()
             self._open.remove(peak)
-            done, known = Stage(name, duration, peak.close(), peak.cuda, failed), self.record.stages
-            self.record = self.record.replace(stages=(*known[:slot], done, *known[slot:]))
+            done = Stage(name, duration, peak.close(), peak.cuda, failed)
+            self._stages[name] = begun, done
+            # in order of beginning: the outer one before its inner ones
+            stages = sorted(self._stages.values(), key=lambda entry: entry[0])
+            self.record = self.record.replace(stages=tuple(stage for _, stage in stages))
             self._save()
 
     def metric(self, name: str, value: Any) -> None:
@@ -253,13 +262,25 @@ class Recorder:
         said = {"summary": summary, "reasons": tuple(map(str, reasons))}
         self._change(status="finished", verdict=verdict, **said)
         self._save()
+        self.release()
+        return self.record
+
+    def crash(self, error: str, kind: str, cell: int | None = None) -> RunRecord:
+        """State that the run ended without a verdict; see `RunRecord` for the words."""
+        self._change(status="crashed", error=error, failure={"kind": kind, "cell": cell})
+        self._save()
+        return self.record
+
+    def release(self) -> None:
+        """Let go of what marks the run as going on."""
         self._energy.close()
         self._alive.close()
-        return self.record
 
     def _change(self, **changes: Any) -> None:
         if self.record.status != "running":
-            raise RecordError(f"the record of {self.record.notebook!r} is already finished")
+            self._reopened = True
+            again: dict[str, Any] = {"verdict": None, "error": None, "failure": None}
+            self.record = self.record.replace(status="running", **again)
         self.record = self.record.replace(**changes)
 
     def _fold_cuda_peaks(self) -> None:
@@ -282,7 +303,8 @@ class Recorder:
         }
         cost = self.record.price_per_hour_usd * duration / 3600.0
         self.record = self.record.replace(resources=resources, duration_s=duration, cost_usd=cost)
-        self.record.write(self.output_dir / RESULTS_NAME)
+        if not (self._reopened and self.record.status == "running"):
+            self.record.write(self.output_dir / RESULTS_NAME)
 
 
 def save_thumbnail(picture: Any, folder: Path, longest_px: int = 480) -> Path:

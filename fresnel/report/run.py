@@ -236,9 +236,8 @@ class _Job:
         """Run it and write everything about it; returns the executed notebook, too."""
         from papermill.engines import NotebookExecutionManager
         from papermill.parameterize import parameterize_notebook
-        from PIL import Image
 
-        from fresnel.report import engine, page
+        from fresnel.report import engine
 
         clock, utc = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         for stale in (RESULTS_NAME, EXECUTED_NAME, REPORT_NAME, THUMBNAIL_NAME):
@@ -286,38 +285,53 @@ class _Job:
             ended = {"error": text, "failure": {"kind": "no_verdict", "cell": None}}
         if ended and record.verdict != "REFUSED":  # a refusal stops the notebook by raising
             record = record.replace(status="crashed", verdict=None, **ended)
-        artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
-        with contextlib.suppress(OSError, StopIteration):
-            if "thumbnail" not in artifacts:  # its first figure stands for it
-                outputs = [output for cell in nb.cells for output in cell.get("outputs", ())]
-                encoded = next(
-                    o.data["image/png"] for o in outputs if "image/png" in o.get("data", ())
-                )
-                save_thumbnail(Image.open(io.BytesIO(base64.b64decode(encoded))), folder)
-                artifacts["thumbnail"] = THUMBNAIL_NAME
-        inputs = inputs_of({**self.params, **record.params}, folder)
-        inputs |= record.provenance.get("inputs", {})
         # the notebook's clock misses the kernel's start and end, which the machine's owner pays too
         duration = time.perf_counter() - clock
         record = record.replace(
             duration_s=duration,
             cost_usd=record.price_per_hour_usd * duration / 3600.0,
             name=self.name,
-            title=page.notebook_title(nb) or self.source.stem,
-            artifacts=artifacts,
-            provenance={**record.provenance, "identity": self.identity, "inputs": inputs},
+            provenance={**record.provenance, "identity": self.identity},
         )
-        others = (other for _, other in records(self.reports) if isinstance(other, RunRecord))
-        record = record.replace(cost_avoided=cost_avoided(record, others))
-        problems = []
-        try:
-            record.write(folder)
-            _write(nb, folder)
-        except OSError as error:
-            problems = [f"its results could not be written ({error.strerror})."]
-        problems += filter(None, [_page(folder, record, nb)])
-        self.done = Run(record, folder, " ".join(problems) or None)
+        self.done = complete(record, nb, folder, self.reports, self.params)
         return nb, self.done
+
+
+def complete(
+    record: RunRecord, nb: Any, folder: Path, reports: Path, params: Mapping[str, Any]
+) -> Run:
+    """Write all that stays of a run that ended: record, executed notebook, thumbnail and page.
+
+    nb: the executed notebook. reports: where the other runs lie. params: those that were given.
+    """
+    from PIL import Image
+
+    from fresnel.report import page
+
+    artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
+    with contextlib.suppress(OSError, StopIteration):
+        if "thumbnail" not in artifacts:  # its first figure stands for it
+            outputs = [output for cell in nb.cells for output in cell.get("outputs", ())]
+            encoded = next(o.data["image/png"] for o in outputs if "image/png" in o.get("data", ()))
+            save_thumbnail(Image.open(io.BytesIO(base64.b64decode(encoded))), folder)
+            artifacts["thumbnail"] = THUMBNAIL_NAME
+    inputs = inputs_of({**params, **record.params}, folder)
+    inputs |= record.provenance.get("inputs", {})
+    record = record.replace(
+        title=page.notebook_title(nb) or record.notebook,
+        artifacts=artifacts,
+        provenance={**record.provenance, "inputs": inputs},
+    )
+    others = (other for _, other in records(reports) if isinstance(other, RunRecord))
+    record = record.replace(cost_avoided=cost_avoided(record, others))
+    problems = []
+    try:
+        record.write(folder)
+        _write(nb, folder)
+    except OSError as error:
+        problems = [f"its results could not be written ({error.strerror})."]
+    problems += filter(None, [_page(folder, record, nb)])
+    return Run(record, folder, " ".join(problems) or None)
 
 
 def rebuild(reports_dir: str | Path | None = None) -> list[str]:

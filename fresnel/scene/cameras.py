@@ -84,6 +84,16 @@ class Cameras:
         """Unit viewing directions in the world, shape (..., 3)."""
         return self.viewmats[..., 2, :3]
 
+    def __repr__(self) -> str:
+        batch = " x ".join(map(str, self.batch_shape)) or "one"
+        focal = f"focal length {self.Ks[..., 0, 0].mean().item():.4g} px"
+        return f"Cameras({batch}, {self.width} x {self.height} px, {focal}, {self.device})"
+
+    def _repr_html_(self) -> str:
+        import fresnel  # which knows the rooms above this one
+
+        return fresnel.preview(self)
+
     def __len__(self) -> int:
         if not self.batch_shape:
             raise TypeError("a single camera has no length")

@@ -96,6 +96,16 @@ class Gaussians:
     def dtype(self) -> torch.dtype:
         return self.means.dtype
 
+    def __repr__(self) -> str:
+        batch = "".join(f"{count} x " for count in self.batch_shape)
+        colours = "RGB" if self.sh_degree is None else f"harmonics of degree {self.sh_degree}"
+        return f"Gaussians({batch}{self.num}, {colours}, {self.device})"
+
+    def _repr_html_(self) -> str:
+        import fresnel  # which knows the rooms above this one
+
+        return fresnel.preview(self)
+
     def _map(self, function: Any) -> Gaussians:
         return Gaussians(*(function(getattr(self, field.name)) for field in fields(self)))
 

@@ -264,12 +264,14 @@ def show_steps(
     alt: str,
     *,
     columns: int = 3,
+    start: int = 0,
     **about: Any,
 ) -> None:
     """Put pictures that change in step under one slider: views around an object, a training's.
 
     rows: name -> a picture (H, W, 3), uint8 or [0, 1], for each of `steps`, which are named.
-    columns: so many of them side by side. about: as for `style.put`."""
+    columns: so many of them side by side. start: the step that is shown at first. about: as for
+    `style.put`."""
     cells, many = [], len(steps)
     for place, (name, given) in enumerate(rows.items()):
         frames = [to_uint8(picture) for picture in given]
@@ -285,22 +287,27 @@ def show_steps(
         )
     names = html.escape("|".join(step.replace("|", "/") for step in steps))
     text = (
-        '<figure class="fresnel-steps" style="--at:0;margin:.75rem 0">'
+        f'<figure class="fresnel-steps" style="--at:{start};margin:.75rem 0">'
         '<div class="scroll" style="overflow-x:auto" tabindex="0" role="group" '
         'aria-label="Pictures">'
         f'<div style="display:grid;gap:8px;grid-template-columns:repeat({min(columns, len(cells))},'
         f'minmax(200px,{max(320, width)}px))">{"".join(cells)}</div></div>'
-        f"{_slider('', html.escape(steps[0]), 'Step through the pictures', names, many)}</figure>"
+        f"{_slider('', steps[start], 'Step through the pictures', names, many, start)}</figure>"
     )
     put("text/html", text, alt, **about)
 
 
-def _slider(left: str, right: str, label: str, steps: str = "", many: int = 101) -> str:
-    """A slider over 0 to `many` - 1 between two texts; with `steps` it names where it stands."""
-    of = f' data-steps="{steps}" value="0"' if steps else ' value="50"'
-    right = f"<output>{right}</output>" if steps else f"<span>{right}</span>"
+def _slider(
+    left: str, right: str, label: str, steps: str = "", many: int = 101, start: int = 50
+) -> str:
+    """A slider over 0 to `many` - 1 between two texts; with `steps` it names where it stands, below
+    itself where that is a sentence."""
+    of = f' data-steps="{steps}"' * bool(steps) + f' value="{start}"'
+    own_line = ' style="flex:1 0 100%"' * (len(steps) > 24 * many)
+    right = f"<output{own_line}>{html.escape(right)}</output>" if steps else f"<span>{right}</span>"
     return (
-        '<div class="pair-slide" style="display:flex;gap:.8rem;align-items:center">'
+        '<div class="pair-slide" style="display:flex;flex-wrap:wrap;gap:.2rem .8rem;'
+        'align-items:center">'
         f'<span>{left}</span><input type="range" min="0" max="{many - 1}"{of} style="flex:1" '
         f'aria-label="{label}" oninput="{html.escape(_SLIDE)}">{right}</div>'
     )
