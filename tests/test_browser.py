@@ -258,7 +258,7 @@ def overview(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_index_filters_orders_and_compares(browser: Any, overview: Path) -> None:
     with Visit(browser, overview) as page:
         runs = page.locator(".run:not([hidden])")
-        assert runs.count() == 5 and "1 damaged" in page.locator("header").inner_text()
+        assert runs.count() == 5 and "1 damaged" in page.locator("main").inner_text()
 
         def names() -> list[str]:
             return page.locator(".run:not([hidden]) .summary").all_text_contents()
@@ -285,6 +285,7 @@ def test_the_index_filters_orders_and_compares(browser: Any, overview: Path) -> 
         panel = page.locator("#comparison")
         boxes["Run number 1."].check()
         assert "Pick a second run" in panel.inner_text()
+        assert "compare=1" in page.url
         boxes["Run number 0."].check()
         text, first = panel.inner_text(), panel.locator("figure img").first
         assert "control beside corrected" in text  # the older run first
@@ -294,8 +295,22 @@ def test_the_index_filters_orders_and_compares(browser: Any, overview: Path) -> 
         assert first.evaluate("(image) => image.naturalWidth") == 90
         assert "000000000000" in text and "111111111111" in text and "differs" in text
         assert violations(page) == []
+        boxes["Run number 4."].check()
+        assert "control beside corrected beside corrected" in panel.inner_text()
+        assert panel.locator("figure img").count() == 3 and "+5 *" not in panel.inner_text()
+        page.locator("#view").click()
+        page.locator("#table button", has_text="PSNR, dB").click()
+        rows = page.locator("#table tbody tr")
+        assert rows.count() == 5 and rows.first.inner_text().startswith("corrected")
+        page.locator("[data-verdict=PASS]").click()
+        assert rows.count() == 2 and not page.locator(".run").first.is_visible()
+        address = page.url
+        page.goto("about:blank")
+        page.goto(address)  # what somebody sees to whom it was sent
+        assert rows.count() == 2 and panel.locator("figure img").count() == 3
+        assert page.locator("#sort").input_value() == "metric psnr"
         panel.locator("button").click()
-        assert not panel.is_visible()
+        assert not panel.is_visible() and "compare" not in page.url
 
 
 def test_the_index_fits_a_phone_and_a_dark_room(browser: Any, overview: Path) -> None:

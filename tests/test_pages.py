@@ -284,3 +284,40 @@ def test_the_index_of_many_runs_is_small_and_asks_for_pictures_late(tmp_path: Pa
     assert first["params"] == {"steps": 99} and first["name"] == f"name-{99 % 7}"
     assert first["metrics"] == {"psnr": [20.0, 19.0, 21.0], "gate: empty": [0.5, None, None]}
     assert first["pictures"] == {} and first["thumbnail"] == "runs/099/thumbnail.png"
+
+
+def test_the_front_page_tells_ones_own_runs_from_the_study(tmp_path: Path) -> None:
+    def keep(place: str, name: str, notebook: str = "03_full_train", **more: Any) -> RunRecord:
+        record = RunRecord(notebook, "finished", "PASS", name=name, **more)
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "report.html").write_text("x")
+        record.write(tmp_path / place)
+        return record
+
+    took = {"peak_memory_bytes": 5e9, "compile_s": 1.0, "loss_fall": 4.0, "psnr": 20.0}
+    keep("runs/1", "03-own", metrics=took, cost_usd=1.5, duration_s=60.0)
+    keep("published/study/a", "03-gated-s0", cost_usd=40.0, duration_s=4000.0)
+    headline = {"figure": "97 %", "of": "of the <light>"}
+    keep("published/study/b", "04", "04_analyze", metrics={"headline": headline}, summary="So.")
+    seeds = [
+        RunRecord("03_full_train", "finished", verdict, name=name, metrics={"psnr": psnr}).to_dict()
+        for name, verdict, psnr in (
+            ("03-gated-s0", "PASS", 20.0), ("03-gated-s1", "FAIL", 22.0), ("03-lone-s0", "GO", 30.0),
+        )
+    ]  # fmt: skip
+    table = "\n".join(map(json.dumps, seeds))
+    (tmp_path / "published/study" / overview.TABLE_NAME).write_text(table)
+    lone, gated = overview.study(tmp_path, [])
+    assert gated["figures"]["psnr"] == pytest.approx((21.0, 2**0.5)) and gated["seeds"] == 2
+    assert gated["what"].startswith("CVS on a bootstrap"), "as study.yaml has it"
+    assert (lone["arm"], lone["what"]) == ("lone", "") and lone["figures"]["psnr"][0] == 30.0
+    html = overview.index(tmp_path).read_text()
+    own, published = html.split('id="study"')
+    assert "$1.50" in own and "$41.50" not in html and "1 run, newest first" in own
+    assert ">03-own<" in own and ">03-gated-s0<" not in own and ">03-gated-s0<" in published
+    assert '<a href="published/study/a/report.html">gated</a>, 2 seeds' in published
+    assert own.index("97 %") < own.index("So.") < own.index("Your runs") and "&lt;light&gt;" in own
+    figures = own[own.index(">03-own<") :]
+    assert figures.index("PSNR, dB") < figures.index("loss fall") < figures.index("memory")
+    (where,) = {path.parent for path in [overview.index(tmp_path / "published")]}
+    assert "Nothing has been run yet" in (where / "index.html").read_text(), "all is published"

@@ -196,10 +196,11 @@ def test_index_lists_damaged_records_published_ones_and_copies_once(tmp_path: Pa
     (tmp_path / "remote/box.partial").mkdir(parents=True)  # not yet fetched
     RunRecord("n", "finished", "GO", name="zzz").write(tmp_path / "remote/box.partial")
     html = index(tmp_path).read_text()
-    assert "5 runs" in html and "2 damaged" in html and "runs/c/results.json: is not valid" in html
+    assert "3 runs" in html and "2 damaged" in html and "runs/c/results.json: is not valid" in html
     assert "yesterday" in html
-    places = [html.index(f">{name * 3}<") for name in "fedba"]
+    places = [html.index(f">{name * 3}<") for name in "edafb"]
     assert places == sorted(places) and html.count("published</span>") == 2
+    assert html.index(">aaa<") < html.index("The published study") < html.index(">fff<")
     assert html.count("report.html") == 4, "two links, and in the data of the comparison"
     assert 'href="runs/e/report.html"' in html and 'href="published/f/report.html"' in html
 

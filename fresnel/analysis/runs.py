@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 
 from fresnel.evaluation.metrics import EXTRA, RATIOS
+from fresnel.report.index import TABLE_NAME
 
-TABLE = "runs.jsonl"
+TABLE = TABLE_NAME
 """Every run's results.json, one a line, without what only its own page needs."""
 ROLES = {
     "01-original": "01-original-B",

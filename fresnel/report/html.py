@@ -71,6 +71,9 @@ def number(value: Any) -> str:
 
 def words(name: str) -> str:
     """A metric's name for a person: its unit apart, acronyms in capitals."""
+    known = {"psnr": "PSNR, dB", "perceptual": "perceptual distance", "duration_s": "time, s"}
+    if name in known:
+        return known[name]
     plain = re.sub(r"(?<! per) (s|deg)$", r", \1", re.sub(r"[_.]+", " ", name))
     return re.sub(r"\b(psnr|ssim|rms|cvs|usd)\b", lambda m: m.group().upper(), plain)
 
@@ -94,6 +97,7 @@ FILTERS: Mapping[str, Any] = {
     "number": number,
     "literal": _literal,
     "tone": lambda record: TONES.get(record.badge, ""),
+    "verdict_tone": lambda badge: TONES.get(badge, ""),
     "words": words,
 }
 

@@ -1,7 +1,8 @@
-"""The index over all runs: one page, made from their results.json files alone.
+"""The front page over all runs: made from their results.json files alone.
 
-Filter, order, histories and the comparison of two runs are in the page itself; pictures are asked
-for by their relative path, and only when they come into sight.
+What this is, what the newest analysis (04) says, one's own runs, and the published study, an arm a
+line. Filter, order, table and the comparison of runs are in the page itself and in its address;
+pictures are asked for by their relative path, and only when they come into sight.
 
 Cost avoided by the gate: a FAIL of the gate and a NO-GO of the smoke test forbid one training, that
 of their data. (A REFUSED training forbids none: it wants the verdict first.) Avoided is a smoke
@@ -12,8 +13,11 @@ and not where the data was trained on in spite of it, as a control: that money w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,14 +25,24 @@ from typing import Any
 from urllib.parse import quote
 
 import jinja2
+import msgspec
+import yaml
 
 from fresnel.host.files import locked, write_atomic
+from fresnel.host.machine import project_root
 from fresnel.report import html as _html
 from fresnel.report.provenance import RESULTS_NAME
 from fresnel.report.record import RecordError, RunRecord
 
 INDEX_NAME = "index.html"
 CACHE_NAME = ".cache"
+TABLE_NAME = "runs.jsonl"
+"""How a study is published: a results.json a line (`fresnel.analysis.runs`)."""
+_QUALITY = (
+    *("psnr", "ssim", "perceptual", "luminance_ratio", "coverage_ratio", "empty_views"),
+    *("target_luminance", "target_coverage", "loss_fall"),
+)
+"""What a reader wants to know first."""
 _COMPARED = ("psnr", "ssim", "luminance_ratio", "coverage_ratio")
 
 
@@ -61,22 +75,29 @@ def index(reports: Path) -> Path:
                 copies[run] = folder, record
         found = sorted(copies.values(), key=lambda e: _html.when(e[1].started_utc), reverse=True)
         runs = [_entry(folder, record, reports) for folder, record in found]
-        newest = [record for _, record in found]
+        for number, run in enumerate(runs):
+            run["number"] = number
         data = {"runs": [run.pop("compared") for run in runs]}
-        figures = (figure for record in newest for figure in key_figures(record, 6))
-        measured = Counter(name for name, value in figures if _is_number(value))
+        own = [run["record"] for run in runs if not run["published"]]
+        figures = (figure for _, record in found for figure in record.metrics.items())
+        measured = {name for name, value in figures if _is_number(value)}
+        told = [run for run in runs if run["record"].notebook.startswith("04")]
+        told = [run for run in told if run["record"].status == "finished" and run["link"]]
         page = {
             "policy": _html.policy(pictures="'self' file:"),
             "css": _html.style("page.css", "index.css"),
             "js": _html.text("page.js", "index.js"),
-            "total_s": sum(record.duration_s for record in newest),
-            "total_usd": sum(record.cost_usd for record in newest),
-            "avoided": total_avoided(newest),
-            "verdicts": Counter(record.badge for record in newest).most_common(),
-            "notebooks": sorted({record.notebook for record in newest}),
-            "histories": histories(newest),
+            "answer": next(iter(sorted(told, key=lambda run: run["published"])), None),
+            "study": study(reports, runs),
+            "own": len(own),
+            "total_s": sum(record.duration_s for record in own),
+            "total_usd": sum(record.cost_usd for record in own),
+            "avoided": total_avoided(own),
+            "verdicts": Counter(record.badge for _, record in found).most_common(),
+            "notebooks": sorted({record.notebook for _, record in found}),
+            "histories": histories(own),
             "remote": _remote(reports),
-            "sorts": [name for name, _ in measured.most_common(8)],
+            "sorts": [name for name in _QUALITY if name in measured],
             # inside a <script>, which it cannot end
             "data": json.dumps(data, separators=(",", ":"), default=str).replace("<", "\\u003c"),
         }
@@ -86,6 +107,36 @@ def index(reports: Path) -> Path:
         template = environment.get_template("index.html.j2")
         write_atomic(reports / INDEX_NAME, template.render(runs=runs, damaged=damaged, page=page))
     return reports / INDEX_NAME
+
+
+def study(reports: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The published trainings (03), an arm a row: of every `TABLE_NAME` below `reports`.
+
+    Returns {"arm", "what" (of the study's YAML), "seeds", "verdicts", "figures" (name -> (mean,
+    spread over seeds, NaN of one)), "link" (of a report that was published)}, best PSNR first."""
+    lines = [line for path in reports.rglob(TABLE_NAME) for line in path.read_bytes().splitlines()]
+    arms: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in map(msgspec.json.decode, lines):
+        if record["notebook"].startswith("03") and record["status"] == "finished":
+            arms[re.sub(r"^03-|-s\d+$", "", record["name"])].append(record)
+    links = {run["record"].name: run["link"] for run in runs if run["published"]}
+    labels, rows = dict[str, str](), []
+    with contextlib.suppress(OSError, LookupError):
+        plan = (project_root() / "notebooks" / "params" / "study.yaml").read_bytes()
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        labels = yaml.load(plan, loader)["analysis"]["arms"]
+    for arm, made in arms.items():
+        figures = {}
+        for name in _QUALITY[:5]:
+            values = [r["metrics"][name] for r in made if _is_number(r["metrics"].get(name, ""))]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else math.nan
+                figures[name] = (statistics.mean(values), spread)
+        row = {"arm": arm, "what": labels.get(arm, ""), "seeds": len(made), "figures": figures}
+        row["verdicts"] = Counter(record["verdict"] for record in made).most_common()
+        row["link"] = next((links[r["name"]] for r in made if links.get(r["name"])), None)
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["figures"].get("psnr", (0.0,))[0])
 
 
 def _remote(reports: Path) -> list[dict[str, Any]]:
@@ -105,13 +156,19 @@ def _remote(reports: Path) -> list[dict[str, Any]]:
 
 
 def key_figures(record: RunRecord, count: int) -> list[tuple[str, Any]]:
-    """The first `count` scalar metrics, in the order in which the notebook recorded them."""
+    """The first `count` scalar metrics: what says how good it is first, then in the order in which
+    the notebook recorded them, and last what it took."""
     scalars = [
         (name, value)
         for name, value in record.metrics.items()
         if isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= 24)
     ]
-    return scalars[:count]
+    return sorted(scalars, key=lambda figure: _quality_first(figure[0]))[:count]
+
+
+def _quality_first(name: str) -> tuple[bool, int]:
+    costs = name.endswith(("_s", "_bytes")) or name == "gate_overridden"
+    return costs, _QUALITY.index(name) if name in _QUALITY else len(_QUALITY)
 
 
 def histories(records: Sequence[RunRecord], most: int = 40) -> list[dict[str, Any]]:
@@ -165,9 +222,11 @@ def _entry(folder: Path, record: RunRecord, reports: Path) -> dict[str, Any]:
     shown = ((name, address(folder / file, ".png", ".webp", ".jpg")) for name, file in files)
     pictures = {name: file for name, file in shown if file}
     picture, link = pictures.pop("thumbnail", None), address(_page_of(folder, record), ".html")
+    published = "published" in folder.relative_to(reports.parent).parts
     origin = record.provenance
     git, cpu, data = (origin.get(name) or {} for name in ("git", "cpu", "datasets"))
     compared = {
+        "id": str(folder.relative_to(reports)).removeprefix("runs/"),
         "name": record.name or record.notebook,
         "notebook": record.notebook,
         "badge": record.badge,
@@ -176,6 +235,7 @@ def _entry(folder: Path, record: RunRecord, reports: Path) -> dict[str, Any]:
         "duration_s": record.duration_s,
         "cost_usd": record.cost_usd,
         "link": link,
+        "published": published,
         "thumbnail": picture,
         "pictures": pictures,
         "params": {k: v for k, v in record.params.items() if k != "output_dir"},
@@ -188,7 +248,6 @@ def _entry(folder: Path, record: RunRecord, reports: Path) -> dict[str, Any]:
         "seed": origin.get("seed"),
         "software": {"python": origin.get("python"), **(origin.get("packages") or {})},
     }
-    published = "published" in folder.relative_to(reports).parts
     figures = key_figures(record, 4)
     entry = {"record": record, "link": link, "picture": picture, "figures": figures}
     return {**entry, "published": published, "compared": compared}

@@ -346,7 +346,8 @@ def rebuild(reports_dir: str | Path | None = None) -> list[str]:
             record = RunRecord(folder.name, "crashed", error="results.json is damaged.")
         if problem := _page(folder, record):
             problems.append(f"{folder}: {problem}")
-    return [*problems, *filter(None, [try_index(reports)])]
+    published = [reports / "published"] if (reports / "published").is_dir() else []
+    return [*problems, *filter(None, map(try_index, [*published, reports]))]
 
 
 def try_index(reports: Path) -> str | None:

@@ -3,15 +3,15 @@
   const form = document.querySelector(".filter");
   if (!form) return;
   const { runs } = JSON.parse(source.textContent);
-  const list = document.getElementById("runs");
   const items = [...document.querySelectorAll(".run")];
   const entries = items.map((item) => ({
-    item, run: runs[item.dataset.run], order: Number(item.dataset.run), text: item.textContent.toLowerCase(),
-  }));
+    item, run: runs[item.dataset.run], order: Number(item.dataset.run), text: item.textContent.toLowerCase(), list: item.parentElement,
+  })).sort((x, y) => x.order - y.order);
   const find = (id) => document.getElementById(id);
-  const [search, notebook, sort, shown] = ["search", "notebook", "sort", "shown"].map(find);
+  const [search, notebook, sort, shown, view, tabled] = ["search", "notebook", "sort", "shown", "view", "table"].map(find);
   const buttons = [...form.querySelectorAll("[data-verdict]")];
 
+  const study = find("study");
   const filter = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const wanted = new Set(buttons.filter((b) => b.getAttribute("aria-pressed") === "true").map((b) => b.dataset.verdict));
@@ -23,6 +23,7 @@
       count += fits;
     }
     shown.textContent = count === runs.length ? "" : `${count} of ${runs.length} shown`;
+    if (count < runs.length && study && entries.some(({ item }) => !item.hidden && study.contains(item))) study.open = true;
   };
   const keys = {
     newest: (e) => e.order, oldest: (e) => -e.order, cost_usd: (e) => -e.run.cost_usd,
@@ -33,21 +34,11 @@
     // what a run did not measure goes last
     const key = metric ? ({ run }) => { const v = run.metrics[metric]?.[0]; return typeof v === "number" ? -v : Infinity; } : keys[sort.value];
     const sorted = entries.map((e) => [key(e), e]).sort(([a, x], [b, y]) => (a < b ? -1 : a > b ? 1 : x.order - y.order));
-    list.append(...sorted.map(([, e]) => e.item));
+    sorted.forEach(([, e]) => e.list.append(e.item));
+    return sorted.map(([, e]) => e);
   };
-  form.hidden = false;
-  form.addEventListener("submit", (event) => event.preventDefault());
-  search.addEventListener("input", filter);
-  notebook.addEventListener("change", filter);
-  sort.addEventListener("change", order);
-  buttons.forEach((button) => button.addEventListener("click", () => {
-    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
-    filter();
-  }));
-  filter();  // a browser that comes back keeps what was typed
-  if (sort.value !== "newest") order();
-
-  // two runs side by side
+  const press = (button, on) => button.setAttribute("aria-pressed", String(on));
+  const pressed = (button) => button.getAttribute("aria-pressed") === "true";
   const make = (tag, content, attributes = {}) => {
     const node = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -68,60 +59,66 @@
   const plain = (name) => name.replaceAll("_", " ");
   const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
-  const parameters = (a, b) => {
-    const names = [...new Set([...Object.keys(a.params), ...Object.keys(b.params)])];
-    const apart = names.filter((name) => !same(a.params[name], b.params[name]));
-    const rows = apart.map((name) => row(make("code", name), [figure(a.params[name]), figure(b.params[name])]));
+  // some runs side by side
+  const differ = (values) => values.some((value) => !same(value, values[0]));
+  const union = (of, key) => [...new Set(of.flatMap((run) => Object.keys(run[key])))];
+  const parameters = (of) => {
+    const names = union(of, "params");
+    const apart = names.filter((name) => differ(of.map((run) => run.params[name])));
+    const rows = apart.map((name) => row(make("code", name), of.map((run) => figure(run.params[name]))));
     return [make("h3", "Parameters"),
-      rows.length ? table("Parameters that differ", ["parameter", a.name, b.name], rows) : make("p", "All equal."),
+      rows.length ? table("Parameters that differ", ["parameter", ...of.map((run) => run.name)], rows) : make("p", "All equal."),
       make("p", rows.length ? `${names.length - apart.length} others are equal.` : "", { class: "soft" })];
   };
-  const metrics = (a, b) => {
-    const names = [...new Set([...Object.keys(a.metrics), ...Object.keys(b.metrics)])];
-    const rows = names.filter((name) => a.metrics[name] || b.metrics[name]).map((name) => {
-      const [x, y] = [a.metrics[name] ?? [null], b.metrics[name] ?? [null]];
+  const metrics = (of) => {
+    const two = of.length === 2;
+    const rows = union(of, "metrics").map((name) => {
+      const found = of.map((run) => run.metrics[name] ?? [null]);
+      if (!two) return row(plain(name), found.map(interval));
+      const [x, y] = found;
       const both = typeof x[0] === "number" && typeof y[0] === "number";
       const measured = both && typeof x[1] === "number" && typeof y[1] === "number";
       const clear = measured && (x[2] < y[1] || y[2] < x[1]);
       const change = both ? (y[0] > x[0] ? "+" : y[0] < x[0] ? "−" : "") + figure(Math.abs(y[0] - x[0])) : "";
       return row(plain(name), [interval(x), interval(y), change + (clear ? " *" : "")], clear ? { class: "apart" } : {});
     });
-    return [make("h3", "Figures"), table("Figures", ["figure", a.name, b.name, "change"], rows),
-      make("p", "[ , ] are 95 % intervals over objects; * marks a change whose two intervals do not overlap.", { class: "soft" })];
+    return [make("h3", "Figures"), table("Figures", ["figure", ...of.map((run) => run.name), ...(two ? ["change"] : [])], rows),
+      make("p", `[ , ] are 95 % intervals over objects${two ? "; * marks a change whose two intervals do not overlap" : ""}.`, { class: "soft" })];
   };
-  const pictures = (a, b) => {
-    const names = Object.keys(a.pictures).filter((name) => b.pictures[name]);
-    const pairs = names.length ? names.map((name) => [name, a.pictures[name], b.pictures[name]]) : [["thumbnail", a.thumbnail, b.thumbnail]];
-    const shownPairs = pairs.filter(([, x, y]) => x || y).map(([name, x, y]) => make("div", [[a, x], [b, y]].map(([run, file]) =>
-      make("figure", [file ? make("img", null, { src: file, alt: `${plain(name)} of ${run.name}` }) : make("p", "no picture"), make("figcaption", `${run.name}: ${plain(name)}`)])), { class: "pair" }));
-    return shownPairs.length ? [make("h3", "Pictures"), ...shownPairs] : [];
+  const pictures = (of) => {
+    const names = Object.keys(of[0].pictures).filter((name) => of.every((run) => run.pictures[name]));
+    const sets = names.length ? names.map((name) => [name, of.map((run) => run.pictures[name])]) : [["thumbnail", of.map((run) => run.thumbnail)]];
+    const shownSets = sets.filter(([, files]) => files.some(Boolean)).map(([name, files]) => make("div", files.map((file, i) =>
+      make("figure", [file ? make("img", null, { src: file, alt: `${plain(name)} of ${of[i].name}` }) : make("p", "no picture"), make("figcaption", `${of[i].name}: ${plain(name)}`)])), { class: "pair" }));
+    return shownSets.length ? [make("h3", "Pictures"), ...shownSets] : [];
   };
-  const origin = (a, b) => {
+  const origin = (of) => {
     const hashes = (run) => run.data.map(([path, objects, hash]) => `${path ?? "?"}: ${objects ?? "?"} objects, ${(hash ?? "?").slice(0, 19)}`).join("; ") || "–";
     const code = (run) => (run.commit ? run.commit.slice(0, 12) : "unknown commit") + (run.dirty ? `, changed: ${run.changed.join(", ") || "yes"}` : "");
-    const rows = [["data", hashes(a), hashes(b), same(a.data.map((d) => d[2]), b.data.map((d) => d[2]))],
-      ["code", code(a), code(b), a.commit === b.commit && !a.dirty && !b.dirty],
-      ["hardware", a.hardware || "–", b.hardware || "–", a.hardware === b.hardware],
-      ["seed", figure(a.seed), figure(b.seed), a.seed === b.seed]];
-    const [x, y] = [a.software, b.software];
-    for (const name of new Set([...Object.keys(x), ...Object.keys(y)])) {
-      if (x[name] !== y[name]) rows.push([name, x[name] ?? "none", y[name] ?? "none", false]);
+    const rows = [["data", hashes, differ(of.map((run) => run.data.map((d) => d[2])))],
+      ["code", code, differ(of.map((run) => run.commit)) || of.some((run) => run.dirty)],
+      ["hardware", (run) => run.hardware || "–", differ(of.map((run) => run.hardware))],
+      ["seed", (run) => figure(run.seed), differ(of.map((run) => run.seed))]];
+    for (const name of union(of, "software")) {
+      if (differ(of.map((run) => run.software[name]))) rows.push([name, (run) => run.software[name] ?? "none", true]);
     }
-    return [make("h3", "Data, code and machine"), table("Data, code and machine", ["", a.name, b.name, ""],
-      rows.map(([name, s, t, equal]) => row(name, [s, t, equal ? "same" : "differs"])))];
+    return [make("h3", "Data, code and machine"), table("Data, code and machine", ["", ...of.map((run) => run.name), ""],
+      rows.map(([name, say, apart]) => row(name, [...of.map(say), apart ? "differs" : "same"])))];
   };
-  const outcome = (a, b) => table("Outcome", ["", a.name, b.name], [
-    row("verdict", [a, b].map((run) => make("span", run.badge, { class: `badge ${run.tone}` }))),
-    row("when", [a, b].map((run) => run.when.slice(0, 16).replace("T", " "))),
-    row("time", [a, b].map((run) => `${figure(run.duration_s)} s`)),
-    row("cost", [a, b].map((run) => `$${run.cost_usd.toFixed(run.cost_usd < 0.01 && run.cost_usd ? 4 : 2)}`)),
-    row("report", [a, b].map((run) => (run.link ? make("a", "open", { href: run.link, "aria-label": `Report of ${run.name}` }) : "none"))),
+  const money = (usd) => `$${usd.toFixed(usd < 0.01 && usd ? 4 : 2)}`;
+  const badge = (run) => make("span", run.badge, { class: `badge ${run.tone}` });
+  const outcome = (of) => table("Outcome", ["", ...of.map((run) => run.name)], [
+    row("verdict", of.map(badge)),
+    row("when", of.map((run) => run.when.slice(0, 16).replace("T", " "))),
+    row("time", of.map((run) => `${figure(run.duration_s)} s`)),
+    row("cost", of.map((run) => money(run.cost_usd))),
+    row("report", of.map((run) => (run.link ? make("a", "open", { href: run.link, "aria-label": `Report of ${run.name}` }) : "none"))),
   ]);
 
   const picked = [];
   const panel = find("comparison");
   const boxes = entries.map(({ item }) => item.querySelector(".pick input"));
-  const show = () => {
+  const compare = (jump) => {
     entries.forEach(({ item, order: i }) => {
       boxes[i].checked = picked.includes(i);
       item.classList.toggle("picked", picked.includes(i));
@@ -133,13 +130,14 @@
     const bar = make("div", clear, { class: "bar" });
     if (picked.length === 1) {
       panel.replaceChildren(bar, make("h2", `${runs[picked[0]].name}, beside …`, { id: "compared" }),
-        make("p", "Pick a second run to see where the two differ.", { class: "soft" }));
+        make("p", "Pick a second run, or more, to see where they differ.", { class: "soft" }));
       return;
     }
-    // the older one first, so that a change reads as from then to now
-    const [a, b] = [...picked].sort((x, y) => y - x).map((i) => runs[i]);
-    panel.replaceChildren(bar, make("h2", `${a.name} beside ${b.name}`, { id: "compared", tabindex: -1 }),
-      outcome(a, b), ...parameters(a, b), ...metrics(a, b), ...pictures(a, b), ...origin(a, b));
+    // the oldest one first, so that a change reads as from then to now
+    const of = [...picked].sort((x, y) => y - x).map((i) => runs[i]);
+    panel.replaceChildren(bar, make("h2", of.map((run) => run.name).join(" beside "), { id: "compared", tabindex: -1 }),
+      outcome(of), ...parameters(of), ...metrics(of), ...pictures(of), ...origin(of));
+    if (!jump) return;
     find("compared").focus();
     panel.scrollIntoView({ block: "start" });
   };
@@ -148,8 +146,59 @@
     boxes[i].setAttribute("aria-label", `Compare ${runs[i].name}, ${runs[i].when.slice(0, 16)}`);
     boxes[i].addEventListener("change", () => {
       if (!boxes[i].checked) picked.splice(picked.indexOf(i), 1);
-      else if (picked.push(i) > 2) picked.shift();
-      show();
+      else picked.push(i);
+      show(true);
     });
   });
+
+  // the same runs as a table, in the same order
+  const metricNames = [...sort.options].map((option) => option.value).filter((value) => value.startsWith("metric "));
+  const columns = [["run", "name"], ["verdict", "badge"], ["when", "newest"], ...metricNames.map((value) => [[...sort.options].find((o) => o.value === value).textContent, value]), ["time", "duration_s"], ["cost", "cost_usd"]];
+  const tabulate = (ordered) => {
+    const head = columns.map(([title, key]) => {
+      const button = make("button", title, { type: "button", class: "sorts", "aria-pressed": sort.value === key });
+      button.addEventListener("click", () => { sort.value = key; show(); tabled.querySelector("[aria-pressed=true]")?.focus(); });
+      return button;
+    });
+    const rows = ordered.filter(({ item }) => !item.hidden).map(({ run }) => row([run.link ? make("a", run.name, { href: run.link }) : run.name, run.published ? make("small", " published") : ""], [
+      badge(run), run.when.slice(0, 16).replace("T", " "),
+      ...metricNames.map((value) => figure(run.metrics[value.slice(7)]?.[0])), `${figure(run.duration_s)} s`, money(run.cost_usd)]));
+    tabled.replaceChildren(table("Runs", head, rows));
+  };
+
+  // what is shown is in the address: to be kept, or sent to somebody
+  const show = (jump = false) => {
+    filter();
+    const ordered = order(), asTable = pressed(view);
+    document.querySelectorAll("ol.runs").forEach((each) => { each.hidden = asTable; });
+    tabled.hidden = !asTable;
+    if (asTable) tabulate(ordered);
+    compare(jump);
+    const said = { find: search.value, from: notebook.value, by: sort.value === "newest" ? "" : sort.value,
+      verdict: buttons.filter(pressed).map((b) => b.dataset.verdict).join(","), view: asTable ? "table" : "",
+      compare: picked.map((i) => runs[i].id).join(",") };
+    const address = new URLSearchParams(Object.entries(said).filter(([, value]) => value)).toString();
+    if (address || location.hash.includes("=")) history.replaceState(null, "", address ? `#${address}` : location.pathname + location.search);
+  };
+  const recall = () => {
+    const said = new URLSearchParams(location.hash.slice(1));
+    search.value = said.get("find") ?? "";
+    notebook.value = said.get("from") ?? "";
+    sort.value = said.get("by") ?? "newest";
+    if (sort.selectedIndex < 0) sort.value = "newest";
+    if (notebook.selectedIndex < 0) notebook.value = "";
+    const wanted = (said.get("verdict") ?? "").split(",");
+    buttons.forEach((button) => press(button, wanted.includes(button.dataset.verdict)));
+    press(view, said.get("view") === "table");
+    picked.splice(0, picked.length, ...(said.get("compare") ?? "").split(",").map((id) => runs.findIndex((run) => run.id === id)).filter((i) => i >= 0));
+    show();
+  };
+  form.hidden = false;
+  form.addEventListener("submit", (event) => event.preventDefault());
+  search.addEventListener("input", () => show());
+  notebook.addEventListener("change", () => show());
+  sort.addEventListener("change", () => show());
+  [...buttons, view].forEach((button) => button.addEventListener("click", () => { press(button, !pressed(button)); show(); }));
+  addEventListener("hashchange", recall);
+  recall();
 })();
