@@ -26,8 +26,8 @@ from fresnel.training import checkpoints, ranks
 from fresnel.training.loop import TrainResult
 from fresnel.training.task import NonFiniteLoss
 
-TOLERANCE = {"rtol": 2e-4, "atol": 2e-6}
-"""Of weights after ten steps: sums of float32 in another order."""
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-7}
+"""Of weights after ten steps. Two shards add up to the same bits; three were within 1.5e-6."""
 TWO, THREE = changed(accumulate=2), changed(accumulate=3)
 HERE = Path(__file__).resolve().parent
 
