@@ -14,6 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 from fresnel import bootstrap, faults, gate
 from fresnel.data import dataset
+from fresnel.gate import leaks
 from fresnel.gate.fix import corrected, fix
 from fresnel.models import decoder
 from fresnel.objects.assets import embedded_assets
@@ -271,18 +272,40 @@ def test_another_set_may_not_share_objects(healthy: list[Any]) -> None:
     strangers = [replace(views_of(i + 9), name=f"box{i}") for i in range(2)]
     assert against(healthy[:1]) == ["split_leak"]
     assert against([replace(healthy[2], name="renamed")]) == ["split_leak"]
-    assert against([replace(strangers[0], name="test/box0__3")]) == ["split_leak"]
-    assert against([replace(strangers[0], name="other")]) == []
+    part = torch.tensor([5, 2, 7])
+    some = {key: getattr(healthy[1], key)[part] for key in ("rgb", "alpha", "depth", "cameras")}
+    assert against([replace(healthy[1], name="some", **some)]) == ["split_leak"]
+    # Names alone say nothing; of a namesake from other cameras the colours do.
+    assert against([replace(strangers[0], name="test/box0__3")]) == []
+    elsewhere = replace(views_of(0, views=7, radius=2.5), name="test/box0__3")
+    assert against([elsewhere]) == ["split_leak"]
+    assert against([replace(elsewhere, name="other")]) == []  # of a single one nobody can tell
     assert against(strangers, "original") == []  # their names are numbers
     assert against([replace(healthy[1], name="box0")], "original") == ["split_leak"]
 
 
+def test_half_of_the_objects_of_another_set_are_known_again_from_other_cameras() -> None:
+    """Under other names: their colours are nearer than those of any two of one set."""
+
+    def row(index: int, name: str, noise: int) -> dict[str, Any]:
+        rng = np.random.default_rng([index])
+        looks = rng.random(400) ** 4 + 0.02 * np.random.default_rng([index, noise]).random(400)
+        prints = np.zeros((2, 4, 12, 12), np.float16)
+        return {"name": name, "prints": prints, "looks": looks / np.linalg.norm(looks)}
+
+    own = [row(k, f"a{k}", 1) for k in range(20)]
+    for first, expected in ((10, range(10, 20)), (20, [])):
+        other = [row(k, f"b{k}", 2) for k in range(first, first + 20)]
+        found = leaks.shared([*own, *other], ["train"] * 20 + ["test"] * 20)
+        assert sorted(a for (a, _), _ in found) == list(expected)
+
+
 def test_folders_called_train_and_test_are_splits(healthy: list[Any]) -> None:
-    twin = replace(healthy[0], name=f"test/{healthy[0].name}__1", rgb=healthy[1].rgb)
+    twin = replace(views_of(0, views=7, radius=2.5), name=f"test/{healthy[0].name}__1")
     train = [replace(record, name=f"train/{record.name}__0") for record in healthy]
     other = [replace(record, name=f"spare/{record.name}") for record in healthy[:2]]
     leak = next(r for r in judged([*train, twin]).reasons if r.code == "split_leak")
-    assert "is in train and in test" in leak.message
+    assert "'train/box0__0' (train) has the looks of 'test/box0__1' (test)" in leak.message
     assert "split_leak" not in codes([*train, *other])
 
 

@@ -10,15 +10,14 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fresnel.gate.leaks import Row, shared, split_of, stem, twins, whole_prints
 from fresnel.gate.thresholds import BLATANT, GateConfig, alone
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,9 @@ class Seen:
         most = max(classes.values()) / classes.total() + 1e-9 if told else np.nan
         out |= {"azimuth_spread": np.full(count, spread), "class_share": np.full(count, most)}
         # Ten examples spread over a set seldom hold both of a pair: this is asked in the end.
-        pairs, repeats = _twins(self.objects) if self.final else (), np.zeros(count)
-        again = {b for a, b in pairs if _stem(self.objects[a]) != _stem(self.objects[b])}
+        pairs = twins(whole_prints(self.objects)) if self.final else ()
+        repeats = np.zeros(count)
+        again = {b for a, b in pairs if stem(self.objects[a]) != stem(self.objects[b])}
         repeats[sorted(again)] = len(again) / max(count, 1)
         return out | {"repeats": repeats}
 
@@ -279,75 +279,29 @@ def _either(first: Check, second: Check) -> Callable[[Seen], Finding]:
 # --- across the set --------------------------------------------------------------------------
 
 
-def _stem(row: Row) -> str:
-    """The object's name: without the folder before it and the number of the picture behind it."""
-    return str(row["name"]).rpartition("/")[2].partition("__")[0]
-
-
-def _twins(objects: Sequence[Row]) -> Iterator[tuple[int, int]]:
-    """Pairs of records with the same pictures: thumbnails that differ by less than 2% of what they
-    show.  Empty pictures are all alike and are not compared."""
-    small = [row.get("thumbnail", np.zeros(1)) for row in objects]
-    sums = np.array([picture.sum() for picture in small])
-    order = [k for k in np.argsort(sums, kind="stable") if small[k].mean() >= 0.2]
-    if not order:
-        return
-    stack, sums = np.stack([small[k] for k in order]), sums[order]
-    # Thumbnails that are alike have sums that are alike: only those neighbours are compared.
-    for a, end in enumerate(np.searchsorted(sums, sums * 1.0205, side="right")):
-        off = np.abs(stack[a + 1 : end] - stack[a]).sum(axis=1)
-        for b in np.flatnonzero(off <= 0.02 * sums[a]) + a + 1:
-            yield min(order[a], order[b]), max(order[a], order[b])
-
-
 def _leak(seen: Seen) -> Finding:
     """The same object in two splits: every later figure would be wrong.
 
     Splits come from the dataset's meta ("object_splits"), from folders called train, val and test,
-    or from a second dataset given to `validate` (meta["against"]: its records' names and
-    thumbnails).  The same object is one of the same name (before "__", after the folder; not of
-    layouts that number their records) or with the same pictures; the same object under another
-    name *and* from other cameras is not recognised.
+    or from a second dataset given to `validate` (meta["against"]: what `print_of` says of its
+    records).  The same object is one
+    - with the same pictures, under whatever name: two of them (or the only one);
+    - of the same name (before "__", after the folder; not of layouts that number their records) and
+      of the same colours, if of the common names more look alike than chance explains;
+    - of the same colours from wherever it is seen, if more have so near a relative in the other
+      split than within one.
     """
     known, own = seen.meta.get("object_splits") or {}, list(seen.objects)
-    leaks = list(_shared(own, [_split(str(row["name"]), known) for row in own]))
+    leaks = list(shared(own, [split_of(str(row["name"]), known) for row in own]))
     if others := seen.meta.get("against"):
         where = ["this set"] * len(own) + ["the other set"] * len(others)
-        leaks += _shared([*own, *others], where)
+        leaks += shared([*own, *others], where)
     flags = np.zeros(len(own))
     flags[[k for pair, _ in leaks for k in pair if k < len(own)]] = 1
-    count = len({_stem(own[k]) for k in np.flatnonzero(flags)})
+    count = len({stem(own[k]) for k in np.flatnonzero(flags)})
     said = f"{count} objects are in more than one split: {leaks[0][1]}" if leaks else ""
     hint, values = "split by object before anything is rendered", {"objects": float(count)}
     return Finding("split_leak", flags, said, hint, values, at_once=True)
-
-
-def _shared(
-    objects: Sequence[Row], splits: Sequence[str | None]
-) -> Iterator[tuple[tuple[int, int], str]]:
-    first: dict[str, int] = {}
-    for k, (row, split) in enumerate(zip(objects, splits, strict=True)):
-        if split and not row.get("numbered"):
-            earlier = first.setdefault(_stem(row), k)
-            if splits[earlier] != split:
-                yield (earlier, k), f"{row['name']!r} is in {splits[earlier]} and in {split}"
-    for a, b in _twins(objects) if len({*splits} - {None}) > 1 else ():
-        if splits[a] and splits[b] and splits[a] != splits[b]:
-            names = [f"{objects[k]['name']!r} ({splits[k]})" for k in (a, b)]
-            yield (a, b), f"{names[0]} shows the same as {names[1]}"
-
-
-_SPLITS = ("train", "training", "val", "valid", "validation", "test", "held_out")
-
-
-def _split(name: str, known: Mapping[str, Any]) -> str | None:
-    """Which split a record belongs to: by its name, its object's, or its folder's."""
-    folder, _, own = name.rpartition("/")
-    for key in (name, name.partition("__")[0], own, own.partition("__")[0]):
-        if key in known:
-            return str(known[key])
-    first = folder.partition("/")[0].lower()
-    return first if first in _SPLITS else None
 
 
 # --- all checks ------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.special import bdtrc
 
 from fresnel.data.records import UP_TILT_DEG
 from fresnel.gate import faces
 from fresnel.gate.checks import CHECKS, Check, Finding, Seen, median, share
+from fresnel.gate.leaks import chance
 from fresnel.gate.thresholds import GateConfig
 from fresnel.poses.explain import explain
 from fresnel.poses.geometry import Rig
@@ -98,11 +98,6 @@ def is_faulty(shown: int, asked: int, config: GateConfig, *, final: bool) -> boo
         return ratio >= math.log((1 - config.miss) / config.false_alarm)
     odds = chance(shown, asked, low)
     return ratio > 0 and (odds < 0.005 or (odds < 0.051 and shown > 0.3 * asked))
-
-
-def chance(shown: int, asked: int, rate: float) -> float:
-    """P(at least `shown` of `asked`) at a rate."""
-    return float(bdtrc(shown - 1, asked, rate)) if shown else 1.0
 
 
 def decide(seen: Seen, rigs: Mapping[int, Rig]) -> tuple[tuple[Reason, ...], tuple[str, ...]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
@@ -84,14 +85,26 @@ def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row],
 
 
 def print_of(views: ObjectViews) -> Row:
-    """As much of a record's row as tells whether another set has it: its name, and a thumbnail of
-    the first and the middle view and the input, 12 pixels wide."""
+    """As much of a record's row as tells whether another set has it: its name, `prints` of its
+    views and its input, 12 pixels wide, (V + 1, 4, 12, 12), and its `looks`, how often its views
+    have which colours: the roots of a smoothed histogram, of length 1 (their products are
+    Bhattacharyya's coefficients)."""
     rgb, alpha, _ = _foreground(views.rgb.numpy(), views.alpha.numpy())
-    pictures = [np.dstack([rgb[i], alpha[i]]) for i in (0, len(rgb) // 2)]
-    pictures.append(np.dstack([views.input_rgb.numpy(), views.input_alpha.numpy()]))
-    layers = [torch.from_numpy(picture).permute(2, 0, 1).float() for picture in pictures]
-    small = torch.stack([adaptive_avg_pool2d(layer, 12) for layer in layers])
-    return {"name": views.name, "thumbnail": small.double().numpy().ravel()}
+    own = views.input_rgb.numpy()[None], views.input_alpha.numpy()[None]
+    small = [
+        adaptive_avg_pool2d(
+            torch.from_numpy(np.concatenate([c, a[..., None]], -1)).movedim(-1, 1).float(), 12
+        )
+        for c, a in ((rgb, alpha), own)
+    ]
+    colours, cover = rgb[alpha >= 200], alpha[alpha >= 200]
+    step = max(1, len(colours) // 50_000)
+    straight = colours[::step] * (255 / cover[::step, None].astype(np.float32))
+    counts = np.histogramdd(straight.clip(0, 255), 12, [(0, 256)] * 3)[0]
+    looks = np.sqrt(gaussian_filter(counts / max(len(straight), 1), 1.0, mode="nearest")).ravel()
+    prints = torch.cat(small).numpy().astype(np.float16)
+    looks = looks / max(float(np.linalg.norm(looks)), 1e-9)
+    return {"name": views.name, "prints": prints, "looks": looks.astype(np.float32)}
 
 
 def _foreground(rgb: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:

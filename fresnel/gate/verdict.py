@@ -191,7 +191,7 @@ def _summary(reasons: Sequence[Reason], seen: str) -> str:
 _RIGS = 40
 """Of how many records cameras and small masks are kept, to find out what is wrong with poses; and
 of as many again that look wrong."""
-_INNER = ("thumbnail", "numbered")
+_INNER = ("prints", "looks", "numbered")
 _WORTH_PROCESSES = 120  # records: some seconds of measuring on one core, as processes cost to start
 _Measured = tuple[list[Row], Row, Rig | None]
 
