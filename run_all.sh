@@ -10,8 +10,8 @@ say() { printf '%s\n' "$*" >&2; }
 
 usage() {
     cat <<'TEXT'
-Usage: ./run_all.sh [--profile auto|cpu|gpu] [--only STEP] [--list] [--reports DIR]
-                    [--fresh] [--timeout SECONDS]
+Usage: ./run_all.sh [--profile auto|cpu|gpu] [--domain faces|objects] [--only STEP] [--list]
+                    [--reports DIR] [--fresh] [--timeout SECONDS]
                                   run the notebooks of a profile, build reports/index.html;
                                   what has not changed is not computed again, unless --fresh
        ./run_all.sh NOTEBOOK.ipynb [-p NAME VALUE]... [-f PARAMS.yaml] [--name RUN]
