@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fresnel.training import checkpoints, ranks
 from fresnel.training.loop import TrainResult
+from fresnel.training.step import step_seed
 from fresnel.training.task import NonFiniteLoss
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-7}
@@ -109,6 +110,10 @@ def worker(folder: Path, scene: str) -> None:
         fit("one-two")
         with pytest.raises(NonFiniteLoss, match="step 7: not finite: loss, error"):
             fit("nan", Line(at={7: on_rank_1(lambda x: x[0, 0, 0].fill_(torch.nan))}))
+        steep = Line(at={7: on_rank_1(lambda _: last.register_hook(lambda g: g * torch.inf))})
+        last = steep.model.layers[2].weight
+        with pytest.raises(NonFiniteLoss, match="step 7: not finite: grad_norm"):
+            fit("steep", steep)
         error = ValueError if group.first else ranks.ElsewhereFailed
         with pytest.raises(error):
             fit("two", config=changed(accumulate=2, lr=1.0))
@@ -189,13 +194,14 @@ def test_a_run_goes_on_on_another_number_of_ranks(together: Path) -> None:
     assert_close(parameters(resumed), whole)
 
 
-def test_a_bad_shard_of_another_rank_is_kept_by_the_first(together: Path) -> None:
+@pytest.mark.parametrize("name", ["nan", "steep"])
+def test_a_bad_shard_of_another_rank_is_kept_by_the_first(together: Path, name: str) -> None:
     """It is made again from its seed: here, where nothing spoils it."""
-    assert checkpoints.read(checkpoint(together / "nan"))[1]["step"] == 5
-    (path,) = (together / "nan").glob("nonfinite*")
-    with checkpoints.safe_open(str(path), "pt") as file:
+    assert stopped_at(together, name) == 5
+    with checkpoints.safe_open(str(*(together / name).glob("nonfinite*")), "pt") as file:
         assert json.loads(file.metadata()["fresnel"])["shard"] == 1
-        assert file.get_tensor("x").shape == (4, 1, 8, 8)
+        generator = torch.Generator().manual_seed(step_seed(0, 7, 1))
+        assert torch.equal(file.get_tensor("x"), torch.randn(4, 1, 8, 8, generator=generator))
 
 
 def stopped_at(folder: Path, name: str) -> int:
