@@ -7,19 +7,24 @@ its cameras orbit the point where the input camera stands, about three units awa
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from fresnel.data import dataset
-from fresnel.data.dataset import InputImages, MultiViewDataset, ObjectViews
+from fresnel.data.dataset import Encoded, InputImages, MultiViewDataset, ObjectViews, encode
+from fresnel.host.pool import processes
 from fresnel.models.decoder import Decoder, prune, render_small
 from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
 from fresnel.scene.gaussians import Gaussians
@@ -137,6 +142,7 @@ def bootstrap(
     reuse: bool = False,
     batch_size: int = 8,
     source: dict[str, Any] | None = None,
+    gpus: int = 1,
 ) -> MultiViewDataset:
     """Make a multi-view dataset out of single images.
 
@@ -148,6 +154,8 @@ def bootstrap(
         overwrite: replace a dataset that is there already.
         reuse: return it instead; the caller's path names what is in it.
         source: JSON-able facts about where the inputs come from; kept in the dataset's meta.
+        gpus: processes that share the batches, each on a GPU of its own (or all on the CPU); what
+            is written is the same.
 
     Raises:
         ValueError: if the decoder is of another kind, or there are no inputs.
@@ -159,6 +167,7 @@ def bootstrap(
             f"decoder: got kind {decoder.config.kind!r}, configuration {config.name!r} wants "
             f"{config.decoder_kind!r}; use dataclasses.replace(config, decoder_kind=...) to mix"
         )
+    gpus = min(gpus, -(-len(inputs) // batch_size))
     dataset.expect(len(inputs) * config.views_per_image * config.image_size**2)
     decoder = decoder.to(device).eval()
     made_by = {"config": asdict(decoder.config), "provenance": decoder.provenance}
@@ -170,9 +179,10 @@ def bootstrap(
         "source": source or {},
         **({"gate_overridden": True} if decoder.gate_overridden else {}),
     }
+    asked = inputs, decoder, config, device, batch_size
     return dataset.write(
         path,
-        records(inputs, decoder, config, device, batch_size),
+        records(*asked) if gpus < 2 else partial(_shared, *asked, gpus),
         background=config.background,
         meta=meta,
         overwrite=overwrite,
@@ -198,6 +208,55 @@ def records(
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
+
+
+def _shared(
+    inputs: InputImages,
+    decoder: Decoder,
+    config: BootstrapConfig,
+    device: torch.device | str,
+    batch_size: int,
+    gpus: int,
+    folder: Path,
+) -> Encoded:
+    """Write the records into `folder` by a process for each GPU, which takes every so-manieth
+    batch: whole ones, as a batch of another size may round differently."""
+    batches = torch.arange(len(inputs)).split(batch_size)
+    threads = torch.get_num_threads()
+    with processes(gpus) as pool, tqdm(total=len(inputs), desc="writing", delay=2) as bar:
+        jobs = []
+        for number in range(gpus):
+            mine = torch.cat(batches[number::gpus])
+            card = f"cuda:{number}" if torch.device(device).type == "cuda" else str(device)
+            share = inputs[mine].to("cpu"), copy.deepcopy(decoder).to("cpu"), config, card
+            jobs.append(pool.submit(_share, *share, batch_size, folder, mine, gpus, threads))
+        while wait(jobs, 0.5, FIRST_EXCEPTION).not_done:
+            if any(job.done() and job.exception() for job in jobs):
+                break
+            if new := len(os.listdir(folder)) - bar.n:
+                bar.update(new)
+        shares = [job.result() for job in jobs]
+    written = [record for records, _ in shares for record in records]
+    return sorted(written, key=lambda record: (len(record.folder), record.folder)), shares[0][1]
+
+
+def _share(
+    inputs: InputImages,
+    decoder: Decoder,
+    config: BootstrapConfig,
+    device: str,
+    batch_size: int,
+    folder: Path,
+    numbers: Tensor,
+    among: int,
+    threads: int,
+) -> Encoded:
+    """One process's records, of these numbers."""
+    torch.set_num_threads(threads)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    views = records(inputs, decoder.to(device), config, device, batch_size)
+    return encode(folder, zip(numbers.tolist(), views, strict=True), len(inputs), among)
 
 
 @torch.no_grad()

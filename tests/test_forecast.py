@@ -126,10 +126,14 @@ def test_a_forecast_is_kept_for_its_very_settings(tmp_path) -> None:
 
 
 def test_a_batch_is_computed_in_equal_parts() -> None:
-    assert [planning.batch_of_a_task(16, parts) for parts in (1, 2, 16)] == [16, 8, 1]
+    assert [planning.parts_of_a_step(16, parts) for parts in (1, 2, 16)] == [1, 2, 16]
+    assert [planning.parts_of_a_step(16, *p) for p in ((1, 4), (8, 4), (4, 3))] == [4, 8, 4]
     for wrong in (3, 0, -1, 32):
         with pytest.raises(ValueError, match="divisor of batch_size 16"):
-            planning.batch_of_a_task(16, wrong)
+            planning.parts_of_a_step(16, wrong)
+    for accumulate, gpus in ((1, 3), (2, 32)):
+        with pytest.raises(ValueError, match=f"gpus: got {gpus}, want .* a divisor of 16"):
+            planning.parts_of_a_step(16, accumulate, gpus)
 
 
 def test_precision_is_chosen_by_what_multiplies(monkeypatch) -> None:

@@ -152,10 +152,10 @@ def test_validation_objects_never_judge(tmp_path):
     splits = dict(zip(names, ("train", "val", "test"), strict=True))
     data = dataset.write(tmp_path / "all", records, meta={"object_splits": splits})
     held_out = data.subset([2])
-    found = training_data.validation_objects(str(data.path), held_out, device="cpu")
+    found = training_data.validation_objects(str(data.path), held_out)
     assert found is not None and found.names == (data.names[1],)
     alone = dataset.write(tmp_path / "alone", records, meta={})
-    assert training_data.validation_objects(str(alone.path), alone, device="cpu") is None
+    assert training_data.validation_objects(str(alone.path), alone) is None
 
 
 def decide(notebook, **given):

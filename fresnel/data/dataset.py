@@ -50,6 +50,10 @@ _WORTH_PROCESSES = 40e6  # pixels: some seconds of encoding on one core, as proc
 _RECORDS_A_WORKER = 300  # about three seconds of decoding, which is what a process costs to start
 
 
+Encoded = tuple[list[Record], tuple[int, ...]]
+"""What was written of objects, in their order, and the shape (V, S, S, 3) that their views have."""
+
+
 class NotADataset(DatasetError):
     """Nothing there that `open` knows; it may be 3D objects, which `objects.sources.open` reads."""
 
@@ -335,7 +339,7 @@ def _read_part(read: Callable[[], ObjectViews], name: str, side: int) -> ObjectV
 
 def write(
     path: str | Path,
-    objects: Iterable[ObjectViews],
+    objects: Iterable[ObjectViews] | Callable[[Path], Encoded],
     *,
     background: Sequence[float] = (0.0, 0.0, 0.0),
     meta: dict[str, Any],
@@ -348,6 +352,7 @@ def write(
     second process that wants the same waits for the first.
 
     Args:
+        objects: or what encodes them into a folder, by `encode`.
         background: sRGB colour in [0, 1] that the views were composited over.
         meta: anything JSON can hold about how the data came to be.
         overwrite: replace an existing dataset (never a folder that isn't one).
@@ -363,25 +368,40 @@ def write(
     if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
         raise ValueError(f"background: got {background}, want three sRGB values in [0, 1]")
     meta = json.loads(json.dumps(meta))
-    names: set[str] = set()
-    shape: tuple[int, ...] = ()
-    records: list[Record] = []
-    pending: deque[Future[Record]] = deque()
-    workers = min(MOST_WORKERS, core_count())
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(_layouts.making(target, overwrite=overwrite, reuse=reuse)):
             return open(target)
         folder = stack.enter_context(_layouts.replaced(target))
+        if callable(objects):
+            records, shape = objects(folder)
+        else:
+            bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
+            records, shape = encode(folder, enumerate(bar), total)
+        if not records:
+            raise DatasetError(f"{target}: nothing to write: no object came")
+        _layouts.seal(folder, records, shape[1], shape[0], colour, meta)
+    return open(target)
+
+
+def encode(
+    folder: Path, objects: Iterable[tuple[int, ObjectViews]], total: int | None, among: int = 1
+) -> Encoded:
+    """Write numbered objects, `total` in all, into a folder that is to become a dataset. `among`:
+    so many processes do this at once, each of its own objects."""
+    names: set[str] = set()
+    shape: tuple[int, ...] = ()
+    records: list[Record] = []
+    pending: deque[Future[Record]] = deque()
+    workers = max(1, min(MOST_WORKERS, core_count() // among))
+    with contextlib.ExitStack() as stack:
         pool: Executor | None = None
-        bar = tqdm(objects, total=total, desc=f"writing {target.name}", delay=2)
-        for index, views in enumerate(bar):
+        for index, views in objects:
             got = tuple(views.rgb.shape)
             if got[1] != got[2] or got != (shape or got):
                 wanted = f"{shape or 'square ones'}; want the same size and number throughout"
                 raise DatasetError(f"{views.name}: views of shape {got}, not {wanted}")
             if views.name in names:
-                said = f"two objects are named {views.name!r}; want unique names"
-                raise DatasetError(f"{target}: {said}")
+                raise DatasetError(f"two objects are named {views.name!r}; want unique names")
             names.add(views.name)
             shape = got
             if pool is None and _worth_processes((total or 0) * views.alpha.numel()):
@@ -396,10 +416,7 @@ def write(
             while len(pending) > max(8, 2 * workers):
                 records.append(pending.popleft().result())
         records += [each.result() for each in pending]
-        if not records:
-            raise DatasetError(f"{target}: nothing to write: no object came")
-        _layouts.seal(folder, records, shape[1], shape[0], colour, meta)
-    return open(target)
+    return records, shape
 
 
 def expect(pixels: int) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,36 @@ def pick_device(device: str = "auto") -> str:
     if device == "cuda" and not there:
         raise ValueError("device: 'cuda' was asked for, but torch sees no GPU; use 'auto' or 'cpu'")
     return ("cuda" if there else "cpu") if device == "auto" else device
+
+
+def pick_gpus(gpus: str, device: str, fits: Callable[[int], bool] = lambda count: True) -> int:
+    """Processes to work in, one a GPU: a number, or "auto" for the most there are that fit. On a
+    CPU "auto" is one; more are for trying it out.
+
+    Raises:
+        ValueError: for more than the machine has GPUs (a CPU: cores), or no number.
+    """
+    import torch
+
+    there = torch.cuda.device_count() if device.startswith("cuda") else core_count()
+    if gpus == "auto":
+        most = there if device.startswith("cuda") else 1
+        return max(count for count in range(1, most + 1) if count == 1 or fits(count))
+    if not re.fullmatch(r"[1-9]\d*", gpus) or int(gpus) > there:
+        what = "GPUs" if device.startswith("cuda") else "CPU cores and no GPU"
+        raise ValueError(f"gpus: got {gpus!r}, want 'auto' or 1 to {there}: this machine's {what}")
+    return int(gpus)
+
+
+def cards(device: str, count: int = 1) -> str:
+    """The first so many GPUs by name, such as "2 x NVIDIA H100"; processes, where it is a CPU."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return f"{count} processes on the CPU" if count > 1 else "the CPU"
+    names = [torch.cuda.get_device_name(number) for number in range(count)]
+    found = {name: names.count(name) for name in names}
+    return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in found.items())
 
 
 def accelerators() -> list[str]:

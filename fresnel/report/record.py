@@ -236,6 +236,11 @@ class Recorder:
         self._change(provenance={**known, "inputs": inputs})
         self._save()
 
+    def uses(self, cards: str, processes: int) -> None:
+        """Record that several processes do the work, and on which GPUs ("" on a CPU)."""
+        more = {"processes": processes, "gpu": cards or None}
+        self._change(provenance={**self.record.provenance, **more})
+
     def thumbnail(self, image: Any, *, longest_px: int = 480) -> Path:
         """Save `image` as the run's picture in the index.
 

@@ -23,7 +23,7 @@ VALIDATION_OBJECTS = 4
 """Embedded training objects whose true views a training is validated on."""
 _APART = {
     *("output_dir", "export_to", "price_per_hour_usd", "resume", "compare_steps"),
-    *("keep_every", "previews"),
+    *("keep_every", "previews", "gpus"),
 }
 """Parameters of 03 that have no part in the training."""
 
@@ -140,9 +140,15 @@ def demo_dataset(
     return data
 
 
-def validation_objects(
-    source: str, held_out: MultiViewDataset, *, device: str
-) -> ViewTensors | None:
+def held_out(source: str, data: MultiViewDataset, objects: int) -> MultiViewDataset:
+    """True views, as large as those of `data`, of the objects that judge what was trained on it;
+    the first so many of them (0: all)."""
+    return sources.ground_truth(
+        source, "held_out", image_size=data.image_size, objects=objects, seed=1000
+    )
+
+
+def validation_objects(source: str, held_out: MultiViewDataset) -> ViewTensors | None:
     """What a training's own figures and its `best` checkpoint come from: never the held-out
     objects, which judge it once, in the end.
 
@@ -159,4 +165,4 @@ def validation_objects(
     if {*found.names} & {*held_out.names}:  # it states no splits at all
         return None
     sources.require_apart(found.names, held_out.names)
-    return found.tensors(size=size, device=device)
+    return found.tensors(size=size)

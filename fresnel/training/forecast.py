@@ -73,11 +73,22 @@ def full_config(steps: int, *, previews: int = 0, **settings: Any) -> TrainConfi
     )
 
 
-def batch_of_a_task(batch_size: int, accumulate: int) -> int:
-    """Samples that a task computes at a time, where a step's batch is computed in equal parts."""
+def parts_of_a_step(batch_size: int, accumulate: int, gpus: int = 1) -> int:
+    """Equal parts that a step's batch is computed in: `accumulate`, one for each GPU at least."""
     if accumulate < 1 or batch_size % accumulate:
         raise ValueError(f"accumulate: got {accumulate}, want a divisor of batch_size {batch_size}")
-    return batch_size // accumulate
+    if batch_size % (parts := max(accumulate, gpus)):
+        raise ValueError(f"gpus: got {gpus}, want at most accumulate, or a divisor of {batch_size}")
+    return parts
+
+
+def pick_gpus(gpus: str, device: str, batch_size: int, accumulate: int) -> int:
+    """`machine.pick_gpus`; "auto": the most that can share a step's parts equally."""
+
+    def shares(count: int) -> bool:
+        return batch_size % max(count, accumulate) == max(count, accumulate) % count == 0
+
+    return machine.pick_gpus(gpus, device, shares)
 
 
 def start_s() -> float:
@@ -180,6 +191,7 @@ def full_run(
     around_s: float,
     start_s: float,
     price_per_hour_usd: float,
+    gpus: int = 1,
 ) -> dict[str, Any]:
     """Time, memory and cost of the whole notebook 03 with this `config`: "steps", "samples",
     "samples_per_s", "duration_s", "cost_usd", "peak_memory_bytes" of the training, and "parts", the
@@ -192,6 +204,7 @@ def full_run(
         batch_size: samples a step.
         records: how many held-out records will be evaluated.
         around_s: of this process's first training, as 03's is its first.
+        gpus: that the smoke run was trained on, and that the full run will be.
     """
     on_gpu = next(result.model.parameters()).is_cuda
     step_s, warm_up_s = pace(result.history, batch_size, recorded=on_gpu and config.graphs)
@@ -210,17 +223,22 @@ def full_run(
         "pictures": min(4, records) * record_s,
         "evaluation": acts["evaluate_first"] + (records - 1) * record_s,
     }
-    found = _account(parts, stages, result, batch_size / step_s, price_per_hour_usd)
+    found = _account(parts, stages, result, batch_size / step_s, price_per_hour_usd, gpus)
     return {"steps": config.steps, "samples": config.steps * batch_size, **found}
 
 
 def spent(
-    stages: Iterable[Any], result: TrainResult, *, start_s: float, price_per_hour_usd: float
+    stages: Iterable[Any],
+    result: TrainResult,
+    *,
+    start_s: float,
+    price_per_hour_usd: float,
+    gpus: int = 1,
 ) -> dict[str, Any]:
     """The same figures as `full_run`'s, of a run whose figures are drawn."""
     parts = {"start": start_s, "compile": result.compile_s, "steps": result.duration_s}
     parts["pauses"] = result.paused_s + result.around_s
-    return _account(parts, stages, result, result.samples_per_s, price_per_hour_usd)
+    return _account(parts, stages, result, result.samples_per_s, price_per_hour_usd, gpus)
 
 
 def _account(
@@ -229,6 +247,7 @@ def _account(
     result: TrainResult,
     samples_per_s: float,
     price_per_hour: float,
+    gpus: int,
 ) -> dict[str, Any]:
     """`parts`, and the stages (`fresnel.report.record`), whose first word says what they are of."""
     taken = {name: parts.get(name, 0.0) for name in PARTS}
@@ -239,7 +258,9 @@ def _account(
     return {
         "samples_per_s": samples_per_s,
         "duration_s": duration_s,
-        "cost_usd": duration_s / 3600 * price_per_hour,
+        "cost_usd": duration_s / 3600 * price_per_hour,  # of the machine with all its cards
+        "gpus": gpus,
+        "gpu_hours": duration_s / 3600 * gpus,
         "peak_memory_bytes": result.peak_memory_bytes,
         "parts": taken,
     }
@@ -255,10 +276,11 @@ def compared(plan: Mapping[str, Any] | None, actual: Mapping[str, Any]) -> dict[
     return {"spent": actual, "planned": plan, "forecast_error": errors}
 
 
-def settings_of(config: TrainConfig, **what: Any) -> dict[str, Any]:
+def settings_of(config: TrainConfig, *, gpus: int = 1, **what: Any) -> dict[str, Any]:
     """What makes a full run the one that was forecast."""
     names = ("steps", "precision", "compile", "accumulate", "checkpointing")
-    return {**what, **{name: getattr(config, name) for name in names}}
+    several = {"gpus": gpus} if gpus > 1 else {}
+    return {**what, **{name: getattr(config, name) for name in names}, **several}
 
 
 def keep(data: Any, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
@@ -289,6 +311,8 @@ def table(
         [f"{text}, s"] + [run["parts"][n] for run in runs.values()] for n, text in PARTS.items()
     ]
     rows.append(["**in all, s**", *(run["duration_s"] for run in runs.values())])
+    if any(run.get("gpus", 1) > 1 for run in runs.values()):
+        rows.append(["GPU-minutes", *(run["gpu_hours"] * 60 for run in runs.values())])
     rows.append(["samples/s in the steps", *(run["samples_per_s"] for run in runs.values())])
     memory = [run["peak_memory_bytes"] / 1e6 for run in runs.values()]
     rows.append(["peak memory of the training, MB", *memory])
