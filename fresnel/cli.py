@@ -126,6 +126,7 @@ _STEPS: Any = (
     ("--name", "", "the run's name (default: the notebook's)"),
     ("--timeout", float, "most a notebook may take", "SECONDS"),
     ("--cell-timeout", float, "most a cell may take", "SECONDS"),
+    ("--spec-only", _path, "of 03: only write what it would train, for torchrun", "FILE"),
     ("--profile", (None, "auto", "cpu", "gpu"), "default: auto"),
     ("--domain", (None, "faces", "objects"), "what a profile is about"),
     epilog="Exit status of one notebook: 0 it finished, whatever its verdict; 1 a cell failed; "
@@ -148,6 +149,8 @@ def _run(arguments: argparse.Namespace) -> int:
         notebook = next(filter(Path.is_file, places), None)
         if notebook is None:
             raise FileNotFoundError(f"no such notebook: {arguments.notebook}")
+        if arguments.spec_only:
+            return _spec(notebook, _parameters(arguments, notebook), arguments.spec_only)
         try:
             done = report.run(
                 *(notebook, _parameters(arguments, notebook), arguments.name, reports),
@@ -171,6 +174,24 @@ def _run(arguments: argparse.Namespace) -> int:
     problems = runner.run(steps, reports, only=arguments.only, keep_finished=False, **limits)
     print(f"\nindex: {reports / 'index.html'}")
     return _told(*problems)
+
+
+def _spec(notebook: Path, given: dict[str, Any], target: Path) -> int:
+    from fresnel.gate.receipts import GateRefusal
+    from fresnel.report.params import check_parameters, read_parameters
+    from fresnel.study import trainings
+
+    known = read_parameters(notebook)
+    if "steps" not in known:
+        raise ValueError("--spec-only: only 03_full_train has a training to write")
+    parameters = {name: found.default for name, found in known.items()}
+    try:
+        training = trainings.write(parameters | check_parameters(known, given), target)
+    except GateRefusal as refusal:
+        raise ValueError(refusal) from None
+    print(f"{target}: the same on every machine, here with 2 of them:", trainings.COMMAND, sep="\n")
+    print(f"then 03 with these -p, but -p gpus 1 -p accumulate {training.config.accumulate}")
+    return 0
 
 
 def _steps(arguments: argparse.Namespace, detect: Callable[[], str]) -> tuple[str, list[Any]]:
@@ -307,7 +328,7 @@ def _views(arguments: argparse.Namespace) -> int:
     ("--on!", str, "ssh://user@host[:port]/dir, slurm://..., or sky", "WHERE"),
     ("--budget!", float, "at most", "USD"),
     ("--rate!", float, "an hour of it", "USD"),
-    ("--gpus", 1, "of a study (default: 1)", "N"),
+    ("--gpus", 1, "that a run shares, or a study's processes have each (default: 1)", "N"),
     ("--at-end", "stay", "stay, poweroff or 'COMMAND'"),
     ("--grace", "1800", "for a fetch before that"),
     ("--stall", "1800", "without progress: failed"),

@@ -141,6 +141,20 @@ def test_a_forecast_over_the_budget_is_refused(pristine: Path) -> None:
             Terms(*terms)
 
 
+def test_a_run_on_two_gpus_asks_for_two_and_for_its_own_forecast(root: Path) -> None:
+    with pytest.raises(PlanError, match=r"no forecast for 150 steps.* and gpus"):
+        made(root, gpus="2")
+    config = forecast.full_config(150, precision="fp32", accumulate=2)
+    same = {"model": "cvs", "size": "tiny", "batch_size": 16}
+    plan = {"duration_s": 400.0, "parts": dict.fromkeys(forecast.PARTS, 0)}
+    forecast.keep(dataset.open(root / DATA), forecast.settings_of(config, gpus=2, **same), plan)
+    two = made(root, gpus="2")
+    assert two.forecast_s == 400.0 and two.terms.gpus == 2 and two.params["gpus"] == "2"
+    assert "--gres=gpu:2" in planning.sbatch(two.terms, "work", "run")
+    assert json.loads(two.boxed()["params.yaml"])["gpus"] == "2"
+    assert made(root, Terms(6.0, 2.0, gpus=2)).forecast_s == 400.0, "auto is all of the machine's"
+
+
 def test_data_that_the_job_makes_itself_needs_no_receipt(pristine: Path) -> None:
     steps = [
         Step(stem, NOTEBOOKS / f"{stem}.ipynb", {"dataset_dir": "runs/data/new"})
@@ -151,8 +165,8 @@ def test_data_that_the_job_makes_itself_needs_no_receipt(pristine: Path) -> None
     with pytest.raises(PlanError, match="no such dataset"):
         planning.make("profile", steps[1:], [], TERMS, root=pristine)
     four = Terms(6.0, 2.0, gpus=4, sbatch="--partition=gpu")
-    with pytest.raises(PlanError, match="a study uses several"):
-        planning.make("profile", steps, [], four, root=pristine)
+    plan = planning.make("profile", steps, [], four, root=pristine)
+    assert "CUDA_VISIBLE_DEVICES" not in plan.boxed()["command"], "one run has all of them"
     plan = planning.make("study", steps, ["study"], four, root=pristine)
     assert "CUDA_VISIBLE_DEVICES:-0,1,2,3}" in plan.boxed()["command"]
     script = planning.sbatch(four, "work", "20260102T030405Z-03")

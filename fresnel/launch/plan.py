@@ -101,7 +101,8 @@ class Plan:
         begin = [f"export FRESNEL_{k}={shlex.quote(v)}\n" for k, v in variables.items() if v]
         job = f'./run_all.sh {shlex.join(self.words)} {given}--reports "$FRESNEL_HOME/out"'
         start = f"exec {job}\n"
-        if terms.gpus > 1:  # each process has one of those that Slurm, or the account, gives
+        # each process of a study has one of those that Slurm, or the account, gives
+        if terms.gpus > 1 and "study" in self.words[:1]:
             count = ",".join(map(str, range(terms.gpus)))
             start = (
                 f'for gpu in $(echo "${{CUDA_VISIBLE_DEVICES:-{count}}}" | tr , " "); do\n'
@@ -191,8 +192,9 @@ def make(
     when given `words`, and, of a single notebook, its parameters.
 
     Raises PlanError that names what lacks: receipts of exactly this data, a forecast, money."""
-    if terms.gpus > 1 and "study" not in words[:1]:
-        raise PlanError("--gpus: one run uses one GPU; a study uses several")
+    if "study" not in words[:1]:  # a run that shares its steps among GPUs wants a machine of them
+        asked = [str(step.params.get("gpus", "")) for step in steps]
+        terms = replace(terms, gpus=max(terms.gpus, *(int(n) for n in asked if n.isdigit()), 1))
     listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     never = {".git", ".venv", "runs", ""}
     files = [n for n in listed if n.split("/")[0] not in never and (root / n).is_file()]
@@ -212,7 +214,8 @@ def make(
             if number in ("02", "03") and where and where not in gated:
                 smoke = number == "03" and model.startswith("cvs") and (where, model) not in smoked
                 kinds = ["gate", "smoke-cvs"] if smoke else ["gate"]
-                forecasts += _checked(root / where, kinds, full, number == "03")
+                gpus = 1 if "study" in words[:1] else terms.gpus
+                forecasts += _checked(root / where, kinds, full, number == "03", gpus)
                 smoked.add((where, model))
         except (gate.GateRefusal, ValueError, OSError) as refusal:
             problems.append(f"{step.name}: {refusal}")
@@ -262,9 +265,9 @@ def _read(root: Path, params: Mapping[str, Any], made: set[str]) -> list[str]:
 
 
 def _checked(
-    place: Path, kinds: Sequence[str], full: Mapping[str, Any], training: bool
+    place: Path, kinds: Sequence[str], full: Mapping[str, Any], training: bool, gpus: int
 ) -> list[float]:
-    """Require the receipts; of a full training its forecast, in seconds."""
+    """Require the receipts; of a full training its forecast on so many GPUs, in seconds."""
     data: Any = dataset.open(place)
     for kind in kinds:
         gate.require_receipt(data, kind, bool(full.get("allow_failed_gate")))
@@ -272,9 +275,11 @@ def _checked(
         data = types.SimpleNamespace(**{name: getattr(data, name) for name in same})
     if not training:
         return []
-    names = ("steps", "checkpointing", "accumulate")
-    config = forecast.full_config(**{n: full[n] for n in names}, compile=full["compile_step"])
-    what = {name: full[name] for name in ("size", "batch_size")}
+    gpus = int(full["gpus"]) if str(full["gpus"]).isdigit() else gpus
+    parts = forecast.parts_of_a_step(full["batch_size"], full["accumulate"], gpus)
+    same = {"checkpointing": full["checkpointing"], "compile": full["compile_step"]}
+    config = forecast.full_config(full["steps"], accumulate=parts, **same)
+    what = {"size": full["size"], "batch_size": full["batch_size"], "gpus": gpus}
     model = str(full["model"]).partition("-")[0]
     for precision in ("bf16", "fp32") if full["precision"] == "auto" else (full["precision"],):
         chosen = replace(config, precision=precision)
@@ -282,7 +287,7 @@ def _checked(
             return [float(plan["duration_s"])]
     raise PlanError(
         f"no forecast for {full['steps']} steps; run 02 with -p full_steps {full['steps']} and the "
-        "same model, size, batch_size, precision, compile_step, accumulate, checkpointing"
+        "same model, size, batch_size, precision, compile_step, accumulate, checkpointing and gpus"
     )
 
 

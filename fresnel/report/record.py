@@ -237,8 +237,8 @@ class Recorder:
         self._save()
 
     def uses(self, cards: str, processes: int) -> None:
-        """Record that several processes do the work, and on which GPUs ("" on a CPU)."""
-        more = {"processes": processes, "gpu": cards or None}
+        """Record that several processes do the work, and on what (`machine.cards`)."""
+        more = {"processes": processes, "gpu": cards}
         self._change(provenance={**self.record.provenance, **more})
 
     def thumbnail(self, image: Any, *, longest_px: int = 480) -> Path:

@@ -2,10 +2,7 @@
 
 A declaration is JSON, and `task` makes what it declares, here and in the processes that torchrun
 starts. What those say, their log, result and errors, comes back as if it had happened here. On
-several machines start the workers yourself, on each (docs/gpu-box.md):
-
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29500 --rdzv-backend c10d \
-        -m fresnel.study.trainings SPEC.json
+several machines a person starts them with `COMMAND` (docs/gpu-box.md).
 """
 
 from __future__ import annotations
@@ -46,6 +43,9 @@ from fresnel.training.cvs_task import pairs_of
 from fresnel.training.loop import TrainResult
 from fresnel.training.task import NonFiniteLoss, OutOfMemory, ResumeRefused, TrainConfig
 
+COMMAND = """\
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_HOST:29500 \\
+        -m fresnel.study.trainings SPEC.json"""
 _NETWORKS = ("model", "ema_model")
 STOP_S = 40.0
 """How long processes that were told to stop may take: torchrun itself gives them 30 s."""
@@ -108,6 +108,25 @@ def declare(
     return Training(**given | own)
 
 
+def write(parameters: Mapping[str, Any], path: Path) -> Training:
+    """Write 03's training by all of its parameters for processes that others start, on machines
+    that share dataset and runs; what it refuses to train is refused here.
+
+    Raises ValueError where this machine can't tell what "auto" is on theirs."""
+    folder, several, device = (parameters[name] for name in ("dataset_dir", "gpus", "device"))
+    if several == "auto" or device == "auto":
+        raise ValueError("--spec-only: say -p gpus N, of all machines together, and -p device cuda")
+    if parameters["precision"] == "auto":
+        raise ValueError("--spec-only: say -p precision bf16, or fp32")
+    model = parameters["model"]
+    data = dataset.open(folder) if folder else training_data.demo_dataset(model)
+    for kind in ["gate", "smoke-cvs"] if folder and model.startswith("cvs") else ["gate"]:
+        require_receipt(data, kind, parameters["allow_failed_gate"])
+    training = declare(parameters, data, device=device, gpus=int(several))
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(training)))
+    return training
+
+
 def task(
     training: Training,
     part: MultiViewDataset | None = None,
@@ -124,8 +143,8 @@ def task(
         if training.validate:
             truth = training_data.held_out(source, part, training.truth_objects)
             validating = training_data.validation_objects(source, truth)
-    same = ("loss_mask", "parameterisation", "augment", "initial_weights", "seed", "device", "domain")
-    given: dict[str, Any] = {name: getattr(training, name) for name in same}
+    same = "loss_mask parameterisation augment initial_weights domain seed device"
+    given: dict[str, Any] = {name: getattr(training, name) for name in same.split()}
     return arms.make_task(
         *(training.model, training.size, views),
         **given,

@@ -1,0 +1,218 @@
+"""A training in several processes from the notebook's: what comes back, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+import torch
+from boxes import views_of
+from test_bootstrap import CORRECTED, PIXEL, discs
+
+from fresnel import gate
+from fresnel.bootstrap import bootstrap
+from fresnel.data import dataset
+from fresnel.data.dataset import MultiViewDataset
+from fresnel.gate import receipts
+from fresnel.host import machine
+from fresnel.models.decoder import Decoder
+from fresnel.objects import sources
+from fresnel.study import data as training_data
+from fresnel.study import trainings
+from fresnel.study.trainings import ChildError, Training
+from fresnel.training import checkpoints
+from fresnel.training import forecast as planning
+from fresnel.training.loop import TrainResult
+from fresnel.training.task import NonFiniteLoss, OutOfMemory
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> MultiViewDataset:
+    """Six objects, of which two each are to train on, to validate on and to judge by."""
+    records = [views_of(i, size=16, views=2) for i in range(6)]
+    names = [record.name.split("__")[0] for record in records]
+    splits = dict(zip(names, ("train", "val", "test") * 2, strict=True))
+    path = tmp_path_factory.mktemp("several") / "set"
+    made = dataset.write(path, records, meta={"object_splits": splits})
+    receipts.write_receipt(made, "gate", True, "fine")
+    return made
+
+
+def declared(data: MultiViewDataset, folder: Path, gpus: int = 1, **changes: Any) -> Training:
+    """As notebook 03 does it, in its defaults but for size and length."""
+    parameters = {
+        **{"model": "cvs", "size": "tiny", "objects": "train", "truth_source": str(data.path)},
+        **{"batch_size": 4, "accumulate": 1, "steps": STEPS, "learning_rate": 1e-3, "seed": 0},
+        **{"compile_step": False, "checkpointing": False, "precision": "fp32", **changes},
+    }
+    found = trainings.declare(parameters, data, device="cpu", gpus=gpus)
+    return replace(found, run_dir=str(folder))
+
+
+def train(training: Training, data: MultiViewDataset, gpus: int = 1) -> TrainResult:
+    part = sources.part(data, training.objects)
+    validating = training_data.validation_objects(
+        training.truth_source, training_data.held_out(training.truth_source, data, 0)
+    )
+    receipt = gate.require_receipt(data)
+    return trainings.fit(training, part, part.tensors(), validating, receipt=receipt, gpus=gpus)
+
+
+def once_begun(folder: Path, act: Callable[[], Any]) -> threading.Thread:
+    """`act` once the log shows two steps."""
+
+    def watch() -> None:
+        log = folder / "log.jsonl"
+        while not (log.exists() and log.read_text().count('"event": "train"') >= 2):
+            time.sleep(0.05)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info["cmdline"])]
+
+
+def test_two_processes_train_as_one_is_stopped_and_go_on(data, tmp_path, capfd) -> None:
+    """Ctrl-C ends in a checkpoint, from which two processes go on; one process learns the same."""
+    two = declared(data, tmp_path / "two", gpus=2)
+    assert two.config.accumulate == 2 and two.validate
+    once_begun(tmp_path / "two", lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(
+        KeyboardInterrupt, match=rf"stopped at step \d+ of {STEPS}; a checkpoint is"
+    ):
+        train(two, data, gpus=2)
+    assert processes_of(tmp_path) == []
+    half = checkpoints.read_latest(tmp_path / "two/checkpoints")
+    assert half is not None and 2 <= half[1]["step"] < STEPS
+    ours = train(two, data, gpus=2)
+    assert "train, 2 processes on the CPU" in capfd.readouterr().err
+    theirs = train(declared(data, tmp_path / "one", accumulate=2), data)
+    for name in ("model", "ema_model"):
+        mine, its = (dict(getattr(result, name).named_parameters()) for result in (ours, theirs))
+        torch.testing.assert_close(mine, its, rtol=2e-3, atol=2e-5)
+    for rows in ("history", "validations"):
+        mine, its = getattr(ours, rows), getattr(theirs, rows)
+        assert [row["step"] for row in mine] == [row["step"] for row in its]
+        losses = [[row["loss"] for row in found] for found in (mine, its)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert ours.steps == STEPS and ours.run_dir == tmp_path / "two" and ours.around_s > 0
+    assert not list((tmp_path / "two").glob(".processes*")), "nothing is left"
+
+
+def test_a_killed_notebook_leaves_a_checkpoint_and_no_process(data, tmp_path) -> None:
+    training = declared(data, tmp_path / "run", gpus=2, steps=100000)
+    code = (
+        "import sys, msgspec\nfrom fresnel.study import trainings\n"
+        "training = msgspec.json.decode(sys.argv[1], type=trainings.Training)\n"
+        "trainings.fit(training, None, None, receipt=None, gpus=2)\n"
+    )
+    text = msgspec.json.encode(training).decode()
+    with subprocess.Popen([sys.executable, "-c", code, text]) as notebook:
+        once_begun(tmp_path / "run", notebook.kill).join(200)
+    end = time.monotonic() + 60
+    while (left := processes_of(tmp_path)) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert left == []
+    assert checkpoints.read_latest(tmp_path / "run/checkpoints")[1]["step"] >= 2
+
+
+def test_a_workers_error_is_the_callers(data, tmp_path) -> None:
+    wild = declared(data, tmp_path / "run", learning_rate=1e30)
+    words = [sys.executable, "-m", "fresnel.study.trainings", str(tmp_path / "training.json")]
+    (tmp_path / "training.json").write_bytes(msgspec.json.encode(wild))
+    with (
+        open(tmp_path / "said", "wb") as said,
+        subprocess.Popen(
+            [*words, "--with-caller"], stdin=subprocess.PIPE, stdout=said, stderr=said
+        ) as worker,
+    ):
+        worker.wait(200)
+    with pytest.raises(NonFiniteLoss, match=r"step \d+: not finite") as caught:
+        trainings._result(tmp_path, wild, 1, stopped=False)
+    assert caught.value.path.is_file() and caught.value.step > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("GateRefusal", gate.GateRefusal),
+        ("OutOfMemory", OutOfMemory),
+        ("DiskFull", checkpoints.DiskFull),
+        ("KeyboardInterrupt", KeyboardInterrupt),
+        ("ZeroDivisionError", ChildError),
+        ("", ChildError),
+    ],
+)
+def test_errors_by_their_types(tmp_path, name, kind) -> None:
+    """Of several the one that tells most; without any word, the last lines."""
+    (tmp_path / "said").write_text("one\nlast words\n")
+    ends = {0: trainings._End(error="ElsewhereFailed", message="rank 1 has failed")}
+    if name:
+        ends[1] = trainings._End(error=name, message="why")
+    for rank, end in ends.items():
+        (tmp_path / f"end-{rank:04d}.json").write_bytes(msgspec.json.encode(end))
+    training: Any = None
+    with pytest.raises(kind, match="why" if name else "1 of 2 .* without a word") as caught:
+        trainings._result(tmp_path, training, 2, stopped=False)
+    if kind is ChildError:
+        assert "last words" in str(caught.value)
+
+
+def test_data_that_changed_since_is_not_trained_on(data, tmp_path) -> None:
+    with pytest.raises(dataset.DatasetError, match="changed since the training was declared"):
+        trainings.task(replace(declared(data, tmp_path), content_hash="sha256:0"))
+
+
+def test_how_many_gpus(data, monkeypatch) -> None:
+    folders = {
+        trainings.declare(
+            {"model": "cvs", "size": "tiny", "batch_size": 4, "steps": 1, "precision": "fp32",
+             "learning_rate": 1e-3, "compile_step": False, "checkpointing": False, "seed": 0,
+             "accumulate": accumulate, "gpus": str(gpus)}, data, device="cpu", gpus=gpus,
+        ).run_dir
+        for accumulate, gpus in ((1, 2), (2, 1), (2, 2))
+    }  # fmt: skip
+    assert len(folders) == 1, "one run, whoever computes its parts"
+    monkeypatch.setattr(machine, "core_count", lambda: 2)
+    assert [machine.pick_gpus(n, "cpu") for n in ("auto", "1", "2")] == [1, 1, 2]
+    for wrong in ("3", "0", "two", "1.0"):
+        with pytest.raises(ValueError, match=f"gpus: got '{wrong}', want 'auto' or 1 to 2"):
+            machine.pick_gpus(wrong, "cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert planning.pick_gpus("auto", "cuda", 16, 1) == 4
+    assert planning.pick_gpus("auto", "cuda", 6, 1) == 3, "that can share a step"
+    assert planning.pick_gpus("auto", "cuda", 16, 2) == 4
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert machine.pick_gpus("auto", "cuda") == 1
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100")
+    assert [machine.cards("cuda", n) for n in (1, 2)] == ["H100", "2 x H100"]
+
+
+def test_processes_share_a_bootstrap(tmp_path) -> None:
+    """The same bytes and the same verdict, the last batch smaller than the others."""
+    inputs, decoder = discs("abcde"), Decoder(PIXEL)
+    config = replace(CORRECTED, image_size=24, views_per_image=2)
+    made = [
+        bootstrap(inputs, decoder, config, tmp_path / str(n), batch_size=2, gpus=n) for n in (1, 2)
+    ]
+    assert made[0].content_hash == made[1].content_hash and made[1].names == tuple("abcde")
+    made[1].verify()
+    receipt = [gate.issue_receipt(each, gate.validate(each)) for each in made]
+    assert replace(receipt[0], created_utc="") == replace(receipt[1], created_utc="")
