@@ -118,6 +118,7 @@ def test_two_processes_train_as_one_is_stopped_and_go_on(data, tmp_path, capfd) 
 
 def test_a_killed_notebook_leaves_a_checkpoint_and_no_process(data, tmp_path) -> None:
     training = declared(data, tmp_path / "run", gpus=2, steps=100000)
+    training = replace(training, config=replace(training.config, log_every=1))
     code = (
         "import sys, msgspec\nfrom fresnel.study import trainings\n"
         "training = msgspec.json.decode(sys.argv[1], type=trainings.Training)\n"

@@ -277,8 +277,8 @@ def _checked(
         return []
     gpus = int(full["gpus"]) if str(full["gpus"]).isdigit() else gpus
     parts = forecast.parts_of_a_step(full["batch_size"], full["accumulate"], gpus)
-    same = {"checkpointing": full["checkpointing"], "compile": full["compile_step"]}
-    config = forecast.full_config(full["steps"], accumulate=parts, **same)
+    more = {"checkpointing": full["checkpointing"], "compile": full["compile_step"]}
+    config = forecast.full_config(full["steps"], accumulate=parts, **more)
     what = {"size": full["size"], "batch_size": full["batch_size"], "gpus": gpus}
     model = str(full["model"]).partition("-")[0]
     for precision in ("bf16", "fp32") if full["precision"] == "auto" else (full["precision"],):
