@@ -79,7 +79,7 @@ def parts(
 def table(out: Path) -> str:
     lines = ["# Bootstrap speed", ""]
     lines += ["`python benchmarks/bootstrap.py`: decode, render, encode, write, hash, gate."]
-    for kind in ("gpu", "cpu"):
+    for kind in ("gpu", "gpu2", "gpu4", "gpu8", "cpu", "cpu2"):
         path = out / f"bootstrap_{kind}.json"
         if not path.exists():
             continue
@@ -95,7 +95,7 @@ def table(out: Path) -> str:
             f"| whole | {whole:.1f} | {speed}; wanted at most {r['target_s']:.0f} s for 500 x 8 |",
             *("", "| by itself, one thread of work at a time | ms an image |", "|:--|--:|"),
             *(f"| {name} | {value:.1f} |" for name, value in r["parts_ms"].items()),
-            *("", f"Peak memory {r['peak_gb']:.1f} GB."),
+            *("", f"Peak memory {r['peak_gb']:.1f} GB, of the first process."),
         ]
     return "\n".join(lines) + "\n"
 
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gpus", type=int, default=1, help="that share the batches (default: 1)")
     parser.add_argument("--into", type=Path, help="where to write (None: a temporary folder)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     asked = parser.parse_args()
@@ -119,13 +120,16 @@ def main() -> None:
     surroundings.reset_peak_memory(device)
     with tempfile.TemporaryDirectory(dir=asked.into) as folder:
         began = time.perf_counter()
-        made = bootstrap.bootstrap(inputs, decoder, config, Path(folder) / "set", device=device)
+        target, given = Path(folder) / "set", {"device": device, "gpus": asked.gpus}
+        made = bootstrap.bootstrap(inputs, decoder, config, target, **given)
         written = time.perf_counter()
         verdict = gate.validate(made)
         gate.issue_receipt(made, verdict)
         done = time.perf_counter()
         size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    name = platform.machine()
+    if device.type == "cuda":
+        name = surroundings.cards("cuda", asked.gpus)
     result = {
         "machine": f"{name}, {core_count()} CPU cores, torch {torch.__version__}",
         "commit": git_state()["commit"],
@@ -141,7 +145,8 @@ def main() -> None:
         "peak_gb": surroundings.peak_memory(device) / 1e9,
     }
     asked.out.mkdir(parents=True, exist_ok=True)
-    kind = "gpu" if device.type == "cuda" else "cpu"
+    several = asked.gpus if asked.gpus > 1 else ""
+    kind = f"gpu{several}" if device.type == "cuda" else f"cpu{several}"
     (asked.out / f"bootstrap_{kind}.json").write_text(json.dumps(result, indent=1) + "\n")
     (asked.out / "bootstrap.md").write_text(table(asked.out))
     print(table(asked.out))
