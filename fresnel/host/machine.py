@@ -99,7 +99,7 @@ def pick_gpus(gpus: str, device: str, fits: Callable[[int], bool] = lambda count
     there = torch.cuda.device_count() if device.startswith("cuda") else core_count()
     if gpus == "auto":
         most = there if device.startswith("cuda") else 1
-        return max(count for count in range(1, most + 1) if count == 1 or fits(count))
+        return max([1, *filter(fits, range(2, most + 1))])
     if not re.fullmatch(r"[1-9]\d*", gpus) or int(gpus) > there:
         what = "GPUs" if device.startswith("cuda") else "CPU cores and no GPU"
         raise ValueError(f"gpus: got {gpus!r}, want 'auto' or 1 to {there}: this machine's {what}")

@@ -311,7 +311,8 @@ def _result(folder: Path, training: Training, gpus: int, *, stopped: bool) -> Tr
     results = [end.result for end in ends if end.result]
     if len(ends) < gpus or not results:
         said = (folder / "said").read_text(encoding="utf-8", errors="replace").splitlines()
-        why = next((f"{end.error}: {end.message}" for end in ends if end.error), "")
+        own = (end for end in ends if end.error not in ("", "ElsewhereFailed"))
+        why = next((f"{end.error}: {end.message}" for end in own), "")
         lost = f"{gpus - len(ends)} of {gpus} training processes ended without a word (killed?)"
         raise ChildError("\n".join([why or lost, *said[-_SAID_LINES:]]))
     kind: Any = CVS if training.model in arms.CVS_MODELS else Decoder
