@@ -192,7 +192,7 @@ def test_how_many_gpus(data, monkeypatch) -> None:
     }  # fmt: skip
     assert len(folders) == 1, "one run, whoever computes its parts"
     monkeypatch.setattr(machine, "core_count", lambda: 2)
-    assert [machine.pick_gpus(n, "cpu") for n in ("auto", "1", "2")] == [1, 1, 2]
+    assert [machine.pick_gpus(n, "cpu") for n in ("auto", "1", 2)] == [1, 1, 2]
     for wrong in ("3", "0", "two", "1.0"):
         with pytest.raises(ValueError, match=f"gpus: got '{wrong}', want 'auto' or 1 to 2"):
             machine.pick_gpus(wrong, "cpu")

@@ -87,7 +87,9 @@ def pick_device(device: str = "auto") -> str:
     return ("cuda" if there else "cpu") if device == "auto" else device
 
 
-def pick_gpus(gpus: str, device: str, fits: Callable[[int], bool] = lambda count: True) -> int:
+def pick_gpus(
+    gpus: str | int, device: str, fits: Callable[[int], bool] = lambda count: True
+) -> int:
     """Processes to work in, one a GPU: a number, or "auto" for the most there are that fit. On a
     CPU "auto" is one; more are for trying it out.
 
@@ -100,7 +102,7 @@ def pick_gpus(gpus: str, device: str, fits: Callable[[int], bool] = lambda count
     if gpus == "auto":
         most = there if device.startswith("cuda") else 1
         return max([1, *filter(fits, range(2, most + 1))])
-    if not re.fullmatch(r"[1-9]\d*", gpus) or int(gpus) > there:
+    if not re.fullmatch(r"[1-9]\d*", str(gpus)) or int(gpus) > there:
         what = "GPUs" if device.startswith("cuda") else "CPU cores and no GPU"
         raise ValueError(f"gpus: got {gpus!r}, want 'auto' or 1 to {there}: this machine's {what}")
     return int(gpus)

@@ -82,7 +82,7 @@ def parts_of_a_step(batch_size: int, accumulate: int, gpus: int = 1) -> int:
     return parts
 
 
-def pick_gpus(gpus: str, device: str, batch_size: int, accumulate: int) -> int:
+def pick_gpus(gpus: str | int, device: str, batch_size: int, accumulate: int) -> int:
     """`machine.pick_gpus`; "auto": the most that can share a step's parts equally."""
 
     def shares(count: int) -> bool:
