@@ -209,11 +209,10 @@ class Check:
             # Nothing can confirm a single flag.
             wider = alone(name) if known.sum() <= 1 and not self.at_once else 1.0
             low = name.startswith("min")
-            over |= columns[key] < limit / wider if low else columns[key] > limit * wider
-            far |= is_blatant(columns[key], name)
-        rows = (
-            over if over.any() and not (self.of_all and over.sum() > 0.8 * known.sum()) else known
-        )
+            own = columns[key] < limit / wider if low else columns[key] > limit * wider
+            over, far = over | own, far | (own & is_blatant(columns[key], name))
+        whole = not over.any() or (self.of_all and over.sum() > 0.8 * known.sum())
+        rows = known if whole else over
         rows = far if far.any() and over.sum() < 0.3 * known.sum() else rows
         for key, column in columns.items():
             total = float(np.nansum(column)) if "" in self.limits.values() else median(column[rows])
