@@ -1,12 +1,16 @@
-"""Make docs/photos/*.webp: what `views` makes of photographs, of a chair and of a head held out.
+"""Make docs/photos/*.webp, what `views` makes of pictures; measure what it shows first.
 
     .venv/bin/python benchmarks/photos.py [NAME ...]
+    .venv/bin/python benchmarks/photos.py --measure
 
-The photographs lie in scikit-image's wheel; needs the extra "cutout" and its weights.
+The photographs lie in scikit-image's wheel; they need the extra "cutout" and its weights.
+`--measure` writes fresnel/assets/held_out.json: perceptual distances of the shipped decoder and CVS
+to true views of the embedded held-out objects.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -17,16 +21,23 @@ from skimage import data as skimage_data
 
 from fresnel import views
 from fresnel.data.dataset import MultiViewDataset
+from fresnel.evaluation import metrics
+from fresnel.models import cvs, decoder
 from fresnel.objects import sources
+from fresnel.show import pictures, scenes
 
-HERE = Path(__file__).resolve().parents[1] / "docs" / "photos"
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(skimage_data.__file__).parent
 PHOTOS = {
     "astronaut": "astronaut.png",
     "cat": "chelsea.png",
     "coffee": "coffee.png",
     "rocket": "rocket.jpg",
+    "cameraman": "camera.png",
 }
+OBJECTS = ("chair", "oak_table", "teddy_bear", "yogurt_bottle", "wheelbarrow")
+HEADS = (0, 5)
+SHOWN_DEG, CELL_PX = ("0", "45", "90", "180", "315"), 224
 
 
 def held_out(data: MultiViewDataset, at: int, path: Path) -> Path:
@@ -38,20 +49,52 @@ def held_out(data: MultiViewDataset, at: int, path: Path) -> Path:
     return path
 
 
+def objects(at: Path, views_each: int) -> MultiViewDataset:
+    """The embedded objects that no decoder was trained on."""
+    size = {"image_size": 128, "views": views_each}
+    return sources.ground_truth("embedded", "held_out", **size, cache=at)
+
+
+def measure(at: Path) -> None:
+    """Write how near to the truth the two are that `views` chooses from."""
+    network, truth = cvs.load_shipped(model="cvs-twin"), objects(at, 8).tensors()
+    draw = decoder.predictor(decoder.load_shipped("pixel"))
+    found = {}
+    for name, method in (("decoder", draw), ("cvs", cvs.predictor(network, renderer=draw))):
+        rows = metrics.evaluate(method, truth, measures=metrics.find_measures())
+        found[name] = round(metrics.summarise(rows)[-1]["perceptual"], 2)
+    said = {"what": "cvs-twin, one step; 8 embedded objects, 8 views each", "perceptual": found}
+    text = json.dumps({network.checksum(): said}, indent=2)
+    (ROOT / "fresnel/assets/held_out.json").write_text(text + "\n")
+    print(text)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
+        if sys.argv[1:] == ["--measure"]:
+            return measure(at)
         made = {name: FOLDER / file for name, file in PHOTOS.items()}
-        objects = sources.ground_truth("embedded", "held_out", image_size=128, views=1, cache=at)
-        chair = next(i for i, name in enumerate(objects.names) if "chair" in name)
-        made["chair"] = held_out(objects, chair, at / "chair.png")
-        made["head"] = held_out(sources.embedded_heads("held_out", at), 0, at / "head.png")
-        HERE.mkdir(exist_ok=True)
+        truth, heads = objects(at, 1), sources.embedded_heads("held_out", at)
+        for name in OBJECTS:
+            i = next(i for i, full in enumerate(truth.names) if name in full)
+            made[name] = held_out(truth, i, at / f"{name}.png")
+        for i in HEADS:
+            made[f"head_{i}"] = held_out(heads, i, at / f"head_{i}.png")
+        place = ROOT / "docs/photos"
+        place.mkdir(exist_ok=True)
         for name in sys.argv[1:] or made:
-            facts = views.write_views(made[name], at / name)
-            with Image.open(at / name / "contact_sheet.png") as sheet:
-                sheet.save(HERE / f"{name}.webp", quality=82, method=6)
+            facts = views.write_views(made[name], out := at / f"{name}-views")
+            files = ["input.png", *(facts["files"][degrees] for degrees in SHOWN_DEG)]
+            cells = []
+            for file in files:
+                with Image.open(out / file) as picture:
+                    shown = scenes.on_ground(np.asarray(picture.convert("RGBA")))
+                cells.append(Image.fromarray(shown).resize((CELL_PX, CELL_PX)))
+            grid = Image.fromarray(pictures.tile([np.asarray(cell) for cell in cells], columns=3))
+            grid.save(place / f"{name}.webp", quality=80, method=6)
             print(name, facts["domain"], facts["checks"], *facts["careful"], sep="\n  ", flush=True)
+    return None
 
 
 if __name__ == "__main__":

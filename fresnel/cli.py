@@ -293,15 +293,16 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 @_command(
-    "novel views of the object in one picture, and its Gaussians",
+    "novel views of the object in one picture, and its Gaussians to turn",
     ("picture", _path, "any size; alpha, a plain background, or extra cutout"),
-    ("--out!", _path, "folder of the views"),
-    ("--ply", _path, "write the Gaussians there", "FILE"),
+    ("--out", _path, "folder of the views (default: the picture's name and -views, here)"),
+    ("--ply", _path, "write the Gaussians there instead", "FILE"),
     ("--spz", _path, "... and there, compressed", "FILE"),
     ("--domain", ("auto", "auto", "faces", "objects"), "what it shows (auto: a face is a head)"),
     ("--elevation=elevation_deg", float, "above the horizon (default: 15, of faces 5)", "DEG"),
     ("--steps", 1, "network calls a view (default: 1)"),
     ("--views=count", 8, "around the object (default: 8)", "N"),
+    ("--size", 512, "pixels of the Gaussians' views (default: 512)"),
     ("--seed", 0, "of the noise (default: 0)"),
     ("--weights", _path, "another CVS than the shipped one"),
     ("--device", ("cpu", "cpu", "cuda"), None),
@@ -311,15 +312,22 @@ def _views(arguments: argparse.Namespace) -> int:
     from fresnel.host.machine import pick_device
 
     options = {**vars(arguments), "device": pick_device(arguments.device)}
-    made = views.write_views(options.pop("picture"), options.pop("out"), **options)
+    picture, out = options.pop("picture"), options.pop("out")
+    out = _path(f"{picture.stem}-views") if out is None else out
+    made = views.write_views(picture, out, **options)
     print(*[f"assumed: {sentence}" for sentence in made["assumed"]], sep="\n")
     if made["gate_overridden"]:
         print("gate overridden: these weights learned from data that the gate refused")
+    first = {"gaussians": "the Gaussians' views", "cvs": "the CVS's views"}[made["first"]]
+    print(f"shown first: {first}; {made['because']}")
     for file in made["gaussians"]["files"]:
         print(f"{file}: {made['gaussians']['count']} Gaussians")
     print(f"{len(made['files'])} views in {made['duration_s']:.1f} s")
-    careful = [f"careful: {sentence}" for sentence in made["careful"]]
-    print(arguments.out / "contact_sheet.png", *careful, sep="\n")
+    shown = ("contact_sheet.png", "turntable.webp", "viewer.html")
+    print(*[out / name for name in shown if (out / name).exists()], sep="\n")
+    if "no_viewer" in made:
+        print(made["no_viewer"])
+    print(*[f"careful: {sentence}" for sentence in made["careful"]], sep="\n")
     return 0
 
 

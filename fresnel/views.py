@@ -1,6 +1,6 @@
 """One picture -> novel views of what it shows, and its Gaussians, as files a person can open.
 
-`python -m fresnel views photo.jpg --out views/ --ply object.ply`
+`./run_all.sh views photo.jpg` writes the folder photo-views.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fresnel import gate
 from fresnel.data import photos
@@ -24,20 +24,21 @@ from fresnel.evaluation import domain as distances
 from fresnel.gate import measure
 from fresnel.host.files import write_atomic
 from fresnel.models import cvs, decoder
-from fresnel.models.weights import read_header
-from fresnel.render import Views
+from fresnel.models.weights import held_out, read_header
+from fresnel.render import Views, render
 from fresnel.scene.cameras import Cameras, standard_orbit
-from fresnel.show import pictures, style
+from fresnel.show import pictures, scenes, style
 
 PLY_FROM_WORLD = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 """3DGS's files have COLMAP's axes, x right, y down, z forward; our world's Y is up."""
-MOST_VIEWS = 3600
+MOST_VIEWS, MOST_PIXELS = 3600, 2048
 SHIPPED_SIZE = 128
 """Pixels that what ships sees and draws."""
 RARE = 95.0
 """Per cent of the training pictures that lie nearer to the others: said where it is more."""
-_OTHERS = ("input.png", "contact_sheet.png")  # beside the views
-_OURS = r"azimuth_\d{3}(\.\d)?\.png|input\.png|contact_sheet\.png"
+_BESIDE = ("input.png", "contact_sheet.png", "turntable.webp", "viewer.html")
+_OURS = r"(cvs_)?azimuth_\d{3}(\.\d)?\.png|object\.(ply|spz)|" + "|".join(map(re.escape, _BESIDE))
+_AT_ONCE, _SHEET_PX = 12, 200
 
 
 def view_cameras(elevation_deg: float, size: int, count: int = 8) -> Cameras:
@@ -48,38 +49,43 @@ def view_cameras(elevation_deg: float, size: int, count: int = 8) -> Cameras:
 
 def write_views(
     path: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     domain: str = "auto",
     weights: str | Path | None = None,
     elevation_deg: float | None = None,
     steps: int = 1,
     count: int = 8,
+    size: int = 512,
     seed: int = 0,
     ply: str | Path | None = None,
     spz: str | Path | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Novel views of the object or head in a picture, by CVS, and its Gaussians, by the decoder.
+    """The object or head in a picture from all sides: by the decoder's Gaussians, and by CVS.
 
-    Writes `out`/input.png, azimuth_000.png, azimuth_045.png ... (RGBA, straight alpha; degrees from
-    the input camera, growing as the camera moves to its right), contact_sheet.png (CVS above the
-    decoder's own render, and what to be careful of) and views.json, which holds what is returned.
-    What an earlier call left there goes; other files stay as they are.
+    Writes into `out`: azimuth_000.png, azimuth_045.png ... of the Gaussians, `size` pixels that the
+    object fills (RGBA, straight alpha; degrees from the input camera, growing as the camera moves
+    to its right); cvs_azimuth_000.png ... as large as the CVS makes them; turntable.webp, 36 of the
+    Gaussians; viewer.html, in which to turn them (where viser is installed); object.ply and
+    object.spz; input.png; contact_sheet.png (all of it, and what to be careful of); and views.json,
+    which holds what is returned. What an earlier call left there goes; other files stay.
 
     Args:
+        out: None: the picture's name and "-views", where the command is called.
         domain: "objects", "faces", or "auto": faces where a face is found; see `photos.read`.
         weights: a CVS checkpoint; None: what ships for the domain: of objects the twin, which adds
             to the decoder's renders; of faces the decoder alone. One that learned from another
             decoder than the one that ships draws with that, which must lie in the same folder.
         elevation_deg: of the input camera, and of the views; None: its domain's.
         steps: network calls per view.
-        ply, spz: where the Gaussians go; None: nowhere. They stand upright where viewers take
-            files as they are meant: PLY as 3DGS writes it (y down, z forward; SuperSplat and others
-            turn it over), SPZ by its definition (y up).
+        ply, spz: where the Gaussians go instead. They are solid at any resolution (`scenes.scene`),
+            and stand upright where viewers take files as they are meant: PLY as 3DGS writes it (y
+            down, z forward; SuperSplat and others turn it over), SPZ by its definition (y up).
 
     Returns:
-        "files" by azimuth, "background", "domain", "assumed" and "careful" (sentences), "checks"
+        "files" and "cvs_files" by azimuth, "first" ("gaussians" or "cvs": what the sheet shows
+        first) and "because", "background", "domain", "assumed" and "careful" (sentences), "checks"
         (numbers), "weights", "duration_s" and more.
 
     Raises:
@@ -87,12 +93,13 @@ def write_views(
         FileNotFoundError, ValueError: for weights or options that won't do, or a file of somebody
             else's in a view's place.
     """
-    began, folder = time.monotonic(), Path(out)
-    splats_to = [Path(file) for file in (ply, spz) if file is not None]
+    began = time.monotonic()
+    folder = Path(f"{Path(path).stem}-views" if out is None else out)
     for holds, problem in (
         (steps >= 1, f"steps: got {steps}, want at least 1"),
         (1 <= count <= MOST_VIEWS, f"views: got {count}, want 1 to {MOST_VIEWS}"),
-        (folder.is_dir() or not folder.exists(), f"{out}: is a file; want a folder for the views"),
+        (16 <= size <= MOST_PIXELS, f"size: got {size}, want 16 to {MOST_PIXELS} pixels"),
+        (folder.is_dir() or not folder.exists(), f"{folder}: is a file; want a folder for views"),
         (str(ply or ".ply").lower().endswith(".ply"), f"{ply}: want a name that ends in .ply"),
         (str(spz or ".spz").lower().endswith(".spz"), f"{spz}: want a name that ends in .spz"),
     ):
@@ -100,13 +107,17 @@ def write_views(
             raise ValueError(problem)
     azimuths, form = [360.0 * i / count for i in range(count)], "03.0f" if count <= 360 else "05.1f"
     files = {f"{a:g}": f"azimuth_{a:{form}}.png" for a in azimuths}
-    stale = _stale(folder, {*files.values(), *_OTHERS}, Path(path))
-    size = size_read = SHIPPED_SIZE
+    splats_to = [Path(ply or folder / "object.ply"), Path(spz or folder / "object.spz")]
+    inside = [file.name for file, given in zip(splats_to, (ply, spz), strict=True) if given is None]
+    cvs_files = {azimuth: f"cvs_{name}" for azimuth, name in files.items()}
+    named = [*files.values(), *cvs_files.values(), *inside, *_BESIDE]
+    stale = _stale(folder, {*named}, Path(path))
+    cvs_size = size_read = SHIPPED_SIZE
     network: cvs.CVS | None = None
     if weights is not None:
         network, splats = _trained(weights, device)
-        size = network.config.image_size
-        size_read = max(size, splats.config.image_size)
+        cvs_size = network.config.image_size
+        size_read = max(cvs_size, splats.config.image_size)
     photo = photos.read(path, elevation_deg=elevation_deg, size=size_read, domain=domain)
     inputs, careful, seen = photo.inputs.to(device), list(photo.careful), photo.domain
     if weights is None:
@@ -118,26 +129,27 @@ def write_views(
             network, splats = _shipped(seen := "objects", device)
             careful.append(f"a decoder that has never seen a head draws this one: {error}")
     overridden = splats.gate_overridden or (network is not None and network.gate_overridden)
-    cameras = view_cameras(photo.elevation_deg, size, count).to(device)
-    draw, drawn = decoder.predictor(splats), []
-
-    def render(inputs: InputImages, cameras: Cameras) -> Views:
-        drawn.append(draw(inputs, cameras))
-        return drawn[-1]
-
-    rows = {}
-    if network is not None:
-        calls = "one network call a view" if steps == 1 else f"{steps} network calls a view"
-        calls += "; the gate was overridden" if overridden else ""
-        made = cvs.predictor(network, steps, seed, renderer=render)(inputs, cameras)
-        rows[f"CVS, {calls}"] = made
-    own = drawn[0] if drawn else draw(inputs, cameras)  # the mirrored input's come later
-    rows["the decoder's Gaussians, rendered"] = own
-    checks, doubts = _doubts(inputs.resized(size), own, seen)
+    cameras = view_cameras(photo.elevation_deg, cvs_size, count).to(device)
+    with torch.no_grad():
+        gaussians = splats.world(inputs)
+        own = decoder.render_small(
+            decoder.prune(gaussians), cameras, render_size=splats.render_size
+        )
+    checks, doubts = _doubts(inputs.resized(cvs_size), own, seen)
     careful += doubts
-
-    given = torch.cat([inputs.rgb, inputs.alpha[..., None]], dim=-1)[0].cpu().numpy()
-    gaussians = decoder.prune(splats.world(inputs))[0].to("cpu").detach()
+    first, because, made = "gaussians", "no CVS of heads ships", None
+    if network is not None:
+        first, because = _first(network)
+        kept, draw = [own], decoder.predictor(splats)  # a CVS asks for that, then for the mirrored
+        renderer = lambda given, at: kept.pop() if kept else draw(given, at)  # noqa: E731
+        made = cvs.predictor(network, steps, seed, renderer=renderer)(inputs, cameras)
+    shown = scenes.scene(
+        *(gaussians[0], cameras[0], inputs.cameras[0], torch.zeros(3)),
+        most=None,
+        drawn_at=splats.render_size,
+    )
+    if not shown.gaussians.num:
+        raise ValueError(f"{path}: what was made of it is invisible; try another picture")
     result = {
         "input": str(path),
         "background": photo.background,
@@ -150,43 +162,115 @@ def write_views(
         "seed": seed,
         "weights": "shipped" if weights is None else Path(weights).name,
         "gate_overridden": overridden,  # in the training of what draws
+        "first": first,
+        "because": because,
         "image_size": size,
         "files": files,
-        "gaussians": {"count": gaussians.num, "files": [*map(str, splats_to)]},
-        "duration_s": time.monotonic() - began,
+        "cvs_image_size": cvs_size,
+        "cvs_files": {} if network is None else cvs_files,
+        "beside": [*inside, *_BESIDE],
+        "gaussians": {"count": shown.gaussians.num, "files": [*map(str, splats_to)]},
     }
     folder.mkdir(parents=True, exist_ok=True)
     for old in stale:
         old.unlink()
     # first: what is named in it is ours, should this call be stopped halfway
     write_atomic(folder / "views.json", json.dumps(result, indent=2) + "\n")
-    best = next(iter(rows.values()))
-    rgba = torch.cat([best.rgb, best.alpha], dim=-1)[0].clamp(0, 1).cpu().numpy()
-    shown = [*(rgba * 255 + 0.5).astype(np.uint8), given]
-    for picture, file in zip(shown, (*files.values(), "input.png"), strict=True):
-        alpha = np.maximum(picture[..., 3:].astype(np.float32), 1.0)  # straight: it is over black
-        colour = np.minimum(picture[..., :3] * 255.0 / alpha + 0.5, 255).astype(np.uint8)
-        straight = np.concatenate([colour, picture[..., 3:]], axis=-1)
-        Image.fromarray(straight).save(folder / file, optimize=True)
-    sheet = pictures.contact_sheet(
-        [[given[..., :3], *style.to_uint8(views.rgb[0])] for views in rows.values()],
-        columns=["input", *style.azimuth_labels(azimuths)],
-        labels=[*rows],
-        notes=[f"Careful: {sentence}" for sentence in careful],
-    )
-    Image.fromarray(sheet).save(folder / "contact_sheet.png", optimize=True)
+    _write_pictures(folder, result, shown, inputs, made)
     for place in splats_to:
         place.parent.mkdir(parents=True, exist_ok=True)
         of_spz = place.suffix.lower() == ".spz"
-        (gaussians if of_spz else gaussians.transform(PLY_FROM_WORLD)).save(place)
+        (shown.gaussians if of_spz else shown.gaussians.transform(PLY_FROM_WORLD)).save(place)
+    try:
+        document = scenes.page(shown, f"{Path(path).name} in 3D")
+        write_atomic(folder / "viewer.html", document)
+    except (ImportError, OSError) as error:
+        result["no_viewer"] = f"viewer.html could not be made: {error}; pip install -e '.[viewer]'"
+    result["duration_s"] = time.monotonic() - began
+    write_atomic(folder / "views.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _first(network: cvs.CVS) -> tuple[str, str]:
+    """What is shown first, "gaussians" or "cvs", and why: on held-out objects its views are
+    perceptually nearer to the truth."""
+    known = held_out(network)
+    if not {"cvs", "decoder"} <= {*known}:
+        return "gaussians", "how near to the truth these weights' views are is not in their file"
+    ours, theirs = known["cvs"], known["decoder"]
+    near, far = sorted((ours, theirs))
+    return (
+        "cvs" if ours < theirs else "gaussians",
+        f"on held-out objects their perceptual distance to the truth is {near:.1f}, that of the "
+        f"{'Gaussians' if ours < theirs else 'CVS'} {far:.1f} (1 is a shift by one pixel)",
+    )
+
+
+def _write_pictures(
+    folder: Path,
+    result: dict[str, Any],
+    shown: scenes.Scene,
+    inputs: InputImages,
+    made: Views | None,
+) -> None:
+    """The views of the Gaussians and of the CVS, the input, the turntable and the sheet."""
+    count, size = len(result["files"]), result["image_size"]
+    frames = scenes.fitted(shown.gaussians, shown.cameras, size)
+    on_sheet, rows = range(0, count, -(-count // 8)), dict[str, list[np.ndarray]]()
+
+    def put(picture: np.ndarray, name: str, row: str, i: int, camera: Cameras) -> None:
+        Image.fromarray(picture).save(folder / name)
+        if i in on_sheet:
+            rows.setdefault(row, []).append(_framed(picture, camera, frames[i]))
+
+    given = torch.cat([inputs.rgb, inputs.alpha[..., None]], dim=-1)[0].cpu().numpy()
+    alpha = np.maximum(given[..., 3:].astype(np.float32), 1.0)  # straight: it is over black
+    given[..., :3] = np.minimum(given[..., :3] * 255.0 / alpha + 0.5, 255).astype(np.uint8)
+    put(given, "input.png", "input", 0, inputs.cameras[0])
+    for start in range(0, count, _AT_ONCE):
+        part = frames[start : start + _AT_ONCE]
+        for i, picture in enumerate(scenes.straight(render(shown.gaussians, part)), start):
+            put(picture, [*result["files"].values()][i], "gaussians", i, frames[i])
+    for i, picture in enumerate(() if made is None else scenes.straight(made)):
+        put(picture, [*result["cvs_files"].values()][i], "cvs", i, shown.cameras[i])
+    scenes.save_turntable(scenes.turntable(shown), folder / "turntable.webp")
+    calls = "one network call" if result["steps"] == 1 else f"{result['steps']} network calls"
+    calls += " a view; the gate was overridden" if result["gate_overridden"] else " a view"
+    labels = {
+        "gaussians": f"the decoder's Gaussians ({size} px)",
+        "cvs": f"CVS, {calls} ({result['cvs_image_size']} px)",
+    }
+    order = sorted(rows.keys() - {"input"}, key=lambda row: row != result["first"])
+    azimuths = [float(azimuth) for azimuth in result["files"]]
+    sheet = pictures.contact_sheet(
+        [rows["input"] + rows[row] for row in order],
+        columns=["input", *style.azimuth_labels([azimuths[i] for i in on_sheet])],
+        labels=[labels[row] for row in order],
+        notes=[f"Careful: {sentence}" for sentence in result["careful"]],
+    )
+    Image.fromarray(sheet).save(folder / "contact_sheet.png")
+
+
+def _framed(rgba: np.ndarray, camera: Cameras, frame: Cameras) -> np.ndarray:
+    """A picture of one camera, cropped as `frame` sees it from there, for the sheet: RGB uint8."""
+    (fx, _, cx), (_, fy, cy) = camera.Ks[:2].tolist()
+    (to_fx, _, to_cx), (_, to_fy, to_cy) = frame.Ks[:2].tolist()
+    left, top = cx - to_cx * fx / to_fx, cy - to_cy * fy / to_fy
+    right, bottom = left + frame.width * fx / to_fx, top + frame.height * fy / to_fy
+    height, width = rgba.shape[:2]
+    more = math.ceil(max(0.0, -left, -top, right - width, bottom - height))
+    ground = (scenes.GROUND,) * 3
+    picture = ImageOps.expand(Image.fromarray(scenes.on_ground(rgba)), more, ground)
+    box = tuple(more + edge for edge in (left, top, right, bottom))
+    return np.asarray(picture.resize((_SHEET_PX, _SHEET_PX), Image.Resampling.LANCZOS, box))
 
 
 def _stale(folder: Path, names: set[str], picture: Path) -> list[Path]:
     """Files of an earlier call in a folder; ValueError if another one is in the place of `names`,
     or the picture itself."""
     try:
-        earlier = {*json.loads((folder / "views.json").read_text())["files"].values(), *_OTHERS}
+        facts = json.loads((folder / "views.json").read_text())
+        earlier = {*facts["files"].values(), *facts["cvs_files"].values(), *facts["beside"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         earlier = set[str]()  # not ours, or none
     ours = {name for name in earlier if re.fullmatch(_OURS, str(name))}

@@ -227,7 +227,7 @@ def test_heic_is_read_by_its_plug_in_or_named(tmp_path, monkeypatch):
     path = tmp_path / "a.heic"
     path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(DatasetError, match=r"a\.heic: a HEIC picture; pip install pillow-heif"):
+    with pytest.raises(DatasetError, match=r"a\.heic: a HEIC picture; pip install -e '\.\[heic\]'"):
         photos.read(path)
     called = []
     plug_in = SimpleNamespace(register_heif_opener=lambda: called.append(1))

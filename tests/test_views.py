@@ -30,18 +30,36 @@ def picture(tmp_path):
     return save(tmp_path / "toy.png", disc(), None)
 
 
-def test_views_writes_pictures_gaussians_and_what_it_assumed(picture, tmp_path, weights, capsys):
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """What takes seconds, and one test looks at, is left to that."""
+    if "all_of_it" not in request.fixturenames:
+        flat = np.zeros((4, 4, 3), np.uint8)
+        monkeypatch.setattr(sampling.scenes, "turntable", lambda shown: [flat, flat + 9])
+        monkeypatch.setattr(sampling.scenes, "page", lambda shown, title: f"{title}: a page")
+
+
+@pytest.fixture
+def all_of_it():
+    pass
+
+
+def test_views_writes_pictures_gaussians_and_what_it_assumed(
+    picture, tmp_path, weights, capsys, all_of_it
+):
     out = tmp_path / "out"
     status = main([
         "views", str(picture), "--out", str(out), "--weights", str(weights), "--views", "4",
         "--ply", str(out / "toy.ply"), "--spz", str(out / "toy.spz"), "--elevation", "20",
+        "--size", "64",
     ])  # fmt: skip
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert "alpha channel" in printed and "20 degrees" in printed
     for azimuth in (0, 90, 180, 270):
-        with Image.open(out / f"azimuth_{azimuth:03d}.png") as image:
-            assert image.mode == "RGBA" and image.size == (16, 16)
+        for name, size in (("azimuth", 64), ("cvs_azimuth", 16)):
+            with Image.open(out / f"{name}_{azimuth:03d}.png") as image:
+                assert image.mode == "RGBA" and image.size == (size, size)
     facts = json.loads((out / "views.json").read_text())
     assert facts["background"] == "alpha" and facts["elevation_deg"] == 20
     assert list(facts["files"]) == ["0", "90", "180", "270"]
@@ -51,7 +69,14 @@ def test_views_writes_pictures_gaussians_and_what_it_assumed(picture, tmp_path, 
     assert upright.num == scene.num
     turned = upright.means * torch.tensor([1.0, -1.0, -1.0])  # y down in a PLY, up in an SPZ
     assert torch.allclose(scene.means, turned, atol=1e-3) and upright.means[:, 1].std() > 0.01
-    assert (out / "contact_sheet.png").stat().st_size > 1000
+    with Image.open(out / "turntable.webp") as turning:
+        assert turning.n_frames == 36 and turning.size == (384, 384)
+    viewer = (out / "viewer.html").read_text()
+    assert "toy.png in 3D" in viewer and "http://" not in viewer.split("__VISER_EMBED_DATA__")[1]
+    # The disc fills 0.86 of the frame of the Gaussians' views, and has no smoke about it.
+    alpha = np.asarray(Image.open(out / "azimuth_000.png"))[..., 3]
+    rows = (alpha > 127).any(axis=1).nonzero()[0]
+    assert 50 <= rows[-1] - rows[0] + 1 <= 60 and (alpha == 0).mean() > 0.25
     # The Gaussians are the object's: about one unit long, around the origin, of its colour.
     dense = scene.select(scene.opacities > 0.5)
     assert float(dense.means.norm(dim=-1).max()) < 1.0
@@ -62,7 +87,7 @@ def test_views_by_weights_that_see_the_decoders_render(picture, tmp_path):
     config = cvs.CVSConfig.preset("tiny", render_condition=True, render_twin=True)
     path = cvs.CVS(config).save(tmp_path / "refine.safetensors", half=True)
     facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=2)
-    made = np.asarray(Image.open(tmp_path / "out" / facts["files"]["0"]).convert("RGB"), float)
+    made = np.asarray(Image.open(tmp_path / "out" / facts["cvs_files"]["0"]).convert("RGB"), float)
     # An untrained one gives the decoder's render: the object, in its colour.
     assert np.abs(np.median(made[8, 6:10], axis=0) - COLOUR).max() < 40
 
@@ -96,7 +121,55 @@ def test_a_picture_is_read_as_large_as_the_network_sees_it(picture, tmp_path, mo
     monkeypatch.setattr(photos, "read", spy)
     path = cvs.CVS(cvs.CVSConfig.preset("tiny", image_size=160)).save(tmp_path / "w.safetensors")
     facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=1)
-    assert seen[0].inputs.rgb.shape[1] == 160 == facts["image_size"]
+    assert seen[0].inputs.rgb.shape[1] == 160 == facts["cvs_image_size"]
+
+
+def test_nothing_but_a_picture_is_needed(picture, weights, capsys, monkeypatch):
+    monkeypatch.chdir(picture.parent)
+    assert main(["views", "toy.png", "--weights", str(weights), "--views", "2"]) == 0
+    printed = capsys.readouterr().out
+    out = picture.parent / "toy-views"
+    for name in ("contact_sheet.png", "turntable.webp", "viewer.html", "object.ply", "object.spz"):
+        assert (out / name).is_file() and f"toy-views/{name}" in printed
+    # untrained weights have no figures: the Gaussians are first, and it is said
+    assert "shown first: the Gaussians" in printed and "not in their file" in printed
+
+
+@pytest.mark.parametrize("better", ["cvs", "decoder"])
+def test_what_is_perceptually_nearer_to_the_truth_stands_first(
+    picture, tmp_path, monkeypatch, better
+):
+    network = cvs.CVS(cvs.CVSConfig.preset("tiny"))
+    network.provenance = {"held_out": {"cvs": 9.0, "decoder": 9.0, better: 7.0}}
+    path = network.save(tmp_path / "known.safetensors")
+    sheet, rows = sampling.pictures.contact_sheet, []
+    spy = lambda given, **more: rows.append(more["labels"]) or sheet(given, **more)  # noqa: E731
+    monkeypatch.setattr(sampling.pictures, "contact_sheet", spy)
+    facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=1, size=32)
+    assert facts["first"] == {"cvs": "cvs", "decoder": "gaussians"}[better]
+    assert "is 7.0, that of the" in facts["because"] and "9.0" in facts["because"]
+    assert [label[:3] for label in rows[0]] == (
+        ["CVS", "the"] if better == "cvs" else ["the", "CVS"]
+    )
+
+
+def test_what_ships_has_its_figures():
+    known = sampling.held_out(cvs.load_shipped(model="cvs-twin"))
+    assert 0 < known["decoder"] < known["cvs"]
+
+
+def test_a_picture_of_one_camera_is_shown_as_another_frame_sees_it():
+    """The frame shows the left upper quarter, and then twice as much as there is."""
+    camera = sampling.view_cameras(0.0, 100, 1)[0, 0]
+    rgba = np.zeros((100, 100, 4), np.uint8)
+    rgba[:50, :50] = (200, 0, 0, 255)
+    for scale, shift, red in ((2.0, 50.0, 1.0), (0.5, 0.0, 1 / 16)):
+        Ks = camera.Ks.clone()
+        Ks[0, 0] *= scale
+        Ks[1, 1] *= scale
+        Ks[:2, 2] += shift
+        shown = sampling._framed(rgba, camera, type(camera)(camera.viewmats, Ks, 100, 100))
+        assert ((shown[..., 0] > 150) & (shown[..., 1] < 60)).mean() == pytest.approx(red, abs=0.02)
 
 
 def test_what_an_earlier_call_left_goes_and_nothing_else(picture, tmp_path, weights):
@@ -106,11 +179,13 @@ def test_what_an_earlier_call_left_goes_and_nothing_else(picture, tmp_path, weig
         (out / name).write_bytes(b"mine")
     facts = json.loads((out / "views.json").read_text())
     facts["files"]["7"] = "../toy.png"  # what views never makes is not removed
+    facts["beside"] += ["notes.txt", "../toy.png"]
     (out / "views.json").write_text(json.dumps(facts))
     sampling.write_views(picture, out, weights=weights, count=3)
     assert {path.name for path in out.iterdir()} == {
-        *("azimuth_000.png", "azimuth_120.png", "azimuth_240.png", "azimuth_045.png", "notes.txt"),
-        *("input.png", "contact_sheet.png", "views.json"),
+        *(f"{who}azimuth_{at}.png" for who in ("", "cvs_") for at in ("000", "120", "240")),
+        *("object.ply", "object.spz", "turntable.webp", "viewer.html", "azimuth_045.png"),
+        *("input.png", "contact_sheet.png", "views.json", "notes.txt"),
     }
     assert picture.exists() and (out / "azimuth_045.png").read_bytes() == b"mine"
     before = (out / "azimuth_120.png").read_bytes()
@@ -231,7 +306,7 @@ def test_what_the_decoder_has_never_seen_is_said(picture, tmp_path, weights, mon
 def test_every_view_has_a_file_of_its_own(picture, tmp_path, weights, monkeypatch):
     sheet = np.zeros((4, 4, 3), "u1")
     monkeypatch.setattr(sampling.pictures, "contact_sheet", lambda *_, **__: sheet)
-    facts = sampling.write_views(picture, tmp_path / "out", weights=weights, count=400)
+    facts = sampling.write_views(picture, tmp_path / "out", weights=weights, count=400, size=16)
     assert len(list((tmp_path / "out").glob("azimuth_*.png"))) == 400 == len(facts["files"])
     assert facts["files"]["0.9"] == "azimuth_000.9.png"
 
@@ -245,11 +320,14 @@ def test_every_view_has_a_file_of_its_own(picture, tmp_path, weights, monkeypatc
         (["--steps", "0"], "steps: got 0"),
         (["--views", "3601"], "views: got 3601"),
         (["--ply", "toy.obj"], "ends in .ply"),
+        (["--size", "8"], "size: got 8"),
+        (["--device", "cuda"], "torch sees no GPU; use 'auto' or 'cpu'"),
         (["--out", "toy.png"], "want a folder"),
     ],
 )
 def test_wrong_use_is_one_clear_line(picture, weights, capsys, monkeypatch, change, message):
     monkeypatch.chdir(picture.parent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["views", "toy.png", "--out", "o", "--weights", str(weights), *change]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -257,8 +335,8 @@ def test_wrong_use_is_one_clear_line(picture, weights, capsys, monkeypatch, chan
 
 def test_what_ships_draws_the_object_and_stays_near_the_decoder(picture, tmp_path):
     facts = sampling.write_views(picture, tmp_path / "out")
-    assert facts["weights"] == "shipped" and facts["image_size"] == 128
-    with Image.open(tmp_path / "out" / facts["files"]["0"]) as image:
+    assert facts["weights"] == "shipped" and facts["cvs_image_size"] == 128
+    with Image.open(tmp_path / "out" / facts["cvs_files"]["0"]) as image:
         made = np.asarray(image, float)
     y, x = np.mgrid[:128, :128] + 0.5
     inside = np.hypot(y - 64, x - 64) < 30

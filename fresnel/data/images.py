@@ -217,7 +217,7 @@ def decoded(
             import pillow_heif
         except ImportError:
             raise DatasetError(
-                f"{path}: a HEIC picture; pip install pillow-heif, or save it as JPEG"
+                f"{path}: a HEIC picture; pip install -e '.[heic]', or save it as JPEG"
             ) from None
         pillow_heif.register_heif_opener()
         formats = (*formats, "HEIF")

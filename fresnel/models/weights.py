@@ -147,6 +147,17 @@ def shipped(name: str, model: str) -> Path:
     return path
 
 
+def held_out(network: Stored) -> dict[str, float]:
+    """The mean perceptual distances to true views of held-out objects, of the network ("cvs") and
+    of the decoder that it is compared with: from its file, or of what ships from held_out.json."""
+    found = network.provenance.get("held_out")
+    if found is None:
+        table = resources.files("fresnel") / "assets" / "held_out.json"
+        found = json.loads(table.read_text()).get(network.checksum(), {}).get("perceptual")
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {name: float(value) for name, value in pairs if type(value) in (int, float)}
+
+
 def _is_like(value: Any, usual: Any, largest: int = _LARGEST) -> bool:
     """Whether a value is of the usual one's type, and no size beyond bounds."""
     if isinstance(usual, tuple):

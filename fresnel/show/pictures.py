@@ -206,10 +206,11 @@ def contact_sheet(
     labels: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> np.ndarray:
-    """The grid of `show_sheet` as one picture for a file, `notes` in red above it: RGB uint8."""
+    """The grid of `show_sheet` as one picture for a file, its columns as wide as the first picture,
+    `notes` in red above it: RGB uint8."""
     from PIL import Image, ImageDraw, ImageFont
 
-    (width, height), texts, places = _layout(rows, columns, labels, first_apart=True)
+    (width, height), texts, places = _layout(rows, columns, labels, True, rows[0][0].shape[1])
     lines = [line for note in notes for line in textwrap.wrap(note, width // 7)]
     down = 18 * len(lines) + (8 if lines else 0)
     sheet = Image.new("RGB", (width, height + down), "white")

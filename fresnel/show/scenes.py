@@ -90,14 +90,16 @@ def scene(
     input_camera: Cameras,
     pivot: Tensor,
     *,
-    most: int = 16_000,
+    most: int | None = 16_000,
     min_opacity: float = 0.02,
+    drawn_at: int = 128,
 ) -> Scene:
     """A scene to show: plain colours, on the CPU, without what nobody could see, and at most so
     many Gaussians, the most opaque and largest ones (a viewer of 16,000 takes 1.2 MB).
 
-    They are made as large as the renderer draws them at the 128 pixels that decoders are trained at
-    (it widens each by 0.55 of a pixel): larger pictures would show a screen of dots."""
+    They are made as large as the renderer draws them in pictures of `drawn_at` pixels, which the
+    decoder is trained with (it widens each by 0.55 of a pixel): larger ones would show a screen of
+    dots."""
     g = gaussians.detach().to("cpu", torch.float32)
     if g.sh_degree is not None:
         raise ValueError("gaussians: want plain colours, got spherical harmonics")
@@ -106,7 +108,7 @@ def scene(
     kept = kept[weight[kept].argsort(descending=True)[:most]]
     g, source = g.select(kept), input_camera.to("cpu")
     distance = torch.linalg.norm(g.means.mean(0) - source.centers)
-    blur = EPS2D**0.5 * distance / (source.Ks[0, 0] * 128 / source.width)
+    blur = EPS2D**0.5 * distance / (source.Ks[0, 0] * drawn_at / source.width)
     g = replace(g, scales=(g.scales.square() + blur.square()).sqrt())
     return Scene(g, cameras.to("cpu"), source, pivot.cpu().float())
 
@@ -164,12 +166,12 @@ def save_turntable(frames: Sequence[np.ndarray], path: str | Path, turn_s: float
 
 
 def straight(views: Views) -> np.ndarray:
-    """Views (V,) over black as RGBA uint8 (V, H, W, 4), of straight alpha, and without the smoke
+    """Views (..., V) over black as RGBA uint8 (N, H, W, 4), of straight alpha, without the smoke
     that an alpha of a few per cent is before white."""
     alpha = views.alpha.clamp(0, 1)
     clear = ((alpha - _SMOKE) / (1 - _SMOKE)).clamp_min(0)
     colour = (views.rgb / alpha.clamp_min(_SMOKE)).clamp(0, 1) * (clear > 0)
-    rgba = torch.cat([colour, clear], dim=-1).detach().cpu().numpy()
+    rgba = torch.cat([colour, clear], dim=-1).flatten(0, -4).detach().cpu().numpy()
     return (rgba * 255 + 0.5).astype(np.uint8)
 
 
