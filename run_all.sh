@@ -19,8 +19,9 @@ Usage: ./run_all.sh [--profile auto|cpu|gpu] [--domain faces|objects] [--only ST
                                   run one notebook into a report (the same as `run NOTEBOOK`)
        ./run_all.sh validate DATASET [--html PAGE] [--json] [--fix DIR]
                                   gate a dataset; exit 0 passes, 1 fails
-       ./run_all.sh views PICTURE --out DIR
-                                  novel views of the object in one picture, and its Gaussians
+       ./run_all.sh views PICTURE [--out DIR]
+                                  the object in one picture from all sides: views, a turntable,
+                                  a page to turn it in, and its Gaussians
        ./run_all.sh study STUDY.yaml [--list]
                                   run what is not finished of a study
        ./run_all.sh --on ssh://USER@HOST/DIR --budget USD --rate USD [any of the above]

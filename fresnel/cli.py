@@ -314,20 +314,7 @@ def _views(arguments: argparse.Namespace) -> int:
     options = {**vars(arguments), "device": pick_device(arguments.device)}
     picture, out = options.pop("picture"), options.pop("out")
     out = _path(f"{picture.stem}-views") if out is None else out
-    made = views.write_views(picture, out, **options)
-    print(*[f"assumed: {sentence}" for sentence in made["assumed"]], sep="\n")
-    if made["gate_overridden"]:
-        print("gate overridden: these weights learned from data that the gate refused")
-    first = {"gaussians": "the Gaussians' views", "cvs": "the CVS's views"}[made["first"]]
-    print(f"shown first: {first}; {made['because']}")
-    for file in made["gaussians"]["files"]:
-        print(f"{file}: {made['gaussians']['count']} Gaussians")
-    print(f"{len(made['files'])} views in {made['duration_s']:.1f} s")
-    shown = ("contact_sheet.png", "turntable.webp", "viewer.html")
-    print(*[out / name for name in shown if (out / name).exists()], sep="\n")
-    if "no_viewer" in made:
-        print(made["no_viewer"])
-    print(*[f"careful: {sentence}" for sentence in made["careful"]], sep="\n")
+    print(*views.sentences(views.write_views(picture, out, **options)), sep="\n")
     return 0
 
 

@@ -152,6 +152,8 @@ def write_views(
         raise ValueError(f"{path}: what was made of it is invisible; try another picture")
     result = {
         "input": str(path),
+        "folder": str(folder),
+        "no_viewer": "",
         "background": photo.background,
         "domain": photo.domain,
         "assumed": list(photo.assumed),
@@ -189,6 +191,23 @@ def write_views(
     result["duration_s"] = time.monotonic() - began
     write_atomic(folder / "views.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def sentences(made: dict[str, Any]) -> list[str]:
+    """What `write_views` returned, for whoever called the command: what speaks against it last."""
+    first = {"gaussians": "the Gaussians' views", "cvs": "the CVS's views"}[made["first"]]
+    overridden = "gate overridden: these weights learned from data that the gate refused"
+    shown = ("contact_sheet.png", "turntable.webp", "viewer.html")[: 3 - bool(made["no_viewer"])]
+    return [
+        *(f"assumed: {sentence}" for sentence in made["assumed"]),
+        *([overridden] if made["gate_overridden"] else []),
+        f"shown first: {first}; {made['because']}",
+        *(f"{file}: {made['gaussians']['count']} Gaussians" for file in made["gaussians"]["files"]),
+        f"{len(made['files'])} views in {made['duration_s']:.1f} s",
+        *(str(Path(made["folder"]) / name) for name in shown),
+        *([made["no_viewer"]] if made["no_viewer"] else []),
+        *(f"careful: {sentence}" for sentence in made["careful"]),
+    ]
 
 
 def _first(network: cvs.CVS) -> tuple[str, str]:
