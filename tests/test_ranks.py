@@ -134,7 +134,7 @@ import test_ranks
 test_ranks.worker(pathlib.Path({str(folder)!r}), {scene!r})
 """)
         env = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-        command = [*ranks.torchrun(2, {}), str(script)]
+        command = [*ranks.torchrun(2), str(script)]
         with open(said, "w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
         self.said, self.folder = said.read_text, folder
@@ -256,21 +256,6 @@ def test_places_are_read_from_torchrun_and_slurm() -> None:
         **{"MASTER_ADDR": "gpu007", "MASTER_PORT": "21234"},
     }
     assert [ranks.first_host(x) for x in ("a,b", "a[1,2]", "a-b[09]-c,d")] == ["a", "a1", "a-b09-c"]
-
-
-def test_torchrun_spans_the_hosts_of_a_job() -> None:
-    one = ["--nproc-per-node=2", "--standalone"]
-    assert ranks.torchrun(2, {})[3:] == one
-    sky = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n", "SKYPILOT_NODE_RANK": "1"}
-    there = ["--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=8008"]
-    assert ranks.torchrun(8, sky)[3:] == ["--nproc-per-node=8", *there]
-    assert (
-        ranks.torchrun(2, {"SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NODE_RANK": "0"})[3:] == one
-    )
-    slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1"}
-    slurm |= {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]"}
-    there = ["--nnodes=2", "--node-rank=1", "--master-addr=n1", "--master-port=20005"]
-    assert ranks.torchrun(4, slurm)[3:] == ["--nproc-per-node=4", *there]
 
 
 def test_one_of_several_processes_does_not_train_alone(tmp_path: Path, monkeypatch) -> None:

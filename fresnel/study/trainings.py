@@ -229,7 +229,7 @@ def _in_processes(training: Training, gpus: int) -> TrainResult:
         cuda.empty_cache()  # the processes' share of the first card
     with scratch(run_dir / "processes", folder=True) as folder:
         write_atomic(folder / "training.json", msgspec.json.encode(training))
-        words = [*ranks.torchrun(gpus, {}), "-m", __name__, str(folder / "training.json")]
+        words = [*ranks.torchrun(gpus), "-m", __name__, str(folder / "training.json")]
         paths = filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH")))
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         env.setdefault("OMP_NUM_THREADS", str(max(1, machine.core_count() // gpus)))

@@ -196,21 +196,16 @@ def place(environment: Mapping[str, str]) -> dict[str, str]:
     tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
     if "SLURM_STEP_ID" not in environment or int(tasks) < 2:
         return {}
-    head, port = _slurm_head(environment)
+    # rank 0 listens on the first host, at a port of the job's, as two jobs may share a host
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    port = str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
         "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "MASTER_ADDR": head,
-        "MASTER_PORT": str(port),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(hosts),
+        "MASTER_PORT": environment.get("MASTER_PORT") or port,
     }
-
-
-def _slurm_head(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Where rank 0 listens: the first host, at a port of the job's, as two may share a host."""
-    hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-    port = environment.get("MASTER_PORT") or 20000 + int(environment["SLURM_JOB_ID"]) % 20000
-    return environment.get("MASTER_ADDR") or first_host(hosts), int(port)
 
 
 def first_host(hosts: str) -> str:
@@ -218,22 +213,16 @@ def first_host(hosts: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", hosts)[0])
 
 
-def torchrun(gpus: int, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The command line of torchrun with so many processes on this host, up to what they run.
-
-    On SkyPilot's machines, or in a Slurm task a host, the hosts of the job are one run: each has to
-    be given the same command.  Elsewhere it is a run of this host alone.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={gpus}"]
-    ips, slurm = environment.get("SKYPILOT_NODE_IPS", "").split(), "SLURM_STEP_ID" in environment
-    nodes, number, head, port = str(len(ips)), "SKYPILOT_NODE_RANK", "".join(ips[:1]), 8008
-    if slurm and not ips:
-        nodes, number = environment.get("SLURM_STEP_NUM_NODES", "1"), "SLURM_NODEID"
-        head, port = _slurm_head(environment)
-    if int(nodes) < 2:
-        return [*command, "--standalone"]
-    there = [f"--nnodes={nodes}", f"--node-rank={environment[number]}"]
-    return [*command, *there, f"--master-addr={head}", f"--master-port={port}"]
+def torchrun(gpus: int) -> list[str]:
+    """The command line of torchrun with so many processes on this host alone, up to what they run.
+    For several hosts see docs/performance.md."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={gpus}",
+        "--standalone",
+    ]
 
 
 @contextlib.contextmanager
