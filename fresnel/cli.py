@@ -150,7 +150,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if notebook is None:
             raise FileNotFoundError(f"no such notebook: {arguments.notebook}")
         if arguments.spec_only:
-            return _spec(notebook, _parameters(arguments, notebook), arguments.spec_only)
+            from fresnel.study.trainings import write
+
+            return write(notebook, _parameters(arguments, notebook), arguments.spec_only)
         try:
             done = report.run(
                 *(notebook, _parameters(arguments, notebook), arguments.name, reports),
@@ -174,24 +176,6 @@ def _run(arguments: argparse.Namespace) -> int:
     problems = runner.run(steps, reports, only=arguments.only, keep_finished=False, **limits)
     print(f"\nindex: {reports / 'index.html'}")
     return _told(*problems)
-
-
-def _spec(notebook: Path, given: dict[str, Any], target: Path) -> int:
-    from fresnel.gate.receipts import GateRefusal
-    from fresnel.report.params import check_parameters, read_parameters
-    from fresnel.study import trainings
-
-    known = read_parameters(notebook)
-    if "steps" not in known:
-        raise ValueError("--spec-only: only 03_full_train has a training to write")
-    parameters = {name: found.default for name, found in known.items()}
-    try:
-        training = trainings.write(parameters | check_parameters(known, given), target)
-    except GateRefusal as refusal:
-        raise ValueError(refusal) from None
-    print(f"{target}: the same on every machine, here with 2 of them:", trainings.COMMAND, sep="\n")
-    print(f"then 03 with these -p, but -p gpus 1 -p accumulate {training.config.accumulate}")
-    return 0
 
 
 def _steps(arguments: argparse.Namespace, detect: Callable[[], str]) -> tuple[str, list[Any]]:

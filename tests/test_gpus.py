@@ -181,6 +181,22 @@ def test_data_that_changed_since_is_not_trained_on(data, tmp_path) -> None:
         trainings.task(replace(declared(data, tmp_path), content_hash="sha256:0"))
 
 
+def test_a_training_is_written_for_machines_elsewhere(data, tmp_path, capsys) -> None:
+    notebook = Path(__file__).parent.parent / "notebooks/03_full_train.ipynb"
+    given = {"dataset_dir": str(data.path), "gpus": "16", "device": "cuda", "precision": "bf16"}
+    with pytest.raises(ValueError, match="smoke-cvs"):
+        trainings.write(notebook, given, tmp_path / "spec.json")
+    receipts.write_receipt(data, "smoke-cvs", True, "go")
+    with pytest.raises(ValueError, match="gpus, precision: say what it is"):
+        trainings.write(notebook, {**given, "gpus": "auto", "precision": "auto"}, tmp_path / "x")
+    with pytest.raises(ValueError, match="gpus: got 16, want .* a divisor of 8"):
+        trainings.write(notebook, {**given, "batch_size": 8}, tmp_path / "spec.json")
+    assert trainings.write(notebook, given, tmp_path / "spec.json") == 0
+    found = msgspec.json.decode((tmp_path / "spec.json").read_bytes(), type=Training)
+    assert (found.config.accumulate, found.config.precision, found.device) == (16, "bf16", "cuda")
+    assert "-p gpus 1 -p accumulate 16" in capsys.readouterr().out
+
+
 def test_how_many_gpus(data, monkeypatch) -> None:
     folders = {
         trainings.declare(

@@ -42,12 +42,12 @@ class Parameter:
         """`value` as this parameter takes it; raises ParameterError if its type does not fit.
 
         The default's type is the parameter's type; a default of None takes anything, an int is
-        welcome where a float or a text is wanted, and None is welcome nowhere else. Not strict: a
+        welcome where a float or the text "auto" is wanted, and None is welcome nowhere else. Not strict: a
         text may stand for a number or a truth value."""
         wanted: Any = type(self.default)
         if self.default is None:
             return value
-        if wanted is str and type(value) is int:  # such as `gpus: 2` in YAML
+        if self.default == "auto" and type(value) is int:  # as `gpus: 2` in YAML
             return str(value)
         if wanted is list and len(kinds := {type(item) for item in self.default}) == 1:
             wanted = list[kinds.pop()]  # type: ignore[misc]

@@ -33,6 +33,7 @@ from fresnel.host.files import scratch, write_atomic
 from fresnel.models.cvs import CVS
 from fresnel.models.decoder import Decoder
 from fresnel.objects import sources
+from fresnel.report.params import read_parameters
 from fresnel.report.provenance import PACKAGE
 from fresnel.study import arms
 from fresnel.study import data as training_data
@@ -108,23 +109,33 @@ def declare(
     return Training(**given | own)
 
 
-def write(parameters: Mapping[str, Any], path: Path) -> Training:
-    """Write 03's training by all of its parameters for processes that others start, on machines
-    that share dataset and runs; what it refuses to train is refused here.
+def write(notebook: Path, given: Mapping[str, Any], path: Path) -> int:
+    """Write what 03 with these parameters would train, for processes that others start, on machines
+    that share dataset and runs, and say how; 0. What is refused there is refused here.
 
-    Raises ValueError where this machine can't tell what "auto" is on theirs."""
-    folder, several, device = (parameters[name] for name in ("dataset_dir", "gpus", "device"))
-    if several == "auto" or device == "auto":
-        raise ValueError("--spec-only: say -p gpus N, of all machines together, and -p device cuda")
-    if parameters["precision"] == "auto":
-        raise ValueError("--spec-only: say -p precision bf16, or fp32")
-    model = parameters["model"]
+    Raises ValueError also where this machine can't tell what "auto" is on theirs."""
+    known = read_parameters(notebook)
+    if "steps" not in known:
+        raise ValueError("--spec-only: only 03_full_train has a training to write")
+    parameters = {name: found.default for name, found in known.items()} | dict(given)
+    if said := [name for name in ("gpus", "device", "precision") if parameters[name] == "auto"]:
+        raise ValueError(
+            f"--spec-only: {', '.join(said)}: say what it is on all machines together, such as "
+            "-p gpus 16 -p device cuda -p precision bf16"
+        )
+    folder, model = parameters["dataset_dir"], parameters["model"]
     data = dataset.open(folder) if folder else training_data.demo_dataset(model)
-    for kind in ["gate", "smoke-cvs"] if folder and model.startswith("cvs") else ["gate"]:
-        require_receipt(data, kind, parameters["allow_failed_gate"])
-    training = declare(parameters, data, device=device, gpus=int(several))
+    try:
+        for kind in ["gate", "smoke-cvs"] if folder and model.startswith("cvs") else ["gate"]:
+            require_receipt(data, kind, parameters["allow_failed_gate"])
+    except GateRefusal as refusal:
+        raise ValueError(refusal) from None
+    gpus = int(parameters["gpus"])
+    training = declare(parameters, data, device=parameters["device"], gpus=gpus)
     write_atomic(path, msgspec.json.format(msgspec.json.encode(training)))
-    return training
+    print(f"{path}: on each machine, here of two with {-(-gpus // 2)} GPUs:", COMMAND, sep="\n")
+    print(f"then 03 with these -p, but -p gpus 1 -p accumulate {training.config.accumulate}")
+    return 0
 
 
 def task(
