@@ -189,7 +189,7 @@ def test_a_training_is_written_for_machines_elsewhere(data, tmp_path, capsys) ->
     receipts.write_receipt(data, "smoke-cvs", True, "go")
     with pytest.raises(ValueError, match="gpus, precision: say what it is"):
         trainings.write(notebook, {**given, "gpus": "auto", "precision": "auto"}, tmp_path / "x")
-    with pytest.raises(ValueError, match="gpus: got 16, want .* a divisor of 8"):
+    with pytest.raises(ValueError, match=r"gpus: got 16, want .* a divisor of 8"):
         trainings.write(notebook, {**given, "batch_size": 8}, tmp_path / "spec.json")
     assert trainings.write(notebook, given, tmp_path / "spec.json") == 0
     found = msgspec.json.decode((tmp_path / "spec.json").read_bytes(), type=Training)

@@ -42,8 +42,8 @@ class Parameter:
         """`value` as this parameter takes it; raises ParameterError if its type does not fit.
 
         The default's type is the parameter's type; a default of None takes anything, an int is
-        welcome where a float or the text "auto" is wanted, and None is welcome nowhere else. Not strict: a
-        text may stand for a number or a truth value."""
+        welcome where a float or the text "auto" is wanted, and None is welcome nowhere else. Not
+        strict: a text may stand for a number or a truth value."""
         wanted: Any = type(self.default)
         if self.default is None:
             return value
