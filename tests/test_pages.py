@@ -302,7 +302,7 @@ def test_the_front_page_tells_ones_own_runs_from_the_study(tmp_path: Path) -> No
     seeds = [
         RunRecord("03_full_train", "finished", verdict, name=name, metrics={"psnr": psnr}).to_dict()
         for name, verdict, psnr in (
-            ("03-gated-s0", "PASS", 20.0), ("03-gated-s1", "FAIL", 22.0), ("03-lone-s0", "GO", 30.0),
+            ("03-gated-s0", "PASS", 20.0), ("03-gated-s1", "FAIL", 22.0), ("03-lone-s0", "GO", 30),
         )
     ]  # fmt: skip
     table = "\n".join(map(json.dumps, seeds))
@@ -310,7 +310,7 @@ def test_the_front_page_tells_ones_own_runs_from_the_study(tmp_path: Path) -> No
     lone, gated = overview.study(tmp_path, [])
     assert gated["figures"]["psnr"] == pytest.approx((21.0, 2**0.5)) and gated["seeds"] == 2
     assert gated["what"].startswith("CVS on a bootstrap"), "as study.yaml has it"
-    assert (lone["arm"], lone["what"]) == ("lone", "") and lone["figures"]["psnr"][0] == 30.0
+    assert (lone["arm"], lone["what"]) == ("lone", "") and lone["figures"]["psnr"][0] == 30
     html = overview.index(tmp_path).read_text()
     own, published = html.split('id="study"')
     assert "$1.50" in own and "$41.50" not in html and "1 run, newest first" in own

@@ -359,3 +359,20 @@ def test_embedded_objects_are_cc0_and_of_photographs_nothing_is_known(tmp_path: 
     assert entries[0]["licence"] == "CC0-1.0" and entries[0]["author"]
     Image.new("RGB", (16, 16)).save(tmp_path / "0000.png")
     assert credits.credits(["0000"], str(tmp_path)) == [] == credits.credit_rows([])
+
+
+def test_scenes_abreast_turn_in_step_and_records_keep_their_colours() -> None:
+    one = cloud()
+    both = scenes.abreast([[one, one], [one]])
+    assert both.gaussians.num == 3 * one.gaussians.num
+    parts = both.gaussians.means.split(one.gaussians.num)
+    below, aside = (parts[k] - parts[0] for k in (1, 2))
+    assert (below[:, 1] < -0.5).all() and (aside[:, 0] > 0.5).all(), "down and across"
+    assert below.std(dim=0).max() < 1e-5 and below[:, 0].abs().max() < 1e-5, "as they are"
+    record = views_of(0, size=16, views=2)
+    half = replace(record, rgb=(record.rgb // 2), alpha=(record.alpha // 2), input_depth=None)
+    whole = replace(record, input_depth=None)
+    (_, colors, _), (_, seen, _) = map(widgets.covered_pixels, (whole, half))
+    torch.testing.assert_close(colors, seen, atol=0.05, rtol=0)
+    few = widgets.record_scene(whole, most=40)
+    assert few is not None and 20 < few.gaussians.num <= 40

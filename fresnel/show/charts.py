@@ -186,7 +186,14 @@ def bins_figure(
     for k, (name, summary) in enumerate(summaries.items()):
         found = [[entry[metric + end] for entry in summary] for end in ("", "_low", "_high")]
         x = np.arange(len(bins)) + (k - (len(summaries) - 1) / 2) * width
-        _bars(axis, x, found, width=width * 0.92, label=name, color=CYCLE[k % len(CYCLE)])
+        _bars(
+            axis,
+            x,
+            found,
+            width=width * 0.92,
+            label=name.replace("_", " "),
+            color=CYCLE[k % len(CYCLE)],
+        )
     axis.set_xticks(np.arange(len(bins)), bins)
     axis.set(xlabel="azimuth away from the input, degrees", ylabel=label)
     figure.legend(ncols=min(5, len(summaries)), loc="outside upper center")

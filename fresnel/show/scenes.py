@@ -113,6 +113,26 @@ def scene(
     return Scene(g, cameras.to("cpu"), source, pivot.cpu().float())
 
 
+def abreast(columns: Sequence[Sequence[Scene]]) -> Scene:
+    """Scenes in one world, to be turned in step: a column an object, its scenes below each other,
+    each about the middle of its column's first; seen from their worlds' front, from far away."""
+    all_of_them = [each for column in columns for each in column]
+    reach = max(float(s.gaussians.means.sub(s.middle).norm(dim=-1).max()) for s in all_of_them)
+    moved = []
+    for across, column in enumerate(columns):
+        for down, each in enumerate(column):
+            place = 1.7 * reach * torch.tensor([float(across), -float(down), 0.0])
+            means = each.gaussians.means - column[0].middle + place
+            moved.append(replace(each.gaussians, means=means))
+    names = (*_HALF, "colors")
+    parts = {name: torch.cat([getattr(g, name) for g in moved]) for name in names}
+    middle = parts["means"].quantile(0.5, dim=0)
+    far = 4.0 * reach * max(len(columns), 2)
+    one: dict[str, Any] = {"focal_px": 1.0, "width": 1, "height": 1}
+    eye = orbit(torch.tensor([0.0]), 12.0, far, pivot=middle, **one)
+    return Scene(Gaussians(**parts), eye, eye[0], middle)
+
+
 def around(shown: Scene, azimuths_deg: Sequence[float], above_deg: float = 0.0) -> Cameras:
     """Cameras (V,) about the middle of the object, as far from it as the input camera, from its
     azimuth onwards, at its elevation or above it."""

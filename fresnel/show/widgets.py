@@ -52,15 +52,21 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420, **about: Any) ->
     put("text/html", text, alt, **about)
 
 
-def record_scene(record: ObjectViews, gaussians: Gaussians | None = None) -> Scene | None:
+def record_scene(
+    record: ObjectViews, gaussians: Gaussians | None = None, *, most: int = 16_000
+) -> Scene | None:
     """A record to turn in 3D: these Gaussians of it, or else what a trainer is shown, the covered
-    pixels, each a Gaussian as large as its pixel; None without Gaussians and without depth."""
+    pixels (at most so many), each a Gaussian as large as its pixel, larger where some are left
+    out; None without Gaussians and without depth."""
     if gaussians is None:
-        means, colors, radii = (part[:: len(part) // 16_000 + 1] for part in covered_pixels(record))
+        found = covered_pixels(record)
+        every = len(found[0]) // most + 1
+        means, colors, radii = (part[::every] for part in found)
+        radii = radii * every**0.5
         turns = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(len(means), 4)
         scales = radii[:, None].expand(-1, 3).clamp_min(1e-6)
         gaussians = Gaussians(means, turns, scales, torch.full((len(means),), 0.95), colors)
-    shown = scene(gaussians, record.cameras, record.input_camera, record.pivot)
+    shown = scene(gaussians, record.cameras, record.input_camera, record.pivot, most=most)
     return shown if shown.gaussians.num else None
 
 
@@ -82,17 +88,18 @@ def describe_geometry(record: ObjectViews, content: np.ndarray) -> str:
 
 def covered_pixels(record: ObjectViews) -> tuple[Tensor, Tensor, Tensor]:
     """World positions (P, 3), colours (P, 3) and half widths (P,) of all pixels with depth."""
-    seen = [(record.cameras, record.depth, record.rgb)]
+    seen = [(record.cameras, record.depth, record.rgb, record.alpha)]
     if record.input_depth is not None:
-        one = record.input_camera.reshape(1), record.input_depth[None], record.input_rgb[None]
-        seen.insert(0, one)
+        given = record.input_depth, record.input_rgb, record.input_alpha
+        seen.insert(0, (record.input_camera.reshape(1), *(part[None] for part in given)))
     found = [(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0))]
-    for cameras, depth, rgb in seen:
+    for cameras, depth, rgb, alpha in seen:
         if depth is not None:
             there, (eyes, directions) = depth > 0, cameras.rays()
             ahead = (directions * cameras.forward[:, None, None]).sum(-1)  # depth is along the axis
             means = eyes + directions * (depth / ahead)[..., None]
             radii = 0.5 * depth / cameras.Ks[:, :1, :1]
-            found.append((means[there], rgb[there].float() / 255, radii[there]))
+            colors = rgb[there] / alpha[there, None].clamp_min(1)  # they are over black
+            found.append((means[there], colors.clamp(0, 1), radii[there]))
     means, colors, radii = (torch.cat(parts) for parts in zip(*found, strict=True))
     return means, colors, radii

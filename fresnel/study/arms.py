@@ -7,6 +7,7 @@ parameters say and in nothing else.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from fresnel.bootstrap import NEAR, ORIGINAL, original_input_viewmat, place
-from fresnel.data.dataset import InputImages, ViewTensors
+from fresnel.data.dataset import InputImages, ObjectViews, ViewTensors
 from fresnel.evaluation import metrics as evaluate
 from fresnel.models import cvs, decoder
 from fresnel.models.cvs import CVS, CVSConfig
 from fresnel.models.decoder import DecoderConfig
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras, intrinsics, orbit, relative_azimuth_deg
+from fresnel.show import scenes, widgets
 from fresnel.show.scenes import Scene, scene
 from fresnel.training.cvs_task import CVSTask
 from fresnel.training.decoder_task import DecoderTask
@@ -221,18 +223,29 @@ def held_out_scene(
     model: str,
     network: Any,
     truth: ViewTensors,
+    records: Sequence[ObjectViews],
     *,
     original: bool,
     device: str,
     weights: str | Path = "",
     domain: str = "objects",
-) -> Scene:
-    """The first held-out object as the model's decoder makes it: its own where the model is one,
-    the one it is compared with where it is a CVS; in the original's world for the original."""
-    inputs, cameras, pivots = truth[[0]].inputs, truth[[0]].cameras, truth[[0]].pivots
+) -> Scene | None:
+    """Held-out objects as the model's decoder makes them: its own where the model is one, the one
+    it is compared with where it is a CVS; in the original's world for the original. Above each
+    stands its true surface, where `records`, of the same objects, have depth."""
     if model in CVS_MODELS:
         network = load_decoder("patch" if original else "pixel", device, weights, domain)
-    if not original and model != "decoder-frontal":
-        return scene(network.world(inputs)[0], cameras[0], inputs.cameras[0], pivots[0])
-    source, cameras, pivots = original_camera_map(inputs, cameras)
-    return scene(place(inputs, network, ORIGINAL)[0][0], cameras[0], source[0], pivots[0])
+    columns = list[list[Scene]]()
+    most = 16_000 // (2 * len(records))  # what a page can hold
+    for k, record in enumerate(records):
+        inputs, cameras, pivots = truth[[k]].inputs, truth[[k]].cameras, truth[[k]].pivots
+        if not original and model != "decoder-frontal":
+            made, source = network.world(inputs)[0], inputs.cameras
+        else:
+            source, cameras, pivots = original_camera_map(inputs, cameras)
+            made = place(inputs, network, ORIGINAL)[0][0]
+        own = scene(made, cameras[0], source[0], pivots[0], most=most)
+        true = widgets.record_scene(record, most=most)
+        if shown := [each for each in (true, own) if each is not None and each.gaussians.num]:
+            columns.append(shown)
+    return scenes.abreast(columns) if columns else None

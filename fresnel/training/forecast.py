@@ -310,13 +310,13 @@ def table(
     rows = [
         [f"{text}, s"] + [run["parts"][n] for run in runs.values()] for n, text in PARTS.items()
     ]
-    rows.append(["**in all, s**", *(run["duration_s"] for run in runs.values())])
+    rows.append(["in all, s", *(run["duration_s"] for run in runs.values())])
     if any(run.get("gpus", 1) > 1 for run in runs.values()):
         rows.append(["GPU-minutes", *(run["gpu_hours"] * 60 for run in runs.values())])
     rows.append(["samples/s in the steps", *(run["samples_per_s"] for run in runs.values())])
     memory = [run["peak_memory_bytes"] / 1e6 for run in runs.values()]
     rows.append(["peak memory of the training, MB", *memory])
     return [
-        {"": text} | {title: f"{x:,.1f}" for title, x in zip(runs, found, strict=True)}
+        {"part": text} | {title: f"{x:,.1f}" for title, x in zip(runs, found, strict=True)}
         for text, *found in rows
     ]
