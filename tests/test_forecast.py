@@ -98,8 +98,8 @@ def test_what_a_run_took_stands_beside_its_forecast(tmp_path) -> None:
     errors = {"duration_s": pytest.approx(0.57), "peak_memory_bytes": pytest.approx(0)}
     assert metrics["forecast_error"] == errors
     assert "forecast_error" not in planning.compared(None, spent)
-    rows = {row.pop(""): row for row in planning.table(forecast, spent)}
-    assert rows["**in all, s**"] == {"forecast": "10.0", "actual": "15.7"}
+    rows = {row.pop("part"): row for row in planning.table(forecast, spent)}
+    assert rows["in all, s"] == {"forecast": "10.0", "actual": "15.7"}
     assert rows["opening the data and checking their receipts, s"]["actual"] == "1.0"
     assert rows["peak memory of the training, MB"]["actual"] == "2.0"
     assert len(rows) == len(planning.PARTS) + 3 and "actual" not in planning.table(forecast)[0]
