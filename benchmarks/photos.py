@@ -24,7 +24,7 @@ from fresnel.data.dataset import MultiViewDataset
 from fresnel.evaluation import metrics
 from fresnel.models import cvs, decoder
 from fresnel.objects import sources
-from fresnel.show import pictures, scenes
+from fresnel.show import scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(skimage_data.__file__).parent
@@ -90,9 +90,9 @@ def main() -> None:
             for file in files:
                 with Image.open(out / file) as picture:
                     shown = scenes.on_ground(np.asarray(picture.convert("RGBA")))
-                cells.append(Image.fromarray(shown).resize((CELL_PX, CELL_PX)))
-            grid = Image.fromarray(pictures.tile([np.asarray(cell) for cell in cells], columns=3))
-            grid.save(place / f"{name}.webp", quality=80, method=6)
+                cells.append(np.asarray(Image.fromarray(shown).resize((CELL_PX, CELL_PX))))
+            grid = np.vstack([np.hstack(cells[:3]), np.hstack(cells[3:])])
+            Image.fromarray(grid).save(place / f"{name}.webp", quality=80, method=6)
             print(name, facts["domain"], facts["checks"], *facts["careful"], sep="\n  ", flush=True)
     return None
 

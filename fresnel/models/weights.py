@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import resources
@@ -155,7 +156,7 @@ def held_out(network: Stored) -> dict[str, float]:
         table = resources.files("fresnel") / "assets" / "held_out.json"
         found = json.loads(table.read_text()).get(network.checksum(), {}).get("perceptual")
     pairs = found.items() if isinstance(found, dict) else ()
-    return {name: float(value) for name, value in pairs if type(value) in (int, float)}
+    return {n: float(x) for n, x in pairs if isinstance(x, int | float) and math.isfinite(x)}
 
 
 def _is_like(value: Any, usual: Any, largest: int = _LARGEST) -> bool:

@@ -169,8 +169,13 @@ def ratios_by_azimuth(rows: Rows) -> dict[str, list[float]]:
 
 
 def export(network: Any, path: str | Path, record: RunRecord) -> Path:
-    """Write a trained network in half precision, with the run that made it in its metadata."""
+    """Write a trained network in half precision, with the run that made it in its metadata, and the
+    perceptual distances to the truth that `views` chooses by, as far as the run measured them."""
+    every = {name: rows[-1] for name, rows in record.metrics.get("summaries", {}).items()}
+    pair = {"cvs": every.get(record.params.get("model")), "decoder": every.get("decoder render")}
+    known = {name: row["perceptual"] for name, row in pair.items() if row and "perceptual" in row}
     network.provenance = {
+        "held_out": known,
         "notebook": record.notebook,
         "params": {k: v for k, v in record.params.items() if k not in PLACES},
         "provenance": {k: v for k, v in record.provenance.items() if k != "datasets"},
