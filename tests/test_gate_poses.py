@@ -227,6 +227,19 @@ def test_opaque_photographs_are_judged_by_their_features() -> None:
     assert any("matched features" in note for note in verdict.notes)
 
 
+@pytest.mark.parametrize(("count", "least"), [(6, 6), (40, 40), (64, 64), (400, 64)])
+def test_features_of_all_views_of_a_photographed_record_are_asked(
+    monkeypatch: pytest.MonkeyPatch, count: int, least: int
+) -> None:
+    pytest.importorskip("skimage")
+    views, seen = views_of(0, views=count, size=8), set[int]()
+    numbered = replace(views, alpha=torch.arange(count).view(-1, 1, 1).expand(-1, 8, 8))
+    monkeypatch.setattr(
+        "fresnel.poses.epipolar._features", lambda rgb, alpha, **_: seen.add(int(alpha[0, 0]))
+    )
+    assert np.isnan(misfit(numbered)) and len(seen) >= least
+
+
 def rimmed(views: Any, by: int = 4) -> Any:
     """Photographs whose lens has been undone: transparent corners, the same in every view."""
     y, x = np.mgrid[: views.rgb.shape[1], : views.rgb.shape[2]]

@@ -24,7 +24,8 @@ def misfit(views: ObjectViews) -> float:
 
     By pair of neighbouring views: the median distance of matches to their epipolar lines, matches
     behind a camera counting as lost, over the same for the fundamental matrix that fits them best
-    (at least 0.2% of the width).  The median over pairs: 0.2 to 0.9 for consistent poses, above 1.4
+    (at least 0.2% of the width).  Of 64 views all are asked, of more a sixth or more.  The median
+    over pairs: 0.2 to 0.9 for consistent poses, above 1.4
     for wrong ones, NaN where fewer than two pairs have 14 matches that agree with any epipolar
     geometry.  Poses that are wrong all in the same way, such as a focal length off by less than
     half, hardly move epipolar lines and pass.
@@ -37,18 +38,20 @@ def misfit(views: ObjectViews) -> float:
     count, width = len(poses), views.cameras.width
     # Consecutive views stand beside each other (as they were taken, whatever their poses say), and
     # the nearest by pose do.
-    pairs = [(i, i + 1) for i in range(0, count - 1, max(1, count // _PAIRS))]
+    many = count > 2 * _PAIRS
+    most = min(count // 2, 4 * _PAIRS) if many else _PAIRS
+    pairs = [(i, i + 1) for i in range(0, count - 1, max(1, count // most))]
     alike = np.triu(poses[:, 2, :3] @ poses[:, 2, :3].T, 1)
-    nearest = (divmod(int(k), count) for k in np.argsort(-alike, axis=None)[: 4 * _PAIRS])
+    nearest = (divmod(int(k), count) for k in np.argsort(-alike, axis=None)[: 4 * most])
     pairs += [(i, j) for i, j in nearest if i < j]
 
     @functools.cache
     def features(index: int) -> tuple[np.ndarray, np.ndarray] | None:
-        return _features(views.rgb[index].numpy(), views.alpha[index].numpy())
+        return _features(views.rgb[index].numpy(), views.alpha[index].numpy(), fine=not many)
 
     found: list[float] = []
     for i, j in dict.fromkeys(pairs):
-        if len(found) == _PAIRS:
+        if len(found) == most:
             break
         mine, theirs = features(i), features(j)
         if mine is None or theirs is None:
@@ -85,7 +88,9 @@ def _homogeneous(pixels: np.ndarray) -> np.ndarray:
     return np.concatenate([pixels, np.ones((len(pixels), 1))], axis=1)
 
 
-def _features(rgb: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def _features(
+    rgb: np.ndarray, alpha: np.ndarray, *, fine: bool
+) -> tuple[np.ndarray, np.ndarray] | None:
     """SIFT positions in pixels of the full picture (N, 2) as x, y, and descriptors; none at the rim
     that a lens left, which moves with the camera."""
     from scipy.ndimage import distance_transform_edt
@@ -97,7 +102,7 @@ def _features(rgb: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarra
     grey = rgb2gray(rgb)
     if scale < 1:
         grey = rescale(grey, scale, anti_aliasing=True)
-    sift: Any = SIFT(upsampling=2 if max(grey.shape) < 200 else 1)
+    sift: Any = SIFT(upsampling=2 if fine and max(grey.shape) < 200 else 1)
     try:
         sift.detect_and_extract(grey)
     except RuntimeError:  # how skimage says that it found no feature
