@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -98,14 +99,9 @@ def _on_host(tensor: Tensor, device: torch.device) -> Tensor:
     weakref.finalize(kept, runtime.cudaHostUnregister, at).atexit = False
     kind = {torch.uint8: "|u1", torch.float32: "<f4"}[kept.dtype]
     place = {"shape": tuple(kept.shape), "typestr": kind, "data": (at, False), "version": 3}
-    return torch.as_tensor(_Seen(kept, place), device=device)
-
-
-class _Seen:
-    """What says to torch where a tensor lies, and keeps it there (CUDA array interface)."""
-
-    def __init__(self, tensor: Tensor, place: dict[str, Any]) -> None:
-        self.tensor, self.__cuda_array_interface__ = tensor, place
+    # what says to torch where the tensor lies, and keeps it there (CUDA array interface)
+    seen = SimpleNamespace(kept=kept, __cuda_array_interface__=place)
+    return torch.as_tensor(seen, device=device)
 
 
 def uniform(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
