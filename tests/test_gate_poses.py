@@ -233,9 +233,12 @@ def test_features_of_all_views_of_a_photographed_record_are_asked(
 ) -> None:
     pytest.importorskip("skimage")
     views, seen = views_of(0, views=count, size=8), set[int]()
-    numbered = replace(views, alpha=torch.arange(count).view(-1, 1, 1).expand(-1, 8, 8))
+    numbers = torch.stack([torch.arange(count) % 200, torch.arange(count) // 200], dim=-1)
+    numbered = replace(views, rgb=torch.zeros_like(views.rgb))
+    numbered.rgb[:, 0, 0, :2] = numbers.byte()
     monkeypatch.setattr(
-        "fresnel.poses.epipolar._features", lambda rgb, alpha, **_: seen.add(int(alpha[0, 0]))
+        "fresnel.poses.epipolar._features",
+        lambda rgb, alpha, **_: seen.add(int(rgb[0, 0, 0]) + 200 * int(rgb[0, 0, 1])),
     )
     assert np.isnan(misfit(numbered)) and len(seen) >= least
 
