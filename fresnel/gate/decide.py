@@ -108,7 +108,8 @@ def decide(seen: Seen, rigs: Mapping[int, Rig]) -> tuple[tuple[Reason, ...], tup
         rigs: of records (by their place), to find out what is wrong with poses.
     """
     found: list[Reason] = []
-    notes, suspects, total = _notes(seen), dict[int, None](), len(seen.objects)
+    lone: list[Reason] = []  # that a few records show as no healthy one does
+    notes, suspects, total = _notes(seen), dict[str, list[int]](), len(seen.objects)
     for check in _ALL:
         finding = check(seen)
         if finding.code == "billboard" and "pivot_offset" in _codes(found):
@@ -116,22 +117,23 @@ def decide(seen: Seen, rigs: Mapping[int, Rig]) -> tuple[tuple[Reason, ...], tup
         marked = np.flatnonzero(finding.flags > 0)
         asked, shown = int(np.isfinite(finding.flags).sum()), len(marked)
         often = shown if finding.at_once else is_faulty(shown, asked, seen.config, final=seen.final)
-        if not often and finding.blatant.any():
-            marked = np.flatnonzero(finding.blatant)
         if often or finding.blatant.any():
-            message, values = finding.message, dict(finding.values)
-            values |= {"records_shown": float(shown), "records_asked": float(asked)}
+            values = finding.values | {"records_shown": float(shown), "records_asked": float(asked)}
             if not finding.at_once:
                 values["chance"] = chance(shown, asked, seen.config.healthy_rate)
             if not often:
+                marked = np.flatnonzero(finding.blatant)
                 values["beyond_doubt"] = float(marked[0])
-            found.append(Reason(finding.code, message, finding.hint, values))
-            if finding.code in ("pose_mismatch", "pivot_offset", "billboard", "input_pose"):
-                suspects |= dict.fromkeys(marked.tolist())
+            reason = Reason(finding.code, finding.message, finding.hint, values)
+            (found if often else lone).append(reason)
+            suspects.setdefault(finding.code, []).extend(marked.tolist())
         elif seen.final and shown >= max(1, 0.01 * total):
             first = seen.objects[marked[0]]["name"]
             notes.append(f"{finding.code}: {shown} of {total} records, e.g. {first}")
-    found = _explained(seen, found, [rigs[k] for k in suspects if k in rigs])
+    found = found or lone
+    of_poses = {"pose_mismatch", "pivot_offset", "billboard", "input_pose"} & {*_codes(found)}
+    rows = dict.fromkeys(k for code in suspects if code in of_poses for k in suspects[code])
+    found = _explained(seen, found, [rigs[k] for k in rows if k in rigs])
     return tuple(_counted(reason, seen) for reason in _ranked(found)), tuple(notes)
 
 
