@@ -133,6 +133,13 @@ def read(path: Path) -> np.ndarray:
         return np.asarray(picture.convert("RGB"))
 
 
+def tile(pictures: Sequence[Any], columns: int = 4) -> np.ndarray:
+    """Pictures (H, W, 3) of one size in a grid without gaps: RGB uint8 array."""
+    cells = [to_uint8(picture) for picture in pictures]
+    cells += [np.zeros_like(cells[0])] * (-len(cells) % columns)
+    return np.vstack([np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)])
+
+
 def _layout(
     rows: Sequence[Sequence[Any]],
     columns: Sequence[str],

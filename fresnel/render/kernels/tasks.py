@@ -210,8 +210,10 @@ def run(function: Any, threads: int, *args: Any) -> np.ndarray[Any, Any]:
     """
     progress = np.zeros(LINES, np.int64)
     if not function.overloads:  # it is compiled, or loaded from Numba's cache: once is enough
-        what = f"the CPU renderer's {function.__name__} pass, once per machine (about 10 s) ..."
-        said = (f"fresnel: compiling {what}",)
+        what = (
+            f"the CPU renderer's {function.__name__} pass is compiled (about 10 s) or, where this"
+        )
+        said = (f"fresnel: {what} machine has done so before, loaded; the machine may be busy ...",)
         notice = threading.Timer(2.0, print, said, {"file": sys.stderr, "flush": True})
         notice.daemon = True
         notice.start()

@@ -1,0 +1,87 @@
+"""Make docs/banner.webp, the picture at README's head: 1,200 x 400 pixels.
+
+    .venv/bin/python benchmarks/banner.py
+
+A held-out object and head, each its input and four views by the decoders that ship: above
+as the original experiment made them, with what the gate says of such views of all held-out objects,
+or heads; below with the cameras around the object.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from fresnel import gate
+from fresnel.bootstrap import bootstrap
+from fresnel.objects import sources
+from fresnel.show import scenes
+from fresnel.study import arms
+from fresnel.study.data import bootstrap_config
+
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "banner.webp"
+CELL, GAP, AZIMUTHS = 114, 5, (45, 90, 180, 270)
+CHOSEN = {"objects": "teddy_bear", "faces": ""}  # "": the first
+
+
+def strips(domain: str, at: Path) -> tuple[list[Any], list[Any], str]:
+    """Pictures of a domain's chosen record, input first: the original's orbit and ours; and what
+    the gate says of the original's views of all records."""
+    source = sources.of_domain("embedded", domain)
+    truth = sources.ground_truth(source, "held_out", image_size=128, views=1, seed=1000)
+    inputs = truth.inputs()
+    row = next(i for i, name in enumerate(truth.names) if CHOSEN[domain] in name)
+    geometry = bootstrap_config("original", 8, 128, seed=0)
+    assert geometry is not None
+    patch = arms.load_decoder("patch", "cpu", domain=domain)
+    dark = bootstrap(inputs, patch, geometry, at / domain)
+    verdict = gate.validate(dark, progress=False)
+    network = arms.load_decoder("pixel", "cpu", domain=domain)
+    one = inputs[[row]]
+    cameras, pivot = truth[row].cameras, truth[row].pivot
+    shown = scenes.scene(network.world(one)[0], cameras, one.cameras[0], pivot)
+    alpha = one.alpha[0].numpy()[..., None] / 255
+    given = one.rgb[0].numpy() + (1 - alpha) * scenes.GROUND
+    dark_views = dark[row].rgb[[1, 2, 4, 6]].numpy()
+    return (
+        [one.rgb[0].numpy(), *dark_views],
+        [given.astype(np.uint8), *scenes.turntable(shown, 2 * CELL, AZIMUTHS)],
+        f"{'PASS' if verdict.passed else 'FAIL'}: {verdict.reasons[0].message}",
+    )
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = [strips(domain, Path(folder)) for domain in CHOSEN]
+    sheet = Image.new("RGB", (1200, 400), "white")
+    draw = ImageDraw.Draw(sheet)
+    big, small = ImageFont.load_default(19), ImageFont.load_default(15)
+    draw.text((6, 4), "As the original experiment made its training views", "#1d232b", big)
+    draw.text((6, 196), "The same pictures, cameras around the object", "#1d232b", big)
+    for half, (dark, ours, said) in enumerate(made):
+        left = 6 + half * (5 * (CELL + GAP) + 3)
+        for row, (top, strip) in enumerate(((32, dark), (224, ours))):
+            for k, picture in enumerate(strip):
+                cell = Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.LANCZOS)
+                sheet.paste(cell, (left + k * (CELL + GAP), top))
+            if row:
+                names = ["input", *(f"{azimuth}\N{DEGREE SIGN}" for azimuth in AZIMUTHS)]
+                for k, name in enumerate(names):
+                    middle = left + k * (CELL + GAP) + CELL // 2
+                    draw.text((middle, 342), name, "#5a6572", small, anchor="ma")
+        words = said.split(". ")[0]
+        while draw.textlength(words + " ...", small) > 5 * (CELL + GAP):
+            words = words.rpartition(" ")[0]
+        draw.text((left, 152), "The gate: " * (not half) + words, "#a8261b", small)
+    note = "Neither was trained on. Views by the decoders that ship, one pass each, on a CPU."
+    draw.text((6, 372), note, "#5a6572", small)
+    sheet.save(TARGET, quality=88, method=6)
+    print(TARGET, TARGET.stat().st_size, *(said for _, _, said in made), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
