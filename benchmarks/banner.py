@@ -73,10 +73,8 @@ def main() -> None:
                 for k, name in enumerate(names):
                     middle = left + k * (CELL + GAP) + CELL // 2
                     draw.text((middle, 342), name, "#5a6572", small, anchor="ma")
-        words = said.split(". ")[0]
-        while draw.textlength(words + " ...", small) > 5 * (CELL + GAP):
-            words = words.rpartition(" ")[0]
-        draw.text((left, 152), "The gate: " * (not half) + words, "#a8261b", small)
+        words = said.partition(" (")[0]
+        draw.text((left, 152), words if half else f"The gate: {words}", "#a8261b", small)
     note = "Neither was trained on. Views by the decoders that ship, one pass each, on a CPU."
     draw.text((6, 372), note, "#5a6572", small)
     sheet.save(TARGET, quality=88, method=6)
