@@ -27,12 +27,9 @@ from fresnel.data.dataset import MultiViewDataset
 from fresnel.gate import receipts
 from fresnel.host import machine
 from fresnel.models.decoder import Decoder
-from fresnel.objects import sources
-from fresnel.study import data as training_data
 from fresnel.study import trainings
 from fresnel.study.trainings import ChildError, Training
 from fresnel.training import checkpoints
-from fresnel.training import forecast as planning
 from fresnel.training.loop import TrainResult
 from fresnel.training.task import NonFiniteLoss, OutOfMemory
 
@@ -63,12 +60,8 @@ def declared(data: MultiViewDataset, folder: Path, gpus: int = 1, **changes: Any
 
 
 def train(training: Training, data: MultiViewDataset, gpus: int = 1) -> TrainResult:
-    part = sources.part(data, training.objects)
-    validating = training_data.validation_objects(
-        training.truth_source, training_data.held_out(training.truth_source, data, 0)
-    )
-    receipt = gate.require_receipt(data)
-    return trainings.fit(training, part, part.tensors(), validating, receipt=receipt, gpus=gpus)
+    found, receipt = trainings.opened(training), gate.require_receipt(data)
+    return trainings.fit(training, *found, receipt=receipt, gpus=gpus)
 
 
 def once_begun(folder: Path, act: Callable[[], Any]) -> threading.Thread:
@@ -122,7 +115,7 @@ def test_a_killed_notebook_leaves_a_checkpoint_and_no_process(data, tmp_path) ->
     code = (
         "import sys, msgspec\nfrom fresnel.study import trainings\n"
         "training = msgspec.json.decode(sys.argv[1], type=trainings.Training)\n"
-        "trainings.fit(training, None, None, receipt=None, gpus=2)\n"
+        "trainings.fit(training, receipt=None, gpus=2)\n"
     )
     text = msgspec.json.encode(training).decode()
     with subprocess.Popen([sys.executable, "-c", code, text]) as notebook:
@@ -178,7 +171,7 @@ def test_errors_by_their_types(tmp_path, name, kind) -> None:
 
 def test_data_that_changed_since_is_not_trained_on(data, tmp_path) -> None:
     with pytest.raises(dataset.DatasetError, match="changed since the training was declared"):
-        trainings.task(replace(declared(data, tmp_path), content_hash="sha256:0"))
+        trainings.opened(replace(declared(data, tmp_path), content_hash="sha256:0"))
 
 
 def test_a_training_is_written_for_machines_elsewhere(data, tmp_path, capsys) -> None:
@@ -213,9 +206,8 @@ def test_how_many_gpus(data, monkeypatch) -> None:
         with pytest.raises(ValueError, match=f"gpus: got '{wrong}', want 'auto' or 1 to 2"):
             machine.pick_gpus(wrong, "cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert planning.pick_gpus("auto", "cuda", 16, 1) == 4
-    assert planning.pick_gpus("auto", "cuda", 6, 1) == 3, "that can share a step"
-    assert planning.pick_gpus("auto", "cuda", 16, 2) == 4
+    assert [machine.pick_gpus("auto", "cuda", *step) for step in ((), (16,), (16, 2))] == [4] * 3
+    assert machine.pick_gpus("auto", "cuda", 6) == 3, "that can share a step"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert machine.pick_gpus("auto", "cuda") == 1
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100")

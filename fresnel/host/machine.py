@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,23 +86,22 @@ def pick_device(device: str = "auto") -> str:
     return ("cuda" if there else "cpu") if device == "auto" else device
 
 
-def pick_gpus(
-    gpus: str | int, device: str, fits: Callable[[int], bool] = lambda count: True
-) -> int:
-    """Processes to work in, one a GPU: a number, or "auto" for the most there are that fit. On a
-    CPU "auto" is one; more are for trying it out.
+def pick_gpus(gpus: str | int, device: str, batch_size: int = 0, accumulate: int = 1) -> int:
+    """Processes to work in, one a GPU: a number, or "auto" for the most that can share a step of
+    so many samples, in so many parts at least, equally. On a CPU "auto" is one.
 
     Raises:
         ValueError: for more than the machine has GPUs (a CPU: cores), or no number.
     """
     import torch
 
-    there = torch.cuda.device_count() if device.startswith("cuda") else core_count()
+    on_gpu = device.startswith("cuda")
+    there = torch.cuda.device_count() if on_gpu else core_count()
     if gpus == "auto":
-        most = there if device.startswith("cuda") else 1
-        return max([1, *filter(fits, range(2, most + 1))])
+        parts = {count: max(count, accumulate) for count in range(2, there + 1) if on_gpu}
+        return max([1, *(n for n, p in parts.items() if batch_size % p == p % n == 0)])
     if not re.fullmatch(r"[1-9]\d*", str(gpus)) or int(gpus) > there:
-        what = "GPUs" if device.startswith("cuda") else "CPU cores and no GPU"
+        what = "GPUs" if on_gpu else "CPU cores and no GPU"
         raise ValueError(f"gpus: got {gpus!r}, want 'auto' or 1 to {there}: this machine's {what}")
     return int(gpus)
 

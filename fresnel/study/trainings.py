@@ -138,22 +138,26 @@ def write(notebook: Path, given: Mapping[str, Any], path: Path) -> int:
     return 0
 
 
+def opened(training: Training) -> tuple[MultiViewDataset, ViewTensors, ViewTensors | None]:
+    """The records that are trained on, what is in them, and the validation objects."""
+    data, source = dataset.open(training.dataset_dir), training.truth_source
+    if data.content_hash != training.content_hash:
+        raise DatasetError(f"{data.path}: changed since the training was declared. Declare it anew")
+    validating = None
+    if training.validate:
+        truth = training_data.held_out(source, data, training.truth_objects)
+        validating = training_data.validation_objects(source, truth)
+    part = sources.part(data, training.objects)
+    return part, part.tensors(), validating
+
+
 def task(
     training: Training,
-    part: MultiViewDataset | None = None,
-    views: ViewTensors | None = None,
+    part: MultiViewDataset,
+    views: ViewTensors,
     validating: ViewTensors | None = None,
 ) -> Any:
-    """The task of a training, seeded, on its device.
-
-    part, views, validating: the records to train on and the validation objects, where they are
-    open already."""
-    if part is None or views is None:
-        part = _data(training)
-        views, source = part.tensors(), training.truth_source
-        if training.validate:
-            truth = training_data.held_out(source, part, training.truth_objects)
-            validating = training_data.validation_objects(source, truth)
+    """The task of a training, seeded, on its device, of what is `opened`."""
     same = "loss_mask parameterisation augment initial_weights domain seed device"
     given: dict[str, Any] = {name: getattr(training, name) for name in same.split()}
     return arms.make_task(
@@ -171,28 +175,21 @@ def task(
 
 def fit(
     training: Training,
-    part: MultiViewDataset,
-    views: ViewTensors,
-    validating: ViewTensors | None = None,
-    *,
+    *data: Any,
     receipt: Receipt | None,
     gpus: int = 1,
+    progress_bar: bool = True,
 ) -> TrainResult:
-    """Train what is declared: here, or in a process for each of several GPUs, with this process's
-    progress bar, result and errors. `part`, `views`, `validating`: as for `task`; `receipt`: the
-    gate's of the data, which other processes read for themselves.
+    """Train what is declared, here or in a process for each of several GPUs, with this process's
+    progress bar, result and errors.
+
+    data: what is `opened`; receipt: the gate's. Other processes open and read them for themselves.
 
     Raises what `fresnel.training.loop.fit` raises, and ChildError."""
     if gpus > 1:
         return _in_processes(training, gpus)
-    return _fit(training, task(training, part, views, validating), receipt, progress_bar=True)
-
-
-def _fit(
-    training: Training, made: Any, receipt: Receipt | None, *, progress_bar: bool
-) -> TrainResult:
     return loop.fit(
-        made,
+        task(training, *data),
         config=training.config,
         run_dir=training.run_dir,
         receipt=receipt,
@@ -200,13 +197,6 @@ def _fit(
         allow_failed_gate=training.allow_failed_gate,
         progress_bar=progress_bar,
     )
-
-
-def _data(training: Training) -> MultiViewDataset:
-    data = dataset.open(training.dataset_dir)
-    if data.content_hash != training.content_hash:
-        raise DatasetError(f"{data.path}: changed since the training was declared. Declare it anew")
-    return sources.part(data, training.objects)
 
 
 # --- on several GPUs: the caller's side -------------------------------------------------------
@@ -318,7 +308,7 @@ def _result(folder: Path, training: Training, gpus: int, *, stopped: bool) -> Tr
         if end.error in _FORESEEN:
             raise _FORESEEN[end.error](end.message)
     if stopped:
-        raise KeyboardInterrupt("stopped before the first step")
+        raise KeyboardInterrupt("stopped")
     results = [end.result for end in ends if end.result]
     if len(ends) < gpus or not results:
         said = (folder / "said").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -344,8 +334,9 @@ def main(arguments: list[str]) -> None:
         threading.Thread(target=_end_with_caller, daemon=True).start()
 
     def train(group: ranks.Ranks) -> None:
-        receipt = require_receipt(_data(training), "gate", training.allow_failed_gate)
-        result = _fit(training, task(training), receipt, progress_bar=not with_caller)
+        part, *more = opened(training)
+        receipt = require_receipt(part, "gate", training.allow_failed_gate)
+        result = fit(training, part, *more, receipt=receipt, progress_bar=not with_caller)
         bare = None
         if with_caller and group.first:
             for name in _NETWORKS:
@@ -362,15 +353,12 @@ def main(arguments: list[str]) -> None:
         try:
             train(group)
         except BaseException as error:
+            said = str(getattr(error, "strerror", None) or error)  # of a full disk: no number
             more = getattr(error, "step", 0), str(getattr(error, "path", ""))
-            told(group, _End(None, type(error).__name__, _said(error), *more))
+            told(group, _End(None, type(error).__name__, said, *more))
             raise
 
     ranks.main(work, "cuda" if training.device.startswith("cuda") else "cpu")
-
-
-def _said(error: BaseException) -> str:
-    return str(getattr(error, "strerror", None) or error)
 
 
 def _end_with_caller() -> None:

@@ -82,15 +82,6 @@ def parts_of_a_step(batch_size: int, accumulate: int, gpus: int = 1) -> int:
     return parts
 
 
-def pick_gpus(gpus: str | int, device: str, batch_size: int, accumulate: int) -> int:
-    """`machine.pick_gpus`; "auto": the most that can share a step's parts equally."""
-
-    def shares(count: int) -> bool:
-        return batch_size % max(count, accumulate) == max(count, accumulate) % count == 0
-
-    return machine.pick_gpus(gpus, device, shares)
-
-
 def start_s() -> float:
     """Seconds since this kernel was started; of one in which a person has idled, its busy time."""
     import psutil
