@@ -90,6 +90,7 @@ def index(reports: Path) -> Path:
             "answer": next(iter(sorted(told, key=lambda run: run["published"])), None),
             "study": study(reports, runs),
             "own": len(own),
+            "of_published": reports.name == "published",
             "total_s": sum(record.duration_s for record in own),
             "total_usd": sum(record.cost_usd for record in own),
             "avoided": total_avoided(own),
