@@ -335,8 +335,9 @@ def test_costs_and_the_hour_of_refusal(tmp_path: Path) -> None:
 
 
 def test_notebook_04_tells_the_whole_story_of_the_published_study(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Which it reads where there are no runs of one's own, and says so."""
     shown: list[str] = []
 
     class Shown:
@@ -352,9 +353,10 @@ def test_notebook_04_tells_the_whole_story_of_the_published_study(
     for cell in CODE:
         exec(cell.source, space)
         if "parameters" in cell.metadata.get("tags", ()):
-            space |= {"reports_dir": str(PUBLISHED), "attribution_source": "recorded"}
-            space |= {"output_dir": str(tmp_path), "device": "cpu"}
-    found = json.loads((tmp_path / "results.json").read_text())
+            space |= {"attribution_source": "recorded", "device": "cpu"}
+            space |= {"output_dir": str(tmp_path / "runs" / "04")}
+    found = json.loads((tmp_path / "runs" / "04" / "results.json").read_text())
+    assert "finished runs, read from reports/published/study." in capsys.readouterr().out
     assert found["verdict"] == "DONE" and found["metrics"]["missing_runs"] == []
     gap = found["metrics"]["differences_db"]["gated - oracle"]["0-30"]
     assert gap["mean"] == pytest.approx(0.0932, abs=1e-3) and len(gap["seeds"]) == 3

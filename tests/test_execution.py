@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -208,8 +209,12 @@ def test_a_stopped_run_leaves_its_report(
     deaf = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" * (len(signals) - 1)
     begun = f"import time\nopen({str(tmp_path / 'begun')!r}, 'w').close()\ntime.sleep(60)"
     notebook = make(make_notebook, deaf + begun)
-    command = [sys.executable, "-m", "fresnel", "run", str(notebook), "--reports", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "fresnel", "run"]
+    if signals == [signal.SIGINT]:
+        command = ["./run_all.sh"]
+    command += [str(notebook), "--reports", str(tmp_path)]
+    env = {**os.environ, "FRESNEL_PYTHON": sys.executable}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / "begun").exists() and process.poll() is None:
             time.sleep(0.05)
         for number in signals[:-1]:
@@ -234,4 +239,6 @@ def test_a_stopped_run_leaves_its_report(
     assert time.monotonic() - ended < execution.GRACE_S
     record = RunRecord.read(folder)
     assert record.badge == "STOPPED" and "stopped from outside" in (record.error or "")
+    for page in (folder / "report.html", tmp_path / "index.html"):
+        assert "STOPPED" in page.read_text() and "CRASHED" not in page.read_text()
     assert "so far" in (folder / "report.html").read_text()

@@ -1,20 +1,24 @@
-"""What Gaussians, cameras, views and verdicts look like in a notebook."""
+"""What a notebook shows of Gaussians, cameras, views and verdicts, and under sliders."""
 
 from __future__ import annotations
 
 import base64
 import io
 import re
+import time
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import external_requests
+from conftest import Shown, external_requests
 from PIL import Image
 
 from fresnel import Cameras, Gaussians, gate, orbit, preview, render
 from fresnel.gate.decide import Reason
+from fresnel.show.explore import explore
 
 
 def picture(html: str) -> np.ndarray:
@@ -71,3 +75,59 @@ def test_cameras_stand_where_they_stand_and_a_verdict_is_escaped() -> None:
     assert html.count("<rect") == 8 and "views_dark" in repr(refused) and len(repr(refused)) < 200
     with pytest.raises(TypeError, match="got int, want Gaussians"):
         preview(3)
+
+
+def test_sliders_are_live_where_somebody_can_move_them(shown: Shown) -> None:
+    """The newest values are drawn; a picture that is uploaded is one more choice; what goes wrong
+    is said and ends nothing."""
+    pytest.importorskip("ipywidgets")
+    from ipywidgets.widgets.widget import _instances
+
+    calls: list[dict[str, Any]] = []
+
+    def draw(**values: Any) -> tuple[dict[str, np.ndarray], str]:
+        calls.append(dict(values))
+        if values["what"] == "worst":
+            raise ValueError("<nothing> there")
+        return {"grey": np.full((8, 8, 3), 2 * values["turn"], np.uint8)}, f"at {values['turn']}"
+
+    def until(widget: Any, text: str) -> None:
+        ends = time.monotonic() + 20
+        while text not in widget.value:
+            assert time.monotonic() < ends, widget.value
+            time.sleep(0.01)
+
+    controls = {"what": ["best", "worst"], "turn": range(100)}
+    values = explore(draw, controls, {"what": "best", "turn": 3}, "Grey.", upload="what", live=True)
+    ((data, _),) = shown
+    box = _instances[data["application/vnd.jupyter.widget-view+json"]["model_id"]]
+    picture, said, menu, slider, upload = box.children
+    assert said.value == "at 3" and "<img" in data["text/html"] and len(calls) == 1
+    before = picture.value
+    for turn in range(40, 60):
+        slider.value = turn
+    until(said, "at 59")
+    assert values == {"what": "best", "turn": 59} == calls[-1] and picture.value != before
+    menu.value = "worst"
+    until(said, "ValueError: &lt;nothing&gt; there")
+    file = {"name": "../a.png", "type": "image/png", "size": 3, "content": b"abc"}
+    upload.value = ({**file, "last_modified": datetime.now(UTC)},)
+    until(said, "at 59")
+    assert Path(values["what"]).name == "a.png" and Path(values["what"]).read_bytes() == b"abc"
+
+
+def test_sliders_of_a_report_have_their_pictures(shown: Shown) -> None:
+    def draw(turn: int, what: str) -> tuple[dict[str, np.ndarray], str]:
+        more = {"b": np.zeros((8, 8, 3), np.uint8)} if what == "two" else {}
+        return {"a": np.full((8, 8, 3), turn, np.uint8), **more}, f"at {turn} <{what}>"
+
+    controls: dict[str, Any] = {"turn": range(0, 101, 5), "what": ["one", "two"]}
+    explore(draw, controls, {"turn": 15, "what": "one"}, "Grey.", frames=5, live=False)
+    turn, what = (data["text/html"] for data, _ in shown)
+    assert [int(n) for n in re.findall(r"turn: (\d+)\. at", turn.split("data-steps")[1])] == [
+        *(0, 15, 50, 75, 100),
+        15,
+    ], "the start is among them, and named at first"
+    assert 'value="1"' in turn and "--at:1" in turn and "at 15 &lt;one&gt;" in turn
+    assert turn.count("<img") == 1 and what.count("<img") == 2, "where one has no b it is grey"
+    assert external_requests(turn + what) == []

@@ -98,15 +98,6 @@ def read_parameters(
     return found
 
 
-def parameters_of(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters cell's values, from a notebook's `globals()` right after it."""
-    return {
-        name: value
-        for name, value in namespace.items()
-        if not name.startswith("_") and isinstance(value, (bool, int, float, str))
-    }
-
-
 def check_parameters(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` with every value as its parameter takes it, or a ParameterError naming them all."""
     problems, checked = [], {}

@@ -26,7 +26,6 @@ from fresnel.report.params import (
     Parameter,
     ParameterError,
     check_parameters,
-    parameters_of,
     read_parameters,
 )
 from fresnel.report.record import Recorder, RunRecord
@@ -59,7 +58,7 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Recorder:
     values = _literals(*(text for text in cells if text.startswith(_INJECTED)))
     given = {name: parameter.default for name, parameter in values.items()}
     given |= {name: namespace[name] for name in known if name in namespace}
-    params = check_parameters(known, given) if known else parameters_of(namespace)
+    params = check_parameters(known, given)
     before, folder = _watch, params.get("output_dir", "")
     if before is not None:
         before.leave()

@@ -47,6 +47,7 @@ def _gaussians(value: Gaussians) -> str:
     flat = Gaussians(*(_flat(getattr(value, name), value) for name in vars(value))).detach()
     shown = []
     for one in (flat[k].to("cpu", torch.float32) for k in range(min(4, len(flat.means)))):
+        one = one.select(one.opacities > 0.02)
         if not one.num:
             continue
         weight = one.scales.prod(-1) * one.opacities
