@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from fresnel.evaluation.metrics import EXTRA, RATIOS
+from fresnel.host.files import from_json, read_bytes, read_json
 from fresnel.report.index import TABLE_NAME
 
 TABLE = TABLE_NAME
@@ -78,11 +78,11 @@ def _records(folder: Path) -> Iterator[dict[str, Any]]:
     """Every readable record below a folder, with the folder that its artifacts lie in."""
     for path in sorted(folder.rglob("results.json")):
         try:
-            yield {**json.loads(path.read_text(encoding="utf-8")), "folder": str(path.parent)}
+            yield {**read_json(path), "folder": str(path.parent)}
         except (OSError, ValueError, TypeError):
             continue  # a run that is being written, or was damaged: the index says so
     for path in sorted(folder.rglob(TABLE)):
-        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        for record in map(from_json, read_bytes(path).splitlines()):
             yield {**record, "folder": str(path.parent / record["name"])}
 
 

@@ -25,7 +25,15 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from fresnel.data.images import DatasetError, decoded, load_image, named, resize, squared
+from fresnel.data.images import (
+    DatasetError,
+    decoded,
+    load_image,
+    named,
+    orientation,
+    resize,
+    squared,
+)
 from fresnel.data.layout import inside, read_checked
 from fresnel.data.records import ObjectViews
 from fresnel.scene.cameras import Cameras
@@ -194,7 +202,7 @@ def prepare(
         pivot = nearest_to_axes(thinned.viewmats)
         first, said = inside(root, thinned.views[0].image), capture.notes.get("warnings", [])
         alpha = load_image(first, rotate=False)[1]
-        if decoded(first, pixels=False).getexif().get(0x0112, 1) > 1:
+        if orientation(decoded(first, pixels=False)) > 1:
             ignored = "the EXIF rotation of its pictures is ignored: poses are of what is stored"
             warnings.warn(f"{root}: {capture.name}: {ignored}", stacklevel=2)
             said = [*said, ignored]
@@ -301,7 +309,7 @@ def _read_view(
 
 def _turned(path: str, data: bytes) -> str:
     """What to say of a picture that its EXIF data turn by a quarter."""
-    quarter = decoded(path, data, pixels=False).getexif().get(0x0112, 1) > 4
+    quarter = orientation(decoded(path, data, pixels=False)) > 4
     return " (its EXIF data turn it by a quarter, which tools do or don't)" if quarter else ""
 
 

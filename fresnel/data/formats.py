@@ -38,7 +38,15 @@ from scipy.spatial.transform import Rotation
 
 from fresnel.data.captures import MAX_VIEWS, Capture, Floats, Lens, View, collect, pinhole
 from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, decoded, read_bytes
-from fresnel.data.layout import MAX_JSON_BYTES, entry, inside, read_json, relative, sha256
+from fresnel.data.layout import (
+    MAX_JSON_BYTES,
+    entry,
+    inside,
+    read_items,
+    read_json,
+    relative,
+    sha256,
+)
 
 _Y_UP = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
 """World of a transforms.json (Z up) to ours (Y up): (x, y, z) -> (x, z, -y)."""
@@ -339,7 +347,7 @@ def _read_annotations(root: Path, folder: str, names: list[str]) -> list[Capture
     sequences: dict[str, list[View]] = defaultdict(list)
     present: dict[str, bool] = {}
     data = read_bytes(path, MAX_JSON_BYTES)
-    for frame in read_json(path, data, list):
+    for frame in read_items(path, data):
         name = entry(frame, "sequence_name", str, path)
         image, camera = (entry(frame, key, dict, path) for key in ("image", "viewpoint"))
         size = entry(image, "size", (2,), path)[::-1]

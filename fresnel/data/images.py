@@ -18,14 +18,23 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.Image import Transpose
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from fresnel.host import files
 from fresnel.scene.cameras import Cameras, standard_orbit
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded: a small file can claim a huge picture."""
+_TURNS = {
+    **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM},
+    **{5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE},
+    8: Transpose.ROTATE_90,
+}
+_MOST_SCANS = 100
+"""Of a progressive JPEG, which has about ten: each is decoded over the whole picture."""
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"),
@@ -183,17 +192,18 @@ def squared(
 def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
     """A regular file's bytes (of a .jgz: unpacked); DatasetError if there is none, they are more,
     or can't be read."""
-    packed = Path(path).suffix == ".jgz"
     try:
-        if not Path(path).is_file() and Path(path).exists():  # a pipe would wait for ever
-            raise DatasetError(f"{path}: is no regular file")
-        with gzip.open(path) if packed else open(path, "rb") as file:
-            # Python makes room for all that it is asked for, before it reads
-            data = file.read((limit if packed else min(limit, Path(path).stat().st_size)) + 1)
+        data = files.read_bytes(path, limit)
+        if Path(path).suffix != ".jgz":
+            return data
+        with gzip.open(io.BytesIO(data)) as file:
+            data = file.read(limit + 1)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{path}: can't be read ({error})") from error
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
     if len(data) > limit:
         raise DatasetError(f"{path}: more than {limit} bytes, which is the limit. Make it smaller")
     return data
@@ -221,6 +231,8 @@ def decoded(
             ) from None
         pillow_heif.register_heif_opener()
         formats = (*formats, "HEIF")
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MOST_SCANS:
+        raise DatasetError(f"{path}: a JPEG of over {_MOST_SCANS} scans. Save it again")
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
         if image.width * image.height > MAX_PIXELS:
@@ -234,6 +246,13 @@ def decoded(
     except Exception:
         raise DatasetError(f"{path}: {wrong}. Remove it, or copy or save it again") from None
     return image
+
+
+def orientation(image: Image.Image) -> int:
+    """How EXIF data turn a picture, 1 (not at all) to 8; damaged ones don't."""
+    with contextlib.suppress(Exception):
+        return int(image.getexif().get(0x0112, 1))
+    return 1
 
 
 def _is_heif(data: bytes) -> bool:
@@ -259,8 +278,8 @@ def load_image(
         DatasetError: if the file is missing, no image, truncated, or larger than `MAX_PIXELS`.
     """
     image = decoded(path, data)
-    with named(path):
-        image = ImageOps.exif_transpose(image) if rotate else image
+    if rotate and (turn := orientation(image)) in _TURNS:
+        image = image.transpose(_TURNS[turn])
     if image.mode[0] in "IF":  # Pillow's own conversion would clip to 8 bits, not scale
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
         most = 1 if image.mode == "F" else 65535

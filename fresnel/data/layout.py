@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import posixpath
@@ -33,6 +34,8 @@ from fresnel.host import files as _files
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 1 << 28
+_MAX_ITEM = 1 << 20
+_BETWEEN = re.compile(r"\s*([\[\],])\s*")
 _FOLDER = re.compile(r"image_\d{4,}")
 # Not read, so not part of the data: the original's DINOv2 features and its relative depth.
 _IGNORED = {"input_features.npy", "input_depth.npy"}
@@ -66,10 +69,31 @@ def read_json(path: Path, data: bytes | None = None, kind: type = dict) -> Any:
     """What a JSON file says, an object or a list; of ``data``, ``path`` is only for messages."""
     data = read_bytes(path, MAX_JSON_BYTES) if data is None else data
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = _files.from_json(data)
+    except ValueError as error:
         raise DatasetError(f"{path}: not valid JSON ({error}). Restore or rewrite it") from None
     return entry({"the JSON": value}, "the JSON", kind, path)
+
+
+def read_items(path: Path, data: bytes) -> Iterator[Any]:
+    """The items of a JSON list, one at a time, as all of a category's would take gigabytes;
+    DatasetError if it is none, is damaged, or one of them has more than 1 MB."""
+    stream, decoder = io.TextIOWrapper(io.BytesIO(data), "utf-8"), json.JSONDecoder()
+    text, at, mark = "", 0, "["
+    try:
+        while True:
+            if len(text) - at < _MAX_ITEM and (more := stream.read(4 * _MAX_ITEM)):
+                text, at = text[at:] + more, 0
+            found = _BETWEEN.match(text, at)
+            if found and found[1] == "]" and mark == ",":
+                return
+            if not found or found[1] != mark:
+                raise ValueError(f"want {mark!r} before {text[at : at + 20]!r}")
+            item, at = decoder.raw_decode(text, found.end())
+            yield item
+            mark = ","
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{path}: not valid JSON ({error})") from None
 
 
 def entry(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+
+_MOST = 1 << 30
+"""Bytes that what JSON says may take."""
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> None:
@@ -129,9 +133,41 @@ def inside(folder: Path, name: str) -> Path:
     for part in name.split("/"):  # a set has millions of steps: resolve only what needs it
         step = f"{step}/{part}"
         suspect = suspect or part == ".." or os.path.islink(step)
-    if suspect and not path.resolve().is_relative_to(folder.resolve()):
+    # not Path.resolve, to which links in a circle are no OSError
+    if suspect and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{path}: leads out of its folder; copy the file into it")
     return path
+
+
+def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:
+    """A regular file's bytes; ValueError if it is none, or has more; OSError as of `open`."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would wait
+        said = os.fstat(file.fileno())
+        if not stat.S_ISREG(said.st_mode):
+            raise ValueError(f"{path}: is no regular file")
+        # Python makes room for all that it is asked for, before it reads
+        data = file.read(min(limit, said.st_size) + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path}: more than {limit} bytes, which is the limit. Make it smaller")
+    return data
+
+
+def from_json(data: bytes) -> Any:
+    """What JSON says; ValueError if it is damaged, nested deeply, or would fill the memory: a list
+    takes 100 bytes of it and an object 200, where the text has two for each."""
+    wide = 1 if data.isascii() and b"\\u" not in data else 4  # bytes of a character
+    each = {b"[": 100, b"{": 200, b",": 40, b'"': 32}
+    if (size := 2 * wide * len(data) + sum(data.count(c) * n for c, n in each.items())) > _MOST:
+        raise ValueError(f"it would take about {size >> 20} MB, the limit is {_MOST >> 20}")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: str | Path, limit: int = 1 << 28) -> Any:
+    """What a JSON file of at most so many bytes says; ValueError or OSError if it can't be read."""
+    return from_json(read_bytes(path, limit))
 
 
 def sha256(path: str | Path) -> str:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fresnel.host.files import locked, write_atomic
+from fresnel.host.files import locked, read_json, write_atomic
 from fresnel.launch.plan import Plan, sbatch, tasks
 from fresnel.launch.remote import BOX, Box, RemoteError
 from fresnel.report.record import slug
@@ -99,7 +99,7 @@ def entries(reports: Path) -> list[Entry]:
     found = []
     for path in sorted((reports / "remote/.ledger").glob("*/launch.json")):
         with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads(path.read_text(encoding="utf-8")))
+            found.append(read_json(path))
     return found
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from fresnel.host.files import write_atomic
+from fresnel.host.files import from_json, write_atomic
 
 _LARGEST, _MOST_BLOCKS = 2048, 16
 """Of any size, and of blocks a level: what a file says is not to take all memory and time."""
@@ -119,10 +119,10 @@ def read_header(path: str | Path, kind: str = "weights") -> dict[str, Any]:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
         if "fresnel_decoder" in metadata:  # the decoders that ship
-            old = json.loads(metadata["fresnel_decoder"])
+            old = from_json(metadata["fresnel_decoder"].encode())
             return {**(old.pop("provenance", None) or {}), **old, "kind": "decoder"}
-        header = json.loads(metadata.get("fresnel", "{}"))
-    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+        header = from_json(metadata.get("fresnel", "{}").encode())
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: not a readable {kind} checkpoint ({error})") from error
     return header if isinstance(header, dict) else {}
 

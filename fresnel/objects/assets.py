@@ -19,12 +19,14 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from fresnel.data.images import DatasetError, read_bytes
-from fresnel.host.files import inside, sha256
+from fresnel.host.files import from_json, inside, sha256
 
 MESHES = (".glb", ".gltf", ".obj")
 MAX_BYTES = 1 << 28
 """Of a mesh, or of a file that it names."""
 _MAX_LIST_BYTES = 1 << 26
+_MOST_NAMED, MOST_WORDS = 10_000, 100
+"""How many files a mesh may name, and of how many words the line that names some."""
 _CATALOGUE = "PluginFurnitureCatalog.properties"
 _PROPERTY = re.compile(r"^(model|name|creator|category|license)#(\d+)\s*=\s*(.*)$", re.MULTILINE)
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -162,7 +164,9 @@ def content_of(asset: Asset, known: dict[Path, str]) -> str:
         found = () if asset.member or line in lines else _named_in(path)
         lines.add(line)
         folder = os.path.relpath(path.parent, asset.source.parent)
-        for words in map(str.split, sorted(set(found))):
+        if len(named := {named.strip() for named in found}) > _MOST_NAMED:
+            raise DatasetError(f"{path}: names {len(named)} files, the limit is {_MOST_NAMED}")
+        for words in (each.split(None, MOST_WORDS)[:MOST_WORDS] for each in sorted(named)):
             ends = {" ".join(words[k:]) for k in range(len(words))}  # options may stand before it
             for name in sorted(ends | {*words}):
                 place = asset.where(posixpath.join(folder, name)) or asset.where(name)
@@ -184,8 +188,8 @@ def _named_in(path: Path) -> list[str]:
         return _NAMED.findall(re.sub(r"\\\r?\n", " ", text))
     if data.startswith(b"glTF"):  # binary: its JSON comes first
         data = data[20 : 20 + int.from_bytes(data[12:16], "little")]
-    with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
-        said = json.loads(data)
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        said = from_json(data)
         linked = [each.get("uri") for key in ("images", "buffers") for each in said.get(key, ())]
         return [uri for uri in linked if isinstance(uri, str) and not uri.startswith("data:")]
     return []  # no mesh, or a damaged one, which is refused where it is read
@@ -267,8 +271,8 @@ def find_assets(path: str | Path) -> list[Asset]:
 def _listed(manifest: Path, data: bytes, archived: bool = False) -> list[Asset]:
     """The objects of a JSON manifest: of files beside it, or of members of its archive."""
     try:
-        entries = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        entries = from_json(data)
+    except ValueError as error:
         raise DatasetError(f"{manifest}: not a readable JSON list ({error})") from None
     entries = entries.get("assets") if isinstance(entries, dict) else entries
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -10,7 +10,6 @@ merely offers and is not drawn comes back as a note.
 from __future__ import annotations
 
 import base64
-import json
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
+from fresnel.host.files import from_json
 from fresnel.objects.surface import (
     MAX_FACES,
     Doubles,
@@ -77,8 +77,8 @@ class _Reader:
         if data.startswith(b"glTF"):
             data = self._chunks(data)
         try:
-            self.json: Json = json.loads(data)
-        except (ValueError, RecursionError) as error:
+            self.json: Json = from_json(data)
+        except ValueError as error:
             raise ValueError(f"not readable as glTF: its JSON is damaged ({error})"[:200]) from None
         version = str(self.json["asset"].get("version", "")) if "asset" in self.json else "2.0"
         if not version.startswith("2"):

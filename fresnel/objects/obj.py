@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fresnel.data.images import decoded
+from fresnel.objects.assets import MOST_WORDS
 from fresnel.objects.surface import (
     MAX_FACES,
     Doubles,
@@ -38,6 +41,12 @@ _OPTIONS = {  # of a texture: how many values follow at most
     "-mm": 2,
 }
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,2})?")
+_WHOLE = re.compile(r"\d+/\d+/\d+(?: +\d+/\d+/\d+)*", re.ASCII)
+_LINE = re.compile(r"[^\n]*\n?")
+_POINTS = re.compile(r"[\d ]+", re.ASCII)
+_MOST_MATERIALS = 10_000
+_MOST_WORK = 5e8
+"""The sum of squares of the corners of polygons above 1000: triangulating takes as many steps."""
 _PLAIN = Material()
 
 
@@ -56,7 +65,7 @@ class _Polygons:
     """Polygons of one material: how many corners each has, and every corner's three indices."""
 
     sizes: list[int] = field(default_factory=list)
-    corners: list[tuple[int, int, int]] = field(default_factory=list)
+    corners: array[int] = field(default_factory=lambda: array("q"))
 
 
 def read(data: bytes, beside: Callable[[str], bytes | None]) -> Surface:
@@ -65,91 +74,103 @@ def read(data: bytes, beside: Callable[[str], bytes | None]) -> Surface:
     Raises:
         ValueError: naming the line that can't be read, or what is too large.
     """
-    points: list[list[float]] = []
-    layout: list[list[float]] = []
-    normals: list[list[float]] = []
-    groups: dict[str, _Polygons] = {}
+    points, colors, layout, normals = (array("d") for _ in range(4))
+    groups: dict[str, _Polygons] = defaultdict(_Polygons)
     libraries: list[str] = []
-    name = ""
+    name, left = "", 4 * MAX_FACES  # corners; a face has four, if there are fewer
+    if data.count(b"\nf") > MAX_FACES or data.count(b"\nv") > 6 * MAX_FACES:
+        raise ValueError(f"mesh: over {MAX_FACES} triangles. Simplify it")
     for number, line in enumerate(_lines(data), 1):
         key, _, rest = line.partition(" ")
         try:
             if key == "v":
-                points.append([float(value) for value in rest.split()])
+                place = [float(value) for value in rest.split(None, 6)[:6]]
+                if len(place) < 3:
+                    raise ValueError("fewer than three coordinates; repair the file")
+                points.extend(place[:3])
+                colors.extend(place[3:] if len(place) == 6 else ())
             elif key == "vt":
-                layout.append([float(value) for value in rest.split()[:2]])
+                layout.extend(_row(rest, 2))
             elif key == "vn":
-                normals.append([float(value) for value in rest.split()[:3]])
+                normals.extend(_row(rest, 3))
             elif key == "f":
-                counts = len(points), len(layout), len(normals)
-                corners = [_corner(text, counts) for text in rest.split()]
-                if len(corners) > 2:
-                    group = groups.setdefault(name, _Polygons())
-                    group.sizes.append(len(corners))
-                    group.corners += corners
+                if (count := rest.count(" ")) >= left:
+                    raise ValueError(f"over {MAX_FACES} triangles. Simplify it")
+                left -= max(count + 1, 4)
+                counts = len(points) // 3, len(layout) // 2, len(normals) // 3
+                corners = _corners(rest, counts)
+                if len(corners) > 6:
+                    groups[name].sizes.append(len(corners) // 3)
+                    groups[name].corners.extend(corners)
             elif key == "usemtl":
                 name = rest.strip()
             elif key == "mtllib":
                 libraries.append(rest.strip())
         except ValueError as error:
             raise ValueError(f"line {number} can't be read: {line[:60]!r} ({error})") from None
-    if sum(len(group.corners) for group in groups.values()) > 4 * MAX_FACES:
-        raise ValueError(f"mesh: over {MAX_FACES} triangles. Simplify it")
+    large = [size for group in groups.values() for size in group.sizes if size > 1000]
+    if len(groups) > _MOST_MATERIALS or sum(size * size for size in large) > _MOST_WORK:
+        said = f"{len(groups)} materials, and polygons of {max(large, default=0)} corners"
+        raise ValueError(f"mesh: {said}. Merge the materials, or triangulate the polygons")
     materials = _Materials(libraries, beside)
-    position, colors = _points(points)
-    vt = _table(layout, 2)
-    vn = _table(normals, 3)
+    position, vt, vn = _table(points, 3), _table(layout, 2), _table(normals, 3)
+    tints = _tints(_table(colors, 3)) if len(colors) == len(points) > 0 else None
     parts = []
     for wanted, group in groups.items():
-        index = np.asarray(group.corners, np.int64)
-        if index[:, 0].max() >= len(position) or index[:, 0].min() < 0:
+        index = np.asarray(group.corners, np.int64).reshape(-1, 3)
+        if index[:, 0].max() >= len(points) // 3 or index[:, 0].min() < 0:
             raise ValueError("mesh: a face names a vertex that doesn't exist; repair the file")
         faces = _triangles(np.asarray(group.sizes), position[index[:, 0]])
-        parts.append(_part(index, faces, materials.look(wanted), position, colors, vt, vn))
+        parts.append(_part(index, faces, materials.look(wanted), position, tints, vt, vn))
     return assemble(parts, materials.notes)
 
 
-def _lines(data: bytes) -> list[str]:
+def _lines(data: bytes) -> Iterator[str]:
     """The lines of a text in UTF-8 or Latin-1, continued ones joined, comments and margins gone."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
-    text = text.replace("\\\r\n", " ").replace("\\\n", " ")
-    return [line.partition("#")[0].replace("\t", " ").strip() for line in text.splitlines()]
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\\\n", " ")
+    for line in _LINE.finditer(text):  # a list of them would take more than the mesh
+        yield line[0].partition("#")[0].replace("\t", " ").strip()
 
 
-def _corner(text: str, counts: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Indices from 0 of vertex, texture coordinate and normal; -1 where there is none."""
-    found = [-1, -1, -1]
-    for place, part in enumerate(text.split("/")[:3]):
-        if part:
-            index = int(part)
-            if index == 0 or index < -counts[place] or index > 1 << 31:
+def _corners(text: str, counts: tuple[int, int, int]) -> list[int]:
+    """Of each corner the indices from 0 of vertex, texture coordinate and normal, one after the
+    other; -1 where there is none."""
+    if (whole := _WHOLE.fullmatch(text)) or _POINTS.fullmatch(text):  # quicker
+        found = [int(part) for part in text.replace("/", " ").split()]
+        if 0 < min(found) <= max(found) <= 1 << 31:
+            one = [i - 1 for i in found]
+            return one if whole else [n for i in one for n in (i, -1, -1)]
+    found = []
+    for corner in text.split():
+        for place, part in enumerate([*corner.split("/"), "", ""][:3]):
+            index = int(part) if part else -1 - counts[place]
+            if part and (index == 0 or index < -counts[place] or index > 1 << 31):
                 raise ValueError("an index of 0, or one that nothing can have")
-            found[place] = index - 1 if index > 0 else counts[place] + index
-    return found[0], found[1], found[2]
+            found.append(index - 1 if index > 0 else counts[place] + index)
+    return found
 
 
-def _table(rows: list[list[float]], width: int) -> Doubles:
-    """Rows of numbers, short ones padded with zeros; at least one row."""
-    table = np.zeros((max(len(rows), 1), width))
-    for index, row in enumerate(rows):
-        table[index, : len(row)] = row
-    return table
+def _row(text: str, width: int) -> list[float]:
+    """The first numbers of a line, zeros where there are fewer."""
+    found = [float(value) for value in text.split(None, width)[:width]]
+    return found + [0.0] * (width - len(found))
 
 
-def _points(rows: list[list[float]]) -> tuple[Doubles, Floats | None]:
-    """Positions (V, 3), and linear colours (V, 4) where every vertex states one after it."""
-    lengths = {len(row) for row in rows}
-    if lengths and min(lengths) < 3:
-        raise ValueError("mesh: a vertex has fewer than three coordinates; repair the file")
-    positions = np.asarray([row[:3] for row in rows], np.float64).reshape(-1, 3)
-    if not lengths or min(lengths) < 6:
-        return positions, None
-    given = np.asarray([row[3:6] for row in rows], np.float64)
+def _table(numbers: array[float], width: int) -> Doubles:
+    """Rows of numbers; at least one row."""
+    return np.asarray(numbers or array("d", bytes(8 * width)), np.float64).reshape(-1, width)
+
+
+def _tints(given: Doubles) -> Floats:
+    """Linear colours (V, 4) of the colours (V, 3) of vertices, of 1 or of 255."""
     given = given / 255 if given.max() > 1 else given
-    return positions, np.concatenate([linear(given), np.ones((len(rows), 1), np.float32)], axis=1)
+    return np.concatenate([linear(given), np.ones((len(given), 1), np.float32)], axis=1)
 
 
 def _part(
@@ -224,8 +245,9 @@ class _Materials:
         self.images: dict[str, Floats | None] = {}
         self.said: dict[str, dict[str, str]] = {}
         for names in dict.fromkeys(libraries):
-            whole = [names] if beside(names) is not None else names.split()
-            for name in whole:  # a name with spaces, or several
+            words = names.split(None, MOST_WORDS)[:MOST_WORDS]
+            whole = [names] if beside(names) is not None else words
+            for name in dict.fromkeys(whole):  # a name with spaces, or several
                 data = beside(name)
                 if data is None:
                     self.notes.append(f"material file {name!r} was not found: it would colour this")

@@ -28,7 +28,7 @@ import jinja2
 import msgspec
 import yaml
 
-from fresnel.host.files import locked, write_atomic
+from fresnel.host.files import locked, read_json, write_atomic
 from fresnel.host.machine import project_root
 from fresnel.report import html as _html
 from fresnel.report.provenance import RESULTS_NAME
@@ -145,10 +145,10 @@ def _remote(reports: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(reports.glob("remote/.ledger/*/launch.json"), reverse=True):
         try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
+            entry = read_json(path)
             row = {name: entry[name] for name in ("run", "on", "state", "planned")}
             fetched, spent = entry.get("fetched") or "", entry.get("spent") or {}
-        except (OSError, ValueError, KeyError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, AttributeError):
             continue
         page = Path(fetched, "out", INDEX_NAME)
         link = quote(str(page)) if fetched and (reports / page).is_file() else None

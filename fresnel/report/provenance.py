@@ -20,7 +20,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from fresnel.host.files import sha256
+from fresnel.host.files import from_json, read_bytes, read_json, sha256
 from fresnel.host.machine import accelerators, core_count, cuda, project_root
 
 RESULTS_NAME = "results.json"
@@ -125,17 +125,16 @@ def digest(path: Path, apart: Path | None = None) -> str:
 
     apart: a folder below it that does not count."""
     if path.name == RESULTS_NAME and path.is_file():
-        data = path.read_bytes()
-        with contextlib.suppress(ValueError, AttributeError, RecursionError):
-            content = json.loads(data)
+        data = read_bytes(path)
+        with contextlib.suppress(ValueError, AttributeError):
+            content = from_json(data)
             content.pop("cached", None)  # that its run was used again is no news about it
             data = json.dumps(content, sort_keys=True).encode()
         return hashlib.sha256(data).hexdigest()
     if path.is_file():
         return sha256(path)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        return str(manifest["content_hash"])
+        return str(read_json(path / "manifest.json")["content_hash"])
     if not path.is_dir():
         return ""
     files = sorted(path.glob(RESULTS_NAME))

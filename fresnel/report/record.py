@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 import psutil
 
-from fresnel.host.files import locked, own, write_atomic
+from fresnel.host.files import locked, own, read_json, write_atomic
 from fresnel.host.machine import cuda, project_root
 from fresnel.host.meters import EnergyMeter, PeakMemory
 from fresnel.report.provenance import RESULTS_NAME, digest, provenance
@@ -130,10 +130,10 @@ class RunRecord:
         Raises RecordError that says what is wrong with it; unknown keys are left out."""
         source = _file(path)
         try:
-            data = json.loads(source.read_text(encoding="utf-8"))
+            data = read_json(source)
         except OSError as error:
             raise RecordError(f"{source}: cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise RecordError(f"{source}: is not valid JSON ({error})") from error
         return cls.from_dict(data, where=str(source))
 

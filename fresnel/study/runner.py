@@ -7,7 +7,6 @@ finished.  Stopped ones are called again and go on; a training resumes from its 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -20,7 +19,7 @@ from typing import Annotated, Any
 import msgspec
 import yaml
 
-from fresnel.host.files import locked
+from fresnel.host.files import locked, read_json
 from fresnel.host.machine import project_root
 from fresnel.report import run as report
 from fresnel.report.params import check_parameters, read_parameters
@@ -336,8 +335,8 @@ def _runs(
     wanted = {k: value for k, value in (params or {}).items() if "{run:" not in str(value)}
     for results in sorted(reports.glob(f"runs/*Z-{slug(name)}*/results.json"), reverse=True):
         try:
-            record = json.loads(results.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            record = read_json(results)
+        except (OSError, ValueError):
             continue
         if isinstance(record, dict) and record.get("name") == name:
             has = record.get("params", {})

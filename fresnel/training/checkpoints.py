@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
-from fresnel.host.files import scratch, write
+from fresnel.host.files import from_json, scratch, write
 
 SUFFIX = ".safetensors"
 
@@ -98,9 +98,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a checkpoint; ValueError if the file is damaged, or is none."""
     try:
         with safe_open(str(path), "pt") as file:
-            metadata = json.loads((file.metadata() or {})["fresnel"])
+            metadata = from_json((file.metadata() or {})["fresnel"].encode())
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: damaged, or not a checkpoint ({error})") from error
 
 

@@ -18,7 +18,7 @@ from fresnel.data.records import ViewTensors
 from fresnel.evaluation import metrics as evaluate
 from fresnel.gate import receipts
 from fresnel.host import machine
-from fresnel.host.files import fingerprint, scratch
+from fresnel.host.files import fingerprint, read_json, scratch
 from fresnel.training import checkpoints
 from fresnel.training.loop import TrainResult
 from fresnel.training.step import Stepper, kernels
@@ -283,9 +283,9 @@ def keep(data: Any, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> Non
 def kept(data: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The forecast for these settings on this data; None if there is none that can be read."""
     try:
-        plan = json.loads(receipts.kept(data, _file(settings)).read_text(encoding="utf-8"))
+        plan = read_json(receipts.kept(data, _file(settings)))
         return plan if plan["parts"].keys() == PARTS.keys() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
