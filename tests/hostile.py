@@ -85,7 +85,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "views": lambda path: _command("views", str(path), "--out", f"{path}-views"),
     "original": lambda path: dataset.open(path)[0],
     "splats": Gaussians.load,
-    "weights": lambda path: [net.from_pretrained(path) for net in (CVS, Decoder)],
+    "weights": lambda path: [net.load(path) for net in (CVS, Decoder)],
     "checkpoint": checkpoints.read,
     "index": _index,
 }
@@ -252,7 +252,7 @@ def gzip_bomb(folder: Path, rng: random.Random) -> Case:
 @kind
 def splats_bomb(folder: Path, rng: random.Random) -> Case:
     """SPZ that unpacks into much, or claims to hold it."""
-    count = rng.choice((10, 5_000_000, 60_000_000, 2**32 - 1))
+    count = rng.choice((900_000, 5_000_000, 60_000_000, 2**32 - 1))
     head = struct.pack(
         "<4sIIBBBB", b"NGSP", rng.choice((2, 3, 4)), count, rng.choice((0, 3)), 12, 0, 0
     )

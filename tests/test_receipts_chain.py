@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -251,11 +252,40 @@ def test_a_smoke_run_stays_unthresholded(tmp_path: Path) -> None:
     assert gate.require_receipt(data, "smoke-cvs").passed
 
 
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda data: data.rgb[1, 0, 0].add_(1) is None or data,
+    "by numpy": lambda data: data.inputs.alpha.numpy().fill(7) or data,
+    "a camera": lambda data: data.cameras.viewmats[0, 1, 2].mul_(2) is None or data,
+    "replaced": lambda data: replace(data, depth=2 * data.depth),
+    "exchanged": lambda data: replace(data, rgb=data.rgb.flip(0)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_data_edited_in_memory_are_refused(edit: str, tmp_path: Path) -> None:
+    two = [views_of(index, size=16, views=2) for index in range(2)]
+    data = dataset.write(tmp_path / "set", two, meta={})
+    receipt = gate.write_receipt(data, "gate", True, "fine")
+    for sound in (data.tensors(), data.tensors(8)[[1]], data.tensors().to("cpu")):
+        assert gate.require_receipt(sound, receipt=receipt) == receipt
+    for whole in (EDITS[edit](data.tensors()), EDITS[edit](data.tensors())[[1, 0]]):
+        with pytest.raises(gate.GateRefusal, match="edited in memory"):
+            gate.require_receipt(whole, receipt=receipt, allow_failed=True)
+
+
 MESHES = {
     "escaped uri": ("m.gltf", '{"images": [{"uri": "t\\u0065x.png"}]}', "tex.png"),
     "materials in capitals": ("m.mtl", "newmtl a\nMAP_KD tex.png\n", "tex.png"),
     "a comment behind": ("m.mtl", "newmtl a\nmap_Kd my tex.png # mine\n", "my tex.png"),
+    "a buffer": ("m.gltf", '{"buffers": [{"uri": "m.bin", "byteLength": 3}]}', "m.bin"),
+    "an archive": ("readme.txt", "", "objects.zip"),
 }
+
+
+def zipped(path: Path, content: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m.obj", "mtllib m.mtl\n")
+        archive.writestr("tex.png", content)
 
 
 @pytest.mark.parametrize("how", MESHES)
@@ -266,9 +296,10 @@ def test_every_texture_is_in_a_renderings_key(how: str, tmp_path: Path) -> None:
     (folder / name).write_text(text)
     if name.endswith(".mtl"):
         (folder / "m.obj").write_text("mtllib m.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
-    (folder / texture).write_bytes(b"one")
+    write = zipped if how == "an archive" else Path.write_bytes
+    write(folder / texture, b"one")
     before = fingerprint(find_assets(folder))
-    (folder / texture).write_bytes(b"two")
+    write(folder / texture, b"two")
     assert fingerprint(find_assets(folder)) != before
 
 

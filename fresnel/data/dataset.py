@@ -144,7 +144,8 @@ class MultiViewDataset:
             content_hash=self.content_hash,
             **rows,
         )
-        return replace(found, **scaled(found, size or self.image_size)).to(device)
+        found = replace(found, **scaled(found, size or self.image_size))
+        return replace(found, sums=found.checksums()).to(device)
 
     def verify(self) -> None:
         """Read every byte again.

@@ -47,6 +47,7 @@ from fresnel.data.layout import (
     relative,
     sha256,
 )
+from fresnel.host.files import below
 
 _Y_UP = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
 """World of a transforms.json (Z up) to ours (Y up): (x, y, z) -> (x, z, -y)."""
@@ -251,7 +252,7 @@ def _read_model(root: Path, folder: str, found: list[str]) -> list[Capture]:
         if other != at
     ]
     base = root / prefixes[0]
-    there = {p.relative_to(base).as_posix() for p in base.rglob("*")} if prefixes[0] else set()
+    there = {p.relative_to(base).as_posix() for p in below(base)} if prefixes[0] else set()
     without = [name for name in there - {image.name for image in images} if _is_picture(name)]
     if without:
         said = f"{len(without)} pictures in {prefixes[0]}, {sorted(without)[0]!r} for one,"

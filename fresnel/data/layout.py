@@ -146,7 +146,7 @@ def image_folders(root: Path) -> list[str]:
 def data_files(root: Path) -> list[str]:
     """Paths, relative to ``root``, of every data file in its image folders."""
     bases = [inside(root, folder) for folder in image_folders(root)]
-    found = (path for base in bases for path in base.rglob("*") if path.name not in _IGNORED)
+    found = (path for base in bases for path in _files.below(base) if path.name not in _IGNORED)
     kept = (path for path in found if path.is_file() and not path.name.startswith("."))
     return sorted(path.relative_to(root).as_posix() for path in kept)
 

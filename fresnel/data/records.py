@@ -7,10 +7,13 @@ and in ours K, width, height, azimuth_deg (relative to the input) and depth_scal
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +127,7 @@ class ViewTensors(Batch):
     """A whole dataset in memory: M objects, V views each, over black.
 
     ``content_hash`` is that of the dataset they were read from; "": made otherwise, and no receipt
-    can be of them.
+    can be of them.  ``sums`` are the checksums of its records, which `verify` compares.
     """
 
     inputs: InputImages
@@ -134,6 +137,28 @@ class ViewTensors(Batch):
     pivots: Tensor  # (M, 3)
     depth: Tensor | None = None  # float32 (M, V, H, W)
     content_hash: str = ""
+    sums: Tensor | None = None  # int64 (M,)
+
+    def checksums(self) -> Tensor:
+        """Of each record's pictures, depth and cameras, int64 (M,)."""
+        whole = [
+            getattr(cameras, name)
+            for cameras in (self.cameras, self.inputs.cameras)
+            for name in ("viewmats", "Ks")
+        ] + [getattr(of, name) for of in (self, self.inputs) for name in ("rgb", "alpha", "depth")]
+        parts = [each for each in (*whole, self.pivots) if each is not None]
+
+        def of_record(row: int) -> int:
+            rows = (part[row].detach().cpu().contiguous().numpy() for part in parts)
+            return functools.reduce(lambda sum, array: zlib.crc32(array.data, sum), rows, 0)
+
+        with ThreadPoolExecutor() as pool:
+            return torch.tensor(list(pool.map(of_record, range(len(self)))), dtype=torch.int64)
+
+    def verify(self) -> None:
+        """Raises DatasetError if they were edited in memory since they were read."""
+        if self.sums is not None and not torch.equal(self.sums.cpu(), self.checksums()):
+            raise DatasetError("data were edited in memory after they were read; read them anew")
 
 
 def stack(values: Sequence[Any], how: Callable[..., Tensor] = torch.stack) -> Any:

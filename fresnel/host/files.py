@@ -20,6 +20,7 @@ from typing import Any
 
 import filelock
 
+_DEEPEST = 100
 _MOST = 1 << 30
 """Bytes that what JSON says may take."""
 
@@ -137,6 +138,19 @@ def inside(folder: Path, name: str) -> Path:
     if suspect and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{path}: leads out of its folder; copy the file into it")
     return path
+
+
+def below(folder: str | Path) -> Iterator[Path]:
+    """All that is in a folder and in those in it, but for what links lead to; ValueError where they
+    are nested without end."""
+    waiting = [(Path(folder), 0)]
+    for at, depth in waiting:
+        if depth > _DEEPEST:
+            raise ValueError(f"{folder}: folders in each other, over {_DEEPEST} deep. Flatten it")
+        for each in at.iterdir():
+            yield each
+            if each.is_dir() and not each.is_symlink():
+                waiting.append((each, depth + 1))
 
 
 def read_bytes(path: str | Path, limit: int = 1 << 30) -> bytes:

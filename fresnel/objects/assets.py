@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from fresnel.data.images import DatasetError, read_bytes
-from fresnel.host.files import from_json, inside, sha256
+from fresnel.host.files import below, from_json, inside, sha256
 
 MESHES = (".glb", ".gltf", ".obj")
 MAX_BYTES = 1 << 28
@@ -114,8 +114,9 @@ class Asset:
 
 
 def _files_below(root: Path, folder: str) -> Iterator[str]:
-    for path, _, names in os.walk(root / folder):
-        yield from ((Path(path) / name).relative_to(root).as_posix() for name in names)
+    for path in below(root / folder):
+        if path.is_file():
+            yield path.relative_to(root).as_posix()
 
 
 def _hidden(path: str) -> bool:
@@ -241,7 +242,7 @@ def find_assets(path: str | Path) -> list[Asset]:
         if (source / "manifest.json").is_file():
             return find_assets(source / "manifest.json")
         kinds = (*MESHES, ".sh3f", ".zip")
-        for file in sorted(p for p in source.rglob("*") if p.suffix.lower() in kinds):
+        for file in sorted(p for p in below(source) if p.suffix.lower() in kinds):
             shown = file.relative_to(source).as_posix()
             inner = file.is_file() and file.resolve().is_relative_to(source.resolve())
             if inner and not _hidden(shown):

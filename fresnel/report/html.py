@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -18,6 +18,7 @@ import jinja2
 
 from fresnel.report.record import VERDICTS, RunRecord
 
+_HASH = re.compile(r"sha256-[A-Za-z0-9+/]{43}=")
 TEMPLATES = Path(__file__).parent / "templates"
 TONES = {"PASS": "good", "GO": "good", "NOT BETTER": "warn", "CRASHED": "bad"}
 TONES |= {"FAIL": "bad", "NO-GO": "bad"}
@@ -25,14 +26,17 @@ TONES |= {f"{w}, overridden": "bad" if TONES.get(w) == "bad" else "warn" for w i
 TONES |= {"REFUSED": "warn", "RUNNING": "warn", "STOPPED": "warn", "DIED": "bad"}
 
 
-def policy(*, pictures: str = "", viewer: bool = False) -> str:
+def policy(scripts: Iterable[str], *, pictures: str = "", viewer: bool = False) -> str:
     """The Content-Security-Policy of a page: nothing may come from another host.
 
-    pictures: a further source of them; viewer: of splats, whose sorter compiles code."""
-    scripts = "'unsafe-inline' 'wasm-unsafe-eval'" + (" 'unsafe-eval'" if viewer else "")
+    scripts: hashes (`show.style.script_hash`) of all that may run; pictures: a further source of
+    them; viewer: of splats, which unpacks its script and compiles code."""
+    allowed = sorted({f"'{each}'" for each in scripts if _HASH.fullmatch(each)})
+    runs = " ".join(["'unsafe-hashes'", *allowed])  # of what a button or a slider does too
+    runs += " 'wasm-unsafe-eval' 'unsafe-eval' blob:" if viewer else ""
     return (
         f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob: {pictures}; "
-        f"font-src data:; media-src data: blob:; script-src {scripts} blob: data:; "
+        f"font-src data:; media-src data: blob:; script-src {runs}; "
         "connect-src data: blob:; worker-src blob: data:; frame-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )

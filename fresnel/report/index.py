@@ -33,6 +33,7 @@ from fresnel.host.machine import project_root
 from fresnel.report import html as _html
 from fresnel.report.provenance import RESULTS_NAME
 from fresnel.report.record import RecordError, RunRecord
+from fresnel.show.style import script_hash
 
 INDEX_NAME = "index.html"
 CACHE_NAME = ".cache"
@@ -54,9 +55,11 @@ def records(reports: Path) -> Iterator[tuple[Path, RunRecord | RecordError]]:
         try:
             record = RunRecord.read(path)
             _html.when(record.started_utc)
+            _entry(path.parent, record, reports)  # what it says may be of any type
             yield path.parent, record
-        except ValueError as error:
-            yield path.parent, error if isinstance(error, RecordError) else RecordError(error)
+        except (ValueError, AttributeError, TypeError) as error:
+            said = error if isinstance(error, RecordError) else RecordError(f"{path}: {error}")
+            yield path.parent, said
 
 
 def index(reports: Path) -> Path:
@@ -83,10 +86,11 @@ def index(reports: Path) -> Path:
         measured = {name for name, value in figures if _is_number(value)}
         told = [run for run in runs if run["record"].notebook.startswith("04")]
         told = [run for run in told if run["record"].status == "finished" and run["link"]]
+        script = _html.text("page.js", "index.js")
         page = {
-            "policy": _html.policy(pictures="'self' file:"),
+            "policy": _html.policy([script_hash(script)], pictures="'self' file:"),
             "css": _html.style("page.css", "index.css"),
-            "js": _html.text("page.js", "index.js"),
+            "js": script,
             "answer": next(iter(sorted(told, key=lambda run: run["published"])), None),
             "study": study(reports, runs),
             "own": len(own),

@@ -28,6 +28,7 @@ from fresnel.report.index import key_figures
 from fresnel.report.params import ParameterError, read_parameters
 from fresnel.report.record import RecordError, RunRecord
 from fresnel.report.terms import Mentions
+from fresnel.show.style import script_hash
 
 _UNITS = re.compile(
     r"^(pixels|degrees|seconds|hours|dB|USD per hour|steps|images|views|objects|pairs)"
@@ -64,17 +65,20 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
     with contextlib.suppress(RecordError):
         record = RunRecord.read(source.parent)
     rows = _parameter_rows(notebook, record)
-    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
-    pages = [output.get("data", {}).get("text/html", "") for output in outputs]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    viewer = any("fresnel-viewer" in o.get("data", {}).get("text/html", "") for o in outputs)
+    about = [output.get("metadata", {}).get("text/html", {}) for output in outputs]
+    shown = [each for said in about for each in said.get("scripts", ())]
+    script = _html.text("page.js", "report.js")
     page: dict[str, Any] = {
         "title": notebook_title(notebook) or source.stem,
         "record": record,
         "lead": _tidy(notebook),
         "params": rows,
         "changed": [row for row in rows if row["changed"]],
-        "policy": _html.policy(viewer=any("fresnel-viewer" in page for page in pages)),
+        "policy": _html.policy([script_hash(script), *shown], viewer=viewer),
         "css": _html.style("page.css", "report.css"),
-        "js": _html.text("page.js", "report.js"),
+        "js": script,
     }
     if record is not None:
         known = {k: v for k, v in record.provenance.items() if v not in (None, "", [], {})}
@@ -119,17 +123,19 @@ def notebook_title(notebook: nbformat.NotebookNode) -> str:
     return re.sub(r"[*`]", "", next(titles, ""))
 
 
-def safe_markdown(text: str) -> str:
+def safe_markdown(text: str, links: bool = True) -> str:
     """Markdown as HTML in which nothing runs: names and credits from elsewhere are part of it.
 
     Tags and attributes that prose and tables don't need stand there as text, and links lead to
-    the web, the page or a mail address alone."""
+    the web, the page or a mail address alone; of what was computed (``links`` False), to the page.
+    """
 
     def allowed(tag: str, name: str, value: str) -> bool:
         if name == "src":
             return tag == "img" and value.startswith("data:image/")
         if name == "href":
-            return tag == "a" and not value.strip().lower().startswith("data:")
+            leads = links and not value.strip().lower().startswith("data:")
+            return tag == "a" and (leads or value.startswith("#"))
         return name in ("class", "alt", "title", "align", "id", "start", "colspan", "rowspan")
 
     renderer = IPythonRenderer(escape=False, exclude_anchor_links=True)

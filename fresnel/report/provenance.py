@@ -20,7 +20,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from fresnel.host.files import from_json, read_bytes, read_json, sha256
+from fresnel.host.files import below, from_json, read_bytes, read_json, sha256
 from fresnel.host.machine import accelerators, core_count, cuda, project_root
 
 RESULTS_NAME = "results.json"
@@ -141,7 +141,7 @@ def digest(path: Path, apart: Path | None = None) -> str:
     if not files and (runs := sorted(path.glob(f"*/{RESULTS_NAME}"))):
         files = [*runs, *sorted(path.glob("*.*"))]
     total = hashlib.sha256()
-    for file in files or sorted(path.rglob("*")):
+    for file in files or sorted(below(path)):
         inner = file.relative_to(path)
         # hidden files are no content, nor are receipts, which are told apart from the data
         hidden = any(part.startswith(".") or part == "receipts" for part in inner.parts)

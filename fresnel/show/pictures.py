@@ -263,7 +263,7 @@ def show_pair(before: Any, after: Any, names: tuple[str, str], alt: str, **about
         f'<div style="display:flex;flex-wrap:wrap;gap:4px">{"".join(cells)}</div>'
         f"{_slider(left, right, f'How much of {left} to show, over {right}')}</figure>"
     )
-    put("text/html", text, alt, **about)
+    put("text/html", text, alt, [_SLIDE], **about)
 
 
 def show_steps(
@@ -302,7 +302,7 @@ def show_steps(
         f'minmax(200px,{max(320, width)}px))">{"".join(cells)}</div></div>'
         f"{_slider('', steps[start], 'Step through the pictures', names, many, start)}</figure>"
     )
-    put("text/html", text, alt, **about)
+    put("text/html", text, alt, [_SLIDE], **about)
 
 
 def _slider(

@@ -252,4 +252,5 @@ def page(shown: Scene, title: str) -> str:
     finally:
         server.stop()
         console.quiet = talked
-    return made.replace("</head>", _PAGE.replace("TITLE", json.dumps(title)) + "</head>", 1)
+    said = json.dumps(title).replace("<", "\\u003c")  # which would end the script
+    return made.replace("</head>", _PAGE.replace("TITLE", said) + "</head>", 1)

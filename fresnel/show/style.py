@@ -6,6 +6,7 @@ Colours are those of Okabe and Ito (2008), told apart by readers of any colour v
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 from collections.abc import Mapping, Sequence
@@ -58,12 +59,26 @@ def show(picture: Figure | np.ndarray, alt: str, **about: Any) -> None:
     put("image/svg+xml", buffer.getvalue(), alt, **about)
 
 
+def script_hash(script: str) -> str:
+    """What a page's Content-Security-Policy calls a script that may run."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
 def put(
-    mime: str, content: str, alt: str, *, caption: str = "", key: str = "", lead: bool = False
+    mime: str,
+    content: str,
+    alt: str,
+    scripts: Sequence[str] = (),
+    *,
+    caption: str = "",
+    key: str = "",
+    lead: bool = False,
 ) -> None:
     """Display `content`, with `alt` for whoever cannot see it.
 
     Args:
+        scripts: all those in it that may run in the report, handlers of events too.
         caption: what a reader should take away, below the picture in the report ("": `alt`).
         key: text may refer to it, "[Figure](#fig-KEY)"; the report writes its number there.
         lead: the one picture that shows the answer: the report has it above everything else.
@@ -72,7 +87,8 @@ def put(
 
     if not alt.strip():
         raise ValueError("alt: want a sentence that says what the picture shows")
-    about = {"alt": alt, "caption": caption, "key": key, "lead": lead}
+    hashes = [script_hash(script) for script in scripts]
+    about = {"alt": alt, "scripts": hashes, "caption": caption, "key": key, "lead": lead}
     about = {name: said for name, said in about.items() if said}
     display({mime: content, "text/plain": alt}, raw=True, metadata={mime: about})
 

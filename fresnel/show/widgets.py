@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,13 @@ from fresnel.scene.gaussians import Gaussians
 from fresnel.show.pictures import evenly, picture_uri
 from fresnel.show.scenes import Scene, page, scene, still
 from fresnel.show.style import put
+
+_SCRIPT = re.compile(r"<script\b[^>]*>(.*?)</script>", re.DOTALL)
+_UNPACKED = (
+    "e.textContent=code;",
+    'e.src=URL.createObjectURL(new Blob([code],{type:"text/javascript"}));',
+)
+"""viser's page unpacks most of its script; a policy of hashes runs what has an address instead."""
 
 
 def show_scene(shown: Scene, alt: str, *, height_px: int = 420, **about: Any) -> None:
@@ -30,7 +38,7 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420, **about: Any) ->
         f'style="width:{height_px}px;max-width:100%;border-radius:8px">'
     )
     try:
-        document = html.escape(page(shown, alt))
+        document = page(shown, alt).replace(*_UNPACKED)
     except (ImportError, OSError) as error:
         lost = html.escape(f"There is no viewer here: {error}. To get one: pip install viser")
         text = f'<figure class="fresnel-viewer">{picture}<figcaption>{lost}</figcaption></figure>'
@@ -44,12 +52,13 @@ def show_scene(shown: Scene, alt: str, *, height_px: int = 420, **about: Any) ->
     )
     text = (
         '<figure class="fresnel-viewer" style="margin:.75rem 0;max-width:56rem">'
-        f'{picture}<iframe hidden title="{said}" data-document="{document}" style="width:100%;'
+        f'{picture}<iframe hidden title="{said}" sandbox="allow-scripts" '
+        f'data-document="{html.escape(document)}" style="width:100%;'
         f'height:{height_px}px;border:1px solid #868f9b;border-radius:8px"></iframe>'
         f'<div><button type="button" class="button viewer-open" style="margin-top:.4rem" '
         f'onclick="{html.escape(script)}">Turn it in 3D</button></div></figure>'
     )
-    put("text/html", text, alt, **about)
+    put("text/html", text, alt, [script, *_SCRIPT.findall(document)], **about)
 
 
 def record_scene(
