@@ -130,7 +130,8 @@ def decide(seen: Seen, rigs: Mapping[int, Rig]) -> tuple[tuple[Reason, ...], tup
         elif seen.final and shown >= max(1, 0.01 * total):
             first = seen.objects[marked[0]]["name"]
             notes.append(f"{finding.code}: {shown} of {total} records, e.g. {first}")
-    found = found or lone
+    if seen.final and not found:
+        found = lone
     of_poses = {"pose_mismatch", "pivot_offset", "billboard", "input_pose"} & {*_codes(found)}
     rows = dict.fromkeys(k for code in suspects if code in of_poses for k in suspects[code])
     found = _explained(seen, found, [rigs[k] for k in rows if k in rigs])

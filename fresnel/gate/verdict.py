@@ -229,7 +229,7 @@ def _measure(dataset: Any, index: int, with_rig: bool) -> _Measured:
     original = getattr(dataset, "layout", "") == "original"
     try:
         rows, summary, rig = measure(dataset[index], trust_input=not original)
-        kept = with_rig or summary.get("mismatch", 0.0) > GOOD
+        kept = with_rig or summary.get("mismatch", 0.0) > 4 * GOOD
         return rows, summary | {"numbered": original}, rig if kept else None
     except (DatasetError, ValueError, OSError) as error:
         names, said = getattr(dataset, "names", None), f"{type(error).__name__}: {error}"[:300]
