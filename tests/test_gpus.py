@@ -64,36 +64,34 @@ def train(training: Training, data: MultiViewDataset, gpus: int = 1) -> TrainRes
     return trainings.fit(training, *found, receipt=receipt, gpus=gpus)
 
 
-def once_begun(folder: Path, act: Callable[[], Any]) -> threading.Thread:
-    """`act` once the log shows two steps."""
-
-    def watch() -> None:
-        log = folder / "log.jsonl"
-        while not (log.exists() and log.read_text().count('"event": "train"') >= 2):
-            time.sleep(0.05)
-        act()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
 def processes_of(folder: Path) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info["cmdline"])]
 
 
-def test_two_processes_train_as_one_is_stopped_and_go_on(data, tmp_path, capfd) -> None:
-    """Ctrl-C ends in a checkpoint, from which two processes go on; one process learns the same."""
+def once(ready: Callable[[], bool], act: Callable[[], Any]) -> None:
+    while not ready():
+        time.sleep(0.05)
+    act()
+
+
+def test_two_processes_train_as_one_are_orphaned_and_go_on(data, tmp_path, capfd) -> None:
+    """A killed notebook leaves a checkpoint and no process; two others go on from it, and return
+    what one process learns of the same parts."""
     two = declared(data, tmp_path / "two", gpus=2)
     assert two.config.accumulate == 2 and two.validate
-    once_begun(tmp_path / "two", lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(
-        KeyboardInterrupt, match=rf"stopped at step \d+ of {STEPS}; a checkpoint is"
-    ):
-        train(two, data, gpus=2)
-    assert processes_of(tmp_path) == []
+    log, code = tmp_path / "two/log.jsonl", (
+        "import sys, msgspec\nfrom fresnel.study import trainings\n"
+        "training = msgspec.json.decode(sys.argv[1], type=trainings.Training)\n"
+        "trainings.fit(training, receipt=None, gpus=2)\n"
+    )  # fmt: skip
+    words = [sys.executable, "-c", code, msgspec.json.encode(two).decode()]
+    with subprocess.Popen(words) as notebook:
+        once(lambda: log.exists() and log.read_text().count('"train"') >= 2, notebook.kill)
+    end = time.monotonic() + 90
+    while (left := processes_of(tmp_path)) and time.monotonic() < end:
+        time.sleep(0.2)
     half = checkpoints.read_latest(tmp_path / "two/checkpoints")
-    assert half is not None and 2 <= half[1]["step"] < STEPS
+    assert left == [] and half is not None and 2 <= half[1]["step"] < STEPS
     ours = train(two, data, gpus=2)
     assert "train, 2 processes on the CPU" in capfd.readouterr().err
     theirs = train(declared(data, tmp_path / "one", accumulate=2), data)
@@ -109,22 +107,31 @@ def test_two_processes_train_as_one_is_stopped_and_go_on(data, tmp_path, capfd) 
     assert not list((tmp_path / "two").glob(".processes*")), "nothing is left"
 
 
-def test_a_killed_notebook_leaves_a_checkpoint_and_no_process(data, tmp_path) -> None:
-    training = declared(data, tmp_path / "run", gpus=2, steps=100000)
-    training = replace(training, config=replace(training.config, log_every=1))
-    code = (
-        "import sys, msgspec\nfrom fresnel.study import trainings\n"
-        "training = msgspec.json.decode(sys.argv[1], type=trainings.Training)\n"
-        "trainings.fit(training, receipt=None, gpus=2)\n"
-    )
-    text = msgspec.json.encode(training).decode()
-    with subprocess.Popen([sys.executable, "-c", code, text]) as notebook:
-        once_begun(tmp_path / "run", notebook.kill).join(200)
-    end = time.monotonic() + 60
-    while (left := processes_of(tmp_path)) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert left == []
-    assert checkpoints.read_latest(tmp_path / "run/checkpoints")[1]["step"] >= 2
+FAKE = """
+import json, pathlib, signal, sys, time
+spec = pathlib.Path(sys.argv[-2])
+def stop(*_):
+    if HEEDS:
+        end = {"error": "KeyboardInterrupt", "message": "stopped at step 3"}
+        spec.with_name("end-0000.json").write_text(json.dumps(end))
+        sys.exit(130)
+signal.signal(signal.SIGTERM, stop)
+spec.parent.with_name("up").touch()
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+def test_ctrl_c_stops_the_processes(data, tmp_path, monkeypatch, heeds) -> None:
+    """They say where; those that do not heed it are killed."""
+    python = [sys.executable, "-c", FAKE.replace("HEEDS", str(heeds))]
+    monkeypatch.setattr(trainings.ranks, "torchrun", lambda gpus: python)
+    monkeypatch.setattr(trainings, "STOP_S", 20 if heeds else 0.2)
+    stop = (tmp_path / "run/up").exists, lambda: os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=once, args=stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 3" if heeds else "^stopped$"):
+        trainings.fit(declared(data, tmp_path / "run"), receipt=None, gpus=2)
+    assert processes_of(tmp_path) == []
 
 
 def test_a_workers_error_is_the_callers(data, tmp_path) -> None:

@@ -288,7 +288,8 @@ def _stop(child: Any) -> None:
         return
     try:
         child.terminate()
-        child.wait(STOP_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(STOP_S)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
