@@ -71,6 +71,17 @@ def started(device: str, name: str, gpus: int, batch: int) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def written(out: Path, cards: int, rows: list[dict[str, Any]], lines: list[str]) -> None:
+    """After each line: a run that is cut leaves what it has."""
+    kind = f"{cards} x {torch.cuda.get_device_name()}" if cards else "CPU processes"
+    about = f"{kind}, torch {torch.__version__}, commit {git_state()['commit'][:7]}"
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"machine": about, "rows": rows}
+    (out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = ["# Several GPUs", "", "`python benchmarks/scaling.py`", "", about, "", *lines]
+    (out / "scaling.md").write_text("\n".join(text) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 2)
@@ -108,15 +119,9 @@ def main() -> None:
                 cells += [f"{all_['all_reduce_s'] * 1e3:.2f}", f"{share:.1%}"]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
                 print(lines[-1], flush=True)
+                written(given.out, count if gpu else 0, rows, lines)
         except (RuntimeError, subprocess.TimeoutExpired) as error:  # the others are worth having
             print(f"{name}: {error}", flush=True)
-    names = [torch.cuda.get_device_name(i) for i in range(count)] if gpu else ["CPU processes"]
-    about = f"{count} x {names[0]}, torch {torch.__version__}, commit {git_state()['commit'][:7]}"
-    given.out.mkdir(parents=True, exist_ok=True)
-    record = {"machine": about, "rows": rows}
-    (given.out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = ["# Several GPUs", "", "`python benchmarks/scaling.py`", "", about, "", *lines]
-    (given.out / "scaling.md").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":
