@@ -21,7 +21,9 @@ from test_pages import page_of
 
 from fresnel.report import run as report
 from fresnel.report.record import RunRecord, Stage
-from fresnel.show import charts, credits, pictures, style
+from fresnel.scene.cameras import orbit
+from fresnel.scene.gaussians import Gaussians
+from fresnel.show import charts, credits, pictures, scenes, style
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -235,6 +237,38 @@ def test_the_viewer_draws_splats_and_gives_way_to_the_still(page: Any) -> None:
     assert not still.is_visible() and button.inner_text() == "Show the still picture"
     button.click()
     assert still.is_visible() and not frame.is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_viewer_alone_is_of_the_object_in_the_readers_theme(
+    browser: Any, tmp_path: Path, scheme: Any
+) -> None:
+    """And its console has nothing to say (see `Visit`)."""
+    import torch
+
+    means = torch.nn.functional.normalize(torch.randn(300, 3), dim=-1)
+    means = means * torch.tensor([0.1, 0.3, 0.1])
+    turns, scales = torch.tensor([[1.0, 0, 0, 0]]).expand(300, 4), torch.full((300, 3), 0.05)
+    green = torch.tensor([[0.0, 1.0, 0.0]]).expand(300, 3)
+    egg = Gaussians(means, turns, 0.4 * scales, torch.ones(300), green)
+    size = {"focal_px": 77, "width": 64, "height": 64}
+    cameras = orbit(torch.arange(8) * 45.0, 10.0, 2.2, pivot=(0, 0, 0), **size)
+    shown = scenes.scene(egg, cameras, cameras[0], torch.zeros(3))
+    (tmp_path / "viewer.html").write_text(scenes.page(shown, "</script>An egg"))
+    with Visit(browser, tmp_path / "viewer.html", 390, color_scheme=scheme) as page:
+        page.locator("canvas").first.wait_for()
+        for _ in range(60):
+            page.wait_for_timeout(200)
+            with Image.open(io.BytesIO(page.screenshot(timeout=60_000))) as picture:
+                seen = np.asarray(picture.convert("RGB")).astype(int)
+            egg_at = (seen[..., 1] > 150) & (seen[..., 0] < 60) & (seen[..., 2] < 60)
+            if egg_at.sum() > 1000:
+                break
+        rows, columns = (egg_at.any(axis=axis).nonzero()[0] for axis in (1, 0))
+        assert 60 < columns[-1] - columns[0] < 250 < rows[-1] - rows[0] < 390
+        assert abs(columns[[0, -1]].mean() - 195) < 25 and abs(rows[[0, -1]].mean() - 450) < 25
+        assert (seen[850, 195] > 230).all() if scheme == "light" else (seen[850, 195] < 40).all()
+        assert page.title() == "</script>An egg"
 
 
 def test_a_report_is_accessible(browser: Any, page: Any, tiny: Path) -> None:

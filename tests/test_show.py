@@ -296,6 +296,22 @@ def test_what_is_drawn_fills_the_frame_from_all_sides_wherever_the_pivot_is() ->
     assert areas.max() > 1.2 * areas.min(), "it turns: it is twice as deep as wide"
 
 
+def test_a_page_to_turn_a_scene_in_hides_its_cameras(monkeypatch: pytest.MonkeyPatch) -> None:
+    viser, rig = pytest.importorskip("viser"), list[Any]()
+    for what in ("add_frame", "add_camera_frustum", "add_icosphere", "add_gaussian_splats"):
+        add = getattr(viser.SceneApi, what)
+
+        def spy(space: Any, name: str, *a: Any, add: Any = add, **k: Any) -> Any:
+            rig.append((name, k.get("visible", True)) if "Axes" not in name else None)
+            return add(space, name, *a, **k)
+
+        monkeypatch.setattr(viser.SceneApi, what, spy)
+    assert "matchMedia" in scenes.page(cloud(), "A cloud")
+    first, second, *others = filter(None, rig)
+    assert (first, second) == (("/object", True), ("/rig", False)) and len(others) > 8
+    assert all(name.startswith("/rig/") for name, _ in others)
+
+
 def test_smoke_is_nothing_and_colours_are_straight() -> None:
     alpha = torch.tensor([0.0, 0.04, 0.53, 1.0])[:, None, None, None]
     drawn = scenes.straight(Views(0.5 * alpha.expand(4, 1, 1, 3), alpha, alpha))
