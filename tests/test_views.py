@@ -14,6 +14,7 @@ from fresnel import views as sampling
 from fresnel.cli import main
 from fresnel.data import photos
 from fresnel.models import cvs, decoder
+from fresnel.render import render
 from fresnel.report.record import RunRecord
 from fresnel.scene.gaussians import Gaussians
 from fresnel.study import results
@@ -75,6 +76,10 @@ def test_views_writes_pictures_gaussians_and_what_it_assumed(
         assert turning.n_frames == 36 and turning.size == (384, 384)
     viewer = (out / "viewer.html").read_text()
     assert "toy.png in 3D" in viewer and "http://" not in viewer.split("__VISER_EMBED_DATA__")[1]
+    # Whatever opens them sees a solid object at three times the decoder's pixels, and no dots.
+    drawn = render(upright, sampling.view_cameras(20.0, 384, 1)[0]).alpha[0, ..., 0]
+    y, x = np.mgrid[:384, :384] - 191.5
+    assert drawn[np.hypot(y, x) < 90].min() > 0.9
     # The disc fills 0.86 of the frame of the Gaussians' views, and has no smoke about it.
     alpha = np.asarray(Image.open(out / "azimuth_000.png"))[..., 3]
     rows = (alpha > 127).any(axis=1).nonzero()[0]
