@@ -251,7 +251,7 @@ def _account(
         "duration_s": duration_s,
         "cost_usd": duration_s / 3600 * price_per_hour,  # of the machine with all its cards
         "gpus": gpus,
-        "gpu_hours": duration_s / 3600 * gpus,
+        "gpu_hours": duration_s / 3600 * gpus if torch.cuda.is_available() else 0.0,
         "peak_memory_bytes": result.peak_memory_bytes,
         "parts": taken,
     }
@@ -302,7 +302,7 @@ def table(
         [f"{text}, s"] + [run["parts"][n] for run in runs.values()] for n, text in PARTS.items()
     ]
     rows.append(["in all, s", *(run["duration_s"] for run in runs.values())])
-    if any(run.get("gpus", 1) > 1 for run in runs.values()):
+    if any(run.get("gpus", 1) > 1 and run["gpu_hours"] for run in runs.values()):
         rows.append(["GPU-minutes", *(run["gpu_hours"] * 60 for run in runs.values())])
     rows.append(["samples/s in the steps", *(run["samples_per_s"] for run in runs.values())])
     memory = [run["peak_memory_bytes"] / 1e6 for run in runs.values()]
