@@ -78,9 +78,9 @@ def index(reports: Path) -> Path:
                 copies[run] = folder, record
         found = sorted(copies.values(), key=lambda e: _html.when(e[1].started_utc), reverse=True)
         runs = [_entry(folder, record, reports) for folder, record in found]
-        for number, run in enumerate(runs):
-            run["number"] = number
-        data = {"runs": [run.pop("compared") for run in runs]}
+        for number, entry in enumerate(runs):
+            entry["number"] = number
+        data = {"runs": [entry.pop("compared") for entry in runs]}
         own = [run["record"] for run in runs if not run["published"]]
         figures = (figure for _, record in found for figure in record.metrics.items())
         measured = {name for name, value in figures if _is_number(value)}

@@ -59,8 +59,9 @@ def titles(names: Iterable[str], source: str | MultiViewDataset) -> dict[str, st
     for name in names:
         thing, pose = object_name(name), name.rpartition("__")[2]
         match = _ATTRIBUTION.fullmatch(known.get(thing, ""))
-        in_words = re.fullmatch(r"[A-Za-z_ -]+|head_\d+", thing) or not match
-        title = re.sub(r"[_ ]+", " ", thing).capitalize() if in_words else match["title"]
+        title = re.sub(r"[_ ]+", " ", thing).capitalize()
+        if match and not re.fullmatch(r"[A-Za-z_ -]+|head_\d+", thing):
+            title = match["title"]
         found[name] = f"{title}, pose {int(pose) + 1}" if pose.isdigit() and int(pose) else title
     return found
 
