@@ -307,7 +307,7 @@ def test_the_front_page_tells_ones_own_runs_from_the_study(tmp_path: Path) -> No
     ]  # fmt: skip
     table = "\n".join(map(json.dumps, seeds))
     (tmp_path / "published/study" / overview.TABLE_NAME).write_text(table)
-    lone, gated = overview.study(tmp_path, [])
+    lone, gated = overview.study(tmp_path / "published/study" / overview.TABLE_NAME, [])
     assert gated["figures"]["psnr"] == pytest.approx((21.0, 2**0.5)) and gated["seeds"] == 2
     assert gated["what"].startswith("CVS on a bootstrap"), "as study.yaml has it"
     assert (lone["arm"], lone["what"]) == ("lone", "") and lone["figures"]["psnr"][0] == 30

@@ -200,7 +200,7 @@ def test_index_lists_damaged_records_published_ones_and_copies_once(tmp_path: Pa
     assert "yesterday" in html
     places = [html.index(f">{name * 3}<") for name in "edafb"]
     assert places == sorted(places) and html.count("published</span>") == 2
-    assert html.index(">aaa<") < html.index("The published study") < html.index(">fff<")
+    assert html.index(">aaa<") < html.index("Other published runs") < html.index(">fff<")
     assert html.count("report.html") == 4, "two links, and in the data of the comparison"
     assert 'href="runs/e/report.html"' in html and 'href="published/f/report.html"' in html
 

@@ -84,6 +84,13 @@ def index(reports: Path) -> Path:
         own = [run["record"] for run in runs if not run["published"]]
         figures = (figure for _, record in found for figure in record.metrics.items())
         measured = {name for name, value in figures if _is_number(value)}
+        studies = []
+        for table in sorted(reports.rglob(TABLE_NAME), reverse=True):
+            within = [run for run in runs if run["published"] and table.parent in run["parents"]]
+            studies.append((table.parent.name, study(table, within), within))
+        placed = [run["number"] for _, _, within in studies for run in within]
+        rest = [run for run in runs if run["published"] and run["number"] not in placed]
+        studies += [("other", [], rest)] if rest else []
         told = [run for run in runs if run["record"].notebook.startswith("04")]
         told = [run for run in told if run["record"].status == "finished" and run["link"]]
         script = _html.text("page.js", "index.js")
@@ -92,7 +99,7 @@ def index(reports: Path) -> Path:
             "css": _html.style("page.css", "index.css"),
             "js": script,
             "answer": next(iter(sorted(told, key=lambda run: run["published"])), None),
-            "study": study(reports, runs),
+            "studies": studies,
             "own": len(own),
             "of_published": reports.name == "published",
             "total_s": sum(record.duration_s for record in own),
@@ -114,22 +121,22 @@ def index(reports: Path) -> Path:
     return reports / INDEX_NAME
 
 
-def study(reports: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The published trainings (03), an arm a row: of every `TABLE_NAME` below `reports`.
+def study(table: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The trainings (03) of a published study (`TABLE_NAME`), an arm a row.
 
-    Returns {"arm", "what" (of the study's YAML), "seeds", "verdicts", "figures" (name -> (mean,
-    spread over seeds, NaN of one)), "link" (of a report that was published)}, best PSNR first."""
-    lines = [line for path in reports.rglob(TABLE_NAME) for line in path.read_bytes().splitlines()]
+    runs: entries of its own pages. Returns {"arm", "what" (as notebooks/params/FOLDER.yaml says),
+    "seeds", "verdicts", "figures" (name -> (mean, spread over seeds, NaN of one)), "link" (of a
+    report that was published)}, best PSNR first."""
     arms: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in map(msgspec.json.decode, lines):
+    for record in map(msgspec.json.decode, table.read_bytes().splitlines()):
         if record["notebook"].startswith("03") and record["status"] == "finished":
             arms[re.sub(r"^03-|-s\d+$", "", record["name"])].append(record)
-    links = {run["record"].name: run["link"] for run in runs if run["published"]}
+    links = {run["record"].name: run["link"] for run in runs}
     labels, rows = dict[str, str](), []
     with contextlib.suppress(OSError, LookupError):
-        plan = (project_root() / "notebooks" / "params" / "study.yaml").read_bytes()
+        plan = project_root() / "notebooks" / "params" / f"{table.parent.name}.yaml"
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        labels = yaml.load(plan, loader)["analysis"]["arms"]
+        labels = yaml.load(plan.read_bytes(), loader)["analysis"]["arms"]
     for arm, made in arms.items():
         figures = {}
         for name in _QUALITY[:5]:
@@ -254,7 +261,13 @@ def _entry(folder: Path, record: RunRecord, reports: Path) -> dict[str, Any]:
         "software": {"python": origin.get("python"), **(origin.get("packages") or {})},
     }
     figures = key_figures(record, 4)
-    entry = {"record": record, "link": link, "picture": picture, "figures": figures}
+    entry = {
+        "parents": folder.parents,
+        "record": record,
+        "link": link,
+        "picture": picture,
+        "figures": figures,
+    }
     return {**entry, "published": published, "compared": compared}
 
 

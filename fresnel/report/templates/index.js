@@ -11,7 +11,7 @@
   const [search, notebook, sort, shown, view, tabled] = ["search", "notebook", "sort", "shown", "view", "table"].map(find);
   const buttons = [...form.querySelectorAll("[data-verdict]")];
 
-  const study = find("study");
+  const studies = [...document.querySelectorAll(".study")];
   const filter = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const wanted = new Set(buttons.filter((b) => b.getAttribute("aria-pressed") === "true").map((b) => b.dataset.verdict));
@@ -23,7 +23,9 @@
       count += fits;
     }
     shown.textContent = count === runs.length ? "" : `${count} of ${runs.length} shown`;
-    if (count < runs.length && study && entries.some(({ item }) => !item.hidden && study.contains(item))) study.open = true;
+    studies.forEach((study) => {
+      if (count < runs.length && entries.some(({ item }) => !item.hidden && study.contains(item))) study.open = true;
+    });
   };
   const keys = {
     newest: (e) => e.order, oldest: (e) => -e.order, cost_usd: (e) => -e.run.cost_usd,
