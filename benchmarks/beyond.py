@@ -1,9 +1,9 @@
-"""What lies past two cards, computed from what one card was measured at: benchmarks/beyond.md.
+"""What lies past two cards, computed from what one and two were measured at: benchmarks/beyond.md.
 
     python benchmarks/beyond.py [--price 2.99] [--nics 8]
 
-Nothing here is measured: the measured figures are read from train_gpu.json and bootstrap_gpu.json,
-and the model is stated beside each table.
+Nothing here is measured: measured figures are read from scaling.md, train_gpu.json and
+bootstrap_gpu.json, and the model is stated beside each table.
 """
 
 from __future__ import annotations
@@ -13,111 +13,97 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NVLINK_GB_S = 450.0
-"""Of an H100 or H200 in one direction: 18 links of 25 GB/s each way, the 900 GB/s of its data
-sheet (https://www.nvidia.com/en-us/data-center/h100/) both ways together."""
 NIC_GB_S = 50.0
 """400 Gb/s, ConnectX-7 (NDR InfiniBand); a DGX H100 has one for each of its eight GPUs
 (https://docs.nvidia.com/dgx/dgxh100-user-guide/)."""
 A_HOST = 8  # GPUs
-NETWORKS = {"large, 256 px": ("large", 81.1e6, 128), "compact, 128 px": ("compact", 6.0e6, 256)}
 
 
-def all_reduce_s(size: float, cards: int, nics: float) -> float:
-    """At best, of `size` bytes: 2 (n - 1) / n x size / B (NVIDIA/nccl-tests, doc/PERFORMANCE.md),
-    where B is what leaves a card: NVLink's, and between hosts at most all of a host's NICs', which
-    NCCL's rings use side by side."""
-    bandwidth = NVLINK_GB_S if cards <= A_HOST else min(NVLINK_GB_S, nics * NIC_GB_S)
-    return 2 * (cards - 1) / cards * size / (bandwidth * 1e9)
+def cell(lines: list[str], start: str, column: int) -> float:
+    """A number in the first row of a Markdown table that begins so."""
+    line = next(line for line in lines if line.startswith(f"| {start}"))
+    return float(line.split("|")[column].replace(",", "").strip(" %x"))
 
 
-def measured() -> tuple[dict[str, float], float, float, dict[str, float]]:
-    """Samples/s of whole steps by network, early; samples/s of a whole 256 px run, the mean of its
-    two halves; samples that a step's fixed cost is worth; and the bootstrap's figures."""
-    sections = json.loads((HERE / "train_gpu.json").read_text())["sections"]
+class Model:
+    """Seconds of a step of `large` at 256 px on n H200, by what two of them were measured at.
 
-    def cell(section: str, start: str, column: int) -> float:
-        lines = sections[section]["lines"]
-        line = next(line for line in lines if line.startswith(f"| {start}"))
-        return float(line.split("|")[column].replace(",", ""))
+    `a_sample` and `fixed`: of one card, from 128 samples alone and 64 on each of two; `beside`:
+    what two cards take longer than one and is no all-reduce; `bandwidth`: of the all-reduce.
+    """
 
-    rates = {"large": cell("cvs", "compiled, steps recorded", 2)}
-    rates["compact"] = cell("recording", "compact", 9)
-    halves = [cell("cvs", name, 2) for name in ("denoising", "consistency")]
-    whole = 2 / sum(1 / rate for rate in halves)
-    few, many = ((b, b / cell("memory", f"large | 256 | {b} ", 5)) for b in (8, 128))
-    a_sample = (many[1] - few[1]) / (many[0] - few[0])
-    boot = json.loads((HERE / "bootstrap_gpu.json").read_text())
-    return rates, whole, few[1] / a_sample - few[0], boot
+    def __init__(self, nics: float) -> None:
+        lines = (HERE / "scaling.md").read_text().splitlines()
+        weak, strong = ("CVS 'large', denoising | weak", "CVS 'large', denoising | strong")
+        one, alone = cell(lines, weak, 4), 128 / cell(lines, weak, 4)
+        self.size = cell(lines, weak, 8) * 1e6
+        exchange, less = cell(lines, weak, 9) / 1e3, cell(lines, strong, 9) / 1e3
+        self.beside = 2 * 128 / cell(lines, weak, 5) - alone - exchange
+        half = 128 / cell(lines, strong, 5) - less - self.beside
+        self.a_sample = (alone - half) / 64
+        self.fixed = alone - 128 * self.a_sample
+        self.rate, self.bandwidth, self.between = one, self.size / exchange, nics * NIC_GB_S * 1e9
+
+    def all_reduce(self, cards: int) -> float:
+        """2 (n - 1) / n x S / B (NVIDIA/nccl-tests, PERFORMANCE.md), where B is what leaves a card:
+        as measured, and between hosts at most all of a host's NICs', which NCCL's rings share."""
+        bandwidth = self.bandwidth if cards <= A_HOST else min(self.bandwidth, self.between)
+        return 2 * (cards - 1) / cards * self.size / bandwidth
+
+    def step(self, cards: int, samples: float) -> float:
+        more = self.beside + self.all_reduce(cards) if cards > 1 else 0.0
+        return self.fixed + samples * self.a_sample + more
 
 
 def table(price: float, nics: float) -> str:
-    rates, whole, overhead, boot = measured()
+    model = Model(nics)
     lines = [
         "# Past two cards",
         "",
-        "`python benchmarks/beyond.py`: computed from one card's measurements, nothing here is",
-        f"measured. {nics:g} x 400 Gb/s a host of {A_HOST} cards, {price:g} USD a card and hour.",
+        "`python benchmarks/beyond.py`: computed, for `large` at 256 px (81 M parameters) in its",
+        f"denoising half, hosts of {A_HOST} H200 with {nics:g} x 400 Gb/s.",
         "",
-        "## The same batch a card (weak scaling)",
+        "t = fixed + b c + beside + 2 (n - 1) / n x S / B; measured, on one and on two cards:",
         "",
-        "t = b / r + 2 (n - 1) / n x S / B; r: samples/s of one card at b samples, measured; S:",
-        "bytes of the gradient, 4 a parameter; B: bytes/s out of a card, or out of its host.",
+        f"- c = {1e3 * model.a_sample:.3f} ms a sample, fixed = {1e3 * model.fixed:.2f} ms a step,",
+        "  from 128 samples on one card, and 64 on each of two less what follows;",
+        f"- S / B = {model.size / 1e6:.0f} MB / {model.bandwidth / 1e9:.0f} GB/s, the all-reduce;",
+        f"- beside = {1e3 * model.beside:.2f} ms that a step takes longer on two, besides.",
         "",
-        "| CVS | cards | samples a step | ms a step | all-reduce | samples/s | of n x one |",
-        "|:--|--:|--:|--:|--:|--:|--:|",
+        "| samples | cards | a card | a step | ms a step | all-reduce | samples/s | of n x one |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for title, (name, parameters, batch) in NETWORKS.items():
-        for cards in (1, 2, 8, 64, 512):
-            shared = all_reduce_s(4 * parameters, cards, nics)
-            step = batch / rates[name] + shared
-            lines.append(
-                f"| {title} | {cards} | {cards * batch:,} | {1e3 * step:.1f} | {1e3 * shared:.2f} "
-                f"| {cards * batch / step:,.0f} | {batch / step / rates[name]:.1%} |"
-            )
-    lines += [
-        *("", "## The same batch in all (strong scaling)", ""),
-        f"t = (1024 / n + {overhead:.1f}) c + 2 (n - 1) / n x S / B; a step's fixed cost is worth",
-        f"{overhead:.1f} samples, by uncompiled steps of 8 and of 128; c: seconds a sample, from r",
-        "at 128. `large`, 256 px.",
-        "",
-        "| cards | samples a card | ms a step | all-reduce | samples/s | of n x one |",
-        "|--:|--:|--:|--:|--:|--:|",
-    ]
-    _, parameters, batch = NETWORKS["large, 256 px"]
-    a_sample = batch / rates["large"] / (batch + overhead)
-    for cards in (8, 64, 512):
-        shared = all_reduce_s(4 * parameters, cards, nics)
-        step = (1024 / cards + overhead) * a_sample + shared
+    cases = [("128 a card", n, 128.0) for n in (1, 2, 8, 64, 512)]
+    cases += [("1,024 in all", n, 1024 / n) for n in (8, 64, 512)]
+    for title, cards, each in cases:
+        step = model.step(cards, each)
+        shared = model.all_reduce(cards) if cards > 1 else 0.0
         lines.append(
-            f"| {cards} | {1024 // cards} | {1e3 * step:.1f} | {1e3 * shared:.2f} "
-            f"| {1024 / step:,.0f} | {1024 / step / cards / rates['large']:.0%} |"
+            f"| {title} | {cards} | {each:g} | {cards * each:,.0f} | {1e3 * step:.1f} | "
+            f"{1e3 * shared:.2f} | {cards * each / step:,.0f} | {each / step / model.rate:.0%} |"
         )
-    lines += [
-        *("", "## Where it stops", ""),
-        "Samples a card below which the all-reduce takes over a tenth of a step: 9 x 2 S / B x r.",
-        "",
-        "| CVS | NVLink, 450 GB/s | 400 Gb/s a host | 100 Gb/s a host |",
-        "|:--|--:|--:|--:|",
-    ]
-    for title, (name, parameters, _) in NETWORKS.items():
-        least = [72 * parameters / (b * 1e9) * rates[name] for b in (NVLINK_GB_S, NIC_GB_S, 12.5)]
-        lines.append(f"| {title} | {' | '.join(f'{samples:,.0f}' for samples in least)} |")
+    costly = 9 * (model.beside + model.all_reduce(64)) - model.fixed
+    sections = json.loads((HERE / "train_gpu.json").read_text())["sections"]
+    halves = [cell(sections["cvs"]["lines"], name, 2) for name in ("denoising", "consistency")]
+    boot = json.loads((HERE / "bootstrap_gpu.json").read_text())
     views, made = 10e6, boot["images"] * boot["views"]
     hours = {
         "make: decode, render, encode, write, hash": views / made * boot["bootstrap_s"] / 3600,
         "gate": views / made * boot["gate_s"] / 3600,
-        "train `large`, one pass": views / whole / 3600,
-        "train `large`, ten passes": 10 * views / whole / 3600,
+        "train `large`, one pass": views * sum(1 / rate for rate in halves) / 2 / 3600,
     }
+    hours["train `large`, ten passes"] = 10 * hours["train `large`, one pass"]
     files = (6 + 4 * boot["views"]) / boot["views"]  # a view: `fresnel.data.records`
     disk_gb, held_tb = views / made * boot["megabytes"] / 1e3, views * 4 * 256**2 / 1e12
     return "\n".join(
         [
             *lines,
+            "",
+            "On 64 cards what an exchange takes is a tenth of a step at "
+            f"{costly / model.a_sample:.0f} samples a card.",
             *("", "## Ten million views at 256 px", ""),
-            "Hours of one H100 with 16 cores, by what 4,000 views and runs of 200 steps took.",
-            "Dollars are the same on n cards with 16 cores each, as far as they are n times one.",
+            "Hours of one H100 with 16 cores, by what 4,000 views and runs of 200 steps took, at",
+            f"{price:g} USD an hour; of 8: an eighth, as if they were eight times one.",
             *("", "| | hours of one | USD | hours of 8 |", "|:--|--:|--:|--:|"),
             *(f"| {n} | {h:.1f} | {h * price:.0f} | {h / 8:.1f} |" for n, h in hours.items()),
             "",
@@ -133,5 +119,7 @@ if __name__ == "__main__":
     parser.add_argument("--price", type=float, default=2.99, help="USD a card and hour")
     parser.add_argument("--nics", type=float, default=8, help="400 Gb/s NICs a host (default: 8)")
     asked = parser.parse_args()
-    (HERE / "beyond.md").write_text(text := table(asked.price, asked.nics))
+    text = table(asked.price, asked.nics)
+    if asked.nics == A_HOST:
+        (HERE / "beyond.md").write_text(text)
     print(text)
