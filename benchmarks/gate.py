@@ -1,7 +1,7 @@
 """How often the gate is right: faults it catches, causes it names, healthy sets it refuses.
 
     python benchmarks/gate.py --seed 29 --zip furniture.zip --workers 24 --out DIR   # 6 minutes
-    python benchmarks/gate.py --seed 29 --share 0.02 --out /tmp/gate
+    python benchmarks/gate.py --seed 29 --share 0.02 --objects 12 --out /tmp/gate
     python benchmarks/gate.py --tables DIR                     # of a run that was cut
 
 The order of work: what every check measures on healthy objects to *calibrate* with (of split
@@ -23,6 +23,8 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +36,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-import trimesh
 from scipy.stats import binomtest
 
 from fresnel import bootstrap, faults, gate
@@ -46,15 +47,23 @@ from fresnel.gate.measure import measure
 from fresnel.gate.thresholds import VERSION
 from fresnel.heads import base, make
 from fresnel.models.decoder import load_shipped
-from fresnel.objects import gltf, trace
 from fresnel.objects.assets import Asset, embedded_assets, find_assets
 from fresnel.objects.render_set import render_set
 from fresnel.objects.sources import embedded_heads
-from fresnel.scene.cameras import Cameras, orbit
+from fresnel.scene.cameras import orbit
 
-SIZE, OBJECTS, SHARD = 64, 78, 6
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+from boxes import views_of
+
+SIZE, SHARD = 64, 6
 STRENGTHS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
-SHAPES = ("dark", "white", "thin", "symmetric", "single-coloured")
+SHAPES: dict[str, dict[str, Any]] = {  # that look faulty
+    "dark": {"colors": torch.full((3, 3), 0.08)},
+    "white": {"colors": torch.ones(3, 3), "stripes": 0.0},
+    "thin": {"extent": (0.04, 1.0, 0.06)},
+    "symmetric": {"extent": (0.5, 0.5, 0.5)},
+    "single-coloured": {"colors": torch.full((3, 3), 0.5), "stripes": 0.0},
+}
 ROOMS = ("blotches", "smooth", "photographs")
 OF_ROOMS = ("inverted_extrinsics", "opengl_axes", "reversed_azimuth", "shuffled_poses")
 CONDITIONS = {  # records, views, healthy sets of a source, sets of a source and fault
@@ -93,7 +102,7 @@ class Task:
 class Sample:
     """As much of a dataset as the gate needs; records are made when they are asked for."""
 
-    records: Sequence[ObjectViews]
+    records: Sequence[ObjectViews] | MultiViewDataset
     meta: dict[str, Any]
     changed: Callable[[int, ObjectViews], ObjectViews] = lambda _, record: record
     content_hash: str = ""
@@ -108,26 +117,28 @@ class Sample:
 # --- sets ----------------------------------------------------------------------------------------
 
 
-def objects(part: str, zip_path: str | None) -> dict[str, list[Asset]]:
+def objects(part: str, zip_path: str | None, count: int) -> dict[str, list[Asset]]:
     """Assets to calibrate or to test with, by domain; no heads where none can be made."""
     split = {"calibration": ("train",), "test": ("test", "held_out")}[part]
     every = find_assets(zip_path) if zip_path else embedded_assets()
     things = [asset for asset in every if asset.split in split]
-    found: dict[str, list[Asset]] = {"furniture": things[:: max(1, len(things) // OBJECTS)]}
+    found: dict[str, list[Asset]] = {"furniture": things[:: max(1, len(things) // count)][:count]}
     try:
         base.data_folder()
     except DatasetError:
         return found
     heads: list[Asset] = [head for head in make.people(400) if head.split in split]
-    return found | {"heads": heads[:60]}
+    return found | {"heads": heads[:count]}
 
 
-def make_shard(domain: str, assets: Sequence[Asset], folder: Path, number: int, seed: int) -> None:
+def make_shard(
+    domain: str, assets: Sequence[Asset], folder: Path, number: int, seed: int, many: bool
+) -> None:
     """Render and decode a few objects: two inputs with 8 views each, one of 64, one of 400."""
     torch.set_num_threads(1)
     looks: dict[str, Any] = make.PORTRAIT if domain == "heads" else {}
     decoder = load_shipped("faces" if domain == "heads" else "pixel")
-    for views, count in ((8, SHARD), (64, 2), (400, int(number == 0))):
+    for views, count in ((8, SHARD), (64, 2), (400, int(number == 0 and many))):
         if some := assets[:count]:
             many = {"views": views, "samples": 4 if views == 8 else 1, "seed": seed, "workers": 1}
             many |= {"image_size": SIZE, "inputs_per_object": 2 if views == 8 else 1}
@@ -137,14 +148,16 @@ def make_shard(domain: str, assets: Sequence[Asset], folder: Path, number: int, 
             bootstrap.bootstrap(made.inputs(), decoder, how, target)
 
 
-def make_sources(part: str, zip_path: str | None, seed: int, work: Path, pool: Any) -> list[str]:
+def make_sources(
+    part: str, seed: int, work: Path, pool: Any, given: argparse.Namespace
+) -> list[str]:
     """All healthy objects of a part; returns the folders of its sources."""
-    folder, jobs = work / part, []
+    folder, jobs, many = work / part, [], given.share >= 0.5  # 400 views take long
     if not folder.exists():
-        for domain, assets in objects(part, zip_path).items():
+        for domain, assets in objects(part, given.zip, given.objects).items():
             for number, at in enumerate(range(0, len(assets), SHARD)):
                 some = assets[at : at + SHARD]
-                jobs.append(pool.submit(make_shard, domain, some, folder, number, seed))
+                jobs.append(pool.submit(make_shard, domain, some, folder, number, seed, many))
     for job in jobs:
         job.result()
     if not (folder / "heads").exists():
@@ -159,75 +172,12 @@ def opened(path: str) -> MultiViewDataset:
     return dataset.open(path)
 
 
-@dataclass(frozen=True)
-class Drawn(Sequence[ObjectViews]):
+def draw(data: MultiViewDataset, seed: Sequence[int], count: int) -> MultiViewDataset:
     """Records of different objects first, then their other inputs."""
-
-    data: MultiViewDataset
-    rows: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.data[self.rows[index]]
-
-
-def draw(data: MultiViewDataset, seed: Sequence[int], count: int) -> Drawn:
     order = np.random.default_rng(seed).permutation(len(data)).tolist()
     known = dict[str, int]()
     first = {known.setdefault(data.names[k].partition("__")[0], k) for k in order}
-    return Drawn(data, sorted(order, key=lambda k: k not in first)[:count])
-
-
-def shape(name: str, seed: Sequence[int]) -> ObjectViews:
-    """A healthy record that looks faulty, as an analytic shape with known truth."""
-    rng = np.random.default_rng(seed)
-    colour = {"dark": rng.integers(8, 30, 3), "white": np.full(3, 250)}.get(name)
-    colour = rng.integers(40, 255, 3) if colour is None else colour
-    if name == "thin":
-        mesh = trimesh.creation.box((0.02 + 0.02 * rng.random(), 1.0, 0.02 + 0.04 * rng.random()))
-    elif name == "symmetric":
-        radius = 0.15 + 0.3 * rng.random()
-        outline = [[0, 0], [radius, 0], [radius / 2, 0.5], [radius, 1], [0, 1]]
-        mesh = trimesh.creation.revolve(outline, sections=64)
-        mesh.apply_transform(trimesh.transformations.rotation_matrix(-np.pi / 2, (1, 0, 0)))
-    else:
-        ball = trimesh.creation.icosphere(radius=0.3).apply_translation(rng.uniform(-0.4, 0.4, 3))
-        mesh = trimesh.util.concatenate([trimesh.creation.box(rng.uniform(0.2, 1.0, 3)), ball])
-    mesh.apply_translation(-mesh.bounds.mean(axis=0))
-    mesh.apply_scale(1 / mesh.extents.max())
-    mesh.visual.face_colors = np.array([*colour, 255], np.uint8)
-    azimuth = rng.uniform(0, 360) + np.concatenate([[0.0], 45.0 * np.arange(8)])
-    # A vase on a turntable is seen from one height: the hardest case for "frozen".
-    elevation = np.full(9, 15.0) if name == "symmetric" else rng.uniform(-30, 45, 9)
-    angles = (torch.from_numpy(angle).float() for angle in (azimuth, elevation))
-    optics: dict[str, Any] = {"focal_px": 1.2 * SIZE, "width": SIZE, "height": SIZE}
-    cameras = orbit(*angles, 2.2, pivot=(0.0, 0.0, 0.0), **optics)
-    glb = trimesh.Scene([mesh]).export(file_type="glb")
-    seen = trace.render(gltf.read(glb, lambda name: None), cameras)
-    rgb, alpha = (
-        (255 * torch.as_tensor(x) + 0.5).to(torch.uint8) for x in (seen.rgb, seen.alpha[..., 0])
-    )
-    return _record(f"{name} {seed[-1]}", rgb, alpha, cameras, torch.as_tensor(seen.depth[..., 0]))
-
-
-def _record(
-    name: str, rgb: torch.Tensor, alpha: torch.Tensor, cameras: Cameras, depth: Any = None
-) -> ObjectViews:
-    """The first picture is the input."""
-    return ObjectViews(
-        name=name,
-        input_rgb=rgb[0],
-        input_alpha=alpha[0],
-        input_camera=cameras[0],
-        input_depth=None if depth is None else depth[0],
-        rgb=rgb[1:],
-        alpha=alpha[1:],
-        depth=None if depth is None else depth[1:],
-        cameras=cameras[1:],
-        pivot=torch.zeros(3),
-    )
+    return data.subset(sorted(order, key=lambda k: k not in first)[:count])
 
 
 def room(
@@ -271,7 +221,10 @@ def room(
     colours = colours.reshape(count, size, 2, size, 2, 3).mean(axis=(2, 4))
     noisy = 255 * colours + rng.normal(0, 2, colours.shape)
     rgb = torch.from_numpy(noisy.clip(0, 255).astype(np.uint8))
-    return _record(f"{texture} {seed[-1]}", rgb, torch.full(rgb.shape[:3], 255).byte(), cameras)
+    opaque, looks = torch.full(rgb.shape[:3], 255).byte(), cameras[1:]
+    first: dict[str, Any] = {"input_rgb": rgb[0], "input_alpha": opaque[0], "pivot": torch.zeros(3)}
+    seen: dict[str, Any] = {"rgb": rgb[1:], "alpha": opaque[1:], "cameras": looks}
+    return ObjectViews(f"{texture} {seed[-1]}", input_camera=cameras[0], **first, **seen)
 
 
 def _wall(texture: str, k: int, rng: np.random.Generator) -> np.ndarray:
@@ -301,18 +254,17 @@ def make_set(task: Task) -> Sample:
     """The records of a task, before anything of them is read."""
     seed, rng = [task.seed, task.number], np.random.default_rng([task.seed, task.number])
     count, views, *_ = CONDITIONS.get(task.condition, (3, 9))
-    records: Sequence[ObjectViews]
+    records: Any
     if task.source in SHAPES:
-        records = [shape(task.source, [*seed, k]) for k in range(count)]
+        many = range(count * task.number, count * (task.number + 1))
+        records = [views_of(k, size=SIZE, identity=False, **SHAPES[task.source]) for k in many]
     elif task.source in ROOMS:
         how: dict[str, Any] = {"forward": task.condition == "forward-facing", "count": views}
         records = [room(task.source, [*seed, k], **how) for k in range(min(count, 3))]
     else:
         data = opened(str(Path(task.folder, task.source, str(views))))
         records = draw(data, seed, count)
-    names = [f"{task.source} {k}" for k in range(len(records))]
-    if isinstance(records, Drawn):
-        names = [records.data.names[k] for k in records.rows]
+    names = getattr(records, "names", None) or [record.name for record in records]
     bad = set(range(len(records)))
     if task.condition in ("half of 10", "1 of 100"):
         bad = {*rng.permutation(len(records))[: 5 if task.condition == "half of 10" else 1]}
@@ -528,10 +480,11 @@ def main() -> None:
     parser.add_argument("--zip", help="furniture.zip; without it embedded objects are used")
     parser.add_argument("--seed", type=int, default=1, help="of cameras, sets and faults")
     parser.add_argument("--share", type=float, default=1.0, help="of the sets")
+    parser.add_argument("--objects", type=int, default=78, help="of a domain, at most")
+    parser.add_argument("--calibrated", type=Path, help="folder of a run that has calibrated")
     parser.add_argument("--out", type=Path, default=Path("runs/gate"), help="for what is written")
     parser.add_argument("--work", type=Path, help="folder for healthy sets (default: temporary)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--calibrate-only", action="store_true", help="open no test object")
     parser.add_argument("--tables", type=Path, help="write those of a run's folder, and end")
     arguments = parser.parse_args()
     if arguments.tables:
@@ -553,21 +506,24 @@ def main() -> None:
     ):
         work = arguments.work or Path(temporary)
         jobs = []
-        for source in make_sources("calibration", arguments.zip, seed, work, pool):
+        if arguments.calibrated:
+            shutil.copy(arguments.calibrated / "calibration.jsonl", out)
+        for source in (
+            () if arguments.calibrated else make_sources("calibration", seed, work, pool, arguments)
+        ):
             for path in map(str, Path(source).iterdir()):
                 rows = np.arange(len(opened(path)))
                 parts = np.array_split(rows, max(1, len(rows) // 8))
                 jobs += [pool.submit(measured, path, part.tolist()) for part in parts]
-        follow(jobs, "calibration.jsonl")
+        if jobs:
+            follow(jobs, "calibration.jsonl")
         frozen = {"version": VERSION, "thresholds": asdict(gate.GateConfig()), "seed": seed}
         frozen |= {"share": arguments.share, "calibrated_s": round(time.monotonic() - started)}
         (out / "thresholds.json").write_text(json.dumps(frozen, indent=1) + "\n")
-        (out / "rows.jsonl").touch()
-        if not arguments.calibrate_only:
-            sources = make_sources("test", arguments.zip, seed, work, pool)
-            print(f"test objects made after {time.monotonic() - started:.0f} s", flush=True)
-            tasks = tasks_of(sources, seed, arguments.share)
-            follow([pool.submit(trial, task) for task in tasks], "rows.jsonl")
+        sources = make_sources("test", seed, work, pool, arguments)
+        print(f"test objects made after {time.monotonic() - started:.0f} s", flush=True)
+        tasks = tasks_of(sources, seed, arguments.share)
+        follow([pool.submit(trial, task) for task in tasks], "rows.jsonl")
     print(f"done after {time.monotonic() - started:.0f} s", flush=True)
     write_tables(out)
 

@@ -111,10 +111,9 @@ class Seen:
         out["dark"] = np.where(known, out["black"], out["dark"])
         # One black object is a black object; ten of ten are not.
         tops = self.record("top")
-        tops = (
-            np.quantile(tops[np.isfinite(tops)], 0.9) if np.isfinite(tops).sum() >= 10 else np.nan
-        )
-        out["set_top"] = np.full(len(self.objects), tops)
+        tops = tops[np.isfinite(tops)]
+        highest = float(np.quantile(tops, 0.9)) if len(tops) >= 10 else math.nan
+        out["set_top"] = np.full(len(self.objects), highest)
         out["bright"] = np.where(known, 0.0, out["bright"])
         # From within 22.5 degrees of +-90 over that of 0 and 180; not asked where those are empty.
         bins, cover = 45 * np.round(self.view("azimuth_deg") / 45), self.view("coverage_ratio")

@@ -70,8 +70,8 @@ def shared(objects: Sequence[Row], splits: Sequence[str | None]) -> Iterator[_Le
         if split and "looks" in row:
             one = str(k) if row.get("numbered") else stem(row)
             stems.setdefault(split, {}).setdefault(one, []).append(k)
-    for one, other in itertools.combinations(stems.values(), 2):
-        for a, b in (*_namesakes(objects, one, other), *_relatives(objects, one, other)):
+    for mine, its in itertools.combinations(stems.values(), 2):
+        for a, b in (*_namesakes(objects, mine, its), *_relatives(objects, mine, its)):
             yield (a, b), f"{names[a]} has the looks of {names[b]}"
 
 
@@ -81,8 +81,8 @@ of different ones and 4 % of pairs of heads more."""
 
 
 def _looks(objects: Sequence[Row], rows: Sequence[int]) -> np.ndarray:
-    mean = np.mean([objects[k]["looks"] for k in rows], axis=0, dtype=np.float32)
-    return mean / max(float(np.linalg.norm(mean)), 1e-9)
+    mean = np.asarray(np.mean([objects[k]["looks"] for k in rows], axis=0, dtype=np.float32))
+    return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-9))
 
 
 def _namesakes(
