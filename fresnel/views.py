@@ -137,7 +137,7 @@ def write_views(
         )
     checks, doubts = _doubts(inputs.resized(cvs_size), own, seen)
     careful += doubts
-    first, because, made = "gaussians", "no CVS of heads ships", None
+    first, because, made = "gaussians", "no CVS that learned from this decoder ships", None
     if network is not None:
         first, because = _first(network)
         kept, draw = [own], decoder.predictor(splats)  # a CVS asks for that, then for the mirrored
