@@ -89,7 +89,7 @@ def test_plain_papermill_checks_its_parameters_and_leaves_a_page_and_says_what_c
         execute(then="fail")
     record, folder = runs_of(tmp_path)[1]
     assert record.badge == "CRASHED" in Path("reports/index.html").read_text()
-    assert record.error == "Code cell 4 stopped with AssertionError: as <asked>"
+    assert record.error == "Code cell 3 stopped with AssertionError: as <asked>"
     page = (folder / "report.html").read_text()
     assert "as &lt;asked&gt;" in page and "steps 3" in page and "Code, 2 lines, not run" in page
 

@@ -67,7 +67,7 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Recorder:
     seed, price = params.get("seed"), params.get("price_per_hour_usd", 0.0)
     run = records.start(notebook, params, folder, price_per_hour_usd=price, seed=seed)
     shell = namespace["get_ipython"]() if "get_ipython" in namespace else None
-    watched = run.alone and hasattr(shell, "kernel")
+    watched = run.alone and cells and hasattr(shell, "kernel")
     _watch = _Watch(run, source, shell, cells, is_lab) if watched else None
     return run
 
@@ -181,7 +181,8 @@ class _Watch:
         error = result.error_before_exec or result.error_in_exec
         if error is not None and run.record.status == "running" and not self.is_lab:
             code = [c for c in self.notebook.cells if c.cell_type == "code"]
-            number = next(n for n, other in enumerate(code, 1) if other is cell)
+            source = [c for c in code if "injected-parameters" not in c.metadata.get("tags", [])]
+            number = next((n for n, other in enumerate(source, 1) if other is cell), None)
             if isinstance(error, KeyboardInterrupt):
                 run.crash("The run was stopped from outside.", "stopped", number)
             else:

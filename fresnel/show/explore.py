@@ -128,7 +128,7 @@ def _live(
 
     boxes = [*made.values()]
     if upload:
-        boxes.append(ipywidgets.FileUpload(accept="image/*", description="a picture of yours"))
+        boxes.append(ipywidgets.FileUpload(accept="image/*", description="your picture"))
         boxes[-1].observe(take, "value")
     threading.Thread(target=redraw, daemon=True).start()
     box = ipywidgets.VBox([picture, said, *boxes])
