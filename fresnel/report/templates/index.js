@@ -104,12 +104,12 @@
     for (const name of union(of, "software")) {
       if (differ(of.map((run) => run.software[name]))) rows.push([name, (run) => run.software[name] ?? "none", true]);
     }
-    return [make("h3", "Data, code and machine"), table("Data, code and machine", ["", ...of.map((run) => run.name), ""],
+    return [make("h3", "Data, code and machine"), table("Data, code and machine", ["what", ...of.map((run) => run.name), "equal"],
       rows.map(([name, say, apart]) => row(name, [...of.map(say), apart ? "differs" : "same"])))];
   };
   const money = (usd) => `$${usd.toFixed(usd < 0.01 && usd ? 4 : 2)}`;
   const badge = (run) => make("span", run.badge, { class: `badge ${run.tone}` });
-  const outcome = (of) => table("Outcome", ["", ...of.map((run) => run.name)], [
+  const outcome = (of) => table("Outcome", ["what", ...of.map((run) => run.name)], [
     row("verdict", of.map(badge)),
     row("when", of.map((run) => run.when.slice(0, 16).replace("T", " "))),
     row("time", of.map((run) => `${figure(run.duration_s)} s`)),
