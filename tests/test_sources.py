@@ -223,7 +223,7 @@ def test_the_heads_that_ship_tell_the_same_story(tmp_path: Path) -> None:
     }
     assert (shown["objects"] - shown["faces"]).abs().mean() > 0.01
     judges = sources.ground_truth(source, "held_out", image_size=32, objects=2, cache=tmp_path)
-    validating = training_data.validation_objects(source, judges, device="cpu")
+    validating = training_data.validation_objects(source, judges)
     assert validating is not None and len(validating) == training_data.VALIDATION_OBJECTS
     sources.require_apart(validating.names, judges.names)
     (entry,) = credits.credits(judges.names[:1], judges)
