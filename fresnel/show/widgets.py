@@ -99,8 +99,8 @@ def covered_pixels(record: ObjectViews) -> tuple[Tensor, Tensor, Tensor]:
     """World positions (P, 3), colours (P, 3) and half widths (P,) of all pixels with depth."""
     seen = [(record.cameras, record.depth, record.rgb, record.alpha)]
     if record.input_depth is not None:
-        camera, depth = record.input_camera.reshape(1), record.input_depth[None]
-        seen.insert(0, (camera, depth, record.input_rgb[None], record.input_alpha[None]))
+        camera, away = record.input_camera.reshape(1), record.input_depth[None]
+        seen.insert(0, (camera, away, record.input_rgb[None], record.input_alpha[None]))
     found = [(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0))]
     for cameras, depth, rgb, alpha in seen:
         if depth is not None:
