@@ -7,7 +7,6 @@ its cameras orbit the point where the input camera stands, about three units awa
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections import deque
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 from fresnel.data import dataset
 from fresnel.data.dataset import Encoded, InputImages, MultiViewDataset, ObjectViews, encode
 from fresnel.host.pool import processes
-from fresnel.models.decoder import Decoder, prune, render_small
+from fresnel.models.decoder import Decoder, DecoderConfig, prune, render_small
 from fresnel.scene.cameras import STANDARD_FOCAL, STANDARD_RADIUS, Cameras, orbit
 from fresnel.scene.gaussians import Gaussians
 
@@ -222,13 +221,13 @@ def _shared(
     """Write the records into `folder` by a process for each GPU, which takes every so-manieth
     batch: whole ones, as a batch of another size may round differently."""
     batches = torch.arange(len(inputs)).split(batch_size)
-    threads = torch.get_num_threads()
+    threads, state = torch.get_num_threads(), {k: v.cpu() for k, v in decoder.state_dict().items()}
     with processes(gpus) as pool, tqdm(total=len(inputs), desc="writing", delay=2) as bar:
         jobs = []
         for number in range(gpus):
             mine = torch.cat(batches[number::gpus])
             card = f"cuda:{number}" if torch.device(device).type == "cuda" else str(device)
-            share = inputs[mine].to("cpu"), copy.deepcopy(decoder).to("cpu"), config, card
+            share = inputs[mine].to("cpu"), decoder.config, state, decoder.render_size, config, card
             jobs.append(pool.submit(_share, *share, batch_size, folder, mine, gpus, threads))
         while wait(jobs, 0.5, FIRST_EXCEPTION).not_done:
             if any(job.done() and job.exception() for job in jobs):
@@ -240,9 +239,20 @@ def _shared(
     return sorted(written, key=lambda record: (len(record.folder), record.folder)), shares[0][1]
 
 
+def _rebuilt(config: DecoderConfig, state: dict[str, Tensor], render_size: int) -> Decoder:
+    """A decoder whose weights lie in memory as a decoder's do, which chooses the kernels, and with
+    them the last bits: a message between processes keeps the numbers alone."""
+    decoder = Decoder(config).eval()
+    decoder.load_state_dict(state)
+    decoder.render_size = render_size
+    return decoder
+
+
 def _share(
     inputs: InputImages,
-    decoder: Decoder,
+    decoder_config: DecoderConfig,
+    state: dict[str, Tensor],
+    render_size: int,
     config: BootstrapConfig,
     device: str,
     batch_size: int,
@@ -255,7 +265,8 @@ def _share(
     torch.set_num_threads(threads)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    views = records(inputs, decoder.to(device), config, device, batch_size)
+    decoder = _rebuilt(decoder_config, state, render_size).to(device)
+    views = records(inputs, decoder, config, device, batch_size)
     return encode(folder, zip(numbers.tolist(), views, strict=True), len(inputs), among)
 
 

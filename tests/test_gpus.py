@@ -21,12 +21,12 @@ from boxes import views_of
 from test_bootstrap import CORRECTED, PIXEL, discs
 
 from fresnel import gate
-from fresnel.bootstrap import bootstrap
+from fresnel.bootstrap import _rebuilt, bootstrap
 from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset
 from fresnel.gate import receipts
 from fresnel.host import machine
-from fresnel.models.decoder import Decoder
+from fresnel.models.decoder import Decoder, load_shipped
 from fresnel.study import trainings
 from fresnel.study.trainings import ChildError, Training
 from fresnel.training import checkpoints
@@ -219,6 +219,15 @@ def test_how_many_gpus(data, monkeypatch) -> None:
     assert machine.pick_gpus("auto", "cuda") == 1
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100")
     assert [machine.cards("cuda", n) for n in (1, 2)] == ["H100", "2 x H100"]
+
+
+def test_a_processs_decoder_lies_in_memory_as_the_callers() -> None:
+    ours = load_shipped("pixel")
+    state = {name: x.contiguous() for name, x in ours.state_dict().items()}
+    its = _rebuilt(ours.config, state, ours.render_size)
+    strides = [[x.stride() for x in decoder.parameters()] for decoder in (ours, its)]
+    assert strides[0] == strides[1] and any(x.stride()[1:2] == (1,) for x in its.parameters())
+    assert its.checksum() == ours.checksum() and its.render_size == ours.render_size
 
 
 def test_processes_share_a_bootstrap(tmp_path) -> None:
