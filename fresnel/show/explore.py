@@ -68,7 +68,7 @@ def explore(
             f"{_word(name)}: {options[k]}. {said}"
             for k, (_, said) in zip(places, made, strict=True)
         ]
-        told = f"{alt} By {_word(name)}, the rest stays."
+        told = f"{alt} What changes: {_word(name)}." if len(controls) > 1 else alt
         wide = len(rows) if len(rows) < 6 else -(-len(rows) // 2)
         show_steps(rows, steps, told, columns=wide, start=at)
     return values
