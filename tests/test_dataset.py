@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import struct
@@ -450,6 +451,33 @@ def test_who_wants_a_set_that_is_being_made_waits_and_takes_it(tmp_path, capsys)
     before = (tmp_path / "set").stat().st_ino
     dataset.write(tmp_path / "set", slowly("d"), meta={}, overwrite=True)
     assert (tmp_path / "set").stat().st_ino == before, "the same set is left to who reads it"
+
+
+def test_of_two_processes_one_makes_a_set_and_the_other_says_for_whom_it_waits(tmp_path, capfd):
+    context, target = multiprocessing.get_context("fork"), tmp_path / "set"
+    ours, theirs = context.Pipe()
+
+    def told() -> Any:
+        theirs.send("begun")
+        theirs.recv()
+        yield make_object(0)
+
+    def make(objects: Any) -> None:
+        dataset.write(target, objects, meta={}, reuse=True)
+
+    maker = context.Process(target=lambda: make(told()))
+    other = context.Process(target=lambda: make(None))  # would fail if it were to make one
+    maker.start()
+    assert ours.recv() == "begun"
+    other.start()
+    other.join(1)
+    assert other.is_alive()
+    ours.send("go on")
+    for process in (maker, other):
+        process.join()
+        assert process.exitcode == 0
+    said = f"{target}: another process makes it; waiting (process {maker.pid})\n"
+    assert said in capfd.readouterr().err and leftovers(tmp_path) == ["set"]
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

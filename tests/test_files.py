@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from boxes import views_of
 
+from fresnel.data import dataset
 from fresnel.host import files, machine
 
 
@@ -130,6 +132,33 @@ def test_kills_at_file_operations_lose_nothing() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split("|")[2:6] for line in done.stdout.splitlines()[2:]]
     assert len(rows) == len(jobs) and all(int(tried) >= 2 for _, tried, _, _ in rows)
+
+
+LITTLE = """
+for folder in {folders}; do
+    mount --bind $folder $folder && mount -o remount,ro,bind $folder || exit 9
+done
+mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 9
+unset HOME XDG_CACHE_HOME
+ulimit -n 40
+exec {python} -m fresnel validate {data}"""
+
+
+def test_read_only_data_checkout_and_home_with_little_of_all_else(tmp_path: Path) -> None:
+    """In a world of its own: the gate answers where nothing but /tmp may be written."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces for users and mounts here")
+    root, data = Path(__file__).parent.parent, tmp_path / "data"
+    dataset.write(data / "set", [views_of(0, size=32, views=3)], meta={})
+    folders = " ".join(map(str, (data, root, Path.home())))
+    shell = LITTLE.format(folders=folders, python=sys.executable, data=data / "set")
+    command = ["unshare", "-rm", "bash", "-c", shell]
+    environment = os.environ | {"PYTHONPATH": str(root), "TMPDIR": "/tmp"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    if done.returncode == 9:
+        pytest.skip(f"nothing may be mounted here: {done.stderr}")
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.splitlines()[0] in ("PASS", "FAIL") and not (data / "receipts").exists()
 
 
 CLOSED = "exec {python} -m fresnel clean --dry-run --reports {folder} {folder} <&- >&- 2>&-"

@@ -161,6 +161,19 @@ def test_images_beyond_what_the_kernels_count_are_refused(size: tuple[int, int])
         render(make_scene(5), make_cameras(1, *size))
     with pytest.raises(ValueError, match=r"fewer than 2\^31"):
         cpu._check_count(1 << 31)
+    cpu._check_count((1 << 31) - 1)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_last_pixel_of_the_largest_image_is_drawn(axis: int) -> None:
+    size = [1, 1]
+    size[axis] = cpu.MOST_PIXELS
+    cameras = make_cameras(1, *size)
+    K = cameras.Ks.clone()
+    K[:, axis, 2] = cpu.MOST_PIXELS - 0.5  # the object, at the principal point, is there
+    one = replace(make_scene(5, num=1), means=torch.zeros(1, 3))
+    alpha = render(one, replace(cameras, Ks=K)).alpha.reshape(-1)
+    assert alpha[-1] > 0.01 and alpha[-1] >= 0.999 * alpha.max() and alpha[0] < alpha[-1]
 
 
 def test_a_larger_image_spans_many_tiles_and_chunks() -> None:

@@ -18,8 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.Image import Transpose
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -28,11 +27,6 @@ from fresnel.scene.cameras import Cameras, standard_orbit
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded: a small file can claim a huge picture."""
-_TURNS = {
-    **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM},
-    **{5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE},
-    8: Transpose.ROTATE_90,
-}
 _MOST_SCANS = 100
 """Of a progressive JPEG, which has about ten: each is decoded over the whole picture."""
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
@@ -278,8 +272,9 @@ def load_image(
         DatasetError: if the file is missing, no image, truncated, or larger than `MAX_PIXELS`.
     """
     image = decoded(path, data)
-    if rotate and (turn := orientation(image)) in _TURNS:
-        image = image.transpose(_TURNS[turn])
+    if rotate and orientation(image) > 1:
+        with contextlib.suppress(Exception):  # damaged EXIF data
+            image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # Pillow's own conversion would clip to 8 bits, not scale
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
         most = 1 if image.mode == "F" else 65535

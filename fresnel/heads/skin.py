@@ -4,13 +4,11 @@ out (an ambient occlusion of the base mesh, the same for everybody)."""
 from __future__ import annotations
 
 import functools
-import io
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from fresnel.data.images import read_bytes
+from fresnel.data.images import decoded, read_bytes
 from fresnel.heads import shape
 from fresnel.heads.base import MAX_BYTES, Base, Doubles, Ints, data_folder, load
 from fresnel.heads.person import Person, chance
@@ -72,7 +70,7 @@ def canvas() -> Canvas:
     uv[skin.split.vertex] = skin.split.uvs
     for name in ("lips", "eyelids", "ears", "inside-mouth"):
         data = read_bytes(data_folder() / "textures" / f"mpfb_{name}.jpg", MAX_BYTES)
-        picture = np.asarray(Image.open(io.BytesIO(data)).convert("L")) / 255.0
+        picture = np.asarray(decoded(f"mpfb_{name}.jpg", data).convert("L")) / 255.0
         x, y = (np.stack([uv[:, 0], 1 - uv[:, 1]]) * len(picture)).astype(int)
         found.append(picture[y.clip(0, len(picture) - 1), x.clip(0, len(picture) - 1)])
     lips, lids, ears, mouth = found

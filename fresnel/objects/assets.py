@@ -7,11 +7,13 @@ Nothing outside the folder or archive is read, whatever a manifest, a .gltf or a
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import posixpath
 import re
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -90,7 +92,7 @@ class Asset:
         """
         files: dict[str, str] = {}
         if self.member:
-            files = {entry.casefold(): entry for entry in _unzip(self.source)[0]}
+            files = _unzip(self.source)[0]
             home = posixpath.dirname(self.member)
         else:
             home = self.source.parent.relative_to(self.folder).as_posix().removeprefix(".")
@@ -124,20 +126,20 @@ def _hidden(path: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
 
 
-def _unzip(source: Path, wanted: str = "", limit: int = 0) -> tuple[list[str], bytes]:
+def _unzip(source: Path, wanted: str = "", limit: int = 0) -> tuple[dict[str, str], bytes]:
     """The names in a zip file, and one member: at most so many bytes, whatever size it states."""
     data = b""
     try:
-        with zipfile.ZipFile(source) as archive:
-            names = archive.namelist()
-            if wanted and wanted not in names:  # where these objects come from, case is ignored
-                folded = {name.lower(): name for name in names}
-                if wanted.lower() not in folded:
-                    raise DatasetError(f"{source}: has no member {wanted!r}")
-                wanted = folded[wanted.lower()]
-            if wanted:
-                with archive.open(wanted) as stream:
-                    data = stream.read(limit + 1)
+        said = source.stat()
+        if not stat.S_ISREG(said.st_mode):
+            raise DatasetError(f"{source}: is no regular file")
+        archive, names = _archive(source, said.st_mtime_ns, said.st_size, os.getpid())
+        if wanted:  # where these objects come from, case is ignored
+            if wanted.casefold() not in names:
+                raise DatasetError(f"{source}: has no member {wanted!r}")
+            exact = wanted if wanted in archive.NameToInfo else names[wanted.casefold()]
+            with archive.open(exact) as stream:
+                data = stream.read(limit + 1)
     except DatasetError:
         raise
     except Exception as error:  # each compression has errors of its own
@@ -145,6 +147,16 @@ def _unzip(source: Path, wanted: str = "", limit: int = 0) -> tuple[list[str], b
     if len(data) > limit:
         raise DatasetError(f"{source}: {wanted!r} has more than {limit} bytes")
     return names, data
+
+
+@functools.lru_cache(maxsize=8)
+def _archive(
+    source: Path, changed_ns: int, size: int, process: int
+) -> tuple[zipfile.ZipFile, dict[str, str]]:
+    """A zip file as it is, and its names by what they are without case: its directory, which may
+    be long, is parsed once a process."""
+    archive = zipfile.ZipFile(source)
+    return archive, {name.casefold(): name for name in archive.namelist()}
 
 
 def content_of(asset: Asset, known: dict[Path, str]) -> str:
@@ -253,7 +265,7 @@ def find_assets(path: str | Path) -> list[Asset]:
     elif suffix == ".json":
         found = _listed(source, read_bytes(source, _MAX_LIST_BYTES))
     elif suffix in (".sh3f", ".zip"):
-        names, _ = _unzip(source)
+        names = _unzip(source)[0].values()
         meshes = [n for n in names if n.lower().endswith(MESHES) and not _hidden(n)]
         if suffix == ".sh3f" and _CATALOGUE in names:
             found = _catalogued(source, meshes)

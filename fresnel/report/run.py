@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import io
 import json
 import os
 import re
@@ -304,16 +303,15 @@ def complete(
 
     nb: the executed notebook. reports: where the other runs lie. params: those that were given.
     """
-    from PIL import Image
-
+    from fresnel.data.images import decoded
     from fresnel.report import page
 
     artifacts = {"report": REPORT_NAME, "notebook": EXECUTED_NAME, **record.artifacts}
-    with contextlib.suppress(OSError, StopIteration):
+    with contextlib.suppress(OSError, ValueError, StopIteration):
         if "thumbnail" not in artifacts:  # its first figure stands for it
             outputs = [output for cell in nb.cells for output in cell.get("outputs", ())]
             encoded = next(o.data["image/png"] for o in outputs if "image/png" in o.get("data", ()))
-            save_thumbnail(Image.open(io.BytesIO(base64.b64decode(encoded))), folder)
+            save_thumbnail(decoded("figure", base64.b64decode(encoded)), folder)
             artifacts["thumbnail"] = THUMBNAIL_NAME
     inputs = inputs_of({**params, **record.params}, folder)
     inputs |= record.provenance.get("inputs", {})

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fresnel.data.dataset import MultiViewDataset, ViewTensors
+from fresnel.data.images import decoded
 from fresnel.models import Predictor
 from fresnel.scene.cameras import Cameras, relative_azimuth_deg
 from fresnel.show.scenes import GROUND
@@ -127,10 +128,7 @@ def evenly(count: int, limit: int) -> list[int]:
 
 def read(path: Path) -> np.ndarray:
     """A picture file as RGB uint8 array."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    return np.asarray(decoded(path).convert("RGB"))
 
 
 def tile(pictures: Sequence[Any], columns: int = 4) -> np.ndarray:
