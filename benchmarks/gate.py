@@ -463,7 +463,9 @@ def write_tables(out: Path) -> None:
         for path in (out / "rows.jsonl", out / "calibration.jsonl")
     )
     about = json.loads((out / "thresholds.json").read_text()) | {"sets": len(rows)}
-    found = tables(rows) | {"Healthy objects to calibrate with": of_calibration(seen)}
+    found = (tables(rows) if rows else {}) | {
+        "Healthy objects to calibrate with": of_calibration(seen)
+    }
     wrong = [r for r in rows if (r["passed"] or not right(r)) if r["fault"] or not r["passed"]]
     strong = [r for r in wrong if not r["fault"] or r["strength"] >= faults.EXPECTED[r["fault"]][1]]
     result = {**about, "tables": found, "wrong": strong}
