@@ -37,6 +37,7 @@ PHOTOS = {
 }
 OBJECTS = ("chair", "oak_table", "teddy_bear", "yogurt_bottle", "wheelbarrow")
 HEADS = (0, 5)
+SHEETS = ("chair", "head_5")  # of which the whole sheet is shown too
 SHOWN_DEG, CELL_PX = ("0", "45", "90", "180", "315"), 224
 
 
@@ -93,6 +94,9 @@ def main() -> None:
                 cells.append(np.asarray(Image.fromarray(shown).resize((CELL_PX, CELL_PX))))
             grid = np.vstack([np.hstack(cells[:3]), np.hstack(cells[3:])])
             Image.fromarray(grid).save(place / f"{name}.webp", quality=80, method=6)
+            if name in SHEETS:
+                with Image.open(out / "contact_sheet.png") as sheet:
+                    sheet.save(place / f"{name}_sheet.webp", quality=80, method=6)
             print(name, facts["domain"], facts["checks"], *facts["careful"], sep="\n  ", flush=True)
     return None
 

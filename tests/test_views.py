@@ -79,7 +79,7 @@ def test_views_writes_pictures_gaussians_and_what_it_assumed(
     # Whatever opens them sees a solid object at three times the decoder's pixels, and no dots.
     drawn = render(upright, sampling.view_cameras(20.0, 384, 1)[0]).alpha[0, ..., 0]
     y, x = np.mgrid[:384, :384] - 191.5
-    assert drawn[np.hypot(y, x) < 90].min() > 0.9
+    assert drawn[np.hypot(y, x) < 90].min() > 0.99  # 0.96 with dots
     # The disc fills 0.86 of the frame of the Gaussians' views, and has no smoke about it.
     alpha = np.asarray(Image.open(out / "azimuth_000.png"))[..., 3]
     rows = (alpha > 127).any(axis=1).nonzero()[0]
