@@ -101,6 +101,8 @@ def test_attribution_splits_the_way_and_says_how_sure() -> None:
     assert at.shares_table(found, "light")["share"][0].startswith("50")
     for axis in charts.waterfall({o: found[o] for o in at.OUTCOMES}, at.NAMES).axes:
         bars, whiskers = axis.containers
+        (label,) = axis.texts
+        assert label.get_position()[0] > 1, "beside the axes, where no bar covers it"
         ends = [bar.get_y() + bar.get_height() for bar in bars]
         middles = [line[:, 1].mean() for line in whiskers.lines[2][0].get_segments()]
         assert middles == pytest.approx(ends) and ends[-2] == pytest.approx(ends[-1])

@@ -66,6 +66,9 @@ def test_dots_bins_and_roses() -> None:
     assert [text.get_text() for text in axis.texts] == ["90"], "at the edge, with its value"
     marks = [line.get_marker() for line in axis.lines]
     assert marks.count("D") == 4 and marks.count(">") == 1, "what was not measured has no mark"
+    (axis,) = charts.dots({"a": {"all": Estimate(1.0)}}, label="dB", names={"a": "what"}).axes
+    assert axis.get_yticklabels()[0].get_text() == "what" and axis.texts[-1].get_text() == "a"
+    assert axis.texts[-1].get_fontsize() < axis.get_yticklabels()[0].get_fontsize()
     entry = {"bin": "45", "psnr": 20.0, "psnr_low": 19.0, "psnr_high": 22.0}
     both = {"a": [entry], "b": [{**entry, "psnr": 10.0}]}
     (axis,) = charts.bins_figure(both, "psnr", label="PSNR, dB", band=(1, 2)).axes

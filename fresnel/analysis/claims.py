@@ -29,7 +29,8 @@ class Claim:
     """A sentence of the original's report, and what would decide on it.
 
     `quote`, `line`: its words, and where they stand. `quantity`, `unit`: what the bands are of.
-    `explains`: what else could explain the figure. `change`: what would change the verdict."""
+    `explains`: what else could explain the figure. `change`: what would change the verdict.
+    `shown`: the key of the figure that shows it."""
 
     id: str
     title: str
@@ -42,6 +43,7 @@ class Claim:
     explains: str
     change: str
     unit: str = ""
+    shown: str = ""
 
     def decide(self, figure: Estimate) -> str:
         """ "confirmed" or "refuted" where the figure's whole interval lies in that band alone, else
@@ -72,14 +74,18 @@ class Claim:
             f"**Test.** {self.test}\n\n**Rule.** {self.rule}."
         )
 
+    def caption(self, figure: Estimate) -> str:
+        """What a picture of the figure shows: the number and the verdict."""
+        measured = f"{figure.text(1 if abs(figure.mean) >= 10 else 2)} {self.unit}".strip()
+        measured = "no run measured it" if math.isnan(figure.mean) else measured
+        name = self.quantity[0].upper() + self.quantity[1:]
+        return f"{name}: {measured}. Verdict: {self.decide(figure)}."
+
     def answer(self, figure: Estimate) -> str:
         """What stands below them: the number, the verdict, and its limits (Markdown)."""
-        measured = f"{figure.text(1 if abs(figure.mean) >= 10 else 2)} {self.unit}".strip()
-        if math.isnan(figure.mean):
-            measured = "no run measured it"
+        named, at = self.caption(figure).split(": ", 1), f" ([Figure](#fig-{self.shown}))"
         return (
-            f"**{self.quantity[0].upper()}{self.quantity[1:]}:** {measured}. "
-            f"**Verdict: {self.decide(figure)}.**\n\n"
+            f"**{named[0]}:** {named[1]}{'' if math.isnan(figure.mean) else at}\n\n"
             f"*What else would explain this?* {self.explains}\n\n"
             f"*What would change our mind?* {self.change}"
         )
@@ -89,7 +95,8 @@ def load(path: str | Path) -> dict[str, Claim]:
     """The claims of a YAML file, by id."""
     entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["claims"]
     bands = [{band: tuple(entry[band]) for band in ("confirmed", "refuted")} for entry in entries]
-    return {e["id"]: Claim(**{**e, **b}) for e, b in zip(entries, bands, strict=True)}
+    pairs = zip(entries, bands, strict=True)
+    return {e["id"]: Claim(**{"shown": e["id"], **e, **band}) for e, band in pairs}
 
 
 def lessons(path: str | Path) -> pd.DataFrame:

@@ -62,16 +62,6 @@ def held_s(runs: pd.DataFrame) -> float:
     return float((known.ended - known.began.clip(lower=before)).clip(lower=0).sum())
 
 
-def stages(runs: pd.DataFrame) -> pd.DataFrame:
-    """By notebook and stage: how many, and their time, from the runs' ledgers."""
-    ledgers = zip(runs.notebook, runs.stages, strict=True)
-    rows = [(name, one["name"], one["duration_s"]) for name, ledger in ledgers for one in ledger]
-    found = pd.DataFrame(rows, columns=["notebook", "stage", "seconds"])
-    sums = found.groupby(["notebook", "stage"]).seconds.agg(runs="count", time="sum").reset_index()
-    sums = sums.sort_values(["notebook", "time"], ascending=[True, False])
-    return sums.assign(time=sums.time.map(duration))
-
-
 def duration(seconds: float) -> str:
     """A time as a person says it."""
     if seconds < 600:

@@ -129,6 +129,16 @@ def known(rows: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Mapping[str, 
     return {n: row for n, row in rows.items() if any(math.isfinite(e.mean) for e in row.values())}
 
 
+def ranked(
+    rows: Mapping[str, Mapping[str, Estimate]], most: int = 10
+) -> list[dict[str, Mapping[str, Estimate]]]:
+    """The rows of which something was measured, by their mean over bins, highest first, in parts of
+    at most so many."""
+    means = {n: np.nanmean([e.mean for e in row.values()]) for n, row in known(rows).items()}
+    order = sorted(means, key=lambda name: -means[name])
+    return [{n: rows[n] for n in order[k : k + most]} for k in range(0, len(order), most)]
+
+
 def extreme(bins: Mapping[str, Estimate], sign: int) -> Estimate:
     """The bin with the highest (1) or lowest (-1) mean; nothing where a bin is not known."""
     return max(bins.values(), key=lambda e: math.inf if math.isnan(e.mean) else sign * e.mean)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -214,7 +215,9 @@ def waterfall(parts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str])
         places = np.arange(len(shown))
         _bars(axis, places, (mean, low, high), bottom=bottoms, color=colors)
         axis.axhline(part["truth"].mean, color=GREY, ls="--", lw=1)
-        axis.text(-0.4, part["truth"].mean, "true views", color=GREY, fontsize=8, va="bottom")
+        at = (1.02, part["truth"].mean)  # beside the axes, where no bar is
+        place = axis.get_yaxis_transform()
+        axis.text(*at, "true\nviews", color=GREY, fontsize=8, va="center", transform=place)
         axis.set_xticks(places, list(shown), rotation=35, ha="right", fontsize=8)
         axis.set_title(f"Share of the input's {outcome}", fontsize=10)
     return figure
@@ -261,20 +264,20 @@ def dots(
     label: str,
     lines: Mapping[str, float] | None = None,
     band: tuple[float, float] | None = None,
-    apart: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
 ) -> Figure:
-    """A row a name, a panel a bin, of estimates: every seed a small dot, the mean a diamond, and a
-    bar for the 95 % interval over objects.  What lies far from the others stands at the edge, with
-    its value.  Axes are Tukey's fences, but 2.5 interquartile ranges beyond the quartiles, no wider
-    than the values, and hold what must be seen.
+    """A row a name, a panel a bin ("all" where there is no other), of estimates: every seed a small
+    dot, the mean a diamond, and a bar for the 95 % interval over objects.  What lies far from the
+    others stands at the edge, with its value.  Axes are Tukey's fences, but 2.5 interquartile
+    ranges beyond the quartiles, no wider than the values, and hold what must be seen.
 
     Args:
         lines: name -> value of dashed lines through every panel.
         band: acceptable values, shaded.
-        apart: rows in grey, such as what needs no training.
+        names: row -> what it is, in words; the row's own name then stands below in small type.
     """
-    bins = [name for name in next(iter(rows.values())) if name != "all"]
-    size = (7.4, 0.9 + 0.24 * len(rows))
+    bins = [name for name in next(iter(rows.values())) if name != "all"] or ["all"]
+    size = (7.4, 0.9 + (0.4 if names else 0.24) * len(rows))
     figure, axes = _new(1, len(bins), size=size, sharey=True, sharex=True)
     marked = list((lines or {}).values())
     also, means = [*marked, *(band or ())], [r[name].mean for r in rows.values() for name in bins]
@@ -290,8 +293,8 @@ def dots(
             axis.axvspan(*band, **_BAND)
         for value in marked:
             axis.axvline(value, color=GREY, lw=1, ls="--")
-        for y, (row, found) in enumerate(rows.items()):
-            one, color = found[name], GREY if row in apart else BLUE
+        for y, found in enumerate(rows.values()):
+            one, color = found[name], BLUE
             if low <= one.mean <= high:
                 axis.plot([one.low, one.high], [y, y], color=color, lw=1.2, alpha=0.5)
                 axis.plot([one.mean], [y], "D", ms=5, color=color, mec="white", mew=0.6)
@@ -303,10 +306,17 @@ def dots(
                 away, text = (5 if side == "left" else -5, 0), f"{one.mean:.2g}"
                 words = {"fontsize": 7, "ha": side, "va": "center", "color": "#333333"}
                 axis.annotate(text, (edge, y), away, textcoords="offset points", **words)
-        axis.set_title(f"{name}\N{DEGREE SIGN}" if name[0].isdigit() else name, fontsize=10)
+        title = {"all": ""}.get(name, name)
+        axis.set_title(f"{name}\N{DEGREE SIGN}" if name[0].isdigit() else title, fontsize=10)
         axis.tick_params(axis="x", labelsize=8)
     axes[0, 0].set_xlim(low, high)
-    axes[0, 0].set_yticks(range(len(rows)), list(rows), fontsize=8.5)
+    words = [textwrap.fill((names or {}).get(row, row), 46) for row in rows]
+    axes[0, 0].set_yticks(range(len(rows)), words, fontsize=8.5)
+    for y, row in enumerate(rows if names else ()):
+        below = (-6, -9 - 5 * words[y].count("\n"))
+        words_of = {"fontsize": 6, "ha": "right", "va": "center", "color": GREY}
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes[0, 0].annotate(row, (0, y), below, **place, **words_of)
     axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
     figure.supxlabel(label, fontsize=9)
     return figure
