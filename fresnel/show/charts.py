@@ -310,10 +310,10 @@ def dots(
         axis.set_title(f"{name}\N{DEGREE SIGN}" if name[0].isdigit() else title, fontsize=10)
         axis.tick_params(axis="x", labelsize=8)
     axes[0, 0].set_xlim(low, high)
-    words = [textwrap.fill((names or {}).get(row, row), 46) for row in rows]
-    axes[0, 0].set_yticks(range(len(rows)), words, fontsize=8.5)
+    labels = [textwrap.fill((names or {}).get(row, row), 46) for row in rows]
+    axes[0, 0].set_yticks(range(len(rows)), labels, fontsize=8.5)
     for y, row in enumerate(rows if names else ()):
-        below = (-6, -9 - 5 * words[y].count("\n"))
+        below = (-6, -9 - 5 * labels[y].count("\n"))
         words_of = {"fontsize": 6, "ha": "right", "va": "center", "color": GREY}
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axes[0, 0].annotate(row, (0, y), below, **place, **words_of)
