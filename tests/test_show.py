@@ -138,7 +138,8 @@ def test_pictures_change_in_step_and_each_step_has_a_name(shown: Shown) -> None:
     first = np.asarray(Image.open(io.BytesIO(base64.b64decode(strips[0]))))
     assert first.shape == (4, 24, 3) and first[:, 16:].mean() > first[:, :8].mean() + 100
     assert 'max="2"' in html and 'data-steps="0|9/0|180"' in html and "a&lt;" in html
-    assert html.count("width:300%") == 2 and about == {"alt": "Turned.", "key": "k"}
+    assert html.count("width:300%") == 2 and len(about.pop("scripts")) == 1
+    assert about == {"alt": "Turned.", "key": "k"}
     with pytest.raises(ValueError, match="'b' has 2 pictures, want 3"):
         pictures.show_steps({"b": views[:2]}, ["0", "90", "180"], "x")
 
@@ -311,7 +312,7 @@ def test_a_page_to_turn_a_scene_in_hides_its_cameras(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(viser.SceneApi, what, spy)
     assert "matchMedia" in scenes.page(cloud(), "A cloud")
     first, second, *others = filter(None, rig)
-    assert (first, second) == (("/object", True), ("/rig", False)) and len(others) > 8
+    assert (first, second) == (("/object", True), ("/rig", False)) and len(others) > 5
     assert all(name.startswith("/rig/") for name, _ in others)
 
 
