@@ -64,8 +64,10 @@ EXPECTED = {name: (code, at) for code, names in _PRACTICAL.items() for name, at 
 """The code that should come first, and the smallest strength at which it has to: practical ones."""
 _BY_RECORD = {n for n, (_, practical) in EXPECTED.items() if practical == 1} - {"swapped_channels"}
 """Mistakes that are there or not, in a share `strength` of the records."""
-UNPAIRED = ("rolled_off_centre", "others_poses", "drifting_poses")
-UNPAIRED += ("fading_exposure", "rolling_exposure", "linear_colours")
+UNPAIRED = (
+    *("rolled_off_centre", "others_poses", "drifting_poses"),
+    *("fading_exposure", "rolling_exposure", "linear_colours"),
+)
 """Faults that no mend of `poses.explain` is the inverse of."""
 ACCEPTED = {"rolled_off_centre": ("principal_point",)}
 """Other codes that are as right to come first: of two mistakes at once, the other one."""

@@ -265,11 +265,11 @@ def find_assets(path: str | Path) -> list[Asset]:
     elif suffix == ".json":
         found = _listed(source, read_bytes(source, _MAX_LIST_BYTES))
     elif suffix in (".sh3f", ".zip"):
-        names = _unzip(source)[0].values()
-        meshes = [n for n in names if n.lower().endswith(MESHES) and not _hidden(n)]
-        if suffix == ".sh3f" and _CATALOGUE in names:
+        members = _unzip(source)[0].values()
+        meshes = [n for n in members if n.lower().endswith(MESHES) and not _hidden(n)]
+        if suffix == ".sh3f" and _CATALOGUE in members:
             found = _catalogued(source, meshes)
-        elif "manifest.json" in names:
+        elif "manifest.json" in members:
             _, data = _unzip(source, "manifest.json", _MAX_LIST_BYTES)
             found = _listed(source, data, archived=True)
         else:

@@ -335,10 +335,10 @@ def photometric(rig: Rig) -> Row:
     own = np.concatenate([steps[:, ~rig.views].ravel(), -steps[~rig.views].ravel()])
     own, every = own[np.isfinite(own)], np.concatenate([np.zeros(0), *of_view])
     # The gains of all views that make up for their differences, in the least-squares sense.
-    i, j = np.nonzero(np.isfinite(steps) & views)
-    gains = np.linalg.lstsq(np.eye(count)[i] - np.eye(count)[j], steps[i, j])[0]
+    one, two = np.nonzero(np.isfinite(steps) & views)
+    gains = np.linalg.lstsq(np.eye(count)[one] - np.eye(count)[two], steps[one, two])[0]
     exposure = {
-        "spread": float(np.std(gains[rig.views])) if len(i) >= count else np.nan,
+        "spread": float(np.std(gains[rig.views])) if len(one) >= count else np.nan,
         "gain": float(np.median(own)) if len(own) else np.nan,
         "steps": float(np.median(every)) if len(every) else np.nan,
         "jump": max((float(np.median(row)) for row in of_view if len(row)), default=np.nan),
