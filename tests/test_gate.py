@@ -387,12 +387,12 @@ def test_a_record_that_alone_can_be_compared_is_judged_as_if_alone() -> None:
 def test_one_bad_record_of_many_is_refused_by_its_name(
     healthy: list[Any], fault: str, strength: float
 ) -> None:
-    records = [replace(healthy[k % 8], name=f"own{k}") for k in range(24)]
-    records[21:22] = faults.corrupt(records[21:22], fault, strength)
+    records = [*healthy, *(views_of(k) for k in range(10, 14))]
+    records[11:12] = faults.corrupt(records[11:12], fault, strength)
     verdict = judged(records)
     first = verdict.reasons[0]
     assert first.code == faults.EXPECTED[fault][0], verdict.summary
-    assert first.message.endswith("records show it, own21 beyond doubt")
+    assert first.message.endswith("records show it, box11 beyond doubt")
 
 
 def test_error_probabilities_of_the_sequential_test() -> None:
