@@ -174,7 +174,7 @@ run_tests() {
     if ((${#notebooks[@]})); then
         step "$python" -m nbstripout --keep-id --verify "${notebooks[@]}"
     fi
-    step "$python" -m pytest -n 2 "$@"
+    step "$python" -m pytest -n 3 "$@"
     exit "$status"
 }
 

@@ -215,7 +215,7 @@ def test_units_stand_apart_and_names_are_for_people(make_notebook: Callable[...,
     rows = pages._parameter_rows(nbformat.read(make_notebook("p", parameters=cell), 4), None)
     told = [("degrees", "of the camera"), ("", "a number"), ("", "views' coverage")]
     assert [(row["unit"], row["comment"]) for row in rows] == told
-    names = {"psnr": "PSNR", "gate_duration_s": "gate duration, s", "samples_per_s": None}
+    names = {"psnr": "PSNR, dB", "gate_duration_s": "gate duration, s", "samples_per_s": None}
     for name, text in names.items():
         assert _html.words(name) == (text or "samples per s")
 
@@ -309,7 +309,7 @@ def test_the_front_page_tells_ones_own_runs_from_the_study(tmp_path: Path) -> No
     (tmp_path / "published/study" / overview.TABLE_NAME).write_text(table)
     lone, gated = overview.study(tmp_path / "published/study" / overview.TABLE_NAME, [])
     assert gated["figures"]["psnr"] == pytest.approx((21.0, 2**0.5)) and gated["seeds"] == 2
-    assert gated["what"].startswith("CVS on a bootstrap"), "as study.yaml has it"
+    assert gated["what"].startswith("bootstrap from 213 objects"), "as study.yaml has it"
     assert (lone["arm"], lone["what"]) == ("lone", "") and lone["figures"]["psnr"][0] == 30
     html = overview.index(tmp_path).read_text()
     own, published = html.split('id="study"')
