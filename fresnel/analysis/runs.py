@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from fresnel.evaluation.metrics import EXTRA, RATIOS
-from fresnel.host.files import from_json, read_bytes, read_json
-from fresnel.report.index import TABLE_NAME
+from fresnel.host.files import read_json
+from fresnel.report.index import TABLE_NAME, read_table
 
 TABLE = TABLE_NAME
 """Every run's results.json, one a line, without what only its own page needs."""
@@ -82,7 +82,7 @@ def _records(folder: Path) -> Iterator[dict[str, Any]]:
         except (OSError, ValueError, TypeError):
             continue  # a run that is being written, or was damaged: the index says so
     for path in sorted(folder.rglob(TABLE)):
-        for record in map(from_json, read_bytes(path).splitlines()):
+        for record in read_table(path):
             yield {**record, "folder": str(path.parent / record["name"])}
 
 

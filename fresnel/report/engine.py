@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import html
 import math
-import os
 import re
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from jupyter_core.utils import ensure_async, run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from fresnel.report.provenance import PACKAGE
+from fresnel.report.provenance import child_environment
 
 TICK_S = 0.2
 AUTOSAVE_S = 5
@@ -120,9 +119,7 @@ class _Client(NotebookClient):
 
     async def run_cells(self, folder: Path) -> None:
         self.reset_execution_trackers()
-        # importable from a checkout that is not installed, too
-        paths = filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH")))
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        env = child_environment()
         env.pop("JPY_SESSION_NAME", None)  # of the notebook that we were called from
         env["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # silences a warning on frozen modules
         await self.async_start_new_kernel(cwd=str(folder), env=env, stderr=subprocess.DEVNULL)

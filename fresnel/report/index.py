@@ -25,10 +25,9 @@ from typing import Any
 from urllib.parse import quote
 
 import jinja2
-import msgspec
 import yaml
 
-from fresnel.host.files import locked, read_json, write_atomic
+from fresnel.host.files import from_json, locked, read_bytes, read_json, write_atomic
 from fresnel.host.machine import project_root
 from fresnel.report import html as _html
 from fresnel.report.provenance import RESULTS_NAME
@@ -121,6 +120,11 @@ def index(reports: Path) -> Path:
     return reports / INDEX_NAME
 
 
+def read_table(table: Path) -> Iterator[dict[str, Any]]:
+    """The records of a published study (`TABLE_NAME`). ValueError or OSError if unreadable."""
+    return map(from_json, read_bytes(table).splitlines())
+
+
 def study(table: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The trainings (03) of a published study (`TABLE_NAME`), an arm a row.
 
@@ -128,7 +132,7 @@ def study(table: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     "seeds", "verdicts", "figures" (name -> (mean, spread over seeds, NaN of one)), "link" (of a
     report that was published)}, best PSNR first."""
     arms: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in map(msgspec.json.decode, table.read_bytes().splitlines()):
+    for record in read_table(table):
         if record["notebook"].startswith("03") and record["status"] == "finished":
             arms[re.sub(r"^03-|-s\d+$", "", record["name"])].append(record)
     links = {run["record"].name: run["link"] for run in runs}

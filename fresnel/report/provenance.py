@@ -38,6 +38,13 @@ NOT_TRAINING = {
 """What else has no part in a training: a checkpoint outlives a change to these."""
 
 
+def child_environment() -> dict[str, str]:
+    """Variables of a child process, which finds this package in a checkout that is not installed,
+    too."""
+    paths = filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH")))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def provenance(seed: int | None = None) -> dict[str, Any]:
     """Commit, versions and hardware of this process, JSON-able."""
     device = cuda()

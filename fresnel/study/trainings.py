@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from fresnel.models.cvs import CVS
 from fresnel.models.decoder import Decoder
 from fresnel.objects import sources
 from fresnel.report.params import read_parameters
-from fresnel.report.provenance import PACKAGE
+from fresnel.report.provenance import child_environment
 from fresnel.study import arms
 from fresnel.study import data as training_data
 from fresnel.training import forecast as planning
@@ -231,8 +230,7 @@ def _in_processes(training: Training, gpus: int) -> TrainResult:
     with scratch(run_dir / "processes", folder=True) as folder:
         write_atomic(folder / "training.json", msgspec.json.encode(training))
         words = [*ranks.torchrun(gpus), "-m", __name__, str(folder / "training.json")]
-        paths = filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH")))
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        env = child_environment()
         env.setdefault("OMP_NUM_THREADS", str(max(1, machine.core_count() // gpus)))
         with (
             open(folder / "said", "wb") as said,
@@ -269,17 +267,11 @@ def _follow(child: Any, training: Training, gpus: int, began: float) -> None:
                 if (now := log.stat()).st_mtime < began - 1 or now.st_size == size:
                     continue
                 size = now.st_size
-                rows = [row for row in _rows(log) if row["event"] == "train"]
+                rows = [row for row in loop.read_log(log) if row["event"] == "train"]
                 if rows and rows[-1]["step"] != bar.n:
                     bar.update(rows[-1]["step"] - bar.n)
                     loss, rate = rows[-1]["loss"], rows[-1]["samples_per_s"]
                     bar.set_postfix(loss=f"{loss:.4g}", samples_s=f"{rate:.1f}")
-
-
-def _rows(log: Path) -> Iterator[dict[str, Any]]:
-    for line in log.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the last one is being written
-            yield json.loads(line)
 
 
 def _stop(child: Any) -> None:

@@ -261,12 +261,19 @@ def _earlier(
                 f"{'; '.join(different)}. Use another run_dir, or resume=False to start over"
             )
         tensors, now = found
-        for line in log_file.read_text().splitlines() if log_file.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # a kill may cut the last line
-                rows.append(json.loads(line))
+        rows = read_log(log_file) if log_file.exists() else []
         rows = [row for row in rows if row["step"] <= now["step"]]  # others will come again
     write_atomic(log_file, "".join(json.dumps(row) + "\n" for row in rows))
     return tensors, now, rows
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's log.jsonl. Its last line may be half written, or cut by a kill."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 @contextlib.contextmanager
