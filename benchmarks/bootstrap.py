@@ -1,6 +1,6 @@
 """How long a bootstrap takes: images -> Gaussians -> views -> files with hashes -> the gate.
 
-    python benchmarks/bootstrap.py [--images 500] [--views 8] [--size 256] [--out benchmarks]
+    python benchmarks/bootstrap.py [--images 500] [--repeat 1] [--views 8] [--size 256] [--gpus 1]
 
 Writes the dataset into a temporary folder (--into DIR to choose where), prints a table, keeps it
 in bootstrap_gpu.json or bootstrap_cpu.json and writes bootstrap.md anew from both. Making the input
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gpus", type=int, default=1, help="that share the batches (default: 1)")
+    parser.add_argument("--repeat", type=int, default=1, help="so often the same images")
     parser.add_argument("--into", type=Path, help="where to write (None: a temporary folder)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     asked = parser.parse_args()
@@ -116,6 +117,9 @@ def main() -> None:
     config = replace(bootstrap.CORRECTED, views_per_image=asked.views, image_size=asked.size)
     found = parts(inputs[:32], config, device)
     print({name: round(value, 1) for name, value in found.items()}, flush=True)
+    many = inputs[torch.arange(len(inputs)).repeat(asked.repeat)]
+    numbered = tuple(f"{number:06d}-{name}" for number, name in enumerate(many.names))
+    inputs = replace(many, names=numbered) if asked.repeat > 1 else inputs
     decoder = load_shipped("pixel", device)
     surroundings.reset_peak_memory(device)
     with tempfile.TemporaryDirectory(dir=asked.into) as folder:
@@ -137,6 +141,7 @@ def main() -> None:
         "views": asked.views,
         "size": asked.size,
         "megabytes": size / 1e6,
+        "content_hash": made.content_hash,
         "bootstrap_s": written - began,
         "gate_s": done - written,
         "gate": verdict.summary,

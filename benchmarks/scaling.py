@@ -1,6 +1,6 @@
 """How training scales over the GPUs of one machine: samples/s on one card and on all of them.
 
-    python benchmarks/scaling.py [--gpus 2] [--out benchmarks]
+    python benchmarks/scaling.py [--gpus 2] [--only decoder] [--out benchmarks]
 
 Each line is a run of its own under torchrun, on one card too, of the step that `fit` runs, compiled
 and recorded: what is timed is the slowest rank's. Weak: every card has the batch that one card has.
@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="cases whose names hold this")
     parser.add_argument("--case")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--out", type=Path, default=HERE)
@@ -104,6 +105,8 @@ def main() -> None:
     heads += ("measured", "gradients, MB", "all-reduce, ms", "of the step")
     lines, rows = [f"| {' | '.join(heads)} |", "|:--|:--" + "|--:" * (len(heads) - 2) + "|"], []
     for name, (_, _, batch, _, predicted) in (CASES if gpu else SMALL).items():
+        if given.only not in name:
+            continue
         try:
             one = started(given.device, name, 1, batch)
             for kind, each, wanted in zip(
