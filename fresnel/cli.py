@@ -1,7 +1,5 @@
 """The command line, one parser: `./run_all.sh COMMAND ...`, or `python -m fresnel COMMAND ...`."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import json

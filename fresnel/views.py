@@ -3,8 +3,6 @@
 `./run_all.sh views photo.jpg` writes the folder photo-views.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

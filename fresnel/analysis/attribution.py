@@ -5,8 +5,6 @@ or mended; the gate measures how much of its input's light and area a view still
 values split the way from nothing mended to all among the factors, in whatever order one mends.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

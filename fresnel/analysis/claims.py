@@ -4,8 +4,6 @@ The texts stand in notebooks/claims.yaml (what the original's report says) and u
 notebooks/params/study.yaml (what was to be reached); here is only how they are decided.
 """
 
-from __future__ import annotations
-
 import html
 import inspect
 import math

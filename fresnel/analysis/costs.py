@@ -1,7 +1,5 @@
 """Where the original's hours and dollars went, when it could have ended, and what our runs cost."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

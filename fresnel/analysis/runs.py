@@ -1,7 +1,5 @@
 """Finished runs as tables: a row a run, and a row a figure of a training."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator, Mapping

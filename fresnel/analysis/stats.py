@@ -5,8 +5,6 @@ grand mean is the sum of both means' variances, the interval Student's with Satt
 of freedom (Satterthwaite 1946).  What both share is counted twice, which errs to the wide side.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

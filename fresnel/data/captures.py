@@ -8,8 +8,6 @@ mean of the four pixels that the lens model points at, in premultiplied colours;
 beyond the photograph is transparent.  Then the area average scales it down, as everywhere here.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Mapping, Sequence

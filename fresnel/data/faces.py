@@ -5,8 +5,6 @@ box and how likely it is a face's.  The model's file is read from the installed 
 whose code is not run.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Mapping
 from functools import cache

@@ -20,8 +20,6 @@ principal points in NDC, isotropic (the shorter half side is 1), or by each side
 (https://github.com/facebookresearch/co3d).
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

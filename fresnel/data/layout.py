@@ -8,8 +8,6 @@ The original experiment's layout is that without manifest.json, alpha and input_
 depth is depth.npy.  `records` reads and writes what is in a folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """What tasks draw their batches from: the images of a set, in memory, and random numbers."""
 
-from __future__ import annotations
-
 import math
 import mmap
 import weakref

@@ -5,8 +5,6 @@ colour; any other by a network for salient objects (ISNet, arXiv 2203.03041) thr
 is the extra "cutout". Whatever had to be assumed is said, in sentences for a person.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import Counter

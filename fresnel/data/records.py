@@ -5,8 +5,6 @@ and in ours K, width, height, azimuth_deg (relative to the input) and depth_scal
 16-bit: depth = value * depth_scale, 0 where nothing is.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import json

@@ -8,8 +8,6 @@ which they vary most, the mean of those to its three nearest; and how far it lie
 directions.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cache

@@ -5,8 +5,6 @@ luminance and coverage ratios say whether there is anything in the picture at al
 is meant to be read beside `baselines`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ vector, squared differences averaged over places and stages; but without its lea
 channels.  Weights are read from packages that bundle them, whose code is not run.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """Files: written whole or not at all, locked against others, kept inside their folder, hashed."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno

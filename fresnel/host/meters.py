@@ -1,7 +1,5 @@
 """What a run takes: peak memory and energy, read from counters that the machine keeps anyway."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

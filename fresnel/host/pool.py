@@ -6,8 +6,6 @@ threads) is forked, and the caller's main script is not run again: it needs no
 ``if __name__ == "__main__"``, and may be a notebook. Workers end with the program, however it ends.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copyreg
 import functools

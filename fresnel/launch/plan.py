@@ -1,7 +1,5 @@
 """What a remote run is: checked, priced and listed before anything is connected to."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

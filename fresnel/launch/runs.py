@@ -4,8 +4,6 @@ reports/remote/.ledger/RUN/launch.json says what was planned, sent and spent; re
 reports/remote/RUN once they are fetched and verified.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

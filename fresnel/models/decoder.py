@@ -8,8 +8,6 @@ holds every Gaussian at z in [-4.25, -1.75] and was trained on the input view al
 ever told it what the side or the back of an object looks like.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from itertools import pairwise

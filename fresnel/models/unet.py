@@ -1,7 +1,5 @@
 """The U-Net that the decoder and the view synthesiser share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ they come from (`provenance`), and what else the kind needs, such as the size th
 Gaussians were trained to be drawn at.  Files of before the checksum are read without it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

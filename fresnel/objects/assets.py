@@ -4,8 +4,6 @@ Folders, zip files, Sweet Home 3D libraries (.sh3f) and JSON manifests of glTF, 
 Nothing outside the folder or archive is read, whatever a manifest, a .gltf or a .mtl says.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

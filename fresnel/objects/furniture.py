@@ -6,8 +6,6 @@ checked against pinned sha256 sums.  Libraries are CC0 or CC BY: whoever shows t
 the authors, whom the dataset's ATTRIBUTION.txt lists.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path

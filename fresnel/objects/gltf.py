@@ -7,8 +7,6 @@ specular-glossiness materials.  What a file requires and is not read is refused 
 merely offers and is not drawn comes back as a note.
 """
 
-from __future__ import annotations
-
 import base64
 import struct
 from collections.abc import Callable, Iterator

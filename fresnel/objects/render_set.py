@@ -1,7 +1,5 @@
 """3D objects in, multi-view data with known truth out."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

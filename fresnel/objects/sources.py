@@ -7,8 +7,6 @@ The training objects are halved once, by name: A gives multi-view truth to the d
 as single images only, which is what a bootstrap starts from.  Test objects are seen by nobody.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math

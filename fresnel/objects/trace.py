@@ -4,8 +4,6 @@ Shading happens in linear light; every sample is encoded to sRGB and the samples
 averaged there, because this library composites sRGB values.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from pathlib import Path

@@ -5,8 +5,6 @@ Where nobody knows the foreground, silhouettes say nothing; texture does.  SIFT 
 the poses draw in the other.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -4,8 +4,6 @@ Every `Mend` rewrites the cameras of a `Rig`; the one that makes silhouettes (an
 again names the convention that was broken.  `fix` applies it to whole records.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

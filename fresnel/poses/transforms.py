@@ -3,8 +3,6 @@
 Poses are world-to-camera matrices (V, 4, 4), intrinsics (V, 3, 3), both numpy float64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

@@ -5,8 +5,6 @@ the truth that both are tested against. All three share gsplat 1.5.3's semantics
 contributions below 1/255 skipped, alpha clamped, a pixel finished at transmittance 1e-4.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 import types

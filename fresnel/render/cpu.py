@@ -5,8 +5,6 @@ them. Of `kernels`, passes says what runs, and tasks why results have the same b
 threads.
 """
 
-from __future__ import annotations
-
 import weakref
 from types import SimpleNamespace
 from typing import Any

@@ -4,8 +4,6 @@ gsplat 1.5.3 (arXiv 2409.06765) defines the semantics that the other backends fo
 only rearranges arguments, so that rendering through it costs what calling gsplat costs.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import sys

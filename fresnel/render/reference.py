@@ -5,8 +5,6 @@ Every Gaussian is evaluated at every pixel. Equations are those of 3D Gaussian S
 cut-offs and the order of the tests are gsplat 1.5.3's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

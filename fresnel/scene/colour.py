@@ -1,7 +1,5 @@
 """The one sRGB curve of the library (IEC 61966-2-1) and luminance, for arrays and tensors alike."""
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 import numpy as np

@@ -4,8 +4,6 @@ A PLY file is read by the elements and properties that it declares, whatever els
 binary of either byte order, every scalar type, lists.  What is stored is handed on as stored.
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ One place builds every network's task and every `Predictor`, so that two arms di
 parameters say and in nothing else.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

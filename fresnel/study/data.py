@@ -1,7 +1,5 @@
 """What a run trains on, is validated on, and whether the gate lets it: found, or made."""
 
-from __future__ import annotations
-
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace

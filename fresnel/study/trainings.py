@@ -5,8 +5,6 @@ starts. What those say, their log, result and errors, comes back as if it had ha
 several machines a person starts them with `COMMAND` (docs/gpu-box.md).
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import gc

@@ -4,8 +4,6 @@ A file is written under a temporary name, flushed to disk and renamed; the `late
 kept as `previous`, so that one whole checkpoint is there at every instant.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -4,8 +4,6 @@ Launching a kernel costs the host 5 to 40 microseconds, and a step of a small ne
 of them.  A recording runs the very same kernels, so it changes no result.
 """
 
-from __future__ import annotations
-
 import gc
 import warnings
 from collections import Counter

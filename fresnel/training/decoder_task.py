@@ -1,7 +1,5 @@
 """What a decoder learns from, through the renderer, as the task that `fit` runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any

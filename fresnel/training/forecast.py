@@ -4,8 +4,6 @@ A notebook's time is grouped by what its stages begin with ("open the data"), so
 of 02 and the account of 03 speak of the same `PARTS`.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

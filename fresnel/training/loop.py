@@ -5,8 +5,6 @@ bit for bit the run that was not (on one machine, with deterministic kernels). S
 number of GPUs but for the order of summation: `fresnel.training.ranks`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -9,8 +9,6 @@ compute one less.  There must be a shard for each rank: for one GPU's batch_size
 b a shard (n times the samples a step, for throughput) or b / n (the same run, sooner).
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

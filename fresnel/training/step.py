@@ -1,7 +1,5 @@
 """One optimisation step: batches, loss, gradients, AdamW, average. No clock."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib

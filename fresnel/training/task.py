@@ -1,7 +1,5 @@
 """What a training is given: a task, and how long and how to train it. And how it can end badly."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 # Numba compiles this file, mypy cannot follow it: every value is typed by the compiler.
 # mypy: ignore-errors
 # fmt: off
-from __future__ import annotations
-
 import numpy as np
 
 from fresnel.render.kernels.project import BASE, ENTRIES, FOUND, HIGH, LOW, SORTED, SWAPPED

@@ -8,8 +8,6 @@ gradient is written entry by entry and summed later, in their order.
 # mypy: ignore-errors
 # One line for one equation reads better than one line for one argument.
 # fmt: off
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -6,8 +6,6 @@ Spherical Harmonic Evaluation" (JCGT 2013).
 
 # Numba compiles this file, mypy cannot follow it: every value is typed by the compiler.
 # mypy: ignore-errors
-from __future__ import annotations
-
 import math
 
 from fresnel.render.kernels.tasks import BAD, inline

@@ -14,8 +14,6 @@ Gaussians is what separates two renderers, and here it costs little.
 # mypy: ignore-errors
 # One line for one equation reads better than one line for one argument.
 # fmt: off
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -9,8 +9,6 @@ results depend on the machine's instructions only, not on how code happened to b
 """
 
 # mypy: ignore-errors
-from __future__ import annotations
-
 import operator
 
 from llvmlite import ir

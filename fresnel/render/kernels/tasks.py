@@ -8,8 +8,6 @@ result depends on who did what, and when the caller's thread is done, the pass's
 """
 
 # mypy: ignore-errors
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
