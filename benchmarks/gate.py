@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ from fresnel.models.decoder import load_shipped
 from fresnel.objects.assets import Asset, embedded_assets, find_assets
 from fresnel.objects.render_set import render_set
 from fresnel.objects.sources import embedded_heads
-from fresnel.scene.cameras import orbit
+from fresnel.poses import transforms
+from fresnel.scene.cameras import Cameras, orbit
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from boxes import views_of
@@ -75,13 +77,19 @@ CONDITIONS = {  # records, views, healthy sets of a source, sets of a source and
     "400 views": (1, 400, 4, 0),
     "half of 10": (10, 8, 0, 1),
     "1 of 100": (100, 8, 0, 1),
+    "3 views": (10, 3, 40, 1),
+    "2 views": (10, 2, 40, 1),
+    "1 record, 3 views": (1, 3, 100, 0),
     "photo": (10, 8, 40, 0),
     "opaque_white": (10, 8, 40, 0),
     "Z up": (10, 8, 40, 0),
+    "rolled": (10, 8, 40, 0),
+    "off centre": (10, 8, 40, 0),
 }
 OF_SETS = ("duplicated_objects", "split_leak", "class_imbalance", "one_side")
 BETWEEN = (*OF_SETS[:3], "mixed_objects", "others_poses")
 SOME = ("darken", "opengl_axes", "mirrored_views", "wrong_focal", "shuffled_poses", "empty_views")
+_ALL = ("rgb", "alpha", "depth", "cameras")
 """Faults of a set as a whole, those between records, and those tried over other backgrounds."""
 
 
@@ -250,6 +258,42 @@ def rimmed(views: ObjectViews, k1: float) -> ObjectViews:
     return replace(views, rgb=views.rgb * inside[..., None], alpha=views.alpha * inside)
 
 
+def rolled(views: ObjectViews, rng: np.random.Generator) -> ObjectViews:
+    """Cameras turned about their axes by quarters, each its own, the input not."""
+    turns, viewmats = rng.integers(0, 4, len(views.rgb)).tolist(), views.cameras.viewmats
+    quarter = torch.tensor([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    poses = [quarter.matrix_power(k) @ one for k, one in zip(turns, viewmats, strict=True)]
+    views = replace(views, cameras=replace(views.cameras, viewmats=torch.stack(poses)))
+    each = lambda part: torch.stack([torch.rot90(p, k) for p, k in zip(part, turns, strict=True)])  # noqa: E731
+    return transforms.changed(views, transforms.PICTURES, each)
+
+
+def off_centre(views: ObjectViews, rng: np.random.Generator) -> ObjectViews:
+    """Pictures half as wide again, each with the object elsewhere; principal points follow."""
+    size, at = views.rgb.shape[1], rng.integers(0, views.rgb.shape[1] // 2, (len(views.rgb), 2))
+
+    def wider(part: torch.Tensor, corners: np.ndarray = at) -> torch.Tensor:
+        out = part.new_zeros(len(part), size + size // 2, size + size // 2, *part.shape[3:])
+        for one, own, (y, x) in zip(out, part, corners.tolist(), strict=True):
+            one[y : y + size, x : x + size] = own
+        return out
+
+    def moved(cameras: Cameras, x: torch.Tensor) -> Cameras:
+        Ks = cameras.Ks.clone()
+        Ks[..., :2, 2] += x
+        return replace(cameras, Ks=Ks, width=size + size // 2, height=size + size // 2)
+
+    views = replace(views, depth=None, identity_rgb=None, identity_alpha=None)
+    own = moved(views.input_camera, torch.full((2,), size // 4))
+    rgb, alpha = wider(views.rgb), wider(views.alpha)
+    middle = np.full((1, 2), size // 4)
+    given = {k: wider(getattr(views, k)[None], middle)[0] for k in ("input_rgb", "input_alpha")}
+    cameras = moved(views.cameras, torch.from_numpy(at[:, ::-1].copy()))
+    return replace(
+        views, rgb=rgb, alpha=alpha, cameras=cameras, input_camera=own, input_depth=None, **given
+    )
+
+
 def make_set(task: Task) -> Sample:
     """The records of a task, before anything of them is read."""
     seed, rng = [task.seed, task.number], np.random.default_rng([task.seed, task.number])
@@ -262,8 +306,12 @@ def make_set(task: Task) -> Sample:
         how: dict[str, Any] = {"forward": task.condition == "forward-facing", "count": views}
         records = [room(task.source, [*seed, k], **how) for k in range(min(count, 3))]
     else:
-        data = opened(str(Path(task.folder, task.source, str(views))))
+        data = opened(str(Path(task.folder, task.source, str(max(views, 8)))))
         records = draw(data, seed, count)
+        if views < 8:
+            rows = [torch.from_numpy(rng.permutation(8)[:views]) for _ in records]
+            both = zip(records, rows, strict=True)
+            records = [transforms.changed(one, _ALL, itemgetter(at)) for one, at in both]
     names = getattr(records, "names", None) or [record.name for record in records]
     bad = set(range(len(records)))
     if task.condition in ("half of 10", "1 of 100"):
@@ -282,6 +330,10 @@ def make_set(task: Task) -> Sample:
             case "Z up":
                 turn = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
                 record = turned_world(record, turn)
+            case "rolled":
+                record = rolled(record, own)
+            case "off centre":
+                record = off_centre(record, own)
         return record
 
     return Sample(records, faults.said(names, task.fault, task.strength), changed)
@@ -325,7 +377,7 @@ def tasks_of(folders: Sequence[str], seed: int, share: float) -> Iterator[Task]:
     chosen, plan = np.random.default_rng(seed), list[tuple[int, str, str, str, float]]()
     for path in map(Path, folders):
         for condition, (count, views, healthy, faulty) in CONDITIONS.items():
-            if not (path / str(views)).is_dir():
+            if not (path / str(max(views, 8))).is_dir():
                 continue
             plan.append((healthy, path.name, condition, "", 0.0))
             for fault, (_, practical) in faults.EXPECTED.items():

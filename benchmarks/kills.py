@@ -1,6 +1,6 @@
 """What is lost when a process is killed at any of its file operations? Wanted: nothing.
 
-    python benchmarks/kills.py [JOB ...] [--sample N] [--keep]
+    python benchmarks/kills.py [JOB ...] [--sample N] [--workers N] [--keep]
 
 A job runs once undisturbed, its file operations counted. Then, for each of them, it is killed
 (SIGKILL) before it, and once more after it: what is on disk must be whole, and the same call must
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def attempt(name: str, before: Path, at: int, after: bool, wanted: Any) -> str |
         return f"{said}, not {wanted}" if said != wanted else f"left: {left}" if left else ""
 
 
-def tried(name: str, sample: int) -> dict[str, Any]:
+def tried(name: str, sample: int, workers: int) -> dict[str, Any]:
     """Every kill of a job, or so many; SystemExit if it fails by itself."""
     began, found = time.monotonic(), dict[str, str]()
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
@@ -219,10 +220,13 @@ def tried(name: str, sample: int) -> dict[str, Any]:
         if counts is None:
             sys.exit(f"{name}: fails by itself; see above")
         kills = list(itertools.product(range(1, counts[1] + 1), (False, True)))
-        for at, after in kills[:: max(1, len(kills) // sample)] if sample else kills:
-            lost = attempt(name, before, at, after, counts[0])
-            if lost is not None:
-                found[f"{'after' if after else 'before'} {at}"] = lost
+        kills = kills[:: max(1, len(kills) // sample)] if sample else kills
+        # Workers are forked at once, before the pool has threads: each forks its own tries.
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+            said = [pool.submit(attempt, name, before, *kill, counts[0]) for kill in kills]
+            for (at, after), lost in zip(kills, (one.result() for one in said), strict=True):
+                if lost is not None:
+                    found[f"{'after' if after else 'before'} {at}"] = lost
     lost_ones = {key: lost for key, lost in found.items() if lost}
     seconds = round(time.monotonic() - began)
     return {"operations": counts[1], "tried": len(found), "lost": lost_ones, "duration_s": seconds}
@@ -232,6 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("jobs", nargs="*", help=f"default: {', '.join(JOBS)}")
     parser.add_argument("--sample", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep", action="store_true")
     asked, out, lost = parser.parse_args(), Path(__file__).with_suffix(".json"), 0
     for module in (*_WARM.split(), "torch._dynamo", "papermill.engines"):
@@ -240,7 +245,7 @@ def main() -> int:
         "| job | file operations | kills | held | lost | s |\n|:--|--:|--:|--:|--:|--:|", flush=True
     )
     for name in asked.jobs or JOBS:
-        row = tried(name, asked.sample)
+        row = tried(name, asked.sample, asked.workers)
         lost += len(row["lost"])
         held = row["tried"] - len(row["lost"])
         cells = name, row["operations"], row["tried"], held, len(row["lost"]), row["duration_s"]
