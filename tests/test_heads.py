@@ -75,7 +75,7 @@ def test_a_person_is_in_one_split() -> None:
 def test_sliders_are_opposites_of_both_sides() -> None:
     opposite = ("nose-hump-decr", "nose-hump-incr", "head-trans-in", "head-trans-out")
     ears = [f"{side}-ear-lobe-{way}" for side in "lr" for way in ("decr", "incr")]
-    found = person.stems([*opposite, *ears, "asym-eye-1-l", "asym-eye-1-r", "lonely-up"])
+    found = person.stems((*opposite, *ears, "asym-eye-1-l", "asym-eye-1-r", "lonely-up"))
     assert found["nose-hump"] == (["nose-hump-decr"], ["nose-hump-incr"])
     assert found["ear-lobe"][1] == ["l-ear-lobe-incr", "r-ear-lobe-incr"]
     assert found["asym-eye-1"] == (["asym-eye-1-l"], ["asym-eye-1-r"])

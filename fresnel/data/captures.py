@@ -1,8 +1,7 @@
 """One object or scene seen by many cameras, in whatever format: described, then read.
 
-A view becomes square as an input image does: an opaque photograph is cropped to its central
-square, a picture with alpha or a mask is padded to one, so that nothing of the object is lost.
-Distortion is removed at the picture's own resolution (or twice the wanted one, if that is less):
+A view becomes square as docs/data.md says.  Distortion is removed at the picture's own resolution
+(or twice the wanted one, if that is less):
 every pixel of an ideal pinhole with the same focal lengths and principal point takes the bilinear
 mean of the four pixels that the lens model points at, in premultiplied colours; what lies
 beyond the photograph is transparent.  Then the area average scales it down, as everywhere here.
@@ -23,15 +22,8 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from fresnel.data.images import (
-    DatasetError,
-    decoded,
-    load_image,
-    named,
-    orientation,
-    resize,
-    squared,
-)
+from fresnel.data import images
+from fresnel.data.images import DatasetError, named
 from fresnel.data.layout import inside, read_checked
 from fresnel.data.records import ObjectViews
 from fresnel.scene.cameras import Cameras
@@ -199,8 +191,8 @@ def prepare(
         thinned = replace(capture, views=tuple(whole[row] for row in rows))
         pivot = nearest_to_axes(thinned.viewmats)
         first, said = inside(root, thinned.views[0].image), capture.notes.get("warnings", [])
-        alpha = load_image(first, rotate=False)[1]
-        if orientation(decoded(first, pixels=False)) > 1:
+        alpha = images.load_image(first, rotate=False)[1]
+        if images.orientation(images.decoded(first, pixels=False)) > 1:
             ignored = "the EXIF rotation of its pictures is ignored: poses are of what is stored"
             warnings.warn(f"{root}: {capture.name}: {ignored}", stacklevel=2)
             said = [*said, ignored]
@@ -266,12 +258,14 @@ def _read_view(
 
     def load(path: str, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         data = read_checked(root, path, digests[path])
-        rgb, alpha = load_image(root / path, rotate=False, data=data)
+        rgb, alpha = images.load_image(root / path, rotate=False, data=data)
         (height, width), (w, h) = alpha.shape, size
         if abs(w * height - h * width) > 0.02 * max(w * height, h * width):
+            quarter = images.orientation(images.decoded(path, data, pixels=False)) > 4
+            turned = " (its EXIF data turn it by a quarter, which tools do or don't)"
             raise DatasetError(
                 f"{root / path}: is {width} x {height} pixels, want the proportions of {w} x {h}, "
-                f"which its description or picture has{_turned(path, data)}. Restore it, or "
+                f"which its description or picture has{turned if quarter else ''}. Restore it, or "
                 "describe it anew"
             )
         return rgb, alpha
@@ -284,40 +278,30 @@ def _read_view(
         if bool((mask <= 1).all()):  # 1 stands for the object, as nerfstudio reads it
             mask = mask * 255
         if mask.shape != alpha.shape:
-            mask = resize(mask[..., None], (height, width))[..., 0]
+            mask = images.resize(mask[..., None], (height, width))[..., 0]
         alpha = ((mask.to(torch.int32) * alpha + 127) // 255).to(torch.uint8)
         rgb = ((rgb.to(torch.int32) * alpha[..., None] + 127) // 255).to(torch.uint8)
     rgba = torch.cat([rgb, alpha[..., None]], dim=-1)
     K = _scaled(view.K, view.size, (width, height))  # downscaled copies (images_4/) keep poses
-    if _bends(view.lens):
+    if any(view.lens[1]) or "FISHEYE" in view.lens[0]:
         factor = max(1.0, min(height, width) / (2 * side))
         size = round(height / factor), round(width / factor)
         if factor > 1:
-            rgba, K = resize(rgba, size), _scaled(K, (width, height), size[::-1])
+            rgba, K = images.resize(rgba, size), _scaled(K, (width, height), size[::-1])
         height, width = size
         grid = _grid((K[0, 0], K[1, 1], K[0, 2], K[1, 2]), view.lens, width, height)
         picture = rgba.permute(2, 0, 1)[None].float()
         found = grid_sample(picture, grid, padding_mode="zeros", align_corners=False)
         rgba = (found[0].permute(1, 2, 0) + 0.5).clamp(0, 255).to(torch.uint8)
     length = min(height, width) if opaque else max(height, width)
-    square, x0, y0 = squared(rgba, length)
+    square, x0, y0 = images.squared(rgba, length)
     K = _scaled(K - np.array([[0, 0, x0], [0, 0, y0], [0, 0, 0]]), (length,) * 2, (side,) * 2)
-    return resize(square, side) if side != length else square, K
-
-
-def _turned(path: str, data: bytes) -> str:
-    """What to say of a picture that its EXIF data turn by a quarter."""
-    quarter = orientation(decoded(path, data, pixels=False)) > 4
-    return " (its EXIF data turn it by a quarter, which tools do or don't)" if quarter else ""
+    return images.resize(square, side) if side != length else square, K
 
 
 def _scaled(K: Floats, old: tuple[int, ...], new: tuple[int, ...]) -> Floats:
     """K for a picture scaled from one width and height to another."""
     return K * np.array([[new[0] / old[0]], [new[1] / old[1]], [1.0]])
-
-
-def _bends(lens: Lens) -> bool:
-    return any(lens[1]) or "FISHEYE" in lens[0]
 
 
 @functools.lru_cache(maxsize=4)  # one lens, a few at most; one a view would fill the memory

@@ -1,17 +1,12 @@
 """What other tools write, described as `Capture`s: `FORMATS` lists what recognises and reads it.
 
-**transforms.json** of nerfstudio, instant-ngp and Blender, or _train, _val and _test of it as one
-capture: OpenGL camera-to-world matrices in a world whose Z is up; intrinsics at the top or in each
-frame, pictures measured without w and h.  ``camera_model`` is any of COLMAP's but EQUIRECTANGULAR,
-or ``is_fisheye`` is true; ``file_path`` may lack its extension.  Rotations with one scale lose it,
-with a warning.  Depth maps and ``applied_scale`` are not used
-(https://docs.nerf.studio/quickstart/data_conventions.html).
+What is read of each, said of it and refused stands in docs/data.md.
 
-**COLMAP** sparse models in one of `_MODELS` or below sparse/: of several the one with most
-pictures, and the others are named, as are pictures without a pose.  Pictures lie in one of
-`_IMAGES`, masks in masks/ as PICTURE.png or PICTURE with .png for its extension.  Worlds have no
-vertical: the mean of the cameras' up directions becomes Y.  Points can be larger than memory and
-are not read, nor are rigs: every picture has a pose of its own (https://colmap.github.io/format.html).
+**transforms.json** (https://docs.nerf.studio/quickstart/data_conventions.html): OpenGL
+camera-to-world matrices in a world whose Z is up.  Depth maps and ``applied_scale`` are not used.
+
+**COLMAP** (https://colmap.github.io/format.html): masks lie in masks/ as PICTURE.png or PICTURE
+with .png for its extension.  Points can be larger than memory and are not read, nor are rigs.
 
 **CO3D v2**: frame_annotations.jgz of a category, every sequence one object.  Cameras are
 PyTorch3D's: row vectors, X_camera = X_world R + T, with x left, y up, z forward; focal lengths and
@@ -36,15 +31,8 @@ from scipy.spatial.transform import Rotation
 
 from fresnel.data.captures import MAX_VIEWS, Capture, Floats, Lens, View, collect, pinhole
 from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, decoded, read_bytes
-from fresnel.data.layout import (
-    MAX_JSON_BYTES,
-    entry,
-    inside,
-    read_items,
-    read_json,
-    relative,
-    sha256,
-)
+from fresnel.data.layout import MAX_JSON_BYTES, entry, inside, read_items, relative, sha256
+from fresnel.data.layout import read_json as _read_json
 from fresnel.host.files import below
 
 _Y_UP = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
@@ -108,7 +96,7 @@ def _read_transforms(root: Path, folder: str, names: list[str]) -> list[Capture]
         path = inside(root, _joined(folder, name))
         data = read_bytes(path, MAX_JSON_BYTES)
         said_in[_joined(folder, name)] = sha256(data)
-        top = read_json(path, data)
+        top = _read_json(path, data)
         frames = entry(top, "frames", list, path)
         if len(frames) > MAX_VIEWS:
             raise DatasetError(f"{path}: {len(frames)} frames, the limit is {MAX_VIEWS}")
@@ -251,7 +239,10 @@ def _read_model(root: Path, folder: str, found: list[str]) -> list[Capture]:
     ]
     base = root / prefixes[0]
     there = {p.relative_to(base).as_posix() for p in below(base)} if prefixes[0] else set()
-    without = [name for name in there - {image.name for image in images} if _is_picture(name)]
+    without = []
+    for path in map(Path, there - {image.name for image in images}):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+            without.append(path.as_posix())
     if without:
         said = f"{len(without)} pictures in {prefixes[0]}, {sorted(without)[0]!r} for one,"
         warnings.append(f"{said} have no pose in the model and are left out")
@@ -263,10 +254,6 @@ class _Posed(NamedTuple):
     name: str
     camera_id: int
     viewmat: Floats
-
-
-def _is_picture(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
 
 
 def _posed(model: Path, suffix: str) -> tuple[list[_Posed], dict[int, Any], dict[str, str]]:
@@ -332,10 +319,6 @@ def _records(data: bytes) -> Iterator[tuple[str, int, list[float]]]:
         raise ValueError(f"images.bin has {len(data)} bytes, its pictures {at}: it is cut off")
 
 
-def _annotations_in(folder: Path) -> list[str]:
-    return [_CO3D] if (folder / _CO3D).is_file() else []
-
-
 def _read_annotations(root: Path, folder: str, names: list[str]) -> list[Capture]:
     """One capture for each sequence of the category that lies on disk.
 
@@ -382,7 +365,7 @@ Read = Callable[[Path, str, list[str]], list[Capture]]
 FORMATS: tuple[tuple[Find, Read], ...] = (
     (_transforms_in, _read_transforms),
     (_models_in, _read_model),
-    (_annotations_in, _read_annotations),
+    (lambda folder: [_CO3D] * (folder / _CO3D).is_file(), _read_annotations),
 )
 """Of each format: the names of the files in a folder that it knows ([]: it is of another one), by
 names only, and what reads the descriptions in ``root / folder``, but no picture."""

@@ -1,11 +1,7 @@
 """How a dataset lies on disk: its paths, its JSON, its manifest and its hashes, put there whole.
 
-    image_0000/input.png  input_alpha.png  input_pose.json  [input_depth.png]
-               [identity.png  identity_alpha.png]
-               view_000/rgb.png  alpha.png  pose.json  [depth.png]
-
-The original experiment's layout is that without manifest.json, alpha and input_pose.json; its
-depth is depth.npy.  `records` reads and writes what is in a folder.
+docs/data.md shows ours.  The original experiment's has no manifest.json, alpha and input_pose.json;
+its depth is depth.npy.  `records` reads and writes what is in a folder.
 """
 
 import contextlib
@@ -63,14 +59,14 @@ class Record:
         return {f"{self.folder}/{file}": digest for file, digest in self.files.items()}
 
 
-def read_json(path: Path, data: bytes | None = None, kind: type = dict) -> Any:
-    """What a JSON file says, an object or a list; of ``data``, ``path`` is only for messages."""
+def read_json(path: Path, data: bytes | None = None) -> Any:
+    """The object that a JSON file says; of ``data``, ``path`` is only for messages."""
     data = read_bytes(path, MAX_JSON_BYTES) if data is None else data
     try:
         value = _files.from_json(data)
     except ValueError as error:
         raise DatasetError(f"{path}: not valid JSON ({error}). Restore or rewrite it") from None
-    return entry({"the JSON": value}, "the JSON", kind, path)
+    return entry({"the JSON": value}, "the JSON", dict, path)
 
 
 def read_items(path: Path, data: bytes) -> Iterator[Any]:

@@ -21,15 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fresnel.data.images import (
-    Batch,
-    DatasetError,
-    InputImages,
-    check_pictures,
-    decoded,
-    load_image,
-    named,
-)
+from fresnel.data import images
+from fresnel.data.images import Batch, DatasetError, InputImages, check_pictures, named
 from fresnel.data.layout import Record, entry, inside, read_checked, read_json, sha256
 from fresnel.scene.cameras import Cameras, intrinsics, opengl, relative_azimuth_deg, rigid
 
@@ -201,7 +194,7 @@ def read_object(
         return image
 
     def picture(file: str, mode: str, shape: Sequence[int]) -> Tensor:
-        image = decoded(base / file, load(file))
+        image = images.decoded(base / file, load(file))
         if image.mode != mode:
             said = f"a PNG of mode {image.mode}, want {mode}. Write the dataset again"
             raise DatasetError(f"{base / file}: {said}")
@@ -211,7 +204,7 @@ def read_object(
         if not original:
             rgb = picture(file, "RGB", shape)
             return rgb, picture(alpha_file, "L", rgb.shape[:2])
-        rgb, alpha = load_image(base / file, data=load(file))
+        rgb, alpha = images.load_image(base / file, data=load(file))
         estimated = (rgb > 0).any(dim=-1).to(torch.uint8) * 255
         return sized(file, rgb, shape), estimated if bool((alpha == 255).all()) else alpha
 

@@ -6,6 +6,7 @@ chest; none of its code is imported.  What was parsed once waits in the user's c
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -99,11 +100,8 @@ def load() -> Base:
         rows = _parse(mesh, files)
         buffer = io.BytesIO()
         np.savez(buffer, **rows)  # type: ignore[arg-type]
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # a read-only home: it is parsed again next time
             write_atomic(cached, buffer.getvalue())
-        except OSError:
-            pass  # a read-only home: it is parsed again next time
     names, starts = rows.pop("names").tolist(), rows.pop("starts")
     index, delta = rows.pop("index").astype(np.int64), rows.pop("delta").astype(np.float64)
     spans = itertools.pairwise(starts)

@@ -11,8 +11,9 @@ from scipy import sparse
 
 from fresnel.heads import shape
 from fresnel.heads.base import Doubles
-from fresnel.heads.person import Person, chance
+from fresnel.heads.person import Person
 from fresnel.heads.skin import PIVOT, canvas, hair_tone, hairline, part, traced
+from fresnel.objects.render_set import chance
 from fresnel.objects.surface import Material, Part, Texture
 
 _COLUMNS, _TILTS, _ROWS = 96, np.linspace(89.0, -60.0, 50), 14

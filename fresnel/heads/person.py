@@ -8,12 +8,14 @@ and beard on sex and age.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from fresnel.objects.render_set import chance
 
 ANCESTRIES = ("african", "asian", "caucasian")
 _OPPOSITES = (
@@ -82,7 +84,8 @@ class Person:
         return self.sex > 0.5
 
 
-def stems(targets: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
+@functools.cache
+def stems(targets: tuple[str, ...]) -> dict[str, tuple[list[str], list[str]]]:
     """Sliders: the targets of a negative and of a positive weight, left and right together."""
     known, found = set(targets), dict[str, tuple[list[str], list[str]]]()
     for name in sorted(known):
@@ -98,11 +101,6 @@ def stems(targets: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
     found |= {f"head-{shape}": ([], [f"head-{shape}"]) for shape in _SHAPES}
     asymmetric = {name[:-2] for name in known if name.startswith("asym-")}
     return found | {stem: ([f"{stem}-l"], [f"{stem}-r"]) for stem in sorted(asymmetric)}
-
-
-def chance(seed: int, name: str, what: str) -> np.random.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}/{what}".encode()).digest()
-    return np.random.default_rng(list(digest))
 
 
 def draw(seed: int, index: int, sliders: Iterable[str]) -> Person:
@@ -148,6 +146,7 @@ def draw(seed: int, index: int, sliders: Iterable[str]) -> Person:
         stem: random.normal(0.0, _SPREAD) * _CALM.get(stem.partition("-")[0], 1.0)
         for stem in sorted(sliders)
     }
+    receded = max(0.0, min(1.0, (age - 20.0) / 40.0)) * (1.0 if man else 0.3)  # at most
     shaped = str(random.choice(_SHAPES))
     for stem in values:
         if stem.startswith("head-") and stem[5:] in _SHAPES:
@@ -169,17 +168,12 @@ def draw(seed: int, index: int, sliders: Iterable[str]) -> Person:
         stubble=_short(random.uniform(-0.5, 1.0) if man and age > 17 else 0.0),
         eyes=str(random.choice(palette)),
         hair=style,
-        fringe=_short(random.uniform(-_lost(man, age), 0.3 if man else 1.0)),
+        fringe=_short(random.uniform(-receded, 0.3 if man else 1.0)),
         hair_color=tuple(map(_short, color)),  # type: ignore[arg-type]
         grey=_short(grey),
         brows=_short(random.uniform(0.3, 1.0)),
         choices={what: _short(random.uniform()) for what in (*KINDS, "style", "side")},
     )
-
-
-def _lost(man: bool, age: float) -> float:
-    """How far a hairline may have receded, in [0, 1]."""
-    return max(0.0, min(1.0, (age - 20.0) / 40.0)) * (1.0 if man else 0.3)
 
 
 def _sides(unit: str, value: float) -> dict[str, float]:

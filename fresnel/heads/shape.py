@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -78,12 +77,7 @@ def pose(base: Base, person: Person) -> Doubles:
 
 def sliders(base: Base) -> dict[str, tuple[list[str], list[str]]]:
     """By stem, the targets that a negative and a positive value put on."""
-    return _stems(tuple(base.moved))
-
-
-@functools.cache
-def _stems(names: tuple[str, ...]) -> dict[str, tuple[list[str], list[str]]]:
-    return stems(names)
+    return stems(tuple(base.moved))
 
 
 def _move(base: Base, vertices: Doubles, weights: dict[str, float]) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from fresnel.data.images import decoded, read_bytes
 from fresnel.heads import shape
 from fresnel.heads.base import MAX_BYTES, Base, Doubles, Ints, data_folder, load
-from fresnel.heads.person import Person, chance
+from fresnel.heads.person import Person
+from fresnel.objects.render_set import chance
 from fresnel.objects.surface import Material, Part, Texture
 
 _MELANIN = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -89,8 +90,9 @@ def traced(vertices: Doubles, faces: Ints, starts: Doubles, ways: Doubles) -> di
     return tracer.run(np.ascontiguousarray(starts, np.float32), ways.astype(np.float32), output=1)
 
 
-def _occlusion(base: Base, quads: Ints, rays: int = 48, reach: float = 0.6) -> Doubles:
+def _occlusion(base: Base, quads: Ints) -> Doubles:
     """Share of the hemisphere above each vertex from which light comes, (N,), in [0, 1]."""
+    rays, reach = 48, 0.6
     eyes = base.faces("helper-l-eye", "helper-r-eye")[0]
     used, light = np.unique(quads), np.ones(len(base.vertices))
     up = shape.normals(base.vertices, shape.triangles(quads))[used]
@@ -195,16 +197,12 @@ def eyes(base: Base, vertices: Doubles, person: Person) -> list[Part]:
     veins = 1 - np.clip((angle - 35) / 60, 0, 0.6) * (0.1, 0.45, 0.4)
     white = np.array((0.62, 0.60, 0.57)) * veins
     zones = [angle < 10, angle < 24, angle < 26]
-    color, made = (
-        np.select(zones, [0.006 + 0 * white, iris * streak, 0.35 * iris + 0 * white], white),
-        [],
-    )
+    choices = [0.006 + 0 * white, iris * streak, 0.35 * iris + 0 * white]
+    color, made = np.select(zones, choices, white), []
     for side, pole in (("l", 14598), ("r", 14670)):
         own = vertices[np.unique(base.faces(f"helper-{side}-eye")[0])]
-        centre, radius = (
-            (own.max(axis=0) + own.min(axis=0)) / 2,
-            np.ptp(own[:, :2], axis=0).mean() / 2,
-        )
+        centre = (own.max(axis=0) + own.min(axis=0)) / 2
+        radius = np.ptp(own[:, :2], axis=0).mean() / 2
         forward = vertices[base.place[pole]] - centre
         right = np.cross((0.0, 1.0, 0.0), forward)
         turn = np.stack([right, np.cross(forward, right), forward])

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from fresnel.data.images import DatasetError, decoded, read_bytes
 from fresnel.heads import shape
 from fresnel.heads.base import MAX_BYTES, VERTICES, Base, Doubles, Ints, read_obj
 from fresnel.heads.person import KINDS
+from fresnel.objects.assets import unzip
 from fresnel.objects.surface import Floats, linear
 
 _MOST_FILES = 4000
@@ -60,7 +60,9 @@ class Wardrobe:
     digest: str
 
     def read(self, name: str) -> bytes:
-        return _read(self.source, name)
+        if self.source.is_dir():
+            return read_bytes(self.source / name, MAX_BYTES)
+        return unzip(self.source, name, MAX_BYTES)[1]
 
     def of(self, kind: str, suffix: str) -> list[str]:
         return [n for n in self.names if f"/{kind}/" in f"/{n}" and n.endswith(suffix)]
@@ -78,7 +80,7 @@ def open(source: str) -> Wardrobe:
         found = (p for p in path.rglob("*") if p.is_file() and not p.is_symlink())
         names = [p.relative_to(path).as_posix() for p in found]
     elif path.is_file():
-        names = _archive(path).namelist()
+        names = [*unzip(path)[0].values()]
     else:
         raise DatasetError(f"{path}: no such folder or zip; want MakeHuman's assets")
     wanted = [n for n in names if n.endswith((".mhclo", ".obj", ".png")) and not n.startswith("/")]
@@ -88,31 +90,10 @@ def open(source: str) -> Wardrobe:
             f"{path}: holds {len(kept)} files of MakeHuman's; want its folders "
             f"{', '.join(KINDS)} with .mhclo, .obj and .png files (at most {_MOST_FILES})"
         )
-    digest = hashlib.sha256()
+    found, digest = Wardrobe(path, kept, ""), hashlib.sha256()
     for name in kept:
-        digest.update(f"{name}\0{hashlib.sha256(_read(path, name)).hexdigest()}\n".encode())
-    return Wardrobe(path, kept, digest.hexdigest())
-
-
-@functools.lru_cache(2)
-def _archive(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path}: can't be read as a zip file ({error})") from error
-
-
-def _read(source: Path, name: str) -> bytes:
-    if source.is_dir():
-        return read_bytes(source / name, MAX_BYTES)
-    try:
-        with _archive(source).open(name) as stream:
-            data = stream.read(MAX_BYTES + 1)
-    except Exception as error:  # each compression has errors of its own
-        raise DatasetError(f"{source}: {name} can't be read ({error})") from error
-    if len(data) > MAX_BYTES:
-        raise DatasetError(f"{source}: {name} has more than {MAX_BYTES} bytes")
-    return data
+        digest.update(f"{name}\0{hashlib.sha256(found.read(name)).hexdigest()}\n".encode())
+    return replace(found, digest=digest.hexdigest())
 
 
 @functools.lru_cache(128)
@@ -175,7 +156,6 @@ def mean_tone(worn: Wardrobe, name: str) -> Doubles:
     """The mean colour (3,) of a skin's picture on the cheeks and forehead."""
     picture = texture(worn, name, 1024)
     height, width = picture.shape[:2]
-    face = picture[
-        int(0.44 * height) : int(0.6 * height), int(0.76 * width) : int(0.94 * width), :3
-    ]
+    face = picture[int(0.44 * height) : int(0.6 * height), :, :3]
+    face = face[:, int(0.76 * width) : int(0.94 * width)]
     return np.median(face.astype(np.float64), axis=(0, 1))

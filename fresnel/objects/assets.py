@@ -39,7 +39,7 @@ _NAMED = re.compile(
 class Asset:
     """A 3D object, where it lies, and whom to thank for it.
 
-    ``source`` is a mesh file, or a zip file with ``member`` naming the mesh inside.  ``origin``
+    ``source`` is a mesh file, or a zip file with ``member`` naming the mesh inside; ``origin``
     names the model in the collection it was taken from, so that one object can be known again in
     two sets.  ``root`` is the collection's folder (None: the mesh's): textures may lie in it.
     """
@@ -73,7 +73,7 @@ class Asset:
 
     def _bytes(self, place: str, folder: Path) -> bytes:
         if self.member:
-            return _unzip(self.source, place, MAX_BYTES)[1]
+            return unzip(self.source, place, MAX_BYTES)[1]
         return read_bytes(folder / place, MAX_BYTES)
 
     @property
@@ -90,7 +90,7 @@ class Asset:
         """
         files: dict[str, str] = {}
         if self.member:
-            files = _unzip(self.source)[0]
+            files = unzip(self.source)[0]
             home = posixpath.dirname(self.member)
         else:
             home = self.source.parent.relative_to(self.folder).as_posix().removeprefix(".")
@@ -105,18 +105,16 @@ class Asset:
                     return path
         around, found = posixpath.dirname(home), set()
         own, near = (f"{folder}/" if folder else "" for folder in (home, around))
-        for path in files.values() if self.member else _files_below(self.folder, around):
+        for path in files.values() if self.member else self._files_below(around):
             if path.lower().endswith(MESHES) and not path.startswith(own):
                 return None  # another object's folder is as near: the file may be its own
             if path.startswith(near) and posixpath.basename(path).casefold() == last.casefold():
                 found.add(path)
         return found.pop() if len(found) == 1 else None
 
-
-def _files_below(root: Path, folder: str) -> Iterator[str]:
-    for path in below(root / folder):
-        if path.is_file():
-            yield path.relative_to(root).as_posix()
+    def _files_below(self, place: str) -> Iterator[str]:
+        files = filter(Path.is_file, below(self.folder / place))
+        return (path.relative_to(self.folder).as_posix() for path in files)
 
 
 def _hidden(path: str) -> bool:
@@ -124,7 +122,7 @@ def _hidden(path: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
 
 
-def _unzip(source: Path, wanted: str = "", limit: int = 0) -> tuple[dict[str, str], bytes]:
+def unzip(source: Path, wanted: str = "", limit: int = 0) -> tuple[dict[str, str], bytes]:
     """The names in a zip file, and one member: at most so many bytes, whatever size it states."""
     data = b""
     try:
@@ -263,12 +261,12 @@ def find_assets(path: str | Path) -> list[Asset]:
     elif suffix == ".json":
         found = _listed(source, read_bytes(source, _MAX_LIST_BYTES))
     elif suffix in (".sh3f", ".zip"):
-        members = _unzip(source)[0].values()
+        members = unzip(source)[0].values()
         meshes = [n for n in members if n.lower().endswith(MESHES) and not _hidden(n)]
         if suffix == ".sh3f" and _CATALOGUE in members:
             found = _catalogued(source, meshes)
         elif "manifest.json" in members:
-            _, data = _unzip(source, "manifest.json", _MAX_LIST_BYTES)
+            _, data = unzip(source, "manifest.json", _MAX_LIST_BYTES)
             found = _listed(source, data, archived=True)
         else:
             found = [Asset(str(Path(mesh).with_suffix("")), source, member=mesh) for mesh in meshes]
@@ -308,7 +306,7 @@ def _listed(manifest: Path, data: bytes, archived: bool = False) -> list[Asset]:
 
 def _catalogued(source: Path, meshes: list[str]) -> list[Asset]:
     """The models that the Java properties file of a Sweet Home 3D library describes."""
-    _, data = _unzip(source, _CATALOGUE, _MAX_LIST_BYTES)
+    _, data = unzip(source, _CATALOGUE, _MAX_LIST_BYTES)
     entries, assets = dict[str, dict[str, str]](), dict[str, Asset]()
     for key, number, value in _PROPERTY.findall(data.decode("latin-1").replace("\\\n", "")):
         entries.setdefault(number, {})[key] = value.strip()

@@ -291,13 +291,11 @@ class _Reader:
     def _material(self, index: int | None) -> tuple[Material, list[Json]]:
         """A material, and the information of its two textures; {} where there is none."""
         if index not in self.materials:
-            if index is None:
-                self.materials[index] = Material(), []
-            else:
-                self.materials[index] = self._described(self.json["materials"][index], index)
+            self.materials[index] = (Material(), []) if index is None else self._described(index)
         return self.materials[index]
 
-    def _described(self, said: Json, index: int) -> tuple[Material, list[Json]]:
+    def _described(self, index: int) -> tuple[Material, list[Json]]:
+        said = self.json["materials"][index]
         extensions = said.get("extensions", {})
         base, glow = self._base(index)[1], said.get("emissiveTexture", {})
         strength = extensions.get("KHR_materials_emissive_strength", {}).get("emissiveStrength", 1)

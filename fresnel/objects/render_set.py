@@ -133,7 +133,8 @@ def render_set(
     with making(target, overwrite=overwrite, reuse=reuse) as wanted:
         if wanted:
             _render_into(target, assets, how, workers, also or {}, meta or {})
-        _remove_journals(target)
+        for said in target.glob(_JOURNALS):
+            files.remove(said)
     return dataset.open(target)
 
 
@@ -211,12 +212,6 @@ def _render_into(
             files.remove(folder)
 
 
-def _remove_journals(target: Path) -> None:
-    for said in target.glob(_JOURNALS):
-        with contextlib.suppress(OSError):
-            said.unlink()
-
-
 class _Made(NamedTuple):
     """What came of an object: its records, what of it is not drawn, or why it is left out."""
 
@@ -244,7 +239,7 @@ def _render_object(job: _Job) -> _Made:
             whole = load(asset)
         solid = whole if isinstance(asset, Model) else whole.normalised()
         for k in range(say.inputs_per_object):
-            random, shape = _random(job, str(k)), solid
+            random, shape = chance(say.seed, asset.name, str(k)), solid
             start = random.uniform(*say.input_azimuths_deg)
             input_elevation = random.uniform(*say.input_elevations_deg)
             others = random.uniform(*say.view_elevations_deg, say.views)
@@ -254,7 +249,7 @@ def _render_object(job: _Job) -> _Made:
             azimuths = torch.from_numpy(np.append(start, start + relative))
             cameras = standard_orbit(azimuths, torch.from_numpy(elevations), say.image_size)
             if k and say.stretch > 1:
-                power = _random(job, f"{k}/stretch").uniform(-1.0, 1.0, 3)
+                power = chance(say.seed, asset.name, f"{k}/stretch").uniform(-1.0, 1.0, 3)
                 # the last bits of a power depend on the machine, and with them the data's hash
                 shape = solid.stretched(np.round(say.stretch**power * 4096) / 4096).normalised()
             pictures = render(shape, cameras, samples=say.samples)
@@ -281,9 +276,10 @@ def _render_object(job: _Job) -> _Made:
     return _Made(records, list(whole.notes))
 
 
-def _random(job: _Job, what: str) -> np.random.Generator:
-    text = f"{job.settings.seed}/{job.asset.name}/{what}"
-    return np.random.default_rng(list(hashlib.sha256(text.encode()).digest()))
+def chance(seed: int, name: str, what: str) -> np.random.Generator:
+    """Random numbers for one thing of one object, whatever else is drawn."""
+    digest = hashlib.sha256(f"{seed}/{name}/{what}".encode()).digest()
+    return np.random.default_rng(list(digest))
 
 
 def _bytes(values: Tensor) -> Tensor:

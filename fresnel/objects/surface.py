@@ -36,7 +36,6 @@ MAX_FACES = 2_000_000
 _FORMATS = (*FORMATS, "TGA", "DDS")
 _MAX_TEXTURE_PIXELS = 1 << 26
 _MAX_TEXTURE_SIDE = 4096  # larger ones are shrunk: linear floats take 16 bytes a pixel
-WRAPS = ("repeat", "mirror", "clamp")
 
 
 @dataclass(frozen=True)
