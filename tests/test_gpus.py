@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from fresnel.host import machine
 from fresnel.models.decoder import Decoder, load_shipped
 from fresnel.study import trainings
 from fresnel.study.trainings import ChildError, Training
-from fresnel.training import checkpoints
+from fresnel.training import checkpoints, ranks
 from fresnel.training.loop import TrainResult
 from fresnel.training.task import NonFiniteLoss, OutOfMemory
 
@@ -151,26 +152,24 @@ def test_a_workers_error_is_the_callers(data, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("error", "kind"),
     [
-        ("GateRefusal", gate.GateRefusal),
-        ("OutOfMemory", OutOfMemory),
-        ("DiskFull", checkpoints.DiskFull),
-        ("KeyboardInterrupt", KeyboardInterrupt),
-        ("ZeroDivisionError", ChildError),
-        ("", ChildError),
+        (gate.GateRefusal("why"), gate.GateRefusal),
+        (OutOfMemory("why"), OutOfMemory),
+        (checkpoints.DiskFull(28, "why"), checkpoints.DiskFull),
+        (KeyboardInterrupt("why"), KeyboardInterrupt),
+        (ChildError("ZeroDivisionError: why"), ChildError),
+        (None, ChildError),
     ],
 )
-def test_errors_by_their_types(tmp_path, name, kind) -> None:
+def test_errors_by_their_types(tmp_path, error, kind) -> None:
     """Of several the one that tells most; without any word, the last lines."""
     (tmp_path / "said").write_text("one\nlast words\n")
-    ends = {0: trainings._End(error="ElsewhereFailed", message="rank 1 has failed")}
-    if name:
-        ends[1] = trainings._End(error=name, message="why")
-    for rank, end in ends.items():
-        (tmp_path / f"end-{rank:04d}.json").write_bytes(msgspec.json.encode(end))
+    ends = [ranks.ElsewhereFailed("rank 1 has failed"), *filter(None, [error])]
+    for rank, end in enumerate(ends):
+        (tmp_path / f"end-{rank:04d}").write_bytes(pickle.dumps(end))
     training: Any = None
-    with pytest.raises(kind, match="why" if name else "1 of 2 .* without a word") as caught:
+    with pytest.raises(kind, match="why" if error else "1 of 2 .* without a word") as caught:
         trainings._result(tmp_path, training, 2, stopped=False)
     if kind is ChildError:
         assert "last words" in str(caught.value)

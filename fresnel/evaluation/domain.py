@@ -11,7 +11,6 @@ directions.
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +21,7 @@ from torch.nn.functional import conv2d, pad
 
 from fresnel.data.images import InputImages
 from fresnel.evaluation import perceptual
+from fresnel.models import weights
 
 _NEAREST, _DIRECTIONS, _MOST, _FOLDS, _WIDTHS = 3, 64, 500, 5, (112, 320)
 FAR = 99.0
@@ -129,13 +129,12 @@ def _said(reference: Reference, value: float) -> Nearness:
     own = reference.own / reference.own.median()
     percentile = 100 * float((own < value).float().mean())
     usual = float(own.quantile(0.95))
+    never, like = "the decoder has never seen such a thing", "like what the decoder was trained on"
     says = (
         f"It lies {value:.1f} from the training pictures, which lie 1.0 from one another (95 % of "
-        f"them below {usual:.1f})"
+        f"them below {usual:.1f}): {never if percentile > FAR else like}."
     )
-    if percentile > FAR:
-        return Nearness(value, percentile, f"{says}: the decoder has never seen such a thing.")
-    return Nearness(value, percentile, f"{says}: like what the decoder was trained on.")
+    return Nearness(value, percentile, says)
 
 
 @cache
@@ -145,10 +144,7 @@ def shipped(name: str) -> Reference:
     Raises:
         FileNotFoundError: if none ships.
     """
-    path = Path(str(resources.files("fresnel"))) / "assets" / f"domain_{name}.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"fresnel/assets/{path.name} is missing from this installation")
-    return Reference.load(path)
+    return Reference.load(weights.shipped(f"domain_{name}.safetensors"))
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ import json
 import math
 import shlex
 import subprocess
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from fresnel.data import dataset
 from fresnel.host.files import sha256
 from fresnel.report.params import read_parameters
 from fresnel.report.provenance import git_state
+from fresnel.study.data import receipts
 from fresnel.study.runner import Step
 from fresnel.training import forecast
 
@@ -266,11 +266,8 @@ def _checked(
     place: Path, kinds: Sequence[str], full: Mapping[str, Any], training: bool, gpus: int
 ) -> list[float]:
     """Require the receipts; of a full training its forecast on so many GPUs, in seconds."""
-    data: Any = dataset.open(place)
-    for kind in kinds:
-        gate.require_receipt(data, kind, bool(full.get("allow_failed_gate")))
-        same = ("path", "content_hash", "layout")  # the files were hashed for the first one
-        data = types.SimpleNamespace(**{name: getattr(data, name) for name in same})
+    data = dataset.open(place)
+    receipts(data, kinds, bool(full.get("allow_failed_gate")))
     if not training:
         return []
     gpus = int(full["gpus"]) if str(full["gpus"]).isdigit() else gpus

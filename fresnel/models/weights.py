@@ -134,15 +134,14 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def shipped(name: str, model: str) -> Path:
+def shipped(name: str, model: str = "") -> Path:
     """The file of that name in fresnel/assets, which 03 makes of that model; FileNotFoundError if
     this installation carries none."""
     path = Path(str(resources.files("fresnel"))) / "assets" / name
     if not path.is_file():
-        raise FileNotFoundError(
-            f"fresnel/assets/{name} is missing from this installation; train one with "
-            f"notebooks/03_full_train.ipynb (model={model}, export_to=FILE)"
-        )
+        how = f"train one with notebooks/03_full_train.ipynb (model={model}, export_to=FILE)"
+        said = f"fresnel/assets/{name} is missing from this installation"
+        raise FileNotFoundError(f"{said}; {how}" if model else said)
     return path
 
 

@@ -256,15 +256,13 @@ def quaternion_product(a: Tensor, b: Tensor) -> Tensor:
     """Hamilton product of wxyz quaternions (..., 4): the rotation b, then the rotation a."""
     aw, ax, ay, az = a.unbind(-1)
     bw, bx, by, bz = b.unbind(-1)
-    return torch.stack(
-        [
-            aw * bw - ax * bx - ay * by - az * bz,
-            aw * bx + ax * bw + ay * bz - az * by,
-            aw * by - ax * bz + ay * bw + az * bx,
-            aw * bz + ax * by - ay * bx + az * bw,
-        ],
-        dim=-1,
-    )
+    rows = [
+        aw * bw - ax * bx - ay * by - az * bz,
+        aw * bx + ax * bw + ay * bz - az * by,
+        aw * by - ax * bz + ay * bw + az * bx,
+        aw * bz + ax * by - ay * bx + az * bw,
+    ]
+    return torch.stack(rows, dim=-1)
 
 
 def quaternion_from_rotation(rotation: Tensor) -> Tensor:

@@ -50,15 +50,19 @@ def require(
     try:
         for kind in kinds:
             run.input(gate.receipt_path(data, kind))
-        first = gate.require_receipt(data, kinds[0], allow_failed)
-        # the files were hashed for the first one
-        same = ("path", "content_hash", "layout")
-        known = types.SimpleNamespace(**{name: getattr(data, name) for name in same})
-        for kind in kinds[1:]:
-            gate.require_receipt(known, kind, allow_failed)
+        return receipts(data, kinds, allow_failed)[0]
     except (gate.GateRefusal, ValueError) as refusal:
         refuse(run, str(refusal))
-    return first
+
+
+def receipts(data: Any, kinds: Sequence[str], allow_failed: bool) -> list[gate.Receipt]:
+    """Receipts of several kinds, each as `gate.require_receipt` has it; files are hashed once."""
+    found = []
+    for kind in kinds:
+        found.append(gate.require_receipt(data, kind, allow_failed))
+        same = ("path", "content_hash", "layout")
+        data = types.SimpleNamespace(**{name: getattr(data, name) for name in same})
+    return found
 
 
 def bootstrap_config(

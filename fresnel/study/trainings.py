@@ -6,9 +6,9 @@ several machines a person starts them with `COMMAND` (docs/gpu-box.md).
 """
 
 import contextlib
-import errno
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -122,9 +122,9 @@ def write(notebook: Path, given: Mapping[str, Any], path: Path) -> int:
         )
     folder, model = parameters["dataset_dir"], parameters["model"]
     data = dataset.open(folder) if folder else training_data.demo_dataset(model)
+    kinds = ["gate", "smoke-cvs"] if folder and model.startswith("cvs") else ["gate"]
     try:
-        for kind in ["gate", "smoke-cvs"] if folder and model.startswith("cvs") else ["gate"]:
-            require_receipt(data, kind, parameters["allow_failed_gate"])
+        training_data.receipts(data, kinds, parameters["allow_failed_gate"])
     except GateRefusal as refusal:
         raise ValueError(refusal) from None
     gpus = int(parameters["gpus"])
@@ -203,21 +203,8 @@ class ChildError(RuntimeError):
     """A training process ended in a way that nobody foresaw; the message has its last words."""
 
 
-@dataclass(frozen=True)
-class _End:
-    """How one process ended: rank 0's `result`, or an error, by the name of its type."""
-
-    result: TrainResult | None = None
-    error: str = ""
-    message: str = ""
-    step: int = 0
-    path: str = ""
-
-
-_FORESEEN: dict[str, type[BaseException]] = {
-    each.__name__: each
-    for each in (GateRefusal, ResumeRefused, OutOfMemory, DatasetError, ValueError, OSError)
-} | {"KeyboardInterrupt": KeyboardInterrupt}
+_FORESEEN = {GateRefusal, ResumeRefused, OutOfMemory, NonFiniteLoss, DiskFull, DatasetError}
+_FORESEEN |= {ValueError, OSError, KeyboardInterrupt}
 
 
 def _in_processes(training: Training, gpus: int) -> TrainResult:
@@ -287,24 +274,17 @@ def _stop(child: Any) -> None:
 
 def _result(folder: Path, training: Training, gpus: int, *, stopped: bool) -> TrainResult:
     """What rank 0 says, or the error that tells most."""
-    ends = [
-        msgspec.json.decode(path.read_bytes(), type=_End, dec_hook=lambda kind, value: kind(value))
-        for path in sorted(folder.glob("end-*.json"))
-    ]
-    for end in (end for end in ends if end.error):
-        if end.error == "NonFiniteLoss":
-            raise NonFiniteLoss(end.message, end.step, Path(end.path))
-        if end.error == "DiskFull":
-            raise DiskFull(errno.ENOSPC, end.message)
-        if end.error in _FORESEEN:
-            raise _FORESEEN[end.error](end.message)
+    # our own processes wrote them, into a folder of this call's
+    ends = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("end-*"))]
+    for end in ends:
+        if type(end) in _FORESEEN:
+            raise end
     if stopped:
         raise KeyboardInterrupt("stopped")
-    results = [end.result for end in ends if end.result]
+    results = [end for end in ends if isinstance(end, TrainResult)]
     if len(ends) < gpus or not results:
         said = (folder / "said").read_text(encoding="utf-8", errors="replace").splitlines()
-        own = (end for end in ends if end.error not in ("", "ElsewhereFailed"))
-        why = next((f"{end.error}: {end.message}" for end in own), "")
+        why = next((str(end) for end in ends if isinstance(end, ChildError)), "")
         lost = f"{gpus - len(ends)} of {gpus} training processes ended without a word (killed?)"
         raise ChildError("\n".join([why or lost, *said[-_SAID_LINES:]]))
     kind: Any = CVS if training.model in arms.CVS_MODELS else Decoder
@@ -328,25 +308,22 @@ def main(arguments: list[str]) -> None:
         part, *more = opened(training)
         receipt = require_receipt(part, "gate", training.allow_failed_gate)
         result = fit(training, part, *more, receipt=receipt, progress_bar=not with_caller)
-        bare = None
         if with_caller and group.first:
             for name in _NETWORKS:
                 getattr(result, name).save(spec.with_name(f"{name}.safetensors"))
-            bare = replace(result, model=None, ema_model=None)
-        told(group, _End(bare))
+        told(group, replace(result, model=None, ema_model=None) if group.first else None)
 
-    def told(group: ranks.Ranks, end: _End) -> None:
+    def told(group: ranks.Ranks, end: Any) -> None:
+        if isinstance(end, BaseException) and type(end) not in _FORESEEN | {ranks.ElsewhereFailed}:
+            end = ChildError(f"{type(end).__name__}: {end}")
         if with_caller:
-            data = msgspec.json.encode(end, enc_hook=str)
-            write_atomic(spec.with_name(f"end-{group.rank:04d}.json"), data)
+            write_atomic(spec.with_name(f"end-{group.rank:04d}"), pickle.dumps(end))
 
     def work(group: ranks.Ranks) -> None:
         try:
             train(group)
         except BaseException as error:
-            said = str(getattr(error, "strerror", None) or error)  # of a full disk: no number
-            more = getattr(error, "step", 0), str(getattr(error, "path", ""))
-            told(group, _End(None, type(error).__name__, said, *more))
+            told(group, error)
             raise
 
     ranks.main(work, "cuda" if training.device.startswith("cuda") else "cpu")

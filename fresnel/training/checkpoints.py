@@ -116,14 +116,6 @@ def read_latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
     return None
 
 
-def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Load the averaged weights of a checkpoint into `model`; returns its metadata."""
-    tensors, metadata = read(path)
-    model.load_state_dict(_part(tensors, "ema"))
-    vars(model)["gate_overridden"] = bool(metadata.get("gate_overridden"))
-    return metadata
-
-
 def pack(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything a run needs to go on, as one flat dict of tensors."""
     both = {"model": model, "ema": ema}

@@ -3,10 +3,7 @@
 They are started by torchrun, or by srun, and are called ranks, rank 0 the first.  Ranks and
 micro-batches are one axis: a step has `TrainConfig.accumulate` shards, each a batch of the task's
 `batch_size` drawn from the seed (step, shard), and shard number s is computed by rank s modulo the
-number of ranks.  So a run is the same on any number of GPUs, but for the order of summation, and
-goes on on another number than it began on; where the shards are no multiple of the ranks, some
-compute one less.  There must be a shard for each rank: for one GPU's batch_size b on n GPUs either
-b a shard (n times the samples a step, for throughput) or b / n (the same run, sooner).
+number of ranks.  There must be a shard for each rank.
 """
 
 import contextlib
@@ -214,13 +211,8 @@ def first_host(hosts: str) -> str:
 def torchrun(gpus: int) -> list[str]:
     """The command line of torchrun with so many processes on this host alone, up to what they run.
     For several hosts see docs/performance.md."""
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={gpus}",
-        "--standalone",
-    ]
+    module = [sys.executable, "-m", "torch.distributed.run"]
+    return [*module, f"--nproc-per-node={gpus}", "--standalone"]
 
 
 @contextlib.contextmanager

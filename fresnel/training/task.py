@@ -96,8 +96,11 @@ class NonFiniteLoss(RuntimeError):
     """The loss or its gradient is NaN or infinite; `path` holds the batch that caused it."""
 
     def __init__(self, message: str, step: int, path: Path) -> None:
-        super().__init__(message)
+        super().__init__(message, step, path)  # as it is made again in another process
         self.step, self.path = step, path
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ResumeRefused(ValueError):
