@@ -31,7 +31,8 @@ from fresnel import orbit
 from fresnel.data import captures, dataset, formats, layout, records
 from fresnel.data.dataset import DatasetError
 from fresnel.data.formats import captures_in
-from fresnel.objects import trace
+from fresnel.host import files
+from fresnel.objects import obj, trace
 from fresnel.objects.assets import find_assets
 
 COUNT = int(os.environ.get("FRESNEL_FUZZ", "40"))
@@ -389,3 +390,55 @@ def test_hostile_meshes_and_depths_are_refused_in_bounds():
     ):
         assert said[0] == "refused", (name, said)
         assert memory < hostile.MOST_BYTES and seconds < hostile.MOST_S, (name, memory, seconds)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("v 0 0 0\n" * 3 + "f 1 2 3\n" * 11, "over 10 triangles"),  # counted before a line is read
+        ("v 0 0 0\n" * 3 + " f" + " 1" * 41, "line 4 can't be read.*over 10 triangles"),
+        ("v 0 0 0\n" * 62, "over 10 triangles"),
+        ("v 0 0 0\nv 0 1 0\nv 0 0 1\n" + "usemtl {0}\nf 1 2 3\n" * 3, "3 materials"),
+        ("v 0 0 0\n" + "f" + " 1" * 1001, "polygons of 1001"),
+    ],
+)
+def test_what_a_mesh_in_text_asks_for_is_bounded(monkeypatch, text, said):
+    faces = 300 if "polygons" in said else 10
+    for name, most in (("MAX_FACES", faces), ("_MOST_MATERIALS", 2), ("_MOST_WORK", 1e6)):
+        monkeypatch.setattr(obj, name, most)
+    numbered = "".join(f"{part}{k}" for k, part in enumerate(text.split("{0}")))
+    with pytest.raises(ValueError, match=said):
+        obj.read(numbered.encode(), lambda name: None)
+    box = "v 0 0 0\nv 0 1 0\nv 0 0 1\nf 1 2 3\n"
+    assert len(obj.read(box.encode(), lambda name: None).corners) == 1
+
+
+def test_json_is_counted_before_it_is_parsed(monkeypatch, tmp_path):
+    """A list takes some 100 bytes of memory, two of text."""
+    monkeypatch.setattr(files, "_MOST", 100_000)
+    for text in (
+        "[" * 1000 + "]" * 1000,
+        "[" + "{}," * 500 + "1]",
+        '["' + "\\u4e00" * 9_000 + '"]',
+    ):
+        with pytest.raises(ValueError, match="it would take about"):
+            files.from_json(text.encode())
+    assert files.from_json(b"[" * 300 + b"]" * 300)
+    (tmp_path / "transforms.json").write_text('{"frames": [' + "[]," * 900 + "[]]}")
+    with pytest.raises(DatasetError, match=r"transforms\.json.*would take"):
+        dataset.open(tmp_path)
+
+
+def test_scans_of_a_jpeg_are_counted_before_it_is_decoded(tmp_path):
+    """Each is decoded over the whole picture: a hundred are ten times what a camera writes."""
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(stream, "JPEG", progressive=True)
+    data = stream.getvalue()
+    last = data[data.rfind(b"\xff\xda") : -2]
+    for more, fits in ((80, True), (120, False)):
+        (tmp_path / "a.jpg").write_bytes(data[:-2] + last * more + data[-2:])
+        if fits:
+            assert dataset.load_image(tmp_path / "a.jpg")
+        else:
+            with pytest.raises(DatasetError, match="a JPEG of over 100 scans. Save it again"):
+                dataset.load_image(tmp_path / "a.jpg")

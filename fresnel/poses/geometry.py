@@ -338,7 +338,7 @@ def photometric(rig: Rig) -> Row:
     one, two = np.nonzero(np.isfinite(steps) & views)
     gains = np.linalg.lstsq(np.eye(count)[one] - np.eye(count)[two], steps[one, two])[0]
     exposure = {
-        "spread": float(np.std(gains[rig.views])) if len(one) >= count else np.nan,
+        "spread": float(np.std(gains[rig.views])) if len(one) >= max(count, 1) else np.nan,
         "gain": float(np.median(own)) if len(own) else np.nan,
         "steps": float(np.median(every)) if len(every) else np.nan,
         "jump": max((float(np.median(row)) for row in of_view if len(row)), default=np.nan),
