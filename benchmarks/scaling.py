@@ -74,7 +74,7 @@ def started(device: str, name: str, gpus: int, batch: int) -> dict[str, Any]:
 def written(out: Path, cards: int, rows: list[dict[str, Any]], lines: list[str]) -> None:
     """After each line: a run that is cut leaves what it has."""
     kind = f"{cards} x {torch.cuda.get_device_name()}" if cards else "CPU processes"
-    about = f"{kind}, torch {torch.__version__}, commit {git_state()['commit'][:7]}"
+    about = f"{kind}, torch {torch.__version__}, commit {str(git_state()['commit'])[:7]}"
     out.mkdir(parents=True, exist_ok=True)
     record = {"machine": about, "rows": rows}
     (out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
