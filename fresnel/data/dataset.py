@@ -6,8 +6,6 @@ original experiment's, and what other tools write (`formats`);
 `MultiViewDataset.verify` tells whether a byte has changed since.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import operator
@@ -17,7 +15,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tqdm.auto import tqdm
@@ -76,7 +74,7 @@ class MultiViewDataset:
     meta: dict[str, Any]
     image_size: int  # side of the (square) views in pixels
     objects: dict[str, _Object] = field(repr=False, compare=False)
-    parts: tuple[MultiViewDataset, ...] = field(default=(), repr=False)
+    parts: tuple["MultiViewDataset", ...] = field(default=(), repr=False)
     is_subset: bool = False
 
     background = (0.0, 0.0, 0.0)
@@ -97,7 +95,7 @@ class MultiViewDataset:
         """The most that an object has: captures may differ."""
         return max(each.views for each in self.objects.values())
 
-    def subset(self, which: Sequence[int] | Sequence[str] | slice) -> MultiViewDataset:
+    def subset(self, which: Sequence[int] | Sequence[str] | slice) -> Self:
         """The same dataset with only some objects, by index or by name."""
         names = self.names[which] if isinstance(which, slice) else which
         names = [name if isinstance(name, str) else self.names[name] for name in names]

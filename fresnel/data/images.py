@@ -4,8 +4,6 @@ An image inside the library is 8-bit sRGB composited over black beside its 8-bit
 and "dark" are never confused.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io
@@ -96,7 +94,7 @@ class InputImages(Batch):
         object.__setattr__(self, "names", tuple(self.names))
         check_pictures(self, "", (len(self.names), None, None))
 
-    def resized(self, size: int) -> InputImages:
+    def resized(self, size: int) -> Self:
         """The same images at ``size`` x ``size`` pixels."""
         return replace(self, **scaled(self, size))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fresnel.data import faces, images
 from fresnel.data.images import DatasetError, InputImages
@@ -85,13 +86,18 @@ def read(
     face = None if domain == "objects" else find_face(rgba[..., :3])
     said = []
     if face is not None:  # cut out of as many pixels as there are
-        rgba, face = _around(rgba, face)
+        x, y, high = face
+        x0, y0 = max(0, int(x - 1.6 * high)), max(0, int(y - 1.6 * high))  # with hair and neck
+        rgba = rgba[y0 : math.ceil(y + 1.6 * high), x0 : math.ceil(x + 1.6 * high)]
+        face = x - x0, y - y0, high
         said = ["a face was found, so it is a head (--domain objects: a thing)"]
     elif domain == "faces":
         said = ["no face was found in it: it is framed as a head with its neck, and nothing more"]
     domain = "objects" if domain == "auto" and face is None else domain.replace("auto", "faces")
     with images.named(path):
-        rgba, shrunk = _shrunk(rgba)
+        whole = Image.frombytes("RGBa", rgba.shape[1::-1], rgba.tobytes())  # premultiplied
+        shrunk = max(1, max(rgba.shape) // _MATTE_SIZE)
+        rgba = np.array(whole.reduce(shrunk))
         background, rgba, more = _object(rgba, part=face is not None)
         if face is not None:
             face = face[0] / shrunk, face[1] / shrunk, face[2] / shrunk
@@ -128,7 +134,6 @@ def find_face(rgb: np.ndarray) -> Face | None:
 
 
 def _cascade(rgb: np.ndarray) -> list[Face]:
-    from PIL import Image
     from skimage import data
     from skimage.feature import Cascade
 
@@ -140,14 +145,6 @@ def _cascade(rgb: np.ndarray) -> list[Face]:
     found = cascade.detect_multi_scale(small, scale_factor=1.2, step_ratio=1, **sizes)
     boxes = [(box["c"], box["r"], box["width"]) for box in found]
     return [((x + w / 2) / scale, (y + w / 2) / scale, w / scale) for x, y, w in boxes]
-
-
-def _around(rgba: np.ndarray, face: Face) -> tuple[np.ndarray, Face]:
-    """What of a picture lies about a face, hair and neck included, and where it is in that."""
-    x, y, side = face
-    x0, y0 = max(0, int(x - 1.6 * side)), max(0, int(y - 1.6 * side))
-    around = rgba[y0 : math.ceil(y + 1.6 * side), x0 : math.ceil(x + 1.6 * side)]
-    return around, (x - x0, y - y0, side)
 
 
 def portrait(rgba: np.ndarray, face: Face) -> tuple[np.ndarray, int, tuple[float, float]]:
@@ -212,15 +209,6 @@ def read_folder(
     stood = f"all cameras {elevation_deg:g} degrees above the horizon (elevation_deg)"
     said = "; ".join([said, stood, *notes])
     return InputImages(names, rgb, alpha, cameras, elevation_is_assumed=True), said
-
-
-def _shrunk(rgba: np.ndarray) -> tuple[np.ndarray, int]:
-    """Premultiplied uint8 (H, W, 4), averaged down by a whole factor to about `_MATTE_SIZE`; it."""
-    from PIL import Image
-
-    whole = Image.frombytes("RGBa", (rgba.shape[1], rgba.shape[0]), rgba.tobytes())
-    factor = max(1, max(rgba.shape) // _MATTE_SIZE)
-    return np.array(whole.reduce(factor)), factor
 
 
 def _box(alpha: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:

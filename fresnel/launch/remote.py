@@ -4,8 +4,6 @@ An unknown host key is refused with its fingerprint, `trust_new` takes it once, 
 always refused. Files go by rsync, and what arrived is compared by sha256.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -15,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 from urllib.parse import urlsplit
 
 from fresnel.host.files import inside, sha256
@@ -42,7 +41,7 @@ class Box:
         self.home = f"{self.folder}/runs/{run}"
         self.timeout_s = int(os.environ.get("FRESNEL_SSH_TIMEOUT", 30))  # of a peer that is silent
 
-    def __enter__(self) -> Box:
+    def __enter__(self) -> Self:
         self._control = tempfile.TemporaryDirectory(prefix="fresnel-ssh-")
         return self
 

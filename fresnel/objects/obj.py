@@ -6,8 +6,6 @@ colours and textures with their options, dissolve and its map.  Files that are n
 come back as notes.
 """
 
-from __future__ import annotations
-
 import posixpath
 import re
 from array import array
@@ -65,7 +63,7 @@ class _Polygons:
     """Polygons of one material: how many corners each has, and every corner's three indices."""
 
     sizes: list[int] = field(default_factory=list)
-    corners: array[int] = field(default_factory=lambda: array("q"))
+    corners: "array[int]" = field(default_factory=lambda: array("q"))
 
 
 def read(data: bytes, beside: Callable[[str], bytes | None]) -> Surface:
@@ -162,7 +160,7 @@ def _row(text: str, width: int) -> list[float]:
     return found + [0.0] * (width - len(found))
 
 
-def _table(numbers: array[float], width: int) -> Doubles:
+def _table(numbers: "array[float]", width: int) -> Doubles:
     """Rows of numbers; at least one row."""
     return np.asarray(numbers or array("d", bytes(8 * width)), np.float64).reshape(-1, width)
 

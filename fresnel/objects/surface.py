@@ -5,11 +5,10 @@ turned towards the viewer.  What leaves it is base colour x light + emission, wh
 vertex colour x texture (bilinear, sRGB); metalness, roughness, normal maps and so on are ignored.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,7 +123,7 @@ class Surface:
     def opaque(self) -> bool:
         return all(material.alpha == "OPAQUE" for material in self.materials)
 
-    def normalised(self) -> Surface:
+    def normalised(self) -> Self:
         """Centred on its bounding box, longest side 1."""
         low, high = self.corners.min(axis=(0, 1)), self.corners.max(axis=(0, 1))
         side = float((high - low).max())
@@ -132,7 +131,7 @@ class Surface:
             raise ValueError("mesh: all its vertices coincide; want a solid of some size")
         return replace(self, corners=(self.corners - (low + high) / 2) / side)
 
-    def stretched(self, factors: Doubles) -> Surface:
+    def stretched(self, factors: Doubles) -> Self:
         """Each axis scaled by its factor (3,); normals stay perpendicular."""
         normals = self.normals.astype(np.float64) / factors
         x, y, z = np.moveaxis(normals, -1, 0)

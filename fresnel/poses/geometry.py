@@ -4,10 +4,8 @@ A `Rig` is what all questions are asked of: cameras, and small masks, depths and
 them.  Whatever rewrites its cameras (see `explain`) can ask again.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -61,13 +59,13 @@ class Rig:
         coverage = self.masks.mean(axis=(1, 2))
         return (coverage > 0.001) & (coverage < 0.98)
 
-    def only(self, which: Any) -> Rig:
+    def only(self, which: Any) -> Self:
         """Fewer views, by index or mask."""
         names = ("viewmats", "Ks", "masks", "colors", "depths", "views")
         chosen: dict[str, Any] = {name: getattr(self, name)[which] for name in names}
         return replace(self, **chosen, whole=False)
 
-    def put(self, which: np.ndarray, **matrices: np.ndarray) -> Rig:
+    def put(self, which: np.ndarray, **matrices: np.ndarray) -> Self:
         """Other `viewmats` or `Ks` for some views."""
         changed: dict[str, Any] = {name: getattr(self, name).copy() for name in matrices}
         for name, new in matrices.items():

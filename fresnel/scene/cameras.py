@@ -5,12 +5,10 @@ Conventions: OpenCV axes (x right, y down, z forward); ``viewmats`` map world to
 camera on the +Z side of the pivot, and azimuth grows towards +X.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -49,7 +47,7 @@ class Cameras:
         if self.width < 1 or self.height < 1:
             raise ValueError(f"image size: got {self.width} x {self.height}, want at least 1 x 1")
 
-    def validate(self) -> Cameras:
+    def validate(self) -> Self:
         """Check the values too: finite, rotations orthonormal, focal lengths positive."""
         if not (self.viewmats.isfinite().all() and self.Ks.isfinite().all()):
             raise ValueError("cameras: viewmats or Ks hold NaN or infinity; check the pose files")
@@ -99,34 +97,34 @@ class Cameras:
             raise TypeError("a single camera has no length")
         return self.batch_shape[0]
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Cameras:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, viewmats=function(self.viewmats), Ks=function(self.Ks))
 
-    def __getitem__(self, index: Any) -> Cameras:
+    def __getitem__(self, index: Any) -> Self:
         return self._map(lambda tensor: tensor[index])
 
-    def reshape(self, *batch: int) -> Cameras:
+    def reshape(self, *batch: int) -> Self:
         return self._map(lambda tensor: tensor.reshape(*batch, *tensor.shape[-2:]))
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Cameras:
+    ) -> Self:
         return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
 
-    def resized(self, width: int, height: int) -> Cameras:
+    def resized(self, width: int, height: int) -> Self:
         """The same cameras for images scaled to ``width`` x ``height`` pixels."""
         Ks = self.Ks.clone()  # scaled in place: a tensor of factors would come from the host
         Ks[..., 0, :] *= width / self.width
         Ks[..., 1, :] *= height / self.height
-        return Cameras(self.viewmats, Ks, width, height)
+        return replace(self, Ks=Ks, width=width, height=height)
 
-    def mirrored(self) -> Cameras:
+    def mirrored(self) -> Self:
         """Cameras in which the world mirrored in x looks like these cameras' mirrored pictures."""
         of_views, of_pixels, across = mirror_signs(self.device)
         Ks = self.Ks * of_pixels + across * self.width
         return replace(self, viewmats=self.viewmats * of_views, Ks=Ks)
 
-    def transformed(self, new_from_world: Tensor) -> Cameras:
+    def transformed(self, new_from_world: Tensor) -> Self:
         """The same cameras with the world re-expressed by a rigid transform, shape (..., 4, 4)."""
         return replace(self, viewmats=self.viewmats @ rigid_inverse(new_from_world))
 

@@ -1,11 +1,9 @@
 """`Gaussians`: the one 3D type, and its way to and from splat files."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -51,7 +49,7 @@ class Gaussians:
                 f"colors: got shape {colors}, want {plain} or (..., N, K, 3), K in 1, 4, 9, 16"
             )
 
-    def validate(self) -> Gaussians:
+    def validate(self) -> Self:
         """Check the values too, and return self.
 
         Raises:
@@ -106,30 +104,30 @@ class Gaussians:
 
         return fresnel.preview(self)
 
-    def _map(self, function: Any) -> Gaussians:
-        return Gaussians(*(function(getattr(self, field.name)) for field in fields(self)))
+    def _map(self, function: Any) -> Self:
+        return type(self)(*(function(getattr(self, field.name)) for field in fields(self)))
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Gaussians:
+    ) -> Self:
         return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
 
-    def detach(self) -> Gaussians:
+    def detach(self) -> Self:
         return self._map(torch.Tensor.detach)
 
-    def __getitem__(self, index: Any) -> Gaussians:
+    def __getitem__(self, index: Any) -> Self:
         """Pick scenes out of the batch."""
         if not self.batch_shape:
             raise TypeError("a single scene has no batch to index; `select` picks its Gaussians")
         return self._map(lambda tensor: tensor[index])
 
-    def select(self, keep: Tensor) -> Gaussians:
+    def select(self, keep: Tensor) -> Self:
         """Pick Gaussians of a single scene by a mask or index tensor of shape (N,) or (K,)."""
         if self.batch_shape:
             raise ValueError("select: want a single scene; index the batch first")
         return self._map(lambda tensor: tensor[keep])
 
-    def transform(self, matrix: Tensor) -> Gaussians:
+    def transform(self, matrix: Tensor) -> Self:
         """Move the Gaussians by similarity transforms, shape (4, 4) or (..., 4, 4).
 
         The only way from one frame to another. A uniform scale multiplies the Gaussians' scales.
@@ -198,7 +196,7 @@ class Gaussians:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Gaussians:
+    def load(cls, path: str | Path) -> Self:
         """Read one scene from ``.ply`` (of 3DGS and its kin, see `splats`) or ``.spz``.
 
         Degree-0 files become plain RGB colours, higher ones keep their harmonics.  Gaussians that
