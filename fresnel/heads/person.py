@@ -1,10 +1,4 @@
-"""Who is shown: a person's parameters, drawn by chance.
-
-Independent: sex (two, alike often), age (even, 6 to 85 years), ancestry (Dirichlet over three, most
-people mostly of one), weight, muscle, every face slider, expression, gaze, lips.  Dependent, as in
-life: skin, and eye and hair colour, on ancestry; grey hair, lost hair, and spots on age; hair style
-and beard on sex and age.
-"""
+"""Who is shown: a person's parameters, drawn by chance; docs/heads.md says what depends on what."""
 
 from __future__ import annotations
 

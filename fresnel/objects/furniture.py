@@ -1,9 +1,8 @@
 """The furniture set for everyone: Debian's sweethome3d-furniture as multi-view data.
 
-554 objects of the package's five libraries, split into train, val and test by kind of object; the
-list is in assets/furniture.json.  Their OBJ models are read as they are, and what is read is
-checked against pinned sha256 sums.  Libraries are CC0 or CC BY: whoever shows the pictures names
-the authors, whom the dataset's ATTRIBUTION.txt lists.
+554 objects of the package's five libraries, split by kind of object as assets/furniture.json has
+it, checked against pinned sha256 sums.  Libraries are CC0 or CC BY: whoever shows the pictures
+names the authors, whom the dataset's ATTRIBUTION.txt lists.
 """
 
 import json

@@ -1,10 +1,7 @@
 """glTF 2.0: the default scene of a .gltf or .glb file as triangles, in its default pose.
 
-Read: every accessor (sparse, normalised, quantised), triangles, strips and fans, node transforms,
-skins, morph weights, GPU instances, vertex colours, base colour and emission with their textures
-(either UV set, KHR_texture_transform, wrap and nearest filter), alpha modes, unlit and
-specular-glossiness materials.  What a file requires and is not read is refused by its name; what it
-merely offers and is not drawn comes back as a note.
+What is read of one stands in docs/data.md.  What a file requires and is not read is refused by its
+name; what it merely offers and is not drawn comes back as a note.
 """
 
 import base64

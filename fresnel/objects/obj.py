@@ -1,9 +1,6 @@
 """Wavefront OBJ and its materials, as found in the wild, as triangles.
 
-Read: indices of either sign wherever they stand, polygons of any size (concave ones too), several
-material files and ones that start with a byte order mark, vertex colours, diffuse and emissive
-colours and textures with their options, dissolve and its map.  Files that are named and not found
-come back as notes.
+What is read of one stands in docs/data.md.  Files that are named and not found come back as notes.
 """
 
 import posixpath
