@@ -109,12 +109,12 @@ def test_two_processes_train_as_one_are_orphaned_and_go_on(data, tmp_path, capfd
 
 
 FAKE = """
-import json, pathlib, signal, sys, time
+import pathlib, pickle, signal, sys, time
 spec = pathlib.Path(sys.argv[-2])
 def stop(*_):
     if HEEDS:
-        end = {"error": "KeyboardInterrupt", "message": "stopped at step 3"}
-        spec.with_name("end-0000.json").write_text(json.dumps(end))
+        end = pickle.dumps(KeyboardInterrupt("stopped at step 3"))
+        spec.with_name("end-0000").write_bytes(end)
         sys.exit(130)
 signal.signal(signal.SIGTERM, stop)
 spec.parent.with_name("up").touch()
@@ -158,7 +158,7 @@ def test_a_workers_error_is_the_callers(data, tmp_path) -> None:
         (OutOfMemory("why"), OutOfMemory),
         (checkpoints.DiskFull(28, "why"), checkpoints.DiskFull),
         (KeyboardInterrupt("why"), KeyboardInterrupt),
-        (ChildError("ZeroDivisionError: why"), ChildError),
+        ("ZeroDivisionError: why", ChildError),
         (None, ChildError),
     ],
 )

@@ -273,7 +273,7 @@ def _stop(child: Any) -> None:
 
 
 def _result(folder: Path, training: Training, gpus: int, *, stopped: bool) -> TrainResult:
-    """What rank 0 says, or the error that tells most."""
+    """What rank 0 says, or the error that tells most; those that nobody foresaw come as texts."""
     # our own processes wrote them, into a folder of this call's
     ends = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("end-*"))]
     for end in ends:
@@ -284,7 +284,7 @@ def _result(folder: Path, training: Training, gpus: int, *, stopped: bool) -> Tr
     results = [end for end in ends if isinstance(end, TrainResult)]
     if len(ends) < gpus or not results:
         said = (folder / "said").read_text(encoding="utf-8", errors="replace").splitlines()
-        why = next((str(end) for end in ends if isinstance(end, ChildError)), "")
+        why = next((end for end in ends if isinstance(end, str)), "")
         lost = f"{gpus - len(ends)} of {gpus} training processes ended without a word (killed?)"
         raise ChildError("\n".join([why or lost, *said[-_SAID_LINES:]]))
     kind: Any = CVS if training.model in arms.CVS_MODELS else Decoder
@@ -315,7 +315,7 @@ def main(arguments: list[str]) -> None:
 
     def told(group: ranks.Ranks, end: Any) -> None:
         if isinstance(end, BaseException) and type(end) not in _FORESEEN | {ranks.ElsewhereFailed}:
-            end = ChildError(f"{type(end).__name__}: {end}")
+            end = f"{type(end).__name__}: {end}"
         if with_caller:
             write_atomic(spec.with_name(f"end-{group.rank:04d}"), pickle.dumps(end))
 
