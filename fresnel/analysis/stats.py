@@ -54,16 +54,16 @@ def each(values: Sequence[float | None]) -> Estimate:
     return Estimate(float(np.mean(known)), known, min(known), max(known)) if known else Estimate()
 
 
-def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Low and high of the mean of (seeds, objects), both samples of more; one seed: over objects
-    alone; NaN of fewer than two objects."""
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Low and high (95 %) of the mean of (seeds, objects), both samples of more; one seed: over
+    objects alone; NaN of fewer than two objects."""
     if values.shape[1] < 2:
         return math.nan, math.nan
     samples = [means for means in (values.mean(0), values.mean(1)) if len(means) > 1]
     parts = np.array([means.var(ddof=1) / len(means) for means in samples])
     below = (parts**2 / [len(means) - 1 for means in samples]).sum()
     freedom = parts.sum() ** 2 / below if below > 0 else math.inf
-    reach = t.ppf((1 + confidence) / 2, freedom) * math.sqrt(parts.sum())
+    reach = t.ppf(0.975, freedom) * math.sqrt(parts.sum())
     return float(values.mean() - reach), float(values.mean() + reach)
 
 
@@ -116,10 +116,10 @@ def estimate(
 
 
 def bins(
-    figures: pd.DataFrame, arm: str, metric: str = "psnr", predictor: str = OWN, *, minus: str = ""
+    figures: pd.DataFrame, arm: str, metric: str = "psnr", *, minus: str = ""
 ) -> dict[str, Estimate]:
     """Bin -> a metric of an arm, or its difference to another's."""
-    return {b: estimate(figures, arm, b, metric, predictor, minus=minus) for b in BINS}
+    return {b: estimate(figures, arm, b, metric, minus=minus) for b in BINS}
 
 
 def known(rows: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Mapping[str, Estimate]]:
@@ -127,14 +127,12 @@ def known(rows: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Mapping[str, 
     return {n: row for n, row in rows.items() if any(math.isfinite(e.mean) for e in row.values())}
 
 
-def ranked(
-    rows: Mapping[str, Mapping[str, Estimate]], most: int = 10
-) -> list[dict[str, Mapping[str, Estimate]]]:
+def ranked(rows: Mapping[str, Mapping[str, Estimate]]) -> list[dict[str, Mapping[str, Estimate]]]:
     """The rows of which something was measured, by their mean over bins, highest first, in parts of
-    at most so many."""
+    at most ten."""
     means = {n: np.nanmean([e.mean for e in row.values()]) for n, row in known(rows).items()}
     order = sorted(means, key=lambda name: -means[name])
-    return [{n: rows[n] for n in order[k : k + most]} for k in range(0, len(order), most)]
+    return [{n: rows[n] for n in order[k : k + 10]} for k in range(0, len(order), 10)]
 
 
 def extreme(bins: Mapping[str, Estimate], sign: int) -> Estimate:

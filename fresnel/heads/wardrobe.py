@@ -90,10 +90,10 @@ def open(source: str) -> Wardrobe:
             f"{path}: holds {len(kept)} files of MakeHuman's; want its folders "
             f"{', '.join(KINDS)} with .mhclo, .obj and .png files (at most {_MOST_FILES})"
         )
-    found, digest = Wardrobe(path, kept, ""), hashlib.sha256()
+    worn, digest = Wardrobe(path, kept, ""), hashlib.sha256()
     for name in kept:
-        digest.update(f"{name}\0{hashlib.sha256(found.read(name)).hexdigest()}\n".encode())
-    return replace(found, digest=digest.hexdigest())
+        digest.update(f"{name}\0{hashlib.sha256(worn.read(name)).hexdigest()}\n".encode())
+    return replace(worn, digest=digest.hexdigest())
 
 
 @functools.lru_cache(128)

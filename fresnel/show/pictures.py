@@ -106,13 +106,11 @@ def fewer(
     return [[row[0], *row[every::every]] for row in rows], [columns[0], *columns[every::every]]
 
 
-def identity_pair(
-    data: MultiViewDataset, limit: int = 8
-) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
-    """Inputs, and what was rendered from the inputs' own cameras.
+def identity_pair(data: MultiViewDataset) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
+    """Inputs (at most eight), and what was rendered from the inputs' own cameras.
 
     None for data that has no such renders."""
-    records = [data[i] for i in evenly(len(data), limit)]
+    records = [data[i] for i in evenly(len(data), 8)]
     if any(record.identity_rgb is None for record in records):
         return None
     return (

@@ -119,14 +119,12 @@ def train_dir(name: str, data: MultiViewDataset, config: Mapping[str, Any]) -> P
     return runs_dir() / "train" / stem
 
 
-def demo_dataset(
-    model: str = "cvs", domain: str = "objects", *, image_size: int = 32
-) -> MultiViewDataset:
+def demo_dataset(model: str = "cvs", domain: str = "objects") -> MultiViewDataset:
     """The smallest corrected bootstrap (for "decoder": ground truth), made and gated if need be.
 
     What notebooks 02 and 03 train on when they are opened and run with their defaults.
     """
-    domain = domain or "objects"
+    domain, image_size = domain or "objects", 32
     source = sources.of_domain("embedded", domain)
     if model.startswith("decoder"):
         data = sources.ground_truth(source, "train", image_size=image_size)
