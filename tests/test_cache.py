@@ -51,8 +51,8 @@ run.input({str(made)!r})"""
 
     assert not found()
     first, again = run(), run()
-    assert first.record.verdict == "FAIL" and not first.reused
-    assert again.reused and again.directory == first.directory
+    assert first.record.verdict == "FAIL" and not first.record.cached
+    assert again.record.cached and again.directory == first.directory
     mark = again.record.cached
     assert mark is not None and mark["computed_utc"] == first.record.started_utc
     assert mark["commit"] == first.record.provenance["git"]["commit"]
@@ -61,7 +61,7 @@ run.input({str(made)!r})"""
     assert not list((tmp_path / "reports").rglob("*.pkl")), "no cache has anything to unpickle"
     fresh = run(fresh=True)
     assert fresh.record.params["resume"] is False, "and it trains from the first step"
-    assert fresh.directory != first.directory == again.directory and run().reused
+    assert fresh.directory != first.directory == again.directory and run().record.cached
 
     assert not found(helper="other"), "a changed parameter"
     for path, what in (

@@ -121,7 +121,7 @@ def test_runs_at_once_do_not_collide_and_equal_ones_wait(
         one, two, same = (run.result() for run in runs)
         assert [run.record.params["steps"] for run in (one, two)] == [1, 2]
         assert one.directory != two.directory == same.directory
-        assert sorted(run.reused for run in (two, same)) == [False, True]
+        assert sorted(run.record.cached is not None for run in (two, same)) == [False, True]
         list(pool.map(index, [tmp_path] * 3))
     assert "2 runs" in (tmp_path / "index.html").read_text()
 

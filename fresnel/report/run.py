@@ -66,11 +66,6 @@ class Run:
         return self.record.status == "crashed"
 
     @property
-    def reused(self) -> bool:
-        """Whether this is an earlier run's result, of which nothing has changed since."""
-        return self.record.cached is not None
-
-    @property
     def report(self) -> Path:
         return self.directory / REPORT_NAME
 

@@ -15,16 +15,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 SH_C0 = 0.28209479177387814
 """The harmonic of degree 0: a colour is 0.5 + SH_C0 x its coefficient."""
-_SCALARS = {
-    **{name: "i1" for name in ("char", "int8")},
-    **{name: "u1" for name in ("uchar", "uint8")},
-    **{name: "i2" for name in ("short", "int16")},
-    **{name: "u2" for name in ("ushort", "uint16")},
-    **{name: "i4" for name in ("int", "int32")},
-    **{name: "u4" for name in ("uint", "uint32")},
-    **{name: "f4" for name in ("float", "float32")},
-    **{name: "f8" for name in ("double", "float64")},
-}
+_KINDS = ("i1", "u1", "i2", "u2", "i4", "u4", "f4", "f8")
+_IN_C = ("char", "uchar", "short", "ushort", "int", "uint", "float", "double")
+_SCALARS = {str(np.dtype(kind)): kind for kind in _KINDS} | dict(zip(_IN_C, _KINDS, strict=True))
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 _HEADER_BYTES = 1 << 20
 
