@@ -5,8 +5,6 @@ its cameras orbit the point where the input camera stands, about three units awa
 `CORRECTED` orbits the object.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import deque

@@ -4,8 +4,6 @@
 changes.  Each has a strength in (0, 1], whose meaning is stated beside it.  Nothing is re-rendered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ copy with what can be mended mended, `issue_receipt` writes the verdict down, bo
 content hash, and `require_receipt` is what training calls before it starts.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

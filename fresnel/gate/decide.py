@@ -4,8 +4,6 @@ Whether a *set* has a fault is decided by Wald's sequential probability ratio te
 flags, so the gate can stop at ten records and state how often it will be wrong.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Of heads: whether views beside an input that shows a face show one too."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What can be mended in a copy of refused data: conventions and labels, never lost information."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Do two sets, or two splits of one, show the same objects?  Asked of what `print_of` says."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

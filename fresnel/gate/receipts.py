@@ -5,8 +5,6 @@ It lies in receipts/ of a dataset in our layout; those of other people's files, 
 can't be written, lie in runs/receipts/ of the checkout, else in the user's cache, by content hash.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace

@@ -4,8 +4,6 @@
 whole set.  Its `Verdict` names ranked causes in plain language.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -4,8 +4,6 @@ Of its data files only those that move a head are read, and of its vertices only
 chest; none of its code is imported.  What was parsed once waits in the user's cache.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gzip

@@ -1,7 +1,5 @@
 """A person's surface: skin, eyes, teeth, brows, lashes and hair, in the world's frame."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from fresnel.heads import hair, shape, skin, wardrobe

@@ -1,8 +1,6 @@
 """Hair of our own: sheets of strands that follow the scalp and hang; where strands end, an alpha
 test thins them out."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Heads as multi-view data: `./run_all.sh heads`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Who is shown: a person's parameters, drawn by chance; docs/heads.md says what depends on what."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A person's head as a smooth mesh: targets, one step of Catmull-Clark, the cut at the neck."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

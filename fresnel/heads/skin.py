@@ -1,8 +1,6 @@
 """Colours of skin, eyes and lashes that need no picture: noise, UV masks, and where light is kept
 out (an ambient occlusion of the base mesh, the same for everybody)."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

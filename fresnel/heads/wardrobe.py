@@ -4,8 +4,6 @@ A .mhclo file binds each vertex of an .obj to the base mesh: to one vertex, or t
 weights and an offset, whose axes are scaled by distances on the head.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ what an unattended run needs. Whatever ends it, `execute()` returns with everyth
 notebook, and says how it ended. papermill's engine that calls this is `fresnel.report.run.Engine`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import html

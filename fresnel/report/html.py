@@ -4,8 +4,6 @@ Neither page asks any host for anything: style and script are inline, and a Cont
 has the browser hold us to it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

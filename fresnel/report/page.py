@@ -4,8 +4,6 @@
 results.json beside it, and what an older one lacks is left out. The index: `fresnel.report.index`.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import html

@@ -4,8 +4,6 @@ papermill only warns about a parameter that the notebook does not have, and pass
 number belongs; both then surface after minutes of work, or never. Here both are errors.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import difflib

@@ -6,8 +6,6 @@ results.json has under provenance `identity` (notebook, parameters, code, packag
 were. Checkpoints are none of them: they may be deleted. What is unknown is None, never a guess.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.metadata

@@ -8,8 +8,6 @@ The types here are the file's shape, checked on writing and on reading (`msgspec
 a JSON Schema of them); what was not measured is None.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools
@@ -23,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import msgspec
 import psutil
@@ -105,7 +103,7 @@ class RunRecord:
         lines = [f"**{self.badge}.** {self.error or self.summary}"]
         return "\n".join([*lines, "", *(f"- {reason}" for reason in self.reasons)])
 
-    def replace(self, **changes: Any) -> RunRecord:
+    def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +122,7 @@ class RunRecord:
         return target
 
     @classmethod
-    def read(cls, path: str | Path) -> RunRecord:
+    def read(cls, path: str | Path) -> Self:
         """Read a results.json (or the one in the folder `path`).
 
         Raises RecordError that says what is wrong with it; unknown keys are left out."""
@@ -138,7 +136,7 @@ class RunRecord:
         return cls.from_dict(data, where=str(source))
 
     @classmethod
-    def from_dict(cls, data: Any, *, where: str = "results") -> RunRecord:
+    def from_dict(cls, data: Any, *, where: str = "results") -> Self:
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != 2:
             raise RecordError(

@@ -6,8 +6,6 @@ changed since it last did (`fresnel.report.provenance`). `Engine` is what paperm
 `fresnel.report.page`; a list of notebooks is `fresnel.study.runner`.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import json

@@ -5,8 +5,6 @@ watches the kernel it keeps the cells with what they put out: in the end, after 
 the page. Of a cell that fails the index says CRASHED or STOPPED, unless a person sits before it.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import os
@@ -34,7 +32,7 @@ _OUTPUTS = {"stream", "display_data", "update_display_data", "execute_result", "
 _OUTPUTS |= {"clear_output"}
 _INJECTED = "# Parameters\n"
 """What the cell begins with in which papermill gives parameters."""
-_watch: _Watch | None = None
+_watch: "_Watch | None" = None
 
 
 def start(notebook: str, namespace: Mapping[str, Any]) -> Recorder:

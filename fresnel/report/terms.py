@@ -5,8 +5,6 @@ and patterns of how text says it); "[@key]" becomes the number of a work in
 `templates/references.bib`.
 """
 
-from __future__ import annotations
-
 import html
 import re
 from functools import cache

@@ -3,8 +3,6 @@
 Each returns a `Figure`, which `fresnel.show.style.show` shows.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import textwrap

@@ -4,8 +4,6 @@ CC BY wants title, author, licence and source beside every picture, and that cha
 wants nothing, and is named all the same.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -5,8 +5,6 @@ sliders (ipywidgets, in a kernel that an editor opened), every move calls the fu
 else it is called for some values of each argument, the others as they are at first.
 """
 
-from __future__ import annotations
-
 import html
 import importlib.util
 import os

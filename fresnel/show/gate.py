@@ -3,8 +3,6 @@
 Functions that describe return a figure's alternative text, from the numbers that it draws.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

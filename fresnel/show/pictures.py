@@ -4,8 +4,6 @@ Widgets are one self-contained piece of SVG or HTML each, so that they work in J
 report, and without a network.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html

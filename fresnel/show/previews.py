@@ -3,8 +3,6 @@
 Offline and quick, drawn on the CPU; whatever comes from elsewhere is escaped.
 """
 
-from __future__ import annotations
-
 import html
 from typing import Any
 

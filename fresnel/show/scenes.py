@@ -3,14 +3,12 @@
 Whatever the resolution, they are as large as decoders are trained to be drawn: see `scene`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -74,7 +72,7 @@ class Scene:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Scene:
+    def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote."""
         with np.load(path) as file:
             t = {name: torch.from_numpy(file[name].astype(np.float32)) for name in file.files}

@@ -1,7 +1,5 @@
 """A scene in a notebook or a report: a still, and what makes of it a page to turn it in."""
 
-from __future__ import annotations
-
 import html
 import re
 from typing import Any

@@ -4,8 +4,6 @@ Of a smoke test too: can the network learn this data, and is there anything to l
 thresholds and the verdict stand in notebook 02.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Mapping, Sequence

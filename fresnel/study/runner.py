@@ -5,8 +5,6 @@ may share a large one: each takes the next step that is in nobody's hands and wh
 finished.  Stopped ones are called again and go on; a training resumes from its checkpoint.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import time
