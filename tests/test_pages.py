@@ -16,6 +16,7 @@ import torch
 from conftest import Shown, external_requests
 from PIL import Image
 
+from fresnel.host.machine import project_root
 from fresnel.report import html as _html
 from fresnel.report import index as overview
 from fresnel.report import page as pages
@@ -305,14 +306,22 @@ def test_the_front_page_tells_ones_own_runs_from_the_study(tmp_path: Path) -> No
             ("03-gated-s0", "PASS", 20.0), ("03-gated-s1", "FAIL", 22.0), ("03-lone-s0", "GO", 30),
         )
     ]  # fmt: skip
+    fine = {"luminance_ratio": 1.0, "coverage_ratio": 1.0, "psnr": 20.0, "ssim": 0.8}
+    sums = {"cvs": [fine], "copy_input": [fine | {"ssim": 0.7, "psnr": 19.0}]}
+    seeds[0] |= {"params": {"model": "cvs"}}
+    seeds[0]["metrics"]["summaries"] = sums | {"decoder render": [fine | {"ssim": 0.82}]}
     table = "\n".join(map(json.dumps, seeds))
     (tmp_path / "published/study" / overview.TABLE_NAME).write_text(table)
     lone, gated = overview.study(tmp_path / "published/study" / overview.TABLE_NAME, [])
     assert gated["figures"]["psnr"] == pytest.approx((21.0, 2**0.5)) and gated["seeds"] == 2
     assert gated["what"].startswith("bootstrap from 213 objects"), "as study.yaml has it"
     assert (lone["arm"], lone["what"]) == ("lone", "") and lone["figures"]["psnr"][0] == 30
+    assert gated["verdicts"] == [("NOT BETTER", 1), ("FAIL", 1)], "by today's rule"
+    assert gated["then"] == [("PASS", 1), ("FAIL", 1)] and lone["then"] == []
+    assert overview.verdict_today({"model": "cvs"}, {"summaries": sums}, "FAIL") == "PASS"
     html = overview.index(tmp_path).read_text()
     own, published = html.split('id="study"')
+    assert "then: PASS" in published
     assert "$1.50" in own and "$41.50" not in html and "1 run, newest first" in own
     assert ">03-own<" in own and ">03-gated-s0<" not in own and ">03-gated-s0<" in published
     assert '<a href="published/study/a/report.html">gated</a>, 2 seeds' in published
@@ -321,3 +330,11 @@ def test_the_front_page_tells_ones_own_runs_from_the_study(tmp_path: Path) -> No
     assert figures.index("PSNR, dB") < figures.index("loss fall") < figures.index("memory")
     html = overview.index(tmp_path / "published").read_text()
     assert "Your runs" not in html and 'id="study" open' in html, "the same, without one's own"
+
+
+def test_published_pages_say_what_todays_rule_says_of_them() -> None:
+    for path in sorted((project_root() / "reports" / "published").glob("*/03-*/results.json")):
+        record, html = RunRecord.read(path), (path.parent / "report.html").read_text()
+        today = overview.verdict_today(record.params, record.metrics, "not measured")
+        said = f"today's rule it would be <b>{today}</b>" in html
+        assert said or (today == record.verdict and 'id="since"' not in html), path

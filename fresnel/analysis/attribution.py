@@ -260,9 +260,10 @@ def shares_table(split: Mapping[str, Any], outcome: str) -> pd.DataFrame:
 
 
 def percent(share: Estimate) -> str:
-    """A share in per cent."""
-    mean, low, high, *seeds = (100 * v for v in (share.mean, share.low, share.high, *share.seeds))
-    return Estimate(mean, tuple(seeds), low, high).text(0) + " %"
+    """A share in per cent, with its interval."""
+    mean, low, high = (100 * v for v in (share.mean, share.low, share.high))
+    figure, *reach = Estimate(mean, (), low, high).text(0).partition(" [")
+    return f"{figure} %{''.join(reach)}"
 
 
 def cells_table(split: Mapping[str, Any]) -> pd.DataFrame:

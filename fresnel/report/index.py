@@ -14,6 +14,7 @@ and not where the data was trained on in spite of it, as a control: that money w
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -21,6 +22,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import Any
 from urllib.parse import quote
 
@@ -140,7 +142,8 @@ def study(table: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     with contextlib.suppress(OSError, LookupError):
         plan = project_root() / "notebooks" / "params" / f"{table.parent.name}.yaml"
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        labels = yaml.load(plan.read_bytes(), loader)["analysis"]["arms"]
+        analysis = yaml.load(plan.read_bytes(), loader)["analysis"]
+        labels = {**analysis.get("other_arms", {}), **analysis["arms"]}
     for arm, made in arms.items():
         figures = {}
         for name in _QUALITY[:5]:
@@ -149,10 +152,35 @@ def study(table: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
                 spread = statistics.stdev(values) if len(values) > 1 else math.nan
                 figures[name] = (statistics.mean(values), spread)
         row = {"arm": arm, "what": labels.get(arm, ""), "seeds": len(made), "figures": figures}
-        row["verdicts"] = Counter(record["verdict"] for record in made).most_common()
+        now = [
+            verdict_today(record["params"], record["metrics"], record["verdict"]) for record in made
+        ]
+        row["verdicts"] = Counter(now).most_common()
+        then = [record["verdict"] for record in made]
+        row["then"] = Counter(then).most_common() if then != now else []
         row["link"] = next((links[r["name"]] for r in made if links.get(r["name"])), None)
         rows.append(row)
     return sorted(rows, key=lambda row: -row["figures"].get("psnr", (0.0,))[0])
+
+
+@functools.cache
+def _rule() -> CodeType:
+    """Notebook 03's rule, which stands there alone, in the cell with the tag "rule"."""
+    notebook = read_json(project_root() / "notebooks" / "03_full_train.ipynb")
+    (cell,) = (c for c in notebook["cells"] if "rule" in c["metadata"].get("tags", ()))
+    return compile("".join(cell["source"]), "the rule of 03_full_train.ipynb", "exec")
+
+
+def verdict_today(params: Mapping[str, Any], metrics: Mapping[str, Any], verdict: str) -> str:
+    """What notebook 03's rule of today says of a training's figures, as far as they were measured;
+    its own verdict where they are not there."""
+    given: dict[str, Any] = {"math": math, "model": params.get("model")}
+    try:
+        given["overall"] = {name: rows[-1] for name, rows in metrics["summaries"].items()}
+        exec(_rule(), given)
+    except (OSError, LookupError, TypeError, ValueError):
+        return verdict
+    return str(given["word"])
 
 
 def _remote(reports: Path) -> list[dict[str, Any]]:
@@ -265,8 +293,12 @@ def _entry(folder: Path, record: RunRecord, reports: Path) -> dict[str, Any]:
         "software": {"python": origin.get("python"), **(origin.get("packages") or {})},
     }
     figures = key_figures(record, 4)
+    now = record.verdict or ""
+    if published and record.notebook.startswith("03") and record.status == "finished":
+        now = verdict_today(record.params, record.metrics, now)
     entry = {
         "parents": folder.parents,
+        "today": now if now != record.verdict else "",
         "record": record,
         "link": link,
         "picture": picture,
