@@ -96,8 +96,10 @@ class Seen:
             "stated_distance": self.record("pivot_error") * self.record("radius"),  # units
         }
         out["cropped"][self.foreground("none")] = np.nan
-        for key in ("luminance_ratio", "detail_ratio", "grain", "clipped", "crushed", "floored"):
+        for key in ("luminance_ratio", "detail_ratio", "clipped", "crushed", "floored"):
             out[key] = self.per_record(self.view(key, shown=True), np.median)
+        quarter = functools.partial(np.quantile, q=0.25)  # fine texture is on some sides only
+        out["grain"] = self.per_record(self.view("grain", shown=True), quarter)
         # Objects have dark and bright sides: the light of the same surface, or at least of the
         # same side, knows better, and so do its jumps.
         gain, jump = self.record("gain"), self.record("jump")
@@ -129,12 +131,21 @@ class Seen:
             beside = np.where(limits, beside, np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
             out["side_coverage"] = np.where(nothing <= config.max_empty, beside / before, np.nan)
-        # exp(entropy) of all views over eight bins, over eight. Photographs without a foreground
-        # may well face one way.
-        orbits = np.repeat(~self.foreground("none"), [row["views"] for row in self.objects])
+        # An object that stands off the middle of frames which hold all of it is no wrong pivot yet.
+        held = (out["cropped"] <= 0) & (out["empty"] <= 0)
+        held &= ~(out["hull_miss"] > config.max_hull_miss)
+        out["off_pivot"] = self.record("pivot_relative") * np.where(held, 0.4, 1.0)
+        # exp(entropy) of all views over eight bins, over eight. Photographs without a foreground,
+        # and cameras that do not turn about a point, may well face one way; so may two.
+        most = self.record("views").max(initial=0)
+        around = ~self.foreground("none") & np.isfinite(self.record("radius")) & (most > 2)
+        orbits = np.repeat(around, [row["views"] for row in self.objects])
         bins, count = bins[np.isfinite(bins) & orbits], len(self.objects)
         parts = np.unique(bins, return_counts=True)[1] / max(len(bins), 1)
         spread = np.exp(-(parts * np.log(parts)).sum()) / 8 if len(bins) >= 8 else np.nan
+        if most <= 4 and len(bins) >= 8:  # so few fill few bins: how far around do they reach?
+            turns = np.sort(self.view("azimuth_deg")[orbits])
+            spread = max(spread, 1 - float(np.diff([*turns, turns[0] + 360]).max()) / 360)
         # All of the set's objects are counted, however few have been looked at.
         classes = Counter(c for c in (self.meta.get("object_classes") or {}).values() if c)
         told = classes.total() >= 10 and len(classes) > 1
@@ -247,11 +258,11 @@ _BRIGHT = _exposed(
 )
 _ORBIT = Check(
     "pivot_offset",
-    {"pivot_relative": "max_pivot_offset"},
+    {"off_pivot": "max_pivot_offset"},
     "the cameras orbit a point {pivot_distance:.1f} units away from the object "
     "({pivot_relative:.2f} of their distance to that point)",
     "orbit the object's centroid: pass it as the pivot when the views are made",
-    ("pivot_distance",),
+    ("pivot_distance", "pivot_relative"),
 )
 _STATED = Check(
     "pivot_offset",

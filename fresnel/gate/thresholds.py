@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-VERSION = 4
+VERSION = 5
 """Of measurements, checks and thresholds together: a receipt of another version is void."""
 
 

@@ -117,12 +117,15 @@ def rigs_of(
     return [whole] if count == 1 else [whole.only(part) for part in split]
 
 
-def nearest_point(origins: np.ndarray, directions: np.ndarray) -> np.ndarray | None:
-    """Least-squares nearest point to lines (N, 3); None where they are nearly parallel."""
+def nearest_point(
+    origins: np.ndarray, directions: np.ndarray, least: float = 0.01
+) -> np.ndarray | None:
+    """Least-squares nearest point to lines (N, 3); None where they are nearly parallel: where the
+    mean square of their sines is below `least`."""
     directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
     projectors = np.eye(3) - directions[:, :, None] * directions[:, None, :]
     matrix = projectors.sum(axis=0)
-    if not np.isfinite(matrix).all() or np.linalg.eigvalsh(matrix)[0] < 0.01 * len(origins):
+    if not np.isfinite(matrix).all() or np.linalg.eigvalsh(matrix)[0] < least * len(origins):
         return None
     return np.linalg.solve(matrix, (projectors @ origins[:, :, None]).sum(axis=0)[:, 0])
 
@@ -154,7 +157,7 @@ def triangulate(rig: Rig) -> np.ndarray | None:
     rig = rig.only(rig.shown)
     if len(rig.masks) < 2:
         return None
-    return nearest_point(rig.centers, _rays(rig, slice(None), _centroids(rig)))
+    return nearest_point(rig.centers, _rays(rig, slice(None), _centroids(rig)), 1e-3)
 
 
 def centroid_residual(rig: Rig, *, shifted: bool = False) -> tuple[float, ...]:
