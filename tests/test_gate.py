@@ -368,7 +368,7 @@ def test_processes_measure_what_threads_measure(
     monkeypatch.setattr(verdicts, "processes", lambda n: started.append(n) or pool(n))
     together = gate.validate(data, progress=False)
     assert started == [4]
-    assert together.measurements == alone.measurements
+    assert str(together.measurements) == str(alone.measurements)  # with NaN
     assert (together.passed, together.figures) == (alone.passed, alone.figures)
 
 
