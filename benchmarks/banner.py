@@ -7,8 +7,6 @@ as the original experiment made them, with what the gate says of such views of a
 or heads; below with the cameras around the object.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ Nothing here is measured: measured figures are read from scaling.md, train_gpu.j
 bootstrap_gpu.json, and the model is stated beside each table.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -8,8 +8,6 @@ images does not count. The parts are timed by themselves first, on 32 images, on
 the whole overlaps them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

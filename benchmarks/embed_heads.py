@@ -4,8 +4,6 @@
 ship were trained on.  Depth is rounded to 1/256 of a unit (0.8 mm), to take half the place.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 import zipfile

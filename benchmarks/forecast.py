@@ -7,8 +7,6 @@ RUNS are folders with runs in them (reports/runs, where the main job and studies
 and forecast.md is written anew from both.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -8,8 +8,6 @@ libFuzzer prints with its trace and keeps as crash-* in the work folder.  What w
 test in tests/test_fuzz_readers.py, which needs no atheris.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import json

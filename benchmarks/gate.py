@@ -16,8 +16,6 @@ into one of a hundred.  `--seed` decides about cameras, sets and faults; use one
 threshold.  Rows are written as they come, in random order.  Writes gate.json and gate.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

@@ -9,8 +9,6 @@ which has imported everything. --sample N: about so many of each job's kills, ev
 --keep: note the counts in kills.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import builtins
 import contextlib

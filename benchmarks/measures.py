@@ -6,8 +6,6 @@ Distorts true views of the embedded held-out objects and measures every distance
 machine, over black, over grey and over white.  Writes measures.md beside itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import time

@@ -8,8 +8,6 @@ The photographs lie in scikit-image's wheel; they need the extra "cutout" and it
 to true views of the embedded held-out objects.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -15,8 +15,6 @@ last bit of float32, and their order is a matter of rounding. How much that is w
 that misses the bounds but stays within three times that noise is marked "as itself".
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

@@ -8,8 +8,6 @@ Strong: the cards share it. "all-reduce": of the flat gradients alone, nothing e
 Predictions were written before the measurements. Results: scaling.json and scaling.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

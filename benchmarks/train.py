@@ -14,8 +14,6 @@ On a CPU: the small network at 64 px; on a GPU: the large one at 256 px. Predict
 before the measurements.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

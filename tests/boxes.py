@@ -1,7 +1,5 @@
 """Analytic test objects: axis-aligned boxes with striped faces, ray-cast exactly."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Shared by all tests: one thread each, and small notebooks made on the fly."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

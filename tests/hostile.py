@@ -8,8 +8,6 @@ table says of each kind how many were tried, refused, and went over the bounds o
 test_fuzz_readers.py takes a sample.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import contextlib

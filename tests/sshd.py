@@ -1,7 +1,5 @@
 """A real sshd on loopback with keys, a port and a configuration of its own: the tests' box."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

@@ -1,7 +1,5 @@
 """The analysis: tables of runs, statistics, and verdicts that follow the figures either way."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The factorial: Shapley values on games with known answers, locked Gaussians, exposure, cells."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

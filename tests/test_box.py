@@ -1,7 +1,5 @@
 """A run on a machine behind a real sshd on loopback, with a small job in place of the main one."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing

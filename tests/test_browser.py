@@ -4,8 +4,6 @@ Skipped where there is no Chromium or no playwright; `./run_all.sh test` install
 it may. Playwright's own browsers are not used.
 """
 
-from __future__ import annotations
-
 import io
 import shutil
 from collections.abc import Iterator

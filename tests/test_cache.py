@@ -1,7 +1,5 @@
 """A run is computed again exactly when something that it depends on has changed."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """One capture in every format and spelling opens to the same poses and pictures, or is refused or
 warned of by name."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """Datasets on disk: round trips, hashes, both layouts, hostile files."""
 
-from __future__ import annotations
-
 import errno
 import json
 import multiprocessing

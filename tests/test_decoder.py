@@ -1,7 +1,5 @@
 """The decoder before and during training, and the task around it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

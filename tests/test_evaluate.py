@@ -1,7 +1,5 @@
 """Metrics against closed forms and against torchmetrics called directly."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

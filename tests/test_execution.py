@@ -1,7 +1,5 @@
 """A report comes out whatever happens: errors, kills, time-outs, full disks, broken templates."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

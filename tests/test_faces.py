@@ -1,7 +1,5 @@
 """The face detector on a photograph, and what is said without it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Faults do what they say, and the gate names each at its practical strength."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Files that are whole, inside their folder, and locked; the machine's answers."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

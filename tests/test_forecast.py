@@ -1,7 +1,5 @@
 """Each part of the forecast, and the set-up that 02 and 03 share."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

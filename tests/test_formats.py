@@ -1,7 +1,5 @@
 """Other tools' formats: written here by independent code, opened, and compared point by point."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import math

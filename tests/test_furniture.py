@@ -1,7 +1,5 @@
 """The furniture command, on a package made here with the real one's shape."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -3,8 +3,6 @@
 FRESNEL_FUZZ=5000 looks longer; FRESNEL_FUZZ_SEED=random elsewhere each time.
 """
 
-from __future__ import annotations
-
 import copy
 import gzip
 import io

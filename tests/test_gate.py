@@ -1,7 +1,5 @@
 """Verdicts on healthy and broken data, and the receipts bound to it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

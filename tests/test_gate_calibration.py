@@ -1,7 +1,5 @@
 """The arithmetic of the calibration's tables, and its harder conditions from end to end."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

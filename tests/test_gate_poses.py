@@ -1,7 +1,5 @@
 """What the gate learns from poses and pictures together, and what it can mend."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

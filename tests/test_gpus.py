@@ -1,7 +1,5 @@
 """A training in several processes from the notebook's: what comes back, and how it ends."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import signal

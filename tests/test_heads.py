@@ -1,7 +1,5 @@
 """Heads: who is drawn, how a head is shaped and cut, what is worn, the maker, the embedded set."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import json

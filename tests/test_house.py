@@ -3,8 +3,6 @@
 Imports are read from the source, lazy ones and those for types included.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """What a remote run is refused for before anything is connected to, and what would be sent."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

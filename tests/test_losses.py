@@ -1,7 +1,5 @@
 """What losses compare with what, and what a resumed training must have in common with its start."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@ The object is a box whose six sides show different parts of a picture; `plain` i
 glTF, and every other encoding of it (a row of `ENCODINGS` or `OBJECTS`) is rendered beside it.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """Ray-traced meshes: geometry, colour, anti-aliasing, objects, and the data made of them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

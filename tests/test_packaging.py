@@ -1,7 +1,5 @@
 """pyproject.toml, requirements.lock and environment.yml agree, and the shell script holds up."""
 
-from __future__ import annotations
-
 import ast
 import os
 import re

@@ -1,7 +1,5 @@
 """What the pages make of notebooks and records, without a browser (test_browser.py has one)."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

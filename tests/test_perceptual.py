@@ -1,7 +1,5 @@
 """The distances in the order that an eye sees, on objects with known distortions."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

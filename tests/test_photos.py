@@ -1,7 +1,5 @@
 """One picture of one thing: read, cut out of its background, framed, and what is said of it."""
 
-from __future__ import annotations
-
 import sys
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Worker processes: what comes back, and that nothing stays behind, however a program ends."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """One run by two processes: what it computes is what one process computes, and how it can end."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

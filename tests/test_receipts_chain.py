@@ -1,7 +1,5 @@
 """One chain from bytes to weights: nothing on the way can be exchanged without a word."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import zipfile

@@ -1,7 +1,5 @@
 """CUDA graphs: what can be tested without a GPU, and that a GPU's recorded steps change nothing."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

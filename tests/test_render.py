@@ -1,7 +1,5 @@
 """The CPU rasteriser against the dense float64 reference, and the border they share."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any

@@ -3,8 +3,6 @@
 Whatever is kept alive must stay as it was, however often, deeply and concurrently one renders.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The reference itself: gradcheck, closed forms, and gsplat's own CPU functions as an oracle."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

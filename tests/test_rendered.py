@@ -1,7 +1,5 @@
 """The decoder's render as a condition: what is encoded, what training and sampling see of it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Notebooks that no engine of ours runs: by plain papermill, and cell by cell as in JupyterLab."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Pictures, charts, tables and scenes: what is drawn, what is said of it, what is escaped."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

@@ -1,7 +1,5 @@
 """Every kind of source by parameter: ground truth, input images, parts of the objects by name."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

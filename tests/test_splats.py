@@ -1,7 +1,5 @@
 """Files of Gaussians in every spelling give the same values, or are refused by what they miss."""
 
-from __future__ import annotations
-
 import gsply
 import numpy as np
 import pytest

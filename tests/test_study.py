@@ -1,7 +1,5 @@
 """A study: seeds, needs, sharing between processes, going on after a stop."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

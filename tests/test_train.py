@@ -1,7 +1,5 @@
 """The loop: same bits when resumed, refusals, what is written. Steps: what each of them does."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json

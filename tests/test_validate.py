@@ -1,7 +1,5 @@
 """`validate`: exit status, what it prints, and that both say the same."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

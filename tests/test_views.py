@@ -1,7 +1,5 @@
 """One picture in, views and Gaussians out: the `views` command and what it assumes."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

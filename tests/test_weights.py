@@ -1,7 +1,5 @@
 """Weights in files: what comes back, what is refused, and what belongs to what."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
