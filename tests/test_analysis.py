@@ -419,7 +419,7 @@ def test_notebook_04_tells_the_whole_story_of_the_published_study(
     assert space["split"]["objects"] == 78 and space["split"]["seeds"] == 3
     text = "\n".join(shown)
     assert text.count("What would change our mind?") == len(SAID)
-    for words in ("Of the original report", "def validate", "object pictured", SAID["early"].quote):
+    for words in ("on the original report", "def validate", "object pictured", SAID["early"].quote):
         assert words in text
     assert keys.count("lead") == 1 and set(re.findall(r"#fig-([\w-]+)", text)) <= {*keys}
     assert "The camera path accounts for 97" in text and "and the figures disagree" in text
