@@ -4,8 +4,6 @@ A check says of every record whether it shows a fault; whether the *set* has the
 by a sequential test on those flags (`decide`).
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -4,8 +4,6 @@ Emptiness and exposure are told apart by alpha: coverage says how much of the fr
 luminance is that of covered pixels only.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """The gate's thresholds, each with the evidence it was set on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 VERSION = 5

@@ -11,12 +11,10 @@ Preconditioning and boundary condition: Consistency Models, arXiv 2303.01469, ap
 Training: Easy Consistency Tuning (ECT), arXiv 2406.14548; what differs is said where it does.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +104,7 @@ class CVSConfig:
         return CONDITION_CHANNELS + (self.render_condition + self.render_twin) * RENDER_CHANNELS
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> CVSConfig:
+    def preset(cls, name: str, **changes: Any) -> Self:
         """'tiny' (tests), 'small' (64 px, CPU), 'base' (128 px, GPU) or 'large' (256 px, GPU)."""
         if name not in _PRESETS:
             raise ValueError(f"preset: got {name!r}, want one of {tuple(_PRESETS)}")
@@ -158,7 +156,7 @@ class CVS(weights.Stored):
         c_skip = data**2 / (above**2 + data**2)
         return c_skip, data * above * (sigma**2 + data**2).rsqrt()
 
-    def start_from(self, other: CVS) -> None:
+    def start_from(self, other: Self) -> None:
         """Take over another network's weights, to go on training from there.
 
         An "original" network takes a consistency network's so that its one step gives the same

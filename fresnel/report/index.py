@@ -11,8 +11,6 @@ test has made a forecast. Over many runs each dataset's training counts once, wh
 and not where the data was trained on in spite of it, as a control: that money was spent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -293,7 +291,7 @@ def _entry(folder: Path, record: RunRecord, reports: Path) -> dict[str, Any]:
         "software": {"python": origin.get("python"), **(origin.get("packages") or {})},
     }
     figures = key_figures(record, 4)
-    now = record.verdict or ""
+    now: str = record.verdict or ""
     if published and record.notebook.startswith("03") and record.status == "finished":
         now = verdict_today(record.params, record.metrics, now)
     entry = {

@@ -1,7 +1,5 @@
 """What a CVS learns from: pairs (record, view) of a multi-view set, as the task that `fit` runs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict

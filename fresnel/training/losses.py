@@ -4,8 +4,6 @@ Consistency: Easy Consistency Tuning (ECT), arXiv 2406.14548; what differs is sa
 Each is a function that returns its named terms, "loss" being the one to minimise.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 
