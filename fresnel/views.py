@@ -37,6 +37,7 @@ RARE = 95.0
 _BESIDE = ("input.png", "contact_sheet.png", "turntable.webp", "viewer.html")
 _OURS = r"(cvs_)?azimuth_\d{3}(\.\d)?\.png|object\.(ply|spz)|" + "|".join(map(re.escape, _BESIDE))
 _AT_ONCE, _SHEET_PX = 12, 200
+_OVERRIDDEN = "; the gate was overridden"
 
 
 def view_cameras(elevation_deg: float, size: int, count: int = 8) -> Cameras:
@@ -182,7 +183,8 @@ def write_views(
         of_spz = place.suffix.lower() == ".spz"
         (shown.gaussians if of_spz else shown.gaussians.transform(PLY_FROM_WORLD)).save(place)
     try:
-        document = scenes.page(shown, f"{Path(path).name} in 3D")
+        title = f"{Path(path).name} in 3D{_OVERRIDDEN * overridden}"
+        document = scenes.page(shown, title)
         write_atomic(folder / "viewer.html", document)
     except (ImportError, OSError) as error:
         result["no_viewer"] = f"viewer.html could not be made: {error}; pip install -e '.[viewer]'"
@@ -252,10 +254,10 @@ def _write_pictures(
         put(picture, [*result["cvs_files"].values()][i], "cvs", i, shown.cameras[i])
     scenes.save_turntable(scenes.turntable(shown), folder / "turntable.webp")
     calls = "one network call" if result["steps"] == 1 else f"{result['steps']} network calls"
-    calls += " a view; the gate was overridden" if result["gate_overridden"] else " a view"
+    stamp = _OVERRIDDEN * result["gate_overridden"]
     labels = {
-        "gaussians": f"the decoder's Gaussians ({size} px)",
-        "cvs": f"CVS, {calls} ({result['cvs_image_size']} px)",
+        "gaussians": f"the decoder's Gaussians ({size} px){stamp}",
+        "cvs": f"CVS, {calls} a view ({result['cvs_image_size']} px){stamp}",
     }
     order = sorted(rows.keys() - {"input"}, key=lambda row: row != result["first"])
     azimuths = [float(azimuth) for azimuth in result["files"]]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from boxes import Memory, views_of
+from boxes import Memory, cast, views_of
 
 from fresnel import faults, gate
 from fresnel.data import dataset
@@ -72,6 +72,54 @@ def test_a_scale_of_depth_explains_no_orbit_around_another_point() -> None:
     verdict = judged([transforms.scaled_depth(original(i), 0.85) for i in range(6)])
     assert verdict.reasons[0].code == "pivot_offset"
     assert all(reason.symptom_of == "pivot_offset" for reason in verdict.reasons[1:])
+
+
+def captured(index: int, azimuths: list[float], **how: Any) -> ObjectViews:
+    """A striped box seen from these sides, up to 25 degrees higher or lower; `aside`: cameras that
+    stand beside each other instead and face one way; `centre`: where it stands."""
+    rng, size = np.random.default_rng(index), 64
+    optics: dict[str, Any] = {"focal_px": 0.8 * size, "width": size, "height": size}
+    elevations = torch.from_numpy(rng.uniform(-25, 25, len(azimuths))).float()
+    cameras = orbit(torch.tensor(azimuths), elevations, 2.4, pivot=(0.0, 0.0, 0.0), **optics)
+    first = orbit(torch.zeros(1), 10.0, 2.4, pivot=(0.0, 0.0, 0.0), **optics)
+    if how.get("aside"):
+        viewmats = first.viewmats.repeat(len(azimuths), 1, 1)
+        viewmats[:, :2, 3] += torch.from_numpy(rng.uniform(-0.3, 0.3, (len(azimuths), 2))).float()
+        cameras = replace(cameras, viewmats=viewmats)
+    extent, colours = (
+        tuple(rng.uniform(0.5, 0.9, 3)),
+        torch.from_numpy(rng.uniform(0.2, 0.9, (3, 3))),
+    )
+    shown = {"colors": colours.float(), "centre": how.get("centre", (0.0, 0.0, 0.0)), "stripes": 4}
+    (rgb, alpha, _), (own, cover, _) = (cast(c, extent, **shown) for c in (cameras, first))
+    given: dict[str, Any] = {"input_rgb": own[0], "input_alpha": cover[0], "input_camera": first[0]}
+    seen: dict[str, Any] = {"rgb": rgb, "alpha": alpha, "cameras": cameras}
+    return ObjectViews(f"box{index}", pivot=torch.zeros(3), **given, **seen)
+
+
+@pytest.mark.parametrize(
+    ("azimuths", "how", "wanted"),
+    [
+        ([*range(0, 360, 30)], {}, []),  # its stripes are finer than the input's, and no noise
+        (
+            [*range(0, 360, 30)],
+            {"centre": (0.5, 0.2, -0.3)},
+            [],
+        ),  # in every frame, beside its middle
+        ([*range(0, 360, 30)], {"centre": (1.6, 0.0, 0.0)}, ["pivot_offset"]),
+        ([0.0] * 12, {"aside": True}, []),  # nothing is known of the other sides, nor asked
+        ([0.0, 120.0, 240.0], {}, []),  # so few fill few of the directions that are counted
+        ([-40.0, 0.0, 40.0], {}, ["azimuth_imbalance"]),
+        ([*np.linspace(-45, 45, 12)], {}, ["azimuth_imbalance"]),
+    ],
+)
+def test_captures_unlike_an_orbit_are_judged_by_what_they_show(
+    azimuths: list[float], how: dict[str, Any], wanted: list[str]
+) -> None:
+    records = [captured(index, [float(a) for a in azimuths], **how) for index in range(3)]
+    assert codes(records)[:1] == wanted
+    if not wanted:
+        assert codes(list(faults.corrupt(records, "noise", 0.25)))[:1] == ["noisy"]
 
 
 def with_views(views: ObjectViews, seen: dict[str, Any], first: dict[str, Any]) -> ObjectViews:

@@ -88,10 +88,18 @@ def test_views_writes_pictures_gaussians_and_what_it_assumed(
     assert torch.allclose(dense.colors.mean(0) * 255, torch.tensor(COLOUR).float(), atol=40)
 
 
-def test_views_by_weights_that_see_the_decoders_render(picture, tmp_path):
+def test_views_by_weights_that_see_the_decoders_render(picture, tmp_path, monkeypatch):
     config = cvs.CVSConfig.preset("tiny", render_condition=True, render_twin=True)
-    path = cvs.CVS(config).save(tmp_path / "refine.safetensors", half=True)
+    network = cvs.CVS(config)
+    network.gate_overridden = True
+    path = network.save(tmp_path / "refine.safetensors", half=True)
+    draw, rows = sampling.pictures.contact_sheet, []
+    spy = lambda *a, **k: (rows.extend(k["labels"]), draw(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(sampling.pictures, "contact_sheet", spy)
     facts = sampling.write_views(picture, tmp_path / "out", weights=path, count=2)
+    stamped = [*rows, (tmp_path / "out/viewer.html").read_text().partition(": a page")[0]]
+    assert all(said.endswith("; the gate was overridden") for said in stamped) and len(rows) == 2
+    assert "gate overridden" in " ".join(sampling.sentences(facts))
     made = np.asarray(Image.open(tmp_path / "out" / facts["cvs_files"]["0"]).convert("RGB"), float)
     # An untrained one gives the decoder's render: the object, in its colour.
     assert np.abs(np.median(made[8, 6:10], axis=0) - COLOUR).max() < 40
