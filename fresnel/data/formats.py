@@ -238,13 +238,11 @@ def _read_model(root: Path, folder: str, found: list[str]) -> list[Capture]:
         if other != at
     ]
     base = root / prefixes[0]
-    there = {p.relative_to(base).as_posix() for p in below(base)} if prefixes[0] else set()
-    without = []
-    for path in map(Path, there - {image.name for image in images}):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            without.append(path.as_posix())
-    if without:
-        said = f"{len(without)} pictures in {prefixes[0]}, {sorted(without)[0]!r} for one,"
+    files = below(base) if prefixes[0] else ()
+    pictures = (p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
+    there = {path.relative_to(base).as_posix() for path in pictures}
+    if without := sorted(there - {image.name for image in images}):
+        said = f"{len(without)} pictures in {prefixes[0]}, {without[0]!r} for one,"
         warnings.append(f"{said} have no pose in the model and are left out")
     label, said_in = folder or _name_of(root), {_joined(at, n): of for n, of in names.items()}
     return [collect(model, label, views, said_in, "colmap", None, warnings)]
