@@ -4,6 +4,7 @@ Imports are read from the source, lazy ones and those for types included.
 """
 
 import ast
+import html
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -109,6 +111,23 @@ from fresnel import render
 assert callable(render)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+PAGES = [ROOT / "index.html", *sorted((ROOT / "reports" / "published").rglob("*.html"))]
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere_in_a_clone_and_on_github_pages(path: Path) -> None:
+    """They are relative, and what they lead to is there: no server, no Jekyll (`.nojekyll`)."""
+    text = path.read_text()
+    form = r"""\s(?:href|src)="([^"]*)\"""" if path.suffix == ".html" else r"\]\(([^)\s]+)\)"
+    for link in map(html.unescape, re.findall(form, text)):
+        place, _, part = unquote(link).partition("#")
+        if not re.match(r"[a-z]+:", place):
+            assert not place.startswith("/"), link
+            assert not place or (path.parent / place).is_file(), link
+            assert place or not part or f'id="{part}"' in text or path.suffix == ".md", link
+    assert (ROOT / ".nojekyll").is_file()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

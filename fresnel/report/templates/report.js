@@ -13,7 +13,7 @@
   // paper has nothing to click on: what is folded for want of room comes out there
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details.part:not([open]), details.fold:not([open])")];
+    opened = [...document.querySelectorAll("details.part:not([open]), details.fold:not([open]):not(:has(> pre))")];
     opened.forEach((fold) => { fold.open = true; });
   });
   addEventListener("afterprint", () => opened.forEach((fold) => { fold.open = false; }));
