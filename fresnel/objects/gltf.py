@@ -167,12 +167,9 @@ class _Reader:
         said = node.get("extensions", {}).get("EXT_mesh_gpu_instancing")
         if said is None:
             return [np.eye(4)]
-        kinds = (("TRANSLATION", "translation"), ("ROTATION", "rotation"), ("SCALE", "scale"))
-        given = {
-            key: self._accessor(said["attributes"][kind])
-            for kind, key in kinds
-            if kind in said["attributes"]
-        }
+        places = said["attributes"].items()
+        known = {k.lower(): at for k, at in places if k in ("TRANSLATION", "ROTATION", "SCALE")}
+        given = {key: self._accessor(index) for key, index in known.items()}
         count = min((len(values) for values in given.values()), default=0)
         if count > _NODES:
             raise ValueError(f"mesh: {count} instances, the limit is {_NODES}. Simplify it")
