@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from fresnel import bootstrap, faults, gate
 from fresnel.data import dataset
-from fresnel.gate import leaks
+from fresnel.gate import leaks, measure
 from fresnel.gate.fix import corrected, fix
 from fresnel.models import decoder
 from fresnel.objects.assets import embedded_assets
@@ -194,6 +194,16 @@ def test_other_backgrounds_are_no_fault(scene: Any) -> None:
     assert verdict.passed, verdict.summary
     guessed = any("foreground is estimated" in note for note in verdict.notes)
     assert guessed == scene.startswith("opaque")
+
+
+def test_an_object_that_touches_the_border_is_told_from_a_plain_background() -> None:
+    views = faults.on_background(views_of(1, size=48), "opaque_white", np.random.default_rng(0))
+    before = measure._foreground(views.rgb.numpy(), views.alpha.numpy())[1]
+    touching = views.rgb.numpy().copy()
+    touching[:3, 10:34, :6] = 40
+    _, alpha, kind = measure._foreground(touching, views.alpha.numpy())
+    assert kind == "estimated" and before.any()
+    assert np.array_equal(alpha[3:], before[3:]) and alpha[:3, 10:34, :6].all()
 
 
 def test_haze_over_white_does_not_brighten_an_object() -> None:
