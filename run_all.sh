@@ -106,6 +106,13 @@ PY
         fail "could not install requirements.lock; see above. No network? Set FRESNEL_PYTHON."
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
         -e "$root" || fail "could not install the project itself; see above"
+    # the CPU renderer is compiled here (10 s), where nobody waits for a page yet; else at first use
+    "$python" -c 'import torch
+from fresnel import Cameras, Gaussians
+from fresnel.render import render
+one = torch.ones(1, 4)
+thing = Gaussians(one[:, :3], one, one[:, :3], one[:, 0], one[:, :3])
+render(thing, Cameras(torch.eye(4)[None], torch.eye(3)[None], 16, 16))' || true
     printf '%s\n' "$wanted" >"$stamp"
 }
 

@@ -35,7 +35,8 @@ PHOTOS = {
 }
 OBJECTS = ("chair", "oak_table", "teddy_bear", "yogurt_bottle", "wheelbarrow")
 HEADS = (0, 5)
-SHEETS = ("chair", "head_5")  # of which the whole sheet is shown too
+SHEETS = ("head_5",)  # of which the whole sheet is shown too
+FRONT = ("head_5", "chair", "astronaut")  # README's three, a row each, as the gallery has them
 SHOWN_DEG, CELL_PX = ("0", "45", "90", "180", "315"), 224
 
 
@@ -68,6 +69,15 @@ def measure(at: Path) -> None:
     print(text)
 
 
+def join(place: Path) -> None:
+    """README's picture of `FRONT`, from the gallery's."""
+    rows = []
+    for name in FRONT:
+        with Image.open(place / f"{name}.webp") as grid:
+            rows.append(np.hstack(np.vsplit(np.asarray(grid.convert("RGB")), 2)))
+    Image.fromarray(np.vstack(rows)).save(place / "three.webp", quality=80, method=6)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
@@ -96,6 +106,7 @@ def main() -> None:
                 with Image.open(out / "contact_sheet.png") as sheet:
                     sheet.save(place / f"{name}_sheet.webp", quality=80, method=6)
             print(name, facts["domain"], facts["checks"], *facts["careful"], sep="\n  ", flush=True)
+        join(place)
     return None
 
 

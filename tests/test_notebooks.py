@@ -331,3 +331,4 @@ def test_profiles_name_real_parameters():
                 assert step.params["domain"] == domain
             places.append({step.params.get("dataset_dir") for step in steps} - {None})
         assert places[0] and not places[0] & places[1], "neither replaces the other's data"
+        assert all(step.params["domain"] == "faces" for step in runner.load(profile))

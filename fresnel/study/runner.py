@@ -23,7 +23,7 @@ from fresnel.report import run as report
 from fresnel.report.params import check_parameters, read_parameters
 from fresnel.report.record import slug
 
-MAIN_DOMAIN = "objects"
+MAIN_DOMAIN = "faces"
 """What the main job is about where nobody says."""
 _WAIT_S = 3.0
 
