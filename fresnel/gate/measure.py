@@ -20,7 +20,7 @@ from fresnel.gate.faces import measure_faces
 from fresnel.poses import geometry
 from fresnel.poses.epipolar import misfit
 from fresnel.poses.geometry import Rig, Row
-from fresnel.scene.cameras import gravity_frame
+from fresnel.scene.cameras import Cameras, gravity_frame
 from fresnel.scene.colour import LUMINANCE_WEIGHTS, srgb_to_linear
 
 _LINEAR = srgb_to_linear(torch.arange(256) / 255.0).numpy()
@@ -65,7 +65,10 @@ def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row],
         angles[:, 0], angles[:, 1] = around.azimuth_deg((0, 0, 0)), around.elevation_deg((0, 0, 0))
     constant = [_constant(c, a) for c, a in zip(stored_rgb, stored_alpha, strict=True)]
     rows = _rows(views.name, seen, reference, angles, constant)
-    summary |= _of_record(seen, reference, angles[:, 0]) | _identity(views)
+    areas, toward = _framing(views)
+    for row, area in zip(rows, areas.tolist(), strict=True):  # further away it covers less
+        row["coverage_ratio"] /= area
+    summary |= _of_record(seen, reference, angles[:, 0], toward) | _identity(views)
     summary |= measure_faces(views, rgb, alpha, angles[:, 0])
     rig = None
     if summary["bad_poses"] or summary["bad_depth"]:
@@ -263,10 +266,26 @@ def _rows(
     ]
 
 
-def _of_record(seen: _Numbers, reference: _Numbers, azimuth_deg: np.ndarray) -> Row:
+def _framing(views: ObjectViews) -> tuple[np.ndarray, np.ndarray]:
+    """By their cameras, what share of a view an object at the pivot covers of what it covers of the
+    input, at most 1, and the cosine of the angle between the two, each (V,)."""
+    cameras, own = views.cameras, views.input_camera
+
+    def scale(one: Cameras) -> Tensor:
+        focal = (one.Ks[..., 0, 0] * one.Ks[..., 1, 1]).abs() / (one.width * one.height)
+        return focal / (one.centers - views.pivot).square().sum(-1).clamp_min(1e-12)
+
+    area = (scale(cameras) / scale(own).clamp_min(1e-12)).nan_to_num(1.0).clamp(0.01, 1.0)
+    return area.double().numpy(), (cameras.forward @ own.forward).nan_to_num(0.0).numpy()
+
+
+def _of_record(
+    seen: _Numbers, reference: _Numbers, azimuth_deg: np.ndarray, toward: np.ndarray
+) -> Row:
     """What only several views together tell: `drift`, the median absolute step of log luminance
     between neighbours in azimuth; `swapped`, the distance of the views' mean colour to the input's
-    over that to the input's with red and blue exchanged."""
+    over that to the input's with red and blue exchanged, of all views or of those from the input's
+    side, whichever is less: other sides have other colours."""
     out: Row = {f"input_{key}": float(reference[key]) for key in ("coverage", "luminance")}
     tops = [reference["top"], *seen["top"][np.isfinite(seen["top"])]]
     out["top"] = float(max(tops[0], np.median(tops[1:]))) if len(tops) > 1 else math.nan
@@ -279,13 +298,14 @@ def _of_record(seen: _Numbers, reference: _Numbers, azimuth_deg: np.ndarray) -> 
         out["near_ratio"] = float(
             (seen["luminance"][nearest] + 0.004) / (reference["luminance"] + 0.004)
         )
-    shown = seen["color"][np.isfinite(seen["color"]).all(axis=1)]
-    theirs = np.sqrt(reference["color"])
+    known = np.isfinite(seen["color"]).all(axis=1)
+    sides, theirs = [known, known & (toward > 0.7)], np.sqrt(reference["color"])
     # Only a colour with red and blue apart can tell whether they changed places.
-    if len(shown) and abs(theirs[0] - theirs[2]) > 0.06:
-        mine = np.sqrt(np.median(shown, axis=0))
-        same, swapped = np.abs(mine - theirs).sum(), np.abs(mine[::-1] - theirs).sum()
-        out["swapped"] = float(same / max(swapped, 1e-6))
+    if sides[1].any() and abs(theirs[0] - theirs[2]) > 0.06:
+        off = [np.sqrt(np.median(seen["color"][side], axis=0)) - theirs for side in sides]
+        wrong = [one + theirs - theirs[::-1] for one in off]
+        same, swapped = (np.abs(each).sum(axis=1) for each in (np.stack(off), np.stack(wrong)))
+        out["swapped"] = float((same / np.maximum(swapped, 1e-6)).min())
     return out
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-VERSION = 5
+VERSION = 6
 """Of measurements, checks and thresholds together: a receipt of another version is void."""
 
 
