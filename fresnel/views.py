@@ -8,6 +8,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ PLY_FROM_WORLD = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 MOST_VIEWS, MOST_PIXELS = 3600, 2048
 SHIPPED_SIZE = 128
 """Pixels that what ships sees and draws."""
+_DOMAINS = ("faces", "objects")
 RARE = 95.0
 """Per cent of the training pictures that lie nearer to the others: said where it is more."""
 _BESIDE = ("input.png", "contact_sheet.png", "turntable.webp", "viewer.html")
@@ -117,7 +119,7 @@ def write_views(
         network, splats = _trained(weights, device)
         cvs_size = network.config.image_size
         size_read = max(cvs_size, splats.config.image_size)
-    photo = photos.read(path, elevation_deg=elevation_deg, size=size_read, domain=domain)
+    photo = _photo(path, elevation_deg=elevation_deg, size=size_read, domain=domain)
     inputs, careful, seen = photo.inputs.to(device), list(photo.careful), photo.domain
     if weights is None:
         try:
@@ -300,6 +302,23 @@ def _stale(folder: Path, names: set[str], picture: Path) -> list[Path]:
                 f"{file}: is not of an earlier call, and would be replaced; choose another folder"
             )
     return [folder / name for name in sorted(ours) if (folder / name).is_file()]
+
+
+def _photo(path: str | Path, *, domain: str, **asked: Any) -> photos.Photo:
+    """`photos.read`, but a thing on which a face was found is a thing all the same.
+
+    As a head it lies farther from the heads that the decoder learned from than 99 % of these from
+    one another, and twice as far as it lies, as a thing, from the objects: a teddy bear 2.4 times,
+    16 made heads at most 1.2, the astronaut 1.4. Photographs before a background lie far from
+    both, and are not asked."""
+    photo = photos.read(path, domain=domain, **asked)
+    if domain == "auto" and photo.domain == "faces" and photo.background in ("alpha", "plain"):
+        thing = photos.read(path, domain="objects", **asked)
+        (head,), (other,) = map(distances.distance, (photo.inputs, thing.inputs), _DOMAINS)
+        if head.far and head.value > 2 * other.value:
+            said = "a face was found, but as a whole it is like a thing (--domain faces: a head)"
+            return replace(thing, assumed=(said, *thing.assumed))
+    return photo
 
 
 def _doubts(inputs: InputImages, own: Views, domain: str) -> tuple[dict[str, float], list[str]]:

@@ -1,6 +1,7 @@
 """One picture in, views and Gaussians out: the `views` command and what it assumes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -319,6 +320,26 @@ def test_what_the_decoder_has_never_seen_is_said(picture, tmp_path, weights, mon
     facts = sampling.write_views(picture, tmp_path / "o", weights=weights, count=1)
     assert facts["careful"] == ["not measured: pip"] and "distance" not in facts["checks"]
     assert "NaN" not in (tmp_path / "o" / "views.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("head", "far", "background", "domain"),
+    [
+        (3.1, True, "alpha", "objects"), (2.5, True, "alpha", "faces"),
+        (3.1, False, "alpha", "faces"), (3.1, True, "cut-out", "faces"),
+    ],
+)  # fmt: skip
+def test_a_thing_with_a_face_is_a_thing(picture, monkeypatch, head, far, background, domain):
+    """A teddy bear: far from all heads, and half as far from the objects."""
+    read, nearness = photos.read, sampling.distances.Nearness
+    near = {"faces": nearness(head, 99.5 if far else 90.0, ""), "objects": nearness(1.3, 94.0, "")}
+    seen = lambda *given, **asked: replace(read(*given, **asked), background=background)  # noqa: E731
+    monkeypatch.setattr(photos, "find_face", lambda rgb: (48.0, 48.0, 40.0))
+    monkeypatch.setattr(photos, "read", seen)
+    monkeypatch.setattr(sampling.distances, "distance", lambda inputs, name: [near[name]])
+    photo = sampling._photo(picture, domain="auto")
+    assert photo.domain == domain and ("--domain faces" in photo.assumed[0]) == (domain != "faces")
+    assert sampling._photo(picture, domain="faces").domain == "faces", "as it was told"
 
 
 def test_every_view_has_a_file_of_its_own(picture, tmp_path, weights, monkeypatch):

@@ -26,18 +26,23 @@ GROUND = 236
 """The grey that pictures stand on, apart from black and from white objects."""
 _ASIDE_DEG, _ABOVE_DEG = 25.0, 8.0  # of the input camera, where a first look shows depth too
 _SMOKE = 0.06  # alpha below which there is nothing to see
-# viser follows no theme; and three.js complains of its splats, whose corners have two coordinates
+# viser follows no theme
 _PAGE = """<script>
 window.__VISER_EMBED_CONFIG__.darkMode = matchMedia("(prefers-color-scheme: dark)").matches;
 document.title = TITLE;
-console.error = ((say) => (...said) =>
-    String(said[0]).includes("computeBoundingSphere") || say(...said))(console.error);
 </script><style>
 :root { color-scheme: light dark } #root { height: min(100vh, 100vw) !important; width: 100% }
 body { display: grid !important; align-content: center; height: 100vh; background: Canvas }
 @media (prefers-color-scheme: dark) { body { background: #141414 !important } }
 </style>"""
 
+_UNPACKED = "const code=td.decode(heap.subarray(up+ss,up+sz))"
+_CORNERS = (
+    _UNPACKED + ".replace('[-2,-2,2,-2,2,2,-2,2]),2)',"
+    "'[-2,-2,1e3,2,-2,-1e3,2,2,1e3,-2,2,-1e3]),3)')"
+)
+"""viser's splats have corners of two coordinates, of which three.js makes a sphere of NaN, and says
+so. With a third, which their shader does not read, the sphere holds whatever there is to see."""
 _HALF = ("means", "quats", "scales", "opacities")
 
 
@@ -246,7 +251,7 @@ def page(shown: Scene, title: str) -> str:
                 position=camera.centers.numpy(),
                 color=color,
             )
-        made = space.as_html()
+        made = space.as_html().replace(_UNPACKED, _CORNERS)
     finally:
         server.stop()
         console.quiet = talked
