@@ -230,7 +230,7 @@ def small_decoder(folder, **facts):
 def test_heads_have_a_decoder_of_their_own_or_it_is_said(picture, tmp_path, monkeypatch, capsys):
     shipped = sampling.decoder.weights.shipped
 
-    def ships(name, model):
+    def ships(name, model=""):
         asked.append(name)
         return own.get(name) or shipped(name if "faces" not in name else "gone", model)
 
