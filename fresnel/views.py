@@ -309,7 +309,7 @@ def _photo(path: str | Path, *, domain: str, **asked: Any) -> photos.Photo:
 
     As a head it lies farther from the heads that the decoder learned from than 99 % of these from
     one another, and twice as far as it lies, as a thing, from the objects: a teddy bear 2.4 times,
-    16 made heads at most 1.2, the astronaut 1.4. Photographs before a background lie far from
+    15 made heads at most 1.2, the astronaut 1.4. Photographs before a background lie far from
     both, and are not asked."""
     photo = photos.read(path, domain=domain, **asked)
     if domain == "auto" and photo.domain == "faces" and photo.background in ("alpha", "plain"):
