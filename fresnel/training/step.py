@@ -45,7 +45,7 @@ class Stepper:
         # a recorded step reads the rate from where it lies
         lr = torch.tensor(config.lr, device=self.device) if cuda else config.lr
         decay: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
-        self.optimizer: Any = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             self.parameters, lr, fused=True, capturable=cuda, **decay
         )
         for module in self.model.modules():
@@ -136,23 +136,13 @@ class Stepper:
         means = torch.stack(totals).mean(dim=0)
         if before is not None:
             means = self.reduce(means * (len(totals) / parts), before)
-        norm = self.clip()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.note_bad(norm)
         values = torch.cat([means, norm.detach().double()[None]])
         self.sums = torch.zeros_like(values) if self.sums is None else self.sums
         self.sums += values
         if not self.failed():
             self.optimizer.step()
-
-    def clip(self) -> Tensor:
-        """The gradients' norm, which counts as `grad_clip` at most. On a GPU the optimizer scales
-        them while it reads them, which saves a pass over all of them."""
-        most = self.config.grad_clip
-        if self.device.type == "cpu":
-            return nn.utils.clip_grad_norm_(self.parameters, most)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self.optimizer.grad_scale = ((norm + 1e-6) / most).clamp_min(1.0)  # it divides by this
-        return norm
 
     def reduce(self, values: Tensor, before: Tensor) -> Tensor:
         """Sum gradients and `values` over the ranks, and agree on the first bad shard, of which
