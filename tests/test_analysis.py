@@ -21,7 +21,6 @@ from fresnel.show import charts, style
 from fresnel.training.losses import pixel_weights
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = ROOT / "reports" / "published" / "study"
 SAID = claims.load(ROOT / "notebooks" / "claims.yaml")
 PLAN = yaml.safe_load((ROOT / "notebooks" / "params" / "study.yaml").read_text())["analysis"]
 NOTEBOOK = nbformat.read(ROOT / "notebooks/04_analyze_negative_results.ipynb", as_version=4)

@@ -167,18 +167,6 @@ def test_same_seed_same_bytes_whatever_the_batch(tmp_path):
     assert again.content_hash == one.content_hash
 
 
-def test_patch_decoder_on_a_corrected_pivot_is_seen_from_every_side():
-    """The factorial's other cell: the original's decoder, the right orbit."""
-    inputs = discs(("a",))
-    torch.manual_seed(0)
-    config = replace(CORRECTED, decoder_kind="patch", image_size=24)
-    with torch.no_grad():
-        gaussians, cameras = place(inputs, Decoder(PATCH), config)
-    views = render(gaussians, novel_cameras(inputs, config))
-    assert (views.alpha.mean(dim=(0, 2, 3, 4)) > 0.1).all()
-    assert float(cameras.Ks[0, 0, 0]) == 32.0  # focal length = image size
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

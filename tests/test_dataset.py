@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import struct
@@ -451,33 +450,6 @@ def test_who_wants_a_set_that_is_being_made_waits_and_takes_it(tmp_path, capsys)
     assert (tmp_path / "set").stat().st_ino == before, "the same set is left to who reads it"
 
 
-def test_of_two_processes_one_makes_a_set_and_the_other_says_for_whom_it_waits(tmp_path, capfd):
-    context, target = multiprocessing.get_context("fork"), tmp_path / "set"
-    ours, theirs = context.Pipe()
-
-    def told() -> Any:
-        theirs.send("begun")
-        theirs.recv()
-        yield make_object(0)
-
-    def make(objects: Any) -> None:
-        dataset.write(target, objects, meta={}, reuse=True)
-
-    maker = context.Process(target=lambda: make(told()))
-    other = context.Process(target=lambda: make(None))  # would fail if it were to make one
-    maker.start()
-    assert ours.recv() == "begun"
-    other.start()
-    other.join(1)
-    assert other.is_alive()
-    ours.send("go on")
-    for process in (maker, other):
-        process.join()
-        assert process.exitcode == 0
-    said = f"{target}: another process makes it; waiting (process {maker.pid})\n"
-    assert said in capfd.readouterr().err and leftovers(tmp_path) == ["set"]
-
-
 def test_what_does_not_fit_is_refused(tmp_path):
     one = make_object(0)
     fewer = {"rgb": one.rgb[:2], "alpha": one.alpha[:2], "cameras": one.cameras[:2], "depth": None}
@@ -631,14 +603,3 @@ def test_hostile_images_and_missing_ones_are_refused_by_name(tmp_path):
     (tmp_path / "hostile.png").rename(tmp_path / "notes.txt")
     with pytest.raises(DatasetError, match="holds no image"):
         photos.read_folder(tmp_path, 8)
-
-
-def test_input_batches_can_be_indexed(written):
-    inputs = written.inputs()
-    assert inputs.depth is not None and not inputs.elevation_is_assumed
-    assert inputs[np.array([2, 0])].names == ("object 2", "object 0")
-    assert inputs[1:].cameras.batch_shape == (2,)
-    assert torch.equal(inputs[torch.tensor([1])].rgb[0], make_object(1).input_rgb)
-    assert inputs.to("cpu").resized(8).alpha.shape == (3, 8, 8)
-    with pytest.raises(TypeError, match="batches"):
-        inputs[0]

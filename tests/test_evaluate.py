@@ -44,17 +44,6 @@ def oracle(data: ViewTensors, gain: float = 1.0) -> ev.Predictor:
     return predict
 
 
-def test_srgb_curve_and_luminance_have_their_known_values() -> None:
-    encoded = torch.tensor([0.0, 0.04045, 0.5, 1.0], dtype=torch.float64)
-    want = torch.tensor([0.0, 0.0031308, 0.2140411, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(colour.srgb_to_linear(encoded), want, atol=1e-6, rtol=0)
-    primaries = torch.eye(3)
-    torch.testing.assert_close(colour.luminance(primaries), torch.tensor([0.2126, 0.7152, 0.0722]))
-    assert colour.luminance(torch.ones(2, 5, 3)).shape == (2, 5)
-    with pytest.raises(ValueError, match=r"rgb.*\(\.\.\., 3\)"):
-        colour.luminance(torch.ones(3, 4))
-
-
 def test_psnr_matches_its_closed_form_and_torchmetrics() -> None:
     from torchmetrics.functional.image import peak_signal_noise_ratio
 

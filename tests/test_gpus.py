@@ -1,14 +1,16 @@
 """A training in several processes from the notebook's: what comes back, and how it ends."""
 
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from fresnel.training.loop import TrainResult
 from fresnel.training.task import NonFiniteLoss, OutOfMemory
 
 STEPS = 40
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +81,11 @@ def test_two_processes_train_as_one_are_orphaned_and_go_on(data, tmp_path, capfd
     what one process learns of the same parts."""
     two = declared(data, tmp_path / "two", gpus=2)
     assert two.config.accumulate == 2 and two.validate
-    log, code = tmp_path / "two/log.jsonl", (
-        "import sys, msgspec\nfrom fresnel.study import trainings\n"
-        "training = msgspec.json.decode(sys.argv[1], type=trainings.Training)\n"
-        "trainings.fit(training, receipt=None, gpus=2)\n"
-    )  # fmt: skip
-    words = [sys.executable, "-c", code, msgspec.json.encode(two).decode()]
-    with subprocess.Popen(words) as notebook:
-        once(lambda: log.exists() and log.read_text().count('"train"') >= 2, notebook.kill)
+    log, given = tmp_path / "two/log.jsonl", {"receipt": None, "gpus": 2}
+    notebook = FORK.Process(target=trainings.fit, args=(two,), kwargs=given)
+    notebook.start()
+    once(lambda: log.exists() and log.read_text().count('"train"') >= 2, notebook.kill)
+    notebook.join()
     end = time.monotonic() + 90
     while (left := processes_of(tmp_path)) and time.monotonic() < end:
         time.sleep(0.2)
@@ -135,15 +135,18 @@ def test_ctrl_c_stops_the_processes(data, tmp_path, monkeypatch, heeds) -> None:
 
 def test_a_workers_error_is_the_callers(data, tmp_path) -> None:
     wild = declared(data, tmp_path / "run", learning_rate=1e30)
-    words = [sys.executable, "-m", "fresnel.study.trainings", str(tmp_path / "training.json")]
     (tmp_path / "training.json").write_bytes(msgspec.json.encode(wild))
-    with (
-        open(tmp_path / "said", "wb") as said,
-        subprocess.Popen(
-            [*words, "--with-caller"], stdin=subprocess.PIPE, stdout=said, stderr=said
-        ) as worker,
-    ):
-        worker.wait(200)
+    reading, writing = os.pipe()
+
+    def work() -> None:
+        os.dup2(reading, 0)  # a caller that lives
+        trainings.main([str(tmp_path / "training.json"), "--with-caller"])
+
+    worker = FORK.Process(target=work)
+    worker.start()
+    worker.join(60)
+    os.close(writing)
+    (tmp_path / "said").touch()
     with pytest.raises(NonFiniteLoss, match=r"step \d+: not finite") as caught:
         trainings._result(tmp_path, wild, 1, stopped=False)
     assert caught.value.path.is_file() and caught.value.step > 0
@@ -227,8 +230,10 @@ def test_a_processs_decoder_lies_in_memory_as_the_callers() -> None:
     assert its.checksum() == ours.checksum() and its.render_size == ours.render_size
 
 
-def test_processes_share_a_bootstrap(tmp_path) -> None:
+def test_processes_share_a_bootstrap(tmp_path, monkeypatch) -> None:
     """The same bytes and the same verdict, the last batch smaller than the others."""
+    pool = partial(ProcessPoolExecutor, mp_context=FORK)  # ours imports all anew: see test_pool
+    monkeypatch.setattr("fresnel.bootstrap.processes", pool)
     inputs, decoder = discs("abcde"), Decoder(PIXEL)
     config = replace(CORRECTED, image_size=24, views_per_image=2)
     made = [

@@ -101,7 +101,9 @@ def test_the_public_names_can_be_imported() -> None:
     names = [name for line in table for name in line.split(", ")]
     assert {"Decoder", "CVS", "fit", "render", "validate", "Gaussians"} <= set(names)
     code = f"""\
-import fresnel
+import sys
+import fresnel.data.dataset
+assert not {{"pycolmap", "trimesh"}} & sys.modules.keys(), "heavy, and not yet needed"
 from fresnel import {", ".join(names)}
 for name in {[name for name in names if name != "bootstrap"]}:
     assert callable(getattr(fresnel, name)), name

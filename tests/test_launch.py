@@ -1,10 +1,8 @@
 """What a remote run is refused for before anything is connected to, and what would be sent."""
 
 import json
-import os
 import shutil
 import subprocess
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -192,28 +190,6 @@ def test_tasks_of_skypilot_and_dstack(pristine: Path, tmp_path: Path, monkeypatc
     assert other["max_price"] == 2.0 and other["max_duration"] == "183m"
     assert {n for n in plan.files if not (folder / "tree" / n).is_file()} == set()
     assert (folder / "run/box.sh").exists() and runs.find(run, tmp_path / "second")["on"] == "sky"
-
-
-@pytest.mark.parametrize("package", ["skypilot", "dstack"])
-def test_tasks_fit_the_schemas_of_their_tools(tmp_path: Path, package: str) -> None:
-    """Installed in environments of their own, below the folder that FRESNEL_TASKS names."""
-    if not (folder := os.environ.get("FRESNEL_TASKS")):
-        pytest.skip("FRESNEL_TASKS names no folder to install it in")
-    python = Path(folder, package, "bin/python")
-    if not python.exists():
-        venv.create(python.parents[1], with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", package], check=True)
-    for name in ("tree", "run"):
-        (tmp_path / name).mkdir()
-    for name, text in planning.tasks(TERMS, tmp_path, "20260102T030405Z-03", "box").items():
-        (tmp_path / name).write_text(text)
-    code = {
-        "skypilot": "import sky; print(sky.Task.from_yaml('sky.yaml').resources)",
-        "dstack": "import yaml; from dstack._internal.core.models.configurations import "
-        "parse_run_configuration as parse; parse(yaml.safe_load(open('run.dstack.yml')))",
-    }[package]
-    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_addresses() -> None:

@@ -560,14 +560,6 @@ def test_a_folder_whose_name_begins_alike_is_another_objects(tmp_path):
         assert trace.load(Asset("a", tmp_path / "a/a.obj", root=tmp_path)).notes
 
 
-def test_a_texture_whose_name_has_spaces_is_in_the_hash(tmp_path):
-    path = write_obj(tmp_path, obj_lines(), "newmtl m\nmap_Kd -clamp on my tex.png\n")
-    (tmp_path / "t.png").rename(tmp_path / "my tex.png")
-    before = content_of(Asset("a", path), {})
-    (tmp_path / "my tex.png").write_bytes(png(PICTURE[::-1]))
-    assert content_of(Asset("a", path), {}) != before
-
-
 def test_a_texture_of_another_object_is_never_taken(tmp_path):
     write_obj(tmp_path / "a", obj_lines())
     write_obj(tmp_path / "b", obj_lines())

@@ -171,18 +171,3 @@ def test_ci_calls_the_one_test_command() -> None:
     for path in (ROOT / "run_all.sh", ROOT / ".ci" / "run"):
         assert os.access(path, os.X_OK)
         assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
-
-
-def test_the_commit_hook_takes_outputs_out_of_notebooks(tmp_path: Path) -> None:
-    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
-    hooks = {hook["id"]: hook for repo in config["repos"] for hook in repo["hooks"]}
-    hook = hooks["nbstripout"]
-    assert re.search(hook["files"], "notebooks/01_validate_data.ipynb")
-    assert "nbstripout --keep-id --verify" in (ROOT / "run_all.sh").read_text()
-    cell = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("stream", text="1")])
-    path = tmp_path / "n.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
-    command = [sys.executable, *hook["entry"].split()[1:], str(path)]
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    (after,) = nbformat.read(path, as_version=4).cells
-    assert after.outputs == [] and after.id == cell.id

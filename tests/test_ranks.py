@@ -1,10 +1,12 @@
 """One run by two processes: what it computes is what one process computes, and how it can end."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
+import socket
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,7 +30,6 @@ from fresnel.training.task import NonFiniteLoss
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-7}
 """Of weights after ten steps. Two shards add up to the same bits; three were within 1.5e-6."""
 TWO, THREE = changed(accumulate=2), changed(accumulate=3)
-HERE = Path(__file__).resolve().parent
 
 
 def parameters(result: TrainResult) -> dict[str, Tensor]:
@@ -121,21 +122,32 @@ def worker(folder: Path, scene: str) -> None:
 
 
 class Launcher:
-    """torchrun with two processes of a scene, and what it says."""
+    """Two forks of this process in a scene, below one that hands SIGTERM on to them, as torchrun
+    does (which test_gpus has: its own imports would take most of a test), and what they say."""
 
     def __init__(self, folder: Path, scene: str) -> None:
-        script, said = folder / f"{scene}.py", folder / f"{scene}.txt"
-        script.write_text(f"""\
-import pathlib, sys
-sys.path.insert(0, {str(HERE)!r})
-import test_ranks
-test_ranks.worker(pathlib.Path({str(folder)!r}), {scene!r})
-""")
-        env = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-        command = [*ranks.torchrun(2), str(script)]
-        with open(said, "w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
+        said = folder / f"{scene}.txt"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        fork = multiprocessing.get_context("fork")
+        self.process = fork.Process(target=self.launch, args=(folder, scene, said))
+        self.process.start()
         self.said, self.folder = said.read_text, folder
+
+    def launch(self, folder: Path, scene: str, said: Path) -> None:
+        sys.stdout = sys.stderr = said.open("a")
+        os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "x"}
+        os.environ["MASTER_PORT"] = str(self.port)
+        pids = []
+        for rank in "01":
+            if not (pid := os.fork()):
+                os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+                worker(folder, scene)
+            pids.append(pid)
+        signal.signal(signal.SIGTERM, lambda number, _: [os.kill(pid, number) for pid in pids])
+        codes = [os.waitpid(pid, 0)[1] for pid in pids]
+        os._exit(int(any(codes)))
 
     def pids(self, name: str) -> dict[str, int]:
         """Of the processes that train under this name, by rank, once both do."""
@@ -143,7 +155,7 @@ test_ranks.worker(pathlib.Path({str(folder)!r}), {scene!r})
         while len(found) < 2:
             time.sleep(0.1)
             found = re.findall(rf"{name}: rank (\d) is (\d+)\.", self.said())
-            assert self.process.poll() is None, self.said()
+            assert self.process.is_alive(), self.said()
         return {rank: int(pid) for rank, pid in found}
 
     def go_on(self, name: str) -> None:
@@ -163,7 +175,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         launcher.pids("terminated")
         launcher.process.terminate()
         launcher.go_on("terminated")
-        launcher.process.wait(60)
+        launcher.process.join(60)
     finally:
         launcher.process.kill()
     yield folder
@@ -225,7 +237,8 @@ def test_a_killed_rank_ends_the_others_and_a_killed_launcher_leaves_no_orphans(
         both["launcher"].process.kill()
         for name in names:
             both[name].go_on(name)
-        assert both["rank"].process.wait(60) != 0
+        both["rank"].process.join(60)
+        assert both["rank"].process.exitcode == 1
         assert stopped_at(tmp_path, "rank") == 5
         assert "whole: run again to go on from there" in both["rank"].said()
         everyone = {pid for each in pids.values() for pid in each.values()}
@@ -272,7 +285,8 @@ def test_one_of_several_processes_does_not_train_alone(tmp_path: Path, monkeypat
 def test_two_gpus_are_one_that_takes_both_shards(tmp_path: Path, model: str) -> None:
     """Recorded steps with NCCL's sum inside, against unrecorded ones of one GPU."""
     launcher = Launcher(tmp_path, model)
-    assert launcher.process.wait(300) == 0, launcher.said()
+    launcher.process.join(300)
+    assert launcher.process.exitcode == 0, launcher.said()
     found = [load_file(tmp_path / f"{model}-{rank}.safetensors") for rank in (0, 1)]
     for key, value in found[0].items():
         assert torch.equal(value, found[1][key]), key

@@ -5,13 +5,14 @@ Whatever is kept alive must stay as it was, however often, deeply and concurrent
 
 import multiprocessing
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from fresnel.scene.cameras import Cameras
 from fresnel.scene.gaussians import Gaussians
 
 SIZE = 40
+FORK = multiprocessing.get_context("fork")
 
 
 def leaves(seed: int, num: int = 60) -> list[Tensor]:
@@ -207,10 +209,9 @@ def test_memory_that_is_let_go_is_used_again_up_to_a_limit() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_forked_child_has_helpers_of_its_own() -> None:
     want = images(leaves(13)).rgb.detach()
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
+    queue = FORK.SimpleQueue()
     child = lambda: queue.put(torch.equal(images(leaves(13)).rgb, want))  # noqa: E731
-    process = context.Process(target=child)
+    process = FORK.Process(target=child)
     process.start()
     process.join(60)
     assert process.exitcode == 0 and queue.get()
@@ -224,7 +225,6 @@ from tasks import kernel
 def twice(x):
     return 2 * number() * x
 value = twice(1)
-print(value, sum(twice.stats.cache_hits.values()))
 """
 
 
@@ -234,11 +234,19 @@ def test_an_edited_callee_is_compiled_again(tmp_path: Path) -> None:
     (tmp_path / "callee.py").write_text(CALLEE)
     (tmp_path / "caller.py").write_text(CALLER)
 
+    def work(queue: Any) -> None:
+        numba.config.CACHE_DIR = str(tmp_path / "cache")
+        sys.path.insert(0, str(tmp_path))
+        found = runpy.run_path(str(tmp_path / "caller.py"))
+        queue.put([found["value"], sum(found["twice"].stats.cache_hits.values())])
+
     def answer() -> list[int]:
-        command = [sys.executable, str(tmp_path / "caller.py")]
-        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        return [int(word) for word in done.stdout.split()]
+        """Of a process in which none of it is imported."""
+        queue = FORK.SimpleQueue()
+        process = FORK.Process(target=work, args=(queue,))
+        process.start()
+        process.join(60)
+        return queue.get() if process.exitcode == 0 else []
 
     assert answer() == [2, 0]
     (tmp_path / "callee.py").write_text(CALLEE.replace("return 1", "return 3"))

@@ -1,10 +1,8 @@
 """The decoder's render as a condition: what is encoded, what training and sampling see of it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from test_cvs import SIZE, disc, generator, views
+from test_cvs import SIZE, generator, views
 
 from fresnel.data.dataset import InputImages
 from fresnel.models import Predictor
@@ -101,35 +99,6 @@ def test_the_render_is_asked_for_where_it_is_needed() -> None:
     other = predictor(net, renderer=truth_renderer(depth=2.8))(data.inputs, data.cameras)
     assert seen.rgb.shape == (2, 4, SIZE, SIZE, 3)
     assert (seen.rgb - other.rgb).abs().max() > 1e-4, "depth reaches the network"
-
-
-def test_a_render_tells_what_the_input_cannot() -> None:
-    """Discs at random places: only a render says where. New ones are drawn better with it."""
-    data = views(objects=24)
-    rgb, alpha = disc(torch.rand(24, 4, generator=generator()) - 0.5)
-    data = replace(data, rgb=rgb, alpha=alpha)
-
-    def faultless(inputs: InputImages, cameras: Cameras) -> Views:
-        rows = [data.names.index(name) for name in inputs.names]
-        a = alpha[rows, ..., None].float() / 255
-        return Views(rgb[rows].float() / 255, a, 2 * a)
-
-    found = {}
-    for renderer in (faultless, None):
-        torch.manual_seed(0)
-        config = CVSConfig.preset("tiny", render_condition=renderer is not None)
-        task = CVSTask(
-            CVS(config), data[:20], batch_size=16, renderer=renderer, validation=data[20:]
-        )
-        optimizer = torch.optim.Adam(task.model.parameters(), 5e-3)
-        for step in range(60):
-            batch = task.batch(step, generator(step))
-            terms = task.loss(batch, progress=0.0, generator=generator(step), ema=task.model)
-            optimizer.zero_grad()
-            terms["loss"].backward()
-            optimizer.step()
-        found[renderer is not None] = task.validation(task.model.eval())["psnr"]
-    assert found[True] > found[False] + 1.0, found
 
 
 def test_training_keeps_to_the_chosen_pairs() -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from boxes import views_of
+from conftest import run_notebook
 from PIL import Image
 from test_dataset import write_original
 from test_formats import co3d, colmap, nerfstudio, truth  # noqa: F401
@@ -19,7 +20,6 @@ from fresnel.data.dataset import DatasetError, MultiViewDataset, ObjectViews
 from fresnel.gate import verdict
 from fresnel.objects import furniture, sources
 from fresnel.objects.assets import embedded_assets
-from fresnel.report import run as report
 from fresnel.show import credits
 from fresnel.study import arms
 from fresnel.study import data as training_data
@@ -125,11 +125,8 @@ def test_what_is_no_source_is_refused(tmp_path):
 
 def test_notebook_01_gates_rendered_objects(tmp_path):
     params = {"source": str(objects(tmp_path)), "preset": "truth", "images": 3, "image_size": 32}
-    notebook = Path(__file__).parent.parent / "notebooks" / "01_validate_data.ipynb"
-    done = report.run(notebook, params, "objects", tmp_path / "reports", progress=False)
-    assert not done.crashed, done.record.error
-    assert done.record.verdict in ("PASS", "FAIL") and done.record.metrics["views_seen"] >= 6
-    assert "<h2" in done.report.read_text()
+    record, _, _ = run_notebook("01_validate_data", tmp_path / "run", **params)
+    assert record.verdict in ("PASS", "FAIL") and record.metrics["views_seen"] >= 6
 
 
 # --- parts by name -----------------------------------------------------------------------------
