@@ -181,7 +181,8 @@ run_tests() {
     if ((${#notebooks[@]})); then
         step "$python" -m nbstripout --keep-id --verify "${notebooks[@]}"
     fi
-    step "$python" -m pytest -n 3 "$@"
+    # what shares a browser, notebooks' runs or other processes is tried by one of three
+    step "$python" -m pytest -n 3 --dist loadgroup "$@"
     exit "$status"
 }
 

@@ -18,7 +18,7 @@ that misses the bounds but stays within three times that noise is marked "as its
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -46,25 +46,25 @@ NUDGED = "itself + 1 ulp"
 PAIRS = (("cpu", "gsplat"), ("cpu", "reference"), ("gsplat", "reference"), ("gsplat", NUDGED))
 
 
-def scene(num: int, seed: int = 0, batch: tuple[int, ...] = ()) -> Gaussians:
+def scene(num: int, seed: int = 0) -> Gaussians:
     """Gaussians on a bumpy shell of radius 0.45 whose sizes keep it covered for any number."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*batch, *shape, generator=generator)
+        return torch.randn(*shape, generator=generator)
 
     direction = torch.nn.functional.normalize(normal(num, 3), dim=-1)
     means = 0.45 * direction * (1 + 0.15 * torch.sin(6 * direction[..., :1]))
     spacing = (4 * np.pi * 0.45**2 / num) ** 0.5
     scales = 0.7 * spacing * torch.exp(0.4 * normal(num, 3)) * torch.tensor([1.0, 1.0, 0.4])
-    opacities = 0.1 + 0.9 * torch.rand(*batch, num, generator=generator)
-    colors = torch.rand(*batch, num, 3, generator=generator)
+    opacities = 0.1 + 0.9 * torch.rand(num, generator=generator)
+    colors = torch.rand(num, 3, generator=generator)
     return Gaussians(means, normal(num, 4), scales, opacities, colors)
 
 
-def view(size: int, azimuths: Sequence[float] = (30.0,)) -> Cameras:
+def view(size: int) -> Cameras:
     return orbit(
-        torch.tensor(azimuths), 15.0, 2.2,
+        torch.tensor([30.0]), 15.0, 2.2,
         pivot=torch.zeros(3), focal_px=1.2 * size, width=size, height=size,
     )  # fmt: skip
 
@@ -260,38 +260,7 @@ def on_gpu() -> tuple[dict[str, Any], str]:
         "| Gaussians | px | pair | image max | pixels over 1e-3 | gradients, rel. L2 | agree |",
         "|--:|--:|:--|--:|--:|--:|:--|",
     ]
-    cost = overhead()
-    tail = ["", f"{cost['views']} views x {cost['gaussians']:,} Gaussians at {cost['pixels']} px, "]
-    tail[-1] += "our adapter over gsplat itself: " + ", ".join(
-        f"{cost[key]:+.1%} {key.replace('_', ' + ')}" for key in ("forward", "forward_backward")
-    )
-    return {"machine": name, "rows": rows, "overhead": cost}, "\n".join([*head, *lines, *tail, ""])
-
-
-def overhead(scenes: int = 64, views: int = 8, num: int = 16_384, size: int = 256) -> dict:
-    """What `render` costs beyond gsplat called directly, the two taking turns."""
-    from gsplat import rasterization
-
-    gaussians, tensors = leaves(scene(num, batch=(scenes,)).to("cuda"))
-    single = view(size, np.linspace(0, 315, views).tolist()).to("cuda")
-    matrices = single.viewmats.expand(scenes, views, 4, 4).contiguous()
-    Ks = single.Ks.expand(scenes, views, 3, 3).contiguous()
-    cameras = Cameras(matrices, Ks, size, size)
-    calls: list[Callable[[], torch.Tensor]] = [
-        lambda: render(gaussians, cameras).rgb,
-        lambda: rasterization(
-            *tensors, matrices, Ks, size, size, packed=False, render_mode="RGB+ED"
-        )[0][..., :3],
-    ]
-    result: dict[str, Any] = {"views": scenes * views, "gaussians": num, "pixels": size}
-    for name, wrap in (
-        ("forward", lambda call: torch.no_grad()(call)()),
-        ("forward_backward", lambda call: torch.autograd.grad(call().sum(), tensors)),
-    ):
-        times = [[elapsed_ms(wrap, call) for call in calls] for _ in range(16)][1:]
-        ours, direct = np.median(times, axis=0)
-        result[name] = float(ours / direct - 1)
-    return result
+    return {"machine": name, "rows": rows}, "\n".join([*head, *lines, ""])
 
 
 def main() -> None:

@@ -24,7 +24,10 @@ from fresnel.launch import runs
 from fresnel.launch.plan import Plan, Terms
 from fresnel.launch.remote import BOX, Box, RemoteError
 
-pytestmark = pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "-")
+pytestmark = [
+    pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "-"),
+    pytest.mark.xdist_group("box"),
+]
 
 
 class Laptop:

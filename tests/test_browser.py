@@ -31,6 +31,7 @@ if CHROMIUM is None:
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 axe = pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is missing")
 
+pytestmark = pytest.mark.xdist_group("browser")
 AXE = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 OURS = ("file:", "data:", "blob:", "about:")
 

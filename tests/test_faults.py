@@ -14,7 +14,7 @@ from fresnel.scene.colour import luminance
 
 @pytest.fixture(scope="module")
 def healthy() -> Memory:
-    return Memory([views_of(i) for i in range(10)])
+    return Memory([views_of(i) for i in range(6)])
 
 
 def broken(source: ObjectViews, fault: str, strength: float, seed: int = 0) -> ObjectViews:

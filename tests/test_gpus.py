@@ -31,6 +31,7 @@ from fresnel.models.decoder import Decoder, load_shipped
 from fresnel.study import trainings
 from fresnel.study.trainings import ChildError, Training
 from fresnel.training import checkpoints, ranks
+from fresnel.training.cvs_task import CVSTask
 from fresnel.training.loop import TrainResult
 from fresnel.training.task import NonFiniteLoss, OutOfMemory
 
@@ -76,21 +77,34 @@ def once(ready: Callable[[], bool], act: Callable[[], Any]) -> None:
     act()
 
 
-def test_two_processes_train_as_one_are_orphaned_and_go_on(data, tmp_path, capfd) -> None:
-    """A killed notebook leaves a checkpoint and no process; two others go on from it, and return
+def alone(training: Training, folder: Path) -> tuple[Any, int]:
+    """A training's only process, which is a fork, and the end of a pipe that its caller holds."""
+    reading, caller = os.pipe()
+    (folder / "training.json").write_bytes(msgspec.json.encode(training))
+
+    def work() -> None:
+        os.dup2(reading, 0)
+        os.close(caller)
+        batch = CVSTask.batch
+        CVSTask.batch = lambda *given: time.sleep(0.1) or batch(*given)  # there is time to end it
+        trainings.main([str(folder / "training.json"), "--with-caller"])
+
+    worker = FORK.Process(target=work)
+    worker.start()
+    return worker, caller
+
+
+def test_two_processes_train_as_one_and_go_on_after_an_orphan(data, tmp_path, capfd) -> None:
+    """A process whose notebook is killed ends in a checkpoint; two others go on from it, and return
     what one process learns of the same parts."""
     two = declared(data, tmp_path / "two", gpus=2)
     assert two.config.accumulate == 2 and two.validate
-    log, given = tmp_path / "two/log.jsonl", {"receipt": None, "gpus": 2}
-    notebook = FORK.Process(target=trainings.fit, args=(two,), kwargs=given)
-    notebook.start()
-    once(lambda: log.exists() and log.read_text().count('"train"') >= 2, notebook.kill)
-    notebook.join()
-    end = time.monotonic() + 90
-    while (left := processes_of(tmp_path)) and time.monotonic() < end:
-        time.sleep(0.2)
+    log = tmp_path / "two/log.jsonl"
+    worker, caller = alone(two, tmp_path)
+    once(lambda: log.exists() and log.read_text().count('"train"') >= 2, lambda: os.close(caller))
+    worker.join(90)
     half = checkpoints.read_latest(tmp_path / "two/checkpoints")
-    assert left == [] and half is not None and 2 <= half[1]["step"] < STEPS
+    assert worker.exitcode == 130 and half is not None and 2 <= half[1]["step"] < STEPS
     ours = train(two, data, gpus=2)
     assert "train, 2 processes on the CPU" in capfd.readouterr().err
     theirs = train(declared(data, tmp_path / "one", accumulate=2), data)
@@ -135,17 +149,9 @@ def test_ctrl_c_stops_the_processes(data, tmp_path, monkeypatch, heeds) -> None:
 
 def test_a_workers_error_is_the_callers(data, tmp_path) -> None:
     wild = declared(data, tmp_path / "run", learning_rate=1e30)
-    (tmp_path / "training.json").write_bytes(msgspec.json.encode(wild))
-    reading, writing = os.pipe()
-
-    def work() -> None:
-        os.dup2(reading, 0)  # a caller that lives
-        trainings.main([str(tmp_path / "training.json"), "--with-caller"])
-
-    worker = FORK.Process(target=work)
-    worker.start()
-    worker.join(60)
-    os.close(writing)
+    worker, caller = alone(wild, tmp_path)
+    worker.join(90)
+    os.close(caller)
     (tmp_path / "said").touch()
     with pytest.raises(NonFiniteLoss, match=r"step \d+: not finite") as caught:
         trainings._result(tmp_path, wild, 1, stopped=False)

@@ -31,6 +31,7 @@ from fresnel.study import results, runner
 from fresnel.training import forecast as planning
 
 NOTEBOOKS = sorted(PLACE.glob("*.ipynb"))
+pytestmark = pytest.mark.xdist_group("notebooks")
 SMALL = {"size": "tiny", "batch_size": 4, "truth_objects": 2}
 
 

@@ -27,6 +27,7 @@ from fresnel.training.loop import TrainResult
 from fresnel.training.step import step_seed
 from fresnel.training.task import NonFiniteLoss
 
+pytestmark = pytest.mark.xdist_group("ranks")
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-7}
 """Of weights after ten steps. Two shards add up to the same bits; three were within 1.5e-6."""
 TWO, THREE = changed(accumulate=2), changed(accumulate=3)
@@ -108,7 +109,7 @@ def worker(folder: Path, scene: str) -> None:
             fit("two-one", Line(at={4: on_rank_1(terminate)}))
         fit("one-two")
         with pytest.raises(NonFiniteLoss, match="step 7: not finite: loss, error"):
-            fit("nan", Line(at={7: on_rank_1(lambda x: x[0, 0, 0].fill_(torch.nan))}))
+            fit("nan", Line(at={7: lambda x: x[0, 0, 0].fill_(torch.nan)}))
         steep = Line(at={7: on_rank_1(lambda _: last.register_hook(lambda g: g * torch.inf))})
         last = steep.model.layers[2].weight
         with pytest.raises(NonFiniteLoss, match="step 7: not finite: grad_norm"):
@@ -204,14 +205,18 @@ def test_a_run_goes_on_on_another_number_of_ranks(together: Path) -> None:
     assert_close(parameters(resumed), whole)
 
 
-@pytest.mark.parametrize("name", ["nan", "steep"])
-def test_a_bad_shard_of_another_rank_is_kept_by_the_first(together: Path, name: str) -> None:
-    """It is made again from its seed: here, where nothing spoils it."""
+@pytest.mark.parametrize(("name", "shard"), [("nan", 0), ("steep", 1)])
+def test_the_first_bad_shard_of_all_ranks_is_kept_by_the_first(
+    together: Path, name: str, shard: int
+) -> None:
+    """It is made again from its seed: of `steep` here, where nothing spoils it."""
     assert stopped_at(together, name) == 5
     with checkpoints.safe_open(str(*(together / name).glob("nonfinite*")), "pt") as file:
-        assert json.loads(file.metadata()["fresnel"])["shard"] == 1
-        generator = torch.Generator().manual_seed(step_seed(0, 7, 1))
-        assert torch.equal(file.get_tensor("x"), torch.randn(4, 1, 8, 8, generator=generator))
+        assert json.loads(file.metadata()["fresnel"])["shard"] == shard
+        generator = torch.Generator().manual_seed(step_seed(0, 7, shard))
+        wanted = torch.randn(4, 1, 8, 8, generator=generator)
+        wanted[0, 0, 0] += torch.nan if name == "nan" else 0.0
+        assert torch.equal(file.get_tensor("x").nan_to_num(), wanted.nan_to_num())
 
 
 def stopped_at(folder: Path, name: str) -> int:
@@ -247,7 +252,7 @@ def test_a_killed_rank_ends_the_others_and_a_killed_launcher_leaves_no_orphans(
                 break
             time.sleep(0.1)
         assert not [pid for pid in everyone if psutil.pid_exists(pid)]
-        assert stopped_at(tmp_path, "launcher") >= 7, "it had time for a checkpoint"
+        assert 7 <= stopped_at(tmp_path, "launcher") < 10, "it had time for a checkpoint"
     finally:
         for launcher in both.values():
             launcher.process.kill()

