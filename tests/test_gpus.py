@@ -85,6 +85,8 @@ def alone(training: Training, folder: Path) -> tuple[Any, int]:
     def work() -> None:
         os.dup2(reading, 0)
         os.close(caller)
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}
+        os.environ["MASTER_PORT"] = "1"  # as torchrun says it
         batch = CVSTask.batch
         CVSTask.batch = lambda *given: time.sleep(0.1) or batch(*given)  # there is time to end it
         trainings.main([str(folder / "training.json"), "--with-caller"])
