@@ -516,10 +516,11 @@ def write_tables(out: Path) -> None:
     found = (tables(rows) if rows else {}) | {
         "Healthy objects to calibrate with": of_calibration(seen)
     }
-    wrong = [r for r in rows if (r["passed"] or not right(r)) if r["fault"] or not r["passed"]]
+    wrong = [r for r in rows if (r["passed"] or not right(r) if r["fault"] else not r["passed"])]
     strong = [r for r in wrong if not r["fault"] or r["strength"] >= faults.EXPECTED[r["fault"]][1]]
     result = {**about, "tables": found, "wrong": strong}
-    (out / "gate.json").write_text(json.dumps(result, indent=1) + "\n")
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
+    (out / "gate.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     said = {key: value for key, value in about.items() if key != "thresholds"}
     text = f"# The gate's calibration\n\n`{json.dumps(said)}`\n\n"
     text += "\n".join(markdown(title, table) for title, table in found.items())

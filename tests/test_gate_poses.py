@@ -17,7 +17,7 @@ from fresnel.gate.fix import corrected, fix
 from fresnel.models import decoder
 from fresnel.objects.assets import embedded_assets
 from fresnel.objects.render_set import render_set
-from fresnel.poses import transforms
+from fresnel.poses import epipolar, transforms
 from fresnel.poses.epipolar import misfit
 from fresnel.poses.explain import explain, named
 from fresnel.poses.geometry import centroid_residual, coherence, rigs_of
@@ -233,6 +233,14 @@ def test_opaque_photographs_are_judged_by_their_features() -> None:
     verdict = judged([wrong, rimmed(wrong)])
     assert verdict.reasons[0].code == "pose_mismatch"
     assert any("matched features" in note for note in verdict.notes)
+
+
+def test_photographs_without_any_feature_are_not_judged_by_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    none = np.zeros((0, 2)), np.zeros((0, 128), np.uint8)
+    monkeypatch.setattr(epipolar, "_features", lambda *_, **__: none)
+    assert np.isnan(misfit(textured_room()))
 
 
 @pytest.mark.parametrize(("count", "least"), [(6, 6), (40, 40), (64, 64), (400, 64)])

@@ -52,7 +52,7 @@ def misfit(views: ObjectViews) -> float:
         if len(found) == most:
             break
         mine, theirs = features(i), features(j)
-        if mine is None or theirs is None:
+        if mine is None or theirs is None or min(len(mine[1]), len(theirs[1])) < _MATCHES:
             continue
         same = match_descriptors(mine[1], theirs[1], max_ratio=0.8, cross_check=True)
         x, y = mine[0][same[:, 0]], theirs[0][same[:, 1]]
