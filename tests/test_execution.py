@@ -80,11 +80,11 @@ def test_a_plain_page_has_the_cells_and_says_what_pictures_show() -> None:
         nbformat.v4.new_code_cell("x < 1", outputs=[picture]),
         nbformat.v4.new_code_cell("", outputs=[error]),
     ]
-    record = RunRecord("n", "crashed", error="It broke.", params={"a": "<b>"})
+    record = RunRecord("n", "crashed", error="It broke.", params={"a": "<b>"}, reasons=("<why>",))
     html = _html.plain_page(record, {"cells": cells}, "no room.")
     assert "[A &lt;chair&gt;]" in html and "AAAA" not in html and "x &lt; 1" in html
     assert html.index("It broke.") < html.index("E: &lt;e&gt;") < html.index("line &lt;1&gt;")
-    assert "&lt;b&gt;" in html and "no room." in html
+    assert "&lt;b&gt;" in html and "&lt;why&gt;" in html and "no room." in html
 
 
 @pytest.mark.parametrize(
