@@ -35,6 +35,9 @@ def test_a_write_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "a").symlink_to(tmp_path / "mine")
     files.write_atomic(tmp_path / "a", "new")
     assert (tmp_path / "mine").read_text() == "precious" and not (tmp_path / "a").is_symlink()
+    (tmp_path / "link").symlink_to(path.parent)
+    files.remove(tmp_path / "link")
+    assert not (tmp_path / "link").is_symlink() and path.exists(), "the link alone is removed"
 
 
 def test_names_that_lead_out_are_refused_and_others_taken(tmp_path: Path) -> None:
