@@ -200,7 +200,8 @@ def rivals(
         if initial_weights == "shipped" and not original:
             twin = cvs.load_shipped(device, "cvs-twin", domain)
             sees = renderer("cvs-twin", device, domain=domain)
-            others["shipped twin"] = cvs.predictor(twin, renderer=sees)
+            if twin.decoder in ("", getattr(sees, "decoder", "")):  # it learned from these renders
+                others["shipped twin"] = cvs.predictor(twin, renderer=sees)
     return others
 
 
