@@ -198,8 +198,8 @@ def test_the_answer_follows_the_verdicts(side: int, tmp_path: Path) -> None:
             exec(cell.source, space)
     answer, wrong = texts
     wanted = (
-        ("The camera path", "disagree: 10", "meets all three", "at least half a decibel behind"),
-        ("The decoder's training", "and the figures agree.", "misses at least one", "is level"),
+        ("The camera path", "disagree: its share is 10 %", "has the right", "at least half a"),
+        ("The decoder's training", "figures agree.", "misses the right light", "level, within"),
     )
     for words in wanted[side]:
         assert words in answer

@@ -122,8 +122,9 @@ def _foreground(rgb: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndar
         if (np.mean(off > 12, axis=1) < 0.25).mean() < 0.75:
             return rgb, alpha, "none"
         away = np.abs(rgb.astype(np.int16) - colour[:, None, None]).max(axis=-1)
-        # As little as stands out from the border's own noise, where no object touches it.
-        solid = away > max(3.0, 2 * float(np.quantile(off[off <= 12], 0.98)))
+        # As little as stands out from the border's own noise and haze; an object that touches it
+        # is neither.
+        solid = away > max(3.0, 2 * float(np.quantile(off[off <= 64], 0.98)))
         return rgb * solid[..., None], np.uint8(255) * solid, "estimated"
     by, across = (max(1, n // 8) for n in alpha.shape[1:])
     full = len(alpha) > 1 and (alpha[:, by:-by, across:-across] == 255).all()
