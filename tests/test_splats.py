@@ -230,6 +230,14 @@ def test_gaussians_that_are_not_finite_are_left_out_and_counted(tmp_path):
     assert torch.isfinite(found.scales).all()
 
 
+LISTS = b"""ply
+format binary_big_endian 1.0
+element vertex 2000000
+property list uchar double b
+end_header
+""" + bytes(2_000_000)
+
+
 def without(name: str) -> bytes:
     return ply({k: v for k, v in stored().items() if k != name})
 
@@ -245,6 +253,7 @@ def without(name: str) -> bytes:
         (ply(stored())[:-4], "ends within its 300 rows of 'vertex'"),
         (ply(stored(), "ascii")[:-400], "cut off|misses a number|numbers, not"),
         (ply(stored()).replace(b"float x", b"thing x"), "line 'property thing x'"),
+        (LISTS, "2000000 rows of 'vertex' hold lists"),
         (packed(True, 0)[0].replace(b"min_scale_y", b"min_scale_q"), "no min_scale_y"),
         (packed(True, 0)[0].replace(b"element chunk 2", b"element chunk 1"), "cut off|chunks"),
     ],

@@ -19,6 +19,7 @@ _KINDS = ("i1", "u1", "i2", "u2", "i4", "u4", "f4", "f8")
 _IN_C = ("char", "uchar", "short", "ushort", "int", "uint", "float", "double")
 _SCALARS = {str(np.dtype(kind)): kind for kind in _KINDS} | dict(zip(_IN_C, _KINDS, strict=True))
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
+_LIST_ROWS = 1_000_000  # some three seconds
 _HEADER_BYTES = 1 << 20
 
 
@@ -160,6 +161,8 @@ def _binary(
         if not 0 <= count <= len(data):
             raise cut
         if any(len(kinds) > 2 for kinds in properties):
+            if count > _LIST_ROWS:
+                raise ValueError(f"{count} rows of {name!r} hold lists; at most {_LIST_ROWS:,} may")
             for _ in range(count):  # rows of different lengths: each is measured
                 for _, first, *rest in properties:
                     if rest:
