@@ -336,7 +336,7 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_the_old_dataset(
         dataset.write(tmp_path / "other", interrupted([make_object(0)]), meta={})
     with pytest.raises(DatasetError, match="nothing to write"):
         dataset.write(written.path, [], meta={}, overwrite=True)
-    monkeypatch.setattr(dataset, "_write_object", full)
+    monkeypatch.setattr(dataset, "write_object", full)
     with pytest.raises(DatasetError, match=r"disk is full.*Nothing was kept"):
         dataset.write(written.path, [make_object(0)], meta={}, overwrite=True)
     dataset.open(written.path).verify()
@@ -362,7 +362,7 @@ def test_encoding_and_reading_in_processes_change_no_byte_and_fail_alike(
     assert torch.equal(together.cameras.viewmats, alone.cameras.viewmats)
     with pytest.raises(KeyboardInterrupt):
         dataset.write(tmp_path / "other", interrupted(objects[:2]), meta={}, total=9)
-    monkeypatch.setattr(dataset, "_write_object", dies)
+    monkeypatch.setattr(dataset, "write_object", dies)
     with pytest.raises(DatasetError, match=r"killed.*Nothing was kept"):
         dataset.write(tmp_path / "other", objects, meta={}, total=9)
     assert leftovers(tmp_path) == ["set", "there"]

@@ -26,9 +26,14 @@ from fresnel.data import layout as _layouts
 from fresnel.data.captures import Capture
 from fresnel.data.images import DatasetError, InputImages, load_image, scaled
 from fresnel.data.layout import MANIFEST, DatasetChanged, Record, read_checked
-from fresnel.data.records import ObjectViews, ViewTensors, oriented, stack
-from fresnel.data.records import read_object as _read_object
-from fresnel.data.records import write_object as _write_object
+from fresnel.data.records import (
+    ObjectViews,
+    ViewTensors,
+    oriented,
+    read_object,
+    stack,
+    write_object,
+)
 from fresnel.host.machine import core_count
 from fresnel.host.pool import MOST_WORKERS, processes, warm_up
 
@@ -266,7 +271,7 @@ def _open_stored(root: Path) -> MultiViewDataset:
     size, count = manifest["image_size"], manifest["views_per_object"]
     how = size, count, manifest.get("background", (0.0, 0.0, 0.0)), not ours
     objects = {
-        record.name: _Object(count, partial(_read_object, root, record, *how), record.paths)
+        record.name: _Object(count, partial(read_object, root, record, *how), record.paths)
         for record in records
     }
     return MultiViewDataset(root, "fresnel" if ours else "original", digest, meta, size, objects)
@@ -398,7 +403,7 @@ def encode(
                 # cores are many they wait for each other, and a large set is worth processes.
                 pool = ThreadPoolExecutor(workers)
                 stack.callback(pool.shutdown, cancel_futures=True)
-            pending.append(pool.submit(_write_object, folder, index, views))
+            pending.append(pool.submit(write_object, folder, index, views))
             # bounds memory when encoding is the slower side
             while len(pending) > max(8, 2 * workers):
                 records.append(pending.popleft().result())

@@ -31,8 +31,15 @@ from scipy.spatial.transform import Rotation
 
 from fresnel.data.captures import MAX_VIEWS, Capture, Floats, Lens, View, collect, pinhole
 from fresnel.data.images import IMAGE_SUFFIXES, DatasetError, decoded, read_bytes
-from fresnel.data.layout import MAX_JSON_BYTES, entry, inside, read_items, relative, sha256
-from fresnel.data.layout import read_json as _read_json
+from fresnel.data.layout import (
+    MAX_JSON_BYTES,
+    entry,
+    inside,
+    read_items,
+    read_json,
+    relative,
+    sha256,
+)
 from fresnel.host.files import below
 
 _Y_UP = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
@@ -96,7 +103,7 @@ def _read_transforms(root: Path, folder: str, names: list[str]) -> list[Capture]
         path = inside(root, _joined(folder, name))
         data = read_bytes(path, MAX_JSON_BYTES)
         said_in[_joined(folder, name)] = sha256(data)
-        top = _read_json(path, data)
+        top = read_json(path, data)
         frames = entry(top, "frames", list, path)
         if len(frames) > MAX_VIEWS:
             raise DatasetError(f"{path}: {len(frames)} frames, the limit is {MAX_VIEWS}")

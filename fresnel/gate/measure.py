@@ -303,9 +303,8 @@ def _of_record(
     sides, theirs = [known, known & (toward > 0.7)], np.sqrt(reference["color"])
     # Only a colour with red and blue apart can tell whether they changed places.
     if sides[1].any() and abs(theirs[0] - theirs[2]) > 0.06:
-        off = [np.sqrt(np.median(seen["color"][side], axis=0)) - theirs for side in sides]
-        wrong = [one + theirs - theirs[::-1] for one in off]
-        same, swapped = (np.abs(each).sum(axis=1) for each in (np.stack(off), np.stack(wrong)))
+        mine = np.sqrt([np.median(seen["color"][side], axis=0) for side in sides])
+        same, swapped = (np.abs(mine - to).sum(axis=1) for to in (theirs, theirs[::-1]))
         out["swapped"] = float((same / np.maximum(swapped, 1e-6)).min())
     return out
 
