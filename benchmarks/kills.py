@@ -5,8 +5,10 @@
 A job runs once undisturbed, its file operations counted. Then, for each of them, it is killed
 (SIGKILL) before it, and once more after it: what is on disk must be whole, and the same call must
 then end as if nothing had happened and leave nothing beside. Every try is forked from this process,
-which has imported everything. --sample N: about so many of each job's kills, evenly spread.
---keep: note the counts in kills.json.
+which has imported everything.
+
+--sample N: about so many of each job's kills, evenly spread. --keep: note the counts in kills.json,
+as they come, in random order, so that those of a run that was cut are a sample.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -25,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +209,14 @@ def attempt(name: str, before: Path, at: int, after: bool, wanted: Any) -> str |
         return f"{said}, not {wanted}" if said != wanted else f"left: {left}" if left else ""
 
 
-def tried(name: str, sample: int, workers: int) -> dict[str, Any]:
-    """Every kill of a job, or so many; SystemExit if it fails by itself."""
+def tried(
+    name: str, sample: int, workers: int, note: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Every kill of a job, or so many, and what came of it; `note` is told after each.
+
+    Raises:
+        SystemExit: if the job fails by itself.
+    """
     began, found = time.monotonic(), dict[str, str]()
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         before, alone = Path(folder) / "before", Path(folder) / "alone"
@@ -219,15 +228,19 @@ def tried(name: str, sample: int, workers: int) -> dict[str, Any]:
             sys.exit(f"{name}: fails by itself; see above")
         kills = list(itertools.product(range(1, counts[1] + 1), (False, True)))
         kills = kills[:: max(1, len(kills) // sample)] if sample else kills
+        random.Random(0).shuffle(kills)
         # Workers are forked at once, before the pool has threads: each forks its own tries.
         with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            said = [pool.submit(attempt, name, before, *kill, counts[0]) for kill in kills]
-            for (at, after), lost in zip(kills, (one.result() for one in said), strict=True):
+            said = {pool.submit(attempt, name, before, *kill, counts[0]): kill for kill in kills}
+            row: dict[str, Any] = {"operations": counts[1], "wanted": len(kills)}
+            for one in as_completed(said):
+                (at, after), lost = said[one], one.result()
                 if lost is not None:
                     found[f"{'after' if after else 'before'} {at}"] = lost
-    lost_ones = {key: lost for key, lost in found.items() if lost}
-    seconds = round(time.monotonic() - began)
-    return {"operations": counts[1], "tried": len(found), "lost": lost_ones, "duration_s": seconds}
+                row |= {"tried": len(found), "lost": {k: lost for k, lost in found.items() if lost}}
+                row["duration_s"] = round(time.monotonic() - began)
+                note(row)
+    return row
 
 
 def main() -> int:
@@ -242,15 +255,19 @@ def main() -> int:
     print(
         "| job | file operations | kills | held | lost | s |\n|:--|--:|--:|--:|--:|--:|", flush=True
     )
+    kept = json.loads(out.read_text()) if asked.keep and out.exists() else {}
+
+    def note(row: dict[str, Any]) -> None:
+        if asked.keep:
+            files.write_atomic(out, json.dumps(kept | {name: row}, indent=1) + "\n")
+
     for name in asked.jobs or JOBS:
-        row = tried(name, asked.sample, asked.workers)
+        row = tried(name, asked.sample, asked.workers, note)
+        kept[name] = row
         lost += len(row["lost"])
         held = row["tried"] - len(row["lost"])
         cells = name, row["operations"], row["tried"], held, len(row["lost"]), row["duration_s"]
         print(f"| {' | '.join(map(str, cells))} |", *row["lost"].items(), sep="\n", flush=True)
-        if asked.keep:
-            kept = json.loads(out.read_text()) if out.exists() else {}
-            out.write_text(json.dumps(kept | {name: row}, indent=1) + "\n")
     return int(lost > 0)
 
 
