@@ -13,7 +13,8 @@ forward-facing or not, with and without a lens's rim) and analytic shapes that l
 
 Every fault is put into sets of 1, 2, 10 and 100 records, of 64 views, into half the records and
 into one of a hundred.  `--seed` decides about cameras, sets and faults; use one that set no
-threshold.  Rows are written as they come, in random order.  Writes gate.json and gate.md.
+threshold.  Rows are written as they come, in random order, strengths below the practical ones last.
+Writes gate.json and gate.md.
 """
 
 import argparse
@@ -371,7 +372,8 @@ def limits() -> dict[str, str]:
 
 
 def tasks_of(folders: Sequence[str], seed: int, share: float) -> Iterator[Task]:
-    """All sets, in random order; of each kind a share, in the mean."""
+    """All sets, in random order, those whose fault need not be seen last; of each kind a share, in
+    the mean."""
     chosen, plan = np.random.default_rng(seed), list[tuple[int, str, str, str, float]]()
     for path in map(Path, folders):
         for condition, (count, views, healthy, faulty) in CONDITIONS.items():
@@ -402,8 +404,13 @@ def tasks_of(folders: Sequence[str], seed: int, share: float) -> Iterator[Task]:
         plan += [(2, name, c, f, 1.0) for c in ("3 records", "distorted") for f in OF_ROOMS]
         plan += [(1, name, "64 views", f, 1.0) for f in ("", "shuffled_poses")]
     wanted = [one[1:] for one in plan for _ in range(int(share * one[0] + chosen.random()))]
-    for number, k in enumerate(chosen.permutation(len(wanted)).tolist(), 1):
-        source, condition, fault, strength = wanted[k]
+
+    def is_below(one: tuple[str, str, str, float]) -> bool:
+        return bool(one[2]) and one[3] < faults.EXPECTED[one[2]][1]
+
+    order = [wanted[k] for k in chosen.permutation(len(wanted)).tolist()]
+    for number, one in enumerate(sorted(order, key=is_below), 1):
+        source, condition, fault, strength = one
         yield Task(source, number, condition, fault, strength, seed, str(Path(folders[0]).parent))
 
 
@@ -507,9 +514,9 @@ def markdown(title: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_tables(out: Path) -> None:
-    """gate.json and gate.md of the rows that are there."""
+    """gate.json and gate.md of the rows that are there, whole ones."""
     rows, seen = (
-        [msgspec.json.decode(line) for line in path.read_bytes().splitlines() if line]
+        [msgspec.json.decode(line) for line in path.read_bytes().splitlines() if line[-1:] == b"}"]
         for path in (out / "rows.jsonl", out / "calibration.jsonl")
     )
     about = json.loads((out / "thresholds.json").read_text()) | {"sets": len(rows)}

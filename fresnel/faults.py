@@ -33,6 +33,9 @@ _PRACTICAL = {
     "clipped": {"contrast": 0.75},
     "noisy": {"noise": 0.25},
     "channels_swapped": {"swapped_channels": 1.0},
+    "views_grey": {"grey_views": 1.0},
+    "views_negative": {"negative_views": 1.0},
+    "colour_drift": {"drifting_white": 0.75},
     "out_of_frame": {"cropped": 0.5},
     "depth_mismatch": {"wrong_depth": 0.25},
     "mirrored": {"mirrored_views": 0.5, "mirrored_all": 1.0, "reversed_azimuth": 1.0},
@@ -51,7 +54,7 @@ _PRACTICAL = {
     "pivot_offset": {"stated_pivot": 0.25, "shifted_poses": 0.25, "pivot_offset": 0.5},
     "azimuth_imbalance": {"one_side": 0.75},
     "billboard": {"billboard": 0.75},
-    "blurred": {"blur": 0.5},
+    "blurred": {"blur": 0.5, "half_blurred": 0.5},
     "identity_mismatch": {"identity_mismatch": 0.5},
     "pose_invalid": {"nan_pose": 0.25},
     "duplicated_objects": {"duplicated_objects": 0.25},
@@ -60,7 +63,8 @@ _PRACTICAL = {
 }
 EXPECTED = {name: (code, at) for code, names in _PRACTICAL.items() for name, at in names.items()}
 """The code that should come first, and the smallest strength at which it has to: practical ones."""
-_BY_RECORD = {n for n, (_, practical) in EXPECTED.items() if practical == 1} - {"swapped_channels"}
+_BY_RECORD = {n for n, (_, practical) in EXPECTED.items() if practical == 1}
+_BY_RECORD -= {"swapped_channels", "grey_views"}
 """Mistakes that are there or not, in a share `strength` of the records."""
 UNPAIRED = (
     *("rolled_off_centre", "others_poses", "drifting_poses"),
@@ -201,6 +205,15 @@ def _pictured(views: ObjectViews, fault: str, by: float, rng: np.random.Generato
             return recoloured(views, lambda own: (own + grain).clamp(0, 255))
         case "swapped_channels":  # red and blue exchanged, blended in by `strength`
             return recoloured(views, lambda own: (1 - by) * own + by * own.flip(-1))
+        case "grey_views":  # as bright, without their colours, blended in by `strength`
+            luma = torch.tensor([0.299, 0.587, 0.114])
+            return recoloured(views, lambda own: (1 - by) * own + by * (own @ luma)[..., None])
+        case "negative_views":
+            return recoloured(views, lambda own: 255 - own)
+        case "drifting_white":  # red rises by 2 * strength stops over the views, blue falls
+            stops = by * torch.linspace(-1, 1, count)
+            gain = 2.0 ** torch.stack([stops, 0 * stops, -stops], dim=-1)
+            return exposed(views, gain[:, None, None])
         case "black_views":  # in this share of the views the object is; alpha stays
             rows = _chosen(views, by, rng)
             return changed(views, ["rgb"], lambda part: put(part, rows, 0))
@@ -229,16 +242,13 @@ def _pictured(views: ObjectViews, fault: str, by: float, rng: np.random.Generato
             scale = torch.from_numpy(np.stack([width.clip(1e-3), np.ones_like(width)], -1)).float()
             centre = _pixels(views.cameras, views.pivot)[1]
             return _warped(views, scale, centre, centre)
-        case "blur":  # of colour and alpha; sigma = strength * 0.1 of the width
-            sigma = 0.1 * by * size
+        case "blur" | "half_blurred":  # of colour and alpha; sigma = strength * 0.1 of the width
+            sigma, rows = 0.1 * by * size, _chosen(views, 0.5 if fault != "blur" else 1.0, rng)
 
             def blurred(part: Tensor) -> Tensor:
                 axes = (0, sigma, sigma, 0)[: part.ndim]
-                return as_bytes(
-                    torch.from_numpy(
-                        gaussian_filter(part.float().numpy(), axes, mode="nearest", truncate=3)
-                    )
-                )
+                soft = gaussian_filter(part[rows].float().numpy(), axes, mode="nearest", truncate=3)
+                return put(part, rows, as_bytes(torch.from_numpy(soft)))
 
             return changed(views, ("rgb", "alpha"), blurred)
         case "identity_mismatch":  # the input moved by strength / 2 of its width, colours swapped

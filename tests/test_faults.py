@@ -1,7 +1,9 @@
 """Faults do what they say, and the gate names each at its practical strength."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from boxes import Memory, cast, views_of
@@ -9,6 +11,10 @@ from boxes import Memory, cast, views_of
 from fresnel import faults, gate
 from fresnel.data import dataset
 from fresnel.data.dataset import ObjectViews
+from fresnel.gate.checks import Seen
+from fresnel.gate.decide import Reason, _ranked
+from fresnel.gate.fix import fix
+from fresnel.gate.measure import measure
 from fresnel.scene.colour import luminance
 
 
@@ -93,3 +99,50 @@ def test_apply_writes_a_dataset_that_says_what_was_done(tmp_path: Path) -> None:
     assert dark.content_hash != clean.content_hash and dark.names == clean.names
     assert gate.validate(clean, progress=False).passed
     assert gate.validate(dark, progress=False).reasons[0].code == "views_dark"
+
+
+def test_colours_of_another_kind_are_told_from_exchanged_or_brighter_ones() -> None:
+    """Orange exchanged is nearly its negative; what is brighter is nearly that of what is dark; and
+    a grey input says nothing of views in colour, nor a view in colour of one that is grey."""
+    orange = [views_of(0, colors=torch.tensor([[0.9, 0.5, 0.15]] * 3))]
+    for fault, beyond in (("swapped_channels", "swapped"), ("negative_views", "negated")):
+        row = measure(next(faults.corrupt(orange, fault, 1.0)))[1]
+        limits = {"swapped": 1.7, "negated": 1.2}
+        over = [key for key, limit in limits.items() if row[key] > limit]
+        assert beyond in over and ("negated" in over) == (beyond == "negated")
+    dark = [views_of(k, colors=torch.full((3, 3), 0.2 + 0.02 * k)) for k in range(6)]
+    bright = gate.validate(Memory(list(faults.corrupt(dark, "overexpose", 0.9))), progress=False)
+    assert bright.reasons[0].code == "views_bright"
+    grey = broken(orange[0], "grey_views", 1.0)
+    assert measure(grey)[1]["saturation"] < 0.02
+    mixed = replace(grey, rgb=torch.cat([grey.rgb[:-1], orange[0].rgb[-1:]]))
+    assert measure(mixed)[1]["saturation"] > 0.9
+    turned = replace(orange[0], input_rgb=grey.rgb[0], input_alpha=grey.alpha[0])
+    assert np.isnan(measure(turned)[1]["saturation"])
+
+
+def test_views_blurred_by_halves_are_seen_without_alpha_too() -> None:
+    record, rng = views_of(1), np.random.default_rng(0)
+    half, blurred = (broken(record, fault, 0.5) for fault in ("half_blurred", "blur"))
+    limit = gate.GateConfig().min_evenness
+    for views, least, most in ((record, 0.6, 1.0), (half, 0.0, limit), (blurred, 0.6, 1.0)):
+        for one in (views, faults.on_background(views, "opaque_white", rng)):
+            assert least < measure(one)[1]["evenness"] <= most
+    shown = {"records_shown": 4.0, "detail_ratio": 0.6, "evenness": 0.2, "min_evenness": limit}
+    found = [Reason("pose_mismatch", "", "", shown), Reason("blurred", "", "", shown)]
+    assert [reason.code for reason in _ranked(found)] == ["blurred", "pose_mismatch"]
+
+
+def test_a_negative_is_undone_where_there_is_one(tmp_path: Path) -> None:
+    records = [views_of(i, identity=False) for i in range(4)]
+    bad = [*faults.corrupt(records[:3], "negative_views", 1.0), records[3]]
+    fixed, verdict = fix(Memory(bad), tmp_path / "fixed", progress=False)
+    assert verdict.passed and fixed.meta["mended"][0].endswith("in 3 of 4 records")
+    for k, record in enumerate(records):
+        assert (fixed[k].rgb.int() - record.rgb.int()).abs().max() <= 2
+
+
+def test_what_a_decoder_drew_unlike_its_input_is_no_wrong_pose() -> None:
+    objects = [{"input_miss": 0.2, "identity_iou": iou, "views": 0} for iou in (0.7, 0.9, np.nan)]
+    found = Seen([], objects, gate.GateConfig())["input_miss"]
+    assert np.isnan(found[0]) and (found[1:] == 0.2).all()

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fresnel.gate.leaks import Row, shared, split_of, stem, twins, whole_prints
-from fresnel.gate.thresholds import BLATANT, GateConfig, alone
+from fresnel.gate.leaks import Row, leaked, stem, twins, whole_prints
+from fresnel.gate.thresholds import GateConfig, alone, is_blatant
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class Seen:
             # Outlines that had to be guessed are ragged.
             "hull_miss": self.record("hull_miss") / np.where(guessed, 4, 1),
             "stray": self.record("stray") / np.where(guessed, 2, 1),
+            # What a decoder drew unlike its input, seen from the input's own camera, is no pose's
+            # fault.
+            "input_miss": np.where(
+                self.record("identity_iou") < config.own_iou, np.nan, self.record("input_miss")
+            ),
             "stated_distance": self.record("pivot_error") * self.record("radius"),  # units
         }
         out["cropped"][self.foreground("none")] = np.nan
@@ -168,21 +173,7 @@ def share(values: np.ndarray) -> float:
     return median(values, np.mean)
 
 
-def is_blatant(values: np.ndarray, name: str) -> np.ndarray:
-    """Where values are beyond what any healthy record shows, by the name of their limit."""
-    far = BLATANT.get(name, math.nan)
-    return values < far if name.startswith("min") else values > far
-
-
-_SHARES = (
-    "empty",
-    "constant",
-    "cropped",
-    "dark",
-    "bright",
-    "black",
-    "frozen",
-)  # of a record's views
+_SHARES = {"empty", "constant", "cropped", "dark", "bright", "black", "frozen"}  # of its views
 
 
 @dataclass(frozen=True)
@@ -287,26 +278,9 @@ def _either(first: Check, second: Check) -> Callable[[Seen], Finding]:
 
 
 def _leak(seen: Seen) -> Finding:
-    """The same object in two splits: every later figure would be wrong.
-
-    Splits come from the dataset's meta ("object_splits"), from folders called train, val and test,
-    or from a second dataset given to `validate` (meta["against"]: what `print_of` says of its
-    records).  The same object is one
-    - with the same pictures, under whatever name: two of them (or the only one);
-    - of the same name (before "__", after the folder; not of layouts that number their records) and
-      of the same colours, if of the common names more look alike than chance explains;
-    - of the same colours from wherever it is seen, if more have so near a relative in the other
-      split than within one.
-    """
-    known, own = seen.meta.get("object_splits") or {}, list(seen.objects)
-    leaks = list(shared(own, [split_of(str(row["name"]), known) for row in own]))
-    if others := seen.meta.get("against"):
-        where = ["this set"] * len(own) + ["the other set"] * len(others)
-        leaks += shared([*own, *others], where)
-    flags = np.zeros(len(own))
-    flags[[k for pair, _ in leaks for k in pair if k < len(own)]] = 1
-    count = len({stem(own[k]) for k in np.flatnonzero(flags)})
-    said = f"{count} objects are in more than one split: {leaks[0][1]}" if leaks else ""
+    """The same object in two splits: every later figure would be wrong.  See `leaks.leaked`."""
+    flags, count, first = leaked(seen.objects, seen.meta)
+    said = f"{count} objects are in more than one split: {first}" if count else ""
     hint, values = "split by object before anything is rendered", {"objects": float(count)}
     return Finding("split_leak", flags, said, hint, values, at_once=True)
 
@@ -424,6 +398,25 @@ CHECKS: tuple[Callable[[Seen], Finding], ...] = (
         "fix the exposure (and white balance) over all views of an object",
     ),
     Check(
+        "colour_drift",
+        {"tint": "max_tint"},
+        "colours change from view to view: the same surface's channels vary by {tint:.2f} "
+        "e-foldings against each other over all of them",
+        "fix the white balance over all views of an object",
+    ),
+    Check(
+        "views_negative",
+        {"negated": "max_negated"},
+        "the views' colours are {negated:.1f} times liker the input's negative than the input",
+        "write colours, not 255 less colours: `--fix` writes a corrected copy",
+    ),
+    Check(
+        "views_grey",
+        {"saturation": "min_saturation"},
+        "the views have {saturation:.0%} of the input's saturation: they are grey",
+        "write the views in colour, as the input is",
+    ),
+    Check(
         "channels_swapped",
         {"swapped": "max_swapped"},
         "the views' colours are {swapped:.1f} times nearer to the input's with red and blue "
@@ -453,8 +446,9 @@ CHECKS: tuple[Callable[[Seen], Finding], ...] = (
     ),
     Check(
         "blurred",
-        {"detail_ratio": "min_detail_ratio"},
-        "views have {detail_ratio:.0%} of the input's gradients: they are blurred",
+        {"detail_ratio": "min_detail_ratio", "evenness": "min_evenness"},
+        "views have {detail_ratio:.0%} of the input's gradients, and the softest quarter of them "
+        "{evenness:.0%} of the sharpest's: they are blurred",
         "check the resolution the views were rendered at, and the Gaussians' scales",
     ),
     Check(

@@ -24,11 +24,11 @@ _GEOMETRY += "faces_missing"
 _LOOSE = "pose_mismatch input_pose focal_length depth_mismatch"
 _EXPOSED = "views_dark views_bright"
 _OF_EXPOSURE = "identity_mismatch blurred clipped exposure_drift colours_disagree "
-_OF_EXPOSURE += "channels_swapped faces_missing"
+_OF_EXPOSURE += "channels_swapped faces_missing colour_drift views_negative views_grey"
 EXPLAINS = {
     "pose_invalid": "pivot_offset pose_mismatch",
     "constant_frames": f"{_EXPOSED} views_empty blurred pose_mismatch out_of_frame exposure_drift "
-    "clipped channels_swapped frozen_views faces_missing",
+    "clipped channels_swapped frozen_views faces_missing views_grey colour_drift views_negative",
     "azimuth_imbalance": "pose_mismatch too_few_views",
     "pose_convention": f"{_GEOMETRY} azimuth_imbalance",
     "mirrored": f"{_GEOMETRY} azimuth_imbalance",
@@ -45,9 +45,12 @@ EXPLAINS = {
     "blurred": f"colours_disagree identity_mismatch faces_missing {_LOOSE}",
     "views_dark": _OF_EXPOSURE,
     "views_bright": _OF_EXPOSURE,
-    "exposure_drift": f"colours_disagree clipped {_EXPOSED}",
-    "clipped": f"noisy {_EXPOSED} exposure_drift colours_disagree",
-    "noisy": f"colours_disagree faces_missing clipped {_EXPOSED} exposure_drift",
+    "exposure_drift": f"colours_disagree clipped {_EXPOSED} colour_drift views_negative",
+    "colour_drift": "colours_disagree channels_swapped",
+    "views_negative": f"{_EXPOSED} {_OF_EXPOSURE}",
+    "views_grey": "colours_disagree identity_mismatch",
+    "clipped": f"noisy {_EXPOSED} exposure_drift colours_disagree colour_drift",
+    "noisy": f"colours_disagree faces_missing clipped {_EXPOSED} exposure_drift colour_drift",
 }
 """What else a fault brings about."""
 _HINTS = {check.code: check.hint for check in _ALL if isinstance(check, Check)} | {
@@ -201,13 +204,22 @@ _Values = Mapping[str, float]
 _PASSES_FOR: dict[str, tuple[str, float, Callable[[_Values, _Values], bool]]] = {
     # Both ends of the scale, or it is exposure that clips.
     "clipped": (
-        _EXPOSED,
+        f"{_EXPOSED} colour_drift",
         0.7,
         lambda own, _: own["clipped"] > own["crushed"] + 0.05 and own["floored"] > 0.05,
     ),
+    "views_negative": (f"{_EXPOSED} exposure_drift colour_drift", 1.0, lambda *_: True),
     "exposure_drift": (_EXPOSED, 1.0, lambda _, other: not other["black"] > 0.02),
-    "noisy": (f"{_EXPOSED} exposure_drift clipped {_LOOSE}", 1.0, lambda *_: True),
-    "blurred": (_LOOSE, 1.201, lambda own, _: own["detail_ratio"] < 0.3),
+    "noisy": (f"{_EXPOSED} exposure_drift colour_drift clipped {_LOOSE}", 1.0, lambda *_: True),
+    # Poses make no outline soft.
+    "blurred": (
+        _LOOSE,
+        1.0,
+        lambda own, other: (
+            own["evenness"] < own["min_evenness"]
+            or (own["detail_ratio"] < 0.3 and own["records_shown"] > 1.2 * other["records_shown"])
+        ),
+    ),
     "views_empty": (_LOOSE, 1.201, lambda *_: True),
     "azimuth_imbalance": (_LOOSE, 1.201, lambda *_: True),
 }

@@ -22,13 +22,13 @@ MOST_CLIPPED = 0.05
 """Share of pixels at the end of the scale beyond which brightness can't be taken back, in a tenth
 of the views."""
 _TOPS = ("top", "set_top")
-_NO_WORSE = {"mismatch": 0.01, "swapped": 0.0, "exposure": 0.0}
+_NO_WORSE = {"mismatch": 0.01, "swapped": 0.0, "negated": 0.0, "exposure": 0.0}
 
 
 @dataclass(frozen=True)
 class Step:
     """One mend: what it does in words, for the copy's meta, its doing, and what it makes better:
-    "mismatch", "swapped" or "exposure"; "" where it never hurts."""
+    "mismatch", "swapped", "negated" or "exposure"; "" where it never hurts."""
 
     words: str
     apply: Callable[[ObjectViews], ObjectViews]
@@ -91,9 +91,9 @@ def fix(
     """Write a corrected copy of a dataset to `path` and gate that.
 
     Conventions of poses, mirrored or reordered pictures, focal length, principal point, the stated
-    pivot, moderate exposure and exchanged channels can be mended; each round mends the first reason
-    of the verdict before it, in the records that it makes no worse.  The copy's meta lists what was
-    done.
+    pivot, moderate exposure, negatives and exchanged channels can be mended; each round mends the
+    first reason of the verdict before it, in the records that it makes no worse.  The copy's meta
+    lists what was done.
 
     Args:
         verdict: of this dataset, if there is one already.
@@ -143,6 +143,10 @@ def plan(verdict: Verdict) -> Step | None:
     if reason.code == "channels_swapped":
         words = "red and blue of the views exchanged"
         return Step(words, lambda views: replace(views, rgb=views.rgb.flip(-1)), "swapped")
+    if reason.code == "views_negative":
+        words = "colours of the views taken from white"
+        turned = lambda views: transforms.recoloured(views, lambda own: 255 - own)  # noqa: E731
+        return Step(words, turned, "negated")
     if reason.code == "pivot_offset" and verdict.figures.get("pivot_relative", 1.0) < 0.2:
         return Step("the pivot set to the point that the cameras look at", _pivot_at_axes)
     return None

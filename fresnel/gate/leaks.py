@@ -73,6 +73,29 @@ def shared(objects: Sequence[Row], splits: Sequence[str | None]) -> Iterator[_Le
             yield (a, b), f"{names[a]} has the looks of {names[b]}"
 
 
+def leaked(own: Sequence[Row], meta: Mapping[str, Any]) -> tuple[np.ndarray, int, str]:
+    """Which records of a set are in two splits, how many objects that are, and the first in words.
+
+    Splits come from the dataset's meta ("object_splits"), from folders called train, val and test,
+    or from a second dataset given to `validate` (meta["against"]: what `print_of` says of its
+    records).  The same object is one
+    - with the same pictures, under whatever name: two of them (or the only one);
+    - of the same name (before "__", after the folder; not of layouts that number their records) and
+      of the same colours, if of the common names more look alike than chance explains;
+    - of the same colours from wherever it is seen, if more have so near a relative in the other
+      split than within one.
+    """
+    known = meta.get("object_splits") or {}
+    leaks = list(shared(own, [split_of(str(row["name"]), known) for row in own]))
+    if others := meta.get("against"):
+        where = ["this set"] * len(own) + ["the other set"] * len(others)
+        leaks += shared([*own, *others], where)
+    flags = np.zeros(len(own))
+    flags[[k for pair, _ in leaks for k in pair if k < len(own)]] = 1
+    count = len({stem(own[k]) for k in np.flatnonzero(flags).tolist()})
+    return flags, count, leaks[0][1] if leaks else ""
+
+
 _ALIKE = 0.97
 """Likeness of colours: 48 training objects from other cameras 0.975 (95 % of them), 0.1 % of pairs
 of different ones and 4 % of pairs of heads more."""

@@ -31,6 +31,8 @@ _EMPTY_COVERAGE, _EMPTY_RATIO = 0.001, 0.02
 """A view that covers less than this, or less than this of what its input covers, is empty."""
 _WHOLE = 128
 """Up to how many views all of them are kept, small, to find out what is wrong with their order."""
+_BINS = 12
+"""Of each channel, in a histogram of colours."""
 _Numbers = dict[str, np.ndarray]
 
 
@@ -69,6 +71,9 @@ def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row],
     for row, area in zip(rows, areas.tolist(), strict=True):  # further away it covers less
         row["coverage_ratio"] /= area
     summary |= _of_record(seen, reference, angles[:, 0], toward) | _identity(views)
+    summary |= _colours(views, rgb, alpha, toward, summary["looks"])
+    edges = (stored_rgb if guessed else rgb) @ _LUMA if foreground != "alpha" else alpha / 255.0
+    summary["evenness"] = _evenness(edges) if foreground != "none" else math.nan
     summary |= measure_faces(views, rgb, alpha, angles[:, 0])
     rig = None
     if summary["bad_poses"] or summary["bad_depth"]:
@@ -98,14 +103,18 @@ def print_of(views: ObjectViews) -> Row:
         )
         for c, a in ((rgb, alpha), own)
     ]
+    prints = torch.cat(small).numpy().astype(np.float16)
+    return {"name": views.name, "prints": prints, "looks": _looks(rgb, alpha)}
+
+
+def _looks(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """The colours of pictures over black: see `print_of`."""
     colours, cover = rgb[alpha >= 200], alpha[alpha >= 200]
     step = max(1, len(colours) // 50_000)
     straight = colours[::step] * (255 / cover[::step, None].astype(np.float32))
-    counts = np.histogramdd(straight.clip(0, 255), 12, [(0, 256)] * 3)[0]
+    counts = np.histogramdd(straight.clip(0, 255), _BINS, [(0, 256)] * 3)[0]
     looks = np.sqrt(gaussian_filter(counts / max(len(straight), 1), 1.0, mode="nearest")).ravel()
-    prints = torch.cat(small).numpy().astype(np.float16)
-    looks = looks / max(float(np.linalg.norm(looks)), 1e-9)
-    return {"name": views.name, "prints": prints, "looks": looks.astype(np.float32)}
+    return (looks / max(float(np.linalg.norm(looks)), 1e-9)).astype(np.float32)
 
 
 def _foreground(rgb: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
@@ -307,6 +316,45 @@ def _of_record(
         same, swapped = (np.abs(mine - to).sum(axis=1) for to in (theirs, theirs[::-1]))
         out["swapped"] = float((same / np.maximum(swapped, 1e-6)).min())
     return out
+
+
+def _colours(
+    views: ObjectViews, rgb: np.ndarray, alpha: np.ndarray, toward: np.ndarray, looks: np.ndarray
+) -> Row:
+    """Whether the views' colours are the input's at all: `saturation`, that of the most colourful
+    view over the input's, where that is no grey; and `negated`, how much likelier its negative
+    would give them (of all views or of those from its side, whichever are liker), 0 where nothing
+    is much like the negative, or red and blue exchanged fit better."""
+    rows = np.flatnonzero(toward >= min(0.7, float(toward.max())))
+    own = views.input_rgb.numpy()[None], views.input_alpha.numpy()[None]
+    mine = _looks(*own).reshape((_BINS,) * 3)
+    sides = np.stack([looks, _looks(rgb[rows], alpha[rows])])
+    others = (mine, mine[::-1, ::-1, ::-1], mine.transpose(2, 1, 0))
+    same, negative, swapped = ((sides @ one.ravel()).max() for one in others)
+    is_negative = negative > max(swapped, 0.7)
+    tops, chroma = [], []
+    for colours, cover in zip((own[0][0], *rgb), (own[1][0], *alpha), strict=True):
+        solid = colours[cover >= 200].astype(np.float32)
+        tops.append(max(float(solid.max(axis=1).sum()) if len(solid) else 0.0, 1e-6))
+        chroma.append(float(np.ptp(solid, axis=1).sum()) if len(solid) else 0.0)
+    shares = np.array(chroma) / np.array(tops)
+    coloured = chroma[0] > 10 * max(int((own[1] >= 200).sum()), 1)
+    return {
+        "saturation": float(shares[1:].max() / shares[0]) if coloured else math.nan,
+        "negated": float(negative / max(same, 1e-3)) if is_negative else 0.0,
+    }
+
+
+def _evenness(pictures: np.ndarray) -> float:
+    """How sharp the softest quarter of views (V, H, W) is beside the sharpest: quartiles of
+    gradients, each weighted by itself, over the picture's range, which depends neither on how long
+    edges are nor much on exposure."""
+    steps = [np.abs(np.diff(pictures, axis=k)).reshape(len(pictures), -1) for k in (1, 2)]
+    total, squares = (sum(one(part).sum(axis=1) for part in steps) for one in (np.abs, np.square))
+    sharp = (squares / np.maximum(total * np.ptp(pictures, axis=(1, 2)), 1e-6))[total > 1]
+    return (
+        float(np.quantile(sharp, 0.25) / np.quantile(sharp, 0.75)) if len(sharp) > 1 else math.nan
+    )
 
 
 def _identity(views: ObjectViews) -> Row:

@@ -1,8 +1,11 @@
 """The gate's thresholds, each with the evidence it was set on."""
 
+import math
 from dataclasses import dataclass
 
-VERSION = 6
+import numpy as np
+
+VERSION = 7
 """Of measurements, checks and thresholds together: a receipt of another version is void."""
 
 
@@ -46,15 +49,20 @@ class GateConfig:
     max_bright: float = 0.1
     max_drift: float = 0.75  # e-foldings between neighbours; 95% of renders 0.55
     max_spread: float = 0.6  # e-foldings, of all views; 99% of renders 0.46
+    max_tint: float = 0.2  # of channels beside their mean; 98% of 208 records 0.19, faults 0.4
     max_jump: float = 1.0  # e-foldings up to which no view is odd; 90% of renders 0.73
     max_clipped: float = 0.35  # beyond the input's share; 99% of renders 0.13
     max_swapped: float = 1.7  # no render reached 1.1
+    max_negated: float = 1.2  # 152 records 0.93, 95% of negatives 1.25
+    min_saturation: float = 0.15  # of the input's; 132 records 0.93, decoded over white 0.4
     max_border: float = 0.02  # covered share of a view's border; haze of decoded 0.002
     max_cropped: float = 0.3  # share of a record's views; our orbits have none
     min_detail_ratio: float = 0.42  # renders 0.63 to 1.37; 1% of decoded below 0.44
+    min_evenness: float = 0.4  # 152 records 0.75; of luma 95% 0.67; half of the views blurred 0.35
     max_grain: float = 12.0  # of 255, beyond the input's
     min_identity_psnr: float = 13.0  # dB; the shipped decoder 18.5, the original's 10.1
     min_identity_iou: float = 0.6  # the shipped decoder 0.86, the original's 0.61
+    own_iou: float = 0.8  # an outline is its input's from here; of 96 decoded 4 miss most below
     min_faces: float = 0.5  # share of views beside the input; 48 healthy heads 1.0, faults 0.02
     max_duplicates: float = 0.02  # share of the records
     max_class_share: float = 0.9  # of at least ten objects
@@ -86,8 +94,15 @@ BLATANT = {
     **{"min_luminance_ratio": 0.15, "max_luminance_ratio": 4.0, "min_top": 8.0, "max_dark": 0.5},
     **{"max_bright": 0.5, "max_drift": 1.5, "max_spread": 2.0, "max_clipped": 0.6},
     **{"max_swapped": 3.0, "max_cropped": 0.8, "min_detail_ratio": 0.12, "max_grain": 25.0},
+    **{"max_tint": 0.7, "max_negated": 3.0, "min_saturation": 0.05, "min_evenness": 0.15},
 }
 """Limits beyond which one record is enough to refuse a set of any size.  Of 312 records of training
 furniture and heads, rendered and decoded, none reached two thirds of any; of 732 others four, of
 black objects, are beyond `max_dark` or `min_top`.  The other checks have no such limit, since
 objects that are flat or of one colour are healthy."""
+
+
+def is_blatant(values: np.ndarray, name: str) -> np.ndarray:
+    """Where values are beyond what any healthy record shows, by the name of their limit."""
+    far = BLATANT.get(name, math.nan)
+    return values < far if name.startswith("min") else values > far

@@ -295,7 +295,8 @@ def photometric(rig: Rig) -> Row:
         share of surface points that float in front of what the neighbour sees there; and what the
         same surface's linear light says of exposure, in e-foldings: `gain` of the views over the
         input, `steps` between views (the median), `jump`, that of the oddest view to its
-        neighbours, and `spread`, the standard deviation over all views.
+        neighbours, and `spread`, the standard deviation over all views; `tint` is that of the
+        channels' gains beside their mean, which white balance changes and exposure does not.
     """
     rig = rig.only(rig.shown & (rig.depths > 0).any(axis=(1, 2)))
     count, (height, width) = len(rig.masks), rig.masks.shape[1:]
@@ -304,7 +305,7 @@ def photometric(rig: Rig) -> Row:
     # Colours at edges are mixed with what is behind them.
     inner = ~_grown((rig.depths <= 0) | (rig.masks <= 0.9))
     same, unrelated, floating, total = [], [], 0, 0
-    steps = np.full((count, count), np.nan)
+    steps, hues = np.full((count, count), np.nan), np.zeros((count, count, 3))
     for i in range(count if count >= 3 else 0):
         x, y = _spread(inner[i], 2 * _RAYS).T
         if len(x) < 8:
@@ -330,6 +331,8 @@ def photometric(rig: Rig) -> Row:
                 unrelated.append(np.abs(mine - np.roll(theirs, len(theirs) // 2, axis=0)).mean())
                 light = [np.square(part).mean(axis=1) + 0.004 for part in (mine, theirs)]
                 steps[i, j] = np.median(np.log(light[0] / light[1]))
+                tones = np.log((np.square(mine) + 0.02) / (np.square(theirs) + 0.02))
+                hues[i, j] = np.median(tones - tones.mean(axis=1, keepdims=True), axis=0)
     contrast = float(np.mean(unrelated)) if unrelated else 0.0
     views = rig.views[:, None] & rig.views
     of_view = [row[np.isfinite(row)] for row in np.where(views, np.abs(steps), np.nan)]
@@ -337,9 +340,12 @@ def photometric(rig: Rig) -> Row:
     own, every = own[np.isfinite(own)], np.concatenate([np.zeros(0), *of_view])
     # The gains of all views that make up for their differences, in the least-squares sense.
     one, two = np.nonzero(np.isfinite(steps) & views)
-    gains = np.linalg.lstsq(np.eye(count)[one] - np.eye(count)[two], steps[one, two])[0]
+    each = np.column_stack([steps[one, two], hues[one, two]])
+    gains = np.linalg.lstsq(np.eye(count)[one] - np.eye(count)[two], each)[0][rig.views]
+    varied = gains.var(axis=0) if len(one) >= max(count, 1) else np.full(4, np.nan)
     exposure = {
-        "spread": float(np.std(gains[rig.views])) if len(one) >= max(count, 1) else np.nan,
+        "spread": float(np.sqrt(varied[0])),
+        "tint": float(np.sqrt(varied[1:].sum())),
         "gain": float(np.median(own)) if len(own) else np.nan,
         "steps": float(np.median(every)) if len(every) else np.nan,
         "jump": max((float(np.median(row)) for row in of_view if len(row)), default=np.nan),
