@@ -260,6 +260,8 @@ def _share(
     threads: int,
 ) -> Encoded:
     """One process's records, of these numbers."""
+    # What encodes them is started by this process, not by the caller: beside CUDA's own start.
+    dataset.expect(len(inputs) * config.views_per_image * config.image_size**2)
     torch.set_num_threads(threads)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
