@@ -426,6 +426,17 @@ def test_a_record_that_alone_can_be_compared_is_judged_as_if_alone() -> None:
         assert check(Seen([], objects, gate.GateConfig())).flags[0] == flagged
 
 
+def test_statistics_of_records_are_of_their_own_views() -> None:
+    random, views = np.random.default_rng(0), [3, 0, 12, 3, 1, 40]
+    values = random.normal(size=sum(views))
+    values[random.random(len(values)) < 0.3] = np.nan
+    seen = Seen([], [{"views": count} for count in views], gate.GateConfig())
+    parts = [part[np.isfinite(part)] for part in np.split(values, np.cumsum(views)[:-1])]
+    for how in (np.mean, np.median):
+        expected = [how(part) if len(part) else np.nan for part in parts]
+        np.testing.assert_array_equal(seen.per_record(values, how), expected)
+
+
 @pytest.mark.parametrize(
     ("fault", "strength"),
     [("opengl_axes", 1.0), ("darken", 0.9), ("empty_views", 0.5)],

@@ -5,7 +5,6 @@ by a sequential test on those flags (`decide`).
 """
 
 import functools
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -68,9 +67,14 @@ class Seen:
 
     def per_record(self, values: np.ndarray, how: Callable[..., Any] = np.mean) -> np.ndarray:
         """A statistic of each record's finite views; NaN where there are none."""
-        ends = np.cumsum([0, *(row["views"] for row in self.objects)])
-        parts = (values[a:b][np.isfinite(values[a:b])] for a, b in itertools.pairwise(ends))
-        return np.array([how(part) if len(part) else np.nan for part in parts])
+        finite, views = np.isfinite(values), [row["views"] for row in self.objects]
+        owners = np.repeat(np.arange(len(views)), views)[finite]
+        known, counts = values[finite], np.bincount(owners, minlength=len(views))
+        starts, out = np.cumsum(counts) - counts, np.full(len(views), np.nan)
+        for count in {*counts.tolist()} - {0}:  # of all records with so many at once
+            rows = counts == count
+            out[rows] = how(known[starts[rows, None] + np.arange(count)], axis=1)
+        return out
 
     @functools.cached_property
     def _derived(self) -> dict[str, np.ndarray]:
