@@ -262,9 +262,10 @@ def _share(
     """One process's records, of these numbers."""
     # What encodes them is started by this process, not by the caller: beside CUDA's own start.
     dataset.expect(len(inputs) * config.views_per_image * config.image_size**2)
-    torch.set_num_threads(threads)
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # and one thread: the cores are for what encodes
+    else:
+        torch.set_num_threads(threads)  # a decoder's last bits follow from it
     decoder = _rebuilt(decoder_config, state, render_size).to(device)
     views = records(inputs, decoder, config, device, batch_size)
     return encode(folder, zip(numbers.tolist(), views, strict=True), len(inputs), among)
