@@ -151,8 +151,8 @@ def bootstrap(
         overwrite: replace a dataset that is there already.
         reuse: return it instead; the caller's path names what is in it.
         source: JSON-able facts about where the inputs come from; kept in the dataset's meta.
-        gpus: processes that share the batches, each on a GPU of its own (or all on the CPU, where
-            what is written is the same; on GPUs it is but for rounding).
+        gpus: processes that share the batches, each on a GPU of its own, or all on the CPU; what
+            is written is the same.
 
     Raises:
         ValueError: if the decoder is of another kind, or there are no inputs.
