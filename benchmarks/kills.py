@@ -52,6 +52,8 @@ from fresnel.training.loop import fit
 from fresnel.training.task import TrainConfig
 
 _WARM = "fresnel.render.cpu fresnel.report.page fresnel.report.engine embreex.mesh_construction"
+LIMIT_S = 300
+"""What a call may take before it counts as one that never ends."""
 WATCHED = "rename replace link symlink mkdir unlink remove rmdir truncate fsync open"
 
 
@@ -83,7 +85,8 @@ def watch(root: Path, at: int = 0, after: bool = False) -> Callable[[], int]:
 
 
 def forked(act: Callable[[], Any]) -> tuple[int | None, Any]:
-    """Exit status (below 0: the signal) of a fork of this process that acts, and what it said."""
+    """Exit status (below 0: the signal) of a fork of this process that acts, and what it said; what
+    takes longer than LIMIT_S is ended and has said so."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(False)
 
@@ -96,7 +99,9 @@ def forked(act: Callable[[], Any]) -> tuple[int | None, Any]:
     theirs.close()
     said = None
     with contextlib.suppress(EOFError):
-        said = ours.recv()
+        said = ours.recv() if ours.poll(LIMIT_S) else f"not over after {LIMIT_S} s"
+    if said == f"not over after {LIMIT_S} s":
+        child.kill()
     child.join()
     return child.exitcode, said
 
@@ -202,8 +207,9 @@ def attempt(name: str, before: Path, at: int, after: bool, wanted: Any) -> str |
     work, check, _ = JOBS[name]
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         root = Path(shutil.copytree(before, Path(folder) / "root"))
-        if forked(lambda: [watch(root, at, after), work(root)][1])[0] != -signal.SIGKILL:
-            return None
+        status, said = forked(lambda: [watch(root, at, after), work(root)][1])
+        if said is not None:
+            return f"unkilled: {said}" if status == -signal.SIGKILL else None
         said = forked(lambda: (check(root), work(root))[1])[1]
         left = [p for p in root.rglob(".*") if re.match(r"\..+(-|\.lock)|\.running|\.k", p.name)]
         return f"{said}, not {wanted}" if said != wanted else f"left: {left}" if left else ""

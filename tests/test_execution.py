@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import nbformat
 import pytest
 from conftest import external_requests
+from jupyter_client.connect import LocalPortCache
 
 from fresnel.cli import main
 from fresnel.report import engine as execution
@@ -114,6 +116,29 @@ def test_how_a_run_failed_is_said_in_words_and_by_the_exit_status(
     assert ("Traceback" in html) == (kind != "no_verdict") and "papermill-error" not in html
     assert f"runs/{folder.name}/report.html" in (tmp_path / "index.html").read_text()
     assert not (folder / ".ballast").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a kernel listens at ports")
+def test_a_run_starts_where_others_take_the_ports_that_were_free(
+    make_notebook: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = make(make_notebook, FINISH)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(LocalPortCache, "find_available_port", lambda *_: port)
+        assert report.run(notebook, None, "n", tmp_path).record.error is None
+
+
+def test_a_kernel_that_never_answers_is_said_not_to_have_started(
+    make_notebook: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent(self: execution.NotebookClient) -> None:  # as jupyter_client ends its wait
+        raise RuntimeError(f"Kernel didn't respond in {self.startup_timeout} seconds")
+
+    monkeypatch.setattr(execution.NotebookClient, "async_start_new_kernel_client", silent)
+    late = report.run(make(make_notebook, FINISH), None, "n", tmp_path)
+    assert "did not start: it gave no answer for 300 s" in str(late.record.error)
+    assert late.record.failure == {"kind": "not_started", "cell": None}
 
 
 def test_a_run_that_takes_too_long_is_interrupted_then_killed(

@@ -9,9 +9,12 @@ import asyncio
 import contextlib
 import html
 import math
+import os
 import re
+import secrets
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -55,14 +58,24 @@ def execute(
     Ctrl-C and SIGTERM stop the run with the failure "stopped"; a second one does so at once.
     """
     # without folders of kernels it is the interpreter that runs us, whatever is installed
-    native = KernelSpecManager(kernel_dirs=[])
     kernel = AsyncKernelManager(
-        kernel_spec_manager=native, transport_encryption="auto", connection_file=str(connection)
+        kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
+        transport_encryption="auto",
+        connection_file=str(connection),
+        **_address(),
     )
     client = _Client(manager.nb, km=kernel, store_widget_state=True, startup_timeout=STARTUP_S)
     client.manager, client.kernel = manager, kernel
     limits = timeout_s or math.inf, cell_timeout_s or math.inf
     return run_sync(client.supervise)(folder, *limits)
+
+
+def _address() -> dict[str, str]:
+    """Where a kernel listens. Linux: names of its own without a file (abstract sockets). Elsewhere,
+    ports that are free now; another process may take one before the kernel does."""
+    if sys.platform != "linux":
+        return {"transport": "tcp"}
+    return {"transport": "ipc", "ip": f"@fresnel-{os.getpid()}-{secrets.token_hex(8)}"}
 
 
 class _Client(NotebookClient):
@@ -164,6 +177,9 @@ class _Client(NotebookClient):
             if self.cell is None:
                 kind, text = "not_started", f"did not start: {how}"
             text = f"The notebook's Python{' process' * bool(self.cell)} {text}."
+        elif "Kernel didn't respond" in str(problem):
+            kind, text = "not_started", "The notebook's Python did not start: it gave no answer"
+            text += f" for {STARTUP_S} s. Run it again with fewer processes beside it."
         else:
             kind = "cell_error" if self.cell else "not_started"
             text = f"The notebook could not be run: {type(problem).__name__}: {problem}"
