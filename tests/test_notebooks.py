@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -16,10 +16,13 @@ from boxes import views_of
 from conftest import NOTEBOOKS as PLACE
 from conftest import run_notebook
 from PIL import Image
+from torch import Tensor
 
 from fresnel.data import dataset
+from fresnel.evaluation import denoising
 from fresnel.evaluation import metrics as evaluate
 from fresnel.gate import receipts
+from fresnel.models.cvs import CVS, CVSConfig
 from fresnel.models.decoder import load_shipped
 from fresnel.objects import sources
 from fresnel.render import Views
@@ -85,9 +88,13 @@ def test_training_is_refused_without_its_receipts(tmp_path):
 
 def test_a_smoke_test_forecasts(trained):
     smoked, shown, _ = trained[0]
-    assert smoked.verdict in ("GO", "NO-GO") and smoked.metrics["forecast"]["duration_s"] > 0
+    assert smoked.metrics["forecast"]["duration_s"] > 0
     assert set(smoked.metrics["forecast"]["parts"]) == set(planning.PARTS)
     assert smoked.metrics["target_luminance"] > 0.5
+    # after six steps the network can't have looked, and the report says what that means
+    assert sum("the network ignores its input" in reason for reason in smoked.reasons) == 2
+    assert smoked.verdict == "NO-GO" and "best linear denoiser" in shown and "cvs, 4 steps" in shown
+    assert smoked.metrics["noise_left"]["left"][2] == pytest.approx(0.5, abs=0.05)
     assert ": target" in shown and ": truth" not in shown, "a decoder made the targets"
 
 
@@ -175,14 +182,46 @@ def decide(notebook, **given):
         ({"coverage_ratio": math.nan}, "area of the outputs"),
     ],
 )
-def test_the_smoke_tests_rule(change, reason):
+def test_the_smoke_tests_rule(change, reason, shares=MappingProxyType({})):
     fine = {"loss_fall": 1.5, "luminance_ratio": 0.8, "coverage_ratio": 1.33}
     fine |= {"target_coverage": 0.4, "target_luminance": 0.4} | change
     ratios = {name: fine.pop(name) for name in ("luminance_ratio", "coverage_ratio")}
     fall = fine.pop("loss_fall")
-    made = decide("02_smoke_train", math=math, targets=fine, loss_fall=fall, overall=ratios)
+    given = {"math": math, "denoising": denoising, "shares": shares}
+    made = decide("02_smoke_train", **given, targets=fine, loss_fall=fall, overall=ratios)
     assert made["go"] == (reason is None)
     assert [reason in text for text in made["reasons"]] == ([True] if reason else [])
+
+
+class Sees(CVS):
+    """A network that leaves of the noise what it is told, or what one leaves that is blind."""
+
+    def __init__(self, share: float | None) -> None:
+        super().__init__(CVSConfig.preset("tiny"))
+        self.share = share
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+        if self.share is None:  # as F is 0 before training, the output is c_skip x
+            return super().forward(x, sigma, cond)
+        return self.share * x
+
+
+@pytest.mark.parametrize(("share", "reason"), [(None, "ignores its input"), (0.3, None)])
+def test_a_network_that_ignores_its_noisy_input_is_no_go_with_the_cause(share, reason):
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.randn(32, 4, 1, 1, generator=generator) * 0.3
+    pairs = [{"target": smooth.expand(-1, -1, 16, 16), "cond": torch.zeros(32, 16, 16, 16)}]
+    found = results.noise_shares(SimpleNamespace(spread=lambda count: pairs), Sees(share), 0)
+    if share is None:
+        assert found["left"] == pytest.approx(found["ignoring"], abs=0.001)
+        assert found["left"][1:3] == pytest.approx([0.899, 0.502], abs=0.001)
+        found["left"][2] = found["linear"][2]  # one level is enough
+    else:
+        assert found["left"] == pytest.approx([0.3] * 5, abs=1e-4)
+    test_the_smoke_tests_rule({}, reason, found)
+    # a picture of one colour has one frequency of 256, so a linear denoiser removes all else
+    assert max(found["linear"]) < 1 / 256
+    assert results.noise_shares(None, load_shipped(), 0) == {}, "a decoder promises nothing"
 
 
 def test_the_rule_of_03_on_truth_copy_grey_and_black(tmp_path):

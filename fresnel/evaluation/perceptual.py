@@ -61,6 +61,7 @@ class Features(nn.Module):
     """A frozen network: pictures (N, H, W, 3) in [0, 1] -> features of its stages, (N, C, h, w)."""
 
     mean: Tensor
+    order = torch.channels_last
 
     def __init__(self, stages: Sequence[nn.Module], mean: Sequence[float], scale: float) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class Features(nn.Module):
         x, found = ((images - self.mean) * self.scale).permute(0, 3, 1, 2), []
         if (least := min(x.shape[-2:])) < SIDE:
             x = interpolate(x, scale_factor=SIDE / least, mode="bilinear")
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=self.order)
         for stage in self.stages:
             x = stage(x)
             found.append(x)
@@ -170,7 +171,8 @@ class Distance(nn.Module):
                 f"output, target: got {tuple(output.shape)} and {tuple(target.shape)}, want the "
                 "same (N, H, W, 3)"
             )
-        pairs = zip(output.split(_CHUNK), target.split(_CHUNK), strict=True)
+        chunk = _CHUNK if output.device.type == "cpu" else len(output)
+        pairs = zip(output.split(chunk), target.split(chunk), strict=True)
         return torch.cat([self._between(_unit(self.features(a)), self._of(b)) for a, b in pairs])
 
     def _of(self, target: Tensor) -> list[Tensor]:
@@ -189,7 +191,8 @@ class Distance(nn.Module):
 
 
 def _unit(features: list[Tensor]) -> list[Tensor]:
-    return [x * (x.square().sum(dim=1, keepdim=True) + 1e-10).rsqrt() for x in features]
+    whole = [x.float() for x in features]
+    return [x * (x.square().sum(dim=1, keepdim=True) + 1e-10).rsqrt() for x in whole]
 
 
 @cache

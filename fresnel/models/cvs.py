@@ -31,6 +31,7 @@ CONDITION_CHANNELS = 4 + 6 + 6
 RENDER_CHANNELS = 5  # of each render of the target view
 LOSS_WEIGHTS = ("alpha_aware", "depth_laplacian", "none")
 KINDS = ("consistency", "original")
+OBJECTIVES = ("consistency", "sharp")
 MOST_AT_ONCE = 64  # views in a batch of `predictor`'s
 CameraMap = Callable[[InputImages, Cameras], tuple[Cameras, Cameras, Tensor]]
 
@@ -42,6 +43,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "small": {},  # two CPU cores at 64 px
     # 128 px at the price of "small": the one that ships, 6 M parameters
     "compact": {"image_size": 128, "patch": 4, "base_channels": 48},
+    # one that denoises: a stem that folds 4 x 4 pixels keeps the noise (docs/decisions.md)
+    "sharp": {"image_size": 128, "base_channels": 48, "attention_levels": (1, 2, 3)}
+    | {"objective": "sharp", "p_mean": -1.0, "p_std": 1.4},
     # one GPU at 128 px, about 23 M parameters
     "base": _GPU | {"image_size": 128, "base_channels": 64, "embedding_channels": 256},
     # one GPU at 256 px, 81 M parameters: most of them work on 16 x 16 and 8 x 8 cells, so
@@ -82,30 +86,45 @@ class CVSConfig:
     light_weight: float = 0.3  # of the loss on local light, which blur would otherwise swallow
     foreground_share: float = 0.7  # of the alpha-aware weight: the object with a margin
     parameterisation: str = "consistency"  # of `KINDS`; "original": no boundary condition
+    objective: str = "consistency"  # of `OBJECTIVES`: ECT, or denoising and sharp single steps
+    perceptual_weight: float = 0.1  # of a shift by one pixel, in a sharp single step
+    adversarial_weight: float = 0.0  # of a critic of single steps; 0: none
+    adversarial_from: float = 0.4  # share of the run after which the critic joins in
     render_condition: bool = False  # also see a render of the target view, and add to it
     render_twin: bool = False  # ... and to a second one, from the mirrored input: to their mean
+    render_mask: bool = False  # ... weighed anew at every pixel, down to nothing
 
     def __post_init__(self) -> None:
         ours, renders = self.parameterisation == "consistency", self.render_condition
         for name in ("sigma_max_fraction", "foreground_share", "denoising_share"):
             check(self, name, 0 <= getattr(self, name) <= 1, "a value in [0, 1]")
-        for name, known in (("loss_weight", LOSS_WEIGHTS), ("parameterisation", KINDS)):
+        named = {"loss_weight": LOSS_WEIGHTS, "parameterisation": KINDS, "objective": OBJECTIVES}
+        for name, known in named.items():
             check(self, name, getattr(self, name) in known, f"one of {known}")
         ordered = 0 < self.sigma_min < self.sigma_max
         check(self, "sigma_min", ordered, "0 < sigma_min < sigma_max")
         check(self, "ect_stages", self.ect_stages >= 1, "at least one stage")
         check(self, "ect_q", self.ect_q > 1, "a factor above 1")
-        check(self, "render_twin", renders or not self.render_twin, "render_condition=True too")
+        for name in ("render_twin", "render_mask"):
+            check(self, name, renders or not getattr(self, name), "render_condition=True too")
+        sharp = 'parameterisation "consistency", which has the boundary condition'
+        check(self, "objective", ours or self.objective != "sharp", sharp)
         kind = '"consistency" for a model that adds to a render'
         check(self, "parameterisation", ours or not renders, kind)
 
     @property
+    def renders(self) -> int:
+        """How many renders of the target view the network sees."""
+        return self.render_condition + self.render_twin
+
+    @property
     def condition_channels(self) -> int:
-        return CONDITION_CHANNELS + (self.render_condition + self.render_twin) * RENDER_CHANNELS
+        return CONDITION_CHANNELS + self.renders * RENDER_CHANNELS
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """'tiny' (tests), 'small' (64 px, CPU), 'base' (128 px, GPU) or 'large' (256 px, GPU)."""
+        """'tiny' (tests), 'small' (64 px, CPU), 'compact', 'sharp' or 'base' (128 px), 'large'
+        (256 px)."""
         if name not in _PRESETS:
             raise ValueError(f"preset: got {name!r}, want one of {tuple(_PRESETS)}")
         return cls(**_PRESETS[name] | changes)
@@ -119,7 +138,9 @@ class CVS(weights.Stored):
     c_skip = 1 and c_out = 0 exactly, so D(x, sigma_min) = x bit for bit: the boundary condition
     of a consistency model. The "original" parameterisation is D = F: nothing ties it to x. With
     `render_condition`, (1 - c_skip) R is added, for the render R in the condition (the mean of
-    two): from noise alone the untrained network gives R.
+    two): from noise alone the untrained network gives R. With `render_mask` R is their sum in
+    [0, 1] by weights at each pixel that the network makes too (a softmax with "none" beside them),
+    so that it can leave a render where that is wrong.
 
     `decoder`, the checksum of the decoder whose renders it learned from, travels with the weights;
     `origin` is "random", or the checksum of the weights that training starts from.
@@ -132,7 +153,8 @@ class CVS(weights.Stored):
         super().__init__(config)
         self.origin, channels = "random", config.embedding_channels
         self.embedding = FourierEmbedding(channels)
-        self.unet = UNet(4 + config.condition_channels, 4, config, embedding_dim=channels)
+        outputs = 4 + config.render_mask * config.renders
+        self.unet = UNet(4 + config.condition_channels, outputs, config, embedding_dim=channels)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
         s, data = sigma.reshape(-1, 1, 1, 1), self.config.sigma_data
@@ -144,11 +166,14 @@ class CVS(weights.Stored):
         if self.config.parameterisation == "original":
             return f
         c_skip, c_out = self.scalings(s)
-        denoised = c_skip * x + c_out * f
-        if self.config.render_condition:
-            renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, RENDER_CHANNELS))
-            denoised = denoised + (1 - c_skip) * renders[:, :, :4].mean(dim=1)
-        return denoised
+        denoised = c_skip * x + c_out * f[:, :4]
+        if not self.config.render_condition:
+            return denoised
+        renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, RENDER_CHANNELS))[:, :, :4]
+        if not self.config.render_mask:
+            return denoised + (1 - c_skip) * renders.mean(dim=1)
+        share = torch.cat([torch.zeros_like(f[:, :1]), f[:, 4:]], dim=1).softmax(dim=1)[:, 1:, None]
+        return denoised + (1 - c_skip) * ((share * (renders + 1)).sum(dim=1) - 1)
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(c_skip, c_out) with the (sigma - sigma_min) of arXiv 2303.01469, appendix C."""
@@ -165,7 +190,8 @@ class CVS(weights.Stored):
         Raises:
             ValueError: if the two are built differently; the message names what differs.
         """
-        names = (*UNET_OPTIONS, "embedding_channels", "render_condition", "render_twin")
+        names = [*UNET_OPTIONS, "embedding_channels"]
+        names += ["render_condition", "render_twin", "render_mask"]
         theirs, ours = (asdict(network.config) for network in (other, self))
         if odd := [f"{n} {theirs[n]}; want {ours[n]}" for n in names if theirs[n] != ours[n]]:
             raise ValueError(f"initial weights: built with {', '.join(odd)}. Choose their size")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fresnel.data.dataset import ViewTensors
+from fresnel.evaluation import denoising
 from fresnel.evaluation import metrics as evaluate
 from fresnel.report.record import RunRecord
 from fresnel.scene.colour import luminance
@@ -70,6 +71,26 @@ def untrained_loss(task: Any, seed: int, *, batches: int = 4) -> float:
         batch = blank.batch(step, generator)
         total += float(blank.loss(batch, progress=0.0, generator=generator, ema=model)["loss"])
     return total / batches
+
+
+@torch.no_grad()
+def noise_shares(task: Any, network: Any, seed: int) -> dict[str, list[float]]:
+    """Of the noise at `denoising.LEVELS`, the share that a CVS leaves ("left"; of 16 validation
+    pairs), that a network leaves which ignores its noisy input ("ignoring"), and that the best
+    linear denoiser of such views leaves ("linear"); {} for a decoder, and for a network without the
+    boundary condition, which promises nothing of it."""
+    if getattr(network.config, "parameterisation", "") != "consistency":
+        return {}
+    pairs = list(task.spread(16))
+    cond, target = (
+        torch.cat([pair[name].float() for pair in pairs]) for name in ("cond", "target")
+    )
+    generator = torch.Generator(target.device).manual_seed(seed)
+    return {
+        "left": denoising.noise_left(network, cond, target, generator=generator),
+        "ignoring": denoising.ignoring(network),
+        "linear": denoising.linear(target),
+    }
 
 
 def light_of_targets(data: ViewTensors) -> dict[str, float]:

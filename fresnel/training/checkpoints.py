@@ -116,23 +116,39 @@ def read_latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
     return None
 
 
-def pack(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def pack(
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    critic: nn.Module | None = None,
+) -> dict[str, Tensor]:
     """Everything a run needs to go on, as one flat dict of tensors."""
-    both = {"model": model, "ema": ema}
-    tensors = {f"{w}.{name}": t for w, net in both.items() for name, t in net.state_dict().items()}
-    for name, parameter in model.named_parameters():
+    nets = {"model": model, "ema": ema} | ({"critic": critic} if critic else {})
+    tensors = {f"{w}.{name}": t for w, net in nets.items() for name, t in net.state_dict().items()}
+    for name, parameter in _trained(model, critic).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     return tensors
 
 
+def _trained(model: nn.Module, critic: nn.Module | None) -> dict[str, nn.Parameter]:
+    others = critic.named_parameters("critic") if critic else ()
+    return {**dict(model.named_parameters()), **dict(others)}
+
+
 def unpack(
-    found: Mapping[str, Tensor], model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+    found: Mapping[str, Tensor],
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    critic: nn.Module | None = None,
 ) -> None:
     """Put back what `pack` took out, bit for bit."""
+    if critic is not None:
+        critic.load_state_dict(_part(found, "critic"))
     model.load_state_dict(_part(found, "model"))
     ema.load_state_dict(_part(found, "ema"))
-    parameters = dict(model.named_parameters())
+    parameters = _trained(model, critic)
     for name, value in _part(found, "optimizer").items():
         key, parameter_name = name.split(".", 1)
         parameter = parameters[parameter_name]

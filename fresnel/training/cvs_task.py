@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from fresnel.data.memory import Images, picked, uniform
 from fresnel.data.records import ViewTensors
+from fresnel.evaluation import perceptual
 from fresnel.evaluation.metrics import psnr
 from fresnel.models import Predictor, cvs
+from fresnel.models.critic import Critic
 from fresnel.models.cvs import CONDITION_CHANNELS, CVS, CVSConfig, condition_tensors, sample
 from fresnel.models.weights import checksum
 from fresnel.scene.cameras import Cameras
@@ -55,6 +58,7 @@ class CVSTask:
         device: torch.device | str = "cpu",
     ) -> None:
         config, held_out = model.config, validation or views
+        sharp, self.critic = config.objective == "sharp", None
         by_depth, size = config.loss_weight == "depth_laplacian", (config.image_size,) * 2
         shapes = [s for v in (views, held_out) for s in (v.rgb.shape[2:4], v.inputs.rgb.shape[1:3])]
         sizes = sorted({tuple(shape) for shape in shapes})
@@ -64,6 +68,7 @@ class CVSTask:
             (not by_depth or views.depth is not None, "views: have no depth to weight errors by"),
             (batch_size >= 1, f"batch_size: got {batch_size}, want at least 1"),
             (renderer or not config.render_condition, "renderer: got None, but the model needs it"),
+            (not sharp or batch_size > 1, "batch_size: got 1, want 2: half of it is denoised"),
         ):
             if not fits:
                 raise ValueError(message)
@@ -89,6 +94,12 @@ class CVSTask:
             "loss": losses.consistency_terms,
             "batch": assemble,
         }
+        if sharp:
+            judge = partial(losses.one_step_terms, perceptual.distance(device=str(device)))
+            self.hot["one_step"] = judge
+        if sharp and config.adversarial_weight:
+            critic = Critic(config.condition_channels - losses.RAYS).to(device)
+            self.critic = critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.config: dict[str, Any] = {
             "model": asdict(config),
             "initial_weights": model.origin,
@@ -105,6 +116,8 @@ class CVSTask:
         """Steps of one phase do the same work."""
         if self.model.config.parameterisation == "original":
             return losses.original_third(progress)
+        if self.model.config.objective == "sharp":
+            return int(progress >= self.model.config.adversarial_from)
         return losses.ect_stage(progress, self.model.config)
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]:
@@ -132,12 +145,16 @@ class CVSTask:
         return {**made, "record": record, "view": view}
 
     def loss(self, batch: dict[str, Any], *, ema: nn.Module, **options: Any) -> dict[str, Tensor]:
-        """`original_loss` or `consistency_loss`, as the model's parameterisation says."""
+        """`original_loss`, `sharp_loss` or `consistency_loss`, as the model's config says."""
         tensors = (batch["target"], batch["cond"], batch["weights"])
         options["network"] = self.hot["network"]
         if self.model.config.parameterisation == "original":
             return losses.original_loss(self.model, ema, *tensors, **options)
-        return losses.consistency_loss(self.model, *tensors, **options, terms=self.hot["loss"])
+        options["terms"] = self.hot["loss"]
+        if self.model.config.objective == "sharp":
+            options |= {"one_step": self.hot["one_step"], "critic": self.critic}
+            return losses.sharp_loss(self.model, *tensors, **options)
+        return losses.consistency_loss(self.model, *tensors, **options)
 
     @torch.no_grad()
     def validation(self, model: CVS) -> dict[str, float]:
@@ -148,7 +165,7 @@ class CVSTask:
         generated over the truth.
         """
         generator = torch.Generator(self._sets[1][0].device).manual_seed(0)
-        pairs = list(self._spread(32))
+        pairs = list(self.spread(32))
         out = torch.cat([sample(model, pair["cond"], generator=generator) for pair in pairs])
         target, weights = (torch.cat([pair[n] for pair in pairs]) for n in ("target", "weights"))
         error = (weights * (out - target).square()).mean(dim=(1, 2, 3)).sqrt()
@@ -168,14 +185,14 @@ class CVSTask:
     def preview(self, model: CVS, generator: torch.Generator) -> np.ndarray:
         """Four rows, one a pair: input, target, one step, two steps; black, uint8 (H, W, 3)."""
         rows = []
-        for pair in self._spread(4):
+        for pair in self.spread(4):
             made = [sample(model, pair["cond"], steps=n, generator=generator) for n in (1, 2)]
             images = torch.cat([pair["cond"][:, :4], pair["target"], *made], dim=-1)[:, :3]
             rows.append(images.permute(0, 2, 3, 1).flatten(0, 1))
         grid = (torch.cat(rows).float() + 1) * 127.5
         return grid.round().clamp(0, 255).byte().cpu().numpy()
 
-    def _spread(self, pairs: int) -> Iterator[dict[str, Any]]:
+    def spread(self, pairs: int) -> Iterator[dict[str, Any]]:
         """Chunks of pairs, evenly spread over the held-out records and views."""
         images = self._sets[1][0]
         flat = images.spread(pairs, images.records * images.views)

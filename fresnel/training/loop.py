@@ -140,7 +140,8 @@ def fit(
         busy = f"{folder}: another process trains there; waiting for it"
         group.from_first(lambda: stack.enter_context(locked(folder / ".lock", busy)))
         stepper = Stepper(task, config)
-        device, state = stepper.device, (stepper.model, stepper.ema, stepper.optimizer)
+        state = (stepper.model, stepper.ema, stepper.optimizer, stepper.critic)
+        device = stepper.device
         for network in (stepper.model, stepper.ema):
             vars(network)["gate_overridden"] = overridden  # saved with the weights
         machine.reset_peak_memory(device)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from fresnel.data.memory import uniform
 from fresnel.evaluation.metrics import ssim_map
+from fresnel.evaluation.perceptual import Perceptual
+from fresnel.models.critic import Critic
 from fresnel.models.cvs import CVS, CVSConfig, randn
 from fresnel.render import Views
 from fresnel.scene.colour import srgb_to_linear
@@ -182,6 +184,101 @@ def consistency_loss(
             if rows.any():
                 reference[rows] = model(x_r[rows], r[rows], cond[rows]).to(x_r.dtype)
     return terms(config, output, reference, target, weights, model.scalings(t)[1], at_max)
+
+
+ONE_STEP_FROM = 2.0
+"""Lowest noise level of a sharp single step: from there on more steps than one begin again."""
+AT_MAX = 2 / 3  # of the single steps; the others begin evenly between the logarithms of both
+RAYS = 10  # condition channels before the target's rays, of the picture that is given
+
+
+def sharp_loss(
+    model: CVS,
+    target: Tensor,
+    cond: Tensor,
+    weights: Tensor,
+    *,
+    progress: float,
+    generator: torch.Generator,
+    network: Callable[..., Tensor] = denoised,
+    terms: Callable[..., dict[str, Tensor]] = consistency_terms,
+    one_step: Callable[..., dict[str, Tensor]],
+    critic: Critic | None,
+) -> dict[str, Tensor]:
+    """Denoising on half of the batch, and on the other half one step that has to look right.
+
+    A network that is trained on its one step alone forgets how to denoise (FACM, arXiv 2507.03738),
+    and one that learns squared errors is blurred. So half of every batch is plain denoising, noise
+    levels by the config's p_mean and p_std, by `consistency_terms`; the other half starts from
+    pure noise, or nearly, and is judged by `one_step`, which is `one_step_terms`.
+
+    Returns:
+        "loss" and the terms of both.
+    """
+    config, b = model.config, len(target) // 2
+    low = (randn(target[:b, 0, 0, 0], generator) * config.p_std + config.p_mean).exp()
+    low = low.clamp(2 * config.sigma_min, config.sigma_max)
+    u, start = (uniform(generator, target.device, len(target) - b) for _ in range(2))
+    high = ONE_STEP_FROM * (config.sigma_max / ONE_STEP_FROM) ** u
+    high = torch.where(start < AT_MAX, config.sigma_max, high)
+    backdrop = uniform(generator, target.device, len(target) - b, 4)[..., None, None]
+    t = torch.cat([low, high])
+    x_t = target + t.reshape(-1, 1, 1, 1) * randn(target, generator)
+    output = network(model, x_t, t, cond)
+    plain, sharp = output[:b], output[b:]
+    c_out, none = model.scalings(low)[1], torch.zeros_like(low)
+    denoising = terms(config, plain, target[:b], target[:b], weights[:b], c_out, none)
+    judging = critic if progress >= config.adversarial_from else None
+    seen = cond[b:, RAYS:]
+    step = one_step(config, sharp, target[b:], weights[b:], backdrop, seen, judging)
+    kept = {"denoising": denoising["loss"].detach(), "x0_rms": denoising["x0_rms"]}
+    return {**step, "loss": step["loss"] + denoising["loss"], **kept}
+
+
+def one_step_terms(
+    distance: Perceptual,
+    config: CVSConfig,
+    output: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    backdrop: Tensor,
+    seen: Tensor,
+    critic: Critic | None,
+) -> dict[str, Tensor]:
+    """How far views (B, 4, H, W) in [-1, 1] are from true ones, to the eye.
+
+    Twice the weighted absolute error, and the perceptual distance, over white or (a half of them)
+    over the colour that `backdrop` (B, 4, 1, 1) says; of a critic, how much it takes them for made
+    (hinge) and how far its features of both lie apart (pix2pixHD, arXiv 1711.11585). `seen`: what
+    the critic knows of each view.
+
+    Returns:
+        "loss", "l1", "perceptual"; of a critic (0 without) "adversarial", "features" and
+        "critic", its own loss, which is part of "loss" and reaches the critic alone.
+    """
+    l1 = (weights * (output - target).abs()).mean()
+    behind = torch.where(backdrop[:, 3:] < 0.5, 1.0, backdrop[:, :3])
+
+    def over(image: Tensor) -> Tensor:
+        image = (image.float() + 1) / 2
+        return (image[:, :3] + (1 - image[:, 3:]) * behind).permute(0, 2, 3, 1)
+
+    apart = distance(over(output), over(target)).mean()
+    loss = 2 * l1 + config.perceptual_weight * apart
+    none = torch.zeros_like(loss.detach())  # the terms of a run are the same from its first step
+    found = {"loss": loss, "l1": l1.detach(), "perceptual": apart.detach()}
+    found |= dict.fromkeys(("adversarial", "features", "critic"), none)
+    if critic is None:
+        return found
+    true, made = critic(target, seen), critic(output.detach(), seen)
+    own = F.relu(1 - true[-1].float()).mean() + F.relu(1 + made[-1].float()).mean()
+    ours = critic(output, seen, frozen=True)
+    adversarial = -ours[-1].float().mean()
+    pairs = zip(ours[:-1], true[:-1], strict=True)
+    features = torch.stack([(a - b.detach()).float().abs().mean() for a, b in pairs]).mean()
+    found["loss"] = loss + own + config.adversarial_weight * (adversarial + 10 * features)
+    parts = {"adversarial": adversarial, "features": features, "critic": own}
+    return found | {name: value.detach() for name, value in parts.items()}
 
 
 def original_loss(

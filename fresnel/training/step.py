@@ -37,7 +37,12 @@ class Stepper:
         self.task, self.config = task, config
         self.model: nn.Module = task.model
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.critic: nn.Module | None = getattr(task, "critic", None)
+        ours, its = (
+            [p for p in (net.parameters() if net else ()) if p.requires_grad]
+            for net in (self.model, self.critic)
+        )
+        self.parameters = ours + its
         self.device = self.parameters[0].device
         cuda = self.device.type == "cuda"
         if not cuda:
@@ -45,9 +50,10 @@ class Stepper:
         # a recorded step reads the rate from where it lies
         lr = torch.tensor(config.lr, device=self.device) if cuda else config.lr
         decay: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr, fused=True, capturable=cuda, **decay
-        )
+        groups: list[dict[str, Any]] = [{"params": ours}]
+        if its:  # two that learn against each other swing where they keep their momentum
+            groups.append({"params": its, "betas": (0.0, 0.99)})
+        self.optimizer = torch.optim.AdamW(groups, lr, fused=True, capturable=cuda, **decay)
         for module in self.model.modules():
             if isinstance(module, UNet):
                 module.checkpointing = config.checkpointing
@@ -104,9 +110,9 @@ class Stepper:
 
     def train(self, step: int) -> None:
         """Do step number `step`, from 0. OutOfMemory says what to lower."""
-        (group,) = self.optimizer.param_groups
         lr = self.lr(step)
-        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
         with self.explained_memory_errors(step):
             if self.recorder:
                 self.seed(step, self.shards[0])
