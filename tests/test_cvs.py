@@ -9,6 +9,7 @@ from torch.nn.functional import avg_pool2d, max_pool2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fresnel.data.dataset import InputImages, ViewTensors
+from fresnel.evaluation import perceptual
 from fresnel.models import cvs
 from fresnel.models.cvs import (
     CVS,
@@ -19,8 +20,9 @@ from fresnel.models.cvs import (
     sample,
     sampling_sigmas,
 )
+from fresnel.render import Views
 from fresnel.scene.cameras import Cameras, standard_orbit
-from fresnel.study import results
+from fresnel.study import arms, results
 from fresnel.training.cvs_task import CVSTask, mirror
 from fresnel.training.losses import (
     consistency_loss,
@@ -131,7 +133,10 @@ def test_nonsense_is_refused(bad: dict, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "smallest", "largest", "gflop"),
-    [("base", 20e6, 26e6, 400 / 3), ("large", 50e6, 90e6, 150 / 3)],
+    [
+        *[("base", 20e6, 26e6, 400 / 3), ("large", 50e6, 90e6, 150 / 3)],
+        *[("compact", 2.7e6, 2.9e6, 1.65), ("sharp", 4.4e6, 4.7e6, 4.3)],
+    ],
 )
 def test_presets_have_the_size_they_state(
     name: str, smallest: float, largest: float, gflop: float
@@ -144,6 +149,27 @@ def test_presets_have_the_size_they_state(
         net(torch.zeros(1, 4, side, side), torch.ones(1), torch.zeros(1, 16, side, side))
     assert smallest < sum(p.numel() for p in net.parameters()) < largest
     assert counter.get_total_flops() <= gflop * 1e9
+
+
+def test_what_ships_denoises_and_takes_sharp_steps_and_other_losses_keep_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(perceptual, "distance", lambda device: None)  # its weights are an extra
+    monkeypatch.setitem(cvs._PRESETS, "compact", cvs._PRESETS["compact"] | {"base_channels": 8})
+    data = views(2, 2)
+
+    def config(model: str, parameterisation: str) -> CVSConfig:
+        made = {"parameterisation": parameterisation, "seed": 0, "renderer": drawn}
+        return arms.make_task(model, "compact", data, **made).model.config
+
+    def drawn(inputs: Any, cameras: Any) -> Views:
+        rgb = torch.zeros(*cameras.batch_shape, cameras.height, cameras.width, 3)
+        return Views(rgb, rgb[..., :1], rgb[..., :1])
+
+    assert config("cvs", "consistency").objective == "sharp"
+    assert not config("cvs", "consistency").render_mask, "there is no render to weigh"
+    assert config("cvs-twin", "consistency").render_mask
+    assert [config("cvs", p).objective for p in ("original", "regression")] == ["consistency"] * 2
 
 
 def test_training_can_start_from_other_weights() -> None:

@@ -36,16 +36,18 @@ MOST_AT_ONCE = 64  # views in a batch of `predictor`'s
 CameraMap = Callable[[InputImages, Cameras], tuple[Cameras, Cameras, Tensor]]
 
 _GPU: dict[str, Any] = {"channel_multipliers": (1, 2, 4, 4), "blocks_per_level": 2, "ect_stages": 6}
+_SHARP: dict[str, Any] = {"image_size": 128, "objective": "sharp", "p_mean": -1.0, "p_std": 1.4}
 _PRESETS: dict[str, dict[str, Any]] = {
     # tests: a fraction of a second a step at 16 px
     "tiny": {"image_size": 16, "base_channels": 8, "embedding_channels": 16}
     | {"channel_multipliers": (1, 2), "attention_levels": (1,)},
     "small": {},  # two CPU cores at 64 px
-    # 128 px at the price of "small": the one that ships, 6 M parameters
-    "compact": {"image_size": 128, "patch": 4, "base_channels": 48},
-    # one that denoises: a stem that folds 4 x 4 pixels keeps the noise (docs/decisions.md)
-    "sharp": {"image_size": 128, "base_channels": 48, "attention_levels": (1, 2, 3)}
-    | {"objective": "sharp", "p_mean": -1.0, "p_std": 1.4},
+    # the two that ship, at 128 px. Both denoise, which a stem that folds 4 x 4 pixels does not
+    # (docs/decisions.md): 2.8 M parameters for models that see the input alone
+    "compact": _SHARP,
+    # ... and 4.6 M for those that see renders
+    "sharp": _SHARP
+    | {"base_channels": 48, "channel_multipliers": (1, 2, 3, 3), "attention_levels": (1, 2, 3)},
     # one GPU at 128 px, about 23 M parameters
     "base": _GPU | {"image_size": 128, "base_channels": 64, "embedding_channels": 256},
     # one GPU at 256 px, 81 M parameters: most of them work on 16 x 16 and 8 x 8 cells, so
@@ -381,8 +383,8 @@ SHIPPED = {"cvs": "cvs.safetensors", "cvs-twin": "cvs_twin.safetensors"}
 def load_shipped(
     device: torch.device | str = "cpu", model: str = "cvs", domain: str = "objects"
 ) -> CVS:
-    """A small trained CVS (6 M parameters, 128 px) that comes with the package: "cvs" draws a view
-    anew, "cvs-twin" adds to what the shipped pixel decoder (of "faces", that of heads) makes of it.
+    """A small trained CVS (128 px) that comes with the package: "cvs", 3 M parameters, draws a view
+    anew; "cvs-twin", 5 M, adds to what the shipped pixel decoder (of "faces", that of heads) makes.
 
     ValueError if none of this model ships; also raises as `weights.shipped`.
     """

@@ -91,8 +91,10 @@ def make_task(
     changes: dict[str, Any] = {"parameterisation": parameterisation}
     if parameterisation == "regression":
         changes = {"sigma_max_fraction": 1.0, "ect_stages": 1}
+    if parameterisation != "consistency":
+        changes["objective"] = "consistency"  # these have a loss of their own
     changes |= {"render_condition": model in RENDER_MODELS, "render_twin": model == "cvs-twin"}
-    changes["render_mask"] = size == "sharp" and model in RENDER_MODELS
+    changes["render_mask"] = size in ("compact", "sharp") and model in RENDER_MODELS
     network = CVS(
         CVSConfig.preset(size, image_size=data.rgb.shape[2], loss_weight=loss_mask, **changes)
     )
