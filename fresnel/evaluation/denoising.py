@@ -4,7 +4,7 @@ A consistency model that ignores its input is a regression: its one step is blur
 are noise on screen, and PSNR shows neither.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,3 +46,12 @@ def linear(target: Tensor, levels: Sequence[float] = LEVELS) -> list[float]:
     centred = target - target.mean(dim=0, keepdim=True)
     power = torch.fft.fft2(centred, norm="ortho").abs().square().mean(dim=0)
     return [float((power / (power + level**2)).mean()) for level in levels]
+
+
+def table(shares: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    """Rows of `study.results.noise_shares`, a noise level each; [] of {}."""
+    names = {"left": "left", "ignoring": "ignoring its input", "linear": "best linear denoiser"}
+    return [
+        {"noise level": level} | {text: shares[name][i] for name, text in names.items()}
+        for i, level in enumerate(LEVELS if shares else ())
+    ]

@@ -325,6 +325,31 @@ def sample(
     return out
 
 
+@torch.no_grad()
+def condition(
+    model: CVS,
+    inputs: InputImages,
+    cameras: Cameras,
+    *,
+    renderer: Predictor | None = None,
+    camera_map: CameraMap | None = None,
+) -> Tensor:
+    """What a network knows of the views from cameras (M, V) at its own size, (M V, C, H, W), given
+    what `predictor` is given."""
+    config, size, m = model.config, model.config.image_size, len(inputs)
+    inputs, cameras = inputs.resized(size).to(model.device), cameras.to(model.device)
+    source, targets, pivots = inputs.cameras, cameras, torch.zeros(m, 3, device=model.device)
+    if camera_map is not None:
+        source, targets, pivots = camera_map(inputs, cameras)
+    source, targets = source.resized(size, size), targets.resized(size, size)
+    image = rgba(inputs.rgb, inputs.alpha)
+    cond = condition_tensors(image, source, targets, pivots)
+    if config.render_condition and renderer is not None:
+        renders = seen(renderer, inputs, targets, pivots, twin=config.render_twin)
+        cond = torch.cat([cond, renders.to(cond).flatten(0, 1)], dim=1)
+    return cond
+
+
 def predictor(
     model: CVS,
     steps: int = 1,
@@ -343,28 +368,20 @@ def predictor(
             for models trained in another geometry.
         renderer: the decoder's predictor; ValueError where the model needs it and there is none.
     """
-    config, size = model.config, model.config.image_size
-    if config.render_condition and renderer is None:
+    if model.config.render_condition and renderer is None:
         raise ValueError("renderer: got None, but this CVS sees the decoder's render of the view")
+    size = model.config.image_size
 
     def predict(inputs: InputImages, cameras: Cameras) -> Views:
         m, v = cameras.batch_shape
-        inputs, cameras = inputs.resized(size).to(model.device), cameras.to(model.device)
-        source, targets, pivots = inputs.cameras, cameras, torch.zeros(m, 3, device=model.device)
-        if camera_map is not None:
-            source, targets, pivots = camera_map(inputs, cameras)
-        source, targets = source.resized(size, size), targets.resized(size, size)
-        image = rgba(inputs.rgb, inputs.alpha)
-        cond = condition_tensors(image, source, targets, pivots).unflatten(0, (m, v))
-        if renderer is not None and config.render_condition:
-            renders = seen(renderer, inputs, targets, pivots, twin=config.render_twin)
-            cond = torch.cat([cond, renders.to(cond)], dim=2)
+        flat = condition(model, inputs, cameras, renderer=renderer, camera_map=camera_map)
+        cond = flat.unflatten(0, (m, v))
         was_training, parts = model.training, []
         model.eval()
         for part in cond.split(max(1, MOST_AT_ONCE // v)):
             noise = torch.Generator(model.device).manual_seed(seed)
-            flat, repeat = part.flatten(0, 1), len(part)
-            parts.append(sample(model, flat, steps=steps, generator=noise, repeat=repeat))
+            asked = {"steps": steps, "generator": noise, "repeat": len(part)}
+            parts.append(sample(model, part.flatten(0, 1), **asked))
         model.train(was_training)
         out, shape = torch.cat(parts).float(), (cameras.height, cameras.width)
         if shape != (size, size):

@@ -211,11 +211,12 @@ def rivals(
 def more_steps(
     model: str, network: Any, text: str, **options: Any
 ) -> dict[str, evaluate.Predictor]:
-    """Predictors of the same CVS with other numbers of network calls, from "2,4"; {} from ""."""
-    if not text or model not in CVS_MODELS:
-        return {}
-    if not re.fullmatch(r"\d+(,\d+)*", text):
+    """Predictors of the same CVS with other numbers of network calls, from "2,4"; {} from "", and
+    of a network without the boundary condition, which knows one call alone."""
+    if text and not re.fullmatch(r"\d+(,\d+)*", text):
         raise ValueError(f"compare_steps: got {text!r}, want numbers such as '2,4'")
+    if not text or model not in CVS_MODELS or network.config.parameterisation == "original":
+        return {}
     counts = [int(part) for part in text.split(",")]
     return {f"cvs, {n} steps": predictor(model, network, steps=n, **options) for n in counts}
 

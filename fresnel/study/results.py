@@ -15,6 +15,7 @@ import torch
 from fresnel.data.dataset import ViewTensors
 from fresnel.evaluation import denoising
 from fresnel.evaluation import metrics as evaluate
+from fresnel.models import cvs
 from fresnel.report.record import RunRecord
 from fresnel.scene.colour import luminance
 from fresnel.training.loop import TrainResult
@@ -74,18 +75,25 @@ def untrained_loss(task: Any, seed: int, *, batches: int = 4) -> float:
 
 
 @torch.no_grad()
-def noise_shares(task: Any, network: Any, seed: int) -> dict[str, list[float]]:
-    """Of the noise at `denoising.LEVELS`, the share that a CVS leaves ("left"; of 16 validation
-    pairs), that a network leaves which ignores its noisy input ("ignoring"), and that the best
-    linear denoiser of such views leaves ("linear"); {} for a decoder, and for a network without the
-    boundary condition, which promises nothing of it."""
+def noise_shares(
+    network: Any, views: ViewTensors, seed: int, *, most: int = 8, **given: Any
+) -> dict[str, list[float]]:
+    """Of the noise at `denoising.LEVELS`, the share that a CVS leaves ("left"; two views each of
+    at most so many of the records), that a network leaves which ignores its noisy input
+    ("ignoring"), and that the best linear denoiser of such views leaves ("linear"); {} for a
+    decoder, and for a network without the boundary condition, which promises nothing of it.
+
+    Args:
+        given: what `cvs.condition` needs besides: "renderer", "camera_map".
+    """
     if getattr(network.config, "parameterisation", "") != "consistency":
         return {}
-    pairs = list(task.spread(16))
-    cond, target = (
-        torch.cat([pair[name].float() for pair in pairs]) for name in ("cond", "target")
-    )
-    generator = torch.Generator(target.device).manual_seed(seed)
+    count, each = views.rgb.shape[:2]
+    part = views[[i * count // min(most, count) for i in range(min(most, count))]]
+    sides = sorted({each // 4, each // 2})
+    target = cvs.rgba(part.rgb[:, sides], part.alpha[:, sides]).flatten(0, 1).to(network.device)
+    cond = cvs.condition(network, part.inputs, part.cameras[:, sides], **given)
+    generator = torch.Generator(network.device).manual_seed(seed)
     return {
         "left": denoising.noise_left(network, cond, target, generator=generator),
         "ignoring": denoising.ignoring(network),
