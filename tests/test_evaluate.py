@@ -260,6 +260,19 @@ def test_faces_are_asked_of_views_near_the_input_beside_the_truth() -> None:
     assert math.isnan(summary["90-180"]["faces"])
 
 
+def test_views_are_held_against_each_other_where_their_surface_is_known() -> None:
+    data = tensors(2, views=8, size=32)
+    depth = torch.stack([views_of(i, size=32, views=8).depth for i in range(2)])  # type: ignore
+    known = replace(data, depth=depth)
+    made = {"copy": ev.baselines(data)["copy_input"], "truth": oracle(data)}
+    found = {k: ev.summarise(ev.evaluate(p, known, progress=False))[-1] for k, p in made.items()}
+    assert found["truth"]["disagreement"] == found["truth"]["disagreement_true"]
+    assert found["truth"]["disagreement_true"] == found["copy"]["disagreement_true"]
+    assert found["copy"]["disagreement"] > 3 * found["truth"]["disagreement"] > 0
+    assert "| disagreement |" in ev.table([found["copy"]])
+    assert "disagreement" not in ev.evaluate(made["copy"], data, progress=False)[0]
+
+
 def test_edge_energy_of_a_line_and_of_its_blur() -> None:
     image = torch.zeros(1, 8, 8, 3)
     image[:, :, 3] = 1.0

@@ -20,6 +20,7 @@ from fresnel.data.images import InputImages
 from fresnel.data.layout import object_name
 from fresnel.data.records import ViewTensors
 from fresnel.evaluation import perceptual
+from fresnel.evaluation.agreement import Common
 from fresnel.evaluation.perceptual import Perceptual
 from fresnel.models import Predictor
 from fresnel.render import Views
@@ -201,7 +202,9 @@ def evaluate(
         full-white pixels), coverage (mean alpha) and edge_energy (over black), each also with
         "_target", and "_ratio", which is NaN where the target is zero; of `measures` the distances
         (over white), and of views up to 60 degrees away whether a face is found: faces and
-        faces_true (0 or 1, else NaN). Foreground: the true alpha exceeds 0.5.
+        faces_true (0 or 1, else NaN); where data have depth, how far a view and its neighbours
+        differ on the true surface: disagreement and disagreement_true (`agreement`). Foreground:
+        the true alpha exceeds 0.5.
 
     Raises:
         ValueError: if the predictor returns another shape than (M, V, H, W, 3) or NaN.
@@ -256,6 +259,10 @@ def _compare(views: Views, part: ViewTensors, measures: Measures) -> list[dict[s
         for name, pictures in {"faces": white, "faces_true": true_white}.items():
             columns[name] = torch.full_like(pictures[:, 0, 0, 0], torch.nan)
             columns[name][near] = measures.faces(pictures[near]).to(true)
+    if part.depth is not None and shape[1] > 1:
+        common = Common.of(part.cameras, part.depth, true_alpha.unflatten(0, shape[:2]))
+        for name, pictures in {"disagreement": white, "disagreement_true": true_white}.items():
+            columns[name] = common.disagreement(pictures.unflatten(0, shape[:2])).flatten()
     lists = {key: value.double().cpu().tolist() for key, value in columns.items()}
     return [
         {
@@ -276,7 +283,10 @@ RATIOS = ("luminance_ratio", "coverage_ratio", "edge_energy_ratio")
 """Metrics aggregated as a ratio of sums per object, where they were measured."""
 MEANS = ("psnr", "psnr_white", "ssim", "psnr_foreground", "ssim_foreground", "alpha_mae")
 """Metrics aggregated as a mean per object."""
-EXTRA = ("perceptual", "vgg_edges", "lpips", "faces", "faces_true")
+EXTRA = (
+    *("perceptual", "vgg_edges", "lpips", "faces", "faces_true"),
+    *("disagreement", "disagreement_true"),
+)
 """Aggregated as a mean per object too, where they were measured."""
 
 Rows = Sequence[Mapping[str, Any]]
