@@ -36,7 +36,7 @@ MOST_AT_ONCE = 64  # views in a batch of `predictor`'s
 CameraMap = Callable[[InputImages, Cameras], tuple[Cameras, Cameras, Tensor]]
 
 _GPU: dict[str, Any] = {"channel_multipliers": (1, 2, 4, 4), "blocks_per_level": 2, "ect_stages": 6}
-_SHARP: dict[str, Any] = {"image_size": 128, "objective": "sharp", "p_mean": -1.0, "p_std": 1.4}
+_SHARP: dict[str, Any] = {"image_size": 128, "objective": "sharp", "p_mean": -1.2, "p_std": 1.2}
 _PRESETS: dict[str, dict[str, Any]] = {
     # tests: a fraction of a second a step at 16 px
     "tiny": {"image_size": 16, "base_channels": 8, "embedding_channels": 16}

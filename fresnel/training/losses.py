@@ -187,7 +187,7 @@ def consistency_loss(
 
 
 ONE_STEP_FROM = 2.0
-"""Lowest noise level of a sharp single step: from there on more steps than one begin again."""
+"""Lowest noise level of a sharp single step, the highest of denoising; more steps begin above."""
 AT_MAX = 2 / 3  # of the single steps; the others begin evenly between the logarithms of both
 RAYS = 10  # condition channels before the target's rays, of the picture that is given
 
@@ -217,7 +217,7 @@ def sharp_loss(
     """
     config, b = model.config, len(target) // 2
     low = (randn(target[:b, 0, 0, 0], generator) * config.p_std + config.p_mean).exp()
-    low = low.clamp(2 * config.sigma_min, config.sigma_max)
+    low = low.clamp(2 * config.sigma_min, ONE_STEP_FROM)  # no level has both tasks: one is blurred
     u, start = (uniform(generator, target.device, len(target) - b) for _ in range(2))
     high = ONE_STEP_FROM * (config.sigma_max / ONE_STEP_FROM) ** u
     high = torch.where(start < AT_MAX, config.sigma_max, high)

@@ -22,6 +22,9 @@ from fresnel.training import ranks
 from fresnel.training.cuda_graphs import Recorded, Recorder
 from fresnel.training.task import NonFiniteLoss, OutOfMemory, Task, TrainConfig
 
+CRITIC_RATE = 0.3
+"""Of the learning rate: one that learns faster than the network knows its pictures too well."""
+
 
 class Stepper:
     """What a training step changes: weights, their average, the optimizer's state, running sums.
@@ -47,13 +50,15 @@ class Stepper:
         cuda = self.device.type == "cuda"
         if not cuda:
             machine.reuse_memory()
-        # a recorded step reads the rate from where it lies
-        lr = torch.tensor(config.lr, device=self.device) if cuda else config.lr
+
+        def rate() -> Any:  # a recorded step reads it from where it lies
+            return torch.tensor(config.lr, device=self.device) if cuda else config.lr
+
         decay: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
-        groups: list[dict[str, Any]] = [{"params": ours}]
+        groups: list[dict[str, Any]] = [{"params": ours, "lr": rate()}]
         if its:  # two that learn against each other swing where they keep their momentum
-            groups.append({"params": its, "betas": (0.0, 0.99)})
-        self.optimizer = torch.optim.AdamW(groups, lr, fused=True, capturable=cuda, **decay)
+            groups.append({"params": its, "lr": rate(), "betas": (0.0, 0.99)})
+        self.optimizer = torch.optim.AdamW(groups, fused=True, capturable=cuda, **decay)
         for module in self.model.modules():
             if isinstance(module, UNet):
                 module.checkpointing = config.checkpointing
@@ -110,8 +115,8 @@ class Stepper:
 
     def train(self, step: int) -> None:
         """Do step number `step`, from 0. OutOfMemory says what to lower."""
-        lr = self.lr(step)
-        for group in self.optimizer.param_groups:
+        for group, share in zip(self.optimizer.param_groups, (1.0, CRITIC_RATE), strict=False):
+            lr = self.lr(step) * share
             group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
         with self.explained_memory_errors(step):
             if self.recorder:
@@ -142,7 +147,9 @@ class Stepper:
         means = torch.stack(totals).mean(dim=0)
         if before is not None:
             means = self.reduce(means * (len(totals) / parts), before)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        groups = [group["params"] for group in self.optimizer.param_groups]  # a critic's by itself
+        norms = [nn.utils.clip_grad_norm_(group, self.config.grad_clip) for group in groups]
+        norm = torch.stack(norms).norm()
         self.note_bad(norm)
         values = torch.cat([means, norm.detach().double()[None]])
         self.sums = torch.zeros_like(values) if self.sums is None else self.sums
