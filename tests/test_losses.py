@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,7 +159,8 @@ def test_a_decoder_knows_the_weights_it_started_from() -> None:
 
 
 def sharp(**changes: Any) -> CVS:
-    net = model(objective="sharp", adversarial_weight=0.1, adversarial_from=0.5, **changes)
+    critic = {"adversarial_weight": 0.1, "adversarial_from": 0.5}
+    net = model(objective="sharp", perceptual_from=0.2, **critic, **changes)
     with torch.no_grad():
         net.unet.head.weight.normal_(0, 0.05, generator=generator())
     return net
@@ -187,10 +189,14 @@ def test_half_of_a_sharp_batch_is_plain_denoising_and_the_rest_single_steps() ->
     assert t[:32].max() <= losses.ONE_STEP_FROM <= t[32:].min(), "no level has both tasks"
     at_max = (t[32:] == net.config.sigma_max).float().mean()
     assert at_max == pytest.approx(losses.AT_MAX, abs=0.2)
-    early, late = (sharp_terms(net, critic, p, batch) for p in (0.49, 0.5))
-    assert list(early) == list(late), "a run logs the same terms from its first step"
-    assert early["critic"] == 0 and late["critic"] > 0
-    assert early["loss"] > early["denoising"] > 0
+    first, early, late = (sharp_terms(net, critic, p, batch) for p in (0.19, 0.49, 0.5))
+    assert list(first) == list(early) == list(late), "a run logs the same terms from its first step"
+    assert [t["perceptual"] > 0 for t in (first, early, late)] == [False, True, True]
+    assert [t["critic"] > 0 for t in (first, early, late)] == [False, False, True]
+    weighed = 2 * first["l1"] + net.config.denoising_weight * first["denoising"]
+    assert float(first["loss"].detach()) == pytest.approx(float(weighed.detach()))
+    phases = [CVSTask.phase(SimpleNamespace(model=net, critic=critic), p) for p in (0.0, 0.2, 0.5)]
+    assert phases == [0, 1, 2], "steps of one phase do the same work"
 
 
 def test_the_critic_learns_from_its_own_loss_and_the_network_from_the_rest() -> None:

@@ -89,9 +89,11 @@ class CVSConfig:
     foreground_share: float = 0.7  # of the alpha-aware weight: the object with a margin
     parameterisation: str = "consistency"  # of `KINDS`; "original": no boundary condition
     objective: str = "consistency"  # of `OBJECTIVES`: ECT, or denoising and sharp single steps
+    denoising_weight: float = 3.0  # of the half of a sharp run's batch that is denoised
     perceptual_weight: float = 0.1  # of a shift by one pixel, in a sharp single step
+    perceptual_from: float = 0.3  # share of the run before: its gradient would drown denoising's
     adversarial_weight: float = 0.0  # of a critic of single steps; 0: none
-    adversarial_from: float = 0.4  # share of the run after which the critic joins in
+    adversarial_from: float = 0.6  # share of the run after which the critic joins in
     render_condition: bool = False  # also see a render of the target view, and add to it
     render_twin: bool = False  # ... and to a second one, from the mirrored input: to their mean
     render_mask: bool = False  # ... weighed anew at every pixel, down to nothing

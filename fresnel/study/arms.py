@@ -94,6 +94,8 @@ def make_task(
     if parameterisation != "consistency":
         changes["objective"] = "consistency"  # these have a loss of their own
     changes |= {"render_condition": model in RENDER_MODELS, "render_twin": model == "cvs-twin"}
+    if initial_weights:
+        changes["perceptual_from"] = 0.0  # they denoise already
     changes["render_mask"] = size in ("compact", "sharp") and model in RENDER_MODELS
     network = CVS(
         CVSConfig.preset(size, image_size=data.rgb.shape[2], loss_weight=loss_mask, **changes)

@@ -117,7 +117,9 @@ class CVSTask:
         if self.model.config.parameterisation == "original":
             return losses.original_third(progress)
         if self.model.config.objective == "sharp":
-            return int(progress >= self.model.config.adversarial_from)
+            config = self.model.config
+            judged = self.critic is not None and progress >= config.adversarial_from
+            return (progress >= config.perceptual_from) + judged
         return losses.ect_stage(progress, self.model.config)
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Any]:

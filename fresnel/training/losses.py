@@ -228,11 +228,13 @@ def sharp_loss(
     plain, sharp = output[:b], output[b:]
     c_out, none = model.scalings(low)[1], torch.zeros_like(low)
     denoising = terms(config, plain, target[:b], target[:b], weights[:b], c_out, none)
+    looked_at = progress >= config.perceptual_from
     judging = critic if progress >= config.adversarial_from else None
     seen = cond[b:, RAYS:]
-    step = one_step(config, sharp, target[b:], weights[b:], backdrop, seen, judging)
+    step = one_step(config, sharp, target[b:], weights[b:], backdrop, seen, looked_at, judging)
     kept = {"denoising": denoising["loss"].detach(), "x0_rms": denoising["x0_rms"]}
-    return {**step, "loss": step["loss"] + denoising["loss"], **kept}
+    loss = step["loss"] + config.denoising_weight * denoising["loss"]
+    return {**step, "loss": loss, **kept}
 
 
 def one_step_terms(
@@ -243,18 +245,19 @@ def one_step_terms(
     weights: Tensor,
     backdrop: Tensor,
     seen: Tensor,
+    looked_at: bool,
     critic: Critic | None,
 ) -> dict[str, Tensor]:
     """How far views (B, 4, H, W) in [-1, 1] are from true ones, to the eye.
 
-    Twice the weighted absolute error, and the perceptual distance, over white or (a half of them)
-    over the colour that `backdrop` (B, 4, 1, 1) says; of a critic, how much it takes them for made
-    (hinge) and how far its features of both lie apart (pix2pixHD, arXiv 1711.11585). `seen`: what
-    the critic knows of each view.
+    Twice the weighted absolute error, and (`looked_at`) the perceptual distance, over white or (a
+    half of them) over the colour that `backdrop` (B, 4, 1, 1) says; of a critic, how much it takes
+    them for made (hinge) and how far its features of both lie apart (pix2pixHD, arXiv 1711.11585).
+    `seen`: what the critic knows of each view.
 
     Returns:
-        "loss", "l1", "perceptual"; of a critic (0 without) "adversarial", "features" and
-        "critic", its own loss, which is part of "loss" and reaches the critic alone.
+        "loss", "l1", "perceptual" (0 if not looked at); of a critic (0 without) "adversarial",
+        "features" and "critic", its own loss, which is part of "loss" and reaches the critic alone.
     """
     l1 = (weights * (output - target).abs()).mean()
     behind = torch.where(backdrop[:, 3:] < 0.5, 1.0, backdrop[:, :3])
@@ -263,9 +266,9 @@ def one_step_terms(
         image = (image.float() + 1) / 2
         return (image[:, :3] + (1 - image[:, 3:]) * behind).permute(0, 2, 3, 1)
 
-    apart = distance(over(output), over(target)).mean()
+    none = torch.zeros_like(l1.detach())  # the terms of a run are the same from its first step
+    apart = distance(over(output), over(target)).mean() if looked_at else none
     loss = 2 * l1 + config.perceptual_weight * apart
-    none = torch.zeros_like(loss.detach())  # the terms of a run are the same from its first step
     found = {"loss": loss, "l1": l1.detach(), "perceptual": apart.detach()}
     found |= dict.fromkeys(("adversarial", "features", "critic"), none)
     if critic is None:

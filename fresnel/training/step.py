@@ -85,7 +85,7 @@ class Stepper:
 
     def compile(self) -> float:
         """Compile what every step runs, the task's `hot` functions, and run it at both ends of the
-        run, as a curriculum may switch on more work on its way; changes nothing. Returns seconds.
+        run and half-way, as a curriculum may switch on more work; changes nothing. Returns seconds.
 
         What can't be compiled here runs as it was, with torch's warning.
         """
@@ -105,7 +105,8 @@ class Stepper:
                 self.task.hot[part] = torch.compile(function, dynamic=False)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         with self.explained_memory_errors(0):
-            for progress in (0.0, 1.0):
+            ends = [self.task.phase(progress) for progress in (0.0, 1.0)]
+            for progress in (0.0, *([] if self.task.phase(0.5) in ends else [0.5]), 1.0):
                 self.seed(0, 0)
                 self.forward(0, progress)["loss"].backward()
                 self.optimizer.zero_grad(set_to_none=True)
