@@ -28,6 +28,23 @@ CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 CLAIMED = [cell.source for cell in CODE if "claim" in cell.metadata.get("tags", ())]
 
 
+def test_what_we_said_ourselves_stands_beside_what_a_run_measured() -> None:
+    rows = {"perceptual": 7.25, "ssim": 0.9, "edge_energy_ratio": 0.91, "luminance_ratio": 1.02}
+    rows |= {"coverage_ratio": 0.98}
+    names = ("cvs", "cvs, 2 steps", "cvs, 4 steps", "decoder render")
+    metrics: dict[str, Any] = {"summaries": {name: [{}, rows] for name in names}}
+    metrics["noise_left"] = {name: [0.5, 0.044, 0.013] for name in ("left", "ignoring", "linear")}
+    place = ROOT / "notebooks" / "claims.yaml"
+    said = claims.ours(place, metrics)
+    assert [len(text) > 60 for text in said["why it was wrong"]] == [True] * 3
+    first, second, third = said.iloc[:, -1]
+    assert "leaves 0.044, of 0.5 0.013" in first and "calls: 7.2, 7.2, 7.2" in second
+    assert "Edge energy 0.91" in third and "light 1.02" in third
+    del metrics["noise_left"], metrics["summaries"]["cvs, 4 steps"]
+    first, second, third = claims.ours(place, metrics).iloc[:, -1]
+    assert first == second == "not measured in these runs" != third
+
+
 def training(arm: str, db: float, seed: int, light: float = 1.0, area: float = 1.0) -> dict:
     """A training whose PSNR is `db` in every bin, and copying the input 20; objects differ."""
     spread = np.random.default_rng(1).normal(size=8)

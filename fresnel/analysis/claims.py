@@ -102,6 +102,23 @@ def lessons(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame(yaml.safe_load(Path(path).read_text(encoding="utf-8"))["lessons"])
 
 
+def ours(path: str | Path, metrics: Mapping[str, Any]) -> pd.DataFrame:
+    """What we ourselves said, why it was wrong, what found it, and what is true now by a finished
+    03's `metrics` ("not measured in these runs" without them)."""
+    every = {name: rows[-1] for name, rows in metrics.get("summaries", {}).items()}
+    calls = {"one": "cvs", "two": "cvs, 2 steps", "four": "cvs, 4 steps"}
+    found = {word: every.get(name, {}) for word, name in calls.items()}
+    found |= {"render": every.get("decoder render", {}), **(metrics.get("noise_left") or {})}
+    entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["ours"]
+    for entry in entries:
+        template = entry.pop("now")
+        try:
+            entry["true now, by 03-corrected"] = template.format(**found)
+        except LookupError:
+            entry["true now, by 03-corrected"] = "not measured in these runs"
+    return pd.DataFrame(entries)
+
+
 def source_of(name: str) -> str:
     """A function's code, folded, as HTML: the page works offline, and shows what it was."""
     found = inspect.unwrap(pkgutil.resolve_name(name))
