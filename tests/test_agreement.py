@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_evaluate import tensors
 from torch import Tensor
 
-from fresnel.evaluation import agreement, perceptual
+from fresnel.data.images import InputImages
+from fresnel.evaluation import agreement, metrics, perceptual
 from fresnel.evaluation.agreement import Common
+from fresnel.models import Predictor
 from fresnel.render import Views
-from fresnel.scene.cameras import Cameras, standard_orbit
+from fresnel.scene.cameras import Cameras, relative_azimuth_deg, standard_orbit
 
 RADIUS, SIZE, COUNT = 0.45, 48, 8
 
@@ -143,3 +146,28 @@ def test_samples_spread_by_their_standard_deviation() -> None:
     assert found.shape == (1, 2, 4, 4)
     assert found[0, 0].flatten().tolist() == pytest.approx([255 * 0.1 * math.sqrt(2)] * 16)
     assert float(found[0, 1].max()) == 0
+
+
+def test_samples_spread_where_they_differ_by_azimuth() -> None:
+    """What is guessed behind is known in front: means over objects, of what is covered."""
+    data = tensors(2, views=4)
+    away = relative_azimuth_deg(data.cameras, data.inputs.cameras, data.pivots).abs()[..., None]
+
+    def sample(level: float) -> Predictor:
+        def predict(inputs: InputImages, cameras: Cameras) -> Views:
+            rows = [data.names.index(name) for name in inputs.names]
+            alpha = torch.zeros(len(rows), 4, 16, 16, 1)
+            alpha[:, :, 4:12] = 1
+            light = (level * (away[rows] > 100))[..., None, None] * alpha
+            return Views(light.expand(-1, -1, -1, -1, 3), alpha, alpha)
+
+        return predict
+
+    found = metrics.spread_by_azimuth([sample(0.2), sample(0.4)], data, batch=1)
+    want = 255 * 0.1 * math.sqrt(2)
+    means = {name: mean for name, (mean, _, _) in found.items()}
+    assert means == pytest.approx(
+        {"0-30": 0, "60-90": 0, "90-180": want, "all": want / 4}, rel=1e-4
+    )
+    drawn = agreement.spreading([sample(0.2), sample(0.4)])(data.inputs, data.cameras)
+    assert float(drawn.rgb.max()) == pytest.approx(want / agreement.BRIGHT)

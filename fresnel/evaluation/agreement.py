@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, max_pool2d
 
+from fresnel.data.images import InputImages
 from fresnel.evaluation.perceptual import Perceptual
+from fresnel.models import Predictor
 from fresnel.render import Views
 from fresnel.scene.cameras import Cameras, rigid_inverse
 
@@ -21,6 +23,8 @@ _NEIGHBOURS, _MARGIN_PX, _LEAST = 2, 3.0, 0.002
 a pixel there; and the share of the frame that has to be in common."""
 STEPS = 255
 """Differences of colours are in steps of 8 bits."""
+BRIGHT = 32
+"""Steps of 8 bits that are white in a picture of how far samples spread."""
 
 
 def white(views: Views) -> Tensor:
@@ -122,3 +126,17 @@ def spread(samples: Sequence[Views]) -> Tensor:
     """Standard deviation of K samples of the same views at each pixel, root mean square over
     colours over white, in steps of 8 bits, (M, V, H, W)."""
     return STEPS * torch.stack([white(one) for one in samples]).var(dim=0).mean(dim=-1).sqrt()
+
+
+def spreading(samples: Sequence[Predictor]) -> Predictor:
+    """Where samples of the same views differ: predicts pictures of their `spread`, from black (they
+    agree) to white (by `BRIGHT` steps, or more), where any of them shows something."""
+
+    @torch.no_grad()
+    def predict(inputs: InputImages, cameras: Cameras) -> Views:
+        made = [one(inputs, cameras) for one in samples]
+        seen = torch.stack([one.alpha for one in made]).amax(dim=0)
+        light = spread(made)[..., None] / BRIGHT
+        return Views(light.expand(*light.shape[:-1], 3), seen, torch.zeros_like(seen))
+
+    return predict
