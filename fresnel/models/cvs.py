@@ -32,6 +32,7 @@ RENDER_CHANNELS = 5  # of each render of the target view
 LOSS_WEIGHTS = ("alpha_aware", "depth_laplacian", "none")
 KINDS = ("consistency", "original")
 OBJECTIVES = ("consistency", "sharp")
+LEFT_OUT = -3.0  # of the logits by which renders are weighed: a fresh network takes their mean
 MOST_AT_ONCE = 64  # views in a batch of `predictor`'s
 CameraMap = Callable[[InputImages, Cameras], tuple[Cameras, Cameras, Tensor]]
 
@@ -138,7 +139,8 @@ class CVS(weights.Stored):
     """Denoiser D(x, sigma, cond): (B, 4, H, W), (B,), (B, C, H, W) -> clean view (B, 4, H, W).
 
     C is 16, 21 where the network also sees a render of the target view, 26 where it sees two.
-    D = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, cond, ln(sigma) / 4). At sigma_min
+    D = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) (x - K), cond, ln(sigma) / 4); K is what is
+    known of x: the mean of the renders, or, as pictures are mostly empty, -1. At sigma_min
     c_skip = 1 and c_out = 0 exactly, so D(x, sigma_min) = x bit for bit: the boundary condition
     of a consistency model. The "original" parameterisation is D = F: nothing ties it to x. With
     `render_condition`, (1 - c_skip) R is added, for the render R in the condition (the mean of
@@ -162,8 +164,13 @@ class CVS(weights.Stored):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
         s, data = sigma.reshape(-1, 1, 1, 1), self.config.sigma_data
-        c_in = (s**2 + data**2).rsqrt()
-        f = self.unet(torch.cat([c_in * x, cond], dim=1), self.embedding(sigma.log() / 4))
+        c_in, known, renders = (s**2 + data**2).rsqrt(), -torch.ones_like(x), x[:, None]
+        if self.config.render_condition:
+            renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, RENDER_CHANNELS))[:, :, :4]
+            known = renders.mean(dim=1)
+        # without what is known the noise is a larger part of what the network sees
+        given = torch.cat([c_in * (x - known), cond], dim=1)
+        f = self.unet(given, self.embedding(sigma.log() / 4))
         f = f.to(x.dtype)
         if f.device.type == "cpu":
             f = f.contiguous()  # as x is: what a compiler makes of both orders in one loop is slow
@@ -173,10 +180,10 @@ class CVS(weights.Stored):
         denoised = c_skip * x + c_out * f[:, :4]
         if not self.config.render_condition:
             return denoised
-        renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, RENDER_CHANNELS))[:, :, :4]
         if not self.config.render_mask:
-            return denoised + (1 - c_skip) * renders.mean(dim=1)
-        share = torch.cat([torch.zeros_like(f[:, :1]), f[:, 4:]], dim=1).softmax(dim=1)[:, 1:, None]
+            return denoised + (1 - c_skip) * known
+        none = torch.full_like(f[:, :1], LEFT_OUT)
+        share = torch.cat([none, f[:, 4:]], dim=1).softmax(dim=1)[:, 1:, None]
         return denoised + (1 - c_skip) * ((share * (renders + 1)).sum(dim=1) - 1)
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:

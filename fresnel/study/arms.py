@@ -27,6 +27,8 @@ from fresnel.training.decoder_task import DecoderTask
 
 RENDER_MODELS = ("cvs-refine", "cvs-twin")
 CVS_MODELS = ("cvs", *RENDER_MODELS)
+RESIDUAL = 0.2
+"""Spread of what a decoder's render lacks, `sigma_data` of models that add to it."""
 _DECODER_SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "decoder": {
         "tiny": {"image_size": 32, "base_channels": 16},
@@ -96,7 +98,8 @@ def make_task(
     changes |= {"render_condition": model in RENDER_MODELS, "render_twin": model == "cvs-twin"}
     if initial_weights:
         changes["perceptual_from"] = 0.0  # they denoise already
-    changes["render_mask"] = size in ("compact", "sharp") and model in RENDER_MODELS
+    if size in ("compact", "sharp") and model in RENDER_MODELS:
+        changes |= {"render_mask": True, "sigma_data": RESIDUAL}
     network = CVS(
         CVSConfig.preset(size, image_size=data.rgb.shape[2], loss_weight=loss_mask, **changes)
     )
