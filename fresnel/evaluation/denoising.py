@@ -49,9 +49,10 @@ def linear(target: Tensor, levels: Sequence[float] = LEVELS) -> list[float]:
 
 
 def table(shares: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
-    """Rows of `study.results.noise_shares`, a noise level each; [] of {}."""
-    names = {"left": "left", "ignoring": "ignoring its input", "linear": "best linear denoiser"}
+    """Rows of `study.results.noise_shares`, a noise level each, in per cent; [] of {}."""
+    names = {"left": "left, %", "ignoring": "ignoring its input, %"}
+    names["linear"] = "best linear denoiser, %"
     return [
-        {"noise level": level} | {text: shares[name][i] for name, text in names.items()}
+        {"noise level": level} | {text: 100 * shares[name][i] for name, text in names.items()}
         for i, level in enumerate(LEVELS if shares else ())
     ]
