@@ -149,6 +149,8 @@ class Stepper:
         if before is not None:
             means = self.reduce(means * (len(totals) / parts), before)
         groups = [group["params"] for group in self.optimizer.param_groups]  # a critic's by itself
+        # the norm of no gradients at all (a critic's that has not begun) is a number of the CPU's
+        groups = [some for some in groups if any(p.grad is not None for p in some)]
         norms = [nn.utils.clip_grad_norm_(group, self.config.grad_clip) for group in groups]
         norm = torch.stack(norms).norm()
         self.note_bad(norm)
