@@ -1,14 +1,10 @@
-"""Make docs/photos/*.webp, what `views` makes of pictures; measure what it shows first.
+"""Make docs/photos/*.webp, what `views` makes of pictures.
 
     .venv/bin/python benchmarks/photos.py [NAME ...]
-    .venv/bin/python benchmarks/photos.py --measure
 
 The photographs lie in scikit-image's wheel; they need the extra "cutout" and its weights.
-`--measure` writes fresnel/assets/held_out.json: perceptual distances of the shipped decoder and CVS
-to true views of the embedded held-out objects.
 """
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -19,8 +15,6 @@ from skimage import data as skimage_data
 
 from fresnel import views
 from fresnel.data.dataset import MultiViewDataset
-from fresnel.evaluation import metrics
-from fresnel.models import cvs, decoder
 from fresnel.objects import sources
 from fresnel.show import scenes
 
@@ -55,20 +49,6 @@ def objects(at: Path, views_each: int) -> MultiViewDataset:
     return sources.ground_truth("embedded", "held_out", **size, cache=at)
 
 
-def measure(at: Path) -> None:
-    """Write how near to the truth the two are that `views` chooses from."""
-    network, truth = cvs.load_shipped(model="cvs-twin"), objects(at, 8).tensors()
-    draw = decoder.predictor(decoder.load_shipped("pixel"))
-    found = {}
-    for name, method in (("decoder", draw), ("cvs", cvs.predictor(network, renderer=draw))):
-        rows = metrics.evaluate(method, truth, measures=metrics.find_measures())
-        found[name] = round(metrics.summarise(rows)[-1]["perceptual"], 2)
-    said = {"what": "cvs-twin, one step; 8 embedded objects, 8 views each", "perceptual": found}
-    text = json.dumps({network.checksum(): said}, indent=2)
-    (ROOT / "fresnel/assets/held_out.json").write_text(text + "\n")
-    print(text)
-
-
 def join(place: Path) -> None:
     """README's picture of `FRONT`, from the gallery's."""
     rows = []
@@ -81,8 +61,6 @@ def join(place: Path) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
-        if sys.argv[1:] == ["--measure"]:
-            return measure(at)
         made = {name: FOLDER / file for name, file in PHOTOS.items()}
         truth, heads = objects(at, 1), sources.embedded_heads("held_out", at)
         for name in OBJECTS:
@@ -107,7 +85,6 @@ def main() -> None:
                     sheet.save(place / f"{name}_sheet.webp", quality=80, method=6)
             print(name, facts["domain"], facts["checks"], *facts["careful"], sep="\n  ", flush=True)
         join(place)
-    return None
 
 
 if __name__ == "__main__":

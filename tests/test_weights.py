@@ -98,6 +98,16 @@ def test_damaged_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
             Decoder.load(path)
 
 
+def test_a_cvs_of_before_networks_denoised_is_refused(tmp_path: Path) -> None:
+    path = CVS(CONFIGS["cvs"]).save(tmp_path / "old.safetensors")
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["fresnel"])
+    del header["config"]["objective"]
+    save_file(load_file(path), path, metadata={"fresnel": json.dumps(header)})
+    with pytest.raises(ValueError, match="made before networks denoised; train it anew"):
+        CVS.load(path)
+
+
 def test_what_ships_loads_and_says_what_it_is(tmp_path: Path) -> None:
     for kind in ("pixel", "patch", "patch_faces"):
         network = decoder.load_shipped(kind)

@@ -147,11 +147,8 @@ def shipped(name: str, model: str = "") -> Path:
 
 def held_out(network: Stored) -> dict[str, float]:
     """The mean perceptual distances to true views of held-out objects, of the network ("cvs") and
-    of the decoder that it is compared with: from its file, or of what ships from held_out.json."""
+    of the decoder that it is compared with, from its file."""
     found = network.provenance.get("held_out")
-    if found is None:
-        table = resources.files("fresnel") / "assets" / "held_out.json"
-        found = json.loads(table.read_text()).get(network.checksum(), {}).get("perceptual")
     pairs = found.items() if isinstance(found, dict) else ()
     return {n: float(x) for n, x in pairs if isinstance(x, int | float) and math.isfinite(x)}
 
