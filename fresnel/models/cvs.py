@@ -334,7 +334,8 @@ def sample(
     """Views (B, 4, H, W) in [-1, 1] for conditions (B, 16, H, W): one pass per noise level.
 
     Multistep consistency sampling (arXiv 2303.01469, algorithm 1): denoise, then add noise back
-    to the next, lower level. `repeat`: noise is drawn for B / repeat images and tiled.
+    to the next, lower level. A premultiplied colour is at most its alpha: what is brighter would be
+    a haze where nothing is. `repeat`: noise is drawn for B / repeat images and tiled.
     """
     b, _, h, w = cond.shape
     out = cond.new_zeros(b, 4, h, w)
@@ -342,6 +343,7 @@ def sample(
         spread = sigma if i == 0 else math.sqrt(max(sigma**2 - model.config.sigma_min**2, 0.0))
         noise = randn(out[: b // repeat], generator).repeat(repeat, 1, 1, 1)
         out = model(out + spread * noise, out.new_full((b,), sigma), cond).clamp(-1, 1)
+        out = torch.cat([torch.minimum(out[:, :3], out[:, 3:]), out[:, 3:]], dim=1)
     return out
 
 
