@@ -148,7 +148,9 @@ def loss_curves(
     """Loss terms over steps, of a training log's rows, and beside them what the outputs are worth:
     name -> (steps, values) of ratios to the validation targets, over the band 0.8 to 1.25."""
     rows = {name: [(r["step"], r[name]) for r in log if r.get(name) is not None] for name in terms}
-    series = {name: np.array(found, float).T for name, found in rows.items() if found}
+    # a term that is nothing all along, as of a critic that there is not, is no curve
+    drawn = {name: found for name, found in rows.items() if any(value for _, value in found)}
+    series = {name: np.array(found, float).T for name, found in drawn.items()}
     positive = series and all(found[1].min() > 0 for found in series.values())
     left = {"series": series, "legend": len(terms) > 1, "yscale": "log" if positive else "linear"}
     left |= {"xlabel": "step", "ylabel": "loss", "title": "What the optimiser sees"}
