@@ -77,8 +77,8 @@ def main() -> None:
                     draw.text((middle, 342), name, "#5a6572", small, anchor="ma")
         words = said.partition(" (")[0]
         draw.text((left, 152), words if half else f"The gate: {words}", "#a8261b", small)
-    note = "Neither was trained on. Above by the decoders of the original's kind, below by the CVS that "
-    note += "ship, one network call a view, on a CPU."
+    note = "Neither was trained on. Above by the decoders of the original's kind, below by the CVS "
+    note += "that ship, one network call a view, on a CPU."
     draw.text((6, 372), note, "#5a6572", small)
     sheet.save(TARGET, quality=88, method=6)
     print(TARGET, TARGET.stat().st_size, *(said for _, _, said in made), sep="\n")
