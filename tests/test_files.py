@@ -122,7 +122,7 @@ def test_kills_at_file_operations_lose_nothing() -> None:
     """A sample of `benchmarks/kills.py`, which tries them all."""
     root = Path(__file__).parent.parent
     jobs = ["overwrite", "in two steps", "training", "index"]
-    command = [sys.executable, "benchmarks/kills.py", *jobs, "--sample", "3"]
+    command = [sys.executable, "benchmarks/kills.py", *jobs, "--sample", "2"]
     done = subprocess.run(
         command,
         cwd=root,
