@@ -37,6 +37,7 @@ def strips(domain: str, at: Path) -> tuple[list[Any], list[Any], str]:
     inputs = truth.inputs()
     row = next(i for i, name in enumerate(truth.names) if CHOSEN[domain] in name)
     geometry = bootstrap_config("original", 8, 128, seed=0)
+    chosen = [azimuth // 45 for azimuth in AZIMUTHS]  # of eight views
     assert geometry is not None
     patch = arms.load_decoder("patch", "cpu", domain=domain)
     dark = bootstrap(inputs, patch, geometry, at / domain)
@@ -45,10 +46,10 @@ def strips(domain: str, at: Path) -> tuple[list[Any], list[Any], str]:
     one = inputs[[row]]
     drawn = cvs.predictor(cvs.load_shipped("cpu", "cvs-twin", domain), renderer=predictor(network))
     there = novel_cameras(one, replace(CORRECTED, image_size=128))
-    views = [scenes.on_ground(rgba) for rgba in scenes.straight(drawn(one, there))[[1, 2, 4, 6]]]
+    views = [scenes.on_ground(rgba) for rgba in scenes.straight(drawn(one, there))[chosen]]
     alpha = one.alpha[0].numpy()[..., None] / 255
     given = one.rgb[0].numpy() + (1 - alpha) * scenes.GROUND
-    dark_views = dark[row].rgb[[1, 2, 4, 6]].numpy()
+    dark_views = dark[row].rgb[chosen].numpy()
     return (
         [one.rgb[0].numpy(), *dark_views],
         [given.astype(np.uint8), *views],

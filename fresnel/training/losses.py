@@ -142,6 +142,11 @@ def consistency_terms(
     }
 
 
+def noise_levels(target: Tensor, config: CVSConfig, generator: torch.Generator) -> Tensor:
+    """One for each view (B, ...): log-normal by the config's p_mean and p_std, (B,)."""
+    return (randn(target[:, 0, 0, 0], generator) * config.p_std + config.p_mean).exp()
+
+
 def consistency_loss(
     model: CVS,
     target: Tensor,
@@ -164,7 +169,7 @@ def consistency_loss(
     `network` and `terms`: `denoised` and `consistency_terms`, perhaps compiled or recorded.
     """
     config, stage = model.config, ect_stage(progress, model.config)
-    t = (randn(target[:, 0, 0, 0], generator) * config.p_std + config.p_mean).exp()
+    t = noise_levels(target, config, generator)
     at_max = uniform(generator, target.device, len(target)) < config.sigma_max_fraction
     # c_out vanishes at sigma_min
     t = torch.where(at_max, config.sigma_max, t.clamp(2 * config.sigma_min, config.sigma_max))
@@ -216,7 +221,7 @@ def sharp_loss(
         "loss" and the terms of both.
     """
     config, b = model.config, len(target) // 2
-    low = (randn(target[:b, 0, 0, 0], generator) * config.p_std + config.p_mean).exp()
+    low = noise_levels(target[:b], config, generator)
     low = low.clamp(2 * config.sigma_min, ONE_STEP_FROM)  # no level has both tasks: one is blurred
     u, start = (uniform(generator, target.device, len(target) - b) for _ in range(2))
     high = ONE_STEP_FROM * (config.sigma_max / ONE_STEP_FROM) ** u
