@@ -61,7 +61,6 @@ class Features(nn.Module):
     """A frozen network: pictures (N, H, W, 3) in [0, 1] -> features of its stages, (N, C, h, w)."""
 
     mean: Tensor
-    order = torch.channels_last
 
     def __init__(self, stages: Sequence[nn.Module], mean: Sequence[float], scale: float) -> None:
         super().__init__()
@@ -73,7 +72,7 @@ class Features(nn.Module):
         x, found = ((images - self.mean) * self.scale).permute(0, 3, 1, 2), []
         if (least := min(x.shape[-2:])) < SIDE:
             x = interpolate(x, scale_factor=SIDE / least, mode="bilinear")
-        x = x.contiguous(memory_format=self.order)
+        x = x.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             x = stage(x)
             found.append(x)

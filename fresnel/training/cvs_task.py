@@ -167,7 +167,7 @@ class CVSTask:
         generated over the truth.
         """
         generator = torch.Generator(self._sets[1][0].device).manual_seed(0)
-        pairs = list(self.spread(32))
+        pairs = list(self._spread(32))
         out = torch.cat([sample(model, pair["cond"], generator=generator) for pair in pairs])
         target, weights = (torch.cat([pair[n] for pair in pairs]) for n in ("target", "weights"))
         error = (weights * (out - target).square()).mean(dim=(1, 2, 3)).sqrt()
@@ -187,14 +187,14 @@ class CVSTask:
     def preview(self, model: CVS, generator: torch.Generator) -> np.ndarray:
         """Four rows, one a pair: input, target, one step, two steps; black, uint8 (H, W, 3)."""
         rows = []
-        for pair in self.spread(4):
+        for pair in self._spread(4):
             made = [sample(model, pair["cond"], steps=n, generator=generator) for n in (1, 2)]
             images = torch.cat([pair["cond"][:, :4], pair["target"], *made], dim=-1)[:, :3]
             rows.append(images.permute(0, 2, 3, 1).flatten(0, 1))
         grid = (torch.cat(rows).float() + 1) * 127.5
         return grid.round().clamp(0, 255).byte().cpu().numpy()
 
-    def spread(self, pairs: int) -> Iterator[dict[str, Any]]:
+    def _spread(self, pairs: int) -> Iterator[dict[str, Any]]:
         """Chunks of pairs, evenly spread over the held-out records and views."""
         images = self._sets[1][0]
         flat = images.spread(pairs, images.records * images.views)
