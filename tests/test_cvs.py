@@ -158,8 +158,9 @@ def test_what_ships_denoises_and_takes_sharp_steps_and_other_losses_keep_their_o
     monkeypatch.setitem(cvs._PRESETS, "compact", cvs._PRESETS["compact"] | {"base_channels": 8})
     data = views(2, 2)
 
-    def config(model: str, parameterisation: str) -> CVSConfig:
+    def config(model: str, parameterisation: str, objective: str = "") -> CVSConfig:
         made = {"parameterisation": parameterisation, "seed": 0, "renderer": drawn}
+        made["objective"] = objective
         return arms.make_task(model, "compact", data, **made).model.config
 
     def drawn(inputs: Any, cameras: Any) -> Views:
@@ -170,6 +171,11 @@ def test_what_ships_denoises_and_takes_sharp_steps_and_other_losses_keep_their_o
     assert not config("cvs", "consistency").render_mask, "there is no render to weigh"
     assert config("cvs-twin", "consistency").render_mask
     assert [config("cvs", p).objective for p in ("original", "regression")] == ["consistency"] * 2
+    assert config("cvs", "consistency", "consistency").objective == "consistency"
+    assert config("cvs", "consistency", "diffusion").ect_stages == 1
+    assert config("cvs-twin", "consistency", "adversarial").adversarial_weight > 0
+    with pytest.raises(ValueError, match="objective: got 'gan'"):
+        config("cvs", "consistency", "gan")
 
 
 def test_training_can_start_from_other_weights() -> None:
@@ -420,6 +426,10 @@ def test_sampling_schedule() -> None:
     assert list(levels) == sorted(levels, reverse=True) and min(levels) > config.sigma_min
     with pytest.raises(ValueError, match="steps: got 0"):
         sampling_sigmas(0, config)
+    sharp = CVSConfig.preset("sharp")
+    assert sampling_sigmas(1, sharp) == pytest.approx((80.0,))
+    assert sampling_sigmas(4, sharp) == pytest.approx((80.0, 18.88, 4.454, 1.05), rel=0.01)
+    assert min(sampling_sigmas(4, sharp)) > sharp.one_step_from, "below it squared errors blur"
 
 
 def test_every_further_step_starts_from_what_was_made_and_fresh_noise_of_its_level() -> None:
@@ -440,6 +450,27 @@ def test_every_further_step_starts_from_what_was_made_and_fresh_noise_of_its_lev
         assert x.std() == pytest.approx(math.sqrt(level**2 - 0.002**2), rel=0.02)
         noise, old = (x - 0.25) / level, before / last
         assert (noise * old).mean().abs() < 0.02, "no noise is used twice"
+
+
+def test_a_diffusion_model_is_sampled_along_the_probability_flow() -> None:
+    """Of a Gaussian, N(m, d^2), the best denoiser is linear and the flow known in closed form:
+    from x at sigma to (x - m) sqrt(d^2 / (sigma^2 + d^2)) + m (EDM, appendix B)."""
+    mean, spread = -0.25, 0.1
+    net, levels = model(objective="diffusion"), []
+
+    def best(x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+        levels.append(float(sigma[0]))
+        return mean + (x - mean) * spread**2 / (spread**2 + sigma[0] ** 2)
+
+    net.forward = best  # type: ignore[method-assign]
+    cond = torch.zeros(8, 16, 32, 32)
+    made = sample(net, cond, steps=200, generator=generator())
+    assert levels == pytest.approx(sampling_sigmas(200, net.config))
+    alpha = made[:, 3]  # colours are cut at alpha
+    assert alpha.mean() == pytest.approx(mean, abs=0.01)
+    assert alpha.std() == pytest.approx(spread, rel=0.1), "noise once drawn is not drawn again"
+    again = sample(net, cond, steps=1, generator=generator())[:, 3]
+    assert again.std() < 0.01 * spread, "one step gives the mean"
 
 
 def test_predictor_gives_views_that_do_not_depend_on_the_batch(

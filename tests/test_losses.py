@@ -187,7 +187,8 @@ def test_half_of_a_sharp_batch_is_plain_denoising_and_the_rest_single_steps() ->
     noise = noise_in(x, batch["target"], t)
     assert noise.std() == pytest.approx(1, abs=0.02), "the target under noise of that level"
     assert t[:32].log().mean() == pytest.approx(net.config.p_mean, abs=1)
-    assert t[:32].max() <= losses.ONE_STEP_FROM <= t[32:].min(), "no level has both tasks"
+    edge = net.config.one_step_from
+    assert t[:32].max() <= edge <= t[32:].min(), "no level has both tasks"
     at_max = (t[32:] == net.config.sigma_max).float().mean()
     assert at_max == pytest.approx(losses.AT_MAX, abs=0.2)
     first, early, late = (sharp_terms(net, critic, p, batch) for p in (0.19, 0.49, 0.5))
@@ -195,6 +196,7 @@ def test_half_of_a_sharp_batch_is_plain_denoising_and_the_rest_single_steps() ->
     assert [t["perceptual"] > 0 for t in (first, early, late)] == [False, True, True]
     assert [t["critic"] > 0 for t in (first, early, late)] == [False, False, True]
     weighed = 2 * first["l1"] + net.config.denoising_weight * first["denoising"]
+    weighed = weighed + net.config.light_weight * first["light"]
     assert float(first["loss"].detach()) == pytest.approx(float(weighed.detach()))
     phases = [CVSTask.phase(SimpleNamespace(model=net, critic=critic), p) for p in (0.0, 0.2, 0.5)]
     assert phases == [0, 1, 2], "steps of one phase do the same work"

@@ -32,13 +32,14 @@ CONDITION_CHANNELS = 4 + 6 + 6
 RENDER_CHANNELS = 5  # of each render of the target view
 LOSS_WEIGHTS = ("alpha_aware", "depth_laplacian", "none")
 KINDS = ("consistency", "original")
-OBJECTIVES = ("consistency", "sharp")
+OBJECTIVES = ("consistency", "diffusion", "sharp")
 LEFT_OUT = -3.0  # of the logits by which renders are weighed: a fresh network takes their mean
 MOST_AT_ONCE = 64  # views in a batch of `predictor`'s
 CameraMap = Callable[[InputImages, Cameras], tuple[Cameras, Cameras, Tensor]]
 
 _GPU: dict[str, Any] = {"channel_multipliers": (1, 2, 4, 4), "blocks_per_level": 2, "ect_stages": 6}
 _SHARP: dict[str, Any] = {"image_size": 128, "objective": "sharp", "p_mean": -1.2, "p_std": 1.2}
+_SHARP |= {"one_step_from": 0.7}
 _PRESETS: dict[str, dict[str, Any]] = {
     # tests: a fraction of a second a step at 16 px
     "tiny": {"image_size": 16, "base_channels": 8, "embedding_channels": 16}
@@ -90,7 +91,10 @@ class CVSConfig:
     light_weight: float = 0.3  # of the loss on local light, which blur would otherwise swallow
     foreground_share: float = 0.7  # of the alpha-aware weight: the object with a margin
     parameterisation: str = "consistency"  # of `KINDS`; "original": no boundary condition
-    objective: str = "consistency"  # of `OBJECTIVES`: ECT, or denoising and sharp single steps
+    # of `OBJECTIVES`: ECT; denoising at every level, sampled along the ODE; or denoising and sharp
+    # single steps
+    objective: str = "consistency"
+    one_step_from: float = 2.0  # lowest noise level of a sharp single step, highest of denoising
     denoising_weight: float = 3.0  # of the half of a sharp run's batch that is denoised
     perceptual_weight: float = 0.1  # of a shift by one pixel, in a sharp single step
     perceptual_from: float = 0.3  # share of the run before: its gradient would drown denoising's
@@ -110,6 +114,8 @@ class CVSConfig:
         ordered = 0 < self.sigma_min < self.sigma_max
         check(self, "sigma_min", ordered, "0 < sigma_min < sigma_max")
         check(self, "ect_stages", self.ect_stages >= 1, "at least one stage")
+        within = self.sigma_min < self.one_step_from < self.sigma_max
+        check(self, "one_step_from", within, "sigma_min < one_step_from < sigma_max")
         check(self, "ect_q", self.ect_q > 1, "a factor above 1")
         for name in ("render_twin", "render_mask"):
             check(self, name, renders or not getattr(self, name), "render_condition=True too")
@@ -319,10 +325,15 @@ def sampling_sigmas(steps: int, config: CVSConfig) -> tuple[float, ...]:
     """Noise levels to start each of `steps` passes from, sigma_max first.
 
     sigma_i^(1/7) is spaced evenly between sigma_max and sigma_min, the latter left out (EDM,
-    arXiv 2206.00364, equation 5 with rho = 7): 80 | 80, 2.5 | 80, 18, 2.5, 0.17.
+    arXiv 2206.00364, equation 5 with rho = 7): 80 | 80, 2.5 | 80, 18, 2.5, 0.17. A "sharp" network
+    denoises by squared errors below `one_step_from`, so that its last step would blur: its levels
+    are spaced evenly in the logarithm down to 1.5 times that: 80 | 80, 1.05 | 80, 19, 4.5, 1.05.
     """
     if steps < 1:
         raise ValueError(f"steps: got {steps}, want at least 1")
+    if config.objective == "sharp":
+        ratio = 1.5 * config.one_step_from / config.sigma_max
+        return tuple(config.sigma_max * ratio ** (i / max(steps - 1, 1)) for i in range(steps))
     high, low = config.sigma_max ** (1 / 7), config.sigma_min ** (1 / 7)
     return tuple((high + i / steps * (low - high)) ** 7 for i in range(steps))
 
@@ -334,16 +345,21 @@ def sample(
     """Views (B, 4, H, W) in [-1, 1] for conditions (B, 16, H, W): one pass per noise level.
 
     Multistep consistency sampling (arXiv 2303.01469, algorithm 1): denoise, then add noise back
-    to the next, lower level. A premultiplied colour is at most its alpha: what is brighter would be
-    a haze where nothing is. `repeat`: noise is drawn for B / repeat images and tiled.
+    to the next, lower level; of "diffusion", the rest of the noise that was there (Euler's steps
+    along the probability flow, EDM, arXiv 2206.00364, equation 4). A premultiplied colour is at
+    most its alpha: what is brighter would be a haze where nothing is. `repeat`: noise is drawn for
+    B / repeat images and tiled.
     """
     b, _, h, w = cond.shape
-    out = cond.new_zeros(b, 4, h, w)
+    out, noise, least = cond.new_zeros(b, 4, h, w), cond, model.config.sigma_min
     for i, sigma in enumerate(sampling_sigmas(steps, model.config)):
-        spread = sigma if i == 0 else math.sqrt(max(sigma**2 - model.config.sigma_min**2, 0.0))
-        noise = randn(out[: b // repeat], generator).repeat(repeat, 1, 1, 1)
-        out = model(out + spread * noise, out.new_full((b,), sigma), cond).clamp(-1, 1)
+        if i == 0 or model.config.objective != "diffusion":
+            spread = sigma if i == 0 else math.sqrt(max(sigma**2 - least**2, 0.0))
+            noise = randn(out[: b // repeat], generator).repeat(repeat, 1, 1, 1) * (spread / sigma)
+        x = out + sigma * noise
+        out = model(x, out.new_full((b,), sigma), cond).clamp(-1, 1)
         out = torch.cat([torch.minimum(out[:, :3], out[:, 3:]), out[:, 3:]], dim=1)
+        noise = (x - out) / sigma
     return out
 
 

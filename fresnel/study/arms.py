@@ -27,6 +27,14 @@ from fresnel.training.decoder_task import DecoderTask
 
 RENDER_MODELS = ("cvs-refine", "cvs-twin")
 CVS_MODELS = ("cvs", *RENDER_MODELS)
+_LEVELS: dict[str, Any] = {"p_mean": -1.1, "p_std": 2.0}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "consistency": {"objective": "consistency", **_LEVELS},
+    "diffusion": {"objective": "diffusion", "ect_stages": 1, "sigma_max_fraction": 0.1, **_LEVELS},
+    "sharp": {"objective": "sharp"},
+    "adversarial": {"objective": "sharp", "adversarial_weight": 0.1},
+}
+"""What a CVS is trained by, as changes to its configuration."""
 RESIDUAL = 0.2
 """Spread of what a decoder's render lacks, `sigma_data` of models that add to it."""
 _DECODER_SIZES: dict[str, dict[str, dict[str, Any]]] = {
@@ -51,6 +59,7 @@ def make_task(
     seed: int,
     loss_mask: str = "alpha_aware",
     parameterisation: str = "consistency",
+    objective: str = "",
     augment: bool = True,
     ground_truth: bool = False,
     pairs: Tensor | None = None,
@@ -72,6 +81,9 @@ def make_task(
         parameterisation: of the CVS: "consistency"; "original" (one step, no boundary condition);
             "regression", the consistency network trained for its one step alone: every sample at
             sigma_max, compared with the clean view.
+        objective: of the CVS: "" (its size's own), or one of `OBJECTIVES`: "consistency" (ECT),
+            "diffusion" (denoising at all levels), "sharp" (denoising, and single steps that look
+            right), "adversarial" (the same with a critic).
         ground_truth: any view may serve as the input, not only the record's own.
         pairs: the CVS trains on these (record, view) pairs alone, (P, 2).
         renderer: of the `RENDER_MODELS`.
@@ -94,7 +106,10 @@ def make_task(
     if parameterisation == "regression":
         changes = {"sigma_max_fraction": 1.0, "ect_stages": 1}
     if parameterisation != "consistency":
-        changes["objective"] = "consistency"  # these have a loss of their own
+        objective = objective or "consistency"  # these have a loss of their own
+    if objective and objective not in OBJECTIVES:
+        raise ValueError(f"objective: got {objective!r}, want one of {('', *OBJECTIVES)}")
+    changes |= OBJECTIVES.get(objective, {})
     changes |= {"render_condition": model in RENDER_MODELS, "render_twin": model == "cvs-twin"}
     if initial_weights:
         changes["perceptual_from"] = 0.0  # they denoise already

@@ -191,9 +191,7 @@ def consistency_loss(
     return terms(config, output, reference, target, weights, model.scalings(t)[1], at_max)
 
 
-ONE_STEP_FROM = 2.0
-"""Lowest noise level of a sharp single step, the highest of denoising; more steps begin above."""
-AT_MAX = 2 / 3  # of the single steps; the others begin evenly between the logarithms of both
+AT_MAX = 2 / 3  # of the single steps; the others begin evenly in the logarithm above one_step_from
 RAYS = 10  # condition channels before the target's rays, of the picture that is given
 
 
@@ -221,10 +219,11 @@ def sharp_loss(
         "loss" and the terms of both.
     """
     config, b = model.config, len(target) // 2
-    low = noise_levels(target[:b], config, generator)
-    low = low.clamp(2 * config.sigma_min, ONE_STEP_FROM)  # no level has both tasks: one is blurred
+    low, edge = noise_levels(target[:b], config, generator), config.one_step_from
+    low = torch.where(low > edge, edge**2 / low, low)  # no level has both tasks: one is blurred
+    low = low.clamp_min(2 * config.sigma_min)
     u, start = (uniform(generator, target.device, len(target) - b) for _ in range(2))
-    high = ONE_STEP_FROM * (config.sigma_max / ONE_STEP_FROM) ** u
+    high = edge * (config.sigma_max / edge) ** u
     high = torch.where(start < AT_MAX, config.sigma_max, high)
     backdrop = uniform(generator, target.device, len(target) - b, 4)[..., None, None]
     t = torch.cat([low, high])
@@ -255,14 +254,16 @@ def one_step_terms(
 ) -> dict[str, Tensor]:
     """How far views (B, 4, H, W) in [-1, 1] are from true ones, to the eye.
 
-    Twice the weighted absolute error, and (`looked_at`) the perceptual distance, over white or (a
+    Twice the weighted absolute error, whose best guess where a shape is unsure is nothing, so also
+    `light_error`; and (`looked_at`) the perceptual distance, over white or (a
     half of them) over the colour that `backdrop` (B, 4, 1, 1) says; of a critic, how much it takes
     them for made (hinge) and how far its features of both lie apart (pix2pixHD, arXiv 1711.11585).
     `seen`: what the critic knows of each view.
 
     Returns:
-        "loss", "l1", "perceptual" (0 if not looked at); of a critic (0 without) "adversarial",
-        "features" and "critic", its own loss, which is part of "loss" and reaches the critic alone.
+        "loss", "l1", "light", "perceptual" (0 if not looked at); of a critic (0 without)
+        "adversarial", "features" and "critic", its own loss, which is part of "loss" and reaches
+        the critic alone.
     """
     l1 = (weights * (output - target).abs()).mean()
     behind = torch.where(backdrop[:, 3:] < 0.5, 1.0, backdrop[:, :3])
@@ -273,8 +274,10 @@ def one_step_terms(
 
     none = torch.zeros_like(l1.detach())  # the terms of a run are the same from its first step
     apart = distance(over(output), over(target)).mean() if looked_at else none
-    loss = 2 * l1 + config.perceptual_weight * apart
-    found = {"loss": loss, "l1": l1.detach(), "perceptual": apart.detach()}
+    light = light_error(output.float(), target).mean()
+    loss = 2 * l1 + config.light_weight * light + config.perceptual_weight * apart
+    parts = {"l1": l1, "light": light, "perceptual": apart}
+    found = {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
     found |= dict.fromkeys(("adversarial", "features", "critic"), none)
     if critic is None:
         return found
