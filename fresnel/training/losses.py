@@ -191,6 +191,7 @@ def consistency_loss(
     return terms(config, output, reference, target, weights, model.scalings(t)[1], at_max)
 
 
+ONE_STEP_LIGHT = 1.5  # as `light_weight`: the perceptual distance pulls ten times as hard as either
 AT_MAX = 2 / 3  # of the single steps; the others begin evenly in the logarithm above one_step_from
 RAYS = 10  # condition channels before the target's rays, of the picture that is given
 
@@ -275,7 +276,7 @@ def one_step_terms(
     none = torch.zeros_like(l1.detach())  # the terms of a run are the same from its first step
     apart = distance(over(output), over(target)).mean() if looked_at else none
     light = light_error(output.float(), target).mean()
-    loss = 2 * l1 + config.light_weight * light + config.perceptual_weight * apart
+    loss = 2 * l1 + ONE_STEP_LIGHT * light + config.perceptual_weight * apart
     parts = {"l1": l1, "light": light, "perceptual": apart}
     found = {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
     found |= dict.fromkeys(("adversarial", "features", "critic"), none)
