@@ -181,7 +181,7 @@ def _steps(arguments: argparse.Namespace, detect: Callable[[], str]) -> tuple[st
     from fresnel.study import runner
 
     if "study" in arguments:
-        steps = runner.load(arguments.study, runs=arguments.runs)
+        steps = runner.load(arguments.study, runs=arguments.runs, domain=arguments.domain)
         values = dict(text.partition("=")[::2] for text in arguments.set)
         return arguments.study.stem, runner.override(steps, values)
     profile = detect() if arguments.profile in (None, "auto") else arguments.profile
@@ -255,6 +255,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     "run what is not finished of a study; several processes share the work",
     *_STEPS,
     ("study", _path, "YAML file, e.g. notebooks/params/study.yaml"),
+    ("--domain", ("objects", "objects", "faces"), "what it is about (default: objects)"),
     ("--set", [], "of every step whose notebook has it, to rehearse", "NAME=VALUE"),
     ("--runs", "runs", "folder of its data and weights"),
     ("--stop-after", float, "for the next call", "SECONDS"),

@@ -312,7 +312,7 @@ def test_the_front_page_tells_ones_own_runs_from_the_study(tmp_path: Path) -> No
     (tmp_path / "published/study" / overview.TABLE_NAME).write_text(table)
     lone, gated = overview.study(tmp_path / "published/study" / overview.TABLE_NAME, [])
     assert gated["figures"]["psnr"] == pytest.approx((21.0, 2**0.5)) and gated["seeds"] == 2
-    assert gated["what"].startswith("bootstrap from 213 objects"), "as study.yaml has it"
+    assert gated["what"].startswith("the decoder's views of B"), "as study.yaml has it"
     assert (lone["arm"], lone["what"]) == ("lone", "") and lone["figures"]["psnr"][0] == 30
     assert gated["verdicts"] == [("NOT BETTER", 1), ("FAIL", 1)], "by today's rule"
     assert gated["then"] == [("PASS", 1), ("FAIL", 1)] and lone["then"] == []

@@ -69,6 +69,13 @@ def test_dots_bins_and_roses() -> None:
     assert axis.texts[-1].get_fontsize() < axis.get_yticklabels()[0].get_fontsize()
     entry = {"bin": "45", "psnr": 20.0, "psnr_low": 19.0, "psnr_high": 22.0}
     both = {"a": [entry], "b": [{**entry, "psnr": 10.0}]}
+    one = Estimate(1.0, (0.9, 1.1), 0.5, 1.5), Estimate(2.0, (2.0, 2.0))
+    places = {"a": one, "b": (Estimate(3.0), Estimate(3.0))}
+    (axis,) = charts.plane(places, labels=("dB", "distance"), better="here").axes
+    assert [text.get_text() for text in axis.texts] == ["a", "b", "here"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("dB", "distance")
+    spans = [line.get_segments()[0] for line in axis.collections]
+    assert spans[0][:, 0].tolist() == [0.5, 1.5] and len(axis.lines) >= 4
     (axis,) = charts.bins_figure(both, "psnr", label="PSNR, dB", band=(1, 2)).axes
     assert [bar.get_height() for box in axis.containers[::2] for bar in box] == [20.0, 10.0]
     assert [text.get_text() for text in axis.get_xticklabels()] == ["45"]

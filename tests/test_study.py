@@ -62,6 +62,23 @@ def test_seeds_become_steps_that_need_their_own_kind(study: Path) -> None:
     assert elsewhere == "/tmp/x/decoder-s1.safetensors"
 
 
+def test_one_file_is_a_study_of_either_domain(study: Path) -> None:
+    steps = [
+        {"name": "decoder", "notebook": "x", "domain": "objects"},
+        {"name": "arm", "notebook": "x", "needs": "decoder", "params": {"a": "{of}, {domain}"}},
+    ]
+    texts = {"objects": {"of": "{runs}/furniture"}, "faces": {"of": "heads"}}
+    study.write_text(json.dumps({"domains": texts, "stages": {"": steps}}))
+    decoder, arm = studies.load(study, domain="objects", runs="r")
+    assert (decoder.name, arm.needs) == ("decoder", ("decoder",))
+    assert arm.params == {"a": "r/furniture, objects"}
+    (arm,) = studies.load(study, domain="faces")
+    assert arm.needs == () and arm.params == {"a": "heads, faces"}
+    study.write_text(json.dumps({"domains": {"faces": 3}, "stages": {"": steps}}))
+    with pytest.raises(studies.StudyError, match="each domain in 'domains'"):
+        studies.load(study)
+
+
 def test_a_stage_does_all_steps_of_a_seed_before_those_of_the_next(study: Path) -> None:
     rows = (("a", [0, 1], []), ("b", [0, 1], "a"), ("all", [], "b"), ("c", [0], "all"))
     rows = [
@@ -304,12 +321,12 @@ def test_a_profile_goes_on_after_a_crash_and_asks_the_cache_of_every_step(
     assert len(runner.ran) == 4, "a study keeps what is finished"
 
 
-SHIPPED = pytest.mark.parametrize("file", ["study.yaml", "faces.yaml"])
+SHIPPED = pytest.mark.parametrize("domain", ["objects", "faces"])
 
 
 @SHIPPED
-def test_the_studies_that_ship_name_real_parameters(file: str) -> None:
-    steps = studies.load(PARAMS / file)
+def test_the_study_that_ships_names_real_parameters(domain: str) -> None:
+    steps = studies.load(PARAMS / "study.yaml", domain=domain)
     for step in steps:
         report.check_parameters(report.read_parameters(step.notebook), step.params)
         assert step.expect in {"PASS", "FAIL", "GO", "NO-GO", "DONE", None}
@@ -317,9 +334,10 @@ def test_the_studies_that_ship_name_real_parameters(file: str) -> None:
 
 
 @SHIPPED
-def test_the_studies_that_ship_need_whatever_they_read(file: str) -> None:
+def test_the_study_that_ships_needs_whatever_it_reads(domain: str) -> None:
     """Weights and data of a step are made by a step that it needs, directly or not."""
-    steps = {step.name: step for step in studies.load(PARAMS / file)}
+    steps = {step.name: step for step in studies.load(PARAMS / "study.yaml", domain=domain)}
+    assert ("03-decoder-A-s0" in steps) == (domain == "objects")
     made = {step.params.get("export_to"): name for name, step in steps.items()}
     made |= {
         s.params["dataset_dir"]: n

@@ -17,9 +17,11 @@ import pandas as pd
 import yaml
 
 from fresnel.analysis.runs import of
-from fresnel.analysis.stats import Estimate, best, bins, each
+from fresnel.analysis.stats import Estimate, bins, each, estimate
 
 Band = tuple[float, float]
+LEVEL = {"level": 1.0, "a tenth farther": 1.1}
+"""Lines in figures of perceptual distances' ratios."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +104,26 @@ def lessons(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame(yaml.safe_load(Path(path).read_text(encoding="utf-8"))["lessons"])
 
 
-def ours(path: str | Path, metrics: Mapping[str, Any]) -> pd.DataFrame:
-    """What we ourselves said, why it was wrong, what found it, and what is true now by a finished
-    03's `metrics` ("not measured in these runs" without them)."""
+def ours(path: str | Path, metrics: Mapping[str, Any], figures: pd.DataFrame) -> pd.DataFrame:
+    """What we ourselves said, by which runs, why it was wrong, what found it, and what is true now
+    ("not measured in these runs" where it was not): by a finished 03's `metrics`, and by the
+    estimates that an entry's "figures" names (`stats.estimate`'s arguments, and "digits")."""
     every = {name: rows[-1] for name, rows in metrics.get("summaries", {}).items()}
     calls = {"one": "cvs", "two": "cvs, 2 steps", "four": "cvs, 4 steps"}
     found = {word: every.get(name, {}) for word, name in calls.items()}
     found |= {"render": every.get("decoder render", {}), **(metrics.get("noise_left") or {})}
     entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["ours"]
     for entry in entries:
-        template = entry.pop("now")
+        template, known = entry.pop("now"), dict(found)
+        for name, asked in entry.pop("figures", {}).items():
+            how = {key: value for key, value in asked.items() if key != "digits"}
+            one = estimate(figures, **how)
+            if not math.isnan(one.mean):
+                known[name] = one.text(asked.get("digits", 2), "+" if "minus" in asked else "")
         try:
-            entry["true now, by 03-corrected"] = template.format(**found)
+            entry["true now"] = template.format(**known)
         except LookupError:
-            entry["true now, by 03-corrected"] = "not measured in these runs"
+            entry["true now"] = "not measured in these runs"
     return pd.DataFrame(entries)
 
 
@@ -135,28 +143,36 @@ def target(
     """The figures that a target of study.yaml asks for: a row's name -> bin -> estimate.
 
     Args:
-        entry: "ours" and "theirs" (arms; or "copy_input", "decoder render" of our own runs) with
-            "least" dB; or "metric" "of" arms within a "band"; or "run", a step, with a "scalar" of
-            its metrics.  An arm may be "best of" a list.
+        entry: "of" arms a "metric" (without: PSNR) within a "band", or at "least" so much, which
+            may differ by bin; as it is, or "minus" or "over" an arm or a rival in their own runs
+            (`stats.RIVALS`); "all": over all views, not in every bin.  Or "run", a step, with a
+            "scalar" of its metrics, words of a path into them.
     """
-    wanted = entry.get("of") or [entry.get("ours", "")]
-    arms = dict.fromkeys(a if isinstance(a, str) else best(figures, a) for a in wanted)
     if "run" in entry:  # a gate that let it through never refuses it
-        lets = "PASS" if entry.get("refused") else ""
-        found = of(runs, entry["run"])
-        values = [math.inf if run["verdict"] == lets else run.get(entry["scalar"]) for run in found]
+        lets, path = "PASS" if entry.get("refused") else "", entry["scalar"]
+        made = of(runs, entry["run"])
+        values = [math.inf if run["verdict"] == lets else _inside(run, path) for run in made]
         rows = {entry["run"]: {"all": each(values)}}
-    elif "metric" in entry:
-        rows = {arm: bins(figures, arm, entry["metric"]) for arm in arms}
     else:
-        rows = {
-            f"{arm} - {entry['theirs'].replace('_', ' ')}, over {word}": bins(
-                figures, arm, metric, minus=entry["theirs"]
-            )
-            for metric, word in (("psnr_white", "white"), ("psnr", "black"))
-            for arm in arms
-        }
+        rows, metric = {}, entry.get("metric", "psnr")
+        how = {word: entry[word] for word in ("minus", "over") if word in entry}
+        to = "".join(f" {word} {other}" for word, other in how.items()).replace("_", " ")
+        for arm in entry["of"]:
+            found = bins(figures, arm, metric, **how)
+            if entry.get("all"):
+                found = {"all": estimate(figures, arm, "all", metric, **how)}
+            rows[arm + to] = found
     return {n: r for n, r in rows.items() if not any(math.isnan(one.mean) for one in r.values())}
+
+
+def _inside(values: Any, path: str) -> float | None:
+    """What lies at a path of keys and places into nested values, None where nothing does."""
+    for word in path.split():
+        try:
+            values = values[int(word) if isinstance(values, list) else word]
+        except (LookupError, TypeError):
+            return None
+    return values
 
 
 def band_of(entry: Mapping[str, Any], where: str) -> Band:

@@ -17,7 +17,7 @@ from fresnel.analysis.runs import OWN, of
 from fresnel.evaluation.metrics import AZIMUTH_BINS
 
 BINS = tuple(name for name, _ in AZIMUTH_BINS)
-RIVALS = ("copy_input", "decoder render")
+RIVALS = ("copy_input", "decoder render", *(f"cvs, {n} steps" for n in (1, 2, 4)))
 """What an arm is compared with in its own runs."""
 _BOUNDS = ["mean", "low", "high"]
 
@@ -87,6 +87,7 @@ def estimate(
     predictor: str = OWN,
     *,
     minus: str = "",
+    over: str = "",
 ) -> Estimate:
     """A metric of an arm in a bin of azimuths ("all": of all views).
 
@@ -97,13 +98,23 @@ def estimate(
         predictor: what was trained, or as "cvs, 2 steps".
         minus: what it is the difference to, paired by seed and object: an arm, or one of `RIVALS`
             in our own runs.
+        over: what it is a multiple of, likewise (a ratio of means).
     """
-    theirs = (arm, metric, minus) if minus in RIVALS else (minus, metric, OWN)
-    keys = [(arm, metric, predictor, where), *([(*theirs, where)] if minus else [])]
+    other = minus or over
+    theirs = (arm, metric, other) if other in RIVALS else (other, metric, OWN)
+    keys = [(arm, metric, predictor, where), *([(*theirs, where)] if other else [])]
     if any(key not in figures.index for key in keys):
         return Estimate()
-    rows, *other = (figures.loc[key] for key in keys)
-    for one in other:
+    rows, *others = (figures.loc[key] for key in keys)
+    if over:
+        pair = [one.loc[rows.index.intersection(others[0].index)] for one in (rows, others[0])]
+        both = [one.drop(columns=_BOUNDS).dropna(axis=1) for one in pair]
+        objects = both[0].columns.intersection(both[1].columns)
+        if len(objects):
+            return over_objects(both[0][objects].to_numpy(), both[1][objects].to_numpy())
+        seeds = tuple(pair[0]["mean"] / pair[1]["mean"])
+        return Estimate(float(np.mean(seeds)), seeds)
+    for one in others:
         rows = (rows - one).loc[rows.index.intersection(one.index)]
     values, means = rows.drop(columns=_BOUNDS).dropna(axis=1).to_numpy(), tuple(rows["mean"])
     found, n = Estimate(float(np.mean(means)), means, *interval(values)), len(means)
@@ -116,10 +127,10 @@ def estimate(
 
 
 def bins(
-    figures: pd.DataFrame, arm: str, metric: str = "psnr", *, minus: str = ""
+    figures: pd.DataFrame, arm: str, metric: str = "psnr", **compared: str
 ) -> dict[str, Estimate]:
-    """Bin -> a metric of an arm, or its difference to another's."""
-    return {b: estimate(figures, arm, b, metric, minus=minus) for b in BINS}
+    """Bin -> a metric of an arm, or how it compares with another's (`estimate`'s minus, over)."""
+    return {b: estimate(figures, arm, b, metric, **compared) for b in BINS}
 
 
 def known(rows: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Mapping[str, Estimate]]:
@@ -164,23 +175,74 @@ def describe(rows: Mapping[str, Mapping[str, Estimate]], label: str) -> str:
     return f"{label}, means over seeds at {at}. {'; '.join(parts)}."
 
 
+_SHOWN = {
+    "dB": ("psnr", 1),
+    "SSIM": ("ssim", 3),
+    "perceptual": ("perceptual", 1),
+    "edges": ("edge_energy_ratio", 2),
+    "light": ("luminance_ratio", 2),
+    "area": ("coverage_ratio", 2),
+    "disagreement": ("disagreement", 1),
+    "faces": ("faces", 2),
+}
+"""Column of `arms_table`: metric and digits."""
+
+
 def arms_table(
-    figures: pd.DataFrame, runs: pd.DataFrame, labels: Mapping[str, str]
+    figures: pd.DataFrame,
+    runs: pd.DataFrame,
+    labels: Mapping[str, str],
+    rivals: Mapping[str, tuple[str, str]] | None = None,
 ) -> pd.DataFrame:
     """A row an arm that ran, over all views: mean ± spread over seeds (objects differ more than
-    arms do, so their interval is left out), and the seconds that training took."""
-    shown = {"dB": "psnr", "dB, white": "psnr_white", "dB, object": "psnr_foreground"}
-    shown |= {"light": "luminance_ratio", "area": "coverage_ratio"}
-    newer = {"edges": "edge_energy_ratio", "perceptual": "perceptual", "faces": "faces"}
-    known_of = set(figures.index.get_level_values("metric"))
-    shown |= {word: metric for word, metric in newer.items() if metric in known_of}
+    arms do, so their interval is left out), the noise that it leaves of 0.17 where it is asked, and
+    the seconds that training took. Columns of which no run knows anything are left out.
+
+    Args:
+        rivals: further rows: name -> the arm in whose runs it was measured, and its predictor.
+    """
+    known_of, rows = set(figures.index.get_level_values("metric")), []
+    places = {arm: (arm, OWN) for arm in labels} | dict(rivals or {})
+    for name, (arm, predictor) in places.items():
+        made = of(runs, f"03-{arm}")
+        if not made:
+            continue
+        row = {"arm": name, "what it is": labels.get(name, "needs no training"), "seeds": len(made)}
+        for word, (metric, digits) in _SHOWN.items():
+            if metric in known_of:
+                one = estimate(figures, arm, "all", metric, predictor)
+                row[word] = Estimate(one.mean, one.seeds).text(digits)
+        if name in labels:
+            shares = [(run.get("noise_left") or {}).get("left") for run in made]
+            row["noise left"] = each([share[1] for share in shares if share]).text(3).split(" [")[0]
+            took = tuple(run["train_duration_s"] for run in made)
+            row["training, s"] = Estimate(float(np.mean(took)), took).text(0)
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("-")
+
+
+def calls_table(
+    figures: pd.DataFrame, runs: pd.DataFrame, labels: Mapping[str, str]
+) -> pd.DataFrame:
+    """Perceptual distance and SSIM by network calls a view, of the arms that were asked for
+    several: mean ± spread over seeds."""
     rows = []
-    for arm, label in labels.items():
-        took = [one["train_duration_s"] for one in of(runs, f"03-{arm}")]
-        if took:
-            found = {word: estimate(figures, arm, "all", metric) for word, metric in shown.items()}
-            cells = {word: Estimate(one.mean, one.seeds).text() for word, one in found.items()}
-            time = Estimate(float(np.mean(took)), tuple(took)).text(0)
-            row = {"arm": arm, "what it is": label, "seeds": len(took)}
-            rows.append({**row, **cells, "training, s": time})
-    return pd.DataFrame(rows)
+    for arm in labels:
+        own = {str(p.get("sampling_steps", 1)) for p in runs.params[runs.step == f"03-{arm}"]}
+        found: dict[int, tuple[Estimate, ...]] = {}
+        for predictor in (OWN, *(name for name in RIVALS if name.endswith("steps"))):
+            count = own if predictor == OWN else {predictor.split()[1]}
+            both = tuple(
+                estimate(figures, arm, "all", metric, predictor)
+                for metric in ("perceptual", "ssim")
+            )
+            if len(count) == 1 and math.isfinite(both[1].mean):
+                found[int(*count)] = both
+        if len(found) > 1:
+            cells = {
+                f"{word}, {n}": Estimate(one.mean, one.seeds).text(digits)
+                for k, (word, digits) in enumerate((("perceptual", 1), ("SSIM", 3)))
+                for n, one in ((n, pair[k]) for n, pair in sorted(found.items()))
+            }
+            rows.append({"calls": arm, **cells})
+    return pd.DataFrame(rows).fillna("-")

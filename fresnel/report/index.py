@@ -128,7 +128,7 @@ def read_table(table: Path) -> Iterator[dict[str, Any]]:
 def study(table: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The trainings (03) of a published study (`TABLE_NAME`), an arm a row.
 
-    runs: entries of its own pages. Returns {"arm", "what" (as notebooks/params/FOLDER.yaml says),
+    runs: entries of its own pages. Returns {"arm", "what" (as notebooks/params/study.yaml says),
     "seeds", "verdicts", "figures" (name -> (mean, spread over seeds, NaN of one)), "link" (of a
     report that was published)}, best PSNR first."""
     arms: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -138,10 +138,9 @@ def study(table: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     links = {run["record"].name: run["link"] for run in runs}
     labels, rows = dict[str, str](), []
     with contextlib.suppress(OSError, LookupError):
-        plan = project_root() / "notebooks" / "params" / f"{table.parent.name}.yaml"
+        plan = project_root() / "notebooks" / "params" / "study.yaml"
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        analysis = yaml.load(plan.read_bytes(), loader)["analysis"]
-        labels = {**analysis.get("other_arms", {}), **analysis["arms"]}
+        labels = yaml.load(plan.read_bytes(), loader)["analysis"]["arms"]
     for arm, made in arms.items():
         figures = {}
         for name in _QUALITY[:5]:

@@ -320,3 +320,33 @@ def dots(
     axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
     figure.supxlabel(label, fontsize=9)
     return figure
+
+
+@rc_context(STYLE)
+def plane(
+    points: Mapping[str, tuple[Any, Any]], *, labels: tuple[str, str], better: str = ""
+) -> Figure:
+    """A point a name in a plane of two estimates, with bars for their 95 % intervals and a dot for
+    every seed.
+
+    Args:
+        labels: of the axis across and of that upwards.
+        better: said in the corner that is best of both, where less is better upwards and more
+            across.
+    """
+    figure, ((axis,),) = _new(size=(7.2, 4.6))
+    for k, (name, (x, y)) in enumerate(points.items()):
+        color = CYCLE[k % len(CYCLE)]
+        ends = [[[one.mean - one.low], [one.high - one.mean]] for one in (x, y)]
+        across, upwards = np.nan_to_num(np.abs(ends))
+        axis.errorbar([x.mean], [y.mean], upwards, across, color=color, lw=1.0, alpha=0.45)
+        axis.plot(x.seeds, y.seeds, "o", ms=2.6, color=color, alpha=0.8)
+        marker = "osD^v"[k // len(CYCLE) % 5]
+        axis.plot([x.mean], [y.mean], marker, ms=6, color=color, mec="white", mew=0.6)
+        shift = (7, 5 if k % 2 else -11)
+        axis.annotate(name, (x.mean, y.mean), shift, textcoords="offset points", fontsize=8)
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    if better:
+        words = {"ha": "right", "va": "bottom", "fontsize": 8, "color": GREEN}
+        axis.text(0.985, 0.02, better, transform=axis.transAxes, **words)
+    return figure

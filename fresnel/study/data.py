@@ -140,6 +140,21 @@ def demo_dataset(model: str = "cvs", domain: str = "objects") -> MultiViewDatase
     return data
 
 
+def with_truth(made: MultiViewDataset, source: str, objects: str) -> MultiViewDataset:
+    """A bootstrap with true views of some of its source's training objects (`sources.part`) beside
+    it, written in its place.
+
+    Raises DatasetError where an object is in both, or sizes or numbers of views differ."""
+    true = sources.part(sources.ground_truth(source, "train", image_size=made.image_size), objects)
+    return dataset.write(
+        made.path,
+        (data[k] for data in (made, true) for k in range(len(data))),
+        meta={**made.meta, "true_objects": list(true.names)},
+        overwrite=True,
+        total=len(made) + len(true),
+    )
+
+
 def held_out(source: str, data: MultiViewDataset, objects: int) -> MultiViewDataset:
     """True views, as large as those of `data`, of the objects that judge what was trained on it;
     the first so many of them (0: all)."""

@@ -5,7 +5,6 @@ thresholds and the verdict stand in notebook 02.
 """
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,35 +149,32 @@ def speed_metrics(result: TrainResult) -> dict[str, Any]:
     return {name: getattr(result, name) for name in same} | {"train_duration_s": result.duration_s}
 
 
-def psnr_by_object(
-    measured: Mapping[str, Rows],
-) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """What two runs are compared by, pair by pair: PSNR of every object over black and over white,
-    in thousandths of a dB, and the perceptual distance where it was measured.
+def by_object(measured: Mapping[str, Rows]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """What two runs are compared by, pair by pair: PSNR, SSIM and, where it was measured, the
+    perceptual distance of every object, in thousandths.
 
-    The mean and the black image are left out, and further network calls over white: nothing is
+    The mean and the black image are left out, and of further network calls the bins: nothing is
     paired with them, and a study of 60 runs is to stay small.
 
     Args:
         measured: predictor -> rows of `evaluate.evaluate`.
 
     Returns:
-        "psnr_by_object", "psnr_white_by_object" and "perceptual_by_object": predictor -> bin ->
-        object -> value.
+        "psnr_by_object", "ssim_by_object" and "perceptual_by_object": predictor -> bin -> object ->
+        value.
     """
-    apart = {"psnr": r"mean_image|black_image", "psnr_white": r"mean_image|black_image|.* steps"}
-    if all("perceptual" in row for rows in measured.values() for row in rows):
-        apart["perceptual"] = apart["psnr_white"]
+    kept = {n: rows for n, rows in measured.items() if n not in ("mean_image", "black_image")}
+    known = all("perceptual" in row for rows in measured.values() for row in rows)
     return {
         f"{metric}_by_object": {
             name: {
                 azimuth_bin: {key: round(value, 3) for key, value in objects.items()}
                 for azimuth_bin, objects in evaluate.by_object(rows, metric).items()
+                if azimuth_bin == "all" or not name.endswith(" steps")
             }
-            for name, rows in measured.items()
-            if not re.fullmatch(left_out, name)
+            for name, rows in kept.items()
         }
-        for metric, left_out in apart.items()
+        for metric in ("psnr", "ssim", *(["perceptual"] if known else []))
     }
 
 

@@ -51,20 +51,23 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     expect: str | None = None
     needs: str | list[str] = []
     seeds: list[int] = []
+    domain: str = ""
 
 
 _some = msgspec.Meta(min_length=1)
 _Stages = Annotated[dict[str, Annotated[list[_Entry], _some]], _some]
+_Domains = dict[str, dict[str, str]]
 
 
 def load(path: str | Path, *, runs: str | Path = "runs", domain: str = MAIN_DOMAIN) -> list[Step]:
-    """Read a study: a list of {name, notebook, params, expect, needs, seeds}, or a mapping with
-    such lists under "stages", by name (its other keys hold YAML anchors).
+    """Read a study: a list of {name, notebook, params, expect, needs, seeds, domain}, or a mapping
+    with such lists under "stages", by name (keys other than these two hold YAML anchors).
 
     A step with seeds: [0, 1] becomes the steps NAME-s0 and NAME-s1 with the parameter `seed`.  A
     `needs` that names a step with seeds means that of the same seed, or all of them.  In texts
-    {seed} is the seed, {runs} the folder of data and weights, {domain} the profile's "objects" or
-    "faces".  Notebooks are relative to the project.
+    {seed} is the seed, {runs} the folder of data and weights, {domain} "objects" or "faces", and
+    {NAME} what "domains" has by that name for this one.  A step that names the other domain is left
+    out, and nothing needs it.  Notebooks are relative to the project.
 
     Order is priority: stage by stage, and in a stage all steps of a seed before those of the next,
     so that a study which is stopped has every arm once rather than the first arms three times.
@@ -74,13 +77,19 @@ def load(path: str | Path, *, runs: str | Path = "runs", domain: str = MAIN_DOMA
     """
     source = Path(path)
     content = read_yaml(source)
+    named = content.get("domains", {}) if isinstance(content, dict) else {}
     content = content.get("stages") if isinstance(content, dict) else {"": content}
     try:
-        stages = msgspec.convert(content, _Stages).values()
+        every = msgspec.convert(content, _Stages).values()
+        texts = dict(msgspec.convert(named, _Domains).get(domain, {}))
     except msgspec.ValidationError as error:
         raise StudyError(
-            f"{source}: must hold a list of steps, or lists of them in 'stages': {error}"
+            f"{source}: must hold a list of steps, or lists of them in 'stages' and texts for each "
+            f"domain in 'domains': {error}"
         ) from None
+    texts |= {"runs": str(runs), "domain": domain}
+    stages = [[entry for entry in stage if entry.domain in ("", domain)] for stage in every]
+    elsewhere = {e.name for stage in every for e in stage} - {e.name for s in stages for e in s}
     seeds = {entry.name: entry.seeds or (None,) for stage in stages for entry in stage}
     steps, before = list[Step](), set[str]()
     for stage in stages:
@@ -89,13 +98,15 @@ def load(path: str | Path, *, runs: str | Path = "runs", domain: str = MAIN_DOMA
             params = dict(entry.params)
             for key, value in params.items():
                 if isinstance(value, str):
-                    for name, text in (("runs", runs), ("seed", seed), ("domain", domain)):
-                        value = value.replace(f"{{{name}}}", str(text))
+                    for name, text in {**texts, "seed": str(seed)}.items():
+                        value = value.replace(f"{{{name}}}", text)
                     params[key] = value
             if seed is not None:
                 params["seed"] = seed
             needs: list[str] = []
             for need in [entry.needs] if isinstance(entry.needs, str) else entry.needs:
+                if need in elsewhere:
+                    continue
                 theirs = seeds.get(need, (None,))
                 needs += [_seeded(need, s) for s in ([seed] if seed in theirs else theirs)]
             name, notebook = _seeded(entry.name, seed), project_root() / entry.notebook

@@ -70,6 +70,7 @@ class Training:
     decoder_weights: str = ""
     loss_mask: str = "alpha_aware"
     parameterisation: str = "consistency"
+    objective: str = ""
     augment: bool = True
     any_input: bool = False
     drop_worst_views: float = 0.0
@@ -155,7 +156,7 @@ def task(
     validating: ViewTensors | None = None,
 ) -> Any:
     """The task of a training, seeded, on its device, of what is `opened`."""
-    same = "loss_mask parameterisation augment initial_weights domain seed device"
+    same = "loss_mask parameterisation objective augment initial_weights domain seed device"
     given: dict[str, Any] = {name: getattr(training, name) for name in same.split()}
     return arms.make_task(
         *(training.model, training.size, views),
