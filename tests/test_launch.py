@@ -215,7 +215,7 @@ def test_a_dry_run_connects_to_nothing_and_names_a_study_as_it_lies_in_the_proje
     assert "all ends after 3.02 h" in said and "of the project" in said
     assert main([*profile, "--reports", "y"]) == 2
     monkeypatch.setenv("FRESNEL_CALLER", str(NOTEBOOKS))
-    step = ["--only", "01-furniture"]
+    step = ["--only", "01-truth"]
     assert main([*words, "study", "params/study.yaml", *step]) == 0
     assert "./run_all.sh study notebooks/params/study.yaml --only" in capsys.readouterr().out
     shutil.copy(NOTEBOOKS / "params/study.yaml", tmp_path / "own.yaml")
