@@ -1,6 +1,8 @@
 """Worker processes: what comes back, and that nothing stays behind, however a program ends."""
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 import time
@@ -34,6 +36,21 @@ def test_tensors_travel_by_value_and_errors_as_themselves(tmp_path: Path, monkey
         assert list(crew.map(abs, [-3, 4])) == [3, 4]
         assert crew.submit(os.getcwd).result() == str(tmp_path)
     assert _gone([pid])
+
+
+def page_faults() -> int:
+    """Of the last of some large blocks, each freed before the next."""
+    before = 0
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(40_000_000, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks this C library")
+def test_workers_keep_what_is_freed_for_the_next_record() -> None:
+    with pool.processes(1) as crew:
+        assert crew.submit(page_faults).result() < 1000  # of ten thousand pages
 
 
 def test_a_killed_worker_is_an_error_and_no_hang() -> None:

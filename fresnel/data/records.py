@@ -9,8 +9,9 @@ import functools
 import io
 import json
 import math
+import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -274,13 +275,22 @@ def png(image: Tensor | np.ndarray) -> bytes:
 
 def write_object(root: Path, index: int, views: ObjectViews) -> Record:
     folder = f"image_{index:04d}"
-    files = {}
-    for file, data in encode_object(views):
-        path = root / folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        files[file] = sha256(data)
+    files = write_files(root / folder, encode_object(views))
     return Record(views.name, folder, views.attribution, files)
+
+
+def write_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> dict[str, str]:
+    """Write a record's files into a folder that isn't there yet; the sha256 of each."""
+    made, digests = set[str](), {}
+    for file, data in files:
+        path = f"{folder}/{file}"
+        if (parent := os.path.dirname(path)) not in made:  # once: most files share theirs
+            os.makedirs(parent, exist_ok=True)
+            made.add(parent)
+        with open(path, "wb") as stream:
+            stream.write(data)
+        digests[file] = sha256(data)
+    return digests
 
 
 def encode_object(views: ObjectViews) -> Iterator[tuple[str, bytes]]:

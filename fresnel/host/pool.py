@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from fresnel.host import machine
+
 MOST_WORKERS = 32
 """What one process can hand work to."""
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -93,6 +95,7 @@ def _by_value(tensor: torch.Tensor) -> tuple[Any, ...]:
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to answer
     torch.set_num_threads(1)
+    machine.reuse_memory()  # or each record's megabytes are some 3,000 page faults
     ForkingPickler.register(torch.Tensor, _by_value)  # of results
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
