@@ -511,3 +511,15 @@ def test_exposure_is_asked_of_the_same_surface() -> None:
     row = measure.measure(views)[1]
     assert abs(row["gain"]) < 0.1 and row["steps"] < 0.1
     assert measure.measure(side)[1]["jump"] > 1.0
+
+
+def test_one_black_object_among_many_is_no_fault(healthy: list[Any]) -> None:
+    """A lamp of black paint is black with its input; a whole set of them is dark."""
+
+    def black(views: ObjectViews) -> ObjectViews:
+        names = ("rgb", "input_rgb", "identity_rgb")
+        return replace(views, **{name: getattr(views, name) * 0 for name in names})
+
+    many = [healthy[k % len(healthy)] for k in range(29)]
+    assert "views_dark" not in codes([*many, black(healthy[0])])
+    assert "views_dark" in codes([black(views) for views in healthy])

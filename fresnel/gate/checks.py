@@ -118,8 +118,9 @@ class Seen:
         out["black"] = self.per_record(self.view("black", shown=True))
         known = jump < config.max_jump
         out["dark"] = np.where(known, out["black"], out["dark"])
-        # One black object is a black object; ten of ten are not.
+        # One that is black with its input is a black object; ten of ten are not.
         tops = self.record("top")
+        out["dark"][tops < config.min_top] = np.nan
         tops = tops[np.isfinite(tops)]
         highest = float(np.quantile(tops, 0.9)) if len(tops) >= 10 else math.nan
         out["set_top"] = np.full(len(self.objects), highest)
