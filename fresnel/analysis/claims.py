@@ -187,13 +187,16 @@ def judge(
 ) -> tuple[str, str, Estimate]:
     """Of a target's figures: "met", "missed" and where, or "not run", by the means over seeds in
     every bin; where it is nearest to missing or furthest beyond; and the figure there."""
-    margins = []
+    margins, missed = [], []
     for name, row in rows.items():
+        below = []
         for b, one in row.items():
             low, high = band_of(entry, b)
-            where = name if b == "all" else f"{name}: {b}"
-            margins.append((min(one.mean - low, high - one.mean), where, one))
-    missed = [where for margin, where, _ in margins if margin < 0]
+            margin = min(one.mean - low, high - one.mean)
+            margins.append((margin, name if b == "all" else f"{name}: {b}", one))
+            below += [b] * (margin < 0)
+        if below:
+            missed.append(name if len(below) == len(row) else f"{name}: {', '.join(below)}")
     _, worst, figure = min(margins, key=lambda found: found[0], default=(0.0, "-", Estimate()))
     said = f"missed ({'; '.join(missed)})" if missed else "met" if margins else "not run"
     return said, worst, figure

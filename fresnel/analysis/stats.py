@@ -207,7 +207,11 @@ def arms_table(
         made = of(runs, f"03-{arm}")
         if not made:
             continue
-        row = {"arm": name, "what it is": labels.get(name, "needs no training"), "seeds": len(made)}
+        row = {
+            "arm": name,
+            "what it is": labels.get(name, "in that arm's runs: " + arm),
+            "seeds": len(made),
+        }
         for word, (metric, digits) in _SHOWN.items():
             if metric in known_of:
                 one = estimate(figures, arm, "all", metric, predictor)
@@ -240,9 +244,11 @@ def calls_table(
                 found[int(*count)] = both
         if len(found) > 1:
             cells = {
-                f"{word}, {n}": Estimate(one.mean, one.seeds).text(digits)
-                for k, (word, digits) in enumerate((("perceptual", 1), ("SSIM", 3)))
-                for n, one in ((n, pair[k]) for n, pair in sorted(found.items()))
+                (k, n): Estimate(pair[k].mean, pair[k].seeds).text((1, 3)[k])
+                for n, pair in found.items()
+                for k in (0, 1)
             }
-            rows.append({"calls": arm, **cells})
-    return pd.DataFrame(rows).fillna("-")
+            rows.append(pd.Series(cells, name=arm))
+    shown = pd.DataFrame(rows).fillna("-").sort_index(axis=1)
+    shown.columns = [f"{('perceptual', 'SSIM')[k]}, {n}" for k, n in shown.columns]
+    return shown.rename_axis("calls").reset_index()
