@@ -268,11 +268,13 @@ def caused(given: Any, name: str) -> list[tuple[dict[str, Any], str]]:
                 cells.append(", ".join(f"{r[key]:.2f}" for r in row["ranks"]))
             line = f"| {' | '.join([*cells, format(row['slowest_each_step_ms'], '.2f')])} |"
         else:
-            line = "\nProfile of a step on the first card alone:\n\n" + "\n".join(
-                f"- {key}: {value:.2f}" if isinstance(value, float) else
-                f"- {key}:" + "".join(f"\n  - `{' '.join(map(str, each))}`" for each in value)
-                for key, value in row.items()
-            )  # fmt: skip
+            line = "\nProfile of a step on the first card alone:\n"
+            for key, value in row.items():
+                if isinstance(value, float):
+                    line += f"\n- {key}: {value:.2f}"
+                else:  # rows, of names or of name, calls, ms
+                    rows = [v if isinstance(v, str) else f"`{v[0]}` {v[1]}, {v[2]}" for v in value]
+                    line += "".join([f"\n- {key}:", *(f"\n  - {each}" for each in rows)])
         found.append(({"case": name, **row}, line))
     return found
 
