@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--gpus 2] [--only decoder] [--causes] [--out benchmarks]
 
 A case is a run under torchrun on one card and one on all of them, of the step that `fit` runs,
-compiled and recorded: what is timed is the slowest rank's, the median of three times 40 steps.
+compiled and recorded: what is timed is the slowest rank's, the median of three runs of steps.
 Weak: every card has the batch that one card has. Strong: the cards share it. "all-reduce": of the
 flat gradients alone, nothing else under way. Results: scaling.json and scaling.md.
 
@@ -83,7 +83,7 @@ def measure(device: str, name: str, batches: list[int]) -> None:
         for batch in batches:
             with kernels(False, bench.device):
                 stepper = stepper_of(bench, name, batch, group.world)
-                times = 40 if bench.gpu else 4
+                times = max(15, min(40, 640 // batch)) if bench.gpu else 4
                 blocks = [bench.step_s(stepper, first, times) for _ in range(3)]
                 seconds, reduce_s = torch.tensor(blocks), 0.0
                 flat = stepper.shared.flat if stepper.shared else torch.zeros(0)
