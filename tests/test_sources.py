@@ -255,3 +255,20 @@ def test_the_worst_views_are_those_furthest_from_their_input(monkeypatch) -> Non
     assert len(pairs_of(data, 0.1)) == 6
     with pytest.raises(ValueError, match="drop"):
         pairs_of(data, 1.0)
+
+
+def test_true_views_of_a_few_objects_stand_beside_a_bootstrap_of_others(tmp_path: Path) -> None:
+    """In one set, which the gate reads as it would any; an object is in one of both."""
+    splits = {f"box{k}": "train" for k in range(12)} | {"box12": "test"}
+    records = [views_of(k, views=3) for k in range(13)]
+    true = dataset.write(tmp_path / "true", records, meta={"object_splits": splits})
+    few, others = (sources.part(true, name).names for name in ("A2", "rest2"))
+    made = dataset.write(
+        tmp_path / "made", [true.subset([n])[0] for n in others], meta={"generator": "bootstrap"}
+    )
+    mixed = training_data.with_truth(made, str(true.path), "A2")
+    assert mixed.path == made.path and {*mixed.names} == {*few, *others} == {*splits} - {"box12"}
+    assert mixed.meta == {"generator": "bootstrap", "true_objects": [*few]}
+    assert mixed.content_hash != made.content_hash and verdict.validate(mixed).dataset_hash
+    with pytest.raises(DatasetError, match="box"):
+        training_data.with_truth(mixed, str(true.path), "A2")
