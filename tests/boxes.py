@@ -22,6 +22,7 @@ def cast(
     Args:
         colors: sRGB of the three face directions, (3, 3).
         stripes: a unit; 0 leaves the faces plain.
+        samples: rays a pixel each way.
     """
     fine = cameras.resized(cameras.width * samples, cameras.height * samples)
     origins, directions = fine.rays()
@@ -75,6 +76,7 @@ def views_of(
     background: float = 0.0,
     depth: bool = True,
     identity: bool = True,
+    samples: int = 2,
 ) -> ObjectViews:
     """A healthy record, or one whose orbit has another pivot than the object's centre."""
     generator = torch.Generator().manual_seed(index)
@@ -89,8 +91,9 @@ def views_of(
     camera = orbit(azimuth, 15.0, 2.2, pivot=centre, **optics)
     azimuths = azimuth + torch.arange(views) * (360 / views)
     cameras = orbit(azimuths, elevations, radius, pivot=pivot, **optics)
-    rgb, alpha, z = cast(cameras, extent, colors, centre, stripes)
-    input_rgb, input_alpha, input_z = cast(camera.reshape(1), extent, colors, centre, stripes)
+    look = extent, colors, centre, stripes, samples
+    rgb, alpha, z = cast(cameras, *look)
+    input_rgb, input_alpha, input_z = cast(camera.reshape(1), *look)
     behind = (255 - alpha[..., None].float()) * background
     return ObjectViews(
         name=f"box{index}",

@@ -82,6 +82,18 @@ def test_the_mend_that_fits_undoes_the_fault(
     assert torch.equal(again.rgb, healthy[0].rgb)
 
 
+@pytest.mark.parametrize("fault", ["", "opengl_axes", "inverted_extrinsics"])
+def test_parts_thinner_than_a_pixel_may_be_missing_where_outlines_are_hard(fault: str) -> None:
+    """One ray a pixel: a plank loses pieces that other views show, and that is no wrong pose."""
+    look: dict[str, Any] = {"size": 64, "extent": (1.0, 0.04, 0.08), "identity": False}
+    hard = [views_of(index, samples=1, **look) for index in (0, 2)]
+    assert all(rig.frail for rig in rigs(hard))
+    thick = views_of(0, size=64, extent=(0.8, 0.8, 0.6), samples=1)
+    assert not any(rig.frail for rig in rigs([views_of(0, **look), thick]))
+    found = codes([*faults.corrupt(hard, fault, 1.0)] if fault else hard)
+    assert found[:1] == ([faults.EXPECTED[fault][0]] if fault else [])
+
+
 def test_a_minority_of_wrong_views_is_found(healthy: list[Any]) -> None:
     flipped = explain(rigs(list(faults.corrupt(healthy[:2], "mirrored_views", 0.25))))
     assert (flipped.code, flipped.name) == ("mirrored", "") and "others are not" in flipped.words

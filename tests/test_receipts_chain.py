@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from boxes import views_of
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_captures import FORMATS, co3d
@@ -26,9 +27,11 @@ from fresnel.gate import receipts
 from fresnel.host.files import write_atomic
 from fresnel.models.cvs import CVS, CVSConfig
 from fresnel.models.decoder import Decoder, predictor
+from fresnel.objects import sources
 from fresnel.objects.assets import find_assets
 from fresnel.objects.render_set import fingerprint
 from fresnel.report import html
+from fresnel.report.index import index
 from fresnel.report.record import RunRecord
 from fresnel.study.results import export
 from fresnel.training import checkpoints
@@ -240,6 +243,9 @@ def test_overridden_stays_on_all_that_follows(tmp_path: Path) -> None:
         assert gate.issue_receipt(made, verdict).overridden is taint
     stamped = run.replace(metrics={"gate_overridden": True})
     assert stamped.badge == "PASS, overridden" and html.TONES[stamped.badge] == "warn"
+    (tmp_path / "reports/runs/one").mkdir(parents=True)
+    stamped.write(tmp_path / "reports/runs/one")
+    assert "PASS, overridden</span>" in index(tmp_path / "reports").read_text()
 
 
 def test_a_smoke_run_stays_unthresholded(tmp_path: Path) -> None:
@@ -297,6 +303,41 @@ def test_every_texture_is_in_a_renderings_key(how: str, tmp_path: Path) -> None:
     before = fingerprint(find_assets(folder))
     write(folder / texture, b"two")
     assert fingerprint(find_assets(folder)) != before
+
+
+def test_every_member_of_a_zip_is_bound(tmp_path: Path) -> None:
+    """Another mesh, material, texture or author in an archive of objects: another dataset, without
+    a receipt; the first one's stands when the archive is as it was."""
+
+    def picture(colour: str) -> bytes:
+        Image.new("RGB", (2, 2), colour).save(tmp_path / "picture.png")
+        return (tmp_path / "picture.png").read_bytes()
+
+    listed = [{"file": "m.obj", "split": "train", "creator": "Ann"}]
+    square = "mtllib m.mtl\nusemtl m\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 0 1\n"
+    members = {
+        "manifest.json": (json.dumps(listed), json.dumps(listed).replace("Ann", "Bea")),
+        "m.obj": (f"{square}f 1/1 2/2 3/3\n", f"{square}v 1 1 1\nf 1/1 2/2 4/3\n"),
+        "m.mtl": ("newmtl m\nmap_Kd tex.png\n", "newmtl m\nKd 0 1 0\n"),
+        "tex.png": (picture("red"), picture("blue")),
+    }
+
+    def opened(other: str = "") -> Any:
+        with zipfile.ZipFile(tmp_path / "objects.zip", "w") as archive:
+            for name, contents in members.items():
+                archive.writestr(name, contents[name == other])
+        options = {"image_size": 16, "views": 1, "cache": tmp_path / "cache"}
+        return sources.open(tmp_path / "objects.zip", **options)
+
+    receipt = gate.write_receipt(opened(), "gate", True, "fine")
+    for name in members:
+        other = opened(name)
+        assert other.content_hash != receipt.dataset_hash, name
+        with pytest.raises(gate.GateRefusal, match="no gate receipt"):
+            gate.require_receipt(other)
+        with pytest.raises(gate.GateRefusal, match="of other data"):
+            gate.require_receipt(other, receipt=receipt)
+    assert gate.require_receipt(opened()) == receipt
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ class Seen:
     def _derived(self) -> dict[str, np.ndarray]:
         """What was not measured as such: one value per record, most of all its views."""
         config, empty, border = self.config, self.view("empty"), self.view("border")
-        light, guessed = self.view("luminance_ratio", shown=True), self.foreground("estimated")
+        light = self.view("luminance_ratio", shown=True)
+        ragged = self.foreground("estimated") | (self.record("frail") > 0)
         # Views without any light at all are dark whatever the input is.
         dark = (light < config.dark_view) | (self.view("black", shown=True) > 0)
         out = {
@@ -92,9 +93,9 @@ class Seen:
             "dark": self.per_record(np.where(np.isfinite(light), dark, np.nan)),
             "bright": self.per_record(np.where(light >= 0, light > config.bright_view, np.nan)),
             "coverage_ratio": self.per_record(self.view("coverage_ratio"), np.median),
-            # Outlines that had to be guessed are ragged.
-            "hull_miss": self.record("hull_miss") / np.where(guessed, 4, 1),
-            "stray": self.record("stray") / np.where(guessed, 2, 1),
+            # Outlines that had to be guessed are ragged; of one ray a pixel they lack thin parts.
+            "hull_miss": self.record("hull_miss") / np.where(ragged, 4, 1),
+            "stray": self.record("stray") / np.where(ragged, 2, 1),
             # What a decoder drew unlike its input, seen from the input's own camera, is no pose's
             # fault.
             "input_miss": np.where(

@@ -83,6 +83,7 @@ def measure(views: ObjectViews, *, trust_input: bool = True) -> tuple[list[Row],
     else:
         rigs = geometry.rigs_of(views, rgb, alpha, with_input=trust_input)
         found, rig = _poses(rigs)
+        found["frail"] = any(one.frail for one in rigs)
         if len(rigs) > 1 and len(rgb) <= _WHOLE:  # in which orders of views can be tried
             rig = geometry.rigs_of(views, rgb, alpha, with_input=trust_input, most=_WHOLE)[0]
         summary |= found | geometry.pivot(views, rigs[0])
