@@ -1,6 +1,10 @@
 """`validate`: exit status, what it prints, and that both say the same."""
 
+import importlib
 import json
+import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ from boxes import views_of
 from fresnel import cli, faults
 from fresnel.data import dataset
 from fresnel.gate.verdict import validate as gate_validate
+from fresnel.objects import sources
 
 
 def test_exit_status_and_json_agree(
@@ -47,3 +52,26 @@ def test_exit_status_and_json_agree(
     assert cli.main(["validate", str(clean.path)]) == 2
     said = capsys.readouterr().err
     assert "broke down (KeyError" in said and "Traceback" in said and "in breaks" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_an_import_end(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modules in C++ abort the process, or let it die of SIGINT, where it does not."""
+    source = f"import signal, time\nsignal.raise_signal({int(number)})\ntime.sleep(0.2)\nwhole = 1"
+    (tmp_path / "native.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
+
+    def read(*_: object, **__: object) -> None:
+        assert importlib.import_module("native").whole
+        time.sleep(20)
+
+    monkeypatch.setattr(sources, "open", read)
+    try:
+        assert cli.main(["validate", str(tmp_path)]) == 130 and "native" in sys.modules
+    finally:
+        for each, handler in before:
+            signal.signal(each, handler)
+        sys.modules.pop("native", None)
