@@ -539,6 +539,18 @@ def test_folders_that_are_no_dataset_are_refused(tmp_path):
             _layouts.inside(tmp_path, path)
 
 
+def test_sets_beside_what_is_another_programs(written, tmp_path):
+    """A foreign manifest.json is passed over; a set where a picture should be is named."""
+    shutil.copytree(written.path, tmp_path / "all/one")
+    (tmp_path / "all/web").mkdir()
+    (tmp_path / "all/web/manifest.json").write_text('{"name": "web app"}')
+    assert len(dataset.open(tmp_path / "all")) == len(written)
+    frame = {"file_path": "one/image_0000", "transform_matrix": np.eye(4).tolist()}
+    (tmp_path / "all/transforms.json").write_text(json.dumps({"frames": [frame]}))
+    with pytest.raises(DatasetError, match="one/image_0000: no such file"):
+        dataset.open(tmp_path / "all")
+
+
 def save(path: Path, array: np.ndarray, **options: object) -> Path:
     Image.fromarray(array).save(path, **options)
     return path
