@@ -3,12 +3,6 @@
 import os
 import signal
 import sys
-from typing import Any
-
-
-def _stop(*_: Any) -> None:
-    raise KeyboardInterrupt
-
 
 for stream in (0, 1, 2):  # closed ones: else the next file that is opened takes their place
     try:
@@ -19,8 +13,10 @@ sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
 sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 status = 130
 try:
-    signal.signal(signal.SIGTERM, _stop)  # so that a report is still written
-    signal.signal(signal.SIGINT, _stop)
+    from fresnel.host.stopping import stop
+
+    signal.signal(signal.SIGTERM, stop)  # so that a report is still written
+    signal.signal(signal.SIGINT, stop)
     from fresnel.cli import main
 
     status = main()

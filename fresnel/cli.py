@@ -6,11 +6,12 @@ import json
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from fresnel.host.stopping import stop
 
 _NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
@@ -28,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.remote_run = rest.pop(0)  # argparse leaves one behind an option: fetch --wait RUN
     if rest and command is not _launch:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    signal.signal(signal.SIGTERM, _end)  # so that a report is still written
+    signal.signal(signal.SIGTERM, stop)  # so that a report is still written
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _end)
+        signal.signal(signal.SIGINT, stop)
     try:
         return int(command(arguments))
     except BrokenPipeError:
@@ -490,22 +491,3 @@ def _detect() -> str:
     import torch
 
     return "gpu" if torch.cuda.is_available() else "cpu"
-
-
-def _again(number: int) -> None:
-    if sys.platform == "win32":
-        signal.raise_signal(number)
-    else:  # wakes the main thread, whatever it waits for
-        signal.pthread_kill(threading.main_thread().ident or 0, number)
-
-
-def _end(number: int, frame: Any) -> None:
-    """Stop, once no module is being imported: native ones that are broken off abort the process."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            again = threading.Timer(0.05, _again, (number,))
-            again.daemon = True
-            again.start()
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
