@@ -75,9 +75,11 @@ def test_the_gate_refuses_views_without_the_faces_that_their_inputs_show(
         faces, "find", lambda rgb: [(0, 0, 1, 1, 0.9)] if (rgb == GREEN).all(-1).any() else []
     )
 
+    def heads(up_to_deg: float, from_deg: float = 0.0) -> list[ObjectViews]:
+        return [with_faces(views_of(i), up_to_deg, from_deg) for i in range(6)]
+
     def judged(up_to_deg: float, from_deg: float = 0.0) -> gate.Verdict:
-        records = [with_faces(views_of(i), up_to_deg, from_deg) for i in range(6)]
-        return gate.validate(Memory(records), progress=False)
+        return gate.validate(Memory(heads(up_to_deg, from_deg)), progress=False)
 
     assert judged(180.0).passed and judged(50.0).passed  # nobody's back has to show a face
     assert judged(180.0).figures["faces"] == 1.0
@@ -85,6 +87,8 @@ def test_the_gate_refuses_views_without_the_faces_that_their_inputs_show(
     (reason,) = verdict.reasons
     assert reason.code == "faces_missing" and "only 0% of the views" in reason.message
     assert verdict.objects[0]["faces"] == 0.0
+    others = [views_of(i) for i in range(6, 14)]  # of 14 inputs six are taken for faces
+    assert gate.validate(Memory([*heads(180.0, from_deg=50.0), *others]), progress=False).passed
 
 
 def test_inputs_without_faces_are_not_asked_for_any_and_a_missing_detector_is_said(
