@@ -68,6 +68,41 @@ def test_an_error_ends_busy_workers_at_once() -> None:
     assert _gone([pid]) and time.monotonic() - started < 30
 
 
+# The worker's end of a pipe is open here, too: who waits in the middle would wait for ever.
+HALF = """\
+import os, signal, time
+from fresnel.host.pool import processes
+try:
+    with processes(2) as crew:
+        pids = {crew.submit(os.getpid).result() for _ in range(9)}
+        if %r == "a result":
+            queue = [crew.submit(bytes, 300_000_000) for _ in range(20)]
+            time.sleep(1)
+        else:
+            queue = [crew.submit(time.sleep, 60), crew.submit(time.sleep, 60)]
+            queue += [crew.submit(len, bytes(10_000_000)) for _ in range(9)]
+            queue[-1].cancel()
+            time.sleep(1)
+            os.kill(min(pids), signal.SIGTERM)  # as a signal to the whole group does
+            time.sleep(1)
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.skipif(pool.METHOD != "forkserver", reason="multiprocessing answers for its own")
+@pytest.mark.parametrize("what", ["a result", "a task"])
+def test_a_stop_in_the_middle_of_a_transfer_ends_the_program(what: str, tmp_path: Path) -> None:
+    script, root = tmp_path / "script.py", str(Path(__file__).parent.parent)
+    script.write_text(HALF % what)
+    ended = subprocess.run(
+        [sys.executable, str(script)], env=os.environ | {"PYTHONPATH": root}, timeout=60,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert ended.stdout == "stopped\n"
+
+
 def _gone(pids: list[int]) -> bool:
     """Whether none of them runs; a zombie that its parent has not yet collected is none."""
     for _ in range(400):

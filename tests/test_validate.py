@@ -2,9 +2,13 @@
 
 import importlib
 import json
+import os
+import random
 import signal
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from boxes import views_of
 from fresnel import cli, faults
 from fresnel.data import dataset
 from fresnel.gate.verdict import validate as gate_validate
+from fresnel.host import stopping
 from fresnel.objects import sources
 
 
@@ -69,9 +74,70 @@ def test_a_signal_lets_an_import_end(
         time.sleep(20)
 
     monkeypatch.setattr(sources, "open", read)
+    monkeypatch.setattr(stopping, "_raised_at", -1.0)  # what another test raised just before
     try:
         assert cli.main(["validate", str(tmp_path)]) == 130 and "native" in sys.modules
     finally:
         for each, handler in before:
             signal.signal(each, handler)
         sys.modules.pop("native", None)
+
+
+def test_a_repeated_signal_does_not_break_off_what_the_first_one_has_begun(monkeypatch) -> None:
+    monkeypatch.setattr(stopping, "_raised_at", -1.0)
+    frame = sys._getframe()
+    with pytest.raises(KeyboardInterrupt):
+        stopping.stop(signal.SIGTERM, frame)
+    stopping.stop(signal.SIGTERM, frame)
+    monkeypatch.setattr(stopping, "_raised_at", time.monotonic() - 2.0)  # a second thought is one
+    with pytest.raises(KeyboardInterrupt):
+        stopping.stop(signal.SIGTERM, frame)
+
+
+MANY_CORES = """\
+import sys
+import fresnel.gate.verdict
+fresnel.gate.verdict.core_count = lambda: 6
+from fresnel import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_stopped_validate_of_many_processes_ends(tmp_path: Path) -> None:
+    """Whenever a signal comes, to it alone or (as from `timeout`) to all of its group."""
+    box, rng = views_of(0, size=32), random.Random(0)
+    records = [replace(box, name=f"box{i}") for i in range(1000)]
+    data = dataset.write(tmp_path / "data", records, meta={})
+    (tmp_path / "script.py").write_text(MANY_CORES)
+    words = [sys.executable, str(tmp_path / "script.py"), "validate", str(data.path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    for turn in range(4):
+        with subprocess.Popen(
+            words, env=environment, start_new_session=True, text=True, stderr=subprocess.PIPE
+        ) as running:
+            time.sleep(rng.uniform(3.0, 6.0))
+            number = (signal.SIGINT, signal.SIGTERM)[turn % 2]
+            running.send_signal(number)
+            if turn % 3:
+                os.killpg(running.pid, number)
+            said = running.communicate(timeout=60)[1]
+        assert running.returncode == 130 and said.endswith("fresnel: stopped\n")
+        assert "Traceback" not in said
+        ended = time.monotonic() + 20
+        while left := _of_session(running.pid):
+            assert time.monotonic() < ended, left
+            time.sleep(0.1)
+
+
+def _of_session(number: int) -> list[str]:
+    """Processes that run, by what /proc says of them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(session) == number and state != "Z":
+            found.append(str(path.parent))
+    return found

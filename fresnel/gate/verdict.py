@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -209,15 +209,17 @@ def _stream(
         count, left = min(core_count(), MOST_WORKERS), _RIGS if indices is sample else _RIGS - first
         with processes(count) if split else ThreadPoolExecutor(workers or 2) as pool:
             queue = []
-            for k, index in enumerate(indices):  # what travels to a process is a set of one record
-                part, row = (dataset.subset([index]), 0) if split else (dataset, index)
+            for k, index in enumerate(indices):
+                part, row = dataset, index
+                if split:  # what travels to a process is one record, nothing that is said of all
+                    part, row = replace(dataset.subset([index]), meta={}, parts=()), 0
                 queue.append(pool.submit(_measure, part, row, k < left))
             options: dict[str, Any] = {"delay": 2, "disable": not progress or None}
             try:
                 for future in tqdm(queue, desc=f"gate: {what}", unit="object", **options):
                     yield future.result()
             finally:
-                for future in queue:
+                for future in [] if split else queue:  # (`processes` ends its own)
                     future.cancel()
 
 

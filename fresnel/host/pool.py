@@ -45,16 +45,21 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
         BrokenProcessPool: (from a future) if a worker died.
     """
     warm_up()
+    others = {*multiprocessing.active_children()}
     pool = _Pool(count, multiprocessing.get_context(METHOD), _begin)
+    # This process holds the workers' ends of both pipes, too: a thread that waits in the middle of
+    # a task, or of a result, would never hear that nobody is left at the other end.
+    ends = pool._call_queue._reader, pool._result_queue._writer  # type: ignore[attr-defined]
     try:
         yield pool
+        pool.shutdown()
     except BaseException:
-        workers = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
+        for worker in {*multiprocessing.active_children()} - others:
             worker.kill()
+        for end in ends:
+            end.close()
+        pool.shutdown(wait=False, cancel_futures=True)
         raise
-    pool.shutdown()
 
 
 def warm_up() -> None:
@@ -63,9 +68,12 @@ def warm_up() -> None:
         forkserver.set_forkserver_preload(_PRELOADED)
         before = dict(os.environ)
         os.environ.update(_ONE_THREAD)
+        # Ctrl-C is the caller's to answer, also while the server still imports: it inherits this.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             forkserver.ensure_running()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.environ.clear()
             os.environ.update(before)
 

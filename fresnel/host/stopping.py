@@ -3,12 +3,20 @@
 import signal
 import sys
 import threading
+import time
 from types import FrameType
+
+_REPEATED_S = 0.5
+_raised_at = -_REPEATED_S  # by time.monotonic
 
 
 def stop(number: int, frame: FrameType | None) -> None:
     """A handler: KeyboardInterrupt, once no module is being imported; native ones that are broken
-    off abort the process, or let it die of SIGINT."""
+    off abort the process, or let it die of SIGINT.  A repetition that follows at once breaks off
+    no clearing up: coreutils' `timeout` signals its command, and then its group with it."""
+    global _raised_at
+    if time.monotonic() < _raised_at + _REPEATED_S:
+        return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             again = threading.Timer(0.05, _again, (number,))
@@ -16,6 +24,7 @@ def stop(number: int, frame: FrameType | None) -> None:
             again.start()
             return
         frame = frame.f_back
+    _raised_at = time.monotonic()
     raise KeyboardInterrupt
 
 
