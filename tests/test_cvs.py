@@ -428,7 +428,7 @@ def test_sampling_schedule() -> None:
         sampling_sigmas(0, config)
     sharp = CVSConfig.preset("sharp")
     assert sampling_sigmas(1, sharp) == pytest.approx((80.0,))
-    assert sampling_sigmas(4, sharp) == pytest.approx((80.0, 18.88, 4.454, 1.05), rel=0.01)
+    assert sampling_sigmas(4, sharp) == pytest.approx((80.0, 26.8, 8.96, 3.0), rel=0.01)
     assert min(sampling_sigmas(4, sharp)) > sharp.one_step_from, "below it squared errors blur"
 
 

@@ -39,7 +39,6 @@ CameraMap = Callable[[InputImages, Cameras], tuple[Cameras, Cameras, Tensor]]
 
 _GPU: dict[str, Any] = {"channel_multipliers": (1, 2, 4, 4), "blocks_per_level": 2, "ect_stages": 6}
 _SHARP: dict[str, Any] = {"image_size": 128, "objective": "sharp", "p_mean": -1.2, "p_std": 1.2}
-_SHARP |= {"one_step_from": 0.7}
 _PRESETS: dict[str, dict[str, Any]] = {
     # tests: a fraction of a second a step at 16 px
     "tiny": {"image_size": 16, "base_channels": 8, "embedding_channels": 16}
@@ -327,7 +326,7 @@ def sampling_sigmas(steps: int, config: CVSConfig) -> tuple[float, ...]:
     sigma_i^(1/7) is spaced evenly between sigma_max and sigma_min, the latter left out (EDM,
     arXiv 2206.00364, equation 5 with rho = 7): 80 | 80, 2.5 | 80, 18, 2.5, 0.17. A "sharp" network
     denoises by squared errors below `one_step_from`, so that its last step would blur: its levels
-    are spaced evenly in the logarithm down to 1.5 times that: 80 | 80, 1.05 | 80, 19, 4.5, 1.05.
+    are spaced evenly in the logarithm down to 1.5 times that: 80 | 80, 3 | 80, 27, 9, 3.
     """
     if steps < 1:
         raise ValueError(f"steps: got {steps}, want at least 1")

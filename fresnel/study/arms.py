@@ -32,7 +32,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "consistency": {"objective": "consistency", **_LEVELS},
     "diffusion": {"objective": "diffusion", "ect_stages": 1, "sigma_max_fraction": 0.1, **_LEVELS},
     "sharp": {"objective": "sharp"},
-    "adversarial": {"objective": "sharp", "adversarial_weight": 4.0},
+    "adversarial": {"objective": "sharp", "adversarial_weight": 0.3},
 }
 """What a CVS is trained by, as changes to its configuration."""
 RESIDUAL = 0.2
