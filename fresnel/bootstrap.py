@@ -260,8 +260,6 @@ def _share(
     threads: int,
 ) -> Encoded:
     """One process's records, of these numbers."""
-    # What encodes them is started by this process, not by the caller: beside CUDA's own start.
-    dataset.expect(len(inputs) * config.views_per_image * config.image_size**2)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # and one thread: the cores are for what encodes
     else:

@@ -103,6 +103,20 @@ def test_a_stop_in_the_middle_of_a_transfer_ends_the_program(what: str, tmp_path
     assert ended.stdout == "stopped\n"
 
 
+def grandchild() -> tuple[int, int, int]:
+    with pool.processes(1) as crew:
+        return os.getppid(), crew.submit(os.getppid).result(), crew.submit(os.getpid).result()
+
+
+@pytest.mark.skipif(pool.METHOD != "forkserver", reason="there is no server")
+def test_a_workers_workers_come_from_the_same_server_and_end_with_it() -> None:
+    with pool.processes(2) as crew:
+        for job in [crew.submit(grandchild) for _ in range(2)]:
+            mine, its, pid = job.result()
+            assert mine == its == pool.forkserver._forkserver._forkserver_pid
+            assert _gone([pid])
+
+
 def _gone(pids: list[int]) -> bool:
     """Whether none of them runs; a zombie that its parent has not yet collected is none."""
     for _ in range(400):

@@ -39,14 +39,15 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """An executor with so many workers of one thread each, killed if the block ends in an error.
 
     Functions travel by name, tensors as their own bytes (not their whole storage, nor through
-    shared memory, whose file descriptors run out).
+    shared memory, whose file descriptors run out). A worker may call this too: its workers are
+    forked from the same server, in milliseconds again.
 
     Raises:
         BrokenProcessPool: (from a future) if a worker died.
     """
     warm_up()
     others = {*multiprocessing.active_children()}
-    pool = _Pool(count, multiprocessing.get_context(METHOD), _begin)
+    pool = _Pool(count, multiprocessing.get_context(METHOD), _begin, (_server(),))
     # This process holds the workers' ends of both pipes, too: a thread that waits in the middle of
     # a task, or of a result, would never hear that nobody is left at the other end.
     ends = pool._call_queue._reader, pool._result_queue._writer  # type: ignore[attr-defined]
@@ -71,7 +72,7 @@ def warm_up() -> None:
         # Ctrl-C is the caller's to answer, also while the server still imports: it inherits this.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            forkserver.ensure_running()
+            forkserver._forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.environ.clear()
@@ -100,7 +101,16 @@ def _by_value(tensor: torch.Tensor) -> tuple[Any, ...]:
     return torch.from_numpy, (tensor.detach().numpy(),)
 
 
-def _begin() -> None:
+def _server() -> dict[str, Any]:
+    """How to reach the fork server: multiprocessing does not tell those whom it forks."""
+    names = ("_forkserver_address", "_forkserver_authkey")  # the second since Python 3.14
+    held = vars(forkserver._forkserver)
+    return {name: held[name] for name in names if held.get(name)}
+
+
+def _begin(server: dict[str, Any]) -> None:
+    if server:  # or a worker's own workers would wait for a server that imports everything anew
+        vars(forkserver._forkserver).update(server, ensure_running=_server)  # it runs
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to answer
     torch.set_num_threads(1)
     machine.reuse_memory()  # or each record's megabytes are some 3,000 page faults
