@@ -12,8 +12,9 @@ from scipy.ndimage import gaussian_filter
 
 from fresnel import bootstrap, faults, gate
 from fresnel.data import dataset
-from fresnel.gate import leaks, measure
+from fresnel.gate import checks, leaks, measure
 from fresnel.gate.fix import corrected, fix
+from fresnel.gate.thresholds import GateConfig
 from fresnel.models import decoder
 from fresnel.objects.assets import embedded_assets
 from fresnel.objects.render_set import render_set
@@ -342,6 +343,51 @@ def test_half_of_the_objects_of_another_set_are_known_again_from_other_cameras()
         other = [row(k, f"b{k}", 2) for k in range(first, first + 20)]
         found = leaks.shared([*own, *other], ["train"] * 20 + ["test"] * 20)
         assert sorted(a for (a, _), _ in found) == list(expected)
+
+
+def people(count: int, seed: int) -> np.ndarray:
+    """Colours of people who share skins and hair, (count, 60): nearly all have a near relative."""
+    rng, palette = np.random.default_rng(seed), np.random.default_rng(0).random((16, 60)) ** 6
+    skin, hair = rng.integers(0, 5, count), rng.integers(5, 16, count)
+    part = rng.beta(8, 4, count)[:, None]
+    return part * palette[skin] + (1 - part) * palette[hair] + 0.02 * rng.random((count, 60))
+
+
+def as_rows(colours: np.ndarray, name: str) -> list[dict[str, Any]]:
+    looks = colours / np.linalg.norm(colours, axis=1, keepdims=True)
+    prints = np.zeros((2, 4, 12, 12), np.float16)
+    return [{"name": f"{name}{k}", "prints": prints, "looks": one} for k, one in enumerate(looks)]
+
+
+def test_people_who_look_alike_are_not_the_same_at_any_look() -> None:
+    """Some of a hundred of them are as near to one of another split as hardly any within one."""
+    for seed in range(12):
+        rows, rng = as_rows(people(400, seed + 1), "p"), np.random.default_rng(seed)
+        splits = rng.choice(["train", "val", "test"], 400, p=[0.8, 0.05, 0.15]).tolist()
+        meta = {
+            "object_splits": {row["name"]: split for row, split in zip(rows, splits, strict=True)}
+        }
+        for count in (50, 63, 79, 99, 124, 155, 194, 243, 304, 380, 400):
+            seen = checks.Seen([], rows[:count], GateConfig(), meta, final=count == 400)
+            assert not checks._leak(seen).flags.any(), (seed, count)
+
+
+def test_the_same_people_are_found_among_those_who_look_alike() -> None:
+    crowd, noise = people(400, 1), np.random.default_rng(0).random((400, 60))
+    again = crowd[:50] + 0.002 * noise[:50]
+    own, other = as_rows(crowd, "a"), as_rows(np.concatenate([again, people(50, 2)]), "b")
+    found = leaks.shared([*own, *other], ["train"] * 400 + ["test"] * 100)
+    pairs = [(a, b - 400) for (a, b), _ in found]
+    assert len(pairs) > 40 and sum(a == b for a, b in pairs) > 0.9 * len(pairs)
+
+
+def test_namesakes_of_one_kind_are_not_the_same() -> None:
+    """Two seeds of a generator give other people the same numbers."""
+    own, other = as_rows(people(300, 1), "p"), as_rows(people(300, 2), "p")
+    splits = ["train"] * 300 + ["test"] * 300
+    assert not list(leaks.shared([*own, *other], splits))
+    again = as_rows(people(300, 1) + 0.002 * np.random.default_rng(0).random((300, 60)), "p")
+    assert len(list(leaks.shared([*own, *again], splits))) > 280
 
 
 def test_folders_called_train_and_test_are_splits(healthy: list[Any]) -> None:

@@ -287,7 +287,7 @@ def _either(first: Check, second: Check) -> Callable[[Seen], Finding]:
 
 def _leak(seen: Seen) -> Finding:
     """The same object in two splits: every later figure would be wrong.  See `leaks.leaked`."""
-    flags, count, first = leaked(seen.objects, seen.meta)
+    flags, count, first = leaked(seen.objects, seen.meta, final=seen.final)
     said = f"{count} objects are in more than one split: {first}" if count else ""
     hint, values = "split by object before anything is rendered", {"objects": float(count)}
     return Finding("split_leak", flags, said, hint, values, at_once=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import bdtrc
+from scipy.special import bdtrc, betaln
 
 Row = dict[str, Any]
 
@@ -48,7 +48,9 @@ def whole_prints(objects: Sequence[Row]) -> list[np.ndarray]:
 _Leak = tuple[tuple[int, int], str]
 
 
-def shared(objects: Sequence[Row], splits: Sequence[str | None]) -> Iterator[_Leak]:
+def shared(
+    objects: Sequence[Row], splits: Sequence[str | None], *, by_colours: bool = True
+) -> Iterator[_Leak]:
     """Pairs of records of two splits that show the same object, and how that is known."""
     names = [f"{row['name']!r} ({split})" for row, split in zip(objects, splits, strict=True)]
     if len({*splits} - {None}) < 2:
@@ -63,6 +65,8 @@ def shared(objects: Sequence[Row], splits: Sequence[str | None]) -> Iterator[_Le
     for (a, b), same in common.items():
         if len(same) >= min(2, len(objects[a]["prints"]), len(objects[b]["prints"])):
             yield (a, b), f"{names[a]} shows the same as {names[b]}"
+    if not by_colours:
+        return
     stems: dict[str, dict[str, list[int]]] = {}
     for k, (row, split) in enumerate(zip(objects, splits, strict=True)):
         if split and "looks" in row:
@@ -73,7 +77,9 @@ def shared(objects: Sequence[Row], splits: Sequence[str | None]) -> Iterator[_Le
             yield (a, b), f"{names[a]} has the looks of {names[b]}"
 
 
-def leaked(own: Sequence[Row], meta: Mapping[str, Any]) -> tuple[np.ndarray, int, str]:
+def leaked(
+    own: Sequence[Row], meta: Mapping[str, Any], *, final: bool = True
+) -> tuple[np.ndarray, int, str]:
     """Which records of a set are in two splits, how many objects that are, and the first in words.
 
     Splits come from the dataset's meta ("object_splits"), from folders called train, val and test,
@@ -82,14 +88,16 @@ def leaked(own: Sequence[Row], meta: Mapping[str, Any]) -> tuple[np.ndarray, int
     - with the same pictures, under whatever name: two of them (or the only one);
     - of the same name (before "__", after the folder; not of layouts that number their records) and
       of the same colours, if of the common names more look alike than chance explains;
-    - of the same colours from wherever it is seen, if more have so near a relative in the other
-      split than within one.
+    - of the same colours from wherever it is seen, if in the other split more have a relative that
+      is so much nearer than all others than within one.
+    Colours are asked in the end (`final`): asked at every look they would be wrong at some.
     """
     known = meta.get("object_splits") or {}
-    leaks = list(shared(own, [split_of(str(row["name"]), known) for row in own]))
+    splits = [split_of(str(row["name"]), known) for row in own]
+    leaks = list(shared(own, splits, by_colours=final))
     if others := meta.get("against"):
         where = ["this set"] * len(own) + ["the other set"] * len(others)
-        leaks += shared([*own, *others], where)
+        leaks += shared([*own, *others], where, by_colours=final)
     flags = np.zeros(len(own))
     flags[[k for pair, _ in leaks for k in pair if k < len(own)]] = 1
     count = len({stem(own[k]) for k in np.flatnonzero(flags).tolist()})
@@ -98,7 +106,10 @@ def leaked(own: Sequence[Row], meta: Mapping[str, Any]) -> tuple[np.ndarray, int
 
 _ALIKE = 0.97
 """Likeness of colours: 48 training objects from other cameras 0.975 (95 % of them), 0.1 % of pairs
-of different ones and 4 % of pairs of heads more."""
+of different ones and 6 % of 230,860 pairs of heads more."""
+_RATE, _NOISE, _STRANGERS = 0.03, 1e-6, 2000
+"""How many objects have so lone a relative; what a likeness is rounded by; how many of a split say
+how alike strangers are."""
 
 
 def _looks(objects: Sequence[Row], rows: Sequence[int]) -> np.ndarray:
@@ -109,34 +120,72 @@ def _looks(objects: Sequence[Row], rows: Sequence[int]) -> np.ndarray:
 def _namesakes(
     objects: Sequence[Row], one: Mapping[str, list[int]], other: Mapping[str, list[int]]
 ) -> list[tuple[int, int]]:
-    """Those that look alike, unless so many namesakes do by chance."""
+    """Those that look more alike than 95 % of strangers (99.6 %, of a single name), unless so many
+    namesakes do by chance."""
     both = [name for name in one if name in other]
+    if not both:
+        return []
+    names = [list(part)[:_STRANGERS] for part in (one, other)]
+    ones, others = (
+        np.stack([_looks(objects, part[name]) for name in some])
+        for part, some in zip((one, other), names, strict=True)
+    )
+    strange = np.array(names[0])[:, None] != np.array(names[1])
+    apart, rate = (ones @ others.T)[strange], 0.05 if len(both) > 1 else 0.004
+    limit = max(_ALIKE, float(np.quantile(apart, 1 - rate)) if len(apart) else 0.0)
     found = [
         (one[name][0], other[name][0])
         for name in both
-        if _looks(objects, one[name]) @ _looks(objects, other[name]) > _ALIKE
+        if _looks(objects, one[name]) @ _looks(objects, other[name]) > limit
     ]
-    return found if chance(len(found), len(both), 0.05) < 0.051 else []
+    return found if chance(len(found), len(both), rate) < 0.005 else []
 
 
 def _relatives(
     objects: Sequence[Row], one: Mapping[str, list[int]], other: Mapping[str, list[int]]
 ) -> list[tuple[int, int]]:
-    """Objects of the smaller split that are nearer to one of the larger than those are to each
-    other, unless so many are by chance."""
+    """Objects of the smaller split whose nearest one in the larger stands out before all others
+    there, as of hardly any object of the larger the nearest within it does; unless so many do by
+    chance.  How near the nearest is says nothing: of many objects of one kind every one has a near
+    relative."""
     few, many = sorted((list(one.values()), list(other.values())), key=len)
     if len(many) < 10:
         return []
     small, large = (np.stack([_looks(objects, rows) for rows in part]) for part in (few, many))
-    within, across = large @ large.T, small @ large.T
-    np.fill_diagonal(within, 0)
-    rate = max(0.02, 1 / (len(many) + 1))
-    limit = max(float(np.quantile(within.max(axis=1), 1 - rate)), 0.985)
-    shown = np.flatnonzero(across.max(axis=1) > limit)
-    if chance(len(shown), len(few), rate) >= 0.001:
+    rank = max(1, int(_RATE * len(many)))
+    limit = np.partition(_nearest(large, large, among=True)[2], rank - 1)[rank - 1]
+    place, likeness, lead = _nearest(small, large)
+    shown = np.flatnonzero((lead < limit) & (likeness > _ALIKE)).tolist()
+    copies = {int(place[k]): k for k in shown}  # an object is once in a split
+    if _before(len(copies), len(few), rank, len(many)) >= 0.001:
         return []
-    pairs = [(few[k][0], many[int(across[k].argmax())][0]) for k in shown.tolist()]
-    return [(min(pair), max(pair)) for pair in pairs]
+    pairs = [(few[k][0], many[at][0]) for at, k in copies.items()]
+    return sorted((min(pair), max(pair)) for pair in pairs)
+
+
+def _nearest(
+    some: np.ndarray, all_: np.ndarray, *, among: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each which one of all (if it is `among` them, which other one) is nearest, its likeness,
+    and its distance (1 - likeness) over that of the second nearest."""
+    parts = []
+    for start in range(0, len(some), 1000):
+        alike = some[start : start + 1000] @ all_.T
+        if among:
+            alike[np.arange(len(alike)), start + np.arange(len(alike))] = -1
+        two = np.sort(np.partition(alike, -2, axis=1)[:, -2:], axis=1).astype(np.float64)
+        lead = (1 + _NOISE - two[:, 1]) / (1 + _NOISE - two[:, 0])
+        parts.append((alike.argmax(axis=1), two[:, 1], lead))
+    place, likeness, lead = map(np.concatenate, zip(*parts, strict=True))
+    return place, likeness, lead
+
+
+def _before(shown: int, asked: int, rank: int, count: int) -> float:
+    """P(at least `shown` of `asked` come before the one of `rank` among `count`) if all are drawn
+    alike: beta-binomial."""
+    i = np.arange(shown, asked + 1)
+    log = betaln(i + rank, asked - i + count - rank + 1) - betaln(rank, count - rank + 1)
+    return float(np.exp(log - betaln(i + 1, asked - i + 1)).sum() / (asked + 1))
 
 
 def chance(shown: int, asked: int, rate: float) -> float:

@@ -19,7 +19,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -69,6 +69,7 @@ def warm_up() -> None:
         forkserver.set_forkserver_preload(_PRELOADED)
         before = dict(os.environ)
         os.environ.update(_ONE_THREAD)
+        resource_tracker.ensure_running()  # which would undo the following
         # Ctrl-C is the caller's to answer, also while the server still imports: it inherits this.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
