@@ -48,18 +48,25 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
     warm_up()
     others = {*multiprocessing.active_children()}
     pool = _Pool(count, multiprocessing.get_context(METHOD), _begin, (_server(),))
-    # This process holds the workers' ends of both pipes, too: a thread that waits in the middle of
-    # a task, or of a result, would never hear that nobody is left at the other end.
-    ends = pool._call_queue._reader, pool._result_queue._writer  # type: ignore[attr-defined]
+    tasks: Any = pool._call_queue  # type: ignore[attr-defined]
+    results: Any = pool._result_queue
     try:
         yield pool
         pool.shutdown()
     except BaseException:
+        manager: Any = pool._executor_manager_thread
         for worker in {*multiprocessing.active_children()} - others:
             worker.kill()
-        for end in ends:
-            end.close()
+        if pool.starting:  # one that nobody knows yet, whom the server forks once it has imported
+            with contextlib.suppress(KeyError, TypeError, ProcessLookupError):
+                os.kill(vars(forkserver._forkserver)["_forkserver_pid"], signal.SIGKILL)
+        # This process holds the workers' ends of both pipes, too: threads that wait in the middle
+        # of a result, or of a task, would never hear that nobody is left at the other end.
+        results._writer.close()
         pool.shutdown(wait=False, cancel_futures=True)
+        if manager is not None:
+            manager.join(5.0)  # it mostly closes the other itself, and may not do so meanwhile
+        tasks._reader.close()
         raise
 
 
@@ -81,6 +88,9 @@ def warm_up() -> None:
 
 
 class _Pool(ProcessPoolExecutor):
+    starting = False
+    """Whether it was broken off where workers are started."""
+
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer, protocol=5)
@@ -88,8 +98,11 @@ class _Pool(ProcessPoolExecutor):
         pickler.dump(functools.partial(fn, *args, **kwargs))
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")  # or a worker that starts ran it
+        self.starting = True
         try:
-            return super().submit(_run, buffer.getvalue())
+            future = super().submit(_run, buffer.getvalue())
+            self.starting = False
+            return future
         finally:
             sys.modules["__main__"] = main
 
