@@ -98,10 +98,10 @@ BLATANT = {
 }
 """Limits beyond which one record is enough to refuse a set of any size.  Of 312 records of training
 furniture and heads, rendered and decoded, none reached two thirds of any; of all 446 pieces of
-training furniture one has half of `max_tint`, and of 1,784, also stretched, one has two thirds
-of `max_spread`.  A record that is black with its input has none: a
-black lamp is (`min_top`, of a whole set).  The other checks have no such limit, since
-objects that are flat or of one colour are healthy."""
+training furniture one has half of `max_tint`, and of 1,784, also stretched, one has two thirds of
+`max_spread`.  A record that is black with its input has none: a black lamp is (`min_top`, of a
+whole set).  The other checks have no such limit, since objects that are flat or of one colour are
+healthy."""
 
 
 def is_blatant(values: np.ndarray, name: str) -> np.ndarray:
