@@ -350,15 +350,17 @@ def sample(
     B / repeat images and tiled.
     """
     b, _, h, w = cond.shape
-    out, noise, least = cond.new_zeros(b, 4, h, w), cond, model.config.sigma_min
+    out, rest, follows = cond.new_zeros(b, 4, h, w), cond, model.config.objective == "diffusion"
     for i, sigma in enumerate(sampling_sigmas(steps, model.config)):
-        if i == 0 or model.config.objective != "diffusion":
-            spread = sigma if i == 0 else math.sqrt(max(sigma**2 - least**2, 0.0))
-            noise = randn(out[: b // repeat], generator).repeat(repeat, 1, 1, 1) * (spread / sigma)
-        x = out + sigma * noise
+        if i and follows:
+            x = out + sigma * rest
+        else:
+            spread = sigma if i == 0 else math.sqrt(max(sigma**2 - model.config.sigma_min**2, 0.0))
+            x = out + spread * randn(out[: b // repeat], generator).repeat(repeat, 1, 1, 1)
         out = model(x, out.new_full((b,), sigma), cond).clamp(-1, 1)
         out = torch.cat([torch.minimum(out[:, :3], out[:, 3:]), out[:, 3:]], dim=1)
-        noise = (x - out) / sigma
+        if follows:
+            rest = (x - out) / sigma
     return out
 
 

@@ -27,7 +27,7 @@ from fresnel.training.decoder_task import DecoderTask
 
 RENDER_MODELS = ("cvs-refine", "cvs-twin")
 CVS_MODELS = ("cvs", *RENDER_MODELS)
-_LEVELS: dict[str, Any] = {"p_mean": -1.1, "p_std": 2.0}
+_LEVELS = {name: getattr(CVSConfig, name) for name in ("p_mean", "p_std")}  # ECT's, as by default
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "consistency": {"objective": "consistency", **_LEVELS},
     "diffusion": {"objective": "diffusion", "ect_stages": 1, "sigma_max_fraction": 0.1, **_LEVELS},
