@@ -28,6 +28,7 @@ from fresnel.training.losses import (
     consistency_loss,
     ect_earlier,
     ect_stage,
+    edge_error,
     grown,
     light_error,
     original_loss,
@@ -294,6 +295,22 @@ def test_light_error_sees_what_a_blur_loses_in_whole_regions() -> None:
     assert (light_error(beyond, odd) == 0).all()
     beyond[..., 17, 0] = -odd[..., 17, 0]
     assert (light_error(beyond, odd) > 0).all()
+
+
+def test_edge_error_sees_a_blur_and_too_much_alike_and_not_where_an_edge_lies() -> None:
+    stripes = torch.full((1, 4, 64, 64), -1.0)
+    stripes[..., 1::4] = stripes[..., 2::4] = 1.0
+    assert edge_error(stripes, stripes) == 0
+    assert edge_error(stripes.roll(1, -1), stripes) < 0.05, "as many edges elsewhere"
+    faint = stripes * 0.5 - 0.5  # half the contrast: half the difference of neighbours
+    assert float(edge_error(faint, stripes)) == pytest.approx(0.5, abs=0.01)
+    assert float(edge_error(stripes, faint)) == pytest.approx(1.0, abs=0.02), "twice as much"
+    empty = torch.full_like(stripes, -1.0)
+    assert edge_error(empty, empty) == 0
+    assert float(edge_error(empty, stripes)) == pytest.approx(1.0, abs=0.01)
+    drawn = empty.clone().requires_grad_()
+    edge_error(drawn, stripes).sum().backward()
+    assert drawn.grad is not None and drawn.grad.isfinite().all(), "where there is nothing yet"
 
 
 def test_the_loss_of_a_network_that_has_learned_nothing() -> None:

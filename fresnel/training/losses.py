@@ -75,16 +75,36 @@ def light_error(output: Tensor, target: Tensor) -> Tensor:
     compared by itself; the mean over regions is divided by the target's (plus 0.01, for dark ones).
     Images (B, 4, H, W) in [-1, 1], premultiplied.
     """
-    region = max(1, target.shape[-1] // 8)
-    height, width = (size // region * region for size in target.shape[-2:])
-
-    def averaged(image: Tensor) -> Tensor:
-        light = srgb_to_linear((image[:, :3, :height, :width] + 1) / 2)
-        # rows first: pixels of a row lie next to each other
-        return light.unflatten(2, (-1, region)).mean(dim=3).unflatten(3, (-1, region)).mean(dim=4)
-
-    found, true = averaged(output), averaged(target)
+    found, true = (by_region(srgb_to_linear((x[:, :3] + 1) / 2)) for x in (output, target))
     return (found - true).abs().mean(dim=(1, 2, 3)) / (true.mean(dim=(1, 2, 3)) + 0.01)
+
+
+def edge_error(output: Tensor, target: Tensor) -> Tensor:
+    """Share of the target's edges that is missing or in excess, region by region, shape (B,).
+
+    What an uncertain network draws is smooth, and no distance between pixels or features wants more
+    than its best guess. So how much neighbouring pixels differ (root mean square over an eighth of
+    the image each way, all four channels) is compared by itself, whatever the edges' places; the
+    mean over regions is divided by the target's. Images (B, 4, H, W) in [-1, 1], premultiplied.
+    """
+
+    def edges(image: Tensor) -> Tensor:
+        across, down = (image.diff(dim=dim).square().sum(1, keepdim=True) for dim in (-1, -2))
+        squares = F.pad(across, (0, 1)) + F.pad(down, (0, 0, 0, 1))
+        return (by_region(squares) / 4 + 1e-6).sqrt()  # of values in [0, 1]
+
+    found, true = edges(output), edges(target)
+    return (found - true).abs().mean(dim=(1, 2, 3)) / (true.mean(dim=(1, 2, 3)) + 1e-3)
+
+
+def by_region(image: Tensor) -> Tensor:
+    """Means over regions of an eighth of the image each way, a rest cut off: (B, C, H, W) -> (B, C,
+    h, w)."""
+    region = max(1, image.shape[-1] // 8)
+    height, width = (size // region * region for size in image.shape[-2:])
+    # rows first: pixels of a row lie next to each other
+    rows = image[..., :height, :width].unflatten(2, (-1, region)).mean(dim=3)
+    return rows.unflatten(3, (-1, region)).mean(dim=4)
 
 
 def ect_stage(progress: float, config: CVSConfig) -> int:
@@ -192,6 +212,7 @@ def consistency_loss(
 
 
 ONE_STEP_LIGHT = 1.5  # as `light_weight`: the perceptual distance pulls ten times as hard as either
+ONE_STEP_EDGES = 0.4
 AT_MAX = 2 / 3  # of the single steps; the others begin evenly in the logarithm above one_step_from
 RAYS = 10  # condition channels before the target's rays, of the picture that is given
 
@@ -256,13 +277,13 @@ def one_step_terms(
     """How far views (B, 4, H, W) in [-1, 1] are from true ones, to the eye.
 
     Twice the weighted absolute error, whose best guess where a shape is unsure is nothing, so also
-    `light_error`; and (`looked_at`) the perceptual distance, over white or (a
+    `light_error` and `edge_error`; and (`looked_at`) the perceptual distance, over white or (a
     half of them) over the colour that `backdrop` (B, 4, 1, 1) says; of a critic, how much it takes
     them for made (hinge) and how far its features of both lie apart (pix2pixHD, arXiv 1711.11585).
     `seen`: what the critic knows of each view.
 
     Returns:
-        "loss", "l1", "light", "perceptual" (0 if not looked at); of a critic (0 without)
+        "loss", "l1", "light", "edges", "perceptual" (0 if not looked at); of a critic (0 without)
         "adversarial", "features" and "critic", its own loss, which is part of "loss" and reaches
         the critic alone.
     """
@@ -275,9 +296,10 @@ def one_step_terms(
 
     none = torch.zeros_like(l1.detach())  # the terms of a run are the same from its first step
     apart = distance(over(output), over(target)).mean() if looked_at else none
-    light = light_error(output.float(), target).mean()
-    loss = 2 * l1 + ONE_STEP_LIGHT * light + config.perceptual_weight * apart
-    parts = {"l1": l1, "light": light, "perceptual": apart}
+    light, edges = (of(output.float(), target).mean() for of in (light_error, edge_error))
+    loss = 2 * l1 + ONE_STEP_LIGHT * light + ONE_STEP_EDGES * edges
+    loss = loss + config.perceptual_weight * apart
+    parts = {"l1": l1, "light": light, "edges": edges, "perceptual": apart}
     found = {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
     found |= dict.fromkeys(("adversarial", "features", "critic"), none)
     if critic is None:
