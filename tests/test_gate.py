@@ -67,6 +67,26 @@ def test_the_original_geometry_is_refused_for_its_pivot_not_its_exposure(depth: 
     assert any("no usable depth" in note for note in verdict.notes) != depth
 
 
+def test_what_views_cover_is_told_by_their_distance_but_not_of_an_input_camera_at_the_pivot() -> (
+    None
+):
+    views = views_of(0)
+    covered = views.alpha.float().mean(dim=(1, 2)) / views.input_alpha.float().mean()
+
+    def ratios(input_at: float) -> torch.Tensor:
+        """`input_at`: the input camera's distance from the pivot, as a share of the views'."""
+        front, pivot = views.input_camera, views.pivot
+        to = pivot + (front.centers - pivot) * input_at
+        moved = replace(front, viewmats=front.viewmats.clone())
+        moved.viewmats[:3, 3] = -front.viewmats[:3, :3] @ to
+        rows, _, _ = measure.measure(replace(views, input_camera=moved))
+        return torch.tensor([row["coverage_ratio"] for row in rows])
+
+    torch.testing.assert_close(ratios(1.0), covered, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(ratios(0.5), 4 * ratios(1.0), rtol=0.02, atol=0.01)
+    torch.testing.assert_close(ratios(0.0), ratios(1.0), rtol=0.02, atol=0.01)
+
+
 def test_a_scale_of_depth_explains_no_orbit_around_another_point() -> None:
     """As the original's kind of decoder has it on heads: nearly empty views of blurred depth."""
     verdict = judged([transforms.scaled_depth(original(i), 0.85) for i in range(6)])

@@ -17,7 +17,7 @@ from fresnel.analysis.runs import OWN, of
 from fresnel.evaluation.metrics import AZIMUTH_BINS
 
 BINS = tuple(name for name, _ in AZIMUTH_BINS)
-RIVALS = ("copy_input", "decoder render", *(f"cvs, {n} steps" for n in (1, 2, 4)))
+RIVALS = ("copy_input", "decoder render", "shipped twin", *(f"cvs, {n} steps" for n in (1, 2, 4)))
 """What an arm is compared with in its own runs."""
 _BOUNDS = ["mean", "low", "high"]
 

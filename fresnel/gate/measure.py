@@ -279,14 +279,16 @@ def _rows(
 
 def _framing(views: ObjectViews) -> tuple[np.ndarray, np.ndarray]:
     """By their cameras, what share of a view an object at the pivot covers of what it covers of the
-    input, at most 1, and the cosine of the angle between the two, each (V,)."""
+    input, at most 1, and the cosine of the angle between the two, each (V,). An input camera that
+    stands at the pivot, as the original experiment's, says nothing of that: 1."""
     cameras, own = views.cameras, views.input_camera
 
     def scale(one: Cameras) -> Tensor:
         focal = (one.Ks[..., 0, 0] * one.Ks[..., 1, 1]).abs() / (one.width * one.height)
         return focal / (one.centers - views.pivot).square().sum(-1).clamp_min(1e-12)
 
-    area = (scale(cameras) / scale(own).clamp_min(1e-12)).nan_to_num(1.0).clamp(0.01, 1.0)
+    area = (scale(cameras) / scale(own).clamp_min(1e-12)).nan_to_num(1.0).clamp_max(1.0)
+    area = torch.where(area < 0.01, 1.0, area)
     return area.double().numpy(), (cameras.forward @ own.forward).nan_to_num(0.0).numpy()
 
 

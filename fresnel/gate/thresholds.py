@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VERSION = 11
+VERSION = 12
 """Of measurements, checks and thresholds together: a receipt of another version is void."""
 
 

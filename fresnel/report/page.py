@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 import bleach
+import nbconvert
 import nbformat
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -98,9 +99,12 @@ def to_html(executed: str | Path, target: str | Path | None = None) -> Path:
         "mention": mentions.link,
         "mentioned": lambda _, what: {"terms": mentions.glossary, "works": mentions.cited}[what](),
     }
+    # nbconvert's own, where Jupyter looks for them or where `pip install --target` puts them
+    beside = Path(nbconvert.__file__).parents[1] / "share" / "jupyter" / "nbconvert" / "templates"
     exporter = HTMLExporter(
         template_name="report",
-        extra_template_basedirs=[str(_html.TEMPLATES)],
+        extra_template_basedirs=[str(_html.TEMPLATES), str(beside)],
+        extra_template_paths=[str(beside)],
         embed_images=True,
         exclude_anchor_links=True,
         exclude_input_prompt=True,
