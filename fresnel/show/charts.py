@@ -335,7 +335,7 @@ def plane(
             across.
     """
     figure, ((axis,),) = _new(size=(7.2, 4.6))
-    for k, (name, (x, y)) in enumerate(points.items()):
+    for k, (x, y) in enumerate(points.values()):
         color = CYCLE[k % len(CYCLE)]
         ends = [[[one.mean - one.low], [one.high - one.mean]] for one in (x, y)]
         across, upwards = np.nan_to_num(np.abs(ends))
@@ -343,10 +343,39 @@ def plane(
         axis.plot(x.seeds, y.seeds, "o", ms=2.6, color=color, alpha=0.8)
         marker = "osD^v"[k // len(CYCLE) % 5]
         axis.plot([x.mean], [y.mean], marker, ms=6, color=color, mec="white", mew=0.6)
-        shift = (7, 5 if k % 2 else -11)
-        axis.annotate(name, (x.mean, y.mean), shift, textcoords="offset points", fontsize=8)
     axis.set(xlabel=labels[0], ylabel=labels[1])
     if better:
-        words = {"ha": "right", "va": "bottom", "fontsize": 8, "color": GREEN}
-        axis.text(0.985, 0.02, better, transform=axis.transAxes, **words)
+        words = {"ha": "right", "va": "top", "fontsize": 8, "color": GREEN}
+        axis.text(1.0, -0.09, f"{better} \N{SOUTH EAST ARROW}", transform=axis.transAxes, **words)
+    _name_apart(axis, {name: (x.mean, y.mean) for name, (x, y) in points.items()})
     return figure
+
+
+def _name_apart(axis: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each point's name beside it, at the nearest place that no other name or point takes; a
+    line leads there from further away."""
+    axis.figure.draw_without_rendering()  # where points lie is known then
+    size, scale = 8.0, 72.0 / axis.figure.dpi
+    places = {name: axis.transData.transform(point) * scale for name, point in points.items()}
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places.values()]
+    around = list(itertools.product(range(9, 70, 5), (30, 330, 0, 150, 210, 180, 90, 270)))
+
+    def shared(one: Sequence[float], two: Sequence[float]) -> float:
+        sides = (min(one[k + 2], two[k + 2]) - max(one[k], two[k]) for k in (0, 1))
+        return math.prod(max(side, 0.0) for side in sides)
+
+    for name, (x, y) in places.items():
+        wide, boxes = 0.58 * size * len(name), list[tuple[float, float, float, float]]()
+        for reach, angle in around:
+            across, up = (reach * of(math.radians(angle)) for of in (math.cos, math.sin))
+            left = x + across - (wide / 2 if abs(across) < 1 else wide if across < 0 else 0)
+            boxes.append((left, y + up - size / 2, left + wide, y + up + size / 2))
+        cost = [sum(shared(box, b) for b in taken) for box in boxes]
+        best = min(range(len(boxes)), key=lambda k: cost[k] + around[k][0])
+        taken.append(boxes[best])
+        lead = {"arrowstyle": "-", "lw": 0.4} if around[best][0] > 14 else None
+        at = (boxes[best][0] - x, boxes[best][1] + size / 2 - y)
+        axis.annotate(
+            name, points[name], at, textcoords="offset points", fontsize=size, va="center",
+            arrowprops=lead,
+        )  # fmt: skip
