@@ -27,6 +27,7 @@ from fresnel.models.decoder import load_shipped
 from fresnel.objects import sources
 from fresnel.render import Views
 from fresnel.report import record
+from fresnel.report.index import verdict_today
 from fresnel.report.params import check_parameters, read_parameters
 from fresnel.report.record import VERDICTS
 from fresnel.study import data as training_data
@@ -168,6 +169,7 @@ def decide(notebook, **given):
     (path,) = (path for path in NOTEBOOKS if path.stem == notebook)
     cells = nbformat.read(path, as_version=4).cells
     (rule,) = (cell.source for cell in cells if "rule" in cell.metadata.get("tags", []))
+    given = {"math": math, "denoising": denoising, "shares": {}} | given
     exec(rule, given)
     return given
 
@@ -191,7 +193,7 @@ def test_the_smoke_tests_rule(change, reason, shares=MappingProxyType({})):
     fine |= {"target_coverage": 0.4, "target_luminance": 0.4} | change
     ratios = {name: fine.pop(name) for name in ("luminance_ratio", "coverage_ratio")}
     fall = fine.pop("loss_fall")
-    given = {"math": math, "denoising": denoising, "shares": shares, "initial_weights": "x"}
+    given = {"shares": shares, "initial_weights": "x"}
     made = decide("02_smoke_train", **given, targets=fine, loss_fall=fall, overall=ratios)
     assert made["go"] == (reason is None)
     assert [reason in text for text in made["reasons"]] == ([True] if reason else [])
@@ -223,6 +225,13 @@ def test_a_network_that_ignores_its_noisy_input_is_no_go_with_the_cause(share, r
         assert found["left"] == pytest.approx([0.2] * 5, abs=1e-4)
     assert found["linear"] == sorted(found["linear"], reverse=True)
     test_the_smoke_tests_rule({}, reason, found)
+    fine = {"luminance_ratio": 1.0, "coverage_ratio": 1.0, "psnr": 21.5, "ssim": 0.9}
+    overall = {"cvs": fine, "copy_input": fine | {"psnr": 20.0, "ssim": 0.8}}
+    judged = decide("03_full_train", overall=overall, model="cvs", shares=found)
+    assert judged["word"] == ("PASS" if reason is None else "NOT BETTER"), "nor does 03 pass it"
+    assert len(judged["reasons"]) == (reason is not None)
+    kept = {"summaries": {name: [one] for name, one in overall.items()}, "noise_left": found}
+    assert verdict_today({"model": "cvs"}, kept, "PASS") == judged["word"]
     assert results.noise_shares(load_shipped(), truth, 0) == {}, "a decoder promises nothing"
 
 
@@ -249,9 +258,7 @@ def test_the_rule_of_03_on_truth_copy_grey_and_black(tmp_path):
         for name, predict in made.items()
     }
     assert overall["truth"]["luminance_ratio"] == pytest.approx(1)
-    decided = {
-        name: decide("03_full_train", overall=overall, model=name, math=math) for name in made
-    }
+    decided = {name: decide("03_full_train", overall=overall, model=name) for name in made}
     assert {name: found["word"] for name, found in decided.items()} == {
         "truth": "PASS", "grey": "NOT BETTER", "copy_input": "NOT BETTER", "mean_image": "FAIL",
         "black_image": "FAIL",
@@ -281,12 +288,12 @@ def test_the_bands_of_03(figure, value, word):
     }
     seen = {"perceptual": 6.0, "edge_energy_ratio": 0.45}
     overall = {"cvs": fine | seen | {figure: value}, **rivals}
-    made = decide("03_full_train", overall=overall, model="cvs", math=math)
+    made = decide("03_full_train", overall=overall, model="cvs")
     assert made["word"] == word and bool(made["reasons"]) == (word != "PASS")
     if word == "FAIL":
         return
     alone = {name: overall[name] for name in ("cvs", "copy_input")}
-    made = decide("03_full_train", overall=alone, model="cvs", math=math)
+    made = decide("03_full_train", overall=alone, model="cvs")
     beaten = value > rivals["copy_input"].get(figure, -1) or figure in seen
     assert made["word"] == ("PASS" if beaten else "NOT BETTER"), "a decoder has the copy alone"
 

@@ -48,6 +48,20 @@ def linear(target: Tensor, levels: Sequence[float] = LEVELS) -> list[float]:
     return [float((power / (power + level**2)).mean()) for level in levels]
 
 
+def ignored(shares: Mapping[str, Sequence[float]]) -> list[str]:
+    """Why a network by rows of `study.results.noise_shares` is no denoiser, [] of one and of {}: at
+    0.17 and 0.5 it has to go half of the way from c_skip, which one leaves that ignores its input,
+    to the best linear denoiser of such views."""
+    known = [shares[name] for name in ("left", "ignoring", "linear")] if shares else [[]] * 3
+    rows = zip(LEVELS if shares else (), *known, strict=True)
+    return [
+        f"the network ignores its input: of noise {level:g} it leaves {left:.2f}, c_skip alone "
+        f"{ignoring:.2f}, the best linear denoiser {linear:.2f}"
+        for level, left, ignoring, linear in rows
+        if level in (0.17, 0.5) and not ignoring - left >= 0.5 * (ignoring - linear)
+    ]
+
+
 def table(shares: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
     """Rows of `study.results.noise_shares`, a noise level each, in per cent; [] of {}."""
     names = {"left": "left, %", "ignoring": "ignoring its input, %"}

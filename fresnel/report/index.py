@@ -171,7 +171,10 @@ def _rule() -> CodeType:
 def verdict_today(params: Mapping[str, Any], metrics: Mapping[str, Any], verdict: str) -> str:
     """What notebook 03's rule of today says of a training's figures, as far as they were measured;
     its own verdict where they are not there."""
-    given: dict[str, Any] = {"math": math, "model": params.get("model")}
+    from fresnel.evaluation import denoising  # and with it torch
+
+    given: dict[str, Any] = {"math": math, "model": params.get("model"), "denoising": denoising}
+    given["shares"] = metrics.get("noise_left") or {}
     try:
         given["overall"] = {name: rows[-1] for name, rows in metrics["summaries"].items()}
         exec(_rule(), given)
