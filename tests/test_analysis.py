@@ -39,12 +39,14 @@ def test_what_we_said_ourselves_stands_beside_what_a_run_measured(tmp_path: Path
     study += [training("scarce", 23.0, 0)]
     figures = runs.figures(table(tmp_path, *study))
     said = claims.ours(place, metrics, figures)
-    assert [len(text) > 40 for text in said["why it was wrong"]] == [True] * 5
-    first, calls, third, bootstrap, mask = said["true now"]
+    assert [len(text) > 40 for text in said["why it was wrong"]] == [True] * 6
+    first, calls, plan, third, bootstrap, mask = said["true now"]
     assert "leaves 0.044, of 0.5 0.013" in first
     assert "Edge energy 0.91" in third and "light 1.02" in third
     assert "in PSNR +1.00" in bootstrap and "and -1.00" in bootstrap
-    assert calls == mask == "not measured in these runs"
+    assert calls == mask == "not measured in these runs" and "From weights that denoise" in plan
+    alone = runs.figures(table(tmp_path, *study[:2]))
+    assert "is scarce (not measured)" in claims.ours(place, metrics, alone)["true now"][4]
     del metrics["noise_left"]
     assert claims.ours(place, metrics, figures)["true now"][0] == calls
 
@@ -487,7 +489,7 @@ def test_notebook_04_tells_the_whole_story_of_the_published_study(
     assert "finished runs, read from reports/published/study." in capsys.readouterr().out
     assert found["verdict"] == "DONE" and found["metrics"]["missing_runs"] == []
     gap = found["metrics"]["contrasts"]["gated : oracle"]["psnr"]
-    assert gap["mean"] == pytest.approx(0.013, abs=1e-2) and len(gap["seeds"]) == 3
+    assert gap["mean"] == pytest.approx(0.102, abs=1e-2) and len(gap["seeds"]) == 3
     assert set(found["metrics"]["claims"].values()) == {"confirmed", "refuted", "open"}
     assert found["metrics"]["claims"]["early"] == "confirmed"
     assert space["split"]["objects"] == 78 and space["split"]["seeds"] == 3
