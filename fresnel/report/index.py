@@ -140,7 +140,8 @@ def study(table: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     with contextlib.suppress(OSError, LookupError):
         plan = project_root() / "notebooks" / "params" / "study.yaml"
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        labels = yaml.load(plan.read_bytes(), loader)["analysis"]["arms"]
+        analysis = yaml.load(plan.read_bytes(), loader)["analysis"]
+        labels = analysis["arms"] | analysis["apart"]
     for arm, made in arms.items():
         figures = {}
         for name in _QUALITY[:5]:
