@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -72,7 +73,14 @@ def test_dots_bins_and_roses() -> None:
     one = Estimate(1.0, (0.9, 1.1), 0.5, 1.5), Estimate(2.0, (2.0, 2.0))
     places = {"a": one, "b": (Estimate(3.0), Estimate(3.0))}
     (axis,) = charts.plane(places, labels=("dB", "distance"), better="here").axes
-    assert [text.get_text() for text in axis.texts] == ["a", "b", "here"]
+    assert [text.get_text() for text in axis.texts] == ["here \N{SOUTH EAST ARROW}", "a", "b"]
+    crowd = {
+        f"name {k}": places["a"] for k in range(6)
+    }  # at one place: names apart from each other
+    (axis,) = charts.plane(crowd, labels=("dB", "distance")).axes
+    axis.figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("dB", "distance")
     spans = [line.get_segments()[0] for line in axis.collections]
     assert spans[0][:, 0].tolist() == [0.5, 1.5] and len(axis.lines) >= 4
