@@ -141,7 +141,7 @@ def study(table: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         plan = project_root() / "notebooks" / "params" / "study.yaml"
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         analysis = yaml.load(plan.read_bytes(), loader)["analysis"]
-        labels = analysis["arms"] | analysis["apart"]
+        labels = analysis["arms"] | analysis.get("apart", {})
     for arm, made in arms.items():
         figures = {}
         for name in _QUALITY[:5]:

@@ -212,7 +212,7 @@ def consistency_loss(
 
 
 ONE_STEP_LIGHT = 1.5  # as `light_weight`: the perceptual distance pulls ten times as hard as either
-ONE_STEP_EDGES = 0.4
+ONE_STEP_EDGES = 0.4  # chosen on objects that ship (docs/decisions.md)
 AT_MAX = 2 / 3  # of the single steps; the others begin evenly in the logarithm above one_step_from
 RAYS = 10  # condition channels before the target's rays, of the picture that is given
 
