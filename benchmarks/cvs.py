@@ -23,7 +23,7 @@ import torch
 
 from fresnel.analysis import stats
 from fresnel.data.dataset import ViewTensors
-from fresnel.evaluation import agreement, denoising, metrics, perceptual
+from fresnel.evaluation import agreement, denoising, metrics, noise, perceptual
 from fresnel.models import Predictor, cvs, decoder
 from fresnel.objects import sources
 from fresnel.render import Views
@@ -157,12 +157,12 @@ class Bench:
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         left = np.array(self.noise)
         known = denoising.ignoring(self.network), denoising.linear(torch.cat(self.targets))
-        noise = [
+        left_of = [
             {"noise level": level, "left": text(metrics.mean_interval(left[:, i]))}
             | {"ignoring its input": text((known[0][i], math.nan, math.nan))}
             | {"best linear denoiser": text((known[1][i], math.nan, math.nan))}
             | {"wanted": {0.17: "0.05 or less", 0.5: "0.02 or less"}.get(level, "")}
-            for i, level in enumerate(denoising.LEVELS)
+            for i, level in enumerate(noise.LEVELS)
         ]
         steps = [
             {"views": name, "objects": len({row["object"] for row in rows})}
@@ -178,7 +178,7 @@ class Bench:
             {"samples of": name} | {place: text(ends, 1) for place, ends in found.items()}
             for name, found in self.spread.items()
         ]
-        return {"noise": noise, "wanted": self.targets_met(), "steps": steps, "spread": spread}
+        return {"noise": left_of, "wanted": self.targets_met(), "steps": steps, "spread": spread}
 
     def write(self, out: Path, about: dict[str, Any]) -> None:
         tables = self.tables()

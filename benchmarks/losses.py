@@ -21,11 +21,11 @@ import torch
 from fresnel import gate
 from fresnel.analysis import stats
 from fresnel.data import dataset
-from fresnel.evaluation import denoising, metrics
+from fresnel.evaluation import metrics
 from fresnel.host import machine
 from fresnel.host.files import write_atomic
 from fresnel.models import cvs
-from fresnel.study import arms
+from fresnel.study import arms, results
 from fresnel.training.loop import fit
 from fresnel.training.task import TrainConfig
 
@@ -66,14 +66,15 @@ def judge(given: argparse.Namespace) -> None:
     networks |= {p.stem: cvs.CVS.load(p) for p in sorted(given.out.glob("*-s?.safetensors"))}
     found: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
     measures = metrics.find_measures()
+
+    def keep() -> None:
+        write_atomic(place, json.dumps(found).encode())
+
     for name, network in networks.items():
         one = found.setdefault(name, {})
         if "noise_left" not in one:
-            sides = [2, 4]
-            target = cvs.rgba(truth.rgb[:, sides], truth.alpha[:, sides]).flatten(0, 1)
-            cond = cvs.condition(network, truth.inputs, truth.cameras[:, sides])
-            drawn = torch.Generator().manual_seed(0)
-            one["noise_left"] = denoising.noise_left(network, cond, target, generator=drawn)
+            one["noise_left"] = results.noise_shares(network, truth, 0, most=given.objects)["left"]
+            keep()
         for steps in (1, 2, 4, 18) if name.startswith("diffusion") else (1, 2, 4):
             if str(steps) in one:
                 continue
@@ -81,13 +82,8 @@ def judge(given: argparse.Namespace) -> None:
                 cvs.predictor(network, steps), truth, measures=measures, progress=False
             )
             one[str(steps)] = {m: metrics.by_object(rows, m)["all"] for m in SHOWN}
-            write_atomic(place, json.dumps(found).encode())
-            print(
-                name,
-                steps,
-                {m: round(np.mean([*v.values()]), 3) for m, v in one[str(steps)].items()},
-                flush=True,
-            )
+            keep()
+            print(name, steps, flush=True)
     print("\n".join(table(found)))
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from fresnel.data import dataset
-from fresnel.evaluation import denoising
 from fresnel.evaluation import metrics as evaluate
+from fresnel.evaluation import noise
 from fresnel.gate import receipts
 from fresnel.models.cvs import CVS, CVSConfig
 from fresnel.models.decoder import load_shipped
@@ -169,7 +169,7 @@ def decide(notebook, **given):
     (path,) = (path for path in NOTEBOOKS if path.stem == notebook)
     cells = nbformat.read(path, as_version=4).cells
     (rule,) = (cell.source for cell in cells if "rule" in cell.metadata.get("tags", []))
-    given = {"math": math, "denoising": denoising, "shares": {}} | given
+    given = {"math": math, "noise": noise, "shares": {}} | given
     exec(rule, given)
     return given
 

@@ -18,6 +18,7 @@ import yaml
 
 from fresnel.analysis.runs import of
 from fresnel.analysis.stats import Estimate, bins, each, estimate
+from fresnel.study.arms import CVS_MODELS
 
 Band = tuple[float, float]
 LEVEL = {"level": 1.0, "a tenth farther": 1.1}
@@ -109,7 +110,7 @@ def ours(path: str | Path, metrics: Mapping[str, Any], figures: pd.DataFrame) ->
     ("not measured in these runs" where most was not): by a finished 03's `metrics`, and by the
     estimates that an entry's "figures" names (`stats.estimate`'s arguments, and "digits")."""
     every = {name: rows[-1] for name, rows in metrics.get("summaries", {}).items()}
-    own = next((name for name in ("cvs", "cvs-refine", "cvs-twin") if name in every), "")
+    own = next((name for name in CVS_MODELS if name in every), "")
     calls = {"one": own, "two": "cvs, 2 steps", "four": "cvs, 4 steps"}
     found = {word: every.get(name, {}) for word, name in calls.items()}
     found |= {"render": every.get("decoder render", {}), **(metrics.get("noise_left") or {})}

@@ -27,6 +27,7 @@ from urllib.parse import quote
 import jinja2
 import yaml
 
+from fresnel.evaluation import noise
 from fresnel.host.files import from_json, locked, read_bytes, read_json, write_atomic
 from fresnel.host.machine import project_root
 from fresnel.report import html as _html
@@ -172,9 +173,7 @@ def _rule() -> CodeType:
 def verdict_today(params: Mapping[str, Any], metrics: Mapping[str, Any], verdict: str) -> str:
     """What notebook 03's rule of today says of a training's figures, as far as they were measured;
     its own verdict where they are not there."""
-    from fresnel.evaluation import denoising  # and with it torch
-
-    given: dict[str, Any] = {"math": math, "model": params.get("model"), "denoising": denoising}
+    given: dict[str, Any] = {"math": math, "model": params.get("model"), "noise": noise}
     given["shares"] = metrics.get("noise_left") or {}
     try:
         given["overall"] = {name: rows[-1] for name, rows in metrics["summaries"].items()}

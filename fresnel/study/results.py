@@ -77,7 +77,7 @@ def untrained_loss(task: Any, seed: int, *, batches: int = 4) -> float:
 def noise_shares(
     network: Any, views: ViewTensors, seed: int, *, most: int = 8, **given: Any
 ) -> dict[str, list[float]]:
-    """Of the noise at `denoising.LEVELS`, the share that a CVS leaves ("left"; two views each of
+    """Of the noise at `noise.LEVELS`, the share that a CVS leaves ("left"; two views each of
     at most so many of the records), that a network leaves which ignores its noisy input
     ("ignoring"), and that the best linear denoiser of such views leaves ("linear"); {} for a
     decoder, and for a network without the boundary condition, which promises nothing of it.
