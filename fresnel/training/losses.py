@@ -85,7 +85,9 @@ def edge_error(output: Tensor, target: Tensor) -> Tensor:
     What an uncertain network draws is smooth, and no distance between pixels or features wants more
     than its best guess. So how much neighbouring pixels differ (root mean square over an eighth of
     the image each way, all four channels) is compared by itself, whatever the edges' places; the
-    mean over regions is divided by the target's. Images (B, 4, H, W) in [-1, 1], premultiplied.
+    mean over regions is divided by the target's. Nor does it see at which frequency they differ: a
+    network may buy edges with a checkerboard (docs/decisions.md). Images (B, 4, H, W) in [-1, 1],
+    premultiplied.
     """
 
     def edges(image: Tensor) -> Tensor:
