@@ -44,7 +44,7 @@ def strips(domain: str, at: Path) -> tuple[list[Any], list[Any], str]:
     verdict = gate.validate(dark, progress=False)
     network = arms.load_decoder("pixel", "cpu", domain=domain)
     one = inputs[[row]]
-    drawn = cvs.predictor(cvs.load_shipped("cpu", "cvs-twin", domain), renderer=predictor(network))
+    drawn = cvs.predictor(cvs.load_shipped("cpu", "cvs-warp", domain), renderer=predictor(network))
     there = novel_cameras(one, replace(CORRECTED, image_size=128))
     views = [scenes.on_ground(rgba) for rgba in scenes.straight(drawn(one, there))[chosen]]
     alpha = one.alpha[0].numpy()[..., None] / 255

@@ -25,6 +25,7 @@ from fresnel.analysis import stats
 from fresnel.data.dataset import ViewTensors
 from fresnel.evaluation import agreement, denoising, metrics, noise, perceptual
 from fresnel.models import Predictor, cvs, decoder
+from fresnel.models.condition import rgba
 from fresnel.objects import sources
 from fresnel.render import Views
 from fresnel.report.provenance import git_state
@@ -62,7 +63,7 @@ class Bench:
     """One network, one domain, and what is found."""
 
     def __init__(self, weights: str, domain: str) -> None:
-        ships = cvs.load_shipped(model="cvs-twin", domain=domain) if not weights else None
+        ships = cvs.load_shipped(model="cvs-warp", domain=domain) if not weights else None
         self.network = ships or cvs.CVS.load(weights)
         splats = decoder.load_shipped("faces" if domain == "faces" else "pixel")
         if self.network.config.render_condition and self.network.decoder != splats.checksum():
@@ -105,7 +106,7 @@ class Bench:
     def noise_of(self, one: ViewTensors) -> None:
         """Of two views of an object: a quarter and half of the way around."""
         sides = sorted({one.rgb.shape[1] // 4, one.rgb.shape[1] // 2})
-        target = cvs.rgba(one.rgb[:, sides], one.alpha[:, sides]).flatten(0, 1)
+        target = rgba(one.rgb[:, sides], one.alpha[:, sides]).flatten(0, 1)
         cond = cvs.condition(self.network, one.inputs, one.cameras[:, sides], renderer=self.render)
         drawn = torch.Generator().manual_seed(0)
         self.noise.append(denoising.noise_left(self.network, cond, target, generator=drawn))

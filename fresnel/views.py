@@ -361,10 +361,10 @@ def _shipped(domain: str, device: str) -> tuple[cvs.CVS | None, decoder.Decoder]
     """The decoder of a domain that ships, and the CVS that adds to its renders; of faces None where
     none ships.  FileNotFoundError without the decoder."""
     if domain == "objects":
-        return cvs.load_shipped(device, "cvs-twin"), decoder.load_shipped("pixel", device)
+        return cvs.load_shipped(device, "cvs-warp"), decoder.load_shipped("pixel", device)
     splats = decoder.load_shipped("faces", device)
     try:
-        network = cvs.load_shipped(device, "cvs-twin", domain)
+        network = cvs.load_shipped(device, "cvs-warp", domain)
     except FileNotFoundError:
         return None, splats
     return (network if network.decoder == splats.checksum() else None), splats

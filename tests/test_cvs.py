@@ -170,11 +170,11 @@ def test_what_ships_denoises_and_takes_sharp_steps_and_other_losses_keep_their_o
 
     assert config("cvs", "consistency").objective == "sharp"
     assert not config("cvs", "consistency").render_mask, "there is no render to weigh"
-    assert config("cvs-twin", "consistency").render_mask
+    assert config("cvs-warp", "consistency").render_mask
     assert [config("cvs", p).objective for p in ("original", "regression")] == ["consistency"] * 2
     assert config("cvs", "consistency", "consistency").objective == "consistency"
     assert config("cvs", "consistency", "diffusion").ect_stages == 1
-    assert config("cvs-twin", "consistency", "adversarial").adversarial_weight > 0
+    assert config("cvs-warp", "consistency", "adversarial").adversarial_weight > 0
     with pytest.raises(ValueError, match="objective: got 'gan'"):
         config("cvs", "consistency", "gan")
 

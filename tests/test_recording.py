@@ -126,7 +126,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "some pairs": {"pairs": torch.tensor([[0, 1], [1, 0], [1, 2], [2, 1]])},
     "render": {"model": "cvs-refine", "ground_truth": True},
     "refine": {"model": "cvs-refine"},
-    "twin": {"model": "cvs-twin"},
+    "twin": {"model": "cvs-warp"},
     "decoder": {"model": "decoder", "ground_truth": True},
     "frontal": {"model": "decoder-frontal"},
 }

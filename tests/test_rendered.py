@@ -6,10 +6,10 @@ from test_cvs import SIZE, generator, views
 
 from fresnel.data.dataset import InputImages
 from fresnel.models import Predictor
-from fresnel.models import cvs as rendered
-from fresnel.models.cvs import CVS, CVSConfig, predictor
+from fresnel.models import condition as rendered
+from fresnel.models.cvs import CVS, LEFT_OUT, CVSConfig, predictor
 from fresnel.render import Views
-from fresnel.scene.cameras import Cameras
+from fresnel.scene.cameras import Cameras, standard_orbit
 from fresnel.study import arms
 from fresnel.training.cvs_task import CVSTask, mirror
 
@@ -48,6 +48,72 @@ def test_the_condition_holds_colour_alpha_and_depth_behind_the_pivot() -> None:
     full, empty = seen[0, 0, :, 0, 0], seen[0, 0, :, -1, 0]
     torch.testing.assert_close(full, torch.tensor([1.0, 0.0, -1.0, 1.0, 0.3]))  # orbit radius 2.2
     torch.testing.assert_close(empty, torch.tensor([-1.0, -1.0, -1.0, -1.0, 0.0]))
+
+
+def ball(radius: float) -> Predictor:
+    """Stands for a decoder without fault: a ball about the pivot, coloured by place."""
+
+    def render(inputs: InputImages, cameras: Cameras) -> Views:
+        origins, directions = cameras.rays()
+        nearest = -(origins * directions).sum(-1, keepdim=True)
+        inside = radius**2 - (origins + nearest * directions).square().sum(-1, keepdim=True)
+        alpha = (inside > 0).float()
+        points = origins + (nearest - inside.clamp_min(0).sqrt()) * directions
+        ahead = cameras.forward[..., None, None, :]
+        depth = ((points - origins) * ahead).sum(-1, keepdim=True) * alpha
+        x, y, z = (points / radius).split(1, dim=-1)
+        colours = torch.cat([x.abs(), (y + 1) / 2, (z + 1) / 2], dim=-1)  # left and right alike
+        return Views(colours * alpha, alpha, depth)
+
+    return render
+
+
+@pytest.mark.parametrize("size", [32, 48])  # pictures of the views; the input has 32 pixels
+def test_a_warp_is_the_input_where_both_see_the_surface(size: int) -> None:
+    there = standard_orbit(torch.tensor([[0.0, 40.0, -40.0, 180.0]]), 0.0, size)
+    own = standard_orbit(torch.tensor([0.0]), 0.0, size)
+    render, pivots = ball(0.4), torch.zeros(1, 3)
+    true = render(None, own[:, None])
+    inputs = InputImages(
+        ("ball",), (true.rgb[:, 0] * 255).byte(), (true.alpha[:, 0, ..., 0] * 255).byte(), own
+    )
+    shown = rendered.seen(render, inputs, there, pivots, twin=True, warp=True)
+    assert shown.shape == (1, 4, 4 * rendered.RENDER_CHANNELS, size, size)
+    splat, warp, other, twin = ((x + 1) / 2 for x in shown[0].unflatten(1, (4, -1)).unbind(1))
+    assert torch.equal(splat[:, 3] > 0.5, twin[:, 3] > 0.5)
+    for pictures, truth in ((warp, splat), (other, twin)):
+        visible, covered = pictures[:, 4], truth[:, 3] > 0.5
+        assert not visible[~covered].any() and visible[3][covered[3]].mean() < 0.1, "nor its back"
+        assert visible[0][covered[0]].mean() > 0.9, "its own view"
+        sure = visible > 0.9
+        for view in (0, 1, 2):
+            off = (pictures[view, :4] - truth[view, :4]).abs()[:, sure[view]]
+            assert off.median() < 0.02 and off.mean() < 0.03, view
+    shares = [(warp[k, 4] > 0.9).sum() / (splat[k, 3] > 0.5).sum() for k in range(3)]
+    assert 0.5 < shares[1] < 0.8 and abs(shares[1] - shares[2]) < 0.03, "cos 40 degrees, and back"
+    # the mirrored input's pixels lie where the object is the same mirrored: swap x, swap views
+    torch.testing.assert_close(other[0], warp[0].flip(-1), atol=0.05, rtol=0)
+
+
+def test_a_warp_is_weighed_by_how_surely_it_is_seen() -> None:
+    config = CVSConfig.preset(
+        "tiny", render_condition=True, render_twin=True, render_warp=True, render_mask=True
+    )
+    assert config.condition_channels == 16 + 4 * 5
+    cond = torch.rand(1, 36, SIZE, SIZE, generator=generator()) * 2 - 1
+    cond[:, 25], cond[:, 30] = 1.0, -1.0  # the first warp is surely right, the second not
+    x = torch.randn(1, 4, SIZE, SIZE, generator=generator())
+    made = CVS(config)(80 * x, torch.full((1,), 80.0), cond)
+    pictures = cond[:, 16:].unflatten(1, (4, 5))[:, :, :4] + 1
+    none = torch.tensor(LEFT_OUT).exp()
+    want = (pictures[:, 0] + pictures[:, 1] + pictures[:, 3] + 1e-4 * pictures[:, 2]) / (
+        3 + 1e-4 + none
+    )
+    torch.testing.assert_close(made + 1, want, atol=0.02, rtol=0)
+    flipped, _ = mirror(cond, cond[:, :4])
+    assert torch.equal(flipped[:, 21:26], cond[:, 26:31].flip(-1)), "warps swap as renders do"
+    with pytest.raises(ValueError, match="render_warp: got True, want render_twin=True"):
+        CVSConfig.preset("tiny", render_condition=True, render_warp=True)
 
 
 def test_prepared_renders_are_those_of_each_input_in_8_bits() -> None:

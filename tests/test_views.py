@@ -155,8 +155,8 @@ def test_what_is_perceptually_nearer_to_the_truth_stands_first(
 ):
     """As 03 measured it, and exported it with the weights."""
     off = {"cvs": 9.0, "decoder": 9.0, better: 7.0}
-    rows = {"cvs-twin": off["cvs"], "decoder render": off["decoder"], "copy": 1.0}
-    record = RunRecord("03_full_train", "running", params={"model": "cvs-twin"})
+    rows = {"cvs-warp": off["cvs"], "decoder render": off["decoder"], "copy": 1.0}
+    record = RunRecord("03_full_train", "running", params={"model": "cvs-warp"})
     record.metrics["summaries"] = {n: [{}, {"perceptual": x}] for n, x in rows.items()}
     record.provenance["datasets"] = []
     network = cvs.CVS(cvs.CVSConfig.preset("tiny"))
@@ -173,7 +173,7 @@ def test_what_is_perceptually_nearer_to_the_truth_stands_first(
 
 
 def test_what_ships_has_its_figures():
-    known = sampling.held_out(cvs.load_shipped(model="cvs-twin"))
+    known = sampling.held_out(cvs.load_shipped(model="cvs-warp"))
     assert known.keys() == {"cvs", "decoder"} and min(known.values()) > 0
 
 
@@ -246,7 +246,7 @@ def test_heads_have_a_decoder_of_their_own_or_it_is_said(picture, tmp_path, monk
     own["decoder_faces.safetensors"] = small_decoder(tmp_path)
     asked.clear()
     assert main([*arguments, str(tmp_path / "b")]) == 0
-    assert "cvs_twin.safetensors" not in asked, "nothing of objects draws a head"
+    assert "cvs_warp.safetensors" not in asked, "nothing of objects draws a head"
     assert "never seen a head" not in capsys.readouterr().out
     facts = json.loads((tmp_path / "b" / "views.json").read_text())
     assert facts["gaussians"]["count"] <= 2 * 32 * 32, "its own"
@@ -256,9 +256,9 @@ def test_heads_have_a_decoder_of_their_own_or_it_is_said(picture, tmp_path, monk
     twin = cvs.CVS(cvs.CVSConfig.preset("tiny", render_condition=True, render_twin=True))
     for learned in ("", decoder.load_shipped("faces").checksum()):
         twin.decoder = learned
-        own["cvs_twin_faces.safetensors"] = twin.save(tmp_path / "twin.safetensors")
+        own["cvs_warp_faces.safetensors"] = twin.save(tmp_path / "twin.safetensors")
         assert (sampling._shipped("faces", "cpu")[0] is not None) == bool(learned)
-    del own["cvs_twin_faces.safetensors"]
+    del own["cvs_warp_faces.safetensors"]
     # one decoder for both, as its file says
     del own["decoder_faces.safetensors"]
     own["decoder_pixel.safetensors"] = small_decoder(tmp_path, domains=["objects", "faces"])
@@ -391,4 +391,4 @@ def test_what_ships_draws_the_object_and_stays_near_the_decoder(picture, tmp_pat
     for model in cvs.SHIPPED:
         predict = cvs.predictor(cvs.load_shipped(model=model), renderer=render)
         off[model] = float((predict(photo.inputs, cameras).rgb - own).abs().mean())
-    assert off["cvs-twin"] < off["cvs"], off
+    assert off["cvs-warp"] < off["cvs"], off

@@ -116,7 +116,7 @@ def test_what_ships_loads_and_says_what_it_is(tmp_path: Path) -> None:
         assert not network.gate_overridden
     for model in cvs.SHIPPED:
         network = cvs.load_shipped(model=model)
-        assert network.config.render_twin is (model == "cvs-twin") and not network.training
+        assert network.config.render_twin is (model == "cvs-warp") and not network.training
         assert network.provenance, "where it comes from"
     again = CVS.load(network.save(tmp_path / "twin.safetensors", half=True))
     assert again.checksum() == network.checksum(), "half precision already"
@@ -130,7 +130,7 @@ def test_without_shipped_weights_the_message_says_what_to_do(
     monkeypatch.setattr(weights.resources, "files", lambda _: tmp_path)
     for load, kind, file in (
         (cvs.load_shipped, "cpu", r"cvs\.safetensors"),
-        (lambda of: cvs.load_shipped(model="cvs-twin", domain=of), "faces", "cvs_twin_faces"),
+        (lambda of: cvs.load_shipped(model="cvs-warp", domain=of), "faces", "cvs_warp_faces"),
         (decoder.load_shipped, "patch", r"decoder_patch\.safetensors"),
     ):
         with pytest.raises(FileNotFoundError, match=f"{file}.*03_full_train"):

@@ -16,7 +16,7 @@ from fresnel.data.images import InputImages
 from fresnel.evaluation.perceptual import Perceptual
 from fresnel.models import Predictor
 from fresnel.render import Views
-from fresnel.scene.cameras import Cameras, rigid_inverse
+from fresnel.scene.cameras import Cameras
 
 _NEIGHBOURS, _MARGIN_PX, _LEAST = 2, 3.0, 0.002
 """Views that a view is compared with; how far apart two depths of one surface may lie, in widths of
@@ -65,23 +65,14 @@ class Common:
         alike = cameras.forward @ cameras.forward.mT - 3 * torch.eye(v, device=cameras.device)
         others, row = alike.topk(n, dim=-1).indices, torch.arange(m, device=depth.device)
         there = cameras[row[:, None, None], others]
-        # pixel (x, y, 1) times z to the other's (x z, y z, z): a turn, and a shift
-        move = there.viewmats @ rigid_inverse(cameras.viewmats)[:, :, None]
-        turn = there.Ks @ move[..., :3, :3] @ torch.linalg.inv(cameras.Ks)[:, :, None]
-        y, x = (torch.arange(k, device=depth.device) + 0.5 for k in (h, w))
-        grid = torch.stack([*torch.meshgrid(x, y, indexing="xy"), depth.new_ones(h, w)], dim=-1)
-        seen = (grid.flatten(0, 1) @ turn.mT).unflatten(3, (h, w)) * depth[:, :, None, ..., None]
-        seen = seen + (there.Ks @ move[..., :3, 3:])[..., None, None, :, 0]
-        places = seen[..., :2] / seen[..., 2:].clamp_min(1e-6) * 2 / depth.new_tensor([w, h]) - 1
+        places, z_there = cameras[:, :, None].reprojected(depth[:, :, None], there)
         margin = _MARGIN_PX / cameras.Ks[..., 0, 0, None, None] * depth  # in world units
         covered = (depth > 0) & (alpha > 0.9)
         far, near = max_pool2d(depth, 3, 1, 1), -max_pool2d(-depth, 3, 1, 1)
         inside = -max_pool2d(-covered.to(depth), 3, 1, 1) * (far - near < margin)
         found = cls(others, places, covered[:, :, None])
         z, whole = found.carried(torch.stack([depth, inside], dim=-1)).unbind(-1)
-        both = (
-            covered[:, :, None] & (whole > 0.999) & ((seen[..., 2] - z).abs() < margin[:, :, None])
-        )
+        both = covered[:, :, None] & (whole > 0.999) & ((z_there - z).abs() < margin[:, :, None])
         return replace(found, both=both)
 
     def carried(self, pictures: Tensor) -> Tensor:

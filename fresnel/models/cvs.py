@@ -5,7 +5,8 @@ frame of the input camera, so elevation is known and azimuth is relative to the 
 
 A CVS may also see the decoder's render of the target view: geometry from the splats. A twin sees
 what the decoder makes of the mirrored input too, mirrored back. Both are of the same object; where
-they differ, the decoder guessed.
+they differ, the decoder guessed. With `render_warp` it also sees the input's own pixels, warped to
+where the depth of each render puts them.
 
 Preconditioning and boundary condition: Consistency Models, arXiv 2303.01469, appendix C.
 Training: Easy Consistency Tuning (ECT), arXiv 2406.14548; what differs is said where it does.
@@ -13,7 +14,7 @@ Training: Easy Consistency Tuning (ECT), arXiv 2406.14548; what differs is said 
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,18 +23,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fresnel.data.images import InputImages
-from fresnel.data.records import ViewTensors
 from fresnel.models import Predictor, check, weights
+from fresnel.models.condition import (
+    CONDITION_CHANNELS,
+    RENDER_CHANNELS,
+    condition_tensors,
+    rgba,
+    seen,
+)
 from fresnel.models.unet import UNET_OPTIONS, FourierEmbedding, UNet
 from fresnel.render import Views
-from fresnel.scene.cameras import Cameras, gravity_frame
+from fresnel.scene.cameras import Cameras
 
-CONDITION_CHANNELS = 4 + 6 + 6
-RENDER_CHANNELS = 5  # of each render of the target view
 LOSS_WEIGHTS = ("alpha_aware", "depth_laplacian", "none")
 KINDS = ("consistency", "original")
 OBJECTIVES = ("consistency", "diffusion", "sharp")
-LEFT_OUT = -3.0  # of the logits by which renders are weighed: a fresh network takes their mean
+LEFT_OUT = -3.0  # of the logits by which pictures are weighed: a fresh network takes their mean
 MOST_AT_ONCE = 64  # views in a batch of `predictor`'s
 CameraMap = Callable[[InputImages, Cameras], tuple[Cameras, Cameras, Tensor]]
 
@@ -101,7 +106,8 @@ class CVSConfig:
     adversarial_from: float = 0.6  # share of the run after which the critic joins in
     render_condition: bool = False  # also see a render of the target view, and add to it
     render_twin: bool = False  # ... and to a second one, from the mirrored input: to their mean
-    render_mask: bool = False  # ... weighed anew at every pixel, down to nothing
+    render_warp: bool = False  # ... and to the input itself, warped to both by the decoder's depth
+    render_mask: bool = False  # all of them weighed anew at every pixel, down to nothing
 
     def __post_init__(self) -> None:
         ours, renders = self.parameterisation == "consistency", self.render_condition
@@ -118,19 +124,26 @@ class CVSConfig:
         check(self, "ect_q", self.ect_q > 1, "a factor above 1")
         for name in ("render_twin", "render_mask"):
             check(self, name, renders or not getattr(self, name), "render_condition=True too")
+        check(self, "render_warp", self.render_twin or not self.render_warp, "render_twin=True too")
         sharp = 'parameterisation "consistency", which has the boundary condition'
         check(self, "objective", ours or self.objective != "sharp", sharp)
         kind = '"consistency" for a model that adds to a render'
         check(self, "parameterisation", ours or not renders, kind)
 
     @property
-    def renders(self) -> int:
-        """How many renders of the target view the network sees."""
-        return self.render_condition + self.render_twin
+    def pictures(self) -> int:
+        """How many pictures of the target view the network sees: one render, a render and its twin,
+        or a render, its warp, the twin's warp, the twin. Mirrored they are those in reverse."""
+        return self.render_condition + self.render_twin + 2 * self.render_warp
+
+    @property
+    def sees(self) -> dict[str, bool]:
+        """For `condition.seen`."""
+        return {"twin": self.render_twin, "warp": self.render_warp}
 
     @property
     def condition_channels(self) -> int:
-        return CONDITION_CHANNELS + self.renders * RENDER_CHANNELS
+        return CONDITION_CHANNELS + self.pictures * RENDER_CHANNELS
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -144,15 +157,17 @@ class CVSConfig:
 class CVS(weights.Stored):
     """Denoiser D(x, sigma, cond): (B, 4, H, W), (B,), (B, C, H, W) -> clean view (B, 4, H, W).
 
-    C is 16, 21 where the network also sees a render of the target view, 26 where it sees two.
+    C is 16, 21 where the network also sees a render of the target view, 26 where it sees two, 36
+    with their warps.
     D = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) (x - K), cond, ln(sigma) / 4); K is what is
     known of x: the mean of the renders, or, as pictures are mostly empty, -1. At sigma_min
     c_skip = 1 and c_out = 0 exactly, so D(x, sigma_min) = x bit for bit: the boundary condition
     of a consistency model. The "original" parameterisation is D = F: nothing ties it to x. With
     `render_condition`, (1 - c_skip) R is added, for the render R in the condition (the mean of
-    two): from noise alone the untrained network gives R. With `render_mask` R is their sum in
-    [0, 1] by weights at each pixel that the network makes too (a softmax with "none" beside them),
-    so that it can leave a render where that is wrong.
+    two): from noise alone the untrained network gives R. With `render_mask` R is the sum in [0, 1]
+    of all that it sees, warps too, by weights at each pixel that the network makes too (a softmax
+    with "none" beside them; a warp's is times its visibility), so that it can leave a render where
+    that is wrong, and copy what was seen.
 
     `decoder`, the checksum of the decoder whose renders it learned from, travels with the weights;
     `origin` is "random", or the checksum of the weights that training starts from.
@@ -165,15 +180,16 @@ class CVS(weights.Stored):
         super().__init__(config)
         self.origin, channels = "random", config.embedding_channels
         self.embedding = FourierEmbedding(channels)
-        outputs = 4 + config.render_mask * config.renders
+        outputs = 4 + config.render_mask * config.pictures
         self.unet = UNet(4 + config.condition_channels, outputs, config, embedding_dim=channels)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
         s, data = sigma.reshape(-1, 1, 1, 1), self.config.sigma_data
-        c_in, known, renders = (s**2 + data**2).rsqrt(), -torch.ones_like(x), x[:, None]
+        c_in, known, pictures = (s**2 + data**2).rsqrt(), -torch.ones_like(x), x[:, None]
         if self.config.render_condition:
-            renders = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, RENDER_CHANNELS))[:, :, :4]
-            known = renders.mean(dim=1)
+            pictures = cond[:, CONDITION_CHANNELS:].unflatten(1, (-1, RENDER_CHANNELS))
+            renders = pictures[:, ::3] if self.config.render_warp else pictures
+            known = renders[:, :, :4].mean(dim=1)
         # without what is known the noise is a larger part of what the network sees
         given = torch.cat([c_in * (x - known), cond], dim=1)
         f = self.unet(given, self.embedding(sigma.log() / 4))
@@ -188,9 +204,12 @@ class CVS(weights.Stored):
             return denoised
         if not self.config.render_mask:
             return denoised + (1 - c_skip) * known
-        none = torch.full_like(f[:, :1], LEFT_OUT)
-        share = torch.cat([none, f[:, 4:]], dim=1).softmax(dim=1)[:, 1:, None]
-        return denoised + (1 - c_skip) * ((share * (renders + 1)).sum(dim=1) - 1)
+        logits = [torch.full_like(f[:, :1], LEFT_OUT), f[:, 4:]]
+        if self.config.render_warp:
+            visible = ((pictures[:, 1:3, 4] + 1) / 2).clamp_min(1e-4).log().to(f.dtype)
+            logits[1:] = [f[:, 4:5], f[:, 5:7] + visible, f[:, 7:]]
+        share = torch.cat(logits, dim=1).softmax(dim=1)[:, 1:, None]
+        return denoised + (1 - c_skip) * ((share * (pictures[:, :, :4] + 1)).sum(dim=1) - 1)
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(c_skip, c_out) with the (sigma - sigma_min) of arXiv 2303.01469, appendix C."""
@@ -218,7 +237,7 @@ class CVS(weights.Stored):
             ValueError: if the two are built differently; the message names what differs.
         """
         names = [*UNET_OPTIONS, "embedding_channels"]
-        names += ["render_condition", "render_twin", "render_mask"]
+        names += ["render_condition", "render_twin", "render_warp", "render_mask"]
         theirs, ours = (asdict(network.config) for network in (other, self))
         if odd := [f"{n} {theirs[n]}; want {ours[n]}" for n in names if theirs[n] != ours[n]]:
             raise ValueError(f"initial weights: built with {', '.join(odd)}. Choose their size")
@@ -230,90 +249,6 @@ class CVS(weights.Stored):
         self.load_state_dict(found)
         self.gate_overridden |= other.gate_overridden
         self.origin = weights.checksum(found)
-
-
-def rgba(rgb: Tensor, alpha: Tensor) -> Tensor:
-    """uint8 (..., H, W, 3) over black and (..., H, W) -> float (..., 4, H, W) in [-1, 1].
-
-    A colour over black is the premultiplied colour.
-    """
-    return restored(torch.cat([rgb, alpha[..., None]], dim=-1).movedim(-1, -3))
-
-
-def restored(stored: Tensor) -> Tensor:
-    """8 bits back to [-1, 1]; nothing there is exactly -1 in colour and alpha."""
-    return stored.float() / 127.5 - 1.0
-
-
-def condition_tensors(image: Tensor, source: Cameras, cameras: Cameras, pivots: Tensor) -> Tensor:
-    """What the network knows: input image, its rays, the target's rays. (M V, 16, H, W).
-
-    Of premultiplied RGBA images (M, 4, H, W) in [-1, 1] with their cameras (M,); target cameras (M,
-    V) of the same size; and pivots (M, 3), the origin of the canonical frame, in the world.
-    """
-    (h, w), sizes = image.shape[-2:], [(c.width, c.height) for c in (source, cameras)]
-    if sizes != [(w, h)] * 2:
-        raise ValueError(f"cameras: got {sizes} pixels, want the input image's {w} x {h}")
-    with torch.autocast(image.device.type, enabled=False):  # geometry needs float32
-        frame = gravity_frame(source, pivots)
-        known = torch.cat([image, source.pluecker(frame).movedim(-1, -3)], dim=1)
-        rays = cameras.pluecker(frame[:, None]).movedim(-1, -3)
-    known = known[:, None].expand(-1, rays.shape[1], -1, -1, -1)
-    return torch.cat([known, rays], dim=2).flatten(0, 1)
-
-
-def seen(
-    renderer: Predictor, inputs: InputImages, cameras: Cameras, pivots: Tensor, *, twin: bool
-) -> Tensor:
-    """What a network is shown of renders from cameras (M, V): (M, V, 5, H, W), or 10 with the twin.
-
-    In [-1, 1]: premultiplied RGBA, and alpha times the depth behind the pivot's (M, 3), which the
-    object's unit size keeps in range. The mirror is the plane x = 0, where pivots have to be.
-    """
-    views = [renderer(inputs, cameras)]
-    if twin:
-        rgb, alpha, there = inputs.rgb.flip(2), inputs.alpha.flip(2), inputs.cameras.mirrored()
-        mirrored = replace(inputs, rgb=rgb, alpha=alpha, depth=None, cameras=there)
-        other = renderer(mirrored, cameras.mirrored())
-        views.append(Views(other.rgb.flip(3), other.alpha.flip(3), other.depth.flip(3)))
-    distance = torch.linalg.norm(cameras.centers - pivots[:, None], dim=-1)[..., None, None, None]
-    channels: list[Tensor] = []
-    for view in views:
-        behind = (view.depth - distance) * view.alpha
-        channels += [view.rgb * 2 - 1, view.alpha * 2 - 1, behind]
-    return torch.cat(channels, dim=-1).clamp(-1, 1).movedim(-1, -3)
-
-
-@torch.no_grad()
-def prepared(
-    renderer: Predictor,
-    views: ViewTensors,
-    *,
-    any_input: bool = False,
-    twin: bool = False,
-    batch: int = 8,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """What `seen` gives for every pair, uint8 (M, S, V, C, H, W) where the views are; decode with
-    `restored`.
-
-    S = 1, the record's own input, or with `any_input` 1 + V: source 1 + k is view k. `batch`
-    records are decoded and rendered at once, on `device` (None: the views').
-    """
-    from tqdm.auto import tqdm
-
-    count, (height, width) = views.rgb.shape[1], views.rgb.shape[2:4]
-    shape = (len(views), 1 + any_input * count, count, RENDER_CHANNELS * (1 + twin), height, width)
-    stored = torch.empty(shape, dtype=torch.uint8, device=views.rgb.device)
-    for start in tqdm(range(0, len(views), batch), "render the condition", delay=2, disable=None):
-        part = views[start : start + batch].to(device or stored.device)
-        sources = [part.inputs]
-        for k in range(any_input * count):
-            pictures = (part.rgb[:, k], part.alpha[:, k], part.cameras[:, k])
-            sources.append(InputImages(part.names, *pictures))
-        made = [seen(renderer, source, part.cameras, part.pivots, twin=twin) for source in sources]
-        stored[start : start + batch] = ((torch.stack(made, dim=1) + 1) * 127.5).round()
-    return stored
 
 
 def randn(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -384,7 +319,7 @@ def condition(
     image = rgba(inputs.rgb, inputs.alpha)
     cond = condition_tensors(image, source, targets, pivots)
     if config.render_condition and renderer is not None:
-        renders = seen(renderer, inputs, targets, pivots, twin=config.render_twin)
+        renders = seen(renderer, inputs, targets, pivots, **config.sees)
         cond = torch.cat([cond, renders.to(cond).flatten(0, 1)], dim=1)
     return cond
 
@@ -432,7 +367,7 @@ def predictor(
     return predict
 
 
-SHIPPED = {"cvs": "cvs.safetensors", "cvs-twin": "cvs_twin.safetensors"}
+SHIPPED = {"cvs": "cvs.safetensors", "cvs-warp": "cvs_warp.safetensors"}
 """Model of `arms.make_task` -> the trained CVS that comes with the package."""
 
 
@@ -440,7 +375,7 @@ def load_shipped(
     device: torch.device | str = "cpu", model: str = "cvs", domain: str = "objects"
 ) -> CVS:
     """A small trained CVS (128 px) that comes with the package: "cvs", 3 M parameters, draws a view
-    anew; "cvs-twin", 5 M, adds to what the shipped pixel decoder (of "faces", that of heads) makes.
+    anew; "cvs-warp", 5 M, adds to what the shipped pixel decoder (of "faces", that of heads) makes.
 
     ValueError if none of this model ships; also raises as `weights.shipped`.
     """

@@ -128,6 +128,26 @@ class Cameras:
         """The same cameras with the world re-expressed by a rigid transform, shape (..., 4, 4)."""
         return replace(self, viewmats=self.viewmats @ rigid_inverse(new_from_world))
 
+    def joined(self, others: Self) -> Self:
+        """These cameras (M, V) and others (M, W) of the same size: (M, V + W)."""
+        pairs = (self.viewmats, others.viewmats), (self.Ks, others.Ks)
+        viewmats, Ks = (torch.cat(pair, dim=1) for pair in pairs)
+        return replace(self, viewmats=viewmats, Ks=Ks)
+
+    def reprojected(self, depth: Tensor, there: Self) -> tuple[Tensor, Tensor]:
+        """Where what these cameras (...) show at z-depth (..., H, W) is in others (...): places in
+        [-1, 1] of their pictures, (..., H, W, 2), and its z-depth there, (..., H, W)."""
+        h, w = depth.shape[-2:]
+        # pixel (x, y, 1) times z to the other's (x z, y z, z): a turn, and a shift
+        move = there.viewmats @ rigid_inverse(self.viewmats)
+        turn = there.Ks @ move[..., :3, :3] @ torch.linalg.inv(self.Ks)
+        y, x = (torch.arange(k, device=depth.device) + 0.5 for k in (h, w))
+        grid = torch.stack([*torch.meshgrid(x, y, indexing="xy"), depth.new_ones(h, w)], dim=-1)
+        seen = (grid.flatten(0, 1) @ turn.mT).unflatten(-2, (h, w)) * depth[..., None]
+        seen = seen + (there.Ks @ move[..., :3, 3:])[..., None, None, :, 0]
+        size = depth.new_tensor([there.width, there.height])
+        return seen[..., :2] / seen[..., 2:].clamp_min(1e-6) * 2 / size - 1, seen[..., 2]
+
     def rays(self) -> tuple[Tensor, Tensor]:
         """Ray origins and unit directions in the world, each of shape (..., H, W, 3)."""
         y, x = torch.meshgrid(

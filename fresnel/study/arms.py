@@ -25,7 +25,12 @@ from fresnel.show.scenes import Scene, scene
 from fresnel.training.cvs_task import CVSTask
 from fresnel.training.decoder_task import DecoderTask
 
-RENDER_MODELS = ("cvs-refine", "cvs-twin")
+RENDER_MODELS: dict[str, dict[str, bool]] = {
+    "cvs-refine": {"render_condition": True},
+    "cvs-twin": {"render_condition": True, "render_twin": True},
+    "cvs-warp": {"render_condition": True, "render_twin": True, "render_warp": True},
+}
+"""What each sees of the target view, as its configuration."""
 CVS_MODELS = ("cvs", *RENDER_MODELS)
 _LEVELS = {name: getattr(CVSConfig, name) for name in ("p_mean", "p_std")}  # ECT's, as by default
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -73,8 +78,9 @@ def make_task(
     Args:
         model: "cvs", "cvs-refine" (sees `renderer`'s render of the target view, and adds to it
             rather than drawing the view anew), "cvs-twin" (the same with a second render, of the
-            mirrored input: adds to the mean of both), "decoder" (multi-view supervision) or
-            "decoder-frontal" (the original's patch decoder, supervised by the input view alone).
+            mirrored input), "cvs-warp" (and the input's own pixels, warped to both), "decoder"
+            (multi-view supervision) or "decoder-frontal" (the original's patch decoder, supervised
+            by the input view alone).
         size: the CVS's preset, or the decoder's base channels.
         augment: mirror half of the pairs and scale each colour channel of a pair by up to
             exp(0.3) either way, so that few objects do not become the only colours there are.
@@ -87,7 +93,7 @@ def make_task(
         ground_truth: any view may serve as the input, not only the record's own.
         pairs: the CVS trains on these (record, view) pairs alone, (P, 2).
         renderer: of the `RENDER_MODELS`.
-        initial_weights: of the CVS: "" (random), "shipped" ("cvs" and "cvs-twin" ship), or a file
+        initial_weights: of the CVS: "" (random), "shipped" ("cvs" and "cvs-warp" ship), or a file
             that 03 exported.
         domain: whose CVS "shipped" is: "objects" or "faces".
         common: `batch_size`, `device`, and `validation`: objects for the training's own figures,
@@ -110,7 +116,7 @@ def make_task(
     if objective and objective not in OBJECTIVES:
         raise ValueError(f"objective: got {objective!r}, want one of {('', *OBJECTIVES)}")
     changes |= OBJECTIVES.get(objective, {})
-    changes |= {"render_condition": model in RENDER_MODELS, "render_twin": model == "cvs-twin"}
+    changes |= RENDER_MODELS.get(model, {})
     if initial_weights:
         changes["perceptual_from"] = 0.0  # they denoise already
     if size in ("compact", "sharp") and model in RENDER_MODELS:
@@ -221,8 +227,8 @@ def rivals(
         own = load_decoder("patch" if original else "pixel", device, weights, domain)
         others["decoder render"] = predictor("decoder-frontal" if original else "decoder", own)
         if initial_weights == "shipped" and not original:
-            twin = cvs.load_shipped(device, "cvs-twin", domain)
-            sees = renderer("cvs-twin", device, domain=domain)
+            twin = cvs.load_shipped(device, "cvs-warp", domain)
+            sees = renderer("cvs-warp", device, domain=domain)
             if twin.decoder in ("", getattr(sees, "decoder", "")):  # it learned from these renders
                 others["shipped twin"] = cvs.predictor(twin, renderer=sees)
     return others

@@ -15,6 +15,7 @@ from fresnel.data.dataset import ViewTensors
 from fresnel.evaluation import denoising
 from fresnel.evaluation import metrics as evaluate
 from fresnel.models import cvs
+from fresnel.models.condition import rgba
 from fresnel.report.record import RunRecord
 from fresnel.scene.colour import luminance
 from fresnel.training.loop import TrainResult
@@ -90,7 +91,7 @@ def noise_shares(
     count, each = views.rgb.shape[:2]
     part = views[[i * count // min(most, count) for i in range(min(most, count))]]
     sides = sorted({each // 4, each // 2})
-    target = cvs.rgba(part.rgb[:, sides], part.alpha[:, sides]).flatten(0, 1).to(network.device)
+    target = rgba(part.rgb[:, sides], part.alpha[:, sides]).flatten(0, 1).to(network.device)
     cond = cvs.condition(network, part.inputs, part.cameras[:, sides], **given)
     generator = torch.Generator(network.device).manual_seed(seed)
     return {

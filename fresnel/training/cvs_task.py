@@ -14,9 +14,10 @@ from fresnel.data.memory import Images, picked, uniform
 from fresnel.data.records import ViewTensors
 from fresnel.evaluation import perceptual
 from fresnel.evaluation.metrics import psnr
-from fresnel.models import Predictor, cvs
+from fresnel.models import Predictor, condition
+from fresnel.models.condition import CONDITION_CHANNELS, RENDER_CHANNELS, condition_tensors
 from fresnel.models.critic import Critic
-from fresnel.models.cvs import CONDITION_CHANNELS, CVS, CVSConfig, condition_tensors, sample
+from fresnel.models.cvs import CVS, CVSConfig, sample
 from fresnel.models.weights import checksum
 from fresnel.scene.cameras import Cameras
 from fresnel.scene.colour import luminance
@@ -84,8 +85,9 @@ class CVSTask:
             if config.render_condition and renderer is not None:
                 model.decoder = getattr(renderer, "decoder", "")
                 model.gate_overridden |= getattr(renderer, "gate_overridden", False)
-                twin = config.render_twin
-                made = cvs.prepared(renderer, data, any_input=every, twin=twin, device=device)
+                made = condition.prepared(
+                    renderer, data, any_input=every, device=device, **config.sees
+                )
                 renders = images.held(made)
             self._sets.append((images, data.pivots.to(device), renders))
         renders = self._sets[0][2]
@@ -225,11 +227,11 @@ def assemble(
     cameras = Cameras(stored["viewmats"], stored["Ks"], size, size)
     cond = condition_tensors(given, cameras[:, 0], cameras[:, 1:], stored["pivots"])
     if stored["render"] is not None:
-        cond = torch.cat([cond, cvs.restored(stored["render"])], dim=1)
+        cond = torch.cat([cond, condition.restored(stored["render"])], dim=1)
     if gain is not None:
         parts = [tinted(cond[:, :4], gain), cond[:, 4:CONDITION_CHANNELS]]
         if stored["render"] is not None:
-            for render in cond[:, CONDITION_CHANNELS:].split(cvs.RENDER_CHANNELS, dim=1):
+            for render in cond[:, CONDITION_CHANNELS:].split(RENDER_CHANNELS, dim=1):
                 parts += [tinted(render[:, :4], gain), render[:, 4:]]
         cond, target = torch.cat(parts, dim=1), tinted(target, gain)
     depth = stored["depth"][:, 1] if "depth" in stored else None
@@ -246,7 +248,7 @@ def assemble(
 
 def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The pair as seen in a mirror at the canonical frame's x = 0 plane: left and right swap, and
-    of two renders each takes the other's place, as each is made of the other's input mirrored.
+    of two renders (and warps) each takes the other's place, made of the other's input mirrored.
 
     A reflection X takes a ray (d, o x d) to (X d, (X o) x (X d)) = (X d, -X (o x d)), and the
     image column u to W - 1 - u; cameras must have a centred principal point and no roll.
@@ -257,7 +259,7 @@ def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     for rays in cond[:, 4:CONDITION_CHANNELS].split(6, dim=1):
         mirrored += [-rays[:, :1], rays[:, 1:4], -rays[:, 4:]]
     if cond.shape[1] > CONDITION_CHANNELS:
-        mirrored += reversed(cond[:, CONDITION_CHANNELS:].split(cvs.RENDER_CHANNELS, dim=1))
+        mirrored += reversed(cond[:, CONDITION_CHANNELS:].split(RENDER_CHANNELS, dim=1))
     return torch.cat(mirrored, dim=1), target.flip(-1)
 
 
