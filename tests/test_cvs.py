@@ -298,18 +298,23 @@ def test_light_error_sees_what_a_blur_loses_in_whole_regions() -> None:
 
 
 def test_edge_error_sees_a_blur_and_too_much_alike_and_not_where_an_edge_lies() -> None:
-    stripes = torch.full((1, 4, 64, 64), -1.0)
-    stripes[..., 1::4] = stripes[..., 2::4] = 1.0
-    assert edge_error(stripes, stripes) == 0
-    assert edge_error(stripes.roll(1, -1), stripes) < 0.05, "as many edges elsewhere"
-    faint = stripes * 0.5 - 0.5  # half the contrast: half the difference of neighbours
-    assert float(edge_error(faint, stripes)) == pytest.approx(0.5, abs=0.01)
-    assert float(edge_error(stripes, faint)) == pytest.approx(1.0, abs=0.02), "twice as much"
-    empty = torch.full_like(stripes, -1.0)
+    blocks = torch.rand(1, 4, 16, 16, generator=generator()).repeat_interleave(4, -1)
+    texture = blocks.repeat_interleave(4, -2) * 2 - 1  # edges at every scale
+    assert edge_error(texture, texture) == 0
+    assert edge_error(texture.roll(1, -1), texture) < 0.1, "as many edges elsewhere"
+    faint = texture * 0.5 - 0.5  # half the contrast: half the difference of neighbours
+    assert float(edge_error(faint, texture)) == pytest.approx(0.5, abs=0.02)
+    assert float(edge_error(texture, faint)) == pytest.approx(1.0, abs=0.04), "twice as much"
+    empty = torch.full_like(texture, -1.0)
     assert edge_error(empty, empty) == 0
-    assert float(edge_error(empty, stripes)) == pytest.approx(1.0, abs=0.01)
+    assert float(edge_error(empty, texture)) == pytest.approx(1.0, abs=0.02)
+    board = empty.clone()
+    board[..., ::2, 1::2] = board[..., 1::2, ::2] = 1.0
+    theirs, ours = (sum(x.diff(dim=d).square().sum() for d in (-1, -2)) for x in (texture, board))
+    board = (board + 1) * (theirs / ours).sqrt() - 1  # pixels differ as much as the texture's
+    assert edge_error(board, texture) > 0.8, "a checkerboard in place of edges"
     drawn = empty.clone().requires_grad_()
-    edge_error(drawn, stripes).sum().backward()
+    edge_error(drawn, texture).sum().backward()
     assert drawn.grad is not None and drawn.grad.isfinite().all(), "where there is nothing yet"
 
 

@@ -287,6 +287,29 @@ def test_edge_energy_of_a_line_and_of_its_blur() -> None:
     assert summary["edge_energy_ratio"] == pytest.approx(0.25, rel=1e-3)
 
 
+def test_a_checkerboard_passes_for_edges_and_not_for_coarse_ones() -> None:
+    board = torch.zeros(1, 8, 8, 3)
+    board[:, ::2, ::2] = board[:, 1::2, 1::2] = 1.0
+    line = torch.zeros(1, 8, 8, 3)
+    line[:, :, 4:] = 1.0  # between two pixels of the half-size picture
+    assert float(ev.edge_energy(board)) == pytest.approx(2 * 7 * 8, rel=1e-5)
+    assert float(ev.checkerboard(board)) == pytest.approx(4 * 7 * 7, rel=1e-5)
+    assert ev.checkerboard(line) < 1e-6 < ev.edge_energy(line)
+    data = tensors(1)
+    truth = oracle(data, 1.0)
+
+    def bought(inputs, cameras):
+        views = truth(inputs, cameras)
+        height, width = views.rgb.shape[2:4]
+        sign = 1 - 2.0 * ((torch.arange(height)[:, None] + torch.arange(width)) % 2)
+        rgb = (0.5 * views.rgb + 0.1 + 0.1 * sign[..., None]).clamp(0, 1)
+        return Views(rgb, views.alpha, views.depth)
+
+    (*_, seen) = ev.summarise(ev.evaluate(bought, data, progress=False))
+    assert seen["edge_energy_ratio"] > 1 and seen["checkerboard_ratio"] > 3
+    assert seen["coarse_edge_energy_ratio"] == pytest.approx(0.25, rel=0.02)
+
+
 def test_values_by_object_are_what_the_summary_averages() -> None:
     data = tensors(3)
     rows = ev.evaluate(oracle(data, 0.7), data, progress=False)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate
 
 from fresnel.data import faces
 from fresnel.data.images import InputImages
@@ -102,6 +102,18 @@ def edge_energy(images: Tensor) -> Tensor:
     (Rec. 601, of encoded values) along rows and columns, summed over the frame, shape (N,)."""
     luma = images @ images.new_tensor([0.299, 0.587, 0.114])
     return sum(luma.diff(dim=axis).square().sum(dim=(1, 2)) for axis in (1, 2))  # type: ignore
+
+
+def checkerboard(images: Tensor) -> Tensor:
+    """What alternates from pixel to pixel both ways in images (N, H, W, 3) in [0, 1]: squared
+    differences of neighbouring differences of luma, summed over the frame, shape (N,)."""
+    luma = images @ images.new_tensor([0.299, 0.587, 0.114])
+    return luma.diff(dim=1).diff(dim=2).square().sum(dim=(1, 2))
+
+
+def _halved(images: Tensor) -> Tensor:
+    """Means of 2 x 2 pixels, (N, H, W, 3) -> (N, H // 2, W // 2, 3)."""
+    return avg_pool2d(images.movedim(-1, 1), 2).movedim(1, -1)
 
 
 # --- baselines --------------------------------------------------------------------------------
@@ -199,8 +211,9 @@ def evaluate(
         Rows with keys object (name without the record's "__k"), record, view, azimuth_deg relative
         to the input in (-180, 180], bin, psnr and psnr_foreground (dB, over black), psnr_white,
         ssim and ssim_foreground (over black), alpha_mae; luminance (sum over the frame, in
-        full-white pixels), coverage (mean alpha) and edge_energy (over black), each also with
-        "_target", and "_ratio", which is NaN where the target is zero; of `measures` the distances
+        full-white pixels), coverage (mean alpha), edge_energy, coarse_edge_energy (at half the
+        size) and checkerboard (over black), each also with "_target", and "_ratio", which is NaN
+        where the target is zero; of `measures` the distances
         (over white), and of views up to 60 degrees away whether a face is found: faces and
         faces_true (0 or 1, else NaN); where data have depth, how far a view and its neighbours
         differ on the true surface: disagreement and disagreement_true (`agreement`). Foreground:
@@ -246,8 +259,10 @@ def _compare(views: Views, part: ViewTensors, measures: Measures) -> list[dict[s
     }
     light = [luminance(x).sum(dim=(1, 2)) for x in (ours, true)]
     cover = [x.mean(dim=(1, 2)) for x in (alpha, true_alpha)]
-    edges = [edge_energy(x) for x in (ours, true)]
-    sums = {"luminance": light, "coverage": cover, "edge_energy": edges}
+    sums = {"luminance": light, "coverage": cover}
+    sums["edge_energy"] = [edge_energy(x) for x in (ours, true)]
+    sums["coarse_edge_energy"] = [edge_energy(_halved(x)) for x in (ours, true)]
+    sums["checkerboard"] = [checkerboard(x) for x in (ours, true)]
     for name, (found, target) in sums.items():
         ratio = torch.where(target > 0, found / target, torch.nan)
         columns |= {name: found, f"{name}_target": target, f"{name}_ratio": ratio}
@@ -279,7 +294,10 @@ def _compare(views: Views, part: ViewTensors, measures: Measures) -> list[dict[s
 
 # --- means over objects -----------------------------------------------------------------------
 
-RATIOS = ("luminance_ratio", "coverage_ratio", "edge_energy_ratio")
+RATIOS = (
+    *("luminance_ratio", "coverage_ratio"),
+    *("edge_energy_ratio", "coarse_edge_energy_ratio", "checkerboard_ratio"),
+)
 """Metrics aggregated as a ratio of sums per object, where they were measured."""
 MEANS = ("psnr", "psnr_white", "ssim", "psnr_foreground", "ssim_foreground", "alpha_mae")
 """Metrics aggregated as a mean per object."""

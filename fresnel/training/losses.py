@@ -85,18 +85,28 @@ def edge_error(output: Tensor, target: Tensor) -> Tensor:
     What an uncertain network draws is smooth, and no distance between pixels or features wants more
     than its best guess. So how much neighbouring pixels differ (root mean square over an eighth of
     the image each way, all four channels) is compared by itself, whatever the edges' places; the
-    mean over regions is divided by the target's. Nor does it see at which frequency they differ: a
-    network may buy edges with a checkerboard (docs/decisions.md). Images (B, 4, H, W) in [-1, 1],
-    premultiplied.
+    mean over regions is divided by the target's. At scales of 1, 2 and 4 pixels, and what
+    alternates both ways apart from the rest: of one pixel alone a network buys its edges with a
+    checkerboard (docs/decisions.md). Images (B, 4, H, W) in [-1, 1], premultiplied.
     """
+    errors = []
+    for scale in EDGE_SCALES:
+        for found, true in zip(_edges(output, scale), _edges(target, scale), strict=True):
+            off = (found - true).abs().mean(dim=(1, 2, 3))
+            errors.append(off / (true.mean(dim=(1, 2, 3)) + 1e-3))
+    return torch.stack(errors).mean(dim=0)
 
-    def edges(image: Tensor) -> Tensor:
-        across, down = (image.diff(dim=dim).square().sum(1, keepdim=True) for dim in (-1, -2))
-        squares = F.pad(across, (0, 1)) + F.pad(down, (0, 0, 0, 1))
-        return (by_region(squares) / 4 + 1e-6).sqrt()  # of values in [0, 1]
 
-    found, true = edges(output), edges(target)
-    return (found - true).abs().mean(dim=(1, 2, 3)) / (true.mean(dim=(1, 2, 3)) + 1e-3)
+def _edges(image: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+    """How much neighbours, means over `scale` pixels each way, differ along rows and columns, and
+    how much that alternates, by region: root mean squares of values in [0, 1]."""
+    image = F.avg_pool2d(image, scale, stride=1)
+    across = image[..., scale:] - image[..., :-scale]
+    down = (image[..., scale:, :] - image[..., :-scale, :])[..., :-scale]
+    both, across = across[..., scale:, :] - across[..., :-scale, :], across[..., :-scale, :]
+    pairs = across.square() + down.square(), both.square()
+    plain, alternating = (by_region(x.sum(1, keepdim=True)) / 4 for x in pairs)
+    return (plain + 1e-6).sqrt(), (alternating + 1e-6).sqrt()
 
 
 def by_region(image: Tensor) -> Tensor:
@@ -214,7 +224,8 @@ def consistency_loss(
 
 
 ONE_STEP_LIGHT = 1.5  # as `light_weight`: the perceptual distance pulls ten times as hard as either
-ONE_STEP_EDGES = 0.4  # chosen on objects that ship (docs/decisions.md)
+ONE_STEP_EDGES = 1.0  # chosen on objects that ship (docs/decisions.md)
+EDGE_SCALES = (1, 2, 4)  # pixels
 AT_MAX = 2 / 3  # of the single steps; the others begin evenly in the logarithm above one_step_from
 RAYS = 10  # condition channels before the target's rays, of the picture that is given
 
