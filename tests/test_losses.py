@@ -195,9 +195,9 @@ def test_half_of_a_sharp_batch_is_plain_denoising_and_the_rest_single_steps() ->
     assert list(first) == list(early) == list(late), "a run logs the same terms from its first step"
     assert [t["perceptual"] > 0 for t in (first, early, late)] == [False, True, True]
     assert [t["critic"] > 0 for t in (first, early, late)] == [False, False, True]
-    weighed = 2 * first["l1"] + net.config.denoising_weight * first["denoising"]
-    weighed = weighed + losses.ONE_STEP_LIGHT * first["light"]
-    weighed = weighed + losses.ONE_STEP_EDGES * first["edges"]
+    weighed = net.config.denoising_weight * first["denoising"]
+    for name in ("l1", "ssim", "light", "edges"):
+        weighed = weighed + getattr(losses, f"ONE_STEP_{name.upper()}") * first[name]
     assert float(first["loss"].detach()) == pytest.approx(float(weighed.detach()))
     phases = [CVSTask.phase(SimpleNamespace(model=net, critic=critic), p) for p in (0.0, 0.2, 0.5)]
     assert phases == [0, 1, 2], "steps of one phase do the same work"

@@ -271,9 +271,10 @@ def test_a_record_in_3d_is_its_covered_pixels(tmp_path: Path) -> None:
     record = views_of(0, size=32, views=4)
     content = widgets.content_points(record)
     assert len(content) > 50
-    means = widgets.covered_pixels(record)[0][: int((record.input_depth > 0).sum())]
+    half = (record.input_depth > 0) & (record.input_alpha >= 128)
+    means = widgets.covered_pixels(record)[0][: int(half.sum())]
     along = (means - record.input_camera.centers) @ record.input_camera.forward
-    torch.testing.assert_close(along, record.input_depth[record.input_depth > 0])
+    torch.testing.assert_close(along, record.input_depth[half])
     assert np.abs(content - record.pivot.numpy()).max() < 1.0, "on the object, around its pivot"
     shown = widgets.record_scene(record)
     assert shown is not None and 0 < shown.gaussians.num <= 16_000
@@ -403,9 +404,18 @@ def test_scenes_abreast_turn_in_step_and_records_keep_their_colours() -> None:
     assert (below[:, 1] < -0.5).all() and (aside[:, 0] > 0.5).all(), "down and across"
     assert below.std(dim=0).max() < 1e-5 and below[:, 0].abs().max() < 1e-5, "as they are"
     record = views_of(0, size=16, views=2)
-    half = replace(record, rgb=(record.rgb // 2), alpha=(record.alpha // 2), input_depth=None)
-    whole = replace(record, input_depth=None)
-    (_, colors, _), (_, seen, _) = map(widgets.covered_pixels, (whole, half))
+    solid = (record.alpha == 255)[..., None]
+    whole = replace(
+        record, rgb=record.rgb * solid, alpha=record.alpha * solid[..., 0], input_depth=None
+    )
+    parts = {name: (getattr(whole, name) * 0.75).round().byte() for name in ("rgb", "alpha")}
+    part = replace(whole, **parts)
+    (_, colors, _), (_, seen, _) = map(widgets.covered_pixels, (whole, part))
     torch.testing.assert_close(colors, seen, atol=0.05, rtol=0)
+    edge = whole.alpha.clone()
+    edge[whole.alpha > 0] = 2  # a fiftieth of a pixel, whose colour is green by rounding alone
+    rgb = torch.zeros_like(whole.rgb)
+    rgb[..., 1] = 2
+    assert not len(widgets.covered_pixels(replace(whole, rgb=rgb, alpha=edge))[0]), "specks"
     few = widgets.record_scene(whole, most=40)
     assert few is not None and 20 < few.gaussians.num <= 40

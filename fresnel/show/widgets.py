@@ -94,7 +94,8 @@ def describe_geometry(record: ObjectViews, content: np.ndarray) -> str:
 
 
 def covered_pixels(record: ObjectViews) -> tuple[Tensor, Tensor, Tensor]:
-    """World positions (P, 3), colours (P, 3) and half widths (P,) of all pixels with depth."""
+    """World positions (P, 3), colours (P, 3) and half widths (P,) of all pixels with depth that are
+    half covered: of fewer 8 bits over black know no colour, and specks of any would show."""
     seen = [(record.cameras, record.depth, record.rgb, record.alpha)]
     if record.input_depth is not None:
         camera, away = record.input_camera.reshape(1), record.input_depth[None]
@@ -102,11 +103,11 @@ def covered_pixels(record: ObjectViews) -> tuple[Tensor, Tensor, Tensor]:
     found = [(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0))]
     for cameras, depth, rgb, alpha in seen:
         if depth is not None:
-            there, (eyes, directions) = depth > 0, cameras.rays()
+            there, (eyes, directions) = (depth > 0) & (alpha >= 128), cameras.rays()
             ahead = (directions * cameras.forward[:, None, None]).sum(-1)  # depth is along the axis
             means = eyes + directions * (depth / ahead)[..., None]
             radii = 0.5 * depth / cameras.Ks[:, :1, :1]
-            colors = rgb[there] / alpha[there, None].clamp_min(1)  # they are over black
+            colors = rgb[there] / alpha[there, None]  # they are over black
             found.append((means[there], colors.clamp(0, 1), radii[there]))
     means, colors, radii = (torch.cat(parts) for parts in zip(*found, strict=True))
     return means, colors, radii

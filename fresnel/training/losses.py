@@ -223,8 +223,9 @@ def consistency_loss(
     return terms(config, output, reference, target, weights, model.scalings(t)[1], at_max)
 
 
+ONE_STEP_L1, ONE_STEP_SSIM = 6.0, 1.0
 ONE_STEP_LIGHT = 1.5  # as `light_weight`: the perceptual distance pulls ten times as hard as either
-ONE_STEP_EDGES = 1.0  # chosen on objects that ship (docs/decisions.md)
+ONE_STEP_EDGES = 1.5  # chosen on objects that ship (docs/decisions.md)
 EDGE_SCALES = (1, 2, 4)  # pixels
 AT_MAX = 2 / 3  # of the single steps; the others begin evenly in the logarithm above one_step_from
 RAYS = 10  # condition channels before the target's rays, of the picture that is given
@@ -289,16 +290,16 @@ def one_step_terms(
 ) -> dict[str, Tensor]:
     """How far views (B, 4, H, W) in [-1, 1] are from true ones, to the eye.
 
-    Twice the weighted absolute error, whose best guess where a shape is unsure is nothing, so also
-    `light_error` and `edge_error`; and (`looked_at`) the perceptual distance, over white or (a
-    half of them) over the colour that `backdrop` (B, 4, 1, 1) says; of a critic, how much it takes
-    them for made (hinge) and how far its features of both lie apart (pix2pixHD, arXiv 1711.11585).
-    `seen`: what the critic knows of each view.
+    The weighted absolute error and 1 - SSIM (over black), whose best guess where a shape is unsure
+    is nothing, so also `light_error` and `edge_error`; and (`looked_at`) the perceptual distance,
+    over white or (a half of them) over the colour that `backdrop` (B, 4, 1, 1) says; of a critic,
+    how much it takes them for made (hinge) and how far its features of both lie apart (pix2pixHD,
+    arXiv 1711.11585). `seen`: what the critic knows of each view.
 
     Returns:
-        "loss", "l1", "light", "edges", "perceptual" (0 if not looked at); of a critic (0 without)
-        "adversarial", "features" and "critic", its own loss, which is part of "loss" and reaches
-        the critic alone.
+        "loss", "l1", "ssim", "light", "edges", "perceptual" (0 if not looked at); of a critic (0
+        without) "adversarial", "features" and "critic", its own loss, which is part of "loss" and
+        reaches the critic alone.
     """
     l1 = (weights * (output - target).abs()).mean()
     behind = torch.where(backdrop[:, 3:] < 0.5, 1.0, backdrop[:, :3])
@@ -309,10 +310,15 @@ def one_step_terms(
 
     none = torch.zeros_like(l1.detach())  # the terms of a run are the same from its first step
     apart = distance(over(output), over(target)).mean() if looked_at else none
-    light, edges = (of(output.float(), target).mean() for of in (light_error, edge_error))
-    loss = 2 * l1 + ONE_STEP_LIGHT * light + ONE_STEP_EDGES * edges
+    output = output.float()
+    light, edges = (of(output, target).mean() for of in (light_error, edge_error))
+    black = ((image[:, :3].movedim(1, -1) + 1) / 2 for image in (output, target))
+    with torch.autocast(output.device.type, enabled=False):  # differences of squares
+        ssim = 1 - ssim_map(*black).mean()
+    loss = ONE_STEP_L1 * l1 + ONE_STEP_SSIM * ssim
+    loss = loss + ONE_STEP_LIGHT * light + ONE_STEP_EDGES * edges
     loss = loss + config.perceptual_weight * apart
-    parts = {"l1": l1, "light": light, "edges": edges, "perceptual": apart}
+    parts = {"l1": l1, "ssim": ssim, "light": light, "edges": edges, "perceptual": apart}
     found = {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
     found |= dict.fromkeys(("adversarial", "features", "critic"), none)
     if critic is None:
