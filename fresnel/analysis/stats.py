@@ -180,6 +180,8 @@ _SHOWN = {
     "SSIM": ("ssim", 3),
     "perceptual": ("perceptual", 1),
     "edges": ("edge_energy_ratio", 2),
+    "coarse edges": ("coarse_edge_energy_ratio", 2),
+    "alternating": ("checkerboard_ratio", 2),
     "light": ("luminance_ratio", 2),
     "area": ("coverage_ratio", 2),
     "disagreement": ("disagreement", 1),
