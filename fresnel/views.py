@@ -8,6 +8,7 @@ import json
 import math
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,22 @@ def _write_pictures(
     made: Views | None,
 ) -> None:
     """The views of the Gaussians and of the CVS, the input, the turntable and the sheet."""
+    with ThreadPoolExecutor(1) as beside:  # encoding, which leaves the other core free
+        turning = scenes.turntable(shown)
+        turned = beside.submit(scenes.save_turntable, turning, folder / "turntable.webp")
+        sheet = _write_stills(folder, result, shown, inputs, made)
+        Image.fromarray(sheet).save(folder / "contact_sheet.png")
+        turned.result()
+
+
+def _write_stills(
+    folder: Path,
+    result: dict[str, Any],
+    shown: scenes.Scene,
+    inputs: InputImages,
+    made: Views | None,
+) -> np.ndarray:
+    """The views of the Gaussians and of the CVS, and the input; returns the sheet of them."""
     count, size = len(result["files"]), result["image_size"]
     frames = scenes.fitted(shown.gaussians, shown.cameras, size)
     on_sheet, rows = range(0, count, -(-count // 8)), dict[str, list[np.ndarray]]()
@@ -254,7 +271,6 @@ def _write_pictures(
             put(picture, [*result["files"].values()][i], "gaussians", i, frames[i])
     for i, picture in enumerate(() if made is None else scenes.straight(made)):
         put(picture, [*result["cvs_files"].values()][i], "cvs", i, shown.cameras[i])
-    scenes.save_turntable(scenes.turntable(shown), folder / "turntable.webp")
     calls = "one network call" if result["steps"] == 1 else f"{result['steps']} network calls"
     stamp = _OVERRIDDEN * result["gate_overridden"]
     labels = {
@@ -263,13 +279,12 @@ def _write_pictures(
     }
     order = sorted(rows.keys() - {"input"}, key=lambda row: row != result["first"])
     azimuths = [float(azimuth) for azimuth in result["files"]]
-    sheet = pictures.contact_sheet(
+    return pictures.contact_sheet(
         [rows["input"] + rows[row] for row in order],
         columns=["input", *style.azimuth_labels([azimuths[i] for i in on_sheet])],
         labels=[labels[row] for row in order],
         notes=[f"Careful: {sentence}" for sentence in result["careful"]],
     )
-    Image.fromarray(sheet).save(folder / "contact_sheet.png")
 
 
 def _framed(rgba: np.ndarray, camera: Cameras, frame: Cameras) -> np.ndarray:

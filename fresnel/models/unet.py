@@ -101,7 +101,9 @@ class FourierEmbedding(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.logspace(0.0, 1.0, 32, base=16), persistent=False)
+        # on the CPU where all is built without memory too: there it would import a computer algebra
+        frequencies = torch.logspace(0.0, 1.0, 32, base=16, device="cpu")
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(64, channels), nn.SiLU(), nn.Linear(channels, channels))
 
     def forward(self, values: Tensor) -> Tensor:

@@ -191,8 +191,10 @@ class Gaussians:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".spz":
             gsply.write_spz(path, data)
-        else:
+        elif path.name.lower().endswith(".compressed.ply"):
             gsply.plywrite(path, data)
+        else:  # the same bytes, without a second for torch's compiler, which it does not need
+            gsply.writer.write_uncompressed(path, data)
         return path
 
     @classmethod
