@@ -1,6 +1,7 @@
 """The face detector on a photograph, and what is said without it."""
 
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -43,6 +44,16 @@ def test_without_the_detector_it_says_what_to_install(monkeypatch: pytest.Monkey
     for bad in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3))):
         with pytest.raises(ValueError, match="want uint8"):
             faces.find(bad)
+
+
+def test_what_a_library_says_past_python_is_not_heard(capfd: pytest.CaptureFixture[str]) -> None:
+    os.write(2, b"before ")
+    with faces._unheard():
+        os.write(2, b"INFO: Created delegate")
+    with pytest.raises(KeyError), faces._unheard():
+        raise KeyError
+    os.write(2, b"after")
+    assert capfd.readouterr().err == "before after"
 
 
 def test_data_say_whether_they_are_of_heads() -> None:

@@ -5,8 +5,11 @@ box and how likely it is a face's.  The model's file is read from the installed 
 whose code is not run.
 """
 
+import os
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,8 +116,9 @@ def _detector() -> tuple[Any, int, list[int]]:
     spec = find_spec("mediapipe")
     assert spec is not None and spec.submodule_search_locations
     path = next(p for s in spec.submodule_search_locations if (p := Path(s, _MODEL)).is_file())
-    interpreter = Interpreter(str(path), num_threads=1)
-    interpreter.allocate_tensors()
+    with _ONE_AT_A_TIME, _unheard():
+        interpreter = Interpreter(str(path), num_threads=1)
+        interpreter.allocate_tensors()
     (source,) = interpreter.get_input_details()
     ends = {end["shape"][-1]: end["index"] for end in interpreter.get_output_details()}
     return interpreter, source["index"], [ends[16], ends[1]]
@@ -127,3 +131,22 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     )
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
     return inner / (sum(areas) - inner) if inner else 0.0
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Without what a library writes to standard error past Python: LiteRT says at every start, in
+    each process, that it runs on the CPU, and no setting silences that."""
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
