@@ -30,7 +30,7 @@ CLAIMED = [cell.source for cell in CODE if "claim" in cell.metadata.get("tags", 
 
 def test_what_we_said_ourselves_stands_beside_what_a_run_measured(tmp_path: Path) -> None:
     rows = {"perceptual": 7.25, "ssim": 0.9, "edge_energy_ratio": 0.91, "luminance_ratio": 1.02}
-    rows |= {"coverage_ratio": 0.98}
+    rows |= {"coverage_ratio": 0.98, "coarse_edge_energy_ratio": 0.95, "checkerboard_ratio": 0.8}
     names = ("cvs", "cvs, 2 steps", "cvs, 4 steps", "decoder render")
     metrics: dict[str, Any] = {"summaries": {name: [{}, rows] for name in names}}
     metrics["noise_left"] = {name: [0.5, 0.044, 0.013] for name in ("left", "ignoring", "linear")}
@@ -39,14 +39,15 @@ def test_what_we_said_ourselves_stands_beside_what_a_run_measured(tmp_path: Path
     study += [training("scarce", 23.0, 0)]
     figures = runs.figures(table(tmp_path, *study))
     said = claims.ours(place, metrics, figures)
-    assert [len(text) > 40 for text in said["why it was wrong"]] == [True] * 6
-    first, calls, plan, third, bootstrap, mask = said["true now"]
+    assert [len(text) > 40 for text in said["why it was wrong"]] == [True] * 7
+    first, calls, plan, third, edges, bootstrap, mask = said["true now"]
     assert "leaves 0.044, of 0.5 0.013" in first
     assert "Edge energy 0.91" in third and "light 1.02" in third
+    assert "at half the size 0.95" in edges
     assert "in PSNR +1.00" in bootstrap and "and -1.00" in bootstrap
     assert calls == mask == "not measured in these runs" and "From weights that denoise" in plan
     alone = runs.figures(table(tmp_path, *study[:2]))
-    assert "is scarce (not measured)" in claims.ours(place, metrics, alone)["true now"][4]
+    assert "is scarce (not measured)" in claims.ours(place, metrics, alone)["true now"][5]
     del metrics["noise_left"]
     assert claims.ours(place, metrics, figures)["true now"][0] == calls
 
