@@ -11,6 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fresnel.arguments import command as _command
+from fresnel.arguments import parser as _parser
+from fresnel.arguments import path as _path
+from fresnel.arguments import seconds as _seconds
 from fresnel.host.stopping import stop
 
 _NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -20,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 well, 1 the command's own bad news (a cell's
     error, a FAIL of `validate`, a problem in a profile), 2 wrong use, 6 the disk is full, 130
     stopped by the user. One notebook's run has more: `report.run.EXIT_STATUS`."""
-    parser = _parser()
+    parser = _parser(__doc__)
     arguments, rest = parser.parse_known_args(argv)
     command = arguments.__dict__.pop("command")
     if command is _launch:
@@ -51,65 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fresnel", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command, text, rows, more in _COMMANDS:
-        name = command.__name__.strip("_")
-        made: Any = commands.add_parser(name, help=text, description=text, **more)
-        made.set_defaults(command=command)
-        group: Any = None
-        for flags, kind, about, *metavar in rows:
-            named, _, dest = flags.rstrip("!?*|").partition("=")
-            options: dict[str, Any] = {"help": about}
-            options |= {"metavar": metavar[0]} if metavar else {}
-            options |= {"dest": dest} if dest else {}
-            options |= {"required": True} if flags[-1] == "!" else {}
-            options |= {"nargs": flags[-1]} if flags[-1] in "?*" else {}
-            if kind is True:
-                options["action"] = "store_true"
-            elif isinstance(kind, list):
-                options |= {"action": "append", "default": []}
-                options |= {"nargs": 2} if isinstance(options["metavar"], tuple) else {}
-            elif isinstance(kind, tuple):
-                options |= {"choices": kind[1:], "default": kind[0]}
-            elif callable(kind):
-                options["type"] = kind
-            else:
-                options |= {"type": type(kind), "default": kind}
-            if flags[-1] == "|":
-                group = group or made.add_mutually_exclusive_group(required=True)
-            (group if flags[-1] == "|" else made).add_argument(*named.split(), **options)
-    return parser
-
-
-def _command(text: str, *rows: Any, **more: Any) -> Callable:
-    """Make a function the command of its name. A row is an argument: flags, kind, help, metavar.
-
-    flags: "=name" the attribute, "!" must be given, "?" may be left out, "*" and more so, "|" one
-    of these must be.
-    kind: what reads it, [] to repeat it, True for a switch, (default, *choices), else its default.
-    """
-
-    def register(command: Callable) -> Callable:
-        _COMMANDS.append((command, text, rows, more))
-        return command
-
-    return register
-
-
-def _path(text: str) -> Path:
-    """A path on the command line: run_all.sh works in the project, and says where its caller is."""
-    return Path(os.environ.get("FRESNEL_CALLER", ".")) / text
-
-
-def _seconds(text: str) -> float:
-    """Of "90", "90s", "30m" or "2h"."""
-    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
-    return float(text[:-1]) * unit if unit else float(text)
-
-
-_COMMANDS: list[Any] = []
 _REPORTS = ("--reports", _path, "where reports go (default: reports/)")
 _STEPS: Any = (
     _REPORTS,
@@ -453,6 +398,35 @@ def _furniture(arguments: argparse.Namespace) -> int:
 
     del arguments.apt
     return _rendered(make, **vars(arguments))
+
+
+@_command(
+    "render 3D objects (glTF, OBJ, a folder, zip or manifest of them) as multi-view data",
+    ("source", _path, "the objects"),
+    ("--stretch", 1.0, "of an object's records after the first (default: 1)"),
+    *_RENDERED,
+)
+def _objects(arguments: argparse.Namespace) -> int:
+    from fresnel.objects.sources import render_objects
+
+    return _rendered(render_objects, **vars(arguments))
+
+
+@_command(
+    "make 3D objects of Debian's 0ad-data 0.0.26-1 (a zip that `objects` reads; CC BY-SA 3.0)",
+    ("--apt|", True, "fetch it with apt-get, 1.4 GB"),
+    ("--deb|", _path, "0ad-data_0.0.26-1_all.deb"),
+    ("--public|", _path, "its public.zip"),
+    ("--out!", _path, "the zip file"),
+    ("--side", 512, "of a skin, at most, pixels (default: 512)"),
+    ("--overwrite", True, "replace a file at --out"),
+)
+def _zeroad(arguments: argparse.Namespace) -> int:
+    from fresnel.objects.zeroad import make
+
+    del arguments.apt
+    print(f"{make(**vars(arguments))} objects at {arguments.out}")
+    return 0
 
 
 @_command(

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "fresnel"
 ROOMS = (
     *("host", "scene", "render", "data", "objects", "heads", "models", "bootstrap", "poses"),
     *("gate", "faults", "evaluation", "training", "show", "views", "report", "study", "launch"),
-    *("analysis", "cli", "__main__"),
+    *("analysis", "arguments", "cli", "__main__"),
 )
 """Bottom first: a room may import those before it."""
 MODULES = {

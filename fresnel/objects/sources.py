@@ -152,6 +152,28 @@ def ground_truth(
     return _rendered(assets, cache or data_dir(), name, images, azimuths=azimuths, **settings)
 
 
+def render_objects(
+    out: str | Path, *, source: str | Path, split: str | None = None, **settings: Any
+) -> MultiViewDataset:
+    """Render somebody's 3D objects as multi-view data, with whom to thank in ATTRIBUTION.txt.
+
+    Args:
+        source: whatever `find_assets` reads.
+        split: only this one, where the source states any.
+        settings: `render_set`'s.
+
+    Raises:
+        DatasetError: if it holds no such object, or rendering fails.
+    """
+    found = [asset for asset in find_assets(source) if split in (None, "all", asset.split)]
+    if not found:
+        raise DatasetError(
+            f"{source}: holds no 3D objects{f' of split {split!r}' if split else ''}"
+        )
+    lines = sorted({asset.attribution for asset in found})
+    return render_set(found, out, also={"ATTRIBUTION.txt": "\n".join(lines) + "\n"}, **settings)
+
+
 def _assets(source: str, split: str, exclude_embedded: bool) -> list[Asset]:
     """The 3D objects of a source, of one split if it states several."""
     if source == "embedded":
