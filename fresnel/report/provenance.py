@@ -27,11 +27,11 @@ _PACKAGES = (
     *("fresnel", "torch", "numpy", "gsplat", "numba", "embreex", "gsply", "pillow"),
     *("torchmetrics", "matplotlib", "viser", "transformers", "papermill", "nbconvert"),
 )
-_SHOWS_ONLY = {"__main__.py", "cli.py", "views.py", "report", "study/runner.py"}
+_SHOWS_ONLY = {"__main__.py", "arguments.py", "cli.py", "views.py"} | {"report", "study/runner.py"}
 """Of this package, what runs or shows a report but has no part in its figures."""
 NOT_TRAINING = {
-    *("analysis", "show", "host", "objects/furniture.py", "training/forecast.py"),
-    *("study/data.py", "study/results.py"),
+    *("analysis", "show", "host", "objects/furniture.py", "objects/zeroad.py"),
+    *("study/data.py", "study/results.py", "training/forecast.py"),
 }
 """What else has no part in a training: a checkpoint outlives a change to these."""
 
