@@ -31,9 +31,10 @@ _INSIDE_DEB = "usr/share/games/0ad/mods/public/public.zip"
 _SEE_THROUGH = re.compile(r"basic_trans|alphatest|foliage|aura|glow")
 _FEWEST, _MOST = 60, 8000
 """Triangles of a mesh."""
-_FLAT, _LEAST_AREA = 0.02, 0.25
-"""Least side over the longest; least area of all triangles over the longest side's square: fences
-and apples on the ground have less."""
+_FLAT, _LEAST_AREA, _MAIN = 0.06, 0.25, 0.5
+"""Least thickness of the largest piece over its length (of singular values); least area of all
+triangles over the longest side's square: fences have less; least reach of the largest piece over
+the whole's: apples on the ground have less."""
 
 Floats = NDArray[np.float32]
 
@@ -178,12 +179,27 @@ def read_pmd(data: bytes) -> tuple[Floats, Floats, NDArray[np.uint16]]:
 
 
 def _is_solid(points: Floats, faces: NDArray[np.uint16]) -> bool:
+    """Whether it is one thing with a body: neither flat nor thin, nor pieces that lie about."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     if not _FEWEST <= len(faces) <= _MOST:
         return False
-    sides = np.ptp(points, axis=0)
+    longest = np.ptp(points, axis=0).max()
     a, b, c = (points[faces[:, k]] for k in range(3))
-    area = np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() / 2
-    return bool(sides.min() > _FLAT * sides.max() and area > _LEAST_AREA * sides.max() ** 2)
+    areas = np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
+    # vertices are there once for each skin place: those in one place are one
+    _, one = np.unique((points / (1e-4 * longest)).round(), axis=0, return_inverse=True)
+    links = one.reshape(-1)[faces][:, [0, 1, 2]], one.reshape(-1)[faces][:, [1, 2, 0]]
+    ends = (links[0].ravel(), links[1].ravel())
+    graph = coo_array((np.ones(3 * len(faces)), ends), (one.max() + 1,) * 2)
+    _, piece = connected_components(graph, directed=False)
+    of_face = piece[one.reshape(-1)[faces[:, 0]]]
+    main = of_face == np.bincount(of_face, weights=areas).argmax()
+    body = points[np.unique(faces[main])]
+    thin = np.linalg.svd(body - body.mean(axis=0), compute_uv=False)
+    whole = bool(np.ptp(body, axis=0).max() > _MAIN * longest)
+    return whole and bool(thin[2] > _FLAT * thin[0] and areas.sum() > _LEAST_AREA * longest**2)
 
 
 def _picture(dds: bytes, side: int) -> bytes:
