@@ -126,16 +126,19 @@ def lines(*panels: Mapping[str, Any]) -> Figure:
     for axis, panel in zip(axes[0], panels, strict=True):
         settings = dict(panel)
         band, legend = settings.pop("band", None), settings.pop("legend", True)
-        colors = itertools.cycle(settings.pop("colors", CYCLE))
+        colors, series = settings.pop("colors", CYCLE), settings.pop("series")
         if band:
             axis.axhspan(*band, **_BAND)
-        for (name, (x, y)), color in zip(settings.pop("series").items(), colors, strict=False):
-            axis.plot(x, y, "o-" if len(x) < 20 else "-", ms=4, lw=1.4, color=color, label=name)
+        for k, (name, (x, y)) in enumerate(series.items()):
+            look = {"marker": "o" if len(x) < 20 else "", "ls": "-" if k < len(colors) else "--"}
+            axis.plot(x, y, ms=4, lw=1.4, color=colors[k % len(colors)], label=name, **look)
         if settings.get("yscale") != "log" and axis.dataLim.y0 >= 0:
             axis.set_ylim(bottom=0)
         axis.set(**settings)
-        if legend:
+        if legend and len(series) <= 4:
             axis.legend()
+        elif legend:  # below, where it covers no line
+            axis.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.22), fontsize=7)
     return figure
 
 
