@@ -10,6 +10,7 @@ Many share a skin, so that no split of them is free of leaks: all are to train o
 import io
 import json
 import re
+import shutil
 import struct
 import subprocess
 import tarfile
@@ -93,7 +94,10 @@ def _unpacked(deb: str | Path | None, folder: Path) -> Path:
             with tarfile.open(fileobj=unpacking.stdout, mode="r|") as tar:
                 for member in tar:
                     if member.name.removeprefix("./") == _INSIDE_DEB:
-                        tar.extract(member, folder, filter="data")
+                        source = tar.extractfile(member)
+                        assert source is not None
+                        with open(folder / "public.zip", "wb") as whole:
+                            shutil.copyfileobj(source, whole)
                         break
             unpacking.kill()
     except FileNotFoundError as error:
@@ -106,7 +110,9 @@ def _unpacked(deb: str | Path | None, folder: Path) -> Path:
         raise DatasetError(
             f"{' '.join(command)}: {said}. Run `apt-get update` first, or pass --deb or --public"
         ) from None
-    return next(folder.rglob("public.zip"))
+    if not (folder / "public.zip").is_file():
+        raise DatasetError(f"{file}: holds no {_INSIDE_DEB}. Fetch it again")
+    return folder / "public.zip"
 
 
 def _convert(archive: zipfile.ZipFile, zip: zipfile.ZipFile, side: int) -> int:
