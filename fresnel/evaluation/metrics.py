@@ -100,15 +100,18 @@ def _ssim_window(size: int, like: Tensor) -> Tensor:
 def edge_energy(images: Tensor) -> Tensor:
     """Sharpness of images (N, H, W, 3) in [0, 1]: squared differences of neighbouring pixels' luma
     (Rec. 601, of encoded values) along rows and columns, summed over the frame, shape (N,)."""
-    luma = images @ images.new_tensor([0.299, 0.587, 0.114])
+    luma = _luma(images)
     return sum(luma.diff(dim=axis).square().sum(dim=(1, 2)) for axis in (1, 2))  # type: ignore
 
 
 def checkerboard(images: Tensor) -> Tensor:
     """What alternates from pixel to pixel both ways in images (N, H, W, 3) in [0, 1]: squared
     differences of neighbouring differences of luma, summed over the frame, shape (N,)."""
-    luma = images @ images.new_tensor([0.299, 0.587, 0.114])
-    return luma.diff(dim=1).diff(dim=2).square().sum(dim=(1, 2))
+    return _luma(images).diff(dim=1).diff(dim=2).square().sum(dim=(1, 2))
+
+
+def _luma(images: Tensor) -> Tensor:
+    return images @ images.new_tensor([0.299, 0.587, 0.114])
 
 
 def _halved(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import posixpath
 import re
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -115,6 +115,12 @@ class Asset:
     def _files_below(self, place: str) -> Iterator[str]:
         files = filter(Path.is_file, below(self.folder / place))
         return (path.relative_to(self.folder).as_posix() for path in files)
+
+
+def credited(assets: Iterable[Asset]) -> dict[str, str]:
+    """ATTRIBUTION.txt: whom to thank for these objects, a line each."""
+    lines = sorted({asset.attribution for asset in assets})
+    return {"ATTRIBUTION.txt": "\n".join(lines) + "\n"}
 
 
 def _hidden(path: str) -> bool:

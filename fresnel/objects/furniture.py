@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fresnel.data.dataset import DatasetError, MultiViewDataset
 from fresnel.data.layout import check_target
 from fresnel.host.files import own, remove, sha256
-from fresnel.objects.assets import Asset
+from fresnel.objects.assets import Asset, credited
 from fresnel.objects.render_set import render_set
 
 _LIST = Path(__file__).parents[1] / "assets" / "furniture.json"
@@ -108,24 +108,30 @@ def make(
         _check(file, package)
         _call("dpkg-deb", "--extract", str(file.resolve()), ".", at=unpacked)
     chosen = assets(folder, split)
-    lines = sorted({asset.attribution for asset in chosen})
-    also = {"ATTRIBUTION.txt": "\n".join(lines) + "\n"}
     with own(unpacked):
-        made = render_set(chosen, target, overwrite=overwrite, also=also, **settings)
+        made = render_set(chosen, target, overwrite=overwrite, also=credited(chosen), **settings)
     remove(unpacked)
     return made
 
 
 def _call(*command: str, at: Path) -> None:
+    call(
+        *command, at=at, file="sweethome3d-furniture_1.8-1_all.deb", inside=_INSIDE_DEB, by="--sh3f"
+    )
+
+
+def call(*command: str, at: Path, file: str, inside: str, by: str) -> None:
+    """One of Debian's tools, in a folder; DatasetError where it is not there or fails, with what to
+    do: unpack the package's `file`, and pass what is `inside` `by` an option."""
     try:
         subprocess.run(command, cwd=at, capture_output=True, text=True, check=True)
     except FileNotFoundError:
         raise DatasetError(
-            f"{command[0]}: not on this machine. Unpack sweethome3d-furniture_1.8-1_all.deb from a "
-            f"Debian mirror, and pass --sh3f with its {_INSIDE_DEB}"
+            f"{command[0]}: not on this machine. Unpack {file} from a "
+            f"Debian mirror, and pass {by} with its {inside}"
         ) from None
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or ["no word why"])[-1]
         raise DatasetError(
-            f"{' '.join(command)}: {said}. Run `apt-get update` first, or pass --deb or --sh3f"
+            f"{' '.join(command)}: {said}. Run `apt-get update` first, or pass --deb or {by}"
         ) from None

@@ -23,7 +23,7 @@ from fresnel.data.layout import making, object_name, replaced
 from fresnel.host.files import sha256
 from fresnel.host.machine import cache_dir, runs_dir
 from fresnel.objects import furniture
-from fresnel.objects.assets import Asset, embedded_assets, find_assets
+from fresnel.objects.assets import Asset, credited, embedded_assets, find_assets
 from fresnel.objects.render_set import fingerprint, render_set
 
 INPUT_SIZE = 128
@@ -170,8 +170,7 @@ def render_objects(
         raise DatasetError(
             f"{source}: holds no 3D objects{f' of split {split!r}' if split else ''}"
         )
-    lines = sorted({asset.attribution for asset in found})
-    return render_set(found, out, also={"ATTRIBUTION.txt": "\n".join(lines) + "\n"}, **settings)
+    return render_set(found, out, also=credited(found), **settings)
 
 
 def _assets(source: str, split: str, exclude_embedded: bool) -> list[Asset]:

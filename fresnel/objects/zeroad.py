@@ -10,10 +10,7 @@ Many share a skin, so that no split of them is free of leaks: all are to train o
 import io
 import json
 import re
-import shutil
 import struct
-import subprocess
-import tarfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Iterator
@@ -24,6 +21,7 @@ from numpy.typing import NDArray
 
 from fresnel.data.dataset import DatasetError
 from fresnel.host.files import own, remove, sha256
+from fresnel.objects.furniture import call
 
 PACKAGE, VERSION = "0ad-data", "0.0.26-1"
 SHA256 = "53745ae74d05bccf6783400fa98f3932b21729ab9d2e86151aa2c331c3455178"
@@ -82,37 +80,20 @@ def make(
 
 def _unpacked(deb: str | Path | None, folder: Path) -> Path:
     """public.zip of the package."""
-    try:
-        if not deb:
-            command = ["apt-get", "download", f"{PACKAGE}={VERSION}"]
-            subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-        file = Path(deb or next(folder.glob("*.deb"), folder))
-        if not file.is_file() or sha256(file) != SHA256:
-            raise DatasetError(f"{file}: not {PACKAGE} {VERSION} (sha256 differs). Fetch it again")
-        command = ["dpkg-deb", "--fsys-tarfile", str(file.resolve())]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking:
-            with tarfile.open(fileobj=unpacking.stdout, mode="r|") as tar:
-                for member in tar:
-                    if member.name.removeprefix("./") == _INSIDE_DEB:
-                        source = tar.extractfile(member)
-                        assert source is not None
-                        with open(folder / "public.zip", "wb") as whole:
-                            shutil.copyfileobj(source, whole)
-                        break
-            unpacking.kill()
-    except FileNotFoundError as error:
-        raise DatasetError(
-            f"{error.filename}: not on this machine. Unpack {PACKAGE}_{VERSION}_all.deb from a "
-            f"Debian mirror, and pass --public with its {_INSIDE_DEB}"
-        ) from None
-    except subprocess.CalledProcessError as error:
-        said = (error.stderr.strip().splitlines() or ["no word why"])[-1]
-        raise DatasetError(
-            f"{' '.join(command)}: {said}. Run `apt-get update` first, or pass --deb or --public"
-        ) from None
-    if not (folder / "public.zip").is_file():
+
+    def ask(*command: str) -> None:
+        package = f"{PACKAGE}_{VERSION}_all.deb"
+        call(*command, at=folder, file=package, inside=_INSIDE_DEB, by="--public")
+
+    if not deb:
+        ask("apt-get", "download", f"{PACKAGE}={VERSION}")
+    file = Path(deb or next(folder.glob("*.deb"), folder))
+    if not file.is_file() or sha256(file) != SHA256:
+        raise DatasetError(f"{file}: not {PACKAGE} {VERSION} (sha256 differs). Fetch it again")
+    ask("dpkg-deb", "--extract", str(file.resolve()), ".")
+    if not (folder / _INSIDE_DEB).is_file():
         raise DatasetError(f"{file}: holds no {_INSIDE_DEB}. Fetch it again")
-    return folder / "public.zip"
+    return folder / _INSIDE_DEB
 
 
 def _convert(archive: zipfile.ZipFile, zip: zipfile.ZipFile, side: int) -> int:
