@@ -390,6 +390,7 @@ _RENDERED: Any = (
     ("--apt|", True, "fetch it with apt-get"),
     ("--deb|", _path, "sweethome3d-furniture_1.8-1_all.deb"),
     ("--sh3f|", _path, "folder with its .sh3f files"),
+    ("--more", _path, "other 3D objects, to train on beside it (such as zeroad's)", "SOURCE"),
     ("--stretch", 1.0, "of an object's records after the first (default: 1)"),
     *_RENDERED,
 )

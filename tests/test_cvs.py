@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -347,7 +348,15 @@ class HostRoundTrips(TorchDispatchMode):
 
 
 def test_a_step_has_no_round_trip_to_the_host() -> None:
-    task = CVSTask(model(), views(), batch_size=2, any_input=True, mirror=True, colour_jitter=0.3)
+    task = CVSTask(
+        model(),
+        views(),
+        batch_size=2,
+        any_input=True,
+        mirror=True,
+        colour_jitter=0.3,
+        recolour=True,
+    )
     with HostRoundTrips() as trips:
         batch = task.batch(0, generator())
         task.loss(batch, progress=0.0, generator=generator(), ema=None)["loss"].backward()
@@ -355,6 +364,26 @@ def test_a_step_has_no_round_trip_to_the_host() -> None:
     with HostRoundTrips() as trips:
         batch["target"].new_tensor([1.0, 2.0]).sum().item()
     assert len(trips.found) == 2
+
+
+def test_half_of_the_things_have_their_channels_in_another_order() -> None:
+    task = CVSTask(model(), views(), batch_size=600, recolour=True)
+    batch = task.batch(0, generator())
+    plain = CVSTask(model(), views(), batch_size=600).batch(0, generator())
+    assert torch.equal(batch["record"], plain["record"]), "the same pairs"
+    orders = torch.tensor(list(itertools.permutations(range(3))))
+    ways = torch.stack([plain["target"][:, [*order, 3]] for order in orders.tolist()], dim=1)
+    same = (ways == batch["target"][:, None]).flatten(2).all(2)
+    assert same.any(1).all()
+    share = same.float().mean(0).tolist()
+    assert (
+        abs(share[0] - (0.5 + 0.5 / 6)) < 0.08 and max(abs(s - 0.5 / 6) for s in share[1:]) < 0.05
+    )
+    chosen = orders[same.float().argmax(1)]
+    cond = plain["cond"][:, :3].gather(1, chosen[:, :, None, None].expand(-1, -1, SIZE, SIZE))
+    assert torch.equal(batch["cond"][:, :3], cond) and torch.equal(
+        batch["cond"][:, 3:], plain["cond"][:, 3:]
+    )
 
 
 def test_condition_holds_the_image_and_both_cameras_rays() -> None:

@@ -112,6 +112,22 @@ def test_from_a_package(small, tmp_path, capsys):
     assert again.content_hash == made.content_hash
 
 
+def test_other_objects_beside_it_are_to_train_on(small, tmp_path, capsys):
+    more = library(tmp_path / "Other.sh3f")
+    options = ["--sh3f", str(tmp_path), "--split", "train", "--more", str(more), "--inputs", "2"]
+    options += ["--size", "16", "--views", "2", "--out", str(tmp_path / "set")]
+    assert main(["furniture", *options]) == 0
+    made = dataset.open(tmp_path / "set")
+    assert made.meta["object_splits"] == dict.fromkeys("0ab", "train")
+    assert len(made) == 6 and "Bed by Nobody" in (tmp_path / "set/ATTRIBUTION.txt").read_text()
+    assert sources.choose(made.names, "unshipped", made.meta["object_splits"]) == list(made.names)
+    (tmp_path / "none").mkdir()
+    options[5] = str(tmp_path / "none")
+    assert main(["furniture", *options, "--overwrite"]) == 2
+    assert "none: holds no 3D objects" in capsys.readouterr().err
+    dataset.open(tmp_path / "set").verify()
+
+
 @needs_dpkg
 def test_another_package_is_refused(small, tmp_path):
     small.write_bytes(small.read_bytes()[:-1] + b"x")

@@ -138,11 +138,11 @@ def test_prepared_renders_are_those_of_each_input_in_8_bits() -> None:
 def test_batches_carry_the_render_of_their_own_view(any_input: bool) -> None:
     task = CVSTask(
         network(), views(), batch_size=16, renderer=truth_renderer(), any_input=any_input,
-        mirror=True, colour_jitter=0.3,
+        mirror=True, colour_jitter=0.3, recolour=True,
     )  # fmt: skip
     batch = task.batch(0, generator())
     assert batch["cond"].shape[1] == 21 == task.model.config.condition_channels
-    # A faultless render is the target, mirrored and tinted with it.
+    # A faultless render is the target, mirrored, recoloured and tinted with it.
     assert (batch["cond"][:, 16:20] - batch["target"]).abs().max() < 0.02
     terms = task.loss(batch, progress=0.7, generator=generator(), ema=task.model)
     assert terms["loss"].isfinite() and task.validation(task.model)["loss"] > 0

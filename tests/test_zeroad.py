@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 
@@ -84,7 +85,10 @@ def public(tmp_path: Path) -> Path:
 
 
 def test_what_is_whole_becomes_objects_that_are_read_as_any_others(
-    public: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    public: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "0ad.zip"
     assert main(["zeroad", "--public", str(public), "--out", str(out), "--side", "32"]) == 0
@@ -99,19 +103,13 @@ def test_what_is_whole_becomes_objects_that_are_read_as_any_others(
         ), "a skin is kept once"
         assert Image.open(io.BytesIO(archive.read("skins/0000.jpg"))).size == (32, 32)
         assert {e["split"] for e in json.loads(archive.read("manifest.json"))} == {"train"}
+    later = time.localtime(time.time() + 100)
+    monkeypatch.setattr(time, "localtime", lambda *_: later)
+    zeroad.make(tmp_path / "again.zip", public=public, side=32)
+    assert (tmp_path / "again.zip").read_bytes() == out.read_bytes(), "whenever it is made"
     made = tmp_path / "set"
-    options = [
-        "--out",
-        str(made),
-        "--size",
-        "32",
-        "--views",
-        "2",
-        "--workers",
-        "1",
-        "--inputs",
-        "2",
-    ]
+    options = ["--out", str(made), "--size", "32", "--views", "2", "--workers", "1"]
+    options += ["--inputs", "2"]
     assert main(["objects", str(out), "--stretch", "1.5", *options]) == 0
     data = dataset.open(made)
     assert len(data) == 4 and "Wildfire Games" in (made / "ATTRIBUTION.txt").read_text()

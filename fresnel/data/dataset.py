@@ -10,7 +10,7 @@ import contextlib
 import json
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,6 +39,7 @@ from fresnel.host.pool import MOST_WORKERS, processes, warm_up
 
 _WORTH_PROCESSES = 40e6  # pixels: some seconds of encoding on one core, as processes cost to start
 _RECORDS_A_WORKER = 300  # about three seconds of decoding, which is what a process costs to start
+_RECORDS_AT_ONCE = 16
 
 
 Encoded = tuple[list[Record], tuple[int, ...]]
@@ -112,7 +113,7 @@ class MultiViewDataset:
 
     def inputs(self) -> InputImages:
         """The input images; scaled to ``image_size`` if they are not all of one size."""
-        return self._inputs([oriented(views)[0] for views in self._read_all()])
+        return self._inputs([oriented(views)[0].input() for views in self._read_all()])
 
     def tensors(self, size: int | None = None, device: torch.device | str = "cpu") -> ViewTensors:
         """Everything in memory, inputs and views scaled to ``size`` (None: as stored).
@@ -124,14 +125,25 @@ class MultiViewDataset:
         if len(counts) > 1:
             said = f"objects have {counts[0]} to {counts[-1]} views; want as many of each"
             raise DatasetError(f"{self.path}: {said}. Open it with views={counts[0]} or fewer")
-        objects = [oriented(views)[0] for views in self._read_all()]
-        inputs = self._inputs(objects)
-        rows = {n: stack([getattr(o, n) for o in objects]) for n in ("rgb", "alpha", "depth")}
+        singles, places, rows = list[InputImages](), [], dict[str, Any]()
+        for row, stored in enumerate(self._read_all()):  # in memory once, not in a list and stacked
+            views = oriented(stored)[0]
+            singles.append(views.input())
+            places.append((views.cameras, views.pivot))
+            for name in ("rgb", "alpha", "depth"):
+                value = getattr(views, name)
+                if row == 0 and value is not None:
+                    rows[name] = value.new_empty(len(self), *value.shape)
+                if (into := rows.get(name)) is None or value is None:
+                    rows[name] = None
+                else:
+                    into[row] = value
+        inputs = self._inputs(singles)
         found = ViewTensors(
             self.names,
             inputs if size is None else inputs.resized(size),
-            cameras=stack([views.cameras for views in objects]),
-            pivots=torch.stack([views.pivot for views in objects]),
+            cameras=stack([cameras for cameras, _ in places]),
+            pivots=torch.stack([pivot for _, pivot in places]),
             content_hash=self.content_hash,
             **rows,
         )
@@ -155,10 +167,10 @@ class MultiViewDataset:
         for path in _layouts.data_files(self.path) if self.layout == "fresnel" else ():
             if path not in want:
                 raise DatasetChanged(self.path / path, "added")
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda path: read_checked(self.path, path, want[path]), sorted(want)))
+        for path in sorted(want):  # threads would wait for each other: five times as long
+            read_checked(self.path, path, want[path])
 
-    def _read_all(self) -> list[ObjectViews]:
+    def _read_all(self) -> Iterator[ObjectViews]:
         # Records are many small files, whose decoding is Python's work: more threads than two only
         # slow each other down, so a large set goes to processes.
         light = self.layout in ("fresnel", "original")
@@ -166,12 +178,12 @@ class MultiViewDataset:
         reads = [each.read for each in self.objects.values()]
         if not light or workers < 3:
             with ThreadPoolExecutor(2 if light else None) as threads:
-                return list(threads.map(operator.call, reads))
-        with processes(workers) as pool:
-            return list(pool.map(operator.call, reads, chunksize=-(-len(reads) // workers)))
+                yield from threads.map(operator.call, reads)
+            return
+        with processes(workers) as pool:  # few at once: a pipe's other end needs room for them all
+            yield from pool.map(operator.call, reads, chunksize=_RECORDS_AT_ONCE)
 
-    def _inputs(self, objects: list[ObjectViews]) -> InputImages:
-        singles = [views.input() for views in objects]
+    def _inputs(self, singles: list[InputImages]) -> InputImages:
         if len({side for single in singles for side in single.rgb.shape[1:3]}) > 1:
             singles = [single.resized(self.image_size) for single in singles]
         rows = {

@@ -14,7 +14,6 @@ import posixpath
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,9 +221,7 @@ def read_checked(root: Path, file: str, digest: str) -> bytes:
 def digests(root: Path, paths: Iterable[str]) -> dict[str, str]:
     """sha256 of files by path relative to ``root``; those that are gone are left out."""
     ordered = [path for path in sorted(set(paths)) if inside(root, path).is_file()]
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda path: _files.sha256(root / path), ordered)
-        return dict(zip(ordered, found, strict=True))
+    return {path: _files.sha256(root / path) for path in ordered}
 
 
 def seal(

@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -200,7 +201,10 @@ def locked(path: Path, waiting: str = "", *, wait: bool = True) -> Iterator[bool
         lock.acquire(blocking=False)
     except filelock.Timeout:
         if wait:
-            whom = path.read_text() if path.exists() else ""
+            for _ in range(20):  # who has just taken it may not have said so yet
+                if whom := path.read_text() if path.exists() else "":
+                    break
+                time.sleep(0.01)
             said = f"{waiting} (process {whom})" if whom else waiting
             print(said if waiting else "", end="\n" if waiting else "", file=sys.stderr, flush=True)
             lock.acquire()

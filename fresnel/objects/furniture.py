@@ -7,13 +7,14 @@ names the authors, whom the dataset's ATTRIBUTION.txt lists.
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fresnel.data.dataset import DatasetError, MultiViewDataset
 from fresnel.data.layout import check_target
 from fresnel.host.files import own, remove, sha256
-from fresnel.objects.assets import Asset, credited
+from fresnel.objects.assets import Asset, credited, find_assets
 from fresnel.objects.render_set import render_set
 
 _LIST = Path(__file__).parents[1] / "assets" / "furniture.json"
@@ -80,6 +81,7 @@ def make(
     deb: str | Path | None = None,
     sh3f: str | Path | None = None,
     split: Literal["train", "val", "test"] | None = None,
+    more: str | Path | None = None,
     overwrite: bool = False,
     **settings: Any,
 ) -> MultiViewDataset:
@@ -88,13 +90,19 @@ def make(
     A call that was stopped goes on where it was.
 
     Args:
+        split: only this one's objects.
+        more: other 3D objects (whatever `find_assets` reads) beside the furniture, to train on.
         settings: `render_set`'s.
 
     Raises:
-        DatasetError: if the package can't be had or isn't the pinned one, or rendering fails.
+        DatasetError: if the package can't be had or isn't the pinned one, `more` holds no object,
+            or rendering fails.
     """
     target = Path(out)
     check_target(target, overwrite)  # before anything is fetched
+    others = [replace(asset, split="train") for asset in find_assets(more)] if more else []
+    if more and not others:
+        raise DatasetError(f"{more}: holds no 3D objects; want such as `zeroad` writes")
     unpacked, known = target.with_name(f".{target.name}.unpacked-sh3f"), listing()
     folder = Path(sh3f) if sh3f else unpacked / _INSIDE_DEB
     libraries, package = known["libraries"], known["package"]
@@ -107,7 +115,7 @@ def make(
         file = Path(deb or next(unpacked.glob("*.deb"), unpacked))
         _check(file, package)
         _call("dpkg-deb", "--extract", str(file.resolve()), ".", at=unpacked)
-    chosen = assets(folder, split)
+    chosen = assets(folder, split) + others
     with own(unpacked):
         made = render_set(chosen, target, overwrite=overwrite, also=credited(chosen), **settings)
     remove(unpacked)

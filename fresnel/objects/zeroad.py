@@ -98,6 +98,10 @@ def _unpacked(deb: str | Path | None, folder: Path) -> Path:
 
 def _convert(archive: zipfile.ZipFile, zip: zipfile.ZipFile, side: int) -> int:
     skins, listed = dict[str, str](), list[dict[str, str]]()
+
+    def put(name: str, data: str | bytes, how: int = zipfile.ZIP_DEFLATED) -> None:
+        zip.writestr(zipfile.ZipInfo(name), data, how)  # without the time: same art, same bytes
+
     for mesh, (skin, actor) in sorted(_pairs(archive).items()):
         try:
             points, places, faces = read_pmd(archive.read(mesh))
@@ -105,16 +109,16 @@ def _convert(archive: zipfile.ZipFile, zip: zipfile.ZipFile, side: int) -> int:
                 continue
             if skin not in skins:
                 skins[skin] = f"skins/{len(skins):04d}.jpg"
-                zip.writestr(skins[skin], _picture(archive.read(skin), side), zipfile.ZIP_STORED)
+                put(skins[skin], _picture(archive.read(skin), side), zipfile.ZIP_STORED)
         except (ValueError, OSError, NotImplementedError):
             continue  # a kind of DDS or mesh that is not read
         name = re.sub(r"\W+", "_", mesh.removeprefix("art/meshes/").split(".")[0])
-        zip.writestr(f"{name}.obj", _obj(name, points, places, faces))
-        zip.writestr(f"{name}.mtl", f"newmtl skin\nmap_Kd {skins[skin]}\n")
+        put(f"{name}.obj", _obj(name, points, places, faces))
+        put(f"{name}.mtl", f"newmtl skin\nmap_Kd {skins[skin]}\n")
         title = Path(actor).stem.replace("_", " ")
         said = {"file": f"{name}.obj", "name": title, "creator": MAKER, "license": LICENCE}
         listed.append(said | {"split": "train", "category": actor.split("/")[2]})
-    zip.writestr("manifest.json", json.dumps(listed, indent=0))
+    put("manifest.json", json.dumps(listed, indent=0))
     return len(listed)
 
 

@@ -83,7 +83,8 @@ def make_task(
             by the input view alone).
         size: the CVS's preset, or the decoder's base channels.
         augment: mirror half of the pairs and scale each colour channel of a pair by up to
-            exp(0.3) either way, so that few objects do not become the only colours there are.
+            exp(0.3) either way, and of "objects" order the channels of half of them anew, so that
+            few objects do not become the only colours there are.
         parameterisation: of the CVS: "consistency"; "original" (one step, no boundary condition);
             "regression", the consistency network trained for its one step alone: every sample at
             sigma_max, compared with the clean view.
@@ -130,6 +131,7 @@ def make_task(
             cvs.load_shipped(model=model, domain=domain) if ships else CVS.load(initial_weights)
         )
     common |= {"mirror": augment, "colour_jitter": 0.3 if augment else 0.0}
+    common["recolour"] = augment and domain == "objects"
     return CVSTask(network, data, pairs=pairs, renderer=renderer, **common)
 
 

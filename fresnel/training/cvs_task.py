@@ -37,6 +37,8 @@ class CVSTask:
             ground truth: a bootstrap's views are no better than the decoder that made them.
         mirror: mirror half of the pairs. Cameras must have a centred principal point.
         colour_jitter: each channel of a pair is scaled by exp(uniform(-j, j)), clipped at alpha.
+        recolour: half of the pairs have their channels in another order, too: for things, which may
+            have any colour.
         pairs: train on these (record, view) pairs alone, (P, 2); None: on all.
         renderer: the decoder's predictor, for models with `render_condition`.
         room: bytes of the device for images, as `fresnel.data.memory.Images` says.
@@ -53,6 +55,7 @@ class CVSTask:
         any_input: bool = False,
         mirror: bool = False,
         colour_jitter: float = 0.0,
+        recolour: bool = False,
         pairs: Tensor | None = None,
         renderer: Predictor | None = None,
         room: float | None = None,
@@ -76,7 +79,8 @@ class CVSTask:
         # channels last: 1.4 times the samples a second on two CPU cores
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.data, self.batch_size = views, batch_size
-        self.any_input, self.mirror, self.colour_jitter = any_input, mirror, colour_jitter
+        self.any_input, self.mirror = any_input, mirror
+        self.colour_jitter, self.recolour = colour_jitter, recolour
         self._pairs = None if pairs is None else pairs.to(device)
         # images, pivots and renders that are trained on, and those of the validation
         self._sets = []
@@ -108,6 +112,7 @@ class CVSTask:
             "any_input": any_input,
             "mirror": mirror,
             "colour_jitter": colour_jitter,
+            "recolour": recolour,
             "pairs": None if pairs is None else f"{len(pairs)}, {checksum({'pairs': pairs})}",
             # of the first record: another renderer draws it otherwise
             "renders": None if renders is None else checksum({"first": renders[0]}),
@@ -139,13 +144,16 @@ class CVSTask:
         source = torch.zeros_like(view)
         if self.any_input:
             source = torch.where(draw() < 0.5, 1 + draw(high=images.views), source)
-        gain = flipped = None
+        gain = order = flipped = None
         if self.colour_jitter:
             gain = torch.exp((2 * draw(3, 1, 1) - 1) * self.colour_jitter)
+        if self.recolour:
+            own = torch.arange(3, device=images.device)
+            order = torch.where(draw(1) < 0.5, draw(3).argsort(dim=1), own)
         if self.mirror:
             flipped = (draw() < 0.5)[:, None, None, None]
         stored = self._stored(0, record, source, view)
-        made = self.hot["batch"](self.model.config, stored, gain, flipped)
+        made = self.hot["batch"](self.model.config, stored, gain, order, flipped)
         return {**made, "record": record, "view": view}
 
     def loss(self, batch: dict[str, Any], *, ema: nn.Module, **options: Any) -> dict[str, Tensor]:
@@ -218,22 +226,24 @@ def assemble(
     config: CVSConfig,
     stored: dict[str, Any],
     gain: Tensor | None = None,
+    order: Tensor | None = None,
     flipped: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """ "cond" (B, C, H, W), "target" (B, 4, H, W) and "weights" of stored pairs: colours scaled by
-    `gain` (B, 3, 1, 1), and mirrored where `flipped`, bool (B, 1, 1, 1)."""
+    """ "cond" (B, C, H, W), "target" (B, 4, H, W) and "weights" of stored pairs: colours taken in
+    `order` (B, 3) and scaled by `gain` (B, 3, 1, 1), mirrored where `flipped`, bool (B, 1, 1, 1).
+    """
     size = stored["rgba"].shape[2]
     given, target = (stored["rgba"].movedim(-1, -3).float() / 127.5 - 1.0).unbind(1)
     cameras = Cameras(stored["viewmats"], stored["Ks"], size, size)
     cond = condition_tensors(given, cameras[:, 0], cameras[:, 1:], stored["pivots"])
     if stored["render"] is not None:
         cond = torch.cat([cond, condition.restored(stored["render"])], dim=1)
-    if gain is not None:
-        parts = [tinted(cond[:, :4], gain), cond[:, 4:CONDITION_CHANNELS]]
+    if gain is not None or order is not None:
+        parts = [tinted(cond[:, :4], gain, order), cond[:, 4:CONDITION_CHANNELS]]
         if stored["render"] is not None:
             for render in cond[:, CONDITION_CHANNELS:].split(RENDER_CHANNELS, dim=1):
-                parts += [tinted(render[:, :4], gain), render[:, 4:]]
-        cond, target = torch.cat(parts, dim=1), tinted(target, gain)
+                parts += [tinted(render[:, :4], gain, order), render[:, 4:]]
+        cond, target = torch.cat(parts, dim=1), tinted(target, gain, order)
     depth = stored["depth"][:, 1] if "depth" in stored else None
     weights = losses.pixel_weights(config, target, depth)
     if flipped is not None:
@@ -263,9 +273,13 @@ def mirror(cond: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(mirrored, dim=1), target.flip(-1)
 
 
-def tinted(image: Tensor, gain: Tensor) -> Tensor:
-    colour = torch.minimum((image[:, :3] + 1) * gain, image[:, 3:] + 1) - 1
-    return torch.cat([colour, image[:, 3:]], dim=1)
+def tinted(image: Tensor, gain: Tensor | None, order: Tensor | None) -> Tensor:
+    colour, alpha = image[:, :3], image[:, 3:]
+    if order is not None:
+        colour = colour.gather(1, order[:, :, None, None].expand_as(colour))
+    if gain is not None:
+        colour = torch.minimum((colour + 1) * gain, alpha + 1) - 1
+    return torch.cat([colour, alpha], dim=1)
 
 
 def pairs_of(data: Any, drop: float) -> Tensor | None:
