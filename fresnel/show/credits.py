@@ -1,7 +1,7 @@
 """Who made the objects that a report pictures, under which licence, and where they come from.
 
-CC BY wants title, author, licence and source beside every picture, and that changes are said; CC0
-wants nothing, and is named all the same.
+CC BY (and BY-SA) wants title, author, licence and source beside every picture, and that changes are
+said; CC0 wants nothing, and is named all the same.
 """
 
 import re
@@ -10,17 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from fresnel.data import dataset
 from fresnel.data.dataset import MultiViewDataset
 from fresnel.data.layout import object_name
-from fresnel.objects import assets, furniture, sources
+from fresnel.objects import assets, furniture, sources, zeroad
 from fresnel.show.style import link, show_table
 
 _LICENCES = {
     "CC-BY-3.0": "https://creativecommons.org/licenses/by/3.0/",
     "CC-BY-3.0-US": "https://creativecommons.org/licenses/by/3.0/us/",
     "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
+    "CC-BY-SA-3.0": "https://creativecommons.org/licenses/by-sa/3.0/",
     "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
 }
 _ATTRIBUTION = re.compile(r"(?P<title>.+?) by (?P<author>.+) \((?P<licence>[^()]+)\)")
-_FURNITURE = "https://packages.debian.org/sid/sweethome3d-furniture"
+_PACKAGES = {
+    "sweethome3d": "https://packages.debian.org/sid/sweethome3d-furniture",
+    "0ad-data": "https://packages.debian.org/sid/0ad-data",
+}
 
 
 def credits(names: Iterable[str], source: str | MultiViewDataset) -> list[dict[str, str]]:
@@ -45,6 +49,8 @@ def credits(names: Iterable[str], source: str | MultiViewDataset) -> list[dict[s
     for text in (known.get(name, "") for name in wanted):
         if found := _ATTRIBUTION.fullmatch(text):
             of = f"sweethome3d-furniture 1.8-1, {libraries[text]}" if text in libraries else ""
+            if found["author"] == zeroad.MAKER:
+                of = f"{zeroad.PACKAGE} {zeroad.VERSION}"
             entries.append(found.groupdict() | {"source": of})
     return entries
 
@@ -99,7 +105,7 @@ def credit_rows(entries: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
             "object pictured": entry["title"],
             "author": entry["author"],
             "licence": link(licence, _LICENCES.get(licence, "")),
-            "source": link(source, _FURNITURE if "sweethome3d" in source else ""),
+            "source": link(source, next((_PACKAGES[p] for p in _PACKAGES if p in source), "")),
             "changed": "rendered at one size, in one light; views of it made by a model",
         }
     for entry in entries:
