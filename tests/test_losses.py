@@ -19,7 +19,8 @@ from torch import Tensor
 from fresnel.evaluation import perceptual
 from fresnel.models.critic import Critic
 from fresnel.models.cvs import CVS, LEFT_OUT, CVSConfig
-from fresnel.models.decoder import Decoder
+from fresnel.models.decoder import Decoder, DecoderConfig
+from fresnel.study import arms
 from fresnel.training import checkpoints, losses
 from fresnel.training.cvs_task import CVSTask
 from fresnel.training.decoder_task import DecoderTask
@@ -282,3 +283,18 @@ def test_a_sharp_run_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None
         CVSTask(sharp(), views(), batch_size=2)
     with pytest.raises(ValueError, match="batch_size: got 1, want 2"):
         CVSTask(sharp(), views(), batch_size=1)
+
+
+def test_a_decoder_goes_on_from_a_file_of_its_size(tmp_path) -> None:
+    torch.manual_seed(7)
+    start = Decoder(DecoderConfig(image_size=32, base_channels=16))
+    start.gate_overridden = True
+    start.save(tmp_path / "decoder.safetensors")
+    given = {"seed": 0, "batch_size": 2, "initial_weights": tmp_path / "decoder.safetensors"}
+    task = arms.make_task("decoder", "tiny", blobs(), **given)
+    assert task.config["initial_weights"] == start.checksum() and task.model.gate_overridden
+    fresh = arms.make_task("decoder", "tiny", blobs(), **given | {"initial_weights": ""})
+    assert fresh.config["initial_weights"] == "random"
+    for size, name in (("small", given["initial_weights"]), ("tiny", "shipped")):
+        with pytest.raises(ValueError, match=r"initial_weights: built with .*image_size"):
+            arms.make_task("decoder", size, blobs(), **given | {"initial_weights": name})

@@ -6,6 +6,7 @@ parameters say and in nothing else.
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,9 +95,9 @@ def make_task(
         ground_truth: any view may serve as the input, not only the record's own.
         pairs: the CVS trains on these (record, view) pairs alone, (P, 2).
         renderer: of the `RENDER_MODELS`.
-        initial_weights: of the CVS: "" (random), "shipped" ("cvs" and "cvs-warp" ship), or a file
+        initial_weights: "" (random), "shipped" (of CVS models "cvs" and "cvs-warp" ship), or a file
             that 03 exported.
-        domain: whose CVS "shipped" is: "objects" or "faces".
+        domain: whose network "shipped" is: "objects" or "faces".
         common: `batch_size`, `device`, and `validation`: objects for the training's own figures,
             its "best" checkpoint and its pictures; neither trained on nor those that judge it in
             the end (None: the training's).
@@ -104,9 +105,15 @@ def make_task(
     torch.manual_seed(seed)
     common["any_input"] = ground_truth
     if model in _DECODER_SIZES:
+        config, start = DecoderConfig(**_DECODER_SIZES[model][size]), None
         if initial_weights:
-            raise ValueError(f"initial_weights: only a CVS takes them; got model {model!r}")
-        return DecoderTask(data, DecoderConfig(**_DECODER_SIZES[model][size]), **common)
+            kind: Any = "patch" if config.kind == "patch" else "pixel"
+            named = "" if initial_weights == "shipped" else initial_weights
+            start = load_decoder(kind, "cpu", named, domain)
+            if start.config != config:
+                theirs = {k: v for k, v in asdict(start.config).items() if v != asdict(config)[k]}
+                raise ValueError(f"initial_weights: built with {theirs}; got size {size!r}")
+        return DecoderTask(data, config, model=start, **common)
     if model not in CVS_MODELS:
         raise ValueError(f"model: got {model!r}, want one of {(*CVS_MODELS, *_DECODER_SIZES)}")
     changes: dict[str, Any] = {"parameterisation": parameterisation}
