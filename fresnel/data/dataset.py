@@ -128,6 +128,7 @@ class MultiViewDataset:
         singles, places, rows = list[InputImages](), [], dict[str, Any]()
         for row, stored in enumerate(self._read_all()):  # in memory once, not in a list and stacked
             views = oriented(stored)[0]
+            views = replace(views, **scaled(views, size or self.image_size))
             singles.append(views.input())
             places.append((views.cameras, views.pivot))
             for name in ("rgb", "alpha", "depth"):
@@ -147,7 +148,6 @@ class MultiViewDataset:
             content_hash=self.content_hash,
             **rows,
         )
-        found = replace(found, **scaled(found, size or self.image_size))
         return replace(found, sums=found.checksums()).to(device)
 
     def verify(self) -> None:
