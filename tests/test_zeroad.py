@@ -18,6 +18,7 @@ from fresnel.data import dataset
 from fresnel.data.dataset import DatasetError
 from fresnel.objects import zeroad
 from fresnel.objects.assets import find_assets
+from fresnel.show import credits
 
 
 def ball(rows: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,6 +114,10 @@ def test_what_is_whole_becomes_objects_that_are_read_as_any_others(
     assert main(["objects", str(out), "--stretch", "1.5", *options]) == 0
     data = dataset.open(made)
     assert len(data) == 4 and "Wildfire Games" in (made / "ATTRIBUTION.txt").read_text()
+    (entry,) = credits.credits(["props_ball__1"], data)
+    assert entry["title"] == "a ball" and entry["source"] == "0ad-data 0.0.26-1"
+    (shown,) = credits.credit_rows([entry])
+    assert "/by-sa/3.0/" in shown["licence"] and "debian.org/sid/0ad-data" in shown["source"]
     view = data[0]
     above, below = (
         view.input_rgb[8:14, 16].float().mean(0),
