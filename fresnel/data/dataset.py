@@ -176,7 +176,7 @@ class MultiViewDataset:
         light = self.layout in ("fresnel", "original")
         workers = min(core_count(), len(self) // _RECORDS_A_WORKER)
         reads = [each.read for each in self.objects.values()]
-        if not light or workers < 3:
+        if not light or workers < 2:
             with ThreadPoolExecutor(2 if light else None) as threads:
                 yield from threads.map(operator.call, reads)
             return
