@@ -1,7 +1,8 @@
 """The heads that ship: python benchmarks/embed_heads.py ASSETS (MakeHuman's, a folder or zip).
 
-16 people to train on, seen from 8 sides, and 8 held out, from 12; of numbers that no weights that
-ship were trained on.  Depth is rounded to 1/256 of a unit (0.8 mm), to take half the place.
+16 people to train on, seen from 8 sides, and 8 held out, from 12; of numbers that only
+`cvs_warp_faces` was trained on (but for those held out).  Depth is rounded to 1/256 of a unit
+(0.8 mm), to take half the place.
 """
 
 import sys

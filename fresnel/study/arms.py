@@ -107,9 +107,8 @@ def make_task(
     if model in _DECODER_SIZES:
         config, start = DecoderConfig(**_DECODER_SIZES[model][size]), None
         if initial_weights:
-            kind: Any = "patch" if config.kind == "patch" else "pixel"
             named = "" if initial_weights == "shipped" else initial_weights
-            start = load_decoder(kind, "cpu", named, domain)
+            start = load_decoder(config.kind, "cpu", named, domain)
             if start.config != config:
                 theirs = {k: v for k, v in asdict(start.config).items() if v != asdict(config)[k]}
                 raise ValueError(f"initial_weights: built with {theirs}; got size {size!r}")
