@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fresnel.gate import receipts
 from fresnel.training import checkpoints, loop, step
 from fresnel.training.loop import fit
-from fresnel.training.step import Stepper
+from fresnel.training.step import MATRIX_RATE, Muon, Stepper, orthogonal
 from fresnel.training.task import NonFiniteLoss, OutOfMemory, ResumeRefused, TrainConfig
 
 HASH = "sha256:" + "0" * 64
@@ -315,6 +315,61 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole() -> None:
     assert len(set(draws)) == 3 and draws[0] == step.step_seed(0, 3)
 
 
+def test_kernels_move_as_torchs_muon_moves_matrices_and_the_rest_as_adamw() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.randn(*shape, generator=generator))
+
+    ours = [draw(6, 4, 3, 3), draw(40, 6), draw(6, 4, 3, 3), draw(7)]
+    theirs = [torch.nn.Parameter(p.detach().clone().reshape(len(p), -1)) for p in ours[:3]]
+    flat = torch.nn.Parameter(ours[3].detach().clone())
+    groups = [{"params": ours[:3], "lr": 0.02, "matrices": True}]
+    groups.append({"params": ours[3:], "lr": 0.01, "matrices": False})
+    plain = {"weight_decay": 0.1, "betas": (0.9, 0.99)}
+    muon = Muon(groups, **plain)
+    known = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW([flat], lr=0.01, **plain)
+    for _ in range(3):
+        for p, same in zip(ours, [*theirs, flat], strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            same.grad = p.grad.reshape(same.shape).clone()
+        before = ours[0].detach().clone()
+        for optimizer in (muon, known, adam):
+            optimizer.step()
+    for p, same in zip(ours[:3], theirs, strict=True):  # torch's works in bfloat16
+        torch.testing.assert_close(p.flatten(1), same, atol=1e-3, rtol=1e-2)
+    assert torch.equal(ours[3], flat)
+    moved = (ours[0] - before * (1 - 0.02 * 0.1)).flatten(1).detach()
+    assert float(moved.square().mean().sqrt()) == pytest.approx(0.2 * 0.02, rel=0.15)
+    values = torch.linalg.svdvals(moved) / (0.2 * 0.02 * 36**0.5)
+    assert float(values.min()) > 0.65 and float(values.max()) < 1.25, "all directions alike"
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5)])
+def test_what_a_gradient_hardly_shows_moves_as_far_as_the_rest(shape: tuple[int, int]) -> None:
+    u, _, v = torch.linalg.svd(
+        torch.randn(shape, generator=torch.Generator().manual_seed(1)), False
+    )
+    steep = u @ torch.diag(torch.tensor([1.0, 0.3, 0.1, 0.05, 0.02])) @ v
+    values = torch.linalg.svdvals(orthogonal(torch.stack([steep, 1e4 * steep, 0 * steep])))
+    assert float(values[:2].min()) > 0.6 and float(values[:2].max()) < 1.25
+    assert not values[2].any(), "nothing moves without a gradient"
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_matrices_have_a_rate_of_their_own(optimizer: str) -> None:
+    from test_cvs import model, views
+
+    from fresnel.training.cvs_task import CVSTask
+
+    stepper = Stepper(CVSTask(model(), views(), batch_size=2), changed(optimizer=optimizer))
+    shares = {(g["matrices"], g["share"]) for g in stepper.optimizer.param_groups}
+    assert shares == ({(True, MATRIX_RATE)} if optimizer == "muon" else set()) | {(False, 1.0)}
+    held = [p for group in stepper.optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(stepper.parameters) == len(set(held))
+
+
 def test_the_average_has_the_stated_width_and_forgets_the_start() -> None:
     """Weights that are 1 in one place at each step leave the window's profile in the average."""
     # EDM2 gives these exponents for its standard widths
@@ -372,7 +427,8 @@ def test_learning_rate_warms_up_and_cools_down(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.01 * value for value in expected])
     stepper = Stepper(Line(), config)
     stepper.train(8)
-    assert stepper.optimizer.param_groups[0]["lr"] == pytest.approx(0.004), "the one used"
+    rates = [group["lr"] / group["share"] for group in stepper.optimizer.param_groups]
+    assert rates == pytest.approx([0.004] * len(rates)), "the one used"
 
 
 @pytest.mark.parametrize("works", [True, False])

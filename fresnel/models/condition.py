@@ -152,5 +152,7 @@ def prepared(
             seen(renderer, source, part.cameras, part.pivots, twin=twin, warp=warp)
             for source in sources
         ]
-        stored[start : start + batch] = ((torch.stack(made, dim=1) + 1) * 127.5).round()
+        # to 8 bits first: a copy to the host would carry floats, and convert them there
+        eight = ((torch.stack(made, dim=1) + 1) * 127.5).round().to(stored.dtype)
+        stored[start : start + batch] = eight
     return stored

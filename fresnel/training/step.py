@@ -1,4 +1,4 @@
-"""One optimisation step: batches, loss, gradients, AdamW, average. No clock."""
+"""One optimisation step: batches, loss, gradients, Muon and AdamW, average. No clock."""
 
 import contextlib
 import copy
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,65 @@ from fresnel.training.task import NonFiniteLoss, OutOfMemory, Task, TrainConfig
 
 CRITIC_RATE = 0.3
 """Of the learning rate: one that learns faster than the network knows its pictures too well."""
+MATRIX_RATE = 3.0
+"""Of the learning rate, for matrices: see `Muon`."""
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups of matrices ("matrices": True), AdamW for the others.
+
+    A matrix moves by its momentum made orthogonal, so that all of its directions change alike, and
+    not only the few that most gradients share (K. Jordan and others, Muon, 2024). A convolution's
+    kernel is the matrix (O, I h w). Moves have a root mean square of 0.2 times the rate, about what
+    AdamW's have (arXiv 2502.16982, equation 4). torch's own knows matrices alone, and moves one
+    after the other; here those of one shape move at once.
+    """
+
+    momentum = 0.95
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of all groups; a closure is not called."""
+        groups = self.param_groups
+        for group in groups:
+            alike = defaultdict[tuple[int, int], list[Tensor]](list)
+            for p in group["params"] if group["matrices"] else ():
+                if p.grad is not None:
+                    alike[len(p), p[0].numel()].append(p)
+            for shape, some in alike.items():
+                self._move(some, shape, group["lr"], group["weight_decay"])
+        try:
+            self.param_groups = [group for group in groups if not group["matrices"]]
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    def _move(self, some: list[Tensor], shape: tuple[int, int], lr: Any, decay: float) -> None:
+        gradients = [p.grad for p in some if p.grad is not None]
+        for p in some:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        moments = [self.state[p]["momentum"] for p in some]
+        torch._foreach_lerp_(moments, gradients, 1 - self.momentum)
+        ahead = torch._foreach_lerp(gradients, moments, self.momentum)  # Nesterov's
+        moves = orthogonal(torch.stack([x.reshape(shape) for x in ahead]))
+        moves = moves * (lr * 0.2 * max(shape) ** 0.5)
+        torch._foreach_mul_(some, 1 - lr * decay)
+        torch._foreach_sub_(some, [m.view(p.shape) for m, p in zip(moves, some, strict=True)])
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About U V^T of matrices U S V^T, (N, rows, columns), by five steps of a Newton-Schulz
+    iteration, in bfloat16 on a GPU: singular values end between 0.7 and 1.2."""
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # Jordan's
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class Stepper:
@@ -45,7 +105,7 @@ class Stepper:
             [p for p in (net.parameters() if net else ()) if p.requires_grad]
             for net in (self.model, self.critic)
         )
-        self.parameters = ours + its
+        self.parameters, self.ours = ours + its, len(ours)
         self.device = self.parameters[0].device
         cuda = self.device.type == "cuda"
         if not cuda:
@@ -54,11 +114,18 @@ class Stepper:
         def rate() -> Any:  # a recorded step reads it from where it lies
             return torch.tensor(config.lr, device=self.device) if cuda else config.lr
 
+        def group(params: list[Any], share: float, **more: Any) -> dict[str, Any]:
+            return {"params": params, "lr": rate(), "share": share, "matrices": False, **more}
+
+        matrices = [p for p in ours if p.ndim >= 2 and config.optimizer == "muon"]
+        known = set(matrices)
+        groups = [group(matrices, MATRIX_RATE, matrices=True)]
+        groups.append(group([p for p in ours if p not in known], 1.0))  # biases, norms
+        # two that learn against each other swing where they keep their momentum
+        groups.append(group(its, CRITIC_RATE, betas=(0.0, 0.99)))
+        groups = [group for group in groups if group["params"]]
         decay: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
-        groups: list[dict[str, Any]] = [{"params": ours, "lr": rate()}]
-        if its:  # two that learn against each other swing where they keep their momentum
-            groups.append({"params": its, "lr": rate(), "betas": (0.0, 0.99)})
-        self.optimizer = torch.optim.AdamW(groups, fused=True, capturable=cuda, **decay)
+        self.optimizer = Muon(groups, fused=True, capturable=cuda, **decay)
         for module in self.model.modules():
             if isinstance(module, UNet):
                 module.checkpointing = config.checkpointing
@@ -116,8 +183,8 @@ class Stepper:
 
     def train(self, step: int) -> None:
         """Do step number `step`, from 0. OutOfMemory says what to lower."""
-        for group, share in zip(self.optimizer.param_groups, (1.0, CRITIC_RATE), strict=False):
-            lr = self.lr(step) * share
+        for group in self.optimizer.param_groups:
+            lr = self.lr(step) * group["share"]
             group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
         with self.explained_memory_errors(step):
             if self.recorder:
@@ -148,7 +215,7 @@ class Stepper:
         means = torch.stack(totals).mean(dim=0)
         if before is not None:
             means = self.reduce(means * (len(totals) / parts), before)
-        groups = [group["params"] for group in self.optimizer.param_groups]  # a critic's by itself
+        groups = [self.parameters[: self.ours], self.parameters[self.ours :]]  # a critic by itself
         # the norm of no gradients at all (a critic's that has not begun) is a number of the CPU's
         groups = [some for some in groups if any(p.grad is not None for p in some)]
         norms = [nn.utils.clip_grad_norm_(group, self.config.grad_clip) for group in groups]

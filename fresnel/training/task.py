@@ -51,9 +51,10 @@ class TrainConfig:
     """How to train; what to train is the task's. An interval of 0 steps means never."""
 
     steps: int = 1000
+    optimizer: str = "muon"  # of matrices and kernels, AdamW of the rest; or "adamw", of all
     lr: float = 1e-3
     warmup_steps: int = 50  # linear from 0
-    cooldown_share: float = 0.2  # last share of the run, linear to 0
+    cooldown_share: float = 0.6  # last share of the run, linear to 0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     grad_clip: float = 1.0  # norm of all gradients
@@ -81,6 +82,7 @@ class TrainConfig:
             ("ema_std", lambda x: 0 < x < 0.28, "a value in (0, 0.28)"),
             ("cooldown_share", lambda x: 0 <= x <= 1, "one in [0, 1]"),
             ("precision", lambda name: name in ("fp32", "bf16"), "'fp32' or 'bf16'"),
+            ("optimizer", lambda name: name in ("muon", "adamw"), "'muon' or 'adamw'"),
         ]
         for names, fits, want in wanted:
             for name in names.split():
