@@ -153,6 +153,7 @@ def test_recorded_steps_are_the_steps(arm: str) -> None:
             assert stepper.recorder.refused is None and stepper.recorder.graphs
         elif graphs:
             assert all(part.refused is None for part in task.hot.values())
+            assert stepper.mover.refused is None and stepper.mover.graphs
         runs.append(losses)
     assert runs[1] == pytest.approx(runs[0], rel=2e-2)
     assert runs[1][5:] != runs[1][4:-1]  # each recorded step has its own draws

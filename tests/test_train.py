@@ -357,6 +357,22 @@ def test_what_a_gradient_hardly_shows_moves_as_far_as_the_rest(shape: tuple[int,
     assert not values[2].any(), "nothing moves without a gradient"
 
 
+def test_a_step_whose_update_is_recorded_is_the_step() -> None:
+    """Its gradients stay in one place, zeroed; and the update is called with nothing."""
+    weights, places = [], set[int]()
+    for recorded in (False, True):
+        stepper = Stepper(Line(), changed(grad_clip=0.1))
+        if recorded:
+            stepper.mover = SimpleNamespace(run=lambda kind, work: work())
+        for number in range(4):
+            stepper.train(number)
+            places |= {p.grad.data_ptr() for p in stepper.parameters} if recorded else set()
+        weights.append([p.detach().clone() for p in stepper.parameters])
+        weights[-1].append(torch.tensor(list(stepper.take_terms().values())))
+    assert len(places) == len(stepper.parameters)
+    assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_matrices_have_a_rate_of_their_own(optimizer: str) -> None:
     from test_cvs import model, views

@@ -92,7 +92,8 @@ class Stepper:
     Every random draw follows from (seed, step, shard), so that steps can be repeated; the ranks of
     the run share the shards. On a GPU nothing in a step waits for the device. `sums`: of the loss
     terms and the gradient's norm (`names`) in the last `count` steps. `recorder`: records whole
-    steps as CUDA graphs; None where that is not possible. `first_bad`: the first shard (step *
+    steps as CUDA graphs; None where that is not possible. `mover`: then it records what comes
+    after the gradients, which is hundreds of small kernels. `first_bad`: the first shard (step *
     accumulate + number) whose loss or gradient was not finite, on the device; -1: none.
     """
 
@@ -138,13 +139,16 @@ class Stepper:
         self.ranks = ranks.current()
         self.shards = self.ranks.shards(config.accumulate)  # this rank's
         self.shared: ranks.SharedGradients | None = None
+        self.norm = torch.zeros((), device=self.device)  # of all gradients, of the last step
         self.recorder: Recorder | None = None
+        self.mover: Recorder | None = None
         # a recorded gradient lives where the next run writes: nothing can be added to it
         one_each = config.accumulate == self.ranks.world
         if cuda and config.graphs and one_each and not config.deterministic:
             if task.phase(0.0) is not None:
                 self.recorder = Recorder(self.generator)
             else:
+                self.mover = Recorder(self.generator)
                 for part, function in task.hot.items():
                     if not isinstance(function, Recorded):
                         model = self.model if part == "network" else None
@@ -202,7 +206,8 @@ class Stepper:
         the state of the generator (seeded before), `at` and the learning rate."""
         parts = self.config.accumulate
         before = self.first_bad.clone() if self.ranks.world > 1 else None
-        self.optimizer.zero_grad(set_to_none=True)
+        # what is recorded finds gradients where they were
+        self.optimizer.zero_grad(set_to_none=self.mover is None)
         totals = []
         for shard in self.shards:
             if not self.recorder:
@@ -215,15 +220,23 @@ class Stepper:
         means = torch.stack(totals).mean(dim=0)
         if before is not None:
             means = self.reduce(means * (len(totals) / parts), before)
+        if self.mover:
+            self.mover.run("move", self.move)
+        else:
+            self.move()
+        values = torch.cat([means, self.norm.double()[None]])
+        self.sums = torch.zeros_like(values) if self.sums is None else self.sums
+        self.sums += values
+
+    def move(self) -> None:
+        """Clip the gradients and let the optimizer move the weights. Has no inputs, and all that it
+        changes stays where it is."""
         groups = [self.parameters[: self.ours], self.parameters[self.ours :]]  # a critic by itself
         # the norm of no gradients at all (a critic's that has not begun) is a number of the CPU's
         groups = [some for some in groups if any(p.grad is not None for p in some)]
         norms = [nn.utils.clip_grad_norm_(group, self.config.grad_clip) for group in groups]
-        norm = torch.stack(norms).norm()
-        self.note_bad(norm)
-        values = torch.cat([means, norm.detach().double()[None]])
-        self.sums = torch.zeros_like(values) if self.sums is None else self.sums
-        self.sums += values
+        self.norm.copy_(torch.stack(norms).detach().norm())
+        self.note_bad(self.norm)
         if not self.failed():
             self.optimizer.step()
 
