@@ -74,7 +74,7 @@ class Muon(torch.optim.AdamW):
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """About U V^T of matrices U S V^T, (N, rows, columns), by five steps of a Newton-Schulz
-    iteration, in bfloat16 on a GPU: singular values end between 0.7 and 1.2."""
+    iteration, in bfloat16 on a GPU: of S from 0.01 to 1 there come values from 0.68 to 1.14."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -106,7 +106,8 @@ class Stepper:
             [p for p in (net.parameters() if net else ()) if p.requires_grad]
             for net in (self.model, self.critic)
         )
-        self.parameters, self.ours = ours + its, len(ours)
+        self.parameters = ours + its
+        self.clipped = ours, its  # each by itself
         self.device = self.parameters[0].device
         cuda = self.device.type == "cuda"
         if not cuda:
@@ -231,9 +232,8 @@ class Stepper:
     def move(self) -> None:
         """Clip the gradients and let the optimizer move the weights. Has no inputs, and all that it
         changes stays where it is."""
-        groups = [self.parameters[: self.ours], self.parameters[self.ours :]]  # a critic by itself
         # the norm of no gradients at all (a critic's that has not begun) is a number of the CPU's
-        groups = [some for some in groups if any(p.grad is not None for p in some)]
+        groups = [some for some in self.clipped if any(p.grad is not None for p in some)]
         norms = [nn.utils.clip_grad_norm_(group, self.config.grad_clip) for group in groups]
         self.norm.copy_(torch.stack(norms).detach().norm())
         self.note_bad(self.norm)
