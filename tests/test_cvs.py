@@ -26,6 +26,7 @@ from fresnel.scene.cameras import Cameras, standard_orbit
 from fresnel.study import arms, results
 from fresnel.training.cvs_task import CVSTask, mirror
 from fresnel.training.losses import (
+    cell_error,
     consistency_loss,
     ect_earlier,
     ect_stage,
@@ -317,6 +318,20 @@ def test_edge_error_sees_a_blur_and_too_much_alike_and_not_where_an_edge_lies() 
     drawn = empty.clone().requires_grad_()
     edge_error(drawn, texture).sum().backward()
     assert drawn.grad is not None and drawn.grad.isfinite().all(), "where there is nothing yet"
+
+
+def test_cell_error_sees_steps_at_every_second_pixel_and_no_edge_of_a_picture() -> None:
+    fine = torch.rand(2, 4, 64, 64, generator=generator()) * 2 - 1
+    smooth = avg_pool2d(fine, 5, stride=1, padding=2)
+    cells = avg_pool2d(fine, 2).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    for picture in (fine, smooth, fine.roll(1, -1), torch.full_like(fine, -1.0)):
+        assert (cell_error(picture, fine) == 0).all()
+    assert (cell_error(cells, fine) > 0.35).all(), "half of all, where it should be none"
+    assert (cell_error(cells.roll((1, 1), (-1, -2)), fine) > 0.35).all()
+    assert edge_error(cells, cells.roll((1, 1), (-1, -2))).max() < 0.1, "which sees no cells"
+    moved = cells.clone().requires_grad_()
+    cell_error(moved, fine).sum().backward()
+    assert moved.grad is not None and moved.grad.isfinite().all() and moved.grad.any()
 
 
 def test_the_loss_of_a_network_that_has_learned_nothing() -> None:

@@ -310,6 +310,27 @@ def test_a_checkerboard_passes_for_edges_and_not_for_coarse_ones() -> None:
     assert seen["coarse_edge_energy_ratio"] == pytest.approx(0.25, rel=0.02)
 
 
+def test_cells_of_two_pixels_pass_for_edges_and_for_no_checkerboard_and_are_blocks() -> None:
+    step = torch.zeros(1, 8, 8, 3)
+    step[:, :, 4:] = 1.0  # a border of cells
+    assert float(ev.cell_borders(step)) == pytest.approx(float(ev.edge_energy(step))) == 8
+    assert ev.cell_borders(step.roll(1, 2)) < 1e-4, "two edges, both inside cells"
+    data = tensors(1)
+    truth, seen = oracle(data, 1.0), {}
+
+    def in_cells(inputs, cameras):
+        views = truth(inputs, cameras)
+        cells = views.rgb[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return Views(cells, views.alpha, views.depth)
+
+    for name, predictor in {"truth": truth, "cells": in_cells}.items():
+        (*_, seen[name]) = ev.summarise(ev.evaluate(predictor, data, progress=False))
+    assert seen["truth"]["blocks_ratio"] == pytest.approx(1, abs=0.1)
+    assert seen["cells"]["blocks_ratio"] == pytest.approx(2, abs=1e-4)
+    assert 0.7 < seen["cells"]["edge_energy_ratio"] < 1.3
+    assert seen["cells"]["checkerboard_ratio"] < 1.5, "which sees no cells"
+
+
 def test_values_by_object_are_what_the_summary_averages() -> None:
     data = tensors(3)
     rows = ev.evaluate(oracle(data, 0.7), data, progress=False)

@@ -278,7 +278,8 @@ def test_the_rule_of_03_on_truth_copy_grey_and_black(tmp_path):
         ("ssim", 0.88, "NOT BETTER"), ("perceptual", 8.0, "NOT BETTER"),
         ("perceptual", 7.0, "PASS"), ("coarse_edge_energy_ratio", 0.35, "NOT BETTER"),
         ("coarse_edge_energy_ratio", 0.5, "PASS"), ("checkerboard_ratio", 1.6, "NOT BETTER"),
-        ("checkerboard_ratio", 1.4, "PASS"),
+        ("checkerboard_ratio", 1.4, "PASS"), ("blocks_ratio", 1.3, "NOT BETTER"),
+        ("blocks_ratio", 1.1, "PASS"),
     ],
 )  # fmt: skip
 def test_the_bands_of_03(figure, value, word):
@@ -290,6 +291,7 @@ def test_the_bands_of_03(figure, value, word):
         | {"coarse_edge_energy_ratio": 0.5, "checkerboard_ratio": 0.1},
     }
     seen = {"perceptual": 6.0, "coarse_edge_energy_ratio": 0.45, "checkerboard_ratio": 1.0}
+    seen |= {"blocks_ratio": 1.0}
     overall = {"cvs": fine | seen | {figure: value}, **rivals}
     made = decide("03_full_train", overall=overall, model="cvs")
     assert made["word"] == word and bool(made["reasons"]) == (word != "PASS")
@@ -298,7 +300,8 @@ def test_the_bands_of_03(figure, value, word):
     alone = {name: overall[name] for name in ("cvs", "copy_input")}
     made = decide("03_full_train", overall=alone, model="cvs")
     beaten = value > rivals["copy_input"].get(figure, -1) or figure in seen
-    beaten = beaten and (figure != "checkerboard_ratio" or word == "PASS")  # which has no rival
+    unrivalled = figure in ("checkerboard_ratio", "blocks_ratio")
+    beaten = beaten and (not unrivalled or word == "PASS")
     assert made["word"] == ("PASS" if beaten else "NOT BETTER"), "a decoder has the copy alone"
 
 

@@ -182,6 +182,7 @@ _SHOWN = {
     "edges": ("edge_energy_ratio", 2),
     "coarse edges": ("coarse_edge_energy_ratio", 2),
     "alternating": ("checkerboard_ratio", 2),
+    "blocks": ("blocks_ratio", 2),
     "light": ("luminance_ratio", 2),
     "area": ("coverage_ratio", 2),
     "disagreement": ("disagreement", 1),

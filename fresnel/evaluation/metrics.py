@@ -110,6 +110,15 @@ def checkerboard(images: Tensor) -> Tensor:
     return _luma(images).diff(dim=1).diff(dim=2).square().sum(dim=(1, 2))
 
 
+def cell_borders(images: Tensor) -> Tensor:
+    """The part of `edge_energy` of images (N, H, W, 3) that lies between cells of 2 x 2 pixels,
+    shape (N,). A half of all where no grid is; a network that draws patches puts its edges on their
+    borders (as JPEG does: Wang, Sheikh and Bovik, ICIP 2002)."""
+    luma = _luma(images)
+    squares = [luma.diff(dim=axis).square().movedim(axis, 0) for axis in (1, 2)]
+    return sum(x[1::2].sum(dim=(0, 2)) for x in squares)  # type: ignore
+
+
 def _luma(images: Tensor) -> Tensor:
     return images @ images.new_tensor([0.299, 0.587, 0.114])
 
@@ -216,7 +225,8 @@ def evaluate(
         ssim and ssim_foreground (over black), alpha_mae; luminance (sum over the frame, in
         full-white pixels), coverage (mean alpha), edge_energy, coarse_edge_energy (at half the
         size) and checkerboard (over black), each also with "_target", and "_ratio", which is NaN
-        where the target is zero; of `measures` the distances
+        where the target is zero; blocks, of the prediction alone: edge energy between cells of
+        2 x 2 pixels, its "_target" half of all of it, and "_ratio"; of `measures` the distances
         (over white), and of views up to 60 degrees away whether a face is found: faces and
         faces_true (0 or 1, else NaN); where data have depth, how far a view and its neighbours
         differ on the true surface: disagreement and disagreement_true (`agreement`). Foreground:
@@ -266,6 +276,7 @@ def _compare(views: Views, part: ViewTensors, measures: Measures) -> list[dict[s
     sums["edge_energy"] = [edge_energy(x) for x in (ours, true)]
     sums["coarse_edge_energy"] = [edge_energy(_halved(x)) for x in (ours, true)]
     sums["checkerboard"] = [checkerboard(x) for x in (ours, true)]
+    sums["blocks"] = [cell_borders(ours), edge_energy(ours) / 2]
     for name, (found, target) in sums.items():
         ratio = torch.where(target > 0, found / target, torch.nan)
         columns |= {name: found, f"{name}_target": target, f"{name}_ratio": ratio}
@@ -299,7 +310,7 @@ def _compare(views: Views, part: ViewTensors, measures: Measures) -> list[dict[s
 
 RATIOS = (
     *("luminance_ratio", "coverage_ratio"),
-    *("edge_energy_ratio", "coarse_edge_energy_ratio", "checkerboard_ratio"),
+    *("edge_energy_ratio", "coarse_edge_energy_ratio", "checkerboard_ratio", "blocks_ratio"),
 )
 """Metrics aggregated as a ratio of sums per object, where they were measured."""
 MEANS = ("psnr", "psnr_white", "ssim", "psnr_foreground", "ssim_foreground", "alpha_mae")

@@ -109,6 +109,26 @@ def _edges(image: Tensor, scale: int) -> tuple[Tensor, Tensor]:
     return (plain + 1e-6).sqrt(), (alternating + 1e-6).sqrt()
 
 
+def cell_error(output: Tensor, target: Tensor) -> Tensor:
+    """How far what differs between 2 x 2 cells, of all that differs between neighbours, is from the
+    target's share beyond a tenth, shape (B,).
+
+    A network that draws cells of pixels can put its edges on their borders alone: steps, as many
+    edges as `edge_error` wants, at places that nothing else minds (docs/decisions.md). In pictures
+    the share is a half, by chance a little more or less. Images as `edge_error`'s.
+    """
+    found, true = (_border_share(image) for image in (output, target))
+    return F.relu((found - true).abs() - 0.1)
+
+
+def _border_share(image: Tensor) -> Tensor:
+    rows, columns = (image.diff(dim=axis).square().movedim(axis, 0) for axis in (-2, -1))
+    inside, border = (
+        rows[k::2].sum(dim=(0, 2, 3)) + columns[k::2].sum(dim=(0, 2, 3)) for k in (0, 1)
+    )
+    return (border + 1.0) / (inside + border + 2.0)  # of nothing a half
+
+
 def by_region(image: Tensor) -> Tensor:
     """Means over regions of an eighth of the image each way, a rest cut off: (B, C, H, W) -> (B, C,
     h, w)."""
@@ -291,10 +311,11 @@ def one_step_terms(
     """How far views (B, 4, H, W) in [-1, 1] are from true ones, to the eye.
 
     The weighted absolute error and 1 - SSIM (over black), whose best guess where a shape is unsure
-    is nothing, so also `light_error` and `edge_error`; and (`looked_at`) the perceptual distance,
-    over white or (a half of them) over the colour that `backdrop` (B, 4, 1, 1) says; of a critic,
-    how much it takes them for made (hinge) and how far its features of both lie apart (pix2pixHD,
-    arXiv 1711.11585). `seen`: what the critic knows of each view.
+    is nothing, so also `light_error`, `edge_error` and `cell_error` (part of "edges"); and
+    (`looked_at`) the perceptual distance, over white or (a half of them) over the colour that
+    `backdrop` (B, 4, 1, 1) says; of a critic, how much it takes them for made (hinge) and how far
+    its features of both lie apart (pix2pixHD, arXiv 1711.11585). `seen`: what the critic knows of
+    each view.
 
     Returns:
         "loss", "l1", "ssim", "light", "edges", "perceptual" (0 if not looked at); of a critic (0
@@ -311,7 +332,10 @@ def one_step_terms(
     none = torch.zeros_like(l1.detach())  # the terms of a run are the same from its first step
     apart = distance(over(output), over(target)).mean() if looked_at else none
     output = output.float()
-    light, edges = (of(output, target).mean() for of in (light_error, edge_error))
+    light, edges, cells = (
+        of(output, target).mean() for of in (light_error, edge_error, cell_error)
+    )
+    edges = edges + cells
     black = ((image[:, :3].movedim(1, -1) + 1) / 2 for image in (output, target))
     with torch.autocast(output.device.type, enabled=False):  # differences of squares
         ssim = 1 - ssim_map(*black).mean()
