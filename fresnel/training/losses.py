@@ -111,14 +111,14 @@ def _edges(image: Tensor, scale: int) -> tuple[Tensor, Tensor]:
 
 def cell_error(output: Tensor, target: Tensor) -> Tensor:
     """How far what differs between 2 x 2 cells, of all that differs between neighbours, is from the
-    target's share beyond a tenth, shape (B,).
+    target's share beyond a twentieth, shape (B,).
 
     A network that draws cells of pixels can put its edges on their borders alone: steps, as many
     edges as `edge_error` wants, at places that nothing else minds (docs/decisions.md). In pictures
     the share is a half, by chance a little more or less. Images as `edge_error`'s.
     """
     found, true = (_border_share(image) for image in (output, target))
-    return F.relu((found - true).abs() - 0.1)
+    return F.relu((found - true).abs() - 0.05)
 
 
 def _border_share(image: Tensor) -> Tensor:
