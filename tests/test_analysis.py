@@ -39,15 +39,16 @@ def test_what_we_said_ourselves_stands_beside_what_a_run_measured(tmp_path: Path
     study += [training("scarce", 23.0, 0)]
     figures = runs.figures(table(tmp_path, *study))
     said = claims.ours(place, metrics, figures)
-    assert [len(text) > 40 for text in said["why it was wrong"]] == [True] * 7
-    first, calls, plan, third, edges, bootstrap, mask = said["true now"]
+    assert [len(text) > 40 for text in said["why it was wrong"]] == [True] * 8
+    first, calls, plan, third, edges, cells, bootstrap, mask = said["true now"]
     assert "leaves 0.044, of 0.5 0.013" in first
     assert "Edge energy 0.91" in third and "light 1.02" in third
     assert "at half the size 0.95" in edges
     assert "in PSNR +1.00" in bootstrap and "and -1.00" in bootstrap
-    assert calls == mask == "not measured in these runs" and "From weights that denoise" in plan
+    assert calls == cells == mask == "not measured in these runs"
+    assert "From weights that denoise" in plan
     alone = runs.figures(table(tmp_path, *study[:2]))
-    assert "is scarce (not measured)" in claims.ours(place, metrics, alone)["true now"][5]
+    assert "is scarce (not measured)" in claims.ours(place, metrics, alone)["true now"][6]
     del metrics["noise_left"]
     assert claims.ours(place, metrics, figures)["true now"][0] == calls
 
