@@ -313,8 +313,9 @@ def test_a_checkerboard_passes_for_edges_and_not_for_coarse_ones() -> None:
 def test_cells_of_two_pixels_pass_for_edges_and_for_no_checkerboard_and_are_blocks() -> None:
     step = torch.zeros(1, 8, 8, 3)
     step[:, :, 4:] = 1.0  # a border of cells
-    assert float(ev.cell_borders(step)) == pytest.approx(float(ev.edge_energy(step))) == 8
-    assert ev.cell_borders(step.roll(1, 2)) < 1e-4, "two edges, both inside cells"
+    between, edges = ev.cell_edges(step[..., 0])
+    assert float(between) == pytest.approx(float(ev.edge_energy(step))) == float(edges) == 8
+    assert ev.cell_edges(step.roll(1, 2)[..., 0])[0] < 1e-4, "two edges, both inside cells"
     data = tensors(1)
     truth, seen = oracle(data, 1.0), {}
 

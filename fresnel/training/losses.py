@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fresnel.data.memory import uniform
-from fresnel.evaluation.metrics import ssim_map
+from fresnel.evaluation.metrics import cell_edges, ssim_map
 from fresnel.evaluation.perceptual import Perceptual
 from fresnel.models.critic import Critic
 from fresnel.models.cvs import CVS, CVSConfig, randn
@@ -117,16 +117,11 @@ def cell_error(output: Tensor, target: Tensor) -> Tensor:
     edges as `edge_error` wants, at places that nothing else minds (docs/decisions.md). In pictures
     the share is a half, by chance a little more or less. Images as `edge_error`'s.
     """
-    found, true = (_border_share(image) for image in (output, target))
-    return F.relu((found - true).abs() - 0.05)
-
-
-def _border_share(image: Tensor) -> Tensor:
-    rows, columns = (image.diff(dim=axis).square().movedim(axis, 0) for axis in (-2, -1))
-    inside, border = (
-        rows[k::2].sum(dim=(0, 2, 3)) + columns[k::2].sum(dim=(0, 2, 3)) for k in (0, 1)
+    found, true = (
+        (between.sum(1) + 1.0) / (edges.sum(1) + 2.0)  # of nothing a half
+        for between, edges in map(cell_edges, (output, target))
     )
-    return (border + 1.0) / (inside + border + 2.0)  # of nothing a half
+    return F.relu((found - true).abs() - 0.05)
 
 
 def by_region(image: Tensor) -> Tensor:
